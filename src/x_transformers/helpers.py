@@ -1,0 +1,209 @@
+"""Small functions that everyone uses, each defined once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce, wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from x_transformers.tensor_types import Bool, Float
+
+T = TypeVar('T')
+
+# ---------------------------------------------------------------- presence
+
+
+def exists(value: Any) -> bool:
+    return value is not None
+
+
+def default(value: Any, fallback: Any) -> Any:
+    """``value`` unless it is None; a callable fallback is called."""
+    if value is not None:
+        return value
+    return fallback() if callable(fallback) else fallback
+
+
+def first(items: Iterable[T], default: T | None = None) -> T | None:
+    return next(iter(items), default)
+
+
+def is_empty(items: Any) -> bool:
+    return len(items) == 0
+
+
+def cast_tuple(value: Any, depth: int = 1) -> tuple[Any, ...]:
+    """A tuple stays as it is; anything else, lists too, is repeated ``depth`` times."""
+    return value if isinstance(value, tuple) else (value,) * depth
+
+
+def divisible_by(numerator: int, denominator: int) -> bool:
+    return numerator % denominator == 0
+
+
+def at_most_one_of(*flags: Any) -> bool:
+    return sum(bool(flag) for flag in flags) <= 1
+
+
+def maybe(fn: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """``fn`` that hands a None first argument back untouched."""
+    if fn is None:
+        return identity
+
+    @wraps(fn)
+    def inner(value: Any, *args: Any, **kwargs: Any) -> Any:
+        return fn(value, *args, **kwargs) if value is not None else value
+
+    return inner
+
+
+# ---------------------------------------------------------------- callables that return the same thing
+
+
+def identity(value: T, *args: Any, **kwargs: Any) -> T:
+    return value
+
+
+class always:
+    """A callable that always returns one value."""
+
+    def __init__(self, val: Any) -> None:
+        self.val = val
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.val
+
+
+class equals:
+    def __init__(self, val: Any) -> None:
+        self.val = val
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> bool:
+        return bool(x == self.val)
+
+
+class not_equals:
+    def __init__(self, val: Any) -> None:
+        self.val = val
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> bool:
+        return bool(x != self.val)
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def log(t: Tensor, eps: float = 1e-20) -> Tensor:
+    """Natural logarithm of ``max(t, eps)``."""
+    return t.clamp(min=eps).log()
+
+
+def max_neg_value(t: Tensor) -> float:
+    """Minus the largest finite number of ``t``'s dtype: what forbidden scores are set to."""
+    return -torch.finfo(t.dtype).max
+
+
+def l2norm(t: Float[Tensor, '... d'], groups: int = 1) -> Float[Tensor, '... d']:
+    """Unit length of the last axis, or of each of its ``groups`` equal consecutive chunks."""
+    if groups == 1:
+        return F.normalize(t, dim=-1)
+    return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
+
+
+def softclamp(t: Tensor, value: float) -> Tensor:
+    """``value * tanh(t / value)``: nearly t when small, never beyond ``value``."""
+    return (t / value).tanh() * value
+
+
+def masked_mean(t: Tensor, mask: Bool[Tensor, 'b n'] | None = None, dim: int = 1) -> Tensor:
+    """Mean over ``dim``, of the entries whose mask is True if there is one (0 where there are none)."""
+    if mask is None:
+        return t.mean(dim=dim)
+    while mask.ndim < t.ndim:
+        mask = mask.unsqueeze(-1)
+    total = t.masked_fill(~mask, 0.0).sum(dim=dim)
+    return total / mask.sum(dim=dim).clamp(min=1)
+
+
+def pad_at_dim(t: Tensor, pad: tuple[int, int], dim: int = -1, value: float = 0.0) -> Tensor:
+    """Pad one axis on its left and right; negative amounts crop."""
+    if pad == (0, 0):
+        return t
+    after = t.ndim - dim - 1 if dim >= 0 else -dim - 1
+    return F.pad(t, (0, 0) * after + pad, value=value)
+
+
+def or_reduce(masks: list[Tensor]) -> Tensor:
+    return reduce(torch.Tensor.__or__, masks)
+
+
+def detach_all(tree: Any) -> Any:
+    """Detach every tensor of a tree that requires a gradient."""
+
+    def detach(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+    return tree_map(detach, tree)
+
+
+def orthog_project(x: Tensor, y: Tensor) -> Tensor:
+    """``x`` without its component along ``y``; all axes but the first are one vector, in float64."""
+    flat_x, flat_y = x.flatten(1).double(), y.flatten(1).double()
+    along = F.normalize(flat_y, dim=-1)
+    return (flat_x - (flat_x * along).sum(-1, keepdim=True) * along).view_as(x).to(x.dtype)
+
+
+# ---------------------------------------------------------------- modules
+
+
+class Identity(nn.Module):
+    """Returns its first argument, whatever else it is given."""
+
+    def forward(self, t: Any, *args: Any, **kwargs: Any) -> Any:
+        return t
+
+
+def Sequential(*modules: nn.Module | None) -> nn.Sequential:
+    """``nn.Sequential`` of those that are not None."""
+    return nn.Sequential(*[module for module in modules if module is not None])
+
+
+def init_zero_(layer: nn.Module) -> None:
+    """Zero ``.weight`` and, if there is one, ``.bias``."""
+    nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+    if getattr(layer, 'bias', None) is not None:
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- dictionaries of keywords
+
+Keywords = dict[str, Any]
+
+
+def pick_and_pop(keys: Iterable[str], d: Keywords) -> Keywords:
+    return {key: d.pop(key) for key in keys}
+
+
+def group_dict_by_key(cond: Callable[[str], bool], d: Mapping[str, Any]) -> tuple[Keywords, Keywords]:
+    """(entries whose key fulfils ``cond``, the rest)."""
+    matching = {key: value for key, value in d.items() if cond(key)}
+    return matching, {key: value for key, value in d.items() if key not in matching}
+
+
+def string_begins_with(prefix: str, string: str) -> bool:
+    return string.startswith(prefix)
+
+
+def group_by_key_prefix(prefix: str, d: Mapping[str, Any]) -> tuple[Keywords, Keywords]:
+    return group_dict_by_key(lambda key: string_begins_with(prefix, key), d)
+
+
+def groupby_prefix_and_trim(prefix: str, d: Mapping[str, Any]) -> tuple[Keywords, Keywords]:
+    """As ``group_by_key_prefix``, with the prefix cut off."""
+    matching, rest = group_by_key_prefix(prefix, d)
+    return {key[len(prefix) :]: value for key, value in matching.items()}, rest

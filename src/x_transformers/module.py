@@ -1,0 +1,61 @@
+"""The base of our modules: building and filling are two things, so a model can be built on the meta device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Fill a module and everything below it, whoever wrote it."""
+    own = getattr(module, 'reset_parameters', None)
+    if own is None:
+        for child in module.children():
+            reset_parameters(child)
+    else:
+        own()
+
+
+class Module(nn.Module):
+    """A module whose ``reset_parameters`` fills everything below it, in any order and any number of times.
+
+    A subclass with parameters or buffers of its own creates them with ``torch.empty``, fills them in ``init_own`` and calls
+    ``init_own`` at the end of its constructor. No parent changes what a child has filled: a child with an unusual start is of a
+    class that knows it (``ConstantLinear``). Hence ``to_empty(device=...)`` followed by ``reset_parameters()`` gives a new model.
+    """
+
+    def init_own(self) -> None:
+        """Fill the parameters and buffers that this very module owns."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for child in self.children():
+            reset_parameters(child)
+        self.init_own()
+
+
+class ConstantLinear(nn.Linear):
+    """A linear map that starts from one weight and one bias: a branch that starts silent, a gate that starts open."""
+
+    def __init__(
+        self, dim_in: int, dim_out: int, bias: bool = True, weight_value: float = 0.0, bias_value: float = 0.0
+    ) -> None:
+        self.weight_value = weight_value
+        self.bias_value = bias_value
+        super().__init__(dim_in, dim_out, bias=bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.weight_value)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self.bias_value)
+
+
+def empty_parameter(*shape: int) -> nn.Parameter:
+    """A parameter that ``init_own`` will fill."""
+    return nn.Parameter(torch.empty(shape))
+
+
+def last_rows(t: Tensor, n: int) -> Tensor:
+    """The newest ``n`` rows of axis -2."""
+    return t[..., t.shape[-2] - n :, :]
