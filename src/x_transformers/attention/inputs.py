@@ -1,0 +1,150 @@
+"""What a branch of a layer is given, and what attention reports back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from x_transformers.attention.mask import Mask
+from x_transformers.tensor_types import Bool, Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.maps import Maps
+    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.position.positions import Positions
+    from x_transformers.position.relative import Bias
+
+CachedKeys = tuple[Tensor, Tensor | None]
+
+
+class ExtraKeys(NamedTuple):
+    """Keys and values from another model, put in front of the own ones. They are not rotated."""
+
+    keys: Float[Tensor, 'b kh m d']
+    values: Float[Tensor, 'b kh m e']
+    mask: Bool[Tensor, 'b m'] | None = None
+
+
+@dataclass
+class BranchInputs:
+    """What the stack hands to one branch: attention, cross attention or feed-forward. Everything is optional.
+
+    ``mask`` says who may look over the branch's own keys, in their order: memories, past, new. ``past`` is the cache of this very
+    execution step; without one nothing is kept. ``keep`` asks for attention maps.
+    """
+
+    context: Float[Tensor, 'b j c'] | None = None
+    mask: Mask = field(default_factory=Mask)
+    rows: Bool[Tensor, 'b n'] | None = None
+    bias: Bias | None = None
+    positions: Positions | None = None
+    mem: Float[Tensor, 'b l d'] | None = None
+    previous: Float[Tensor, 'b h i j'] | None = None
+    first_values: Float[Tensor, 'b kh j e'] | None = None
+    extra: ExtraKeys | None = None
+    kv_shift: Float[Tensor, 'b n d'] | None = None
+    past: LayerCache | None = None
+    packed: Any = None
+    padding: Bool[Tensor, 'b n'] | None = None
+    condition: Tensor | None = None
+    deep_embed: Float[Tensor, 'b n d'] | None = None
+    keep: bool = False
+
+
+class Intermediates:
+    """What one attention reports.
+
+    ``qk_similarities`` (scores before biases and masks), ``pre_softmax_attn`` (scores that the weights are made of) and
+    ``post_softmax_attn`` (weights before dropout), all (b h i j), are computed when they are first read, if they were not given;
+    gradients flow through them. ``cached_kv`` is (keys, values) of this layer so far, keys neither rotated nor repeated, or
+    (latent, rotated-head keys) with a latent; assigning it replaces the cache.
+    """
+
+    def __init__(
+        self,
+        qk_similarities: Tensor | None = None,
+        pre_softmax_attn: Tensor | None = None,
+        post_softmax_attn: Tensor | None = None,
+        values: Tensor | None = None,
+        cached_kv: CachedKeys | None = None,
+        layer_type: str | None = None,
+        hybrid_hidden: Any = None,
+        *,
+        maps: Maps | None = None,
+        cache: LayerCache | None = None,
+    ) -> None:
+        self._given: dict[str, Tensor | None] = {
+            'qk_similarities': qk_similarities,
+            'pre_softmax_attn': pre_softmax_attn,
+            'post_softmax_attn': post_softmax_attn,
+        }
+        self._cached_kv = cached_kv
+        self.values = values
+        self.layer_type = layer_type
+        self.hybrid_hidden = hybrid_hidden
+        self.maps = maps
+        self.cache = cache
+
+    def _map(self, name: str, lazy: str) -> Tensor | None:
+        given = self._given[name]
+        if given is not None or self.maps is None:
+            return given
+        computed: Tensor | None = getattr(self.maps, lazy)
+        return computed
+
+    @property
+    def qk_similarities(self) -> Tensor | None:
+        return self._map('qk_similarities', 'qk_similarities')
+
+    @qk_similarities.setter
+    def qk_similarities(self, value: Tensor | None) -> None:
+        self._given['qk_similarities'] = value
+
+    @property
+    def pre_softmax_attn(self) -> Tensor | None:
+        return self._map('pre_softmax_attn', 'pre_softmax')
+
+    @pre_softmax_attn.setter
+    def pre_softmax_attn(self, value: Tensor | None) -> None:
+        self._given['pre_softmax_attn'] = value
+
+    @property
+    def post_softmax_attn(self) -> Tensor | None:
+        return self._map('post_softmax_attn', 'post_softmax')
+
+    @post_softmax_attn.setter
+    def post_softmax_attn(self, value: Tensor | None) -> None:
+        self._given['post_softmax_attn'] = value
+
+    @property
+    def cached_kv(self) -> CachedKeys | None:
+        if self._cached_kv is not None or self.cache is None:
+            return self._cached_kv
+        return cached_keys(self.cache)
+
+    @cached_kv.setter
+    def cached_kv(self, value: CachedKeys | None) -> None:
+        self._cached_kv = value
+        self.cache = None
+
+    def to_tuple(self) -> tuple[Tensor | None, ...]:
+        """(qk_similarities, pre_softmax_attn, post_softmax_attn)."""
+        return self.qk_similarities, self.pre_softmax_attn, self.post_softmax_attn
+
+    def __repr__(self) -> str:
+        shape = None if self.values is None else tuple(self.values.shape)
+        return f'Intermediates(layer_type={self.layer_type!r}, values={shape}, cached={self.cached_kv is not None})'
+
+
+def cached_keys(cache: LayerCache) -> CachedKeys | None:
+    """What one attention has cached, as a pair: (keys, values), or (latent, rotated-head keys or None)."""
+    latent = cache.get('latent')
+    if latent is not None:
+        return latent, cache.get('k_rope')
+    keys, values = cache.get('k'), cache.get('v')
+    if keys is None or values is None:
+        return None
+    unrotate = cache.carry.get('unrotate')
+    return (keys if unrotate is None else unrotate(keys)), values
