@@ -1,0 +1,54 @@
+# every target installs what it needs into .venv by itself; PYTHON picks the interpreter that makes it (3.11 or newer)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_DIR ?= runs/quickstart
+WORKERS ?= 2
+
+# one thread per process: two test workers with two threads each wait for each other most of the time
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: help install train test test-deep check format examples bench docs clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=... picks another")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## make .venv with the package (editable) and its tools
+
+train: $(STAMP)  ## train a byte-level GPT on the standard library's source: runs/quickstart
+	$(BIN)/x-transformers train --run-dir $(RUN_DIR) --resume-if-started
+
+test: $(STAMP)  ## all tests but the deep ones
+	$(TEST) -n $(WORKERS)
+
+test-deep: $(STAMP)  ## everything, and every recorded case under CONFORMANCE=path
+	$(TEST) -n $(WORKERS) --deep $(if $(CONFORMANCE),--conformance $(CONFORMANCE))
+
+check: $(STAMP)  ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(TEST) -n $(WORKERS) -m 'not slow'
+
+format: $(STAMP)  ## rewrite the sources as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+examples: $(STAMP)  ## run every example
+	@for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
+
+bench: $(STAMP)  ## speed against a minimal hand-written GPT
+	@for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+
+docs: $(STAMP)  ## write what is generated from the flags
+	@for script in tools/generate_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
