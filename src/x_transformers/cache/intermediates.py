@@ -1,0 +1,65 @@
+"""What a forward pass hands back beside its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.inputs import Intermediates
+
+
+@dataclass
+class LayerIntermediates:
+    """Everything a stack, and the wrapper around it, can report; handed back as ``cache=`` it continues the sequence.
+
+    - ``hiddens``: per self attention, the stream (b n d) that entered it; ``layer_hiddens``: what each branch saw;
+    - ``last_hidden``, ``last_layer_hiddens``: the stack's output, and the part of it that belongs to tokens;
+    - ``attn_intermediates``: one per executed attention, with maps that are computed when read;
+    - ``initial_embeds`` (also ``initial_embed``): the embeddings that entered the stack;
+    - ``kv_cache``: the memory behind ``cached_kv``; ``cache_length``: how many rows have been seen.
+    """
+
+    hiddens: list[Float[Tensor, 'b n d']] | None = None
+    last_hidden: Float[Tensor, 'b n d'] | None = None
+    attn_intermediates: list[Intermediates] | None = None
+    layer_hiddens: list[Float[Tensor, 'b n d']] | None = None
+    attn_z_loss: Float[Tensor, ''] | None = None
+    mems: list[Float[Tensor, 'b l d']] | None = None
+    last_layer_hiddens: Float[Tensor, 'b n d'] | None = None
+    initial_embeds: Float[Tensor, 'b n d'] | None = None
+    attn_pooled_tokens: Float[Tensor, 'b p d'] | None = None
+    memory_tokens: Float[Tensor, 'b m d'] | None = None
+    logit_entropies: Float[Tensor, 'b n'] | None = None
+    logits: Tensor | tuple[Tensor, ...] | None = None
+    cache_length: int = 0
+    kv_cache: KVCache | None = None
+
+    @property
+    def initial_embed(self) -> Float[Tensor, 'b n d'] | None:
+        return self.initial_embeds
+
+    @initial_embed.setter
+    def initial_embed(self, value: Float[Tensor, 'b n d'] | None) -> None:
+        self.initial_embeds = value
+
+
+def get_cached_kvs(intermediates: LayerIntermediates) -> list[Any]:
+    """The ``cached_kv`` of every attention, in execution order."""
+    return [inter.cached_kv for inter in intermediates.attn_intermediates or []]
+
+
+def self_attention_kvs(
+    intermediates: LayerIntermediates,
+) -> list[tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n e']]]:
+    """The keys and values of the self attentions only: what may be routed into another model."""
+    return [
+        inter.cached_kv
+        for inter in intermediates.attn_intermediates or []
+        if inter.layer_type == 'a' and inter.cached_kv is not None
+    ]

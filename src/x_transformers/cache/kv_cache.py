@@ -1,0 +1,239 @@
+"""What a stack remembers of the tokens it has seen: named tapes per execution step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from x_transformers.cache.tape import Tape
+from x_transformers.tensor_types import Float, Int
+
+if TYPE_CHECKING:
+    from x_transformers.cache.intermediates import LayerIntermediates
+
+Cache: TypeAlias = Union['KVCache', 'LayerIntermediates', None]
+
+
+class LayerCache:
+    """The named tapes of one execution step: 'k', 'v', 'latent', 'shift', 'forget', ...
+
+    A new feature that needs state adds a tape under a name of its own and is rolled back, windowed and reordered for free.
+
+    - ``tapes`` grow by one row per token, or are fixed (cross attention);
+    - ``states`` are tensors, batch first, replaced at every step: reordered, but not rolled back;
+    - ``carry`` holds anything else, such as a recurrent module's hidden state: reordered, but not rolled back.
+    """
+
+    __slots__ = ('carry', 'carry_axis', 'states', 'tapes')
+
+    def __init__(self) -> None:
+        self.tapes: dict[str, Tape] = {}
+        self.states: dict[str, Tensor] = {}
+        self.carry: dict[str, Any] = {}
+        self.carry_axis: dict[str, int] = {}
+
+    @property
+    def length(self) -> int:
+        """Rows of the longest growing tape."""
+        return max((tape.length for tape in self.tapes.values() if not tape.fixed), default=0)
+
+    @property
+    def can_rollback(self) -> bool:
+        return not self.states and not self.carry
+
+    def get(self, name: str) -> Tensor | None:
+        """What is held under ``name``, in whole; None if there is nothing."""
+        tape = self.tapes.get(name)
+        return tape.value if tape is not None else self.states.get(name)
+
+    def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
+        """Append to each named tape, making those that are missing; the full values, in the order given."""
+        for name, rows in new.items():
+            tape = self.tapes.get(name)
+            self.tapes[name] = Tape.of(rows) if tape is None else tape.append(rows)
+        return tuple(self.tapes[name].value for name in new)
+
+    def replace(self, **whole: Float[Tensor, '... n d']) -> None:
+        """Exchange the whole contents of growing tapes."""
+        for name, rows in whole.items():
+            fixed = name in self.tapes and self.tapes[name].fixed
+            self.tapes[name] = Tape.of(rows, fixed=fixed)
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Hold one tensor, batch first, in place of the one held before. It cannot be rolled back."""
+        self.states[name] = tensor
+
+    def fixed(self, name: str, tensor: Float[Tensor, '... n d']) -> None:
+        """Hold a tensor that belongs to the context rather than to the tokens: it neither grows nor shrinks."""
+        self.tapes[name] = Tape.of(tensor, fixed=True)
+
+    def fork(self) -> LayerCache:
+        """A snapshot that can be continued independently; tapes are shared until one of the two is written."""
+        twin = LayerCache()
+        twin.tapes = dict(self.tapes)
+        twin.states = dict(self.states)
+        twin.carry = dict(self.carry)
+        twin.carry_axis = dict(self.carry_axis)
+        return twin
+
+    def changed(self, change: Callable[[Tape], Tape]) -> LayerCache:
+        """A fork whose tapes went through ``change``."""
+        twin = self.fork()
+        twin.tapes = {name: change(tape) for name, tape in self.tapes.items()}
+        return twin
+
+    def shortened(self, removed: int, own: bool = False) -> LayerCache:
+        """A fork without the newest ``removed`` rows of each growing tape."""
+        if removed and not self.can_rollback:
+            held = ', '.join([*self.states, *self.carry])
+            raise ValueError(
+                f'the cache cannot be rolled back: it holds a state without history ({held}); keep a fork() from before instead'
+            )
+        return self.changed(lambda tape: tape if tape.fixed else tape.cut(tape.length - removed, own))
+
+    def reordered(self, index: Int[Tensor, ' r'], context: bool = True) -> LayerCache:
+        batch = next((tape.batch for tape in self.tapes.values()), None)
+        twin = self.changed(lambda tape: tape.rows(index) if context or not tape.fixed else tape)
+        twin.states = {name: state.index_select(0, index) for name, state in self.states.items()}
+
+        def gather(value: Any, axis: int | None) -> Any:
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                return value
+            return value.index_select(_batch_axis(value, batch) if axis is None else axis, index)
+
+        twin.carry = {
+            name: tree_map(partial(gather, axis=self.carry_axis.get(name)), value) for name, value in self.carry.items()
+        }
+        return twin
+
+    def nbytes(self) -> int:
+        states = sum(state.numel() * state.element_size() for state in self.states.values())
+        return states + sum(tape.nbytes() for tape in self.tapes.values())
+
+    def __repr__(self) -> str:
+        return f'LayerCache({self.tapes}, states={list(self.states)}, carry={list(self.carry)})'
+
+
+def _batch_axis(value: Tensor, batch: int | None) -> int:
+    # torch's recurrent modules put layers in front of the batch; anything else is taken to be batch first
+    if value.ndim != 3 or batch is None or value.shape[1] != batch:
+        return 0
+    return 1 if value.shape[0] != batch or batch == 1 else 0
+
+
+class KVCache:
+    """The memory of a whole stack, by execution step (not by module: a layer that is executed twice has two).
+
+    ``length`` counts the rows seen, those that have left the window too; ``retained`` those still held. ``front`` says how many
+    of the rows seen were no tokens of the sequence (prepended embeddings, cls tokens): the next token's position is
+    ``length - front``.
+
+    Methods return a new cache and leave this one valid. A forward pass works on ``cache.fork()``, calls ``advance`` with the
+    number of rows it has processed and returns that fork.
+    """
+
+    __slots__ = ('front', 'length', 'steps')
+
+    def __init__(self, length: int = 0, front: int = 0) -> None:
+        self.length = length
+        self.front = front
+        self.steps: dict[int, LayerCache] = {}
+
+    @staticmethod
+    def of(given: Cache, steps: Sequence[int] | None = None) -> KVCache | None:
+        """The cache behind what a caller hands over as ``cache=``.
+
+        A ``LayerIntermediates`` put together by hand has no cache, only ``cached_kv`` per attention: these become tapes.
+        ``steps``: the execution step of each attention; consecutive unless given.
+        """
+        if given is None or isinstance(given, KVCache):
+            return given
+        held = getattr(given, 'kv_cache', None)
+        if isinstance(held, KVCache):
+            return held
+        attentions = getattr(given, 'attn_intermediates', None)
+        if attentions is None:
+            raise TypeError(
+                'cache must be a KVCache or the LayerIntermediates of an earlier call (return_intermediates=True), '
+                f'got {type(given).__name__}'
+            )
+        cache = KVCache(getattr(given, 'cache_length', 0))
+        for index, inter in zip(steps or range(len(attentions)), attentions, strict=False):
+            if inter is None or inter.cached_kv is None:
+                continue
+            k, v = inter.cached_kv
+            fixed = inter.layer_type == 'c'
+            cache.step(index).tapes.update(k=Tape.of(k, fixed=fixed), v=Tape.of(v, fixed=fixed))
+        return cache
+
+    @property
+    def retained(self) -> int:
+        """Rows that self attention still holds."""
+        return max((layer.length for layer in self.steps.values()), default=0)
+
+    @property
+    def can_rollback(self) -> bool:
+        return all(layer.can_rollback for layer in self.steps.values())
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return iter(self.steps.values())
+
+    def step(self, index: int) -> LayerCache:
+        """The cache of execution step ``index``, made when first asked for."""
+        layer = self.steps.get(index)
+        if layer is None:
+            layer = self.steps[index] = LayerCache()
+        return layer
+
+    def advance(self, rows: int) -> None:
+        """Count ``rows`` more as seen."""
+        self.length += rows
+
+    def _mapped(self, change: Callable[[LayerCache], LayerCache], length: int | None = None) -> KVCache:
+        twin = KVCache(self.length if length is None else length, self.front)
+        twin.steps = {index: change(layer) for index, layer in self.steps.items()}
+        return twin
+
+    def fork(self) -> KVCache:
+        """A snapshot that can be continued independently, at no cost."""
+        return self._mapped(LayerCache.fork)
+
+    def rollback(self, length: int, own: bool = False) -> KVCache:
+        """As it was when ``length`` rows had been seen.
+
+        ``own``: nobody continues this cache or a fork of it any more, so its memory may be overwritten.
+        Raises ValueError if those rows have left the window, or if a state without history is held.
+        """
+        removed = self.length - length
+        if removed < 0 or removed > self.retained:
+            raise ValueError(
+                f'the cache has seen {self.length} rows and holds the newest {self.retained}; '
+                f'it cannot be rolled back to {length}'
+            )
+        return self._mapped(lambda layer: layer.shortened(removed, own), length)
+
+    def window(self, last: int) -> KVCache:
+        """Only the newest ``last`` rows of self attention; ``length`` stays."""
+        return self._mapped(lambda layer: layer.changed(lambda tape: tape.last(last)))
+
+    def reorder(self, rows: Int[Tensor, ' r'], context: bool = True) -> KVCache:
+        """Batch rows gathered by ``rows``: permuted, repeated or chosen.
+
+        ``context=False``: each row keeps the context it has, so fixed tapes are not gathered (beams of one prompt share theirs).
+        """
+        return self._mapped(lambda layer: layer.reordered(rows, context))
+
+    def reserve(self, more: int) -> KVCache:
+        """Told that ``more`` rows will follow, so that the first append makes room for all of them."""
+        return self._mapped(lambda layer: layer.changed(lambda tape: tape.reserved(more)))
+
+    def bytes(self) -> int:
+        """Bytes of what is held, without spare room."""
+        return sum(layer.nbytes() for layer in self.steps.values())
+
+    def __repr__(self) -> str:
+        return f'KVCache(length={self.length}, retained={self.retained}, steps={len(self.steps)})'

@@ -1,0 +1,137 @@
+"""One tensor that grows along the sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.tensor_types import Float, Int
+
+LEAST_ROOM = 64
+
+
+class Room:
+    """Memory that several tapes may share; ``used`` is where the newest of them ends."""
+
+    __slots__ = ('buffer', 'used')
+
+    def __init__(self, buffer: Tensor, used: int) -> None:
+        self.buffer = buffer
+        self.used = used
+
+    def has_space(self, end: int, more: int) -> bool:
+        """Whether ``more`` rows may be written at ``end`` without harming anyone's view."""
+        if end != self.used or end + more > self.buffer.shape[-2]:
+            return False
+        # memory made in inference mode cannot be written outside of it
+        return not self.buffer.is_inference() or torch.is_inference_mode_enabled()
+
+
+class Tape:
+    """A tensor (..., n, d), batch first, that grows along axis -2 at amortised constant cost.
+
+    A tape is a value: every method returns a new tape and the old one stays valid, so a past can be continued twice.
+    Memory is shared as long as that is safe: ``append`` writes behind the last row if this tape is the newest view of its
+    memory and copies otherwise. With gradients enabled it concatenates, since writing in place would break autograd.
+    A ``fixed`` tape (the keys of cross attention) refuses to grow and is left alone by ``cut`` and ``last``.
+    """
+
+    __slots__ = ('_room', '_start', 'fixed', 'length', 'reserve')
+
+    def __init__(self, room: Room, start: int, length: int, fixed: bool = False, reserve: int = 0) -> None:
+        self._room = room
+        self._start = start
+        self.length = length
+        self.fixed = fixed
+        self.reserve = reserve
+
+    @classmethod
+    def of(cls, tensor: Float[Tensor, '... n d'], fixed: bool = False, reserve: int = 0) -> Tape:
+        """A tape that holds ``tensor`` itself: no copy, no spare room until the first append.
+
+        ``reserve``: how many more rows are expected, which the first append makes room for.
+        """
+        length = tensor.shape[-2]
+        return cls(Room(tensor, length), 0, length, fixed, reserve)
+
+    @property
+    def value(self) -> Float[Tensor, '... n d']:
+        buffer = self._room.buffer
+        if self.length == buffer.shape[-2]:
+            return buffer
+        return buffer.narrow(-2, self._start, self.length)
+
+    @property
+    def batch(self) -> int:
+        return self._room.buffer.shape[0]
+
+    def nbytes(self) -> int:
+        """Bytes of the rows that are held, without spare room."""
+        value = self.value
+        return value.numel() * value.element_size()
+
+    def append(self, new: Float[Tensor, '... m d']) -> Tape:
+        """This tape with ``new`` behind it."""
+        buffer = self._room.buffer
+        if self.fixed:
+            raise ValueError('a fixed tape (cross attention) cannot grow; replace it instead')
+        if new.shape[:-2] != buffer.shape[:-2] or new.shape[-1] != buffer.shape[-1]:
+            raise ValueError(
+                f'the cache holds rows of shape {_but_length(buffer)} and the new ones are {_but_length(new)}; they must agree '
+                '(batch, heads, features): use the cache with the batch it was made for, or reorder its rows first'
+            )
+        if torch.is_grad_enabled() or new.dtype != buffer.dtype or new.device != buffer.device:
+            return Tape.of(torch.cat((self.value, new), dim=-2), reserve=self.reserve)
+        more = new.shape[-2]
+        end = self._start + self.length
+        if not self._room.has_space(end, more):
+            return self._moved(more).append(new)
+        buffer.narrow(-2, end, more).copy_(new)
+        self._room.used = end + more
+        return Tape(self._room, self._start, self.length + more, reserve=max(self.reserve - more, 0))
+
+    def _moved(self, more: int) -> Tape:
+        """A copy of this tape with room for at least ``more`` rows."""
+        value = self.value
+        spare = max(more, self.reserve, self.length // 2, LEAST_ROOM)
+        buffer = value.new_empty((*value.shape[:-2], self.length + spare, value.shape[-1]))
+        buffer.narrow(-2, 0, self.length).copy_(value)
+        return Tape(Room(buffer, self.length), 0, self.length, reserve=self.reserve)
+
+    def cut(self, length: int, own: bool = False) -> Tape:
+        """The oldest ``length`` rows, as if the others had never been appended.
+
+        ``own``: nobody else holds a tape of this memory, so the next append may overwrite what was cut off.
+        """
+        if self.fixed:
+            return self
+        if not 0 <= length <= self.length:
+            raise ValueError(f'cannot cut a tape of {self.length} rows to {length}')
+        if own and self._room.used == self._start + self.length and self._room.buffer.shape[-2] > self.length:
+            self._room.used = self._start + length
+        return Tape(self._room, self._start, length, reserve=self.reserve)
+
+    def last(self, n: int) -> Tape:
+        """The newest ``n`` rows (all, if there are fewer)."""
+        if self.fixed or n >= self.length:
+            return self
+        if n < 0:
+            raise ValueError(f'cannot keep the newest {n} rows of a tape')
+        return Tape(self._room, self._start + self.length - n, n, reserve=self.reserve)
+
+    def rows(self, index: Int[Tensor, ' r']) -> Tape:
+        """Batch rows gathered by ``index``: a permutation, a repetition, a choice. Spare room is kept."""
+        room = Room(self._room.buffer.index_select(0, index), self._start + self.length)
+        return Tape(room, self._start, self.length, self.fixed, self.reserve)
+
+    def reserved(self, more: int) -> Tape:
+        """The same tape, told that ``more`` rows will follow; nothing is allocated yet."""
+        return Tape(self._room, self._start, self.length, self.fixed, more)
+
+    def __repr__(self) -> str:
+        kind = 'fixed tape' if self.fixed else 'tape'
+        return f'<{kind} of {self.length} rows {_but_length(self._room.buffer)}>'
+
+
+def _but_length(t: Tensor) -> str:
+    return f'({", ".join(map(str, t.shape[:-2]))}, n, {t.shape[-1]})'
