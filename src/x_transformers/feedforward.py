@@ -1,0 +1,129 @@
+"""The feed-forward branch: two linear maps and an activation, gated or not."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.helpers import Sequential, exists
+from x_transformers.module import ConstantLinear, Module, empty_parameter
+from x_transformers.norms import LayerNorm
+from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.inputs import BranchInputs
+
+
+class ReluSquared(Module):
+    """``relu(x) ** 2``, https://arxiv.org/abs/2109.08668. forward: (…) -> (…)."""
+
+    def forward(self, x: Float[Tensor, '...']) -> Float[Tensor, '...']:
+        return F.relu(x).square()
+
+
+class SoLU(Module):
+    """``softmax(x) * x``, normed; Elhage et al. 2022, https://transformer-circuits.pub/2022/solu. forward: (… d) -> (… d)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return self.norm(x.softmax(dim=-1) * x)
+
+
+class GLU(Module):
+    """Gated linear unit, https://arxiv.org/abs/2002.05202: one half of a linear map, times the activation of the other.
+
+    forward: (… dim_in) -> (… dim_out). ``mult_bias`` adds a learned factor per feature, which starts at 1.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module, mult_bias: bool = False) -> None:
+        super().__init__()
+        self.act = activation
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+        self.mult_bias = empty_parameter(dim_out) if mult_bias else 1.0
+        self.init_own()
+
+    def init_own(self) -> None:
+        if isinstance(self.mult_bias, Tensor):
+            nn.init.ones_(self.mult_bias)
+
+    def forward(self, x: Float[Tensor, '... c']) -> Float[Tensor, '... d']:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        out: Tensor = value * self.act(gate)
+        return out * self.mult_bias if isinstance(self.mult_bias, Tensor) else out
+
+
+class FeedForward(Module):
+    """Linear map to ``dim * mult`` features, activation, linear map to ``dim_out`` (None: ``dim``).
+
+    The keywords are those of ``FeedForwardFlags``; ``FeedForward.from_flags(dim, flags)`` takes them already parsed.
+    forward: (… n dim) -> (… n dim_out), times ``deep_embed`` (b n dim_out) if there is one.
+    Raises ValueError if the last axis of the input is not ``dim``.
+    """
+
+    def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **flags: Any) -> None:
+        super().__init__()
+        self._build(dim, FeedForwardFlags.parse({'dim_out': dim_out, 'mult': mult, **flags}, where='FeedForward'))
+
+    @classmethod
+    def from_flags(cls, dim: int, flags: FeedForwardFlags) -> FeedForward:
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._build(dim, flags)
+        return self
+
+    def _build(self, dim: int, flags: FeedForwardFlags) -> None:
+        self.dim = dim
+        self.flags = flags
+        dim_out = flags.dim_out if exists(flags.dim_out) else dim
+        dim_inner = int(dim * flags.mult)
+        activation = choose_activation(flags, dim_inner)
+        first = (
+            GLU(dim, dim_inner, activation, mult_bias=flags.glu_mult_bias)
+            if flags.glu
+            else nn.Sequential(nn.Linear(dim, dim_inner, bias=not flags.no_bias), activation)
+        )
+        last = ConstantLinear if flags.zero_init_output else nn.Linear
+        self.ff = Sequential(
+            first,
+            LayerNorm(dim_inner) if flags.post_act_ln else None,
+            nn.Dropout(flags.dropout),
+            last(dim_inner, dim_out, bias=not flags.no_bias),
+            nn.Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
+        )
+
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """The weight matrices: what the Muon optimizer is meant for."""
+        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+
+    def forward(
+        self, x: Float[Tensor, '... n d'], deep_embed: Float[Tensor, 'b n e'] | None = None
+    ) -> Float[Tensor, '... n e']:
+        if x.shape[-1] != self.dim:
+            raise ValueError(
+                f'the feed-forward takes inputs of {self.dim} features, but x has {x.shape[-1]} in its last axis '
+                f'(shape {tuple(x.shape)}): project it first, or build FeedForward(dim={x.shape[-1]})'
+            )
+        out: Tensor = self.ff(x)
+        return out if deep_embed is None else out * deep_embed
+
+    def run(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, '... n e'], None]:
+        """The branch as the stack calls it; a feed-forward has no intermediates."""
+        return self.forward(x, deep_embed=given.deep_embed), None
+
+
+def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:
+    """The activation that the flags name; a user's own is copied, so that no two layers share its parameters."""
+    if exists(flags.custom_activation):
+        return deepcopy(flags.custom_activation)
+    if flags.relu_squared:
+        return ReluSquared()
+    if flags.solu:
+        return SoLU(dim)
+    return nn.SiLU() if flags.swish else nn.GELU()

@@ -1,0 +1,323 @@
+"""Norms over the last axis, and the choice among them.
+
+Three of them divide: by the standard deviation (layer norm) or by the length (scale and RMS norms). Two squash instead. A *unit
+offset* keeps the learned gain as its difference from 1, so that weight decay pulls it towards 1 instead of 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.helpers import default
+from x_transformers.module import ConstantLinear, Module, empty_parameter
+from x_transformers.tensor_types import Float
+
+# ---------------------------------------------------------------- the two formulas
+
+# below this length a vector counts as zero: it stays where it is instead of being blown up
+MIN_LENGTH = 1e-12
+
+
+def layer_norm(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None) -> Float[Tensor, '... d']:
+    """Zero mean and unit variance of the last axis, times ``gain``, in one kernel."""
+    if gain is not None and gain.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, gain.dtype)
+        x, gain = x.to(dtype), gain.to(dtype)
+    return F.layer_norm(x, x.shape[-1:], gain)
+
+
+def rms_norm(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None) -> Float[Tensor, '... d']:
+    """``x / max(|x|, 1e-12) * sqrt(d) * gain``: root mean square 1 of the last axis; a zero vector stays zero.
+
+    The formula is ``_rms_formula``. On a CPU its gradient is taken by hand, because the formula alone keeps and reads far more
+    than it needs to: a training step of the norm would take three to four times as long. A compiler does as well by itself.
+    """
+    if gain is not None and gain.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, gain.dtype)
+        x, gain = x.to(dtype), gain.to(dtype)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _by_hand(x, gain):
+        return _rms_formula(x, gain)
+    out: Tensor = _RMSNorm.apply(x, gain)[0]
+    return out
+
+
+def _by_hand(x: Tensor, gain: Tensor | None) -> bool:
+    learning = torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad))
+    return learning and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
+
+
+def _inverse_rms(x: Float[Tensor, '... d']) -> Float[Tensor, '... 1']:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
+    return x.shape[-1] ** 0.5 / length
+
+
+def _rms_formula(x: Tensor, gain: Tensor | None) -> Tensor:
+    scaled = x * _inverse_rms(x)
+    return scaled if gain is None else scaled * gain
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``_rms_formula`` with a short way back.
+
+    The gradient of layer norm with a mean of 0 is that of RMS norm, less the mean of the incoming gradient; torch has a fused
+    kernel for the former, so that one matrix-vector product and one sum are left.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+        inverse = _inverse_rms(x)
+        return (x * inverse if gain is None else (x * gain).mul_(inverse)), inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+        x, gain = inputs
+        inverse = output[1]
+        ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, gain, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        if grad is None:
+            return None, None
+        x, gain, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # a gradient of this gradient is wanted: let autograd see the whole formula
+            wanted = [t for t in (x, gain) if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(_rms_formula(x, gain), wanted, grad, create_graph=True))
+            return tuple(next(found) if t is not None and t.requires_grad else None for t in (x, gain))  # type: ignore[return-value]
+        with torch.autocast(x.device.type, enabled=False):
+            needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+            shape = x.shape[-1:]
+            zero = torch.zeros_like(inverse)
+            grad_x, grad_gain, _ = torch.ops.aten.native_layer_norm_backward(
+                grad.contiguous(), x.contiguous(), shape, zero, inverse, gain, None, needs
+            )
+            if needs[0]:
+                mean = grad.mean(-1, keepdim=True) if gain is None else (grad @ gain).unsqueeze(-1) / shape[0]
+                grad_x = grad_x + mean * inverse
+        return grad_x, grad_gain
+
+
+def _with_sequence_axis(condition: Float[Tensor, 'b #n c'] | Float[Tensor, 'b c']) -> Float[Tensor, 'b #n c']:
+    """One condition for a whole sequence becomes one for each of its tokens."""
+    return condition.unsqueeze(1) if condition.ndim == 2 else condition
+
+
+# ---------------------------------------------------------------- dividing by the standard deviation
+
+
+class LayerNorm(Module):
+    """Layer norm without bias, https://arxiv.org/abs/1607.06450.
+
+    forward: (… d) -> (… d). ``gamma`` starts such that the gain is 1.
+    """
+
+    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.unit_offset = unit_offset
+        self.gamma = empty_parameter(dim)
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.constant_(self.gamma, 1.0 - self.unit_offset)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return layer_norm(x, self.gamma + 1.0 if self.unit_offset else self.gamma)
+
+
+class AdaptiveLayerNorm(Module):
+    """Layer norm whose gain is a linear map of a condition, https://arxiv.org/abs/2212.09748; the gain starts at 1.
+
+    forward: x (… b n d), condition (b c) or (b n c).
+    """
+
+    def __init__(self, dim: int, dim_condition: int | None = None) -> None:
+        super().__init__()
+        self.to_gamma = ConstantLinear(default(dim_condition, dim), dim, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
+    ) -> Float[Tensor, '... d']:
+        return layer_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+
+
+# ---------------------------------------------------------------- dividing by the length
+
+
+class ScaleNorm(Module):
+    """RMS norm with one gain for all features, https://arxiv.org/abs/1910.05895. forward: (… d) -> (… d)."""
+
+    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.unit_offset = unit_offset
+        self.scale = dim**0.5
+        self.g = empty_parameter(1)
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.constant_(self.g, 1.0 - self.unit_offset)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        gain = self.g + 1.0 if self.unit_offset else self.g
+        return rms_norm(x, gain.expand(x.shape[-1]))
+
+
+class RMSNorm(Module):
+    """Root mean square norm, https://arxiv.org/abs/1910.07467. forward: (… d) -> (… d)."""
+
+    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.unit_offset = unit_offset
+        self.scale = dim**0.5
+        self.g = empty_parameter(dim)
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.constant_(self.g, 1.0 - self.unit_offset)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return rms_norm(x, self.g + 1.0 if self.unit_offset else self.g)
+
+
+class AdaptiveRMSNorm(Module):
+    """RMS norm whose gain is a linear map of a condition; the gain starts at 1.
+
+    forward: x (… b n d), condition (b c) or (b n c).
+    """
+
+    def __init__(self, dim: int, dim_condition: int | None = None) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.to_gamma = ConstantLinear(default(dim_condition, dim), dim, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
+    ) -> Float[Tensor, '... d']:
+        return rms_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+
+
+class SimpleRMSNorm(Module):
+    """RMS norm without a gain, https://arxiv.org/abs/2307.14995. forward: (… d) -> (… d)."""
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return rms_norm(x)
+
+
+class MultiheadRMSNorm(Module):
+    """RMS norm of every head, each with a gain of its own that starts at 1. forward: (b h n d) -> (b h n d)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.rmsnorm = SimpleRMSNorm(dim)
+        self.gamma = empty_parameter(heads, 1, dim)
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.zeros_(self.gamma)
+
+    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+        return self.rmsnorm(x) * (self.gamma + 1.0)
+
+
+# ---------------------------------------------------------------- squashing
+
+
+class DynamicTanh(Module):
+    """``tanh(a x) * gamma + beta`` in place of a norm, https://arxiv.org/abs/2503.10622. forward: (… d) -> (… d).
+
+    ``gamma`` and ``beta`` of the constructor are accepted for the signature's sake: the gain starts at 1, the bias at 0.
+    """
+
+    def __init__(
+        self, dim: int, init_alpha: float = 1.0, gamma: float = 1.0, beta: float = 0.0, unit_offset: bool = False
+    ) -> None:
+        super().__init__()
+        self.init_alpha = init_alpha
+        self.unit_offset = unit_offset
+        # with a unit offset the learned scale, too, is kept as its difference from where it starts
+        self.pre_tanh_scale_offset = init_alpha if unit_offset else 0.0
+        self.gamma_offset = float(unit_offset)
+        self.pre_tanh_scale = empty_parameter()
+        self.gamma = empty_parameter(dim)
+        self.beta = empty_parameter(dim)
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.constant_(self.pre_tanh_scale, self.init_alpha - self.pre_tanh_scale_offset)
+        nn.init.constant_(self.gamma, 1.0 - self.gamma_offset)
+        nn.init.zeros_(self.beta)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        squashed = (x * (self.pre_tanh_scale + self.pre_tanh_scale_offset)).tanh()
+        return squashed * (self.gamma + self.gamma_offset) + self.beta
+
+
+class Derf(Module):
+    """``erf(a x + s) * gamma + beta`` in place of a norm, https://arxiv.org/abs/2512.10938. forward: (… d) -> (… d)."""
+
+    def __init__(self, dim: int, init_alpha: float = 0.5, init_bias: float = 0.0, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.init_alpha = init_alpha
+        self.init_bias = init_bias
+        self.scale_offset = float(unit_offset)
+        self.alpha = empty_parameter()
+        self.s = empty_parameter()
+        self.gamma = empty_parameter(dim)
+        self.beta = empty_parameter(dim)
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.constant_(self.alpha, self.init_alpha - self.scale_offset)
+        nn.init.constant_(self.s, self.init_bias)
+        nn.init.constant_(self.gamma, 1.0 - self.scale_offset)
+        nn.init.zeros_(self.beta)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        squashed = torch.erf(x * (self.alpha + self.scale_offset) + self.s)
+        return squashed * (self.gamma + self.scale_offset) + self.beta
+
+
+# ---------------------------------------------------------------- the choice
+
+NORMS: dict[str, type[Module]] = {
+    'layernorm': LayerNorm,
+    'scalenorm': ScaleNorm,
+    'rmsnorm': RMSNorm,
+    'simple_rmsnorm': SimpleRMSNorm,
+    'dynamic_tanh': DynamicTanh,
+    'derf': Derf,
+    'adaptive_layernorm': AdaptiveLayerNorm,
+    'adaptive_rmsnorm': AdaptiveRMSNorm,
+}
+
+# these take a condition, and have no unit offset: their gain is 1 plus a map of the condition anyway
+ADAPTIVE_NORMS = frozenset({'adaptive_layernorm', 'adaptive_rmsnorm'})
+
+
+def choose_norm(
+    kind: str, dim: int, unit_offset: bool = False, dim_condition: int | None = None, init_alpha: float = 1.0
+) -> Module:
+    """The norm called ``kind`` (a key of ``NORMS``, or the flag's name: the same with ``use_`` in front).
+
+    ``dim_condition`` is the width of an adaptive norm's condition (None: ``dim``), ``init_alpha`` where dynamic tanh starts.
+    Raises ValueError if there is no such norm.
+    """
+    kind = kind.removeprefix('use_')
+    if kind not in NORMS:
+        raise ValueError(f'there is no norm {kind!r}: choose one of {", ".join(NORMS)}')
+    if kind in ADAPTIVE_NORMS:
+        return NORMS[kind](dim, dim_condition=dim_condition)
+    if kind == 'dynamic_tanh':
+        return DynamicTanh(dim, init_alpha=init_alpha, unit_offset=unit_offset)
+    return NORMS[kind](dim, unit_offset=unit_offset)

@@ -1,0 +1,153 @@
+"""The feed-forward branch against its formula."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.feedforward import GLU, FeedForward, ReluSquared, SoLU
+from x_transformers.flags.feedforward import FeedForwardFlags
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def solu(x: Tensor) -> Tensor:
+    mixed = x.softmax(-1) * x
+    centred = mixed - mixed.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+ACTIVATIONS = {
+    '': gelu,
+    'swish': lambda x: x * x.sigmoid(),
+    'relu_squared': lambda x: x.clamp(min=0) ** 2,
+    'solu': solu,
+}
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+@pytest.mark.parametrize('glu', [False, True])
+def test_activations(name: str, glu: bool) -> None:
+    flags = {name: True} if name else {}
+    ff = FeedForward(4, mult=1.6, glu=glu, **flags)
+    x = torch.randn(2, 3, 4)
+    activation = ACTIVATIONS[name]
+    state = ff.state_dict()
+    inner = 6
+    if glu:
+        both = x @ state['ff.0.proj.weight'].t() + state['ff.0.proj.bias']
+        hidden = both[..., :inner] * activation(both[..., inner:])
+    else:
+        hidden = activation(x @ state['ff.0.0.weight'].t() + state['ff.0.0.bias'])
+    torch.testing.assert_close(ff(x), hidden @ state['ff.2.weight'].t() + state['ff.2.bias'])
+
+
+def test_names_of_parameters() -> None:
+    plain = {'ff.0.0.weight': (8, 4), 'ff.0.0.bias': (8,), 'ff.2.weight': (4, 8), 'ff.2.bias': (4,)}
+    assert shapes(FeedForward(4, mult=2)) == plain
+    assert list(shapes(FeedForward(4, mult=2, dropout=0.1, sublayer_dropout=0.1))) == list(plain)
+    assert shapes(FeedForward(4, 5, mult=2, no_bias=True)) == {'ff.0.0.weight': (8, 4), 'ff.2.weight': (5, 8)}
+    # the gated projection keeps its bias, as in the original's checkpoints
+    gated = FeedForward(4, mult=2, glu=True, glu_mult_bias=True, solu=True, no_bias=True, post_act_ln=True)
+    assert shapes(gated) == {
+        'ff.0.mult_bias': (8,),
+        'ff.0.act.norm.gamma': (8,),
+        'ff.0.proj.weight': (16, 4),
+        'ff.0.proj.bias': (16,),
+        'ff.1.gamma': (8,),
+        'ff.3.weight': (4, 8),
+    }
+    assert 'ff.0.1.norm.gamma' in shapes(FeedForward(4, solu=True))
+
+
+def test_norm_and_factor_between_the_maps() -> None:
+    ff = FeedForward(4, mult=2, glu=True, glu_mult_bias=True, post_act_ln=True)
+    state = ff.state_dict()
+    assert (state['ff.0.mult_bias'] == 1).all()
+    with torch.no_grad():
+        ff.ff[0].mult_bias.normal_()
+        ff.ff[1].gamma.normal_()
+    x = torch.randn(2, 3, 4)
+    value, gate = (x @ state['ff.0.proj.weight'].t() + state['ff.0.proj.bias']).split(8, dim=-1)
+    hidden = F.layer_norm(value * gelu(gate) * state['ff.0.mult_bias'], (8,)) * state['ff.1.gamma']
+    torch.testing.assert_close(ff(x), hidden @ state['ff.3.weight'].t() + state['ff.3.bias'])
+
+
+def test_dropouts_fall_where_they_should() -> None:
+    ff = FeedForward(4, mult=8, dropout=0.5, sublayer_dropout=0.5)
+    x = torch.randn(2, 50, 4)
+    kept = (ff(x) != 0).float().mean()
+    assert 0.3 < kept < 0.7
+    within = FeedForward(4, mult=8, dropout=0.999999, no_bias=True)
+    assert (within(x) == 0).all()
+    within.eval()
+    assert (within(x) != 0).any()
+
+
+def test_starts_silent_on_request() -> None:
+    ff = FeedForward(4, zero_init_output=True)
+    assert (ff(torch.randn(2, 3, 4)) == 0).all()
+    with torch.no_grad():
+        ff.ff[2].weight.normal_()
+    ff.reset_parameters()
+    assert (ff.ff[2].weight == 0).all()
+
+
+def test_custom_activation_is_copied() -> None:
+    activation = nn.PReLU()
+    one, two = FeedForward(4, custom_activation=activation), FeedForward(4, glu=True, custom_activation=activation)
+    assert 'ff.0.1.weight' in shapes(one)
+    assert 'ff.0.act.weight' in shapes(two)
+    assert one.ff[0][1] is not activation
+    assert one.ff[0][1].weight is not two.ff[0].act.weight
+
+
+def test_deep_embed_and_run() -> None:
+    ff = FeedForward(4)
+    x, deep = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(ff(x, deep_embed=deep), ff(x) * deep)
+    out, intermediates = ff.run(x, SimpleNamespace(deep_embed=deep))
+    torch.testing.assert_close(out, ff(x) * deep)
+    assert intermediates is None
+
+
+def test_from_flags_and_muon() -> None:
+    flags = FeedForwardFlags.parse({'glu': True, 'mult': 2, 'post_act_ln': True}, where='test')
+    ff = FeedForward.from_flags(4, flags)
+    assert [tuple(p.shape) for p in ff.muon_parameters()] == [(16, 4), (4, 8)]
+    assert ff.muon_parameters()[0] is ff.ff[0].proj.weight
+    assert ff(torch.randn(3, 2, 5, 4)).shape == (3, 2, 5, 4)
+
+
+def test_builds_without_memory() -> None:
+    with torch.device('meta'):
+        ff = FeedForward(4, glu=True, glu_mult_bias=True, post_act_ln=True, zero_init_output=True)
+    ff.to_empty(device='cpu')
+    ff.reset_parameters()
+    assert (ff.ff[0].mult_bias == 1).all()
+    assert (ff.ff[1].gamma == 1).all()
+    assert (ff.ff[3].weight == 0).all()
+    assert ff.ff[0].proj.weight.abs().max() <= 0.5
+
+
+def test_wrong_width_is_named() -> None:
+    with pytest.raises(ValueError, match='takes inputs of 4 features, but x has 5'):
+        FeedForward(4)(torch.randn(2, 3, 5))
+
+
+def test_parts_alone() -> None:
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(ReluSquared()(x), ACTIVATIONS['relu_squared'](x))
+    torch.testing.assert_close(SoLU(4)(x), solu(x))
+    assert shapes(GLU(4, 3, nn.SiLU())) == {'proj.weight': (6, 4), 'proj.bias': (6,)}
