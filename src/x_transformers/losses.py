@@ -1,0 +1,181 @@
+"""Losses and measures over logits: token cross entropy (also without ever holding the logits), z-loss, entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from x_transformers.helpers import log, masked_mean
+from x_transformers.tensor_types import Bool, Float, Int
+
+__all__ = ['calc_entropy', 'calc_z_loss', 'linear_cross_entropy', 'masked_mean', 'token_cross_entropy']
+
+# rows of logits that exist at one time, where the caller leaves it open
+CHUNK_CPU = 256
+CHUNK_ACCELERATOR = 2048
+
+
+def token_cross_entropy(
+    logits: Float[Tensor, '... v'],
+    targets: Int[Tensor, '...'],
+    ignore_index: int = -100,
+    is_log_prob: bool = False,
+    reduction: str = 'mean',
+) -> Float[Tensor, '...']:
+    """Cross entropy of every token that is not ``ignore_index``.
+
+    The classes stay on the last, contiguous axis: with the classes on axis 1 the softmax walks memory in strides, which takes
+    nearly twice the time on CPU.
+
+    Args:
+        logits: scores, or log probabilities with ``is_log_prob``.
+        targets: class indices, one per row of logits.
+        reduction: ``'mean'`` over the tokens that count (NaN if none does), ``'sum'``, or ``'none'`` (the shape of ``targets``,
+            0 where ignored).
+    """
+    check_targets('token_cross_entropy', logits, targets, 'logits')
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
+    measure = F.nll_loss if is_log_prob else F.cross_entropy
+    loss = measure(flat, wanted, ignore_index=ignore_index, reduction=reduction)
+    return loss.view(targets.shape) if reduction == 'none' else loss
+
+
+def check_targets(where: str, rows: Tensor, targets: Tensor, name: str) -> None:
+    if rows.shape[:-1] != targets.shape:
+        raise ValueError(
+            f'{where}: targets of shape {tuple(targets.shape)} do not go with {name} of shape {tuple(rows.shape)}; '
+            f'there must be one target for every row of {name}.'
+        )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Weighted sum of the cross entropies of ``hidden @ weight.T + bias``, ``chunk`` rows at a time.
+
+    The gradients are made in the forward, while a chunk's logits are there; the backward multiplies them by what comes in.
+    Hence nothing of the size rows x classes outlives its chunk, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, 'n d'],
+        weight: Float[Tensor, 'v d'],
+        bias: Float[Tensor, ' v'] | None,
+        targets: Int[Tensor, ' n'],
+        shares: Float[Tensor, ' n'],
+        chunk: int,
+        dtype: torch.dtype,
+        with_grad: bool,
+    ) -> Float[Tensor, '']:
+        needs = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
+        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        to_hidden = torch.empty_like(hidden) if needs[0] else None
+        to_weight = torch.zeros_like(weight) if needs[1] else None
+        to_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
+        total = shares.new_zeros(())
+        for start in range(0, hidden.shape[0], chunk):
+            here = slice(start, start + chunk)
+            rows, wanted, share = hidden[here].to(dtype), targets[here].unsqueeze(-1), shares[here].unsqueeze(-1)
+            log_probs = F.linear(rows, matrix, offset).to(shares.dtype).log_softmax(dim=-1)
+            total -= (log_probs.gather(-1, wanted) * share).sum()
+            if not any(needs):
+                continue
+            # the slope of the loss in the logits: probabilities, minus one at the target
+            slope = log_probs.exp_()
+            slope.scatter_add_(-1, wanted, slope.new_full((), -1.0).expand(wanted.shape))
+            slope = slope.mul_(share).to(dtype)
+            if to_hidden is not None:
+                to_hidden[here] = slope @ matrix
+            if to_weight is not None:
+                _add_product(to_weight, slope.t(), rows)
+            if to_bias is not None:
+                to_bias += slope.sum(dim=0)
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, '']) -> tuple[Tensor | None, ...]:
+        slopes = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
+        return (*slopes, None, None, None, None, None)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in one pass where the dtypes agree; sums over chunks stay in the dtype of ``total``."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, '... d'],
+    weight: Float[Tensor, 'v d'],
+    bias: Float[Tensor, ' v'] | None,
+    targets: Int[Tensor, '...'],
+    ignore_index: int = -100,
+    chunk: int | None = None,
+    reduction: str = 'mean',
+) -> Float[Tensor, '']:
+    """``token_cross_entropy(F.linear(hidden, weight, bias), targets)`` that never holds all logits.
+
+    Only ``chunk`` rows of logits exist at a time, so with a large vocabulary the memory of a training step is that of the
+    model, not of its logits. Loss and gradients are those of the two steps done one after the other, to rounding.
+
+    Args:
+        reduction: ``'mean'`` over the tokens that are not ``ignore_index`` (NaN if all are ignored), or ``'sum'``.
+    """
+    check_targets('linear_cross_entropy', hidden, targets, 'hidden')
+    if reduction not in ('mean', 'sum'):
+        raise ValueError(
+            f"linear_cross_entropy: reduction is {reduction!r}; it can be 'mean' or 'sum', as single losses are not kept."
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f'linear_cross_entropy: chunk is {chunk}; at least one row must be computed at a time.')
+    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    kind = rows.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    counted = wanted != ignore_index
+    shares = counted.to(torch.promote_types(dtype, torch.float32))
+    count = shares.sum()
+    if reduction == 'mean':
+        shares = shares / count.clamp(min=1)
+    size = chunk or (CHUNK_CPU if kind == 'cpu' else CHUNK_ACCELERATOR)
+    with torch.autocast(kind, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            rows, weight, bias, wanted.masked_fill(~counted, 0), shares, size, dtype, torch.is_grad_enabled()
+        )
+    # as for ordinary cross entropy: the mean of no tokens is not a number
+    return torch.where(count > 0, loss, torch.nan) if reduction == 'mean' else loss
+
+
+def calc_entropy(t: Float[Tensor, '... v'], is_prob: bool = False) -> Float[Tensor, '...']:
+    """Entropy over the last axis, in nats, of logits or of probabilities."""
+    probs = t if is_prob else t.softmax(dim=-1)
+    return -(probs * log(probs)).sum(dim=-1)
+
+
+def calc_z_loss(
+    pre_softmax_attns: Sequence[Float[Tensor, 'b h i j']], mask: Bool[Tensor, 'b i'] | None = None, weight: float = 1.0
+) -> Float[Tensor, '']:
+    """Keeps attention logits small (https://arxiv.org/abs/2202.08906).
+
+    The log-sum-exps of all layers are added up, then squared, summed over heads and averaged over the positions that ``mask``
+    names (all of them without one).
+    """
+    if not pre_softmax_attns:
+        raise ValueError('calc_z_loss: there are no attention logits to measure; the list of layers is empty.')
+    widths = {tuple(attn.shape[:3]) for attn in pre_softmax_attns}
+    if len(widths) > 1:
+        raise ValueError(f'calc_z_loss: layers of different batch, heads or queries cannot be added up; got {sorted(widths)}.')
+    total = sum((attn.logsumexp(dim=-1) for attn in pre_softmax_attns[1:]), pre_softmax_attns[0].logsumexp(dim=-1))
+    squared = total.square().sum(dim=1)
+    if mask is None:
+        return squared.mean() * weight
+    kept = squared.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1e-5)
+    return kept * weight
