@@ -111,6 +111,9 @@ def test_custom_activation_is_copied() -> None:
     assert 'ff.0.act.weight' in shapes(two)
     assert one.ff[0][1] is not activation
     assert one.ff[0][1].weight is not two.ff[0].act.weight
+    function = FeedForward(4, custom_activation=torch.sin)
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(function(x), function.ff[2](torch.sin(function.ff[0][0](x))))
 
 
 def test_deep_embed_and_run() -> None:

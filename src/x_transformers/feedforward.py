@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.helpers import Sequential, exists
+from x_transformers.helpers import Sequential
 from x_transformers.module import ConstantLinear, Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
@@ -33,7 +34,19 @@ class SoLU(Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return self.norm(x.softmax(dim=-1) * x)
+        out: Tensor = self.norm(x.softmax(dim=-1) * x)
+        return out
+
+
+class Activation(Module):
+    """A user's function as a module. forward: (…) -> (…)."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Float[Tensor, '...']) -> Float[Tensor, '...']:
+        return self.fn(x)
 
 
 class GLU(Module):
@@ -81,7 +94,7 @@ class FeedForward(Module):
     def _build(self, dim: int, flags: FeedForwardFlags) -> None:
         self.dim = dim
         self.flags = flags
-        dim_out = flags.dim_out if exists(flags.dim_out) else dim
+        dim_out = dim if flags.dim_out is None else flags.dim_out
         dim_inner = int(dim * flags.mult)
         activation = choose_activation(flags, dim_inner)
         first = (
@@ -98,7 +111,7 @@ class FeedForward(Module):
             nn.Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
         )
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """The weight matrices: what the Muon optimizer is meant for."""
         return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
 
@@ -120,8 +133,9 @@ class FeedForward(Module):
 
 def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:
     """The activation that the flags name; a user's own is copied, so that no two layers share its parameters."""
-    if exists(flags.custom_activation):
-        return deepcopy(flags.custom_activation)
+    custom = flags.custom_activation
+    if custom is not None:
+        return deepcopy(custom) if isinstance(custom, nn.Module) else Activation(custom)
     if flags.relu_squared:
         return ReluSquared()
     if flags.solu:

@@ -39,9 +39,9 @@ def rms_norm(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None) 
     if gain is not None and gain.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain = x.to(dtype), gain.to(dtype)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _by_hand(x, gain):
+    if torch.compiler.is_compiling() or not _by_hand(x, gain):
         return _rms_formula(x, gain)
-    out: Tensor = _RMSNorm.apply(x, gain)[0]
+    out: Tensor = _RMSNorm.apply(x, gain)[0]  # type: ignore[no-untyped-call]
     return out
 
 
@@ -52,7 +52,8 @@ def _by_hand(x: Tensor, gain: Tensor | None) -> bool:
 
 def _inverse_rms(x: Float[Tensor, '... d']) -> Float[Tensor, '... 1']:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
-    return x.shape[-1] ** 0.5 / length
+    inverse: Tensor = x.shape[-1] ** 0.5 / length
+    return inverse
 
 
 def _rms_formula(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -83,7 +84,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, gain, inverse)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
         if grad is None:
             return None, None
         x, gain, inverse = ctx.saved_tensors
@@ -91,7 +92,8 @@ class _RMSNorm(torch.autograd.Function):
             # a gradient of this gradient is wanted: let autograd see the whole formula
             wanted = [t for t in (x, gain) if t is not None and t.requires_grad]
             found = iter(torch.autograd.grad(_rms_formula(x, gain), wanted, grad, create_graph=True))
-            return tuple(next(found) if t is not None and t.requires_grad else None for t in (x, gain))  # type: ignore[return-value]
+            of_x = next(found) if x.requires_grad else None
+            return of_x, (next(found) if gain is not None and gain.requires_grad else None)
         with torch.autocast(x.device.type, enabled=False):
             needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
             shape = x.shape[-1:]
@@ -145,7 +147,8 @@ class AdaptiveLayerNorm(Module):
     def forward(
         self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
     ) -> Float[Tensor, '... d']:
-        return layer_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        out: Tensor = layer_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        return out
 
 
 # ---------------------------------------------------------------- dividing by the length
@@ -200,7 +203,8 @@ class AdaptiveRMSNorm(Module):
     def forward(
         self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
     ) -> Float[Tensor, '... d']:
-        return rms_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        out: Tensor = rms_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        return out
 
 
 class SimpleRMSNorm(Module):
@@ -227,7 +231,8 @@ class MultiheadRMSNorm(Module):
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        return self.rmsnorm(x) * (self.gamma + 1.0)
+        out: Tensor = self.rmsnorm(x) * (self.gamma + 1.0)
+        return out
 
 
 # ---------------------------------------------------------------- squashing
