@@ -1,0 +1,94 @@
+"""What a kernel is told, and what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.scores.base import Rules, Where
+from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.position.relative import Bias
+
+
+class Needs(NamedTuple):
+    """What one ``Attend`` asks of a kernel, fixed when it is built.
+
+    ``whole`` and ``pointwise`` name the rules of that form, ``weights`` the function that turns scores into weights.
+    """
+
+    weights: str = 'softmax'
+    whole: tuple[str, ...] = ()
+    pointwise: tuple[str, ...] = ()
+    sink: bool = False
+    l2_distance: bool = False
+    onnxable: bool = False
+
+
+class Call(NamedTuple):
+    """What one call asks of a kernel: no tensor's values, only facts known beforehand."""
+
+    device: str
+    dtype: torch.dtype
+    gradients: bool
+    dropout: bool
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    where: Where
+    plain_causal: bool = False
+    masked: bool = False
+    windowed: bool = False
+    causal: bool = False
+    packed: bool = False
+    biased: bool = False
+    learned_bias: bool = False
+    previous: bool = False
+    hand_on: bool = False
+
+
+@dataclass
+class Job:
+    """Everything a kernel works on. Zero keys are already in front; causality is in the mask."""
+
+    q: Float[Tensor, 'b h i d']
+    k: Float[Tensor, 'b kh j d']
+    v: Float[Tensor, 'b kh j e']
+    mask: Mask
+    where: Where
+    rules: Rules
+    scale: float
+    bias: Bias | None = None
+    previous: Float[Tensor, 'b h i j'] | None = None
+    packed: PackedSequences | None = None
+    sink: Float[Tensor, 'h'] | None = None
+    softclamp: float | None = None
+    l2_distance: bool = False
+    dropout: float = 0.0
+    backends: tuple[str, ...] | None = None
+    keep: bool = False
+    records: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Kernel(Protocol):
+    """A way to run attention. ``refusals`` are reasons why it cannot, ``reservations`` why another should be preferred."""
+
+    name: str
+
+    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]: ...
+
+    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]: ...
+
+    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']: ...
+
+
+def tiled(t: Float[Tensor, 'b kh j d'], heads: int) -> Float[Tensor, 'b h j d']:
+    """Keys or values for every query head: query head h looks at head h mod kv_heads. One head broadcasts."""
+    kv_heads = t.shape[1]
+    return t if kv_heads in (1, heads) else t.repeat(1, heads // kv_heads, 1, 1)

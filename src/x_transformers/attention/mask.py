@@ -1,0 +1,302 @@
+"""Who may look at whom. True always means: may look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.scores.base import Where
+from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from x_transformers.position.relative import Bias
+
+
+class Memo:
+    """Things made once for a call and shared by all its layers, found by plain numbers and by the object they belong to."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[tuple[Any, ...], Any, Any]] = []
+
+    def find(self, key: tuple[Any, ...], owner: Any = None) -> Any:
+        for have, belongs_to, value in self.entries:
+            if belongs_to is owner and have == key:
+                return value
+        return None
+
+    def keep(self, key: tuple[Any, ...], value: Any, owner: Any = None) -> Any:
+        self.entries.append((key, owner, value))
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSequences:
+    """Several sequences laid end to end in one batch row: where each begins and ends, among queries and among keys."""
+
+    starts_q: Int[Tensor, 's']
+    starts_k: Int[Tensor, 's']
+    longest_q: int | None = None
+    longest_k: int | None = None
+    memo: Memo = field(default_factory=Memo, repr=False)
+
+    @classmethod
+    def of(cls, given: PackedSequences | Mapping[str, Any], *, causal: bool = False) -> PackedSequences:
+        """From the keywords ``cu_seqlens_q``, ``cu_seqlens_k`` and, optionally, ``max_seqlen_q``, ``max_seqlen_k``.
+
+        Raises ValueError unless both are whole numbers in one axis, of equal shape, strictly increasing, and, when
+        ``causal``, equal.
+        """
+        if isinstance(given, PackedSequences):
+            return given
+        missing = [name for name in ('cu_seqlens_q', 'cu_seqlens_k') if given.get(name) is None]
+        if missing:
+            raise ValueError(
+                f'flash_pack_seq_kwargs lacks {" and ".join(missing)}: the cumulative lengths of the packed sequences'
+            )
+        starts_q, starts_k = given['cu_seqlens_q'], given['cu_seqlens_k']
+        for name, starts in (('cu_seqlens_q', starts_q), ('cu_seqlens_k', starts_k)):
+            if not isinstance(starts, Tensor) or starts.ndim != 1 or starts.is_floating_point() or starts.dtype == torch.bool:
+                raise ValueError(f'{name} must be a 1-D tensor of whole numbers such as [0, 5, 12], got {describe(starts)}')
+        if starts_q.shape != starts_k.shape:
+            raise ValueError(
+                f'cu_seqlens_q and cu_seqlens_k must name the same number of sequences, '
+                f'got shapes {tuple(starts_q.shape)} and {tuple(starts_k.shape)}'
+            )
+        if not torch.compiler.is_compiling():
+            check_starts(starts_q, starts_k, causal)
+        return cls(starts_q, starts_k, given.get('max_seqlen_q'), given.get('max_seqlen_k'))
+
+    def segments(self, where: Where) -> tuple[Int[Tensor, '1 i'], Int[Tensor, '1 j']]:
+        """The number of the sequence that each query, and each own key, belongs to."""
+        key = (where.queries, where.own)
+        found = self.memo.find(key)
+        if found is None:
+            found = self.memo.keep(key, (segment_ids(self.starts_q, where.queries), segment_ids(self.starts_k, where.own)))
+        queries, keys = found
+        return queries, keys
+
+
+def describe(value: Any) -> str:
+    return f'shape {tuple(value.shape)} of {value.dtype}' if isinstance(value, Tensor) else repr(value)
+
+
+def check_starts(starts_q: Tensor, starts_k: Tensor, causal: bool) -> None:
+    for name, starts in (('cu_seqlens_q', starts_q), ('cu_seqlens_k', starts_k)):
+        if not bool((starts[1:] > starts[:-1]).all()):
+            raise ValueError(f'{name} must be strictly increasing, got {starts.tolist()}')
+    if causal and not torch.equal(starts_q, starts_k):
+        raise ValueError(
+            'causal attention over packed sequences needs cu_seqlens_q equal to cu_seqlens_k, '
+            f'got {starts_q.tolist()} and {starts_k.tolist()}'
+        )
+
+
+def segment_ids(starts: Int[Tensor, 's'], length: int) -> Int[Tensor, '1 n']:
+    positions = torch.arange(length, device=starts.device, dtype=starts.dtype)
+    return torch.searchsorted(starts[1:].contiguous(), positions, right=True)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Who may look at whom: the fields combine by *and*.
+
+    ``causal``   a query sees keys up to its own position (queries are right-aligned with the own keys).
+    ``past``     a query sees at most so many keys back.
+    ``keys``     (b j) which own keys may be seen: padding, left padding.
+    ``front``    (b f) which of the last f columns put in front may be seen; without it all of them.
+    ``prefix``   everyone sees keys before it, causality notwithstanding: one number, or one for each row (b).
+    ``dense``    (i j), (h i j) or (b h i j), axes of 1 broadcast; columns are own keys, or all.
+    ``packed``   sequences laid end to end see only themselves.
+    """
+
+    causal: bool = False
+    past: int | None = None
+    keys: Bool[Tensor, 'b j'] | None = None
+    front: Bool[Tensor, 'b f'] | None = None
+    prefix: int | Int[Tensor, 'b'] | None = None
+    dense: Bool[Tensor, '... i j'] | None = None
+    packed: PackedSequences | None = None
+    memo: Memo = field(default_factory=Memo, repr=False)
+
+    def having(self, **changes: Any) -> Mask:
+        """A mask with other fields (and nothing remembered)."""
+        return replace(self, memo=Memo(), **changes)
+
+    def narrowed(self, causal: bool, past: int | None) -> Mask:
+        """This mask and causality and a window. The same object for the same question, so that layers share what it renders."""
+        causal = causal or self.causal
+        past = self.past if past is None else past if self.past is None else min(past, self.past)
+        if causal == self.causal and past == self.past:
+            return self
+        found: Mask | None = self.memo.find(('narrowed', causal, past))
+        return self.memo.keep(('narrowed', causal, past), self.having(causal=causal, past=past)) if found is None else found
+
+    def within(self, packed: PackedSequences | None) -> Mask:
+        """This mask, inside packed sequences."""
+        if packed is None or packed is self.packed:
+            return self
+        found: Mask | None = self.memo.find(('within',), packed)
+        return self.memo.keep(('within',), self.having(packed=packed), packed) if found is None else found
+
+    # ------------------------------------------------------------ questions answered without looking at a tensor's values
+
+    @property
+    def trivial(self) -> bool:
+        return not (self.causal or self.past is not None) and not self.per_token
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it depends on more than the distance between query and key."""
+        return any(part is not None for part in (self.keys, self.front, self.dense, self.packed)) or (
+            self.prefix is not None and self.causal
+        )
+
+    def limits_future(self, where: Where) -> bool:
+        """Whether causality forbids anything: not for one query."""
+        return self.causal and (where.queries > 1 or where.first < 0)
+
+    def limits_past(self, where: Where) -> bool:
+        """Whether the window forbids anything."""
+        return self.past is not None and self.past < where.own - 1
+
+    def plain_causal(self, where: Where) -> bool:
+        """Only causality is asked, of as many queries as keys."""
+        return self.limits_future(where) and not self.limits_past(where) and not self.per_token and where.queries == where.keys
+
+    def may_hide_all(self, where: Where) -> bool:
+        """Whether some query may have nothing to look at."""
+        if where.front and self.front is None and self.dense is None:
+            return False
+        hides = any(part is not None for part in (self.keys, self.dense, self.packed))
+        return hides or where.own == 0 or (self.causal and where.first < 0)
+
+    # ------------------------------------------------------------ the same as tensors
+
+    def rendered(self, where: Where, device: torch.device | str | None = None) -> Bool[Tensor, '#b #h i j'] | None:
+        """The mask as one tensor that broadcasts to (b h i j); None where everything is allowed.
+
+        Never larger than what it depends on: padding alone is (b 1 1 j), padding and causality (b 1 i j). Made once.
+        """
+        key = ('rendered', where.queries, where.keys, where.front)
+        found: tuple[Tensor | None] | None = self.memo.find(key)
+        if found is None:
+            found = self.memo.keep(key, (self.part(where, self.device_or(device), (0, where.queries), (0, where.own)),))
+        return found[0]
+
+    def device_or(self, device: torch.device | str | None) -> torch.device | str | None:
+        for part in (self.keys, self.dense, self.front):
+            if part is not None:
+                return part.device
+        return device
+
+    def part(
+        self, where: Where, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Bool[Tensor, '#b #h i j'] | None:
+        """The mask of some rows over the front and over some of the own columns."""
+        own = columns[1] - columns[0]
+        pieces = [piece for piece in self.over_own(where, device, rows, columns) if piece is not None]
+        mask = reduce(torch.logical_and, pieces) if pieces else None
+        if self.front is not None or (mask is not None and where.front):
+            mask = self.put_front(mask, where.front, own, device)
+        if self.dense is not None:
+            dense = self.over_all(self.dense, where, rows, columns)
+            mask = dense if mask is None else mask & dense
+        return mask
+
+    def over_own(
+        self, where: Where, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> tuple[Tensor | None, ...]:
+        seen = None if self.keys is None else self.keys[:, None, None, columns[0] : columns[1]]
+        same = None
+        if self.packed is not None:
+            queries, keys = self.packed.segments(where)
+            same = (queries[:, slice(*rows), None] == keys[:, None, slice(*columns)])[:, None]
+        return seen, same, self.by_distance(where, device, rows, columns)
+
+    def by_distance(
+        self, where: Where, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Tensor | None:
+        limits_future, limits_past = self.limits_future(where), self.limits_past(where)
+        if not limits_future and not limits_past:
+            return None
+        query = torch.arange(where.first + rows[0], where.first + rows[1], device=device)[:, None]
+        key = torch.arange(columns[0], columns[1], device=device)
+        mask = None
+        if limits_future:
+            mask = (key <= query)[None, None]
+            if isinstance(self.prefix, Tensor):
+                mask = mask | (key < self.prefix.reshape(-1, 1, 1, 1))
+            elif self.prefix is not None:
+                mask = mask | (key < self.prefix)
+        if limits_past:
+            near = (query - key <= self.past)[None, None]
+            mask = near if mask is None else mask & near
+        return mask
+
+    def put_front(
+        self, mask: Tensor | None, front: int, own: int, device: torch.device | str | None
+    ) -> Bool[Tensor, '#b #h i j']:
+        """Columns in front of it: open, but for those that ``self.front`` closes."""
+        if self.front is None:
+            if mask is None:
+                return torch.ones(1, 1, 1, front + own, dtype=torch.bool, device=device)
+            return F.pad(mask, (front, 0), value=True)
+        opened = F.pad(self.front, (front - self.front.shape[-1], 0), value=True)[:, None, None, :]
+        if mask is None:
+            return F.pad(opened, (0, own), value=True)
+        rows, queries = max(opened.shape[0], mask.shape[0]), mask.shape[2]
+        return torch.cat((opened.expand(rows, 1, queries, front), mask.expand(rows, -1, -1, -1)), dim=-1)
+
+    @staticmethod
+    def over_all(dense: Tensor, where: Where, rows: tuple[int, int], columns: tuple[int, int]) -> Bool[Tensor, '#b #h i j']:
+        """Some rows and columns of the user's mask, whose missing columns on the left are open."""
+        dense = dense[(None,) * (4 - dense.ndim)]
+        if dense.shape[-1] == 1 and where.keys != 1:
+            dense = dense.expand(*dense.shape[:-1], where.own)
+        if dense.shape[-1] != where.keys:
+            dense = F.pad(dense, (where.keys - dense.shape[-1], 0), value=True)
+        if dense.shape[-2] != 1 and rows != (0, dense.shape[-2]):
+            dense = dense[..., rows[0] : rows[1], :]
+        if columns == (0, where.own):
+            return dense
+        own = dense[..., where.front + columns[0] : where.front + columns[1]]
+        return torch.cat((dense[..., : where.front], own), dim=-1) if where.front else own
+
+    def open_rows(self, where: Where, device: torch.device | str | None = None) -> Bool[Tensor, '#b #h i 1'] | None:
+        """Which queries have something to look at; None where all have, as the mask's kind alone tells."""
+        if not self.may_hide_all(where):
+            return None
+        key = ('open', where.queries, where.keys, where.front)
+        found: Tensor | None = self.memo.find(key)
+        if found is None:
+            mask = self.rendered(where, device)
+            if mask is None:
+                mask = torch.full((1, 1, 1, where.keys), True, device=self.device_or(device))
+            found = self.memo.keep(key, mask.any(dim=-1, keepdim=True))
+        return found
+
+    def merged(
+        self, bias: Bias | None, where: Where, *, dtype: torch.dtype, device: torch.device, hidden: float
+    ) -> Float[Tensor, '#b #h i j'] | None:
+        """Bias and mask as one tensor to add, ``hidden`` where nobody may look; None where there is neither.
+
+        Made once for all layers; one that needs a gradient is made anew, so that checkpointed layers may run it again.
+        """
+        key = ('merged', where.queries, where.keys, where.front, dtype, hidden)
+        found: tuple[Tensor | None] | None = self.memo.find(key, bias)
+        if found is not None:
+            return found[0]
+        mask = self.rendered(where, device)
+        added = None if bias is None else bias.render(where).to(dtype)
+        if mask is not None:
+            added = torch.zeros((), dtype=dtype, device=device) if added is None else added
+            added = added.masked_fill(~mask, hidden) if added.ndim else torch.where(mask, added, hidden)
+        if added is None or not added.requires_grad:
+            self.memo.keep(key, (added,), bias)
+        return added

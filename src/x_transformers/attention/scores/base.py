@@ -1,0 +1,116 @@
+"""The score matrix: its geometry, the sheet that the rules write on, and what a rule is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.position.relative import Bias
+
+    from x_transformers.attention.mask import Mask
+
+
+@dataclass(frozen=True)
+class Where:
+    """Geometry of a score matrix.
+
+    ``keys`` counts all columns. The first ``front`` of them were put in front of the sequence (zero, external and memory
+    keys): positional rules and causality leave them alone. Queries are right-aligned with the remaining, own keys.
+    """
+
+    queries: int
+    keys: int
+    front: int = 0
+
+    @property
+    def own(self) -> int:
+        return self.keys - self.front
+
+    @property
+    def first(self) -> int:
+        """Index among the own keys of the first query."""
+        return self.keys - self.front - self.queries
+
+    def with_front(self, columns: int) -> Where:
+        """The same after ``columns`` more keys were put in front."""
+        return Where(self.queries, self.keys + columns, self.front + columns)
+
+
+class Form(Enum):
+    """What a rule needs to be carried by a kernel that never holds the whole score matrix."""
+
+    REWRITE = 'a change of queries and keys before they meet'
+    BIAS = 'a number added to each score, known beforehand'
+    POINTWISE = 'a function of one score at a time'
+    SINK = 'one more term in the normaliser'
+    MASK = 'who may look at whom'
+    WEIGHTS = 'a softmax over each row'
+    WHOLE = 'rows or heads together'
+
+
+@dataclass
+class Sheet:
+    """What one run of the reference works on: every rule reads it and writes on it, in order.
+
+    ``scores`` are turned into ``weights`` along the way and those into ``out``. ``shared`` says that somebody else holds the
+    present ``scores`` (a record, or the backward of a convolution), so that they must not be changed in place.
+    """
+
+    q: Float[Tensor, 'b h i d']
+    k: Float[Tensor, 'b kh j d']
+    v: Float[Tensor, 'b kh j e']
+    mask: Mask
+    where: Where
+    bias: Bias | None = None
+    previous: Float[Tensor, 'b h i j'] | None = None
+    keep: bool = False
+    upto: str | None = None
+    records: dict[str, Tensor] = field(default_factory=dict)
+    shared: bool = False
+    allowed: Any = None
+    sign: Tensor | None = None
+    gamma: Tensor | None = None
+    _scores: Tensor | None = None
+    _out: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        if self._scores is None:
+            raise RuntimeError('a rule asked for the scores before queries and keys met')
+        return self._scores
+
+    @scores.setter
+    def scores(self, scores: Tensor) -> None:
+        self._scores = scores
+        self.shared = False
+
+    @property
+    def out(self) -> Tensor:
+        if self._out is None:
+            raise RuntimeError('a rule asked for the output before the values were looked up')
+        return self._out
+
+    @out.setter
+    def out(self, out: Tensor) -> None:
+        self._out = out
+
+
+class Rule:
+    """One line of the definition of attention: ``apply`` changes the sheet. Its form says which kernels can carry it."""
+
+    name: ClassVar[str]
+    form: ClassVar[Form]
+
+    def apply(self, sheet: Sheet) -> None:
+        raise NotImplementedError
+
+
+Rules = tuple[Rule, ...]
+ScoreFunction = Callable[[Tensor], Tensor]
