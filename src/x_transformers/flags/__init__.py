@@ -1,0 +1,1 @@
+"""Every keyword of every constructor, declared once."""

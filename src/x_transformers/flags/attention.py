@@ -1,0 +1,206 @@
+"""The flags of one attention layer.
+
+Derived values, for those who build from the flags: ``num_kv_heads``; ``value_dim``, the width of one value head;
+``scale``, the factor of the scores; ``weights``, the name of the function that turns scores into weights;
+``rotated_heads``, how many of the last heads are rotated; ``key_heads_from_latent``, the key heads that ``to_k``
+makes; ``orthogonal_outputs``, how many copies of the values' width reach ``to_out``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from x_transformers.flags.base import Flags, flag
+
+DEFAULT_DIM_HEAD = 64
+SDP_KWARGS = {'enable_flash': True, 'enable_math': True, 'enable_mem_efficient': True}
+
+COG = 'https://openreview.net/forum?id=ezRrwwbxd0'
+COPE = 'https://arxiv.org/abs/2405.18719'
+FORGETTING = 'https://openreview.net/forum?id=q2Lnyegkr8'
+HYBRID = 'https://arxiv.org/abs/2411.13676'
+LASER = 'https://arxiv.org/abs/2411.03493'
+LATENT = 'https://arxiv.org/abs/2405.04434'
+BELIEF = 'https://openreview.net/forum?id=Ard2QzPAUK'
+TALKING = 'https://arxiv.org/abs/2003.02436'
+TOPK = 'https://arxiv.org/abs/2505.22074'
+VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/2412.15113')
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AttentionFlags(Flags):
+    """Every keyword of ``Attention`` except ``dim``; in a stack with ``attn_`` or ``cross_attn_`` in front."""
+
+    dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1)
+    heads: int = flag(8, 'Number of query heads.', low=1)
+    dim_context: int | None = flag(None, 'Width of the sequence that keys and values are made of; None: the width of x.', low=1)
+    dim_out: int | None = flag(None, 'Width of the output; None: the width of x.', low=1)
+    causal: bool = flag(False, 'A query sees no key to its right.')
+    flash: bool = flag(False, 'Insist on a fused kernel; without it the best kernel for these flags is chosen.',
+                       paper='https://arxiv.org/abs/2205.14135')  # fmt: skip
+    dropout: float = flag(0.0, 'Dropout on the attention weights.', low=0.0, high=1.0)
+    pre_talking_heads: bool = flag(False, 'Add a mixture of the scores over the heads to the scores.', paper=TALKING)
+    post_talking_heads: bool = flag(False, 'Mix the weights over the heads.', paper=TALKING)
+    pre_scale_post_talking_heads: bool = flag(
+        False, 'Multiply the weights by a mixture over the heads of the scores.', paper=TALKING
+    )
+    sparse_topk: int | None = flag(
+        None, 'Keep the highest scores of each query, this many (ties are all kept).', paper=TOPK, low=1
+    )
+    sparse_topk_straight_through: bool = flag(
+        False, 'Sparse weights forward, the gradient of the dense softmax backward.', paper=TOPK, parent='sparse_topk'
+    )
+    hard: bool = flag(False, 'All weight on the highest score forward, the gradient of softmax backward.')
+    l2_distance: bool = flag(
+        False, 'Scores are minus the squared distance of query and key.', paper='https://arxiv.org/abs/2006.04710'
+    )
+    sigmoid: bool = flag(False, 'Weights are the sigmoid of each score.', paper='https://arxiv.org/abs/2409.04431')
+    gumbel_softmax: bool = flag(
+        False, 'Weights are sampled with Gumbel noise, in evaluation too.', paper='https://arxiv.org/abs/1611.01144'
+    )
+    gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax')
+    gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
+    selective: bool = flag(
+        False, 'Tokens, through the first head, lower what later tokens may see of earlier ones.',
+        paper='https://arxiv.org/abs/2410.02703',
+    )  # fmt: skip
+    cog_signed: bool = flag(False, 'Softmax of the absolute scores, with the sign of the scores.', paper=COG)
+    custom_attn_fn: Callable[..., Any] | None = flag(None, 'Your own function from scores to weights.')
+    add_zero_kv: bool = flag(False, 'One key and value of zeros, so that a head can look at nothing.',
+                             paper='https://www.evanmiller.org/attention-is-off-by-one.html')  # fmt: skip
+    head_learned_sink: bool = flag(False, 'One learned score per head that takes weight and gives nothing.')
+    softclamp_logits: bool = flag(False, 'Keep the scores inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
+    logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits')
+    onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.')
+    flash_pack_seq: bool = flag(False, 'Several sequences lie behind each other in one row; the call gives their boundaries.')
+    attend_sdp_kwargs: Mapping[str, Any] = flag(
+        SDP_KWARGS, "Which backends torch's scaled dot product attention may use: enable_flash, enable_math, "
+        'enable_mem_efficient, enable_cudnn.',
+    )  # fmt: skip
+    one_kv_head: bool = flag(False, 'All query heads share one key and value head.', paper='https://arxiv.org/abs/1911.02150')
+    kv_heads: int | None = flag(
+        None, 'Number of key and value heads; query head h uses head h mod kv_heads.', paper='https://arxiv.org/abs/2305.13245',
+        low=1,
+    )  # fmt: skip
+    value_dim_head: int | None = flag(None, 'Width of one value head; None: dim_head.', low=1)
+    num_mem_kv: int = flag(
+        0, 'Learned keys and values in front of all others, always visible.', paper='https://arxiv.org/abs/1907.01470', low=0
+    )
+    qk_norm: bool = flag(False, 'Unit-length queries and keys: cosine similarity.', paper='https://arxiv.org/abs/2010.04245')
+    qk_norm_groups: int = flag(1, 'Normalise each head in this many chunks.', parent='qk_norm', low=1)
+    qk_norm_scale: float = flag(10.0, 'Factor of the cosine similarities.', parent='qk_norm')
+    qk_norm_dim_scale: bool = flag(
+        False, 'Learned gains per channel after the norm.', paper='https://arxiv.org/abs/2302.05442', parent='qk_norm'
+    )
+    value_rmsnorm: bool = flag(False, 'RMS norm of each value head.')
+    head_scale: bool = flag(False, 'A learned factor for the output of each head.', paper='https://arxiv.org/abs/2110.09456')
+    gate_value_heads: bool = flag(
+        False, 'A sigmoid gate per token and head, so that a head can do nothing.', paper='https://arxiv.org/abs/2306.12929'
+    )
+    gate_values: bool = flag(False, 'A gate per token and channel on the aggregated values.')
+    swiglu_values: bool = flag(False, 'The gate of the values is SiLU instead of sigmoid.', parent='gate_values')
+    on_attn: bool = flag(
+        False, 'Attention on attention: the output projection is a gated linear unit.', paper='https://arxiv.org/abs/1908.06954'
+    )
+    zero_init_output: bool = flag(False, 'The output projection starts at zero.')
+    sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
+    max_attend_past: int | None = flag(None, 'A query sees at most this many positions back.', low=0)
+    rotate_num_heads: int | None = flag(None, 'Only this many of the heads, the last ones, get rotary positions.', low=1)
+    data_dependent_alibi: bool = flag(
+        False, 'Forgetting attention: a distance penalty from learned gates of the tokens between.', paper=FORGETTING
+    )
+    data_dependent_alibi_per_row: bool = flag(
+        False, 'The gates depend on the query too.', paper=FORGETTING, parent='data_dependent_alibi'
+    )
+    data_dependent_alibi_per_row_dim_head: int = flag(
+        8, 'Width of the small queries and keys of these gates.', parent='data_dependent_alibi_per_row', low=1
+    )
+    data_dependent_alibi_kwargs: Mapping[str, Any] = flag(
+        {}, 'More keywords for the forgetting bias: bias_init, post_log_scale.', parent='data_dependent_alibi'
+    )
+    use_cope: bool = flag(False, 'Contextual positions: each query counts the keys it opens a gate for.', paper=COPE)
+    cope_max_pos: int = flag(16, 'Number of contextual positions.', paper=COPE, parent='use_cope', low=1)
+    cope_soft_onehot_pos: bool = flag(
+        False, 'Contextual positions mix all position embeddings by nearness.', paper=COPE, parent='use_cope'
+    )
+    cope_talking_heads: bool = flag(False, 'Mix the heads before contextual positions are counted.', parent='use_cope')
+    learned_value_residual_mix: bool = flag(
+        False, "How much of the first layer's values is mixed in is learned, per token and head.", paper=VALUE_RESIDUAL
+    )
+    orthog_projected_values: bool = flag(
+        False, "Give the output without its component along the token's own values.", paper=BELIEF
+    )
+    orthog_projected_values_per_head: bool = flag(
+        False, 'The same head by head; with both flags both outputs are concatenated.', paper=BELIEF
+    )
+    laser: bool = flag(False, 'Attend over the exponentials of the values and take the logarithm.', paper=LASER)
+    laser_softclamp_value: float = flag(15.0, 'Values are softly clamped to this before exp.', paper=LASER, parent='laser')
+    qkv_receive_diff_residuals: bool = flag(
+        False, 'The input is three views (3, b, n, d): one each for queries, keys and values.'
+    )
+    use_latent_q: bool = flag(False, 'Queries are made of a narrow latent.', paper=LATENT)
+    dim_latent_q: int | None = flag(None, "Width of the queries' latent.", paper=LATENT, parent='use_latent_q', low=1)
+    use_latent_kv: bool = flag(
+        False, 'Keys and values are made of a narrow latent, which is what the cache keeps.', paper=LATENT
+    )
+    dim_latent_kv: int | None = flag(
+        None, "Width of the keys' and values' latent.", paper=LATENT, parent='use_latent_kv', low=1
+    )
+    latent_rope_subheads: int | None = flag(
+        None, 'This many key heads bypass the latent and carry the rotary positions.', paper=LATENT, parent='use_latent_kv',
+        low=1,
+    )  # fmt: skip
+    hybrid_module: nn.Module | None = flag(
+        None, 'A module that runs beside attention and is averaged with it; it is copied.', paper=HYBRID
+    )
+    hybrid_mask_kwarg: str | None = flag(
+        None, "Name of the module's keyword that takes the padding mask, if the layer is not causal.", parent='hybrid_module'
+    )
+    hybrid_fold_axial_dim: int | None = flag(
+        None, 'The module sees every n-th token: so many short sequences instead of a long one.', parent='hybrid_module', low=1
+    )
+    hybrid_learned_mix: bool = flag(
+        False, 'The mixture of attention and module is learned, per token and head.', paper=HYBRID, parent='hybrid_module'
+    )
+
+    @cached_property
+    def num_kv_heads(self) -> int:
+        if self.one_kv_head:
+            return 1
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @cached_property
+    def value_dim(self) -> int:
+        return self.dim_head if self.value_dim_head is None else self.value_dim_head
+
+    @cached_property
+    def scale(self) -> float:
+        return float(self.qk_norm_scale) if self.qk_norm else self.dim_head**-0.5
+
+    @cached_property
+    def weights(self) -> str:
+        """``custom``, ``sigmoid``, ``hard``, ``sparse_topk``, ``gumbel_softmax`` or ``softmax``."""
+        if self.custom_attn_fn is not None:
+            return 'custom'
+        for name in ('sigmoid', 'hard', 'sparse_topk', 'gumbel_softmax'):
+            if getattr(self, name):
+                return name
+        return 'softmax'
+
+    @cached_property
+    def rotated_heads(self) -> int | None:
+        """None: all of them, of queries and of keys."""
+        return self.latent_rope_subheads if self.latent_rope_subheads is not None else self.rotate_num_heads
+
+    @cached_property
+    def key_heads_from_latent(self) -> int:
+        return self.num_kv_heads - (self.latent_rope_subheads or 0)
+
+    @cached_property
+    def orthogonal_outputs(self) -> int:
+        return max(1, self.orthog_projected_values + self.orthog_projected_values_per_head)

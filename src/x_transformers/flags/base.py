@@ -1,0 +1,237 @@
+"""What a flag is, and how keywords become frozen flags.
+
+A keyword of a constructor is declared once, as a field made by ``flag``: its default, one sentence, its paper, the flag it is a
+sub-option of, and the range of its values. Signatures, the typed keywords for editors, docs/features.md and several rules are
+made from the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import numbers
+import types
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+
+REQUIRED: Any = dataclasses.MISSING
+"""The default of a flag that must be given."""
+
+
+class FlagError(ValueError, AssertionError):
+    """Flags that cannot be used: one sentence for each thing that is wrong."""
+
+    def __init__(self, *sentences: str) -> None:
+        super().__init__(*sentences)
+        self.sentences = sentences
+
+    def __str__(self) -> str:
+        if len(self.sentences) == 1:
+            return self.sentences[0]
+        return '\n'.join((f'{len(self.sentences)} things are wrong with these flags:', *(f'- {s}' for s in self.sentences)))
+
+
+class UnknownFlag(FlagError, TypeError):
+    """A name that no flag has."""
+
+
+class MissingFlag(FlagError, TypeError):
+    """A flag without a default that was not given."""
+
+
+def flag(
+    default: Any,
+    says: str,
+    *,
+    paper: str | tuple[str, ...] | None = None,
+    parent: str | tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """One flag, as a dataclass field.
+
+    ``says`` is its sentence, ``paper`` where the idea comes from. ``parent`` names the flag, or flags of which one is enough,
+    without which this one would do nothing. ``low`` and ``high`` bound its value, both included.
+    """
+    metadata = {'says': says, 'paper': paper, 'parent': parent, 'low': low, 'high': high}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+@cache
+def type_hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+@cache
+def flag_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(cls) if 'says' in field.metadata}
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default; ``REQUIRED`` where there is none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+# ---------------------------------------------------------------- kinds of values
+
+
+def one_kind(kind: Any) -> tuple[str, Callable[[Any], bool]]:
+    """(words for one kind of value, whether a value is of it)."""
+    origin = get_origin(kind) or kind
+    if origin is bool:
+        return 'True or False', lambda value: isinstance(value, bool)
+    if origin is int:
+        return 'a whole number', lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if origin is float:
+        return 'a number', lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if origin is str:
+        return 'a string', lambda value: isinstance(value, str)
+    if origin is tuple:
+        words, fits = one_kind(get_args(kind)[0])
+        return f'a tuple (each entry {words})', lambda value: isinstance(value, tuple) and all(map(fits, value))
+    if origin is Mapping:
+        return 'a dictionary', lambda value: isinstance(value, Mapping)
+    if origin is Callable:
+        return 'a function or a module', callable
+    if origin is types.NoneType:
+        return 'None', lambda value: value is None
+    if isinstance(origin, type):
+        return f'a {origin.__module__.split(".")[0]} {origin.__name__}', lambda value: isinstance(value, origin)
+    return 'anything', lambda value: True
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def tidied(value: Any, hint: Any) -> Any:
+    """A list, or a string of letters, for a flag that takes a tuple becomes one."""
+    takes = [get_origin(kind) or kind for kind in kinds_of(hint)]
+    if tuple in takes and isinstance(value, (list, str)) and not (isinstance(value, str) and str in takes):
+        return tuple(value)
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: short."""
+    if isinstance(value, (bool, int, float, str, tuple, type(None))):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return repr(dict(value))
+    return getattr(value, '__name__', type(value).__name__)
+
+
+# ---------------------------------------------------------------- the base of all flags
+
+
+class Flags:
+    """Base of the flag classes, which are frozen dataclasses with keyword-only fields."""
+
+    @classmethod
+    def flag_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The flags among the fields, by name, in the order of the signature."""
+        return flag_fields(cls)
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        return default_of(cls.flag_fields()[name])
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> Self:
+        """Flags from keywords.
+
+        Args:
+            given: names (without ``prefix``) and values.
+            where: who is asking, for the error's sentence: ``'Attention'``.
+            prefix: what the user writes in front of each name: ``'attn_'``.
+
+        Raises:
+            UnknownFlag: naming all unknown names at once, each with the nearest known one.
+            MissingFlag: a flag without a default is absent.
+            FlagError: a value of the wrong kind.
+        """
+        unknown = [name for name in given if name not in cls.flag_fields()]
+        if unknown:
+            raise unknown_flags(
+                [prefix + name for name in unknown], where=where, known=[prefix + name for name in cls.flag_fields()]
+            )
+        cls.check_complete(given, where=where, prefix=prefix)
+        values, wrong = cls.read(given, where=where, prefix=prefix)
+        if wrong:
+            raise FlagError(*wrong)
+        return cls(**values)
+
+    @classmethod
+    def check_complete(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> None:
+        missing = [name for name, field in cls.flag_fields().items() if default_of(field) is REQUIRED and name not in given]
+        if missing:
+            names = ', '.join(f'`{prefix}{name}`' for name in missing)
+            raise MissingFlag(f'{where} needs {names}.')
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> tuple[dict[str, Any], list[str]]:
+        """(tidied values, a sentence for each value of the wrong kind)."""
+        values: dict[str, Any] = {}
+        wrong: list[str] = []
+        for name, value in given.items():
+            hint = type_hints(cls)[name]
+            values[name] = tidied(value, hint)
+            kinds = [one_kind(kind) for kind in kinds_of(hint)]
+            if not any(fits(values[name]) for _, fits in kinds):
+                wanted = ' or '.join(words for words, _ in kinds)
+                wrong.append(
+                    f'{where}: `{prefix}{name}` must be {wanted}, but is {shown(value)} (of type {type(value).__name__}).'
+                )
+        return values, wrong
+
+    @classmethod
+    def signature(cls) -> inspect.Signature:
+        """The constructor's keywords, in their documented order, with defaults."""
+        hints = type_hints(cls)
+        parameters = []
+        for name, field in cls.flag_fields().items():
+            default = default_of(field)
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if default is REQUIRED else default,
+                    annotation=hints[name],
+                )
+            )
+        return inspect.Signature(parameters)
+
+    def changed(self) -> dict[str, Any]:
+        """The flags whose value is not the default."""
+        return {name: getattr(self, name) for name in self.flag_fields() if self.is_changed(name)}
+
+    def is_changed(self, name: str) -> bool:
+        value, usual = getattr(self, name), self.default(name)
+        return value is not usual and (type(value) is not type(usual) or value != usual or usual is REQUIRED)
+
+    def __repr__(self) -> str:
+        inside = ', '.join(f'{name}={shown(value)}' for name, value in self.changed().items())
+        return f'{type(self).__name__}({inside})'
+
+
+def unknown_flags(names: Iterable[str], *, where: str, known: Iterable[str]) -> UnknownFlag:
+    """One error for all unknown names, each with the nearest known one."""
+    known = list(known)
+    sentences = []
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f'did you mean `{near[0]}`?' if near else 'no flag has a similar name.'
+        sentences.append(f'{where}: unrecognized kwargs: there is no flag `{name}`; {hint}')
+    return UnknownFlag(*sentences)

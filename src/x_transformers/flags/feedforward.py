@@ -1,0 +1,46 @@
+"""The flags of one feed-forward layer. Derived: ``activation`` (its name) and ``inner(dim)`` (the hidden width)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from x_transformers.flags.base import Flags, flag
+
+GLU = 'https://arxiv.org/abs/2002.05202'
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FeedForwardFlags(Flags):
+    """Every keyword of ``FeedForward`` except ``dim``; in a stack with ``ff_`` in front."""
+
+    dim_out: int | None = flag(None, 'Width of the output; None: the width of the input.', low=1)
+    mult: float = flag(4, 'Hidden width as a multiple of the input width.')
+    glu: bool = flag(False, 'Gated linear unit: half of the hidden layer gates the other half.', paper=GLU)
+    glu_mult_bias: bool = flag(False, 'A learned factor per hidden channel after the gate.', parent='glu')
+    swish: bool = flag(False, 'SiLU instead of GELU.', paper=GLU)
+    relu_squared: bool = flag(False, 'The square of ReLU instead of GELU.', paper='https://arxiv.org/abs/2109.08668')
+    solu: bool = flag(
+        False, 'Softmax linear units: LayerNorm(softmax(x) x).', paper='https://transformer-circuits.pub/2022/solu/index.html'
+    )
+    custom_activation: Callable[..., Any] | None = flag(None, 'Your own activation; it is copied.')
+    post_act_ln: bool = flag(False, 'Layer norm after the activation.', paper='https://arxiv.org/abs/2110.09456')
+    dropout: float = flag(0.0, 'Dropout on the hidden layer.', low=0.0, high=1.0)
+    sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
+    no_bias: bool = flag(False, 'No biases, except in the projection of a gated linear unit.')
+    zero_init_output: bool = flag(False, 'The output projection starts at zero.')
+
+    @cached_property
+    def activation(self) -> str:
+        """``custom``, ``relu_squared``, ``solu``, ``swish`` or ``gelu``."""
+        if self.custom_activation is not None:
+            return 'custom'
+        for name in ('relu_squared', 'solu', 'swish'):
+            if getattr(self, name):
+                return name
+        return 'gelu'
+
+    def inner(self, dim: int) -> int:
+        return int(dim * self.mult)

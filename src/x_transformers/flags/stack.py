@@ -1,0 +1,390 @@
+"""The flags of a stack, with the flags of its parts.
+
+Derived values, for those who build from the flags: ``norm_kind``; ``norm_needs_condition``,
+``branch_needs_condition``, ``needs_condition``; ``condition_dim``, what the caller gives, and ``condition_width``,
+what norms and scales receive; ``rotary``, ``rotary_dim``, ``polar``; ``position_bias``, the flag's name or None;
+``alibi_heads``; ``disables_abs_pos_emb``, which is ``disable_abs_pos_emb`` or its default resolved;
+``has_self_attention``, ``has_cross_attention``; ``separate_views``: queries, keys and values have inputs of their
+own; ``streams``; ``attn_dim_head``; ``self_attention_flags(first=...)`` for the first and the later self-attention
+modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+from x_transformers.flags.attention import VALUE_RESIDUAL, AttentionFlags
+from x_transformers.flags.base import REQUIRED, FlagError, Flags, UnknownFlag, flag, unknown_flags
+from x_transformers.flags.feedforward import FeedForwardFlags
+
+ADAPTIVE_SCALE = 'https://arxiv.org/abs/2212.09748'
+DYNAMIC = 'https://arxiv.org/abs/2108.00154'
+HYPER = ('https://arxiv.org/abs/2409.19606', 'https://arxiv.org/abs/2512.24880')
+LIME = 'https://arxiv.org/abs/2502.09245'
+POLAR = 'https://arxiv.org/abs/2509.10534'
+REALFORMER = 'https://arxiv.org/abs/2012.11747'
+REINJECT = ('https://arxiv.org/abs/1909.01377', 'https://arxiv.org/abs/2410.03020', 'https://arxiv.org/abs/2105.04090')
+RESI_DUAL = 'https://arxiv.org/abs/2304.14802'
+ROTARY = 'https://arxiv.org/abs/2104.09864'
+SANDWICH = 'https://arxiv.org/abs/2105.13290'
+T5 = 'https://arxiv.org/abs/1910.10683'
+XPOS = 'https://arxiv.org/abs/2212.10554'
+
+NORMS = {
+    'use_scalenorm': 'scalenorm',
+    'use_rmsnorm': 'rmsnorm',
+    'use_simple_rmsnorm': 'simple_rmsnorm',
+    'use_dynamic_tanh': 'dynamic_tanh',
+    'use_derf': 'derf',
+    'use_adaptive_layernorm': 'adaptive_layernorm',
+    'use_adaptive_rmsnorm': 'adaptive_rmsnorm',
+}
+
+ADAPTIVE = ('use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'use_adaptive_layerscale')
+ANY_ROTARY = ('rotary_pos_emb', 'rotary_xpos')
+ANY_POSITION_BIAS = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias')
+
+# what the stack itself tells its attention layers, so it has no name with a prefix
+SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals', 'learned_value_residual_mix', 'rotate_num_heads')
+CROSS_SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals')
+
+# these need the order of one sequence, so cross attention does not take them over from attn_
+SELF_ATTENTION_ONLY = (
+    'selective',
+    'use_cope',
+    'cope_max_pos',
+    'cope_soft_onehot_pos',
+    'cope_talking_heads',
+    'data_dependent_alibi',
+    'data_dependent_alibi_per_row',
+    'data_dependent_alibi_per_row_dim_head',
+    'data_dependent_alibi_kwargs',
+    'max_attend_past',
+)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StackFlags(Flags):
+    """Every keyword of ``AttentionLayers``; the parts' keywords come with ``attn_``, ``cross_attn_`` and ``ff_`` in front."""
+
+    dim: int = flag(REQUIRED, 'Width of the stack.', low=1)
+    depth: int | None = flag(None, 'Number of blocks.', low=0)
+    heads: int = flag(8, 'Number of query heads.', low=1)
+    causal: bool = flag(False, 'A token sees no token to its right.')
+    cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.')
+    only_cross: bool = flag(False, 'Blocks attend to the context only.', parent='cross_attend')
+    use_scalenorm: bool = flag(False, 'Norms have one gain.', paper='https://arxiv.org/abs/1910.05895')
+    use_rmsnorm: bool = flag(False, 'Norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467')
+    use_dynamic_tanh: bool = flag(False, 'tanh in the place of norms.', paper='https://arxiv.org/abs/2503.10622')
+    dynamic_tanh_init_alpha: float = flag(
+        1.0, 'Factor inside tanh at the start.', paper='https://arxiv.org/abs/2503.10622', parent='use_dynamic_tanh'
+    )
+    use_derf: bool = flag(False, 'The error function in the place of norms.', paper='https://arxiv.org/abs/2512.10938')
+    use_simple_rmsnorm: bool = flag(False, 'RMS norms without gains.')
+    use_adaptive_layernorm: bool = flag(False, 'The gains of layer norms come from a condition.')
+    use_adaptive_rmsnorm: bool = flag(False, 'The gains of RMS norms come from a condition.')
+    use_adaptive_layerscale: bool = flag(False, 'Branches are scaled by a sigmoid gate of a condition.', paper=ADAPTIVE_SCALE)
+    norm_add_unit_offset: bool = flag(True, 'Gains are stored as the difference from 1, so that weight decay pulls to 1.')
+    dim_condition: int | None = flag(None, 'Width of the condition; None: dim.', parent=ADAPTIVE, low=1)
+    adaptive_condition_mlp: bool = flag(False, 'The condition goes through a SiLU layer first.', parent=ADAPTIVE)
+    adaptive_condition_mlp_expansion: int = flag(
+        4, 'Width of that layer as a multiple.', parent='adaptive_condition_mlp', low=1
+    )
+    alibi_pos_bias: bool = flag(
+        False, 'A penalty that grows with the distance, one slope per head.', paper='https://arxiv.org/abs/2108.12409'
+    )
+    alibi_num_heads: int | None = flag(
+        None, 'Only the first heads get a penalty, this many; None: all.', parent='alibi_pos_bias', low=1
+    )
+    rel_pos_bias: bool = flag(False, 'A learned bias per bucket of distances (T5).', paper=T5)
+    rel_pos_num_buckets: int = flag(32, 'Number of buckets.', paper=T5, parent='rel_pos_bias', low=2)
+    rel_pos_max_distance: int = flag(128, 'Distances from here on share a bucket.', paper=T5, parent='rel_pos_bias', low=2)
+    dynamic_pos_bias: bool = flag(False, 'A small network makes the bias of each distance.', paper=DYNAMIC)
+    dynamic_pos_bias_log_distance: bool = flag(
+        False, 'The network sees the logarithm of the distance.', paper='https://arxiv.org/abs/2111.09883',
+        parent='dynamic_pos_bias',
+    )  # fmt: skip
+    dynamic_pos_bias_mlp_depth: int = flag(2, 'Depth of that network.', parent='dynamic_pos_bias', low=1)
+    dynamic_pos_bias_norm: bool = flag(False, 'Norms inside that network.', parent='dynamic_pos_bias')
+    rel_pos_kwargs: Mapping[str, Any] = flag(
+        {}, 'More keywords for the position bias, such as slopes for ALiBi.', parent=ANY_POSITION_BIAS
+    )
+    rotary_pos_emb: bool = flag(False, 'Rotate queries and keys by their positions.', paper=ROTARY)
+    rotary_emb_dim: int | None = flag(
+        None, 'Rotate this many channels of each head; None: half.', paper=ROTARY, parent=ANY_ROTARY, low=2
+    )
+    rotary_xpos: bool = flag(False, 'Rotary positions that also decay with the distance; turns them on.', paper=XPOS)
+    rotary_interpolation_factor: float = flag(
+        1.0, 'Divide positions by this, for longer sequences.', paper='https://arxiv.org/abs/2306.15595', parent=ANY_ROTARY,
+        low=1.0,
+    )  # fmt: skip
+    rotary_xpos_scale_base: float = flag(512, 'How slowly the decay grows with the distance.', paper=XPOS, parent='rotary_xpos')
+    rotary_base_rescale_factor: float = flag(
+        1.0, 'Stretch the wavelengths for longer sequences (NTK-aware scaling).', parent=ANY_ROTARY,
+        paper='https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5/',
+    )  # fmt: skip
+    rotate_num_heads: int | None = flag(
+        None, 'Rotate only this many heads of self attention, the last ones.', parent=ANY_ROTARY, low=1
+    )
+    polar_pos_emb: bool = flag(False, 'Polar positions: content sets the length, position the angle.', paper=POLAR)
+    polar_bias_uniform_init: bool = flag(
+        False, 'The learned angles start spread instead of at zero.', paper=POLAR, parent='polar_pos_emb'
+    )
+    weight_tie_layers: bool = flag(False, 'All blocks share one set of weights.', paper='https://arxiv.org/abs/1909.11942')
+    custom_layers: tuple[str, ...] | None = flag(
+        None, "The layers one by one: 'a' attention, 'c' cross attention, 'f' feed-forward."
+    )
+    layers_execute_order: tuple[int, ...] | None = flag(
+        None, 'The order in which the layers run; repeats and gaps are allowed.'
+    )
+    sandwich_coef: int | None = flag(
+        None, 'This many attention layers first and feed-forwards last.', paper='https://arxiv.org/abs/1911.03864', low=1
+    )
+    par_ratio: int | None = flag(
+        None, 'Fewer attention layers: one in this many layers, none in the last third.', paper='https://arxiv.org/abs/2009.04534',
+        low=2,
+    )  # fmt: skip
+    macaron: bool = flag(
+        False, 'Half a feed-forward before and half after attention.', paper='https://arxiv.org/abs/1906.02762'
+    )
+    residual_attn: bool = flag(False, "Scores are added to the next self attention's scores.", paper=REALFORMER)
+    cross_residual_attn: bool = flag(False, "Scores are added to the next cross attention's scores.", paper=REALFORMER)
+    pre_norm: bool = flag(True, 'Norm before each branch; False: after each residual sum.')
+    pre_norm_has_final_norm: bool = flag(True, 'A norm at the end of a pre-norm stack.')
+    sandwich_norm: bool = flag(False, 'Norm also behind each branch.', paper=SANDWICH)
+    gate_residual: bool = flag(False, 'GRU cells in the place of residual sums.', paper='https://arxiv.org/abs/1910.06764')
+    scale_residual: bool = flag(False, 'Learned factors on the residual.', paper='https://arxiv.org/abs/2110.09456')
+    scale_residual_constant: float = flag(1.0, 'A constant factor on the residual.', paper='https://arxiv.org/abs/2203.00555')
+    residual_fn_kwargs: Mapping[str, Any] = flag({}, 'More keywords for the residual.')
+    shift_tokens: int | tuple[int, ...] = flag(
+        0, 'Give part of the channels of the tokens next to it, this far; one or per layer.'
+    )
+    softclamp_output: bool = flag(False, 'Keep the output inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
+    softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output')
+    zero_init_branch_output: bool = flag(False, 'All branches start at zero.')
+    layer_dropout: float | tuple[float, ...] = flag(
+        0.0, 'In training, leave out layers with this probability; one or per layer.', paper='https://arxiv.org/abs/1603.09382'
+    )
+    cross_attn_tokens_dropout: float = flag(
+        0.0, 'In training, drop this fraction of the context.', parent='cross_attend', low=0.0, high=1.0
+    )
+    disable_abs_pos_emb: bool | None = flag(
+        None, 'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.'
+    )
+    use_layerscale: bool = flag(False, 'Learned factors on the branches.', paper='https://arxiv.org/abs/2103.17239')
+    layerscale_init_value: float = flag(0.0, 'These factors at the start.', parent='use_layerscale')
+    unet_skips: bool = flag(False, 'Later blocks see what earlier blocks saw, in reverse order.')
+    integrate_layers: bool = flag(False, 'Each branch sees a learned mixture of the inputs of all layers so far.', paper=LIME)
+    layer_integrate_use_softmax: bool = flag(
+        True, 'The mixture is a softmax; False: ReLU.', paper=LIME, parent='integrate_layers'
+    )
+    num_residual_streams: int = flag(1, 'Hyper connections: number of residual streams.', paper=HYPER, low=1)
+    hyper_conn_sinkhorn_iters: int = flag(
+        5, 'Rounds that make the mixing of the streams doubly stochastic.', paper=HYPER, parent='num_residual_streams', low=1
+    )
+    qkv_receive_diff_residuals: bool = flag(False, 'Queries, keys and values of self attention are made of different mixtures.')
+    reinject_input: bool = flag(False, 'A projection of the input is added before every layer.', paper=REINJECT)
+    learned_reinject_input_gate: bool = flag(False, 'A gate per token on what is injected.', paper=REINJECT)
+    add_value_residual: bool = flag(False, 'Values are mixed with those of the first layer.', paper=VALUE_RESIDUAL)
+    learned_value_residual_mix: bool = flag(True, 'How much is learned per token and head.', paper=VALUE_RESIDUAL)
+    verbose: bool = flag(True, 'Warn about doubtful settings.')
+    resi_dual: bool = flag(
+        False, 'ResiDual: post-norm layers, and the sum of all branches is added at the end.', paper=RESI_DUAL
+    )
+    resi_dual_scale: float = flag(1.0, 'Factor of the second residual.', paper=RESI_DUAL, parent='resi_dual')
+    hyper_conn_doubly_stochastic: bool = flag(
+        False, 'Streams are mixed by a doubly stochastic matrix; False: each stream carries their sum.', paper=HYPER,
+        parent='num_residual_streams',
+    )  # fmt: skip
+
+    attention: AttentionFlags = field(default_factory=AttentionFlags)
+    cross_attention: AttentionFlags = field(default_factory=AttentionFlags)
+    feedforward: FeedForwardFlags = field(default_factory=FeedForwardFlags)
+    # the names that were given with cross_attn_ in front; the others came from attn_
+    cross_given: frozenset[str] = frozenset()
+
+    # ---------------------------------------------------------------- from keywords
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], *, where: str = 'AttentionLayers', prefix: str = '') -> Self:
+        """Flags of a stack and its parts from flat keywords: ``attn_`` for attention, ``cross_attn_`` laid over it for cross
+        attention, ``ff_`` for feed-forwards. Errors as ``Flags.parse``; a name that only the stack may set
+        (``attn_heads``) is unknown."""
+        own, parts = cls.split(given, where=where, prefix=prefix)
+        cls.check_complete(own, where=where, prefix=prefix)
+        values, wrong = cls.read(own, where=where, prefix=prefix)
+        read: dict[str, dict[str, Any]] = {}
+        for part, part_flags in PARTS.items():
+            read[part], more = part_flags.read(parts[part], where=where, prefix=prefix + part)
+            wrong += more
+        if wrong:
+            raise FlagError(*wrong)
+        stack = cls(**values)
+        inherited = {name: value for name, value in read['attn_'].items() if cross_inherits(name, read['cross_attn_'])}
+        for part in PARTS:
+            if stack.zero_init_branch_output:
+                read[part]['zero_init_output'] = True
+        return dataclasses.replace(
+            stack,
+            attention=AttentionFlags(**stack.told_to_attention, **read['attn_']),
+            cross_attention=AttentionFlags(heads=stack.heads, **(inherited | read['cross_attn_'])),
+            feedforward=FeedForwardFlags(**read['ff_']),
+            cross_given=frozenset(parts['cross_attn_']),
+        )
+
+    @classmethod
+    def split(cls, given: Mapping[str, Any], *, where: str, prefix: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """(the stack's own keywords, the parts' keywords by prefix); raises UnknownFlag for all others."""
+        own: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+        unknown, reserved = [], []
+        for name, value in given.items():
+            part = first_prefix(name)
+            if name in cls.flag_fields():
+                own[name] = value
+            elif part is not None and name in keyword_names(part):
+                parts[part][name.removeprefix(part)] = value
+            elif part is not None and name.removeprefix(part) in SET_BY_STACK:
+                reserved.append(
+                    f'{where}: unrecognized kwargs: `{prefix}{name}` is set by the stack; '
+                    f'use `{prefix}{name.removeprefix(part)}` without `{part}`.'
+                )
+            else:
+                unknown.append(name)
+        if reserved or unknown:
+            known = [*cls.flag_fields(), *(name for part in PARTS for name in keyword_names(part))]
+            near = unknown_flags([prefix + name for name in unknown], where=where, known=[prefix + name for name in known])
+            raise UnknownFlag(*reserved, *near.sentences)
+        return own, parts
+
+    @classmethod
+    def signature(cls) -> inspect.Signature:
+        """The stack's own keywords; the first four by position too, as in the constructor, and ``**kwargs`` for the parts."""
+        parameters = []
+        for number, parameter in enumerate(super().signature().parameters.values()):
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if number < 4 else inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(kind=kind))
+        parameters.append(inspect.Parameter('kwargs', inspect.Parameter.VAR_KEYWORD, annotation=Any))
+        return inspect.Signature(parameters)
+
+    # ---------------------------------------------------------------- derived
+
+    @property
+    def told_to_attention(self) -> dict[str, Any]:
+        """What the stack sets on self attention."""
+        return {
+            'heads': self.heads,
+            'causal': self.causal,
+            'qkv_receive_diff_residuals': self.separate_views,
+            'learned_value_residual_mix': self.add_value_residual and self.learned_value_residual_mix,
+            'rotate_num_heads': self.rotate_num_heads,
+        }
+
+    def self_attention_flags(self, *, first: bool) -> AttentionFlags:
+        """Flags of the first self-attention module (no values to mix with, no past layers to mix), or of a later one."""
+        if not first:
+            return self.attention
+        views = self.separate_views and not self.integrate_layers
+        return dataclasses.replace(self.attention, learned_value_residual_mix=False, qkv_receive_diff_residuals=views)
+
+    @cached_property
+    def attn_dim_head(self) -> int:
+        return self.attention.dim_head
+
+    @cached_property
+    def norm_kind(self) -> str:
+        """A value of ``NORMS``, or ``layernorm``."""
+        return next((kind for name, kind in NORMS.items() if getattr(self, name)), 'layernorm')
+
+    @cached_property
+    def norm_needs_condition(self) -> bool:
+        return self.use_adaptive_layernorm or self.use_adaptive_rmsnorm
+
+    @cached_property
+    def branch_needs_condition(self) -> bool:
+        return self.use_adaptive_layerscale
+
+    @cached_property
+    def needs_condition(self) -> bool:
+        return self.norm_needs_condition or self.branch_needs_condition
+
+    @cached_property
+    def condition_dim(self) -> int:
+        return self.dim if self.dim_condition is None else self.dim_condition
+
+    @cached_property
+    def condition_width(self) -> int:
+        return self.condition_dim * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
+
+    @cached_property
+    def rotary(self) -> bool:
+        return self.rotary_pos_emb or self.rotary_xpos
+
+    @cached_property
+    def rotary_dim(self) -> int:
+        return self.attn_dim_head // 2 if self.rotary_emb_dim is None else self.rotary_emb_dim
+
+    @cached_property
+    def polar(self) -> bool:
+        return self.polar_pos_emb
+
+    @cached_property
+    def position_bias(self) -> str | None:
+        """The flag that chose a position bias of the stack: alibi_pos_bias, rel_pos_bias, dynamic_pos_bias or None."""
+        return next((name for name in ANY_POSITION_BIAS if getattr(self, name)), None)
+
+    @cached_property
+    def alibi_heads(self) -> int:
+        return self.heads if self.alibi_num_heads is None else self.alibi_num_heads
+
+    @cached_property
+    def disables_abs_pos_emb(self) -> bool:
+        if self.disable_abs_pos_emb is not None:
+            return self.disable_abs_pos_emb
+        return self.rel_pos_bias or self.rotary or self.polar
+
+    @cached_property
+    def has_self_attention(self) -> bool:
+        if self.custom_layers is not None:
+            return 'a' in self.custom_layers
+        return not (self.cross_attend and self.only_cross)
+
+    @cached_property
+    def has_cross_attention(self) -> bool:
+        return 'c' in self.custom_layers if self.custom_layers is not None else self.cross_attend
+
+    @cached_property
+    def separate_views(self) -> bool:
+        return self.qkv_receive_diff_residuals or self.integrate_layers
+
+    @cached_property
+    def streams(self) -> int:
+        return self.num_residual_streams
+
+
+PARTS: dict[str, type[Flags]] = {'attn_': AttentionFlags, 'cross_attn_': AttentionFlags, 'ff_': FeedForwardFlags}
+
+
+def cross_inherits(name: str, given: Mapping[str, Any]) -> bool:
+    """Does cross attention take this attn_ flag over? Not what needs the order of one sequence, and not the other way to choose
+    the key heads than the one ``given`` with cross_attn_."""
+    other_way = {'kv_heads': 'one_kv_head', 'one_kv_head': 'kv_heads'}
+    return name not in SELF_ATTENTION_ONLY and not given.get(other_way.get(name, ''))
+
+
+def first_prefix(name: str) -> str | None:
+    return next((part for part in PARTS if name.startswith(part)), None)
+
+
+def keyword_names(part: str) -> list[str]:
+    """The keywords of one part, with its prefix: those that the stack does not set itself."""
+    reserved = {'attn_': SET_BY_STACK, 'cross_attn_': CROSS_SET_BY_STACK, 'ff_': ()}[part]
+    return [part + name for name in PARTS[part].flag_fields() if name not in reserved]
+
+
+__all__ = ['ADAPTIVE', 'NORMS', 'PARTS', 'SELF_ATTENTION_ONLY', 'StackFlags', 'first_prefix', 'keyword_names']

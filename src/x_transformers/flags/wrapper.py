@@ -1,0 +1,113 @@
+"""The flags of the models around a stack: tokens and images.
+
+Derived, WrapperFlags: ``num_mem_tokens`` (memory tokens as a number).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from x_transformers.flags.base import REQUIRED, Flags, flag
+
+XL = 'https://arxiv.org/abs/1901.02860'
+MEMORY = 'https://arxiv.org/abs/2006.11527'
+MIXTURE = 'https://arxiv.org/abs/1711.03953'
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WrapperFlags(Flags):
+    """Every keyword of ``TransformerWrapper``."""
+
+    num_tokens: int = flag(REQUIRED, 'Size of the vocabulary.', low=1)
+    max_seq_len: int = flag(REQUIRED, 'Longest sequence, for absolute positions; 0: no absolute positions.', low=0)
+    attn_layers: nn.Module = flag(REQUIRED, 'The stack: Encoder, Decoder, PrefixDecoder or CrossAttender.')
+    embed_num_tokens: Mapping[str, int] = flag({}, 'More embeddings that are summed in: name and size of each vocabulary.')
+    emb_dim: int | None = flag(None, "Width of the embeddings; None: the stack's width.", low=1)
+    max_mem_len: int = flag(0, 'Number of hidden states kept per layer as memories for the next segment.', paper=XL, low=0)
+    shift_mem_down: int = flag(
+        0, 'Layers look at the memories of the layer this far above.', paper='https://arxiv.org/abs/2012.15688', low=0
+    )  # fmt: skip
+    emb_dropout: float = flag(0.0, 'Dropout on the embeddings.', low=0.0, high=1.0)
+    post_emb_norm: bool = flag(False, 'Layer norm of the embeddings.')
+    num_memory_tokens: int | None = flag(None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0)
+    memory_tokens_interspersed_every: int | None = flag(
+        None, 'Put the memory tokens in front of every window of this many tokens.', parent='num_memory_tokens', low=1
+    )
+    tie_embedding: bool = flag(False, 'Logits from the transposed token embedding.', paper='https://arxiv.org/abs/1608.05859')
+    logits_dim: int | None = flag(None, 'Number of logits; None: num_tokens.', low=1)
+    return_only_embed: bool = flag(False, 'No logits: the model returns its embeddings.')
+    num_output_heads: int = flag(1, 'Number of heads; with several the logits are a tuple.', low=1)
+    use_abs_pos_emb: bool = flag(True, 'Absolute positions, unless the stack turns them off.')
+    scaled_sinu_pos_emb: bool = flag(
+        False, 'Sinusoidal positions with a learned scale instead of a table.', paper='https://arxiv.org/abs/1706.03762'
+    )
+    l2norm_embed: bool = flag(False, 'Unit-length token and position embeddings.')
+    recycling: bool = flag(
+        False, 'Feed the output back into the input several times.', paper='https://www.nature.com/articles/s41586-021-03819-2'
+    )
+    train_max_recycle_steps: int = flag(
+        4, 'In training the number of rounds is drawn from 1 to this.', parent='recycling', low=1
+    )
+    emb_frac_gradient: float = flag(
+        1.0,
+        'Fraction of the gradient that reaches the embeddings.',
+        paper='https://arxiv.org/abs/2105.13290',
+        low=0.0,
+        high=1.0,
+    )
+    attn_z_loss_weight: float = flag(
+        1e-4,
+        'Weight of the z-loss of the attention scores, when the call asks for it.',
+        paper='https://arxiv.org/abs/2202.08906',
+    )
+    average_pool_embed: bool = flag(False, 'Logits of the mean of all tokens.')
+    use_cls_token: bool = flag(False, 'Logits of learned tokens in front of the sequence.')
+    num_cls_tokens: int = flag(1, 'Number of these tokens.', parent='use_cls_token', low=1)
+    attn_pool: bool = flag(False, 'Learned queries attend over the output.')
+    num_pooled_tokens: int = flag(1, 'Number of these queries.', parent='attn_pool', low=1)
+    attn_pool_depth: int = flag(1, 'Depth of the pooling; more than 1: a stack of cross attention.', parent='attn_pool', low=1)
+    dim_pooled_tokens: int | None = flag(
+        None, "Width of the pooled tokens; None: the stack's width.", parent='attn_pool', low=1
+    )
+    squeeze_out_last_dim: bool = flag(False, 'Drop the last axis of the logits when its size is 1.')
+    token_emb: nn.Module | Callable[..., Any] | None = flag(None, 'Your own token embedding.')
+    mixture_of_softmax: bool = flag(False, 'The output is a mixture of softmaxes, as log probabilities.', paper=MIXTURE)
+    mixture_of_softmax_k: int = flag(
+        4, 'Number of softmaxes in the mixture.', paper=MIXTURE, parent='mixture_of_softmax', low=1
+    )
+    sigsoftmax_logits: bool = flag(
+        False, 'Add the logarithm of their sigmoid to the logits.', paper='https://arxiv.org/abs/1805.10829'
+    )
+    ff_deep_embed: bool = flag(False, "A learned factor per token, layer and channel on the feed-forwards' output.")
+    to_logits: Callable[..., Any] | None = flag(None, 'Your own head.')
+    add_continuous_pred_head: bool = flag(False, 'A second head that predicts the next embedding.')
+    input_not_include_cache: bool = flag(False, 'With a cache, the input is always new tokens only.')
+
+    @cached_property
+    def num_mem_tokens(self) -> int:
+        return self.num_memory_tokens or 0
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VisionFlags(Flags):
+    """Every keyword of ``ViTransformerWrapper``."""
+
+    image_size: int = flag(REQUIRED, 'Height and width of the image.', low=1)
+    patch_size: int = flag(REQUIRED, 'Height and width of a patch.', low=1)
+    attn_layers: nn.Module = flag(REQUIRED, 'The stack, usually an Encoder.')
+    channels: int = flag(3, 'Channels of the image.', low=1)
+    num_classes: int | None = flag(None, 'Number of logits; None: the pooled embedding is returned.', low=1)
+    post_emb_norm: bool = flag(False, 'Layer norm of the embedded patches.')
+    num_register_tokens: int = flag(
+        0, 'Learned tokens behind the patches that are dropped afterwards.', paper='https://arxiv.org/abs/2309.16588', low=0
+    )
+    emb_dropout: float = flag(0.0, 'Dropout on the embedded patches.', low=0.0, high=1.0)
+
+    @cached_property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
