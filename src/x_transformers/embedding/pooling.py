@@ -1,0 +1,99 @@
+"""One vector, or a few, for a whole sequence: attention pooling, averages, cls tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.flags.base import FlagError
+from x_transformers.helpers import default, masked_mean
+from x_transformers.module import Module, empty_parameter
+from x_transformers.tensor_types import Bool, Float
+
+
+class AttentionPool(Module):
+    """Learned queries attend over a sequence (https://arxiv.org/abs/1810.00825).
+
+    Args:
+        dim: width of the queries and of the result.
+        num_pooled_tokens: number of queries.
+        dim_context: width of the sequence; ``dim`` unless given.
+        add_residual: add the queries to the result (without blocks, which have their own residuals).
+        depth: more than one takes whole cross-attending blocks.
+        use_transformer_blocks: blocks with feed-forwards, even for ``depth=1``.
+        squeeze_output: drop the axis of the single pooled token.
+        attn_kwargs: further flags of the attention, without prefix.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_pooled_tokens: int = 1,
+        dim_context: int | None = None,
+        add_residual: bool = False,
+        depth: int = 1,
+        heads: int = 8,
+        dim_head: int = 64,
+        use_transformer_blocks: bool | None = None,
+        squeeze_output: bool | None = None,
+        attn_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        blocks = default(use_transformer_blocks, depth > 1)
+        self.squeeze_output = default(squeeze_output, False)
+        self.add_residual = add_residual
+        self._check(depth, blocks, num_pooled_tokens)
+        width, more = default(dim_context, dim), dict(attn_kwargs or {})
+        self.queries = empty_parameter(num_pooled_tokens, dim)
+        self.pooler: nn.Module
+        if blocks:
+            from x_transformers.layers.stack import CrossAttender
+
+            flags = {'attn_dim_head': dim_head, **{f'attn_{name}': value for name, value in more.items()}}
+            self.pooler = CrossAttender(dim=dim, depth=depth, heads=heads, cross_attn_dim_context=width, **flags)
+        else:
+            from x_transformers.attention.attention import Attention
+
+            self.pooler = Attention(dim, dim_context=width, heads=heads, **{'dim_head': dim_head, **more})
+        self.init_own()
+
+    def _check(self, depth: int, blocks: bool, tokens: int) -> None:
+        wrong = []
+        if depth < 1 or tokens < 1:
+            wrong.append(f'AttentionPool: depth ({depth}) and num_pooled_tokens ({tokens}) must be at least 1.')
+        if depth > 1 and not blocks:
+            wrong.append(f'AttentionPool: depth={depth} needs use_transformer_blocks=True; a single attention has depth 1.')
+        if self.add_residual and blocks:
+            wrong.append(
+                'AttentionPool: add_residual=True is for a single attention; transformer blocks have their own residuals.'
+            )
+        if self.squeeze_output and tokens > 1:
+            wrong.append(f'AttentionPool: squeeze_output=True needs num_pooled_tokens=1, got {tokens}.')
+        if wrong:
+            raise FlagError(*wrong)
+
+    @torch.no_grad()
+    def init_own(self) -> None:
+        nn.init.normal_(self.queries, std=0.01)
+
+    def forward(self, context: Float[Tensor, 'b n c'], mask: Bool[Tensor, 'b n'] | None = None) -> Float[Tensor, 'b p d']:
+        """Returns (b p d), or (b d) with ``squeeze_output``."""
+        queries = self.queries.expand(context.shape[0], -1, -1)
+        pooled: Tensor = self.pooler(queries, context, context_mask=mask)
+        if self.add_residual:
+            pooled = pooled + queries
+        return pooled.squeeze(1) if self.squeeze_output else pooled
+
+
+def average(x: Float[Tensor, 'b n d'], mask: Bool[Tensor, 'b n'] | None) -> Float[Tensor, 'b d']:
+    """Mean over the tokens that the mask names."""
+    return masked_mean(x, mask, dim=1)
+
+
+def read_cls(x: Float[Tensor, 'b n d'], count: int) -> tuple[Tensor, Float[Tensor, 'b m d']]:
+    """(the ``count`` cls tokens in front, (b d) if there is one and (b c d) otherwise; the rest)."""
+    cls, rest = x[:, :count], x[:, count:]
+    return cls.squeeze(1) if count == 1 else cls, rest

@@ -1,0 +1,43 @@
+"""Recycling: the stack's output is fed back into its input, several times (https://www.nature.com/articles/s41586-021-03819-2)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.tensor_types import Float
+
+R = TypeVar('R')
+
+
+def rounds(asked: int | None, *, recycling: bool, training: bool, longest: int) -> int:
+    """How often the stack is run: as asked, or drawn from 1 to ``longest`` in training."""
+    if not recycling:
+        if asked not in (None, 1):
+            raise ValueError(f'recycle_steps={asked}: this model was built without recycling=True, so the stack runs once.')
+        return 1
+    if asked is None:
+        if not training:
+            raise ValueError(
+                'recycle_steps must be given when a model with recycling=True is evaluated; it is drawn only in training.'
+            )
+        return random.randint(1, longest)
+    if asked < 1:
+        raise ValueError(f'recycle_steps is {asked}; the stack must run at least once.')
+    return asked
+
+
+def recycle(
+    run: Callable[[Tensor], tuple[Tensor, R]], x: Float[Tensor, 'b n d'], proj: nn.Module, steps: int
+) -> tuple[Float[Tensor, 'b n d'], R]:
+    """Run the stack ``steps`` times on the input plus the projection of the last output; only the last run has gradients."""
+    fed = x
+    for _ in range(steps - 1):
+        with torch.no_grad():
+            last, _record = run(fed)
+        fed = x + proj(last)
+    return run(fed)

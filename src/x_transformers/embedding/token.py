@@ -1,0 +1,155 @@
+"""From token ids to vectors: the token table, further tables that are summed in, and what stands in front of the tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.helpers import l2norm
+from x_transformers.module import Module
+from x_transformers.tensor_types import Bool, Float, Int
+
+
+class Table(nn.Embedding):
+    """An embedding table that knows the spread of its start."""
+
+    def __init__(self, num_tokens: int, dim: int, std: float = 1.0) -> None:
+        self.std = std
+        super().__init__(num_tokens, dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class TokenEmbedding(Module):
+    """A table of token vectors, of unit length with ``l2norm_embed``.
+
+    The table starts from a normal distribution of variance 2 / dim (https://arxiv.org/abs/1502.01852), or of standard deviation
+    1e-5 with ``l2norm_embed``: what counts then is the direction, which can turn quickly.
+    """
+
+    def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False) -> None:
+        super().__init__()
+        self.l2norm_embed = l2norm_embed
+        self.emb = Table(num_tokens, dim, std=1e-5 if l2norm_embed else math.sqrt(2 / dim))
+
+    def init_(self) -> None:
+        """Draw the table anew."""
+        self.emb.reset_parameters()
+
+    def forward(self, x: Int[Tensor, '...']) -> Float[Tensor, '... d']:
+        """Raises TypeError for ids that are not integers, IndexError for ids beyond the table."""
+        found = look_up(self.emb, x, 'token ids')
+        return l2norm(found) if self.l2norm_embed else found
+
+
+def look_up(table: nn.Embedding, ids: Int[Tensor, '...'], name: str) -> Float[Tensor, '... d']:
+    """Rows of a table, with errors that name the ids and their range."""
+    check_ids(ids, name)
+    if ids.dtype not in (torch.int64, torch.int32):
+        ids = ids.long()
+    if torch.compiler.is_compiling():
+        return F.embedding(ids, table.weight)
+    try:
+        found: Tensor = table(ids)
+    except IndexError:
+        low, high = int(ids.min()), int(ids.max())
+        raise IndexError(
+            f'{name} must lie in 0 … {table.num_embeddings - 1} (the table has {table.num_embeddings} rows), '
+            f'but they range from {low} to {high}. Is a padding or ignored index still among them?'
+        ) from None
+    return found
+
+
+def check_ids(ids: Tensor, name: str) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(
+            f'{name} must be integers, got a tensor of {ids.dtype}; continuous inputs go through ContinuousTransformerWrapper.'
+        )
+
+
+def check_mask(mask: Tensor | None, batch: int, length: int, name: str = 'mask', of: str = 'one entry per token') -> None:
+    """A mask says True where there is something to see, for every row of a batch."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f'{name} must be boolean (True: may be looked at), got {mask.dtype}; use {name}.bool() if 1 means True.'
+        )
+    if mask.ndim != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
+        raise ValueError(f'{name} must have shape ({batch}, {length}), {of}, got {tuple(mask.shape)}.')
+
+
+# ---------------------------------------------------------------- what is summed in
+
+
+def named_tables(sizes: Mapping[str, int], dim: int) -> nn.ModuleDict | None:
+    """Further tables by name; None without any. Their slots are called ``NAME_embed``."""
+    if not sizes:
+        return None
+    return nn.ModuleDict({f'{name}_embed': Table(size, dim) for name, size in sizes.items()})
+
+
+def add_named(
+    x: Float[Tensor, 'b n d'], tables: nn.ModuleDict | None, ids: Mapping[str, Int[Tensor, 'b m']]
+) -> Float[Tensor, 'b n d']:
+    """Add to each token its row of every further table. The names must be exactly the tables'.
+
+    Ids of a longer sequence are taken from its end: those of tokens that a cache has seen are not needed again.
+    """
+    wanted = {key.removesuffix('_embed') for key in tables} if tables is not None else set()
+    if wanted != set(ids):
+        missing, unknown = sorted(wanted - set(ids)), sorted(set(ids) - wanted)
+        raise ValueError(
+            f'embed_ids must name exactly the tables of embed_num_tokens, which are {sorted(wanted) or "none"}; '
+            + '; '.join(f'{what}: {", ".join(names)}' for what, names in (('missing', missing), ('unknown', unknown)) if names)
+            + '.'
+        )
+    for name, given in ids.items():
+        table = tables[f'{name}_embed']  # type: ignore[index]
+        x = x + newest(look_up(table, given, f'embed_ids[{name!r}]'), x.shape[1], f'embed_ids[{name!r}]')  # type: ignore[arg-type]
+    return x
+
+
+def newest(t: Tensor, n: int, name: str) -> Tensor:
+    """The last ``n`` positions of axis 1 of something given for at least that many."""
+    if t.ndim < 2 or t.shape[1] < n:
+        raise ValueError(f'{name} must cover all {n} tokens, got shape {tuple(t.shape)}.')
+    return t if t.shape[1] == n else t[:, t.shape[1] - n :]
+
+
+def scale_gradient(x: Tensor, fraction: float) -> Tensor:
+    """The same values, with ``fraction`` of the gradient (https://arxiv.org/abs/2105.13290)."""
+    if fraction >= 1 or not x.requires_grad:
+        return x
+    return x * fraction + x.detach() * (1 - fraction)
+
+
+# ---------------------------------------------------------------- what stands in front
+
+
+def put_in_front(
+    rows: Float[Tensor, 'b p d'],
+    x: Float[Tensor, 'b n d'],
+    mask: Bool[Tensor, 'b n'] | None,
+    rows_mask: Bool[Tensor, 'b p'] | None = None,
+) -> tuple[Float[Tensor, 'b m d'], Bool[Tensor, 'b m'] | None]:
+    """``rows`` in front of the sequence; its mask, if there is one of either, extended by True."""
+    if mask is not None or rows_mask is not None:
+        rows_mask = all_true(rows) if rows_mask is None else rows_mask
+        mask = all_true(x) if mask is None else mask
+        mask = torch.cat((rows_mask.expand(mask.shape[0], -1), mask.expand(rows_mask.shape[0], -1)), dim=1)
+    return torch.cat((rows.to(x.dtype), x), dim=1), mask
+
+
+def all_true(x: Float[Tensor, 'b n d']) -> Bool[Tensor, 'b n']:
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
+
+def true_in_front(mask: Bool[Tensor, 'b n'], rows: int) -> Bool[Tensor, 'b m']:
+    return F.pad(mask, (rows, 0), value=True) if rows else mask
