@@ -186,3 +186,12 @@ def test_beams_of_one_prompt_need_not_gather_their_context() -> None:
     moved = cache.reorder(index, context=False)
     assert moved.step(1).tapes['k'] is context
     assert torch.equal(moved.step(0).get('k'), cache.step(0).get('k')[index])
+
+
+def test_a_carried_function_does_not_forbid_rollback() -> None:
+    cache = filled()
+    cache.step(0).carry['unrotate'] = len
+    assert cache.rollback(3).step(0).carry['unrotate'] is len
+    cache.step(0).carry['hidden'] = {'h': torch.zeros(1, 2, 3)}
+    with pytest.raises(ValueError, match='hidden'):
+        cache.rollback(2)

@@ -54,10 +54,8 @@ def get_cached_kvs(intermediates: LayerIntermediates) -> list[Any]:
     return [inter.cached_kv for inter in intermediates.attn_intermediates or []]
 
 
-def self_attention_kvs(
-    intermediates: LayerIntermediates,
-) -> list[tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n e']]]:
-    """The keys and values of the self attentions only: what may be routed into another model."""
+def self_attention_kvs(intermediates: LayerIntermediates) -> list[tuple[Tensor, Tensor | None]]:
+    """The keys and values (b h n d) of the self attentions only: what may be routed into another model."""
     return [
         inter.cached_kv
         for inter in intermediates.attn_intermediates or []

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from x_transformers.cache.tape import Tape
 from x_transformers.tensor_types import Float, Int
@@ -25,7 +25,8 @@ class LayerCache:
 
     - ``tapes`` grow by one row per token, or are fixed (cross attention);
     - ``states`` are tensors, batch first, replaced at every step: reordered, but not rolled back;
-    - ``carry`` holds anything else, such as a recurrent module's hidden state: reordered, but not rolled back.
+    - ``carry`` holds anything else, such as a recurrent module's hidden state: its tensors are reordered, but not rolled back
+      (``carry_axis`` may name their batch axis).
     """
 
     __slots__ = ('carry', 'carry_axis', 'states', 'tapes')
@@ -43,7 +44,11 @@ class LayerCache:
 
     @property
     def can_rollback(self) -> bool:
-        return not self.states and not self.carry
+        return not self._without_history()
+
+    def _without_history(self) -> list[str]:
+        carried = (name for name, value in self.carry.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)))
+        return [*self.states, *carried]
 
     def get(self, name: str) -> Tensor | None:
         """What is held under ``name``, in whole; None if there is nothing."""
@@ -89,7 +94,7 @@ class LayerCache:
     def shortened(self, removed: int, own: bool = False) -> LayerCache:
         """A fork without the newest ``removed`` rows of each growing tape."""
         if removed and not self.can_rollback:
-            held = ', '.join([*self.states, *self.carry])
+            held = ', '.join(self._without_history())
             raise ValueError(
                 f'the cache cannot be rolled back: it holds a state without history ({held}); keep a fork() from before instead'
             )
@@ -223,7 +228,7 @@ class KVCache:
     def reorder(self, rows: Int[Tensor, ' r'], context: bool = True) -> KVCache:
         """Batch rows gathered by ``rows``: permuted, repeated or chosen.
 
-        ``context=False``: each row keeps the context it has, so fixed tapes are not gathered (beams of one prompt share theirs).
+        ``context=False``: each row keeps its context, so fixed tapes are not gathered (beams of one prompt share theirs).
         """
         return self._mapped(lambda layer: layer.reordered(rows, context))
 
