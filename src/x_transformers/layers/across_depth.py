@@ -1,0 +1,74 @@
+"""Paths that reach over several layers: mixtures of all earlier layers, U-Net skips, the input again at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.helpers import Sequential
+from x_transformers.module import Module
+from x_transformers.norms import RMSNorm
+from x_transformers.tensor_types import Float
+
+
+class DynamicLIMe(Module):
+    """Layer-integrated memory with weights that depend on the token, https://arxiv.org/abs/2502.09245.
+
+    forward: x (b n d) and the inputs of ``num_layers`` layers so far, its own last -> their weighted sum (b n d), or one for
+    each of ``num_views`` views (v b n d). ``use_softmax=False`` takes relu instead. Raises ValueError on another number of inputs.
+    """
+
+    def __init__(self, dim: int, num_layers: int, num_views: int = 1, norm: bool = True, use_softmax: bool = True) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.num_views = num_views
+        self.multiple_views = num_views > 1
+        self.to_weights = Sequential(
+            RMSNorm(dim) if norm else None,
+            nn.Linear(dim, num_views * num_layers),
+            nn.Unflatten(-1, (num_views, num_layers)),
+            nn.Softmax(dim=-1) if use_softmax else nn.ReLU(),
+        )
+
+    def forward(self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Tensor) -> Tensor:
+        if len(hiddens) != self.num_layers:
+            raise ValueError(f'this mixture is of {self.num_layers} layers, but was given the inputs of {len(hiddens)}')
+        stacked = hiddens if isinstance(hiddens, Tensor) else torch.stack(tuple(hiddens))
+        mixed = torch.einsum('b n v l, l b n d -> v b n d', self.to_weights(x), stacked)
+        return mixed if self.multiple_views else mixed[0]
+
+
+class ConcatCombine(Module):
+    """A U-Net's skip, https://arxiv.org/abs/1505.04597: one linear map of an earlier stream beside this one.
+
+    forward: x (… n d) and earlier streams, of which number ``prev_layer_ind`` is taken -> (… n d).
+    """
+
+    def __init__(self, dim: int, prev_layer_ind: int) -> None:
+        super().__init__()
+        self.prev_layer_ind = prev_layer_ind
+        self.combine = nn.Linear(dim * 2, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, '... n d'], prev_layers: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+        out: Tensor = self.combine(torch.cat((prev_layers[self.prev_layer_ind], x), dim=-1))
+        return out
+
+
+def injection(
+    x: Float[Tensor, 'b n d'],
+    in_attn_cond: Float[Tensor, 'b #n d'] | None,
+    proj: nn.Module | None,
+    gate: nn.Module | None,
+) -> Float[Tensor, 'b #n d'] | None:
+    """What is added to every branch's input: the stack's own input, projected, or the caller's condition.
+
+    The learned gate depends on the stack's input. https://arxiv.org/abs/1909.01377, https://arxiv.org/abs/2410.03020,
+    https://arxiv.org/abs/2105.04090
+    """
+    added = in_attn_cond if proj is None else proj(x)
+    if added is None or gate is None:
+        return added
+    out: Tensor = added * gate(x).sigmoid()
+    return out

@@ -1,0 +1,169 @@
+"""What is wrapped around a branch: scales of its output, shifts of its input.
+
+Each wrapper holds the branch as ``fn``. ``run`` is how the stack calls it; ``forward`` takes the branch's own keywords, and
+changes only the first of several outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.helpers import default, pad_at_dim
+from x_transformers.module import ConstantLinear, Module, empty_parameter
+from x_transformers.tensor_types import Bool, Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.inputs import BranchInputs, Intermediates
+    from x_transformers.cache.kv_cache import LayerCache
+
+Result = tuple[Tensor, 'Intermediates | None']
+
+
+def change_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` applied to a result, or to the first entry of several."""
+    if isinstance(out, tuple):
+        return (change(out[0]), *out[1:])
+    return change(out)
+
+
+def innermost(branch: nn.Module) -> nn.Module:
+    """The attention or feed-forward inside all wrappers."""
+    while isinstance(branch, (Scale, LayerScale, AdaptiveLayerScale, ShiftTokens)):
+        branch = branch.fn
+    return branch
+
+
+class Scale(Module):
+    """The branch's output times a constant."""
+
+    def __init__(self, value: float, fn: nn.Module) -> None:
+        super().__init__()
+        self.value = value
+        self.fn = fn
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        return change_first(self.fn(x, **kwargs), lambda out: out * self.value)
+
+    def run(self, x: Tensor, given: BranchInputs) -> Result:
+        out, seen = self.fn.run(x, given)
+        return out * self.value, seen
+
+
+class LayerScale(Module):
+    """The branch's output times a learned gain per feature that starts at ``init_value``, https://arxiv.org/abs/2103.17239."""
+
+    def __init__(self, fn: nn.Module, dim: int, init_value: float = 0.0, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.unit_offset = unit_offset
+        self.init_value = init_value
+        self.fn = fn
+        self.gamma = empty_parameter(dim)
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.constant_(self.gamma, self.init_value - self.unit_offset)
+
+    def _scaled(self, out: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return out * (self.gamma + 1.0 if self.unit_offset else self.gamma)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        return change_first(self.fn(x, **kwargs), self._scaled)
+
+    def run(self, x: Tensor, given: BranchInputs) -> Result:
+        out, seen = self.fn.run(x, given)
+        return self._scaled(out), seen
+
+
+class AdaptiveLayerScale(Module):
+    """The branch's output times a sigmoid gate that depends on a condition, nearly closed at first.
+
+    A companion of adaptive norms, https://arxiv.org/abs/2212.09748. Condition: (b c) or (b n c).
+    """
+
+    def __init__(self, fn: nn.Module, dim: int, dim_condition: int | None = None, init_bias_value: float = -2.0) -> None:
+        super().__init__()
+        self.fn = fn
+        self.to_gamma = ConstantLinear(default(dim_condition, dim), dim, bias_value=init_bias_value)
+
+    def _gate(self, condition: Tensor | None) -> Float[Tensor, 'b #n d']:
+        if condition is None:
+            raise ValueError('the adaptive layer scale depends on a condition: pass condition=(batch, features)')
+        gate: Tensor = self.to_gamma(condition.unsqueeze(1) if condition.ndim == 2 else condition).sigmoid()
+        return gate
+
+    def forward(self, x: Tensor, *, condition: Tensor | None = None, **kwargs: Any) -> Any:
+        gate = self._gate(condition)
+        return change_first(self.fn(x, **kwargs), lambda out: out * gate)
+
+    def run(self, x: Tensor, given: BranchInputs) -> Result:
+        gate = self._gate(given.condition)
+        out, seen = self.fn.run(x, given)
+        return out * gate, seen
+
+
+def shift(t: Float[Tensor, 'b n d'], amount: int, mask: Bool[Tensor, 'b n'] | None = None) -> Float[Tensor, 'b n d']:
+    """``t`` delayed by ``amount`` tokens (negative: advanced), zeros where nothing comes from; masked tokens count as zeros."""
+    if amount == 0:
+        return t
+    n = t.shape[-2]
+    amount = max(-n, min(n, amount))
+    if mask is not None:
+        t = t.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return pad_at_dim(t, (amount, -amount), dim=-2)
+
+
+class ShiftTokens(Module):
+    """The features in equal chunks, chunk ``k`` delayed by ``shifts[k]`` tokens; what is left over stays. (RWKV, B. Peng.)
+
+    With a cache the tokens before come from its 'shift' tape, so a step sees what the whole sequence would. Tokens that are
+    masked out (``mask``, or ``BranchInputs.padding``) are zeros to others.
+    """
+
+    def __init__(self, shifts: Sequence[int], fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        self.shifts = tuple(shifts)
+
+    def _chunks(self, dim: int) -> list[tuple[int, int, int]]:
+        """(shift, first feature, last feature) of each chunk that moves."""
+        width = dim // len(self.shifts)
+        return [(by, nth * width, (nth + 1) * width) for nth, by in enumerate(self.shifts) if by != 0 and width > 0]
+
+    def forward(self, x: Float[Tensor, '... n d'], **kwargs: Any) -> Any:
+        return self.fn(self.shifted(x, kwargs.get('mask')), **kwargs)
+
+    def run(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> Result:
+        out: Result = self.fn.run(self.shifted(x, given.padding, given.past), given)
+        return out
+
+    def shifted(
+        self, x: Float[Tensor, '... n d'], mask: Bool[Tensor, 'b n'] | None = None, past: LayerCache | None = None
+    ) -> Float[Tensor, '... n d']:
+        chunks = self._chunks(x.shape[-1])
+        if not chunks:
+            return x
+        n, begin, end = x.shape[-2], chunks[0][1], chunks[-1][2]
+        front, back = max(0, *self.shifts), max(0, *(-by for by in self.shifts))
+        moving = x[..., begin:end]
+        if mask is not None:
+            moving = moving.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if past is not None:
+            # tapes have the batch in front, views of q, k and v are in front of the batch
+            has_views = x.ndim == 4
+            (seen,) = past.extend(shift=moving.transpose(0, 1) if has_views else moving)
+            seen = seen[..., max(0, seen.shape[-2] - n - front) :, :]
+            moving = seen.transpose(0, 1) if has_views else seen
+        moving = pad_at_dim(moving, (front + n - moving.shape[-2], back), dim=-2)
+        parts, upto = [], 0
+        for by, first, last in chunks:
+            if first > upto:
+                parts.append(x[..., upto:first])
+            parts.append(moving[..., front - by : front - by + n, first - begin : last - begin])
+            upto = last
+        if upto < x.shape[-1]:
+            parts.append(x[..., upto:])
+        return torch.cat(parts, dim=-1)

@@ -1,0 +1,43 @@
+"""The condition that adaptive norms and adaptive layer scales depend on."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from x_transformers.tensor_types import Float
+
+
+def AdaptiveMLP(dim_condition: int, expansion: int) -> nn.Sequential:
+    """One hidden layer in front of all adaptive parts, as in https://arxiv.org/abs/2212.09748: width times ``expansion``."""
+    return nn.Sequential(nn.Linear(dim_condition, int(dim_condition * expansion), bias=False), nn.SiLU())
+
+
+def read_condition(
+    condition: Tensor | None, needed: bool, dim_condition: int, batch: int, n: int
+) -> Float[Tensor, 'b #n c'] | None:
+    """The caller's condition with a sequence axis.
+
+    Raises ValueError if there is one and none is needed, or the other way round, or if it has the wrong shape.
+    """
+    if condition is None:
+        if needed:
+            raise ValueError(
+                'a condition is needed by the adaptive norms or the adaptive layer scale of this stack: pass '
+                f'condition=(batch, {dim_condition}) or (batch, sequence, {dim_condition})'
+            )
+        return None
+    if not needed:
+        raise ValueError(
+            'condition was given, but nothing in this stack depends on it: build it with use_adaptive_layernorm, '
+            'use_adaptive_rmsnorm or use_adaptive_layerscale'
+        )
+    shape = tuple(condition.shape)
+    wide = condition.unsqueeze(1) if condition.ndim == 2 else condition
+    if wide.ndim != 3 or wide.shape[-1] != dim_condition or wide.shape[0] != batch:
+        raise ValueError(
+            f'condition must be (batch, {dim_condition}) or (batch, sequence, {dim_condition}) with batch {batch}, '
+            f'but is {shape}: the width is set by `dim_condition`'
+        )
+    if wide.shape[1] not in (1, n):
+        raise ValueError(f'condition has one row for each of {wide.shape[1]} tokens, but x has {n} (condition is {shape})')
+    return wide

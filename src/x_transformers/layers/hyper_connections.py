@@ -1,0 +1,112 @@
+"""Several residual streams, read and written through learned, input-dependent weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.helpers import exists
+from x_transformers.layers.residual import ResidualPath
+from x_transformers.module import empty_parameter
+from x_transformers.tensor_types import Float
+
+Rest = tuple[Tensor, Tensor]
+
+
+def sinkhorn(t: Float[Tensor, '... i j'], iters: int = 20) -> Float[Tensor, '... i j']:
+    """Doubly stochastic matrices: softmax over the rows, then both axes made to sum to 1 in turn, ``iters`` times.
+
+    Computed in float32 (float64 stays), returned in the dtype of ``t``; https://arxiv.org/abs/2512.24880.
+    """
+    dtype = t.dtype
+    t = t.to(torch.promote_types(dtype, torch.float32)).softmax(dim=-2)
+    for _ in range(iters):
+        t = F.normalize(t, p=1.0, dim=-1)
+        t = F.normalize(t, p=1.0, dim=-2)
+    return t.to(dtype)
+
+
+class HyperConnection(ResidualPath):
+    """One layer's weights over ``num_residual_streams`` streams, https://arxiv.org/abs/2409.19606.
+
+    read: (b s) n d -> the branch's input b n d, or ``num_input_views`` of them, v b n d. write: b n d -> (b s) n d.
+
+    Between layers every stream becomes a mixture of all. The original means the mixing matrix to be doubly stochastic but
+    normalises an axis of size 1, so all its entries are 1; checkpoints rely on it and it is the default.
+    ``doubly_stochastic=True`` makes the matrix what it was meant to be.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        layer_index: int,
+        num_residual_streams: int,
+        num_input_views: int = 1,
+        sinkhorn_iters: int = 5,
+        doubly_stochastic: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.num_residual_streams = streams = num_residual_streams
+        self.num_input_views = views = num_input_views
+        self.layer_index = layer_index
+        self.sinkhorn_iters = sinkhorn_iters
+        self.doubly_stochastic = doubly_stochastic
+        self.norm = nn.LayerNorm(dim, bias=False)
+        self.static_beta = empty_parameter(streams)
+        self.static_alpha = empty_parameter(streams, views + streams)
+        self.dynamic_alpha_fn = empty_parameter(dim, streams + views)
+        self.dynamic_alpha_scale = empty_parameter()
+        self.dynamic_beta_fn = empty_parameter(dim)
+        self.dynamic_beta_scale = empty_parameter()
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self) -> None:
+        views, streams = self.num_input_views, self.num_residual_streams
+        nn.init.ones_(self.static_beta)
+        # at first each layer listens mostly to one stream, and every stream keeps to itself
+        nn.init.zeros_(self.static_alpha)
+        self.static_alpha[self.layer_index % streams, :views] = 1.0
+        self.static_alpha[:, views:].fill_diagonal_(1.0)
+        nn.init.zeros_(self.dynamic_alpha_fn)
+        nn.init.constant_(self.dynamic_alpha_scale, 0.01)
+        nn.init.zeros_(self.dynamic_beta_fn)
+        nn.init.constant_(self.dynamic_beta_scale, 0.01)
+
+    def read(self, streams: Float[Tensor, '(b s) n d']) -> tuple[Tensor, Rest]:
+        views = self.num_input_views
+        separate = streams.unflatten(0, (-1, self.num_residual_streams))
+        normed = self.norm(separate)
+        alpha = self.static_alpha.unsqueeze(1) + self.dynamic_alpha_scale * (normed @ self.dynamic_alpha_fn)
+        read = torch.einsum('b s n v, b s n d -> v b n d', alpha[..., :views].sigmoid(), separate)
+        dynamic_beta = self.dynamic_beta_scale * 2 * (normed @ self.dynamic_beta_fn).sigmoid()
+        beta = 2 * (self.static_beta.unsqueeze(-1) + dynamic_beta).sigmoid()
+        return (read[0] if views == 1 else read), (self._mixed(separate, alpha[..., views:]), beta)
+
+    def _mixed(self, separate: Float[Tensor, 'b s n d'], alpha: Float[Tensor, 'b s n t']) -> Float[Tensor, 'b #s n d']:
+        """What each stream carries on."""
+        if not self.doubly_stochastic:
+            return separate.sum(dim=1, keepdim=True)
+        matrix = sinkhorn(alpha.transpose(1, 2), self.sinkhorn_iters)
+        return torch.einsum('b n s t, b s n d -> b t n d', matrix, separate)
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Rest) -> Float[Tensor, '(b s) n d']:
+        mixed, beta = rest
+        return (mixed + beta.unsqueeze(-1) * out.unsqueeze(1)).flatten(0, 1)
+
+    def prepare(self, residual: Float[Tensor, '(b s) n d']) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        branch_input, (mixed, beta) = self.read(residual)
+        count = self.num_residual_streams
+        return branch_input, mixed.expand(-1, count, -1, -1).flatten(0, 1), {'beta': beta}
+
+    def forward(
+        self, x: Float[Tensor, 'b n d'], residual: Float[Tensor, '(b s) n d'], *, beta: Tensor | None = None, **kwargs: Any
+    ) -> Float[Tensor, '(b s) n d']:
+        if not exists(beta):
+            raise ValueError('HyperConnection writes with the weights that it read with: pass `beta` from prepare()')
+        return self.write(x, (residual.unflatten(0, (-1, self.num_residual_streams)), beta))

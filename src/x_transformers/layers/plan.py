@@ -1,0 +1,222 @@
+"""The order of layers, as data: computed from the flags alone, before any module exists.
+
+A layer is a letter: ``a`` self attention, ``c`` cross attention, ``f`` feed-forward. A *step* is one execution of a layer, so a
+layer that is executed twice has two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from x_transformers.flags.base import FlagError
+from x_transformers.helpers import exists
+
+if TYPE_CHECKING:
+    from x_transformers.flags.stack import StackFlags
+
+KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward'}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is to be built at one place of the stack.
+
+    ``half``: its output counts half (macaron). ``views``: how many tensors its branch is given (3: one each for queries, keys
+    and values). ``skip_from``: the layer whose incoming stream is combined with its own (U-Net). ``first``: the first of its kind.
+    """
+
+    index: int
+    kind: str
+    first: bool = False
+    half: bool = False
+    shift: int = 0
+    dropout: float = 0.0
+    views: int = 1
+    skip_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One execution: the ``index``-th of the call, of layer ``layer``, and the ``nth`` of its kind."""
+
+    index: int
+    layer: int
+    kind: str
+    nth: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """All layers, the order in which they are executed unless the caller says otherwise, and where blocks begin."""
+
+    layers: tuple[LayerSpec, ...]
+    order: tuple[int, ...]
+    blocks: tuple[int, ...]
+    depth: int
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(layer.kind for layer in self.layers)
+
+    def count(self, kind: str) -> int:
+        return self.kinds.count(kind)
+
+    def steps(self, order: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+        """The steps of one call, in the given order or the plan's own."""
+        return _steps(self.kinds, self.order if order is None else order)
+
+    def mixed_views(self, index: int) -> int:
+        """How many views the mixture of earlier layers gives to step ``index`` of the plan's own order."""
+        return self.layers[self.order[index]].views
+
+
+@lru_cache(maxsize=256)
+def _steps(kinds: tuple[str, ...], order: tuple[int, ...]) -> tuple[Step, ...]:
+    steps, seen = [], dict.fromkeys(KINDS, 0)
+    for index, layer in enumerate(order):
+        kind = kinds[layer]
+        steps.append(Step(index, layer, kind, seen[kind]))
+        seen[kind] += 1
+    return tuple(steps)
+
+
+def default_block(flags: StackFlags) -> str:
+    """The letters that repeat: attention, maybe to a context too, and a feed-forward; macaron puts another one in front."""
+    if flags.cross_attend:
+        block = 'cf' if flags.only_cross else 'acf'
+    else:
+        block = 'af'
+    return 'f' + block if flags.macaron else block
+
+
+def plan_kinds(flags: StackFlags) -> tuple[str, ...]:
+    """The letters of all layers."""
+    block = default_block(flags)
+    if exists(flags.custom_layers):
+        return tuple(flags.custom_layers)
+    if flags.depth is None:
+        raise FlagError('`depth` is needed: the number of blocks, unless `custom_layers` spells out the layers.')
+    if exists(flags.par_ratio):
+        return tuple(_thinned(block, flags.depth, flags.par_ratio))
+    if exists(flags.sandwich_coef):
+        coef = flags.sandwich_coef
+        return tuple('a' * coef + block * (flags.depth - coef) + 'f' * coef)
+    return tuple(block * (1 if flags.weight_tie_layers else flags.depth))
+
+
+def _thinned(block: str, depth: int, ratio: int) -> str:
+    """Attention spread over the first two thirds, feed-forwards everywhere else, https://arxiv.org/abs/1911.09483.
+
+    Raises FlagError if the layers cannot be spread with that ratio.
+    """
+    total = depth * len(block)
+    attention = block.replace('f', '')
+    if not 1 < ratio <= total:
+        raise FlagError(
+            f'`par_ratio` must lie in 2 to {total} ({depth} blocks of {len(block)} layers), but is {ratio}: '
+            'it is the number of layers per attention layer.'
+        )
+    count = total // ratio
+    cut = (total * 2) // 3
+    width = (cut + cut // count) // count
+    if width < len(attention):
+        raise FlagError(
+            f'`par_ratio={ratio}` leaves {width} layers for {len(attention)} attention layers ({attention!r}): '
+            'choose a larger ratio.'
+        )
+    spread = attention + 'f' * (width - len(attention))
+    return (spread * count).ljust(total, 'f')
+
+
+def plan_order(flags: StackFlags, layers: int) -> tuple[int, ...]:
+    """Indices of layers in the order of execution."""
+    if flags.weight_tie_layers:
+        return tuple(range(layers)) * (flags.depth or 1)
+    if flags.layers_execute_order is None:
+        return tuple(range(layers))
+    order = tuple(flags.layers_execute_order)
+    check_order(order, layers)
+    return order
+
+
+def check_order(order: Sequence[int], layers: int) -> None:
+    """Raise FlagError, a ValueError, if an execution order is empty or names a layer that is not there."""
+    wrong = [index for index in order if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < layers]
+    if wrong or not order:
+        what = 'is empty' if not order else f'holds {wrong}'
+        raise FlagError(
+            f'`layers_execute_order` {what}: it must be a tuple of layer indices, and this stack has {layers} layers '
+            f'(0 to {layers - 1}).'
+        )
+
+
+def block_starts(flags: StackFlags, layers: int) -> tuple[int, ...]:
+    """Where blocks begin. Layers that do not repeat one block are blocks of their own."""
+    irregular = exists(flags.custom_layers) or exists(flags.par_ratio) or exists(flags.sandwich_coef)
+    return tuple(range(0, layers, 1 if irregular else len(default_block(flags))))
+
+
+def plan_skips(blocks: tuple[int, ...]) -> dict[int, int]:
+    """U-Net: the layers that begin the second half of the blocks, and the ones in the first half that each is joined with.
+
+    The last block is joined with the first one, and so on inwards; of an odd number the middle block is left alone.
+    """
+    half = len(blocks) // 2
+    return {blocks[len(blocks) - 1 - nth]: blocks[nth] for nth in range(half)}
+
+
+def _per_layer(name: str, value: float | Sequence[float], layers: int) -> tuple[float, ...]:
+    if isinstance(value, (int, float)):
+        return (value,) * layers
+    if len(value) != layers:
+        raise FlagError(f'`{name}` has {len(value)} entries, but there are {layers} layers: give one number, or one per layer.')
+    return tuple(value)
+
+
+def _views(flags: StackFlags, kind: str, is_first: bool) -> int:
+    """Self attention may be given queries, keys and values of their own, by LIMe or by hyper-connections."""
+    if kind != 'a':
+        return 1
+    if flags.integrate_layers:
+        # the very first one has nothing to choose from
+        return 1 if is_first else 3
+    return 3 if flags.qkv_receive_diff_residuals else 1
+
+
+def plan_layers(flags: StackFlags) -> LayerPlan:
+    """Everything about the order of layers that follows from the flags.
+
+    Raises FlagError if the flags leave no order, or a tuple has not one entry per layer.
+    """
+    kinds = plan_kinds(flags)
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds:
+        raise FlagError(
+            f'`custom_layers` must name one layer or more, each by a letter of {", ".join(KINDS)}, but is {kinds}'
+            + (f' (unknown: {", ".join(unknown)}).' if unknown else '.')
+        )
+    count = len(kinds)
+    order = plan_order(flags, count)
+    blocks = block_starts(flags, count)
+    skips = plan_skips(blocks) if flags.unet_skips else {}
+    shifts = _per_layer('shift_tokens', flags.shift_tokens, count)
+    dropouts = _per_layer('layer_dropout', flags.layer_dropout, count)
+    firsts = {kind: kinds.index(kind) for kind in set(kinds)}
+    layers = tuple(
+        LayerSpec(
+            index=index,
+            kind=kind,
+            first=firsts[kind] == index,
+            half=flags.macaron and kind == 'f',
+            shift=int(shifts[index]),
+            dropout=dropouts[index],
+            views=_views(flags, kind, firsts[kind] == index),
+            skip_from=skips.get(index),
+        )
+        for index, kind in enumerate(kinds)
+    )
+    depth = len(order) if flags.depth is None else flags.depth
+    return LayerPlan(layers=layers, order=order, blocks=blocks, depth=1 if flags.weight_tie_layers else depth)

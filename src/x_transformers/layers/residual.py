@@ -1,0 +1,169 @@
+"""How a branch is joined to the stream that passes it.
+
+A *residual path* reads what the branch is to see from the stream, and writes the branch's output back. *Streams* says what the
+stream is made of between entering and leaving the stack: one tensor, several in parallel, or two with different wiring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.helpers import exists
+from x_transformers.module import Module, empty_parameter
+from x_transformers.tensor_types import Float
+
+Norm = Callable[[Tensor], Tensor]
+
+
+class ResidualPath(Module):
+    """One layer's way around its branch."""
+
+    def read(self, streams: Tensor) -> tuple[Tensor, Any]:
+        """(what the branch sees, what ``write`` needs)."""
+        raise NotImplementedError
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Any) -> Tensor:
+        """The streams, with the branch's output."""
+        raise NotImplementedError
+
+    def norm_after(self, norm: Norm, streams: Tensor) -> Tensor:
+        """Post-norm of the streams that have one."""
+        return norm(streams)
+
+    def prepare(self, residual: Tensor) -> tuple[Tensor, Any, dict[str, Any]]:
+        """``read`` as the original has it: (branch input, residual, keywords for ``forward``)."""
+        branch_input, rest = self.read(residual)
+        return branch_input, rest, {}
+
+    def forward(self, x: Float[Tensor, 'b n d'], residual: Any, **kwargs: Any) -> Tensor:
+        """``write`` as the original has it."""
+        return self.write(x, residual)
+
+
+class Residual(ResidualPath):
+    """``out + c * (a * stream)``, with a learned gain per feature ``a`` (``scale_residual``) and a constant ``c``."""
+
+    def __init__(self, dim: int, scale_residual: bool = False, scale_residual_constant: float = 1.0, **kwargs: Any) -> None:
+        super().__init__()
+        self.residual_scale = empty_parameter(dim) if scale_residual else None
+        self.scale_residual_constant = scale_residual_constant
+        self.init_own()
+
+    def init_own(self) -> None:
+        if self.residual_scale is not None:
+            nn.init.ones_(self.residual_scale)
+
+    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Tensor, Tensor]:
+        return streams, streams
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
+        if self.residual_scale is not None:
+            rest = rest * self.residual_scale
+        if self.scale_residual_constant != 1.0:
+            rest = rest * self.scale_residual_constant
+        return out + rest
+
+
+class GRUGating(ResidualPath):
+    """A GRU cell per token: the branch's output is its input, the stream its state; https://arxiv.org/abs/1910.06764."""
+
+    def __init__(self, dim: int, scale_residual: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        self.gru = nn.GRUCell(dim, dim)
+        self.residual_scale = empty_parameter(dim) if scale_residual else None
+        self.init_own()
+
+    def init_own(self) -> None:
+        if self.residual_scale is not None:
+            nn.init.ones_(self.residual_scale)
+
+    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Tensor, Tensor]:
+        return streams, streams
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
+        if self.residual_scale is not None:
+            rest = rest * self.residual_scale
+        gated: Tensor = self.gru(out.flatten(0, -2), rest.flatten(0, -2).to(out.dtype))
+        return gated.view_as(out)
+
+
+class ResiDual(ResidualPath):
+    """Post-norm and pre-norm at once, https://arxiv.org/abs/2304.14802.
+
+    Of the two streams the first is normed after every layer and is what branches see; the second only adds the branches'
+    outputs up, times ``scale``. The stack's output is the first plus the norm of the second, so a small ``scale`` keeps half precision
+    from overflowing and changes nothing else.
+    """
+
+    def __init__(self, scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def read(self, streams: Float[Tensor, '2 b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, '2 b n d']]:
+        return streams[0], streams
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, '2 b n d']) -> Float[Tensor, '2 b n d']:
+        return torch.stack((rest[0] + out, rest[1] + self.scale * out))
+
+    def norm_after(self, norm: Norm, streams: Float[Tensor, '2 b n d']) -> Float[Tensor, '2 b n d']:
+        return torch.stack((norm(streams[0]), streams[1]))
+
+
+class SingleStream:
+    """One tensor from the first layer to the last."""
+
+    count = 1
+
+    def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Tensor:
+        return x
+
+    def close(self, streams: Tensor, norm: Norm) -> Float[Tensor, 'b n d']:
+        """The stack's output; ``norm`` is the final one."""
+        return norm(streams)
+
+    def last(self, streams: Tensor) -> Tensor:
+        """What is reported as the last hidden state before the final norm."""
+        return streams
+
+    def condition(self, condition: Tensor) -> Tensor:
+        """A condition per row of the batch, as the streams' rows need it."""
+        return condition
+
+
+class ParallelStreams(SingleStream):
+    """``count`` tensors in the batch axis, (b s) n d, told apart by a learned embedding; their sum leaves the stack."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Float[Tensor, '(b s) n d']:
+        streams = x.unsqueeze(1).expand(-1, self.count, -1, -1)
+        if exists(embedding):
+            streams = streams + embedding.unsqueeze(-2)
+        return streams.flatten(0, 1)
+
+    def close(self, streams: Float[Tensor, '(b s) n d'], norm: Norm) -> Float[Tensor, 'b n d']:
+        return norm(streams.unflatten(0, (-1, self.count)).sum(dim=1))
+
+    def condition(self, condition: Tensor) -> Tensor:
+        return condition.repeat_interleave(self.count, dim=0)
+
+
+class DualStreams(SingleStream):
+    """The two streams of ``ResiDual``, 2 b n d."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Float[Tensor, '2 b n d']:
+        return torch.stack((x, x * self.scale))
+
+    def close(self, streams: Float[Tensor, '2 b n d'], norm: Norm) -> Float[Tensor, 'b n d']:
+        return streams[0] + norm(streams[1])
+
+    def last(self, streams: Float[Tensor, '2 b n d']) -> Float[Tensor, 'b n d']:
+        return streams[0]
