@@ -1,0 +1,225 @@
+"""The positions of queries and keys in one call: what all layers share is made once, when it is first needed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.module import last_rows
+from x_transformers.position.polar import PolarEmbedding, place
+from x_transformers.position.rotary import RotaryEmbedding, as_turns, check_table, turn, turn_by_cos_sin
+from x_transformers.tensor_types import Float, Int
+
+Position = Int[Tensor, 'n'] | Int[Tensor, 'b n']
+
+
+def positions_for(
+    n: int, mems: int = 0, offset: int = 0, pos: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
+    """The positions of memories, cached tokens (``offset`` of them) and ``n`` new tokens, in this order.
+
+    Memories lie before 0. The user's ``pos`` (n) or (b n) is taken as it is.
+    Raises ValueError if it is shorter than the new tokens.
+    """
+    if pos is None:
+        return torch.arange(-mems, offset + n, device=device)
+    if pos.shape[-1] < n:
+        raise ValueError(f'pos gives {pos.shape[-1]} positions for {n} tokens: it needs one for each, memories included')
+    return pos
+
+
+class Positions(ABC):
+    """Puts positions into queries and keys.
+
+    Tables are aligned on the right: n queries, or m keys, are the last n or m rows of the table. ``cache_form`` says whether
+    keys may be cached with their position in them: only if it doesn't depend on later tokens, and doesn't widen the keys.
+    """
+
+    cache_form: Literal['positioned', 'raw'] = 'raw'
+
+    @abstractmethod
+    def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
+        """Queries with positions; of ``heads`` only the last ones (None: all)."""
+
+    @abstractmethod
+    def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m e']:
+        """Keys with positions; ``before``: rows of the table that come after the keys' last one."""
+
+    def unrotate_keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None) -> Float[Tensor, 'b kh m d']:
+        """What ``keys`` was given, from what it returned. Only for the form 'positioned'."""
+        raise NotImplementedError(f'{type(self).__name__} keeps keys without positions, so there is nothing to take off')
+
+    def unplaced_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m e']:
+        """Keys that have no position (memory keys, another model's), in the same width as those of ``keys``."""
+        return k
+
+
+# ---------------------------------------------------------------- rotary
+
+
+class RotaryTable:
+    """What turns one sequence: made for as many of its last rows as are asked for, and kept for the next layer.
+
+    Angles and scales are given once for each pair of channels.
+    """
+
+    def __init__(self, angles: Float[Tensor, '#b n p'], scale: Float[Tensor, '#b n p'] | float = 1.0) -> None:
+        self.angles = angles
+        self.scale = scale
+        self._made: dict[tuple[int, int, int, bool], tuple[Tensor, ...]] = {}
+
+    @classmethod
+    def of(cls, freqs: Float[Tensor, '... n r'], scale: Float[Tensor, '... n r'] | float = 1.0) -> RotaryTable:
+        """From what ``RotaryEmbedding`` returns, where both channels of a pair have the angle."""
+        return cls(_one_of_each_pair(freqs), _one_of_each_pair(scale) if isinstance(scale, Tensor) else scale)
+
+    def rotated(
+        self, t: Float[Tensor, 'b h n d'], heads: int | None, before: int = 0, inverse: bool = False, back: bool = False
+    ) -> Float[Tensor, 'b h n d']:
+        """``inverse``: divide by the scale instead of multiplying; ``back``: turn the other way."""
+        if heads is not None and heads < t.shape[1]:
+            still = t.shape[1] - heads
+            return torch.cat((t[:, :still], self.rotated(t[:, still:], None, before, inverse, back)), dim=1)
+        n, dim = t.shape[-2:]
+        inverse = inverse and isinstance(self.scale, Tensor)
+        if torch.compiler.is_compiling() or dim % 2 == 1:
+            cos, sin = self._cos_sin(n, dim, before, inverse)
+            width = cos.shape[-1]
+            turned = turn_by_cos_sin(t[..., :width], cos, -sin if back else sin)
+            return turned if width == dim else torch.cat((turned, t[..., width:]), dim=-1)
+        (turns,) = self._turns(n, dim, before, inverse)
+        return turn(t, turns.conj() if back else turns)
+
+    def _pairs(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, Tensor | float]:
+        check_table(self.angles.shape[-2], self.angles.shape[-1] * 2, n + before, dim)
+        angles = last_rows(self.angles, n + before)[..., :n, :].unsqueeze(1)
+        if not isinstance(self.scale, Tensor):
+            return angles, self.scale
+        scale = last_rows(self.scale, n + before)[..., :n, :].unsqueeze(1)
+        return angles, scale.reciprocal() if inverse else scale
+
+    def _turns(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, ...]:
+        """Complex numbers for a whole head: 1 for the pairs that don't turn."""
+        key = (n, dim, before, inverse)
+        if key not in self._made:
+            angles, scale = self._pairs(n, dim, before, inverse)
+            rest = dim // 2 - angles.shape[-1]
+            if rest > 0:
+                angles = F.pad(angles, (0, rest))
+                scale = F.pad(scale, (0, rest), value=1.0) if isinstance(scale, Tensor) else scale
+            self._made[key] = (as_turns(angles, scale),)
+        return self._made[key]
+
+    def _cos_sin(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, ...]:
+        key = (n, dim, before, inverse)
+        if key not in self._made:
+            angles, scale = self._pairs(n, dim, before, inverse)
+            self._made[key] = tuple((table * scale).repeat_interleave(2, dim=-1) for table in (angles.cos(), angles.sin()))
+        return self._made[key]
+
+
+def _one_of_each_pair(table: Float[Tensor, '... n r']) -> Float[Tensor, '#b n p']:
+    return (table if table.ndim == 3 else table.unsqueeze(0))[..., ::2]
+
+
+class RotaryPositions(Positions):
+    """Rotary positions of one call, from what ``RotaryEmbedding`` returns: ``RotaryPositions(*embedding(pos))``.
+
+    ``context``: (freqs, scale) of the keys, where they come from another sequence (see ``cross``).
+    Raises ValueError when queries or keys are longer than their positions.
+    """
+
+    def __init__(
+        self,
+        freqs: Float[Tensor, '#b n r'],
+        scale: Float[Tensor, '#b n r'] | float = 1.0,
+        context: tuple[Tensor, Tensor | float] | None = None,
+    ) -> None:
+        table = RotaryTable.of(freqs, scale)
+        self._take(table, table if context is None else RotaryTable.of(*context))
+
+    def _take(self, of_queries: RotaryTable, of_keys: RotaryTable) -> RotaryPositions:
+        self._of_queries = of_queries
+        self._of_keys = of_keys
+        # the scale of xpos is centred on the whole sequence, so it changes as the sequence grows
+        self.cache_form = 'raw' if isinstance(of_keys.scale, Tensor) else 'positioned'
+        return self
+
+    @classmethod
+    def at(cls, embedding: RotaryEmbedding, pos: Position) -> RotaryPositions:
+        """The positions ``pos``, without first writing every angle twice."""
+        table = RotaryTable(*embedding.halves(pos))
+        return cls.__new__(cls)._take(table, table)
+
+    def cross(self, freqs: Float[Tensor, '#b j r'], scale: Float[Tensor, '#b j r'] | float = 1.0) -> RotaryPositions:
+        """For cross attention: the same queries (their tables are shared), keys at the context's positions."""
+        return RotaryPositions.__new__(RotaryPositions)._take(self._of_queries, RotaryTable.of(freqs, scale))
+
+    def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n d']:
+        return self._of_queries.rotated(q, heads)
+
+    def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m d']:
+        return self._of_keys.rotated(k, heads, before, inverse=True)
+
+    def unrotate_keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None) -> Float[Tensor, 'b kh m d']:
+        if self.cache_form == 'raw':
+            return super().unrotate_keys(k, heads)
+        return self._of_keys.rotated(k, heads, back=True)
+
+
+# ---------------------------------------------------------------- polar
+
+
+class PolarPositions(Positions):
+    """Polar positions of one call, from what ``PolarEmbedding`` returns: ``PolarPositions(*embedding(pos))``.
+
+    Scores depend on the difference of two angles only. So the bias, which keys are said to have added to their angles, is taken
+    off the queries' angles instead: it belongs to query heads, and grouped keys need not be repeated for it.
+    Raises ValueError when queries or keys are longer than their positions.
+    """
+
+    cache_form = 'raw'
+
+    def __init__(self, freqs: Float[Tensor, '#b n d'], bias: Float[Tensor, 'h 1 d']) -> None:
+        self.freqs = (freqs if freqs.ndim == 3 else freqs.unsqueeze(0)).unsqueeze(1)
+        self.bias = bias
+        self._made: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def at(cls, embedding: PolarEmbedding, pos: Position) -> PolarPositions:
+        return cls(*embedding(pos))
+
+    def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
+        self._refuse(heads, q)
+        return place(q, *self._cos_sin('queries', q.shape[-2]))
+
+    def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m e']:
+        self._refuse(heads, k)
+        return place(k, *self._cos_sin('keys', k.shape[-2], before))
+
+    def unplaced_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m e']:
+        """At angle 0."""
+        still = torch.zeros_like(k)
+        return place(k, still + 1.0, still)
+
+    def _cos_sin(self, side: str, n: int, before: int = 0) -> tuple[Tensor, Tensor]:
+        key = (side, n, before)
+        if key not in self._made:
+            if self.freqs.shape[-2] < n + before:
+                raise ValueError(
+                    f'polar positions are given for {self.freqs.shape[-2]} tokens, but {side} reach over {n + before}: '
+                    'positions must cover all keys, memories and cached ones too'
+                )
+            angles = last_rows(self.freqs, n + before)[..., :n, :]
+            angles = angles - self.bias if side == 'queries' else angles
+            self._made[key] = angles.cos(), angles.sin()
+        return self._made[key]
+
+    @staticmethod
+    def _refuse(heads: int | None, t: Tensor) -> None:
+        if heads is not None and heads != t.shape[1]:
+            raise ValueError(f'polar positions widen every head, so all {t.shape[1]} must take them, not only {heads}')

@@ -1,0 +1,154 @@
+"""Rotary positions: pairs of channels of queries and keys turn by angles that grow with the position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.flags.base import FlagError
+from x_transformers.module import Module, last_rows
+from x_transformers.tensor_types import Float, Int
+
+
+class RotaryEmbedding(Module):
+    """Angles of rotary positions, https://arxiv.org/abs/2104.09864.
+
+    ``dim`` channels turn, neighbours together, the pair k by ``base ** (-2k / dim)`` a position. ``base_rescale_factor``
+    stretches the slow pairs for longer sequences (NTK-aware scaling), ``interpolation_factor`` all of them
+    (https://arxiv.org/abs/2306.15595). ``use_xpos`` adds a decay with distance (https://arxiv.org/abs/2212.10554).
+
+    forward: positions (n) or (b n) -> angles (1|b n dim), each twice, and the scale: 1.0, or with xpos (1|b n dim).
+    Raises FlagError if ``interpolation_factor`` is less than 1 or ``dim`` less than 1.
+    """
+
+    inv_freq: Tensor
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        use_xpos: bool = False,
+        scale_base: float = 512,
+        interpolation_factor: float = 1.0,
+        base: float = 10000,
+        base_rescale_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if interpolation_factor < 1.0:
+            raise FlagError(f'interpolation_factor shrinks the positions, so it must be at least 1, not {interpolation_factor}')
+        if dim < 1:
+            raise FlagError(f'rotary positions turn at least one pair of channels: dim must be at least 1, not {dim}')
+        self.dim = dim
+        # a single pair turns by 1 a position whatever the base; the exponent below would divide by zero
+        self.base = base * base_rescale_factor ** (dim / (dim - 2)) if dim > 2 else base
+        self.interpolation_factor = interpolation_factor
+        self.scale_base = scale_base
+        pairs = (dim + 1) // 2
+        self.register_buffer('inv_freq', torch.empty(pairs))
+        self.register_buffer('scale', torch.empty(pairs) if use_xpos else None)
+        self.init_own()
+
+    def init_own(self) -> None:
+        channels = torch.arange(0, self.dim, 2, device=self.inv_freq.device).float()
+        self.inv_freq.copy_(1.0 / self.base ** (channels / self.dim))
+        if self.scale is not None:
+            self.scale.copy_((channels + 0.4 * self.dim) / (1.4 * self.dim))
+
+    def forward_from_seq_len(self, seq_len: int) -> tuple[Float[Tensor, '1 n r'], Float[Tensor, '1 n r'] | float]:
+        return self.forward(torch.arange(seq_len, device=self.inv_freq.device))
+
+    def forward(
+        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n'], offset: int = 0
+    ) -> tuple[Float[Tensor, '#b n r'], Float[Tensor, '#b n r'] | float]:
+        """``offset`` is accepted for the signature's sake and changes nothing, as in the original."""
+        angles, scale = self.halves(t)
+        return (
+            angles.repeat_interleave(2, dim=-1),
+            scale.repeat_interleave(2, dim=-1) if isinstance(scale, Tensor) else scale,
+        )
+
+    def halves(
+        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n']
+    ) -> tuple[Float[Tensor, '#b n p'], Float[Tensor, '#b n p'] | float]:
+        """Angle and scale of each pair once. Never less exact than float32: half precision cannot count to 4096."""
+        dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
+        t = (t if t.ndim == 2 else t.unsqueeze(0)).to(dtype)
+        angles = t.unsqueeze(-1) * self.inv_freq.to(dtype) / self.interpolation_factor
+        if self.scale is None:
+            return angles, 1.0
+        middle = ((t.max() + 1) / 2).floor()
+        return angles, self.scale.to(dtype) ** ((t - middle) / self.scale_base).unsqueeze(-1)
+
+
+# ---------------------------------------------------------------- turning
+
+
+def rotate_half(x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+    """Neighbouring channels ``(a, b)`` become ``(-b, a)``: a quarter of a turn."""
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((-b, a), dim=-1).flatten(-2)
+
+
+def apply_rotary_pos_emb(
+    t: Float[Tensor, '... n d'], freqs: Float[Tensor, '... m r'], scale: Float[Tensor, '... m r'] | float = 1
+) -> Float[Tensor, '... n d']:
+    """Turn the first r channels of ``t`` by the last n rows of ``freqs``, times ``scale``; the other channels stay.
+
+    Angles and scales are as ``RotaryEmbedding`` gives them: the two channels of a pair share theirs. (b n r) goes with
+    t (b h n d). Computed in the wider dtype of ``t`` and ``freqs``, returned in that of ``t``.
+    Raises ValueError if ``freqs`` has too few rows or too many channels.
+    """
+    n = t.shape[-2]
+    check_table(freqs.shape[-2], freqs.shape[-1], n, t.shape[-1])
+    freqs = _with_head_axis(last_rows(freqs, n), t)
+    scale = _with_head_axis(last_rows(scale, n), t) if isinstance(scale, Tensor) else scale
+    width = freqs.shape[-1]
+    turning = t[..., :width]
+    if torch.compiler.is_compiling() or width % 2 == 1:
+        turned = turn_by_cos_sin(turning, freqs.cos() * scale, freqs.sin() * scale)
+    else:
+        pair_scale = scale[..., ::2] if isinstance(scale, Tensor) else scale
+        turned = turn(turning, as_turns(freqs[..., ::2], pair_scale))
+    return turned if width == t.shape[-1] else torch.cat((turned, t[..., width:]), dim=-1)
+
+
+def as_turns(angles: Float[Tensor, '... p'], scale: Float[Tensor, '... p'] | float = 1.0) -> Tensor:
+    """Complex numbers that turn a pair by an angle and stretch it by a scale."""
+    length = scale.to(angles.dtype) if isinstance(scale, Tensor) else torch.full_like(angles, scale)
+    return torch.polar(length, angles)
+
+
+def turn(t: Float[Tensor, '... n d'], turns: Tensor) -> Float[Tensor, '... n d']:
+    """Multiply the pairs of ``t``, as complex numbers, by ``turns`` (… n d/2): the fastest rotation without a compiler."""
+    dtype = torch.promote_types(t.dtype, turns.real.dtype)
+    wide = t.to(dtype)
+    if wide.stride(-1) != 1 or any(stride % 2 for stride in wide.stride()[:-1]) or wide.storage_offset() % 2:
+        wide = wide.contiguous()
+    pairs = torch.view_as_complex(torch.unflatten(wide, -1, (-1, 2)))
+    return torch.view_as_real(pairs * turns.to(pairs.dtype)).flatten(-2).to(t.dtype)
+
+
+def turn_by_cos_sin(
+    t: Float[Tensor, '... n d'], cos: Float[Tensor, '... n d'], sin: Float[Tensor, '... n d']
+) -> Float[Tensor, '... n d']:
+    """The same in real numbers, which compilers fuse."""
+    wide = t.to(torch.promote_types(t.dtype, cos.dtype))
+    return (wide * cos + rotate_half(wide) * sin).to(t.dtype)
+
+
+def check_table(rows: int, width: int, n: int, dim: int) -> None:
+    """Raise ValueError unless a table of angles has rows for n tokens and no more channels than a head."""
+    if rows < n:
+        raise ValueError(
+            f'rotary positions are given for {rows} tokens, but {n} are to be turned: '
+            'positions must cover all keys, memories and cached ones too'
+        )
+    if width > dim:
+        raise ValueError(
+            f'rotary positions turn {width} channels, but a head has only {dim}: '
+            f'set rotary_emb_dim to at most {dim} or enlarge attn_dim_head'
+        )
+
+
+def _with_head_axis(table: Tensor, t: Tensor) -> Tensor:
+    return table.unsqueeze(1) if table.ndim == 3 and t.ndim == 4 else table
