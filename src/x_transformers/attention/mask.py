@@ -43,7 +43,7 @@ class PackedSequences:
     starts_k: Int[Tensor, 's']
     longest_q: int | None = None
     longest_k: int | None = None
-    memo: Memo = field(default_factory=Memo, repr=False)
+    memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     @classmethod
     def of(cls, given: PackedSequences | Mapping[str, Any], *, causal: bool = False) -> PackedSequences:
@@ -122,11 +122,11 @@ class Mask:
     prefix: int | Int[Tensor, 'b'] | None = None
     dense: Bool[Tensor, '... i j'] | None = None
     packed: PackedSequences | None = None
-    memo: Memo = field(default_factory=Memo, repr=False)
+    memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     def having(self, **changes: Any) -> Mask:
         """A mask with other fields (and nothing remembered)."""
-        return replace(self, memo=Memo(), **changes)
+        return replace(self, **changes)
 
     def narrowed(self, causal: bool, past: int | None) -> Mask:
         """This mask and causality and a window. The same object for the same question, so that layers share what it renders."""
@@ -171,7 +171,8 @@ class Mask:
 
     def may_hide_all(self, where: Where) -> bool:
         """Whether some query may have nothing to look at."""
-        if where.front and self.front is None and self.dense is None:
+        closable = 0 if self.front is None else self.front.shape[-1]
+        if where.front > closable and (self.dense is None or self.dense.shape[-1] != where.keys):
             return False
         hides = any(part is not None for part in (self.keys, self.dense, self.packed))
         return hides or where.own == 0 or (self.causal and where.first < 0)
@@ -188,6 +189,13 @@ class Mask:
         if found is None:
             found = self.memo.keep(key, (self.part(where, self.device_or(device), (0, where.queries), (0, where.own)),))
         return found[0]
+
+    def apart_from_distance(self) -> Mask:
+        """What is left when causality and the window are seen to otherwise (a prefix goes with them)."""
+        if not self.causal and self.past is None:
+            return self
+        found: Mask | None = self.memo.find(('apart',))
+        return self.memo.keep(('apart',), self.having(causal=False, past=None, prefix=None)) if found is None else found
 
     def device_or(self, device: torch.device | str | None) -> torch.device | str | None:
         for part in (self.keys, self.dense, self.front):

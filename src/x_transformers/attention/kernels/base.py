@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Rules, Where
 from x_transformers.tensor_types import Float
 
@@ -62,17 +63,17 @@ class Job:
     v: Float[Tensor, 'b kh j e']
     mask: Mask
     where: Where
-    rules: Rules
+    rules: Callable[[float], Rules]
     scale: float
     bias: Bias | None = None
     previous: Float[Tensor, 'b h i j'] | None = None
-    packed: PackedSequences | None = None
     sink: Float[Tensor, 'h'] | None = None
     softclamp: float | None = None
     l2_distance: bool = False
     dropout: float = 0.0
     backends: tuple[str, ...] | None = None
     keep: bool = False
+    hand_on: bool = False
     records: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
-    from x_transformers.position.relative import Bias
-
     from x_transformers.attention.mask import Mask
+    from x_transformers.position.relative import Bias
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Form(Enum):
 class Sheet:
     """What one run of the reference works on: every rule reads it and writes on it, in order.
 
-    ``scores`` are turned into ``weights`` along the way and those into ``out``. ``shared`` says that somebody else holds the
-    present ``scores`` (a record, or the backward of a convolution), so that they must not be changed in place.
+    ``scores`` become weights along the way, and these ``out``. ``wanted`` names the maps to record. ``shared`` says that
+    somebody else holds the present ``scores`` (a record, or the backward of a mixer): do not change them in place.
     """
 
     q: Float[Tensor, 'b h i d']
@@ -70,11 +68,10 @@ class Sheet:
     where: Where
     bias: Bias | None = None
     previous: Float[Tensor, 'b h i j'] | None = None
-    keep: bool = False
-    upto: str | None = None
+    wanted: tuple[str, ...] = ()
     records: dict[str, Tensor] = field(default_factory=dict)
     shared: bool = False
-    allowed: Any = None
+    allowed: Bool[Tensor, '#b #h i j'] | None = None
     sign: Tensor | None = None
     gamma: Tensor | None = None
     _scores: Tensor | None = None
@@ -113,4 +110,3 @@ class Rule:
 
 
 Rules = tuple[Rule, ...]
-ScoreFunction = Callable[[Tensor], Tensor]

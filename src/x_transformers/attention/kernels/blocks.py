@@ -1,0 +1,233 @@
+"""Attention in blocks of queries, in plain PyTorch: each block meets only keys it may see, and no score matrix is kept.
+
+The backward computes the scores of a block again, from the log of its normaliser (https://arxiv.org/abs/2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from x_transformers.attention.kernels.base import Call, Job, Needs, tiled
+from x_transformers.attention.kernels.sdpa import unified
+from x_transformers.attention.mask import Mask
+from x_transformers.attention.scores.base import Where
+from x_transformers.attention.scores.similarity import as_products
+from x_transformers.tensor_types import Bool, Float
+
+ROWS = 128
+
+
+class Blocks:
+    """A softmax over scores with bias, soft clamp, sink, mask and window. A second derivative needs the reference."""
+
+    name = 'blocks'
+
+    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
+        if needs.weights != 'softmax':
+            reasons.append(f'{needs.weights} is not a softmax')
+        if needs.onnxable:
+            reasons.append('onnxable asks for plain operations')
+        if call.previous:
+            reasons.append('the scores of the layer before are added')
+        if call.dropout:
+            reasons.append('dropout would have to forget the same weights again in the backward')
+        return tuple(reasons)
+
+    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        reasons = []
+        if call.hand_on:
+            reasons.append('the next layer wants the scores, which would be computed a second time')
+        if call.where.queries < ROWS:
+            reasons.append('there is less than one block of queries')
+        return tuple(reasons)
+
+    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
+        q, k, v = unified(job.q, job.k, job.v)
+        if job.l2_distance:
+            q, k = as_products(q, k, whole=job.sink is not None)
+        mask, where = job.mask, job.where
+        bias = None if job.bias is None else job.bias.render(where)
+        # a prefix and causality belong together, so with a prefix all is rendered
+        apart = mask if mask.prefix is not None else mask.apart_from_distance()
+        allowed = apart.rendered(where, q.device)
+        causal = mask.limits_future(where) and mask.prefix is None
+        past = mask.past if mask.limits_past(where) and mask.prefix is None else None
+        shape = Shape(where.queries, where.keys, where.front, causal, past, job.scale, job.softclamp)
+        out: Tensor = InBlocks.apply(q * job.scale, k, v, bias, job.sink, allowed, shape)  # type: ignore[no-untyped-call]
+        return out
+
+
+class Shape(NamedTuple):
+    """What is fixed before any number is known."""
+
+    queries: int
+    keys: int
+    front: int
+    causal: bool
+    past: int | None
+    scale: float
+    softclamp: float | None
+
+
+class Block(NamedTuple):
+    """Rows [top, bottom) and own columns [left, right)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+def blocks_of(shape: Shape) -> Iterator[Block]:
+    own = shape.keys - shape.front
+    first = own - shape.queries
+    for top in range(0, shape.queries, ROWS):
+        bottom = min(top + ROWS, shape.queries)
+        right = min(max(first + bottom, 0), own) if shape.causal else own
+        left = 0 if shape.past is None else min(max(first + top - shape.past, 0), right)
+        yield Block(top, bottom, left, right)
+
+
+def columns(t: Tensor, block: Block, shape: Shape, dim: int) -> Tensor:
+    """The front and the block's own columns, along one axis."""
+    front = shape.front
+    own = t.narrow(dim, front + block.left, block.right - block.left)
+    return own if front == 0 else torch.cat((t.narrow(dim, 0, front), own), dim=dim)
+
+
+def add_columns(total: Tensor, part: Tensor, block: Block, shape: Shape, dim: int) -> None:
+    """The reverse: add a part to the columns that it is about."""
+    front, width = shape.front, block.right - block.left
+    total.narrow(dim, front + block.left, width).add_(part.narrow(dim, front, width))
+    if front:
+        total.narrow(dim, 0, front).add_(part.narrow(dim, 0, front))
+
+
+def rows(t: Tensor, block: Block) -> Tensor:
+    """The block's rows; an axis of 1 is all of them."""
+    return t if t.shape[-2] == 1 else t[..., block.top : block.bottom, :]
+
+
+def allowed_of(
+    allowed: Bool[Tensor, '#b #h i j'] | None, block: Block, shape: Shape, device: torch.device
+) -> Bool[Tensor, '#b #h i j'] | None:
+    mask = None if allowed is None else columns(rows(allowed, block), block, shape, -1)
+    near = Mask(shape.causal, shape.past)
+    first = shape.keys - shape.front - shape.queries
+    inside = shape.causal and block.right > first + block.top + 1
+    if inside or shape.past is not None or first < 0:
+        where = Where(shape.queries, shape.keys, shape.front)
+        distance = near.part(where, device, (block.top, block.bottom), (block.left, block.right))
+        if distance is not None:
+            mask = distance if mask is None else mask & distance
+    return mask
+
+
+def scores_of(
+    q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor | None, block: Block, shape: Shape
+) -> tuple[Tensor, Tensor | None]:
+    """(scores of a block, -inf where forbidden; the soft clamp's slope)."""
+    scores = q @ k.transpose(-1, -2)
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    if bias is not None:
+        scores = scores + columns(rows(bias, block), block, shape, -1)
+    slope = None
+    if shape.softclamp is not None:
+        bent = scores.div_(shape.softclamp).tanh_()
+        slope = 1 - bent.square()
+        scores = bent.mul_(shape.softclamp)
+    mask = allowed_of(allowed, block, shape, q.device)
+    if mask is not None:
+        scores.masked_fill_(~mask, float('-inf'))
+    return scores, slope
+
+
+def summed_to(t: Tensor, like: Tensor) -> Tensor:
+    """Sum over the axes along which ``like`` has broadcast (the last one aside)."""
+    axes = [axis for axis in range(t.ndim - 1) if like.shape[axis] == 1 and t.shape[axis] != 1]
+    return t.sum(axes, keepdim=True) if axes else t
+
+
+def to_kv_heads(t: Float[Tensor, 'b h j d'], kv_heads: int) -> Float[Tensor, 'b kh j d']:
+    return t if t.shape[1] == kv_heads else t.unflatten(1, (-1, kv_heads)).sum(1)
+
+
+class InBlocks(torch.autograd.Function):
+    """Queries come scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Float[Tensor, 'b h i d'],
+        k: Float[Tensor, 'b kh j d'],
+        v: Float[Tensor, 'b kh j e'],
+        bias: Float[Tensor, '#b #h #i j'] | None,
+        sink: Float[Tensor, 'h'] | None,
+        allowed: Bool[Tensor, '#b #h #i j'] | None,
+        shape: Shape,
+    ) -> Float[Tensor, 'b h i e']:
+        heads = q.shape[1]
+        wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        lse = torch.empty(*q.shape[:-1], 1, dtype=wide, device=q.device)
+        lowest, least = torch.finfo(wide).min, torch.finfo(wide).tiny
+        for block in blocks_of(shape):
+            kept_k, kept_v = (tiled(columns(t, block, shape, -2), heads) for t in (k, v))
+            scores, _ = scores_of(q[..., block.top : block.bottom, :], kept_k, bias, allowed, block, shape)
+            if scores.shape[-1]:
+                top = scores.amax(-1, keepdim=True).clamp(min=lowest)
+            else:
+                top = torch.full_like(lse[..., block.top : block.bottom, :], lowest)
+            if sink is not None:
+                column = sink.to(wide).view(1, -1, 1, 1)
+                top = torch.maximum(top, column)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            if sink is not None:
+                total = total + (column - top).exp()
+            total = total.clamp(min=least)
+            found = weights.to(v.dtype) @ kept_v
+            out[..., block.top : block.bottom, :] = (found / total).to(out.dtype)
+            lse[..., block.top : block.bottom, :] = top + total.log()
+        ctx.save_for_backward(q, k, v, bias, sink, allowed, out, lse)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        q, k, v, bias, sink, allowed, out, lse = ctx.saved_tensors
+        shape, heads = ctx.shape, q.shape[1]
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
+        # how much the output of a row changes with its normaliser
+        delta = (grad * out).sum(-1, keepdim=True, dtype=lse.dtype)
+        for block in blocks_of(shape):
+            at = (..., slice(block.top, block.bottom), slice(None))
+            kept_k, kept_v = (tiled(columns(t, block, shape, -2), heads) for t in (k, v))
+            scores, slope = scores_of(q[at], kept_k, bias, allowed, block, shape)
+            weights = scores.sub_(lse[at]).exp_()
+            block_v = weights.to(v.dtype).transpose(-1, -2) @ grad[at]
+            add_columns(grad_v, to_kv_heads(block_v, v.shape[1]), block, shape, -2)
+            change = (grad[at] @ kept_v.transpose(-1, -2)).to(weights.dtype).sub_(delta[at]).mul_(weights)
+            if slope is not None:
+                change.mul_(slope)
+            if grad_bias is not None:
+                target = rows(grad_bias, block)
+                add_columns(target, summed_to(change, target).to(target.dtype), block, shape, -1)
+            change = change.to(q.dtype)
+            grad_q[at] = change @ kept_k
+            add_columns(grad_k, to_kv_heads(change.transpose(-1, -2) @ q[at], k.shape[1]), block, shape, -2)
+        grad_sink = None
+        if sink is not None and ctx.needs_input_grad[4]:
+            share = (sink.to(lse.dtype).view(1, -1, 1, 1) - lse).exp()
+            grad_sink = -(share * delta).sum((0, 2, 3)).to(sink.dtype)
+        return grad_q, grad_k, grad_v, grad_bias, grad_sink, None, None

@@ -1,0 +1,104 @@
+"""Which kernel runs: the first that refuses nothing and has no reservations, else the first that refuses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from x_transformers.attention.kernels.base import Call, Kernel, Needs
+from x_transformers.attention.kernels.blocks import Blocks
+from x_transformers.attention.kernels.flex import Flex
+from x_transformers.attention.kernels.reference import Reference
+from x_transformers.attention.kernels.sdpa import Sdpa
+from x_transformers.attention.kernels.varlen import Varlen
+
+KERNELS: tuple[Kernel, ...] = (Varlen(), Sdpa(), Flex(), Blocks(), Reference())
+NAMES = tuple(kernel.name for kernel in KERNELS)
+
+forced: ContextVar[str | None] = ContextVar('x_transformers_kernel', default=None)
+any_forced = 0
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Run every attention inside on one kernel: ``varlen``, ``sdpa``, ``flex``, ``blocks`` or ``reference``.
+
+    Where it cannot, attention raises ValueError with its reasons.
+    """
+    global any_forced
+    if name not in NAMES:
+        raise ValueError(f'there is no kernel {name!r}: choose one of {", ".join(NAMES)}')
+    token = forced.set(name)
+    any_forced += 1
+    try:
+        yield
+    finally:
+        any_forced -= 1
+        forced.reset(token)
+
+
+def choose_kernel(needs: Needs, call: Call) -> Kernel:
+    """The kernel for this call. Nothing but facts known before any number is looked at."""
+    # a context variable is out of a compiler's sight: ask it only if somebody has set one
+    name = forced.get() if any_forced else None
+    if name is not None:
+        kernel = KERNELS[NAMES.index(name)]
+        reasons = kernel.refusals(needs, call)
+        if reasons:
+            raise ValueError(f'the {name} kernel cannot run this attention: {"; ".join(reasons)}')
+        return kernel
+    able = [kernel for kernel in KERNELS if not kernel.refusals(needs, call)]
+    for kernel in able:
+        if not kernel.reservations(needs, call):
+            return kernel
+    return able[0]
+
+
+def explain(needs: Needs, call: Call) -> str:
+    """Which kernel would run, and what each other one has against it."""
+    chosen = choose_kernel(needs, call)
+    lines = [f'{chosen.name} runs this attention']
+    for kernel in KERNELS:
+        if kernel is chosen:
+            continue
+        refusals, reservations = kernel.refusals(needs, call), kernel.reservations(needs, call)
+        if refusals:
+            lines.append(f'{kernel.name} cannot: {"; ".join(refusals)}')
+        elif reservations:
+            lines.append(f'{kernel.name} could, but: {"; ".join(reservations)}')
+        else:
+            lines.append(f'{kernel.name} could')
+    return '\n'.join(lines)
+
+
+def needs_of(settings: Mapping[str, Any]) -> Needs:
+    """What settings, by the names of ``Attend``'s keywords, ask of a kernel."""
+
+    def on(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if settings.get(name))
+
+    weights = on('custom_attn_fn', 'sigmoid', 'hard', 'sparse_topk', 'gumbel_softmax')
+    heads = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads')
+    return Needs(
+        weights=weights[0] if weights else 'softmax',
+        whole=on(*heads, 'cog_signed', 'use_cope', 'cope', 'selective'),
+        pointwise=on('softclamp_logits'),
+        sink=bool(settings.get('head_learned_sink')),
+        l2_distance=bool(settings.get('l2_distance')),
+        onnxable=bool(settings.get('onnxable')),
+    )
+
+
+def fusable(settings: Mapping[str, Any]) -> list[str]:
+    """Why no fused kernel can carry these settings (names of ``Attend``'s or ``Attention``'s keywords); empty: one can."""
+    needs = needs_of(settings)
+    reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
+    if needs.weights != 'softmax':
+        reasons.append(f'{needs.weights} is not a softmax')
+    if needs.onnxable:
+        reasons.append('onnxable asks for plain operations')
+    if needs.pointwise and settings.get('dropout'):
+        reasons.append(f'{needs.pointwise[0]} together with dropout is carried by no fused kernel')
+    return reasons

@@ -1,0 +1,153 @@
+"""FlexAttention on GPU: biases, soft clamp, windows and masks inside one compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.kernels.base import Call, Job, Needs
+from x_transformers.attention.kernels.sdpa import unified
+from x_transformers.attention.scores.similarity import as_products
+from x_transformers.tensor_types import Float
+
+BLOCK = 128
+
+
+class Flex:
+    """A softmax over scores with bias, soft clamp, sink and mask, that skips blocks in which nobody may look."""
+
+    name = 'flex'
+
+    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
+        if needs.weights != 'softmax':
+            reasons.append(f'{needs.weights} is not a softmax')
+        if needs.onnxable:
+            reasons.append('onnxable asks for plain operations')
+        if call.previous:
+            reasons.append('the scores of the layer before are added')
+        if call.dropout:
+            reasons.append('it has no dropout')
+        if call.dtype == torch.float64:
+            reasons.append('it has no double precision')
+        if call.device == 'cpu' and call.gradients:
+            reasons.append('it has no backward on CPU')
+        if call.key_dim < 16 or call.value_dim < 16:
+            reasons.append('heads are narrower than 16')
+        return tuple(reasons)
+
+    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        reasons = []
+        if call.device == 'cpu':
+            reasons.append('on CPU it is not worth compiling')
+        if call.hand_on:
+            reasons.append('the next layer wants the scores, which would be computed a second time')
+        if call.where.queries < BLOCK:
+            reasons.append('there is less than one block of queries')
+        if call.learned_bias:
+            reasons.append('a bias that learns is read and written number by number')
+        return tuple(reasons)
+
+    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        q, k, v = unified(job.q, job.k, job.v)
+        if job.l2_distance:
+            q, k = as_products(q, k, whole=job.sink is not None)
+            missing = -q.shape[-1] % 16
+            q, k = torch.nn.functional.pad(q, (0, missing)), torch.nn.functional.pad(k, (0, missing))
+        heads, kv_heads = q.shape[1], k.shape[1]
+        order = paired_heads(heads, kv_heads, q.device)
+        run = compiled(q.device.type)
+        out, aux = run(
+            q if order is None else q[:, order],
+            k,
+            v,
+            score_mod=score_mod(job, order),
+            block_mask=block_mask(job, q, order),
+            scale=job.scale,
+            enable_gqa=heads != kv_heads,
+            return_aux=AuxRequest(lse=job.sink is not None),
+        )
+        if order is not None:
+            back = order.argsort()
+            out = out[:, back]
+        if job.sink is not None:
+            lse = aux.lse if order is None else aux.lse[:, back]
+            out = out * (lse - job.sink.view(1, -1, 1)).sigmoid()[..., None].to(out.dtype)
+        open_rows = job.mask.open_rows(job.where, q.device)
+        return out if open_rows is None else out.masked_fill(~open_rows, 0.0)
+
+
+@cache
+def compiled(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # on CPU, where only a test asks for it, it is not worth compiling
+    return flex_attention if device == 'cpu' else torch.compile(flex_attention, dynamic=False)
+
+
+def paired_heads(heads: int, kv_heads: int, device: torch.device) -> Tensor | None:
+    """Our query head at each place of torch's order, in which head h looks at key head h // group. None: the same."""
+    if kv_heads in (1, heads):
+        return None
+    return torch.arange(heads, device=device).view(-1, kv_heads).t().flatten()
+
+
+def score_mod(job: Job, order: Tensor | None) -> Callable[..., Tensor] | None:
+    """Bias, then soft clamp."""
+    bias = None if job.bias is None else job.bias.render(job.where)
+    clamp = job.softclamp
+    if bias is None and clamp is None:
+        return None
+    sizes = None if bias is None else bias.shape
+
+    def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if bias is not None and sizes is not None:
+            head = h if order is None else order[h]
+            score = score + bias[b if sizes[0] > 1 else 0, head if sizes[1] > 1 else 0, i if sizes[2] > 1 else 0, j]
+        if clamp is not None:
+            score = torch.tanh(score / clamp) * clamp
+        return score
+
+    return change
+
+
+def block_mask(job: Job, q: Tensor, order: Tensor | None) -> Any:
+    """Who may look at whom, and which blocks can be skipped; made once for the layers of a call."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask, where = job.mask, job.where
+    if mask.trivial:
+        return None
+    key = ('flex', where.queries, where.keys, where.front, q.shape[1])
+    found = mask.memo.find(key)
+    if found is not None:
+        return found
+    apart = mask if mask.prefix is not None else mask.apart_from_distance()
+    allowed = apart.rendered(where, q.device)
+    causal = mask.limits_future(where) and mask.prefix is None
+    past = mask.past if mask.limits_past(where) and mask.prefix is None else None
+    front, first = where.front, where.first
+    sizes = (1, 1, 1, 1) if allowed is None else allowed.shape
+
+    def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = i >= 0
+        if causal:
+            seen = seen & (j - front <= i + first)
+        if past is not None:
+            seen = seen & (i + first - (j - front) <= past)
+        if causal or past is not None:
+            seen = seen | (j < front)
+        if allowed is not None:
+            head = h if order is None else order[h]
+            seen = seen & allowed[b if sizes[0] > 1 else 0, head if sizes[1] > 1 else 0, i if sizes[2] > 1 else 0, j]
+        return seen
+
+    batch, heads = (sizes[0] if sizes[0] > 1 else None), (sizes[1] if sizes[1] > 1 else None)
+    made = create_block_mask(may_look, batch, heads, where.queries, where.keys, device=str(q.device))
+    return mask.memo.keep(key, made)

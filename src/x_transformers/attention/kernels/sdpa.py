@@ -1,0 +1,136 @@
+"""PyTorch's scaled dot product attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.kernels.base import Call, Job, Needs, tiled
+from x_transformers.attention.scores.similarity import as_products
+from x_transformers.tensor_types import Float
+
+# on CPU, a window that shows less than half of the keys, of at least so many queries, is faster in blocks
+BLOCKS_PAY_FROM = 256
+
+
+class Sdpa:
+    """A softmax over scores with a mask and a bias. Sinks ride as one more key, distances as more channels."""
+
+    name = 'sdpa'
+
+    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
+        reasons += [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
+        if needs.weights != 'softmax':
+            reasons.append(f'{needs.weights} is not a softmax')
+        if needs.onnxable:
+            reasons.append('onnxable asks for plain operations')
+        if call.previous:
+            reasons.append('the scores of the layer before are added')
+        return tuple(reasons)
+
+    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        reasons = []
+        if call.hand_on:
+            reasons.append('the next layer wants the scores, which would be computed a second time')
+        if call.device == 'cpu':
+            if call.dropout:
+                reasons.append('with dropout it holds the whole score matrix on CPU, slower than the reference')
+            if call.learned_bias or (needs.sink and call.gradients):
+                reasons.append('a bias that learns makes it hold the whole score matrix on CPU')
+            if call.windowed and call.where.queries >= BLOCKS_PAY_FROM:
+                reasons.append('it looks at keys outside the window, too')
+        return tuple(reasons)
+
+    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
+        q, k, v = unified(job.q, job.k, job.v)
+        if job.l2_distance:
+            q, k = as_products(q, k, whole=job.sink is not None)
+        added, causal = job_mask(job, q)
+        if job.sink is not None:
+            k, v, added = with_sink(job, k, v, added, q)
+        width = v.shape[-1]
+        if job.where.queries > 1:
+            q, k, v = of_one_width(q, k, v)
+        if job.backends is None:
+            out = over_heads(q, k, v, added, causal, job)
+        else:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            with sdpa_kernel([getattr(SDPBackend, name) for name in job.backends]):
+                out = over_heads(q, k, v, added, causal, job)
+        out = out if out.shape[-1] == width else out[..., :width]
+        if added is not None and q.device.type != 'cpu':
+            open_rows = job.mask.open_rows(job.where, q.device)
+            out = out if open_rows is None else out.masked_fill(~open_rows, 0.0)
+        return out
+
+
+def unified(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All in one precision: autocast's where it is on."""
+    dtype = q.dtype
+    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+    elif not (q.dtype == k.dtype == v.dtype):
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def job_mask(job: Job, q: Tensor) -> tuple[Tensor | None, bool]:
+    """(what is added to the scores, whether the kernel's own causality is asked)."""
+    if job.bias is None and job.sink is None and job.mask.plain_causal(job.where):
+        return None, True
+    # a row of -inf gives exactly 0 on CPU. Elsewhere kernels differ, so there rows are zeroed afterwards
+    hidden = float('-inf') if q.device.type == 'cpu' else torch.finfo(q.dtype).min / 2
+    return job.mask.merged(job.bias, job.where, dtype=q.dtype, device=q.device, hidden=hidden), False
+
+
+def with_sink(job: Job, k: Tensor, v: Tensor, added: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One zero key with no value in front, whose score is the sink."""
+    if job.sink is None:
+        raise ValueError('there is no sink to put in front')
+    column = job.sink.to(q.dtype).view(1, -1, 1, 1)
+    if added is None:
+        added = torch.zeros(1, 1, 1, k.shape[-2], dtype=q.dtype, device=q.device)
+    rows = max(added.shape[0], 1), column.shape[1], added.shape[2]
+    added = torch.cat((column.expand(*rows, 1), added.expand(*rows, -1)), dim=-1)
+    return F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), added
+
+
+def of_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The narrower of keys and values filled up with zeros: the fast kernels want one width."""
+    more = v.shape[-1] - k.shape[-1]
+    if more > 0:
+        return F.pad(q, (0, more)), F.pad(k, (0, more)), v
+    return q, k, (F.pad(v, (0, -more)) if more < 0 else v)
+
+
+def over_heads(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, job: Job) -> Float[Tensor, 'b h i e']:
+    """Run it, with query head h looking at key head h mod kv_heads."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads == kv_heads:
+        return run(q, k, v, added, causal, job)
+    groups = heads // kv_heads
+    if q.shape[2] == 1:
+        # the queries of a group are the rows of one key head: nothing is repeated
+        rows = q.view(q.shape[0], groups, kv_heads, -1).transpose(1, 2)
+        if added is not None and added.shape[1] != 1:
+            added = added.view(added.shape[0], groups, kv_heads, -1).transpose(1, 2)
+        return run(rows, k, v, added, False, job).transpose(1, 2).reshape(q.shape[0], heads, 1, -1)
+    if added is None or (added.shape[1] == 1 and q.device.type == 'cpu'):
+        # torch pairs query head h with key head h // group: bring ours into that order and back
+        if kv_heads == 1:
+            return run(q, k, v, added, causal, job, enable_gqa=True)
+        paired = q.unflatten(1, (groups, kv_heads)).transpose(1, 2).flatten(1, 2)
+        out = run(paired, k, v, added, causal, job, enable_gqa=True)
+        return out.unflatten(1, (kv_heads, groups)).transpose(1, 2).flatten(1, 2)
+    if kv_heads == 1:
+        return run(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), added, causal, job)
+    return run(q, tiled(k, heads), tiled(v, heads), added, causal, job)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, job: Job, enable_gqa: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=added, dropout_p=job.dropout, is_causal=causal, scale=job.scale, enable_gqa=enable_gqa
+    )

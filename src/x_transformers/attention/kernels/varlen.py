@@ -1,0 +1,65 @@
+"""Packed sequences on GPU: each of them alone, without looking at the others' scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.kernels.base import Call, Job, Needs
+from x_transformers.attention.kernels.sdpa import unified
+from x_transformers.tensor_types import Float
+
+
+class Varlen:
+    """``torch.nn.attention.varlen``: a causal or full softmax inside each packed sequence, in half precision."""
+
+    name = 'varlen'
+
+    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        if not call.packed:
+            return ('no packed sequences',)
+        reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
+        reasons += [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
+        if needs.weights != 'softmax':
+            reasons.append(f'{needs.weights} is not a softmax')
+        if call.device != 'cuda' or call.dtype not in (torch.float16, torch.bfloat16):
+            reasons.append(f'it runs in half precision on CUDA, not in {call.dtype} on {call.device}')
+        if call.masked:
+            reasons.append('it knows no mask but causality')
+        if call.biased or needs.sink or needs.l2_distance or call.previous:
+            reasons.append('it knows products of queries and keys only')
+        if call.where.front:
+            reasons.append('keys were put in front of the sequence')
+        if call.key_dim != call.value_dim:
+            reasons.append('keys and values differ in width')
+        if call.dropout:
+            reasons.append('it has no dropout')
+        return tuple(reasons)
+
+    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+        return ('the next layer wants the scores, which would be computed a second time',) if call.hand_on else ()
+
+    def __call__(self, job: Job) -> Float[Tensor, '1 h i e']:
+        from torch.nn.attention.varlen import varlen_attn
+
+        packed = job.mask.packed
+        if packed is None:
+            raise ValueError('the varlen kernel was asked to run without packed sequences')
+        q, k, v = unified(job.q, job.k, job.v)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        if 1 < kv_heads < heads:
+            q = q.unflatten(1, (-1, kv_heads)).transpose(1, 2).flatten(1, 2)
+        out = varlen_attn(
+            q[0].transpose(0, 1),
+            k[0].transpose(0, 1),
+            v[0].transpose(0, 1),
+            packed.starts_q.int(),
+            packed.starts_k.int(),
+            packed.longest_q or job.where.queries,
+            packed.longest_k or job.where.own,
+            scale=job.scale,
+            window_size=(-1, 0) if job.mask.causal else (-1, -1),
+            enable_gqa=heads != kv_heads,
+        )
+        out = out.transpose(0, 1)[None]
+        return out.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(1, 2) if 1 < kv_heads < heads else out

@@ -1,0 +1,67 @@
+"""How alike a query and a key are: their product, or minus the square of their distance."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.scores.base import Form, Rule, Sheet
+from x_transformers.tensor_types import Float
+
+
+def qk_l2_dist_squared(q: Float[Tensor, 'b h i d'], k: Float[Tensor, '... j d']) -> Float[Tensor, 'b h i j']:
+    """Squared Euclidean distance of every query and key; keys of shape (b j d) are shared by all heads."""
+    if k.ndim == 3:
+        k = k.unsqueeze(1)
+    squares_q, squares_k = q.square().sum(-1, keepdim=True), k.square().sum(-1)[..., None, :]
+    return (squares_q + squares_k - 2 * (q @ k.transpose(-1, -2))).clamp(min=0.0)
+
+
+def as_products(
+    q: Float[Tensor, 'b h i d'], k: Float[Tensor, 'b kh j d'], *, whole: bool
+) -> tuple[Float[Tensor, 'b h i c'], Float[Tensor, 'b kh j c']]:
+    """Queries and keys with a few more channels, whose products are minus the squared distances.
+
+    -|q-k|^2 = 2 q.k - |q|^2 - |k|^2, each square as two channels so that half precision keeps its digits. |q|^2 changes
+    nothing under a softmax over keys alone; ``whole`` adds it nevertheless, for a softmax over something else as well.
+    """
+    ones_q, ones_k = torch.ones_like(q[..., :1]), torch.ones_like(k[..., :1])
+    squares_k = minus_square(k)
+    channels_q, channels_k = [2 * q, *(ones_q for _ in squares_k)], [k, *squares_k]
+    if whole:
+        squares_q = minus_square(q)
+        channels_q += squares_q
+        channels_k += [ones_k for _ in squares_q]
+    q, k = torch.cat(channels_q, dim=-1), torch.cat(channels_k, dim=-1)
+    missing = -q.shape[-1] % 8 if q.is_cuda else 0
+    return (F.pad(q, (0, missing)), F.pad(k, (0, missing))) if missing else (q, k)
+
+
+def minus_square(t: Tensor) -> list[Tensor]:
+    """-|t|^2, as one channel, or in half precision as two that add up to it."""
+    if t.dtype in (torch.float32, torch.float64):
+        return [-t.square().sum(-1, keepdim=True)]
+    square = -t.float().square().sum(-1, keepdim=True)
+    high = square.to(t.dtype)
+    return [high, (square - high.float()).to(t.dtype)]
+
+
+class Similarity(Rule):
+    """Scores: queries times keys, or minus their squared distance, times the scale."""
+
+    name = 'similarity'
+    form = Form.REWRITE
+
+    def __init__(self, scale: float, l2_distance: bool) -> None:
+        self.scale = scale
+        self.l2_distance = l2_distance
+
+    def apply(self, sheet: Sheet) -> None:
+        heads, kv_heads = sheet.q.shape[1], sheet.k.shape[1]
+        # query head h looks at key head h mod kv_heads; a single key head broadcasts
+        k = sheet.k if kv_heads in (1, heads) else sheet.k.repeat(1, heads // kv_heads, 1, 1)
+        if self.l2_distance:
+            sheet.scores = qk_l2_dist_squared(sheet.q, k) * -self.scale
+        else:
+            sheet.scores = (sheet.q * self.scale) @ k.transpose(-1, -2)
