@@ -1,0 +1,43 @@
+"""The progress bar of a training run."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+class Bar:
+    """Steps, loss in bits per byte (smoothed), tokens per second, time left, the last held-out figure."""
+
+    def __init__(self, steps: int) -> None:
+        live = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps, unit='step', file=sys.stderr, dynamic_ncols=live, ncols=None if live else 120,
+            mininterval=0.1 if live else 10, bar_format='{l_bar}{bar}| {n}/{total} {remaining} left{postfix}',
+        )  # fmt: skip
+        self.smooth: float | None = None
+        self.held_out: float | None = None
+
+    def start(self, step: int) -> None:
+        """The run goes on from ``step``: those before take no part in the time left."""
+        self.bar.initial = step
+        self.bar.n = step
+        self.bar.unpause()
+
+    def step(self, step: int, bits: float, tokens_per_second: float) -> None:
+        self.smooth = bits if self.smooth is None else 0.9 * self.smooth + 0.1 * bits
+        held_out = '' if self.held_out is None else f', held out {self.held_out:.3f}'
+        self.bar.set_postfix_str(f'{self.smooth:.3f} bits/byte{held_out}, {tokens_per_second:,.0f} tokens/s', refresh=False)
+        self.bar.update(1)
+
+    def validated(self, step: int, bits: float) -> None:
+        self.held_out = bits
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()

@@ -1,0 +1,84 @@
+"""``x-transformers generate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from x_transformers.training.errors import TrainingError
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Write with a trained model; the text is shown as it is sampled."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder, as written by x-transformers train."""
+    prompt: str = '\n'
+    """Beginning of the text."""
+    length: int = 400
+    """Bytes to write after the prompt."""
+    samples: int = 1
+    """Number of texts, one after the other."""
+    temperature: float = 0.8
+    """Below 1: more of the likely; 0: always the likeliest."""
+    top_k: int | None = None
+    """Only the so many likeliest bytes."""
+    top_p: float | None = None
+    """Only the likeliest bytes that together have this probability."""
+    min_p: float | None = 0.05
+    """Only bytes at least this probable relative to the likeliest; None: no such limit."""
+    seed: int | None = None
+    """Seed of the choice; None: another text each time."""
+    device: str = 'cpu'
+    """cpu, cuda, ...; auto: the first accelerator there is."""
+
+    def check(self) -> None:
+        if self.length < 0:
+            raise TrainingError(f'--length must not be negative, but is {self.length}')
+        if self.samples < 1:
+            raise TrainingError(f'--samples must be at least 1, but is {self.samples}')
+        if not self.temperature >= 0:
+            raise TrainingError(f'--temperature must not be negative, but is {self.temperature}')
+        if self.top_k is not None and self.top_k < 1:
+            raise TrainingError(f'--top-k must be at least 1, but is {self.top_k}')
+        for name, value in (('--top-p', self.top_p), ('--min-p', self.min_p)):
+            if value is not None and not 0 <= value <= 1:
+                raise TrainingError(f'{name} must be between 0 and 1, but is {value}')
+        if not self.prompt:
+            raise TrainingError('--prompt must not be empty: the model needs a byte to start from')
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = tyro.cli(GenerateOptions, args=list(arguments), prog='x-transformers generate')
+    options.check()
+
+    import torch
+
+    from x_transformers.training.build import choose_device
+    from x_transformers.training.run import load_run
+    from x_transformers.training.sample import as_text, sample_bytes
+
+    model = load_run(Path(options.run), choose_device(options.device))
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    else:
+        torch.seed()
+    for number in range(options.samples):
+        if options.samples > 1:
+            print(f'{"" if number == 0 else chr(10)}--- {number + 1} of {options.samples}')
+        sys.stdout.write(options.prompt)
+        pieces = sample_bytes(
+            model, options.prompt.encode('utf-8', 'surrogateescape'), options.length, temperature=options.temperature,
+            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
+        )  # fmt: skip
+        for text in as_text(pieces):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write('\n')
+    return 0

@@ -1,0 +1,71 @@
+"""The command ``x-transformers``: picks the subcommand; bad input becomes one sentence and a status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    'train': 'train a language model over bytes: your files, or the source of the standard library',
+    'generate': 'write with a trained model',
+    'info': 'show what a set of flags builds: layers, parameters, operations, kernel, cache',
+}
+BAD_INPUT = 2
+EXTRA = "the command line needs its extra: pip install 'x-transformers[cli]'"
+
+
+def usage() -> str:
+    lines = ['usage: x-transformers COMMAND [OPTIONS]', '']
+    lines += [f'  {name:10} {about}' for name, about in COMMANDS.items()]
+    return '\n'.join([*lines, '', 'x-transformers COMMAND --help lists the options of a command.'])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ('-h', '--help'):
+        print(usage())
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] in ('-V', '--version'):
+        from importlib.metadata import version
+
+        print(version('x-transformers'))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return complain(f'there is no command {name!r}; the commands are {", ".join(COMMANDS)}')
+    return run_command(name, rest)
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    try:
+        command = import_module(f'x_transformers.cli.{name}')
+    except ModuleNotFoundError as error:
+        if error.name in ('tyro', 'tqdm'):
+            return complain(EXTRA)
+        raise
+    from x_transformers.flags.base import FlagError
+    from x_transformers.training.errors import TrainingError
+
+    try:
+        return int(command.main(arguments))
+    except (FlagError, TrainingError) as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever reads the output has gone; what is still buffered must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def complain(sentence: str) -> int:
+    print(f'x-transformers: {sentence}', file=sys.stderr)
+    return BAD_INPUT
+
+
+def run() -> None:
+    sys.exit(main())

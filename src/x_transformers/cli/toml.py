@@ -1,0 +1,88 @@
+"""A TOML file with options: ``key = value`` with the names of the command line (hyphens or underscores)."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from x_transformers.cli.options import GROUPS, all_keywords, group_class, keywords
+from x_transformers.flags.base import FlagError, kinds_of, one_kind, shown, tidied, type_hints, unknown_flags
+from x_transformers.training.errors import TrainingError
+
+
+def config_path(arguments: Sequence[str]) -> str | None:
+    """The value of ``--config``, which must be known before the other options are read: they override the file."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith('--config='):
+            return argument.partition('=')[2]
+        if argument == '--config':
+            if index + 1 == len(arguments):
+                raise TrainingError('--config needs the path of a TOML file')
+            return arguments[index + 1]
+    return None
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The file's keys with underscores."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise TrainingError(f'--config {path} cannot be read: {error.strerror or error}') from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainingError(f'--config {path} is not valid TOML: {error}') from error
+    return {name.replace('-', '_'): value for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileValues:
+    """What a file says: for the groups of model flags, for the command's own options, and what only a file can give."""
+
+    groups: dict[str, Any]
+    own: dict[str, Any]
+    only_here: dict[str, Any]
+
+
+def from_file(path: str | None, own: type | None = None) -> FileValues:
+    """Read and check a file against the flags and the fields of ``own``.
+
+    Errors: ``FlagError`` naming every unknown key, with the nearest known one, and every value of the wrong kind.
+    """
+    values = read_toml(path) if path is not None else {}
+    own_fields = {field.name: field for field in dataclasses.fields(own)} if own is not None else {}
+    unknown = [name for name in values if name not in all_keywords() and name not in own_fields]
+    if unknown:
+        raise unknown_flags(unknown, where=f'--config {path}', known=[*own_fields, *all_keywords()])
+
+    wrong: list[str] = []
+    result = FileValues({}, {}, {})
+    for group in GROUPS:
+        given: dict[str, Any] = {}
+        for name in keywords(group):
+            if name in values:
+                keyword = keywords(group)[name]
+                read, errors = keyword.flags.read({keyword.field_name: values[name]}, where=f'--config {path}')
+                wrong += errors
+                target = given if keyword.has_option and not isinstance(values[name], dict) else result.only_here
+                target[name] = read[keyword.field_name]
+        if not wrong:
+            result.groups[group] = group_class(group)(**given)
+    for name in own_fields:
+        if name in values:
+            hint = type_hints(own)[name] if own is not None else Any
+            result.own[name] = tidied(values[name], hint)
+            if not fits(result.own[name], hint):
+                wrong.append(
+                    f'--config {path}: `{name}` cannot be {shown(values[name])} (of type {type(values[name]).__name__}).'
+                )
+    if wrong:
+        raise FlagError(*wrong)
+    return result
+
+
+def fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return any(one_kind(kind)[1](value) for kind in kinds_of(hint))

@@ -1,0 +1,117 @@
+"""From flags to the model that is trained: bytes in, the loss of predicting the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.training.errors import TrainingError
+
+NUM_BYTES = 256
+
+# a small model with the habits of today; whoever names a flag changes just that one
+QUICKSTART: dict[str, Any] = {
+    'dim': 192,
+    'depth': 5,
+    'heads': 6,
+    'attn_dim_head': 32,
+    'attn_kv_heads': 2,
+    'rotary_pos_emb': True,
+    'use_rmsnorm': True,
+    'ff_mult': 3.0,
+    'ff_glu': True,
+    'ff_swish': True,
+    'ff_no_bias': True,
+    'zero_init_branch_output': True,
+}
+
+# flags that ask for something that a byte-level language model is not given, or that take away what it needs
+UNFIT = {
+    'cross_attend': 'there is no context to attend to',
+    'only_cross': 'there is no context to attend to',
+    'use_adaptive_layernorm': 'there is no condition',
+    'use_adaptive_rmsnorm': 'there is no condition',
+    'use_adaptive_layerscale': 'there is no condition',
+    'embed_num_tokens': 'the data hold nothing but bytes',
+    'return_only_embed': 'the loss needs logits',
+    'average_pool_embed': 'the loss needs logits for every byte',
+    'use_cls_token': 'the loss needs logits for every byte',
+    'squeeze_out_last_dim': 'the loss needs logits for every byte',
+    'attn_flash_pack_seq': 'each row holds one sequence',
+}
+
+
+def check_fit(flags: Mapping[str, Any]) -> None:
+    """Refuse flags that no byte-level language model can have."""
+    for name, reason in UNFIT.items():
+        if flags.get(name):
+            raise TrainingError(f'--{name.replace("_", "-")} does not fit a language model over bytes: {reason}')
+    if flags.get('num_output_heads', 1) != 1:
+        raise TrainingError('--num-output-heads must be 1 for a language model over bytes: the loss takes one set of logits')
+    if flags.get('logits_dim') not in (None, NUM_BYTES):
+        raise TrainingError(f'--logits-dim must be {NUM_BYTES} for a language model over bytes')
+    for name in ('attn_dim_out', 'ff_dim_out'):
+        if flags.get(name) not in (None, flags.get('dim')):
+            raise TrainingError(
+                f'--{name.replace("_", "-")} must be the --dim of the model, for the result is added to its input'
+            )
+
+
+def split_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(keywords of TransformerWrapper, keywords of Decoder)."""
+    own = WrapperFlags.flag_fields()
+    return (
+        {name: value for name, value in flags.items() if name in own},
+        {name: value for name, value in flags.items() if name not in own},
+    )
+
+
+def build_network(flags: Mapping[str, Any]) -> nn.Module:
+    """``TransformerWrapper(Decoder)`` over bytes; ``flags`` are the keywords of both, flat, with ``max_seq_len``.
+
+    Errors: ``FlagError`` for flags that exclude each other, ``TrainingError`` for those that make no language model.
+    """
+    from x_transformers import Decoder, TransformerWrapper
+
+    check_fit(flags)
+    wrapper, stack = split_flags(flags)
+    network: nn.Module = TransformerWrapper(num_tokens=NUM_BYTES, attn_layers=Decoder(**stack), **wrapper)
+    return network
+
+
+def build_model(flags: Mapping[str, Any]) -> nn.Module:
+    """``AutoregressiveWrapper`` around the network: token ids (b n) in, loss out."""
+    from x_transformers import AutoregressiveWrapper
+
+    model: nn.Module = AutoregressiveWrapper(build_network(flags))
+    return model
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    net = model.net
+    if not isinstance(net, nn.Module):
+        raise TypeError(f'{type(model).__name__}.net must be a module, but is a {type(net).__name__}')
+    return net
+
+
+def muon_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that Muon may move, as the network names them."""
+    parameters = network_of(model).muon_parameters()  # type: ignore[operator]
+    return [parameter for parameter in parameters if isinstance(parameter, nn.Parameter)]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: the first accelerator there is, else the CPU."""
+    if name == 'auto':
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device('cpu')
+    try:
+        device = torch.device(name)
+        probe: Tensor = torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TrainingError(f'--device {name} cannot be used here: {str(error).splitlines()[0]}') from error
+    return probe.device

@@ -1,0 +1,126 @@
+"""What a run leaves for people: metrics, the picture of the loss, the comparison with compressors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from x_transformers.training.checkpoint import write_atomically
+from x_transformers.training.data import Text
+from x_transformers.training.errors import CheckpointError, TrainingError
+
+METRICS = 'metrics.jsonl'
+PICTURE = 'loss.png'
+
+
+class Metrics:
+    """One JSON object per line: a training step, a validation, the final figures. Also to TensorBoard if asked."""
+
+    def __init__(self, run: Path, tensorboard: bool = False) -> None:
+        self.path = run / METRICS
+        self.board = tensorboard_writer(run) if tensorboard else None
+
+    def add(self, **values: Any) -> None:
+        try:
+            with open(self.path, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(values) + '\n')
+        except OSError as error:
+            raise CheckpointError(f'{self.path} cannot be written: {error.strerror or error}') from error
+        if self.board is not None:
+            for name in ('bits_per_byte', 'held_out_bits_per_byte'):
+                if name in values:
+                    self.board.add_scalar(name, values[name], values['step'])
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was written after ``step``, so that a resumed run does not tell it twice."""
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line['step'] <= step and 'final' not in line]
+            write_atomically(self.path, ''.join(json.dumps(line) + '\n' for line in kept).encode())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; the last one may have been cut when the process was killed."""
+    lines = []
+    for line in path.read_text(encoding='utf-8').splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get('step'), int):
+            lines.append(value)
+    return lines
+
+
+def tensorboard_writer(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError("--tensorboard needs the extra: pip install 'x-transformers[tensorboard]'") from error
+    return SummaryWriter(str(run / 'tensorboard'))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model and two compressors on the same bytes, in bits per byte."""
+
+    size: int
+    model: float
+    gzip: float
+    xz: float
+
+    @classmethod
+    def of(cls, text: Text, model: float) -> Comparison:
+        data = b''.join(text.chunks())
+        return cls(
+            len(data), model, 8 * len(gzip.compress(data, 9)) / len(data), 8 * len(lzma.compress(data, preset=9)) / len(data)
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            f'on {self.size:,} held-out bytes, in bits per byte (less is better):',
+            f'  this model  {self.model:.3f}',
+            f'  gzip -9     {self.gzip:.3f}   the model needs {versus(self.model, self.gzip)}',
+            f'  xz -9       {self.xz:.3f}   the model needs {versus(self.model, self.xz)}',
+            'The model has read the training text, which the compressors have not; its own size is not counted.',
+        ]
+        return '\n'.join(rows)
+
+
+def versus(model: float, other: float) -> str:
+    change = 100 * (model / other - 1)
+    return f'{abs(change):.1f} % {"more" if change > 0 else "less"}'
+
+
+def draw_losses(lines: Sequence[Mapping[str, Any]], path: Path, comparison: Comparison | None = None) -> None:
+    """The curves of training and held-out loss, with the compressors as lines. Nothing is drawn without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    import io
+
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.add_subplot()
+    steps = [(line['step'], line['bits_per_byte']) for line in lines if 'bits_per_byte' in line]
+    checks = [(line['step'], line['held_out_bits_per_byte']) for line in lines if 'held_out_bits_per_byte' in line]
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color='tab:blue', linewidth=0.7, alpha=0.6, label='training batch')
+    if checks:
+        axes.plot(*zip(*checks, strict=True), color='tab:orange', marker='o', markersize=4, label='held-out text')
+    if comparison is not None:
+        axes.axhline(comparison.gzip, color='tab:green', linestyle='--', linewidth=1, label=f'gzip -9: {comparison.gzip:.2f}')
+        axes.axhline(comparison.xz, color='tab:red', linestyle=':', linewidth=1, label=f'xz -9: {comparison.xz:.2f}')
+        top = max(4.0, 1.5 * comparison.gzip)
+        axes.set_ylim(min(comparison.xz, comparison.model) - 0.3, top)
+    axes.set(xlabel='step', ylabel='bits per byte')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+    write_atomically(path, buffer.getvalue())
