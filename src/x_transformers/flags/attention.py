@@ -63,7 +63,7 @@ class AttentionFlags(Flags):
     gumbel_softmax: bool = flag(
         False, 'Weights are sampled with Gumbel noise, in evaluation too.', paper='https://arxiv.org/abs/1611.01144'
     )
-    gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax')
+    gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax', above=0)
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
     selective: bool = flag(
         False, 'Tokens, through the first head, lower what later tokens may see of earlier ones.',
@@ -75,7 +75,7 @@ class AttentionFlags(Flags):
                              paper='https://www.evanmiller.org/attention-is-off-by-one.html')  # fmt: skip
     head_learned_sink: bool = flag(False, 'One learned score per head that takes weight and gives nothing.')
     softclamp_logits: bool = flag(False, 'Keep the scores inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
-    logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits')
+    logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits', above=0)
     onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.')
     flash_pack_seq: bool = flag(False, 'Several sequences lie behind each other in one row; the call gives their boundaries.')
     attend_sdp_kwargs: Mapping[str, Any] = flag(
@@ -139,7 +139,9 @@ class AttentionFlags(Flags):
         False, 'The same head by head; with both flags both outputs are concatenated.', paper=BELIEF
     )
     laser: bool = flag(False, 'Attend over the exponentials of the values and take the logarithm.', paper=LASER)
-    laser_softclamp_value: float = flag(15.0, 'Values are softly clamped to this before exp.', paper=LASER, parent='laser')
+    laser_softclamp_value: float = flag(
+        15.0, 'Values are softly clamped to this before exp.', paper=LASER, parent='laser', above=0
+    )
     qkv_receive_diff_residuals: bool = flag(
         False, 'The input is three views (3, b, n, d): one each for queries, keys and values.'
     )

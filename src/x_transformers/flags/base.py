@@ -49,13 +49,14 @@ def flag(
     parent: str | tuple[str, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
+    above: float | None = None,
 ) -> Any:
     """One flag, as a dataclass field.
 
     ``says`` is its sentence, ``paper`` where the idea comes from. ``parent`` names the flag, or flags of which one is enough,
-    without which this one would do nothing. ``low`` and ``high`` bound its value, both included.
+    without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` is not included.
     """
-    metadata = {'says': says, 'paper': paper, 'parent': parent, 'low': low, 'high': high}
+    metadata = {'says': says, 'paper': paper, 'parent': parent, 'low': low, 'high': high, 'above': above}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -68,13 +69,21 @@ def as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 @cache
-def type_hints(cls: Any) -> dict[str, Any]:
+def _type_hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
 @cache
-def flag_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+def _flag_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(cls) if 'says' in field.metadata}
+
+
+def type_hints(cls: Any) -> dict[str, Any]:
+    return _type_hints(cls)
+
+
+def flag_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    return _flag_fields(cls)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -219,7 +228,7 @@ class Flags:
 
     def is_changed(self, name: str) -> bool:
         value, usual = getattr(self, name), self.default(name)
-        return value is not usual and (type(value) is not type(usual) or value != usual or usual is REQUIRED)
+        return value is not usual and (isinstance(value, bool) != isinstance(usual, bool) or bool(value != usual))
 
     def __repr__(self) -> str:
         inside = ', '.join(f'{name}={shown(value)}' for name, value in self.changed().items())

@@ -17,7 +17,7 @@ class FeedForwardFlags(Flags):
     """Every keyword of ``FeedForward`` except ``dim``; in a stack with ``ff_`` in front."""
 
     dim_out: int | None = flag(None, 'Width of the output; None: the width of the input.', low=1)
-    mult: float = flag(4, 'Hidden width as a multiple of the input width.')
+    mult: float = flag(4, 'Hidden width as a multiple of the input width.', above=0)
     glu: bool = flag(False, 'Gated linear unit: half of the hidden layer gates the other half.', paper=GLU)
     glu_mult_bias: bool = flag(False, 'A learned factor per hidden channel after the gate.', parent='glu')
     swish: bool = flag(False, 'SiLU instead of GELU.', paper=GLU)

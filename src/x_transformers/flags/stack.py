@@ -123,9 +123,11 @@ class StackFlags(Flags):
         1.0, 'Divide positions by this, for longer sequences.', paper='https://arxiv.org/abs/2306.15595', parent=ANY_ROTARY,
         low=1.0,
     )  # fmt: skip
-    rotary_xpos_scale_base: float = flag(512, 'How slowly the decay grows with the distance.', paper=XPOS, parent='rotary_xpos')
+    rotary_xpos_scale_base: float = flag(
+        512, 'How slowly the decay grows with the distance.', paper=XPOS, parent='rotary_xpos', above=0
+    )
     rotary_base_rescale_factor: float = flag(
-        1.0, 'Stretch the wavelengths for longer sequences (NTK-aware scaling).', parent=ANY_ROTARY,
+        1.0, 'Stretch the wavelengths for longer sequences (NTK-aware scaling).', above=0, parent=ANY_ROTARY,
         paper='https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5/',
     )  # fmt: skip
     rotate_num_heads: int | None = flag(
@@ -165,7 +167,7 @@ class StackFlags(Flags):
         0, 'Give part of the channels of the tokens next to it, this far; one or per layer.'
     )
     softclamp_output: bool = flag(False, 'Keep the output inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
-    softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output')
+    softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output', above=0)
     zero_init_branch_output: bool = flag(False, 'All branches start at zero.')
     layer_dropout: float | tuple[float, ...] = flag(
         0.0, 'In training, leave out layers with this probability; one or per layer.', paper='https://arxiv.org/abs/1603.09382'
@@ -273,6 +275,11 @@ class StackFlags(Flags):
         return inspect.Signature(parameters)
 
     # ---------------------------------------------------------------- derived
+
+    @property
+    def post_norm(self) -> bool:
+        """Norms stand behind the residual sums."""
+        return not self.pre_norm or self.resi_dual
 
     @property
     def told_to_attention(self) -> dict[str, Any]:

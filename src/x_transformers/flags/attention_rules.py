@@ -1,0 +1,218 @@
+"""Which flags of an attention or feed-forward layer exclude each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from x_transformers.flags.attention import SDP_KWARGS, AttentionFlags
+from x_transformers.flags.rule import Rule, how_many, is_on
+
+WEIGHTS = ('sigmoid', 'hard', 'gumbel_softmax', 'sparse_topk')
+ACTIVATIONS = ('relu_squared', 'solu', 'swish')
+BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
+
+# what no fused kernel computes, and why
+NOT_FUSED = {
+    'sigmoid': 'its weights are no softmax',
+    'hard': 'its weights are no softmax',
+    'sparse_topk': 'the highest scores are only known when all scores of a row are there',
+    'gumbel_softmax': 'the noise belongs to every single score',
+    'custom_attn_fn': 'a function of your own needs all scores',
+    'pre_talking_heads': 'it mixes the scores of all heads',
+    'post_talking_heads': 'it mixes the weights of all heads',
+    'pre_scale_post_talking_heads': 'it mixes the scores of all heads',
+    'selective': 'what earlier rows see changes the scores of later rows',
+    'cog_signed': 'its weights are no softmax of the scores',
+    'head_learned_sink': 'the learned score belongs to no key',
+    'softclamp_logits': 'the scores go through tanh',
+    'use_cope': 'positions are counted from the scores',
+}
+
+
+def fused_refusals(
+    flags: AttentionFlags, *, learned_bias: bool, residual_attn: bool, name: Callable[[str], str] = lambda flag: flag
+) -> list[str]:
+    """Why no fused kernel can do what these flags ask for; empty if one can.
+
+    A learned position bias (``learned_bias``) is no reason: it is added to the scores as a mask is. Scores handed on to the
+    next layer (``residual_attn``) are one.
+    """
+    reasons = [f'`{name(flag)}` needs the score matrix ({why})' for flag, why in NOT_FUSED.items() if is_on(flags, flag)]
+    if residual_attn:
+        reasons.append('residual attention hands the scores on to the next layer')
+    return reasons
+
+
+ATTENTION_RULES = (
+    Rule(
+        ('one_kv_head', 'kv_heads'),
+        lambda flags, dim: flags.one_kv_head and flags.kv_heads is not None,
+        'both say how many key and value heads there are',
+        {'one_kv_head': True, 'kv_heads': 2},
+    ),
+    Rule(
+        ('heads', 'kv_heads'),
+        lambda flags, dim: flags.heads % flags.num_kv_heads != 0,
+        'the query heads share the key heads evenly, so the second number must divide the first',
+        {'heads': 8, 'kv_heads': 3},
+        'Choose a divisor of {heads}.',
+    ),
+    Rule(
+        ('heads', 'rotate_num_heads'),
+        lambda flags, dim: flags.rotate_num_heads is not None and flags.rotate_num_heads > flags.heads,
+        'there are not that many heads',
+        {'heads': 4, 'rotate_num_heads': 5},
+        'Rotate at most {heads}.',
+    ),
+    Rule(
+        ('rotate_num_heads', 'latent_rope_subheads'),
+        lambda flags, dim: flags.rotate_num_heads is not None and flags.latent_rope_subheads is not None,
+        'the heads beside the latent are the ones that are rotated',
+        {'rotate_num_heads': 2, 'use_latent_kv': True, 'dim_latent_kv': 8, 'latent_rope_subheads': 2},
+        'Leave out [rotate_num_heads].',
+    ),
+    Rule(
+        ('rotate_num_heads', 'latent_rope_subheads', 'kv_heads', 'one_kv_head'),
+        lambda flags, dim: (flags.rotated_heads or flags.heads) < flags.heads and flags.num_kv_heads != flags.heads,
+        'some of the heads are rotated, but {heads} query heads share {num_kv_heads} key heads, so that a rotated query would '
+        'meet a key that is not',
+        {'heads': 4, 'rotate_num_heads': 2, 'kv_heads': 2},
+        'Rotate all heads, or give every query head its own key head.',
+        only_changed=True,
+    ),
+    Rule(
+        ('latent_rope_subheads', 'heads'),
+        lambda flags, dim: flags.latent_rope_subheads is not None and flags.latent_rope_subheads >= flags.num_kv_heads,
+        'no key head would be left that is made of the latent ({num_kv_heads} key heads)',
+        {'heads': 4, 'use_latent_kv': True, 'dim_latent_kv': 8, 'latent_rope_subheads': 4},
+        'Choose fewer than {num_kv_heads}.',
+    ),
+    Rule(
+        ('use_latent_q',),
+        lambda flags, dim: flags.use_latent_q and flags.dim_latent_q is None,
+        'the width of the latent is missing',
+        {'use_latent_q': True},
+        'Give [dim_latent_q].',
+    ),
+    Rule(
+        ('use_latent_kv',),
+        lambda flags, dim: flags.use_latent_kv and flags.dim_latent_kv is None,
+        'the width of the latent is missing',
+        {'use_latent_kv': True},
+        'Give [dim_latent_kv].',
+    ),
+    Rule(
+        ('qk_norm_groups', 'dim_head'),
+        lambda flags, dim: flags.qk_norm and flags.dim_head % flags.qk_norm_groups != 0,
+        'a head is cut into chunks of one size',
+        {'qk_norm': True, 'qk_norm_groups': 3, 'dim_head': 64},
+        'Choose a divisor of {dim_head}.',
+    ),
+    Rule(
+        ('qk_norm_groups', 'dim_head'),
+        lambda flags, dim: flags.qk_norm and flags.qk_norm_groups > 1 and flags.dim_head // flags.qk_norm_groups <= 2,
+        'the cosine of chunks with two channels or one says too little; a chunk needs more than 2',
+        {'qk_norm': True, 'qk_norm_groups': 32, 'dim_head': 64},
+        'Choose fewer groups.',
+    ),
+    Rule(
+        (*WEIGHTS, 'l2_distance'),
+        lambda flags, dim: how_many(flags, (*WEIGHTS, 'l2_distance')) > 1,
+        'only one of them can be had',
+        {'sigmoid': True, 'hard': True},
+        'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('custom_attn_fn', *WEIGHTS),
+        lambda flags, dim: flags.custom_attn_fn is not None and how_many(flags, WEIGHTS) > 0,
+        'your own function takes the place of the other, which would do nothing',
+        {'custom_attn_fn': abs, 'sigmoid': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('head_learned_sink', 'sigmoid'),
+        lambda flags, dim: flags.head_learned_sink and flags.sigmoid and flags.custom_attn_fn is None,
+        'sigmoid weights do not compete, so a sink takes nothing away and would never learn',
+        {'head_learned_sink': True, 'sigmoid': True},
+    ),
+    Rule(
+        ('selective', 'causal'),
+        lambda flags, dim: flags.selective and not flags.causal,
+        'what a token takes away from later ones is defined for causal attention',
+        {'selective': True},
+        'Use a causal layer, or leave out [selective].',
+    ),
+    Rule(
+        ('use_cope', 'causal'),
+        lambda flags, dim: flags.use_cope and not flags.causal,
+        'contextual positions count the keys between a query and an earlier key',
+        {'use_cope': True},
+        'Use a causal layer, or leave out [use_cope].',
+    ),
+    Rule(
+        ('data_dependent_alibi_per_row', 'causal'),
+        lambda flags, dim: flags.data_dependent_alibi and flags.data_dependent_alibi_per_row and not flags.causal,
+        'gates per query are defined for causal attention',
+        {'data_dependent_alibi': True, 'data_dependent_alibi_per_row': True},
+        'Use a causal layer, or leave out [data_dependent_alibi_per_row].',
+    ),
+    Rule(
+        ('data_dependent_alibi_kwargs',),
+        lambda flags, dim: bool(
+            set(flags.data_dependent_alibi_kwargs)
+            - ({'post_log_scale'} if flags.data_dependent_alibi_per_row else {'post_log_scale', 'bias_init'})
+        ),
+        'the known keywords are post_log_scale and, unless the gates are per row, bias_init',
+        {'data_dependent_alibi': True, 'data_dependent_alibi_kwargs': {'bias': 1.0}},
+        'Use those.',
+    ),
+    Rule(
+        ('attend_sdp_kwargs',),
+        lambda flags, dim: bool(set(flags.attend_sdp_kwargs) - set(BACKENDS)),
+        f'the known keywords are {", ".join(BACKENDS)}',
+        {'attend_sdp_kwargs': {'enable_fast': True}},
+        'Use those.',
+    ),
+    Rule(
+        ('attend_sdp_kwargs',),
+        lambda flags, dim: not any(flags.attend_sdp_kwargs.values()),
+        'no backend is left',
+        {'attend_sdp_kwargs': {'enable_math': False}},
+        'Enable one.',
+    ),
+    Rule(
+        ('flash_pack_seq', 'selective', 'hybrid_module'),
+        lambda flags, dim: flags.flash_pack_seq and how_many(flags, ('selective', 'hybrid_module')) > 0,
+        'this would carry something from one packed sequence into the next',
+        {'causal': True, 'flash_pack_seq': True, 'selective': True},
+        only_changed=True,
+    ),
+)
+
+FEEDFORWARD_RULES = (
+    Rule(
+        ACTIVATIONS,
+        lambda flags, dim: how_many(flags, ACTIVATIONS) > 1,
+        'there is one activation',
+        {'relu_squared': True, 'solu': True},
+        'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('custom_activation', *ACTIVATIONS),
+        lambda flags, dim: flags.custom_activation is not None and how_many(flags, ACTIVATIONS) > 0,
+        'your own activation takes the place of the other, which would do nothing',
+        {'custom_activation': nn.Tanh(), 'swish': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('mult',),
+        lambda flags, dim: flags.inner(dim) < 1,
+        'the hidden layer would have no channel (input width {dim})',
+        {'mult': 0.01},
+        'Choose a larger one.',
+    ),
+)

@@ -1,0 +1,110 @@
+"""What a rule is, and how broken rules become sentences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from x_transformers.flags.base import Flags, as_tuple, shown
+
+Name = Callable[[str], str]
+"""A flag's name as the user writes it, with its prefix."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Flags that exclude each other.
+
+    ``flags`` are named with their values in the sentence (``only_changed``: those that are not at their default). ``broken``
+    sees the flags and the width of the layer. ``why`` and ``way_out`` may hold ``{name}``, the value of a flag or a derived
+    value, and ``[name]``, a flag's name as the user writes it. ``example`` breaks the rule.
+    """
+
+    flags: tuple[str, ...]
+    broken: Callable[[Any, int], bool]
+    why: str
+    example: Mapping[str, Any] = field(hash=False)
+    way_out: str = 'Leave out one of them.'
+    only_changed: bool = False
+
+    def sentence(self, flags: Any, dim: int, name: Name) -> str:
+        named = [flag for flag in self.flags if not self.only_changed or is_on(flags, flag)]
+        subject = ' with '.join(f'`{name(flag)}={shown(value_of(flags, flag))}`' for flag in named)
+        return f'{subject}: {filled(self.why, flags, dim, name)}. {filled(self.way_out, flags, dim, name)}'
+
+
+def value_of(flags: Any, name: str) -> Any:
+    """A flag's value; in a stack also the value of a part's flag, by its name with prefix."""
+    for prefix, part in (('cross_attn_', 'cross_attention'), ('attn_', 'attention'), ('ff_', 'feedforward')):
+        if name.startswith(prefix) and hasattr(flags, part) and not hasattr(flags, name):
+            return getattr(getattr(flags, part), name.removeprefix(prefix))
+    return getattr(flags, name)
+
+
+def is_on(flags: Any, name: str) -> bool:
+    """A flag that was switched on: neither at its default nor empty."""
+    for prefix, part in (('cross_attn_', 'cross_attention'), ('attn_', 'attention'), ('ff_', 'feedforward')):
+        if name.startswith(prefix) and hasattr(flags, part) and not hasattr(flags, name):
+            return is_on(getattr(flags, part), name.removeprefix(prefix))
+    value = getattr(flags, name)
+    return flags.is_changed(name) and value is not None and value is not False and value != 0
+
+
+def how_many(flags: Any, names: Iterable[str]) -> int:
+    return sum(is_on(flags, name) for name in names)
+
+
+def filled(text: str, flags: Any, dim: int, name: Name) -> str:
+    text = re.sub(r'\[(\w+)\]', lambda found: f'`{name(found[1])}`', text)
+    return re.sub(r'\{(\w+)\}', lambda found: str(dim) if found[1] == 'dim' else str(value_of(flags, found[1])), text)
+
+
+def broken_rules(rules: Iterable[Rule], flags: Any, dim: int, name: Name) -> list[str]:
+    """A sentence for each broken rule of a table. A number out of its range is not looked at any further."""
+    senseless = out_of_range(flags, name)
+    applicable = [rule for rule in rules if not any(flag in senseless for flag in rule.flags)]
+    return [rule.sentence(flags, dim, name) for rule in applicable if rule.broken(flags, dim)]
+
+
+# ---------------------------------------------------------------- rules that the fields themselves make
+
+
+def out_of_range(flags: Flags, name: Name) -> dict[str, str]:
+    """A sentence for each flag whose number is outside its range."""
+    sentences = {}
+    for flag, its_field in flags.flag_fields().items():
+        low, high, above = (its_field.metadata[bound] for bound in ('low', 'high', 'above'))
+        given = getattr(flags, flag)
+        values = given if isinstance(given, tuple) else (given,)
+        for value in values:
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            wanted = [
+                f'{words} {bound}'
+                for words, bound, fine in (
+                    ('at least', low, low is None or value >= low),
+                    ('at most', high, high is None or value <= high),
+                    ('greater than', above, above is None or value > above),
+                )
+                if not fine
+            ]
+            if wanted:
+                sentences[flag] = f'`{name(flag)}={shown(given)}`: it must be {" and ".join(wanted)}.'
+                break
+    return sentences
+
+
+def orphans(flags: Flags, name: Name, skip: Callable[[str, tuple[str, ...]], bool] = lambda flag, parents: False) -> list[str]:
+    """A sentence for each sub-option that was changed although its parent is off, so that it would do nothing."""
+    sentences = []
+    for flag, its_field in flags.flag_fields().items():
+        parents = as_tuple(its_field.metadata['parent'])
+        if not parents or not flags.is_changed(flag) or any(is_on(flags, parent) for parent in parents) or skip(flag, parents):
+            continue
+        wanted = ' or '.join(f'`{name(parent)}`' for parent in parents)
+        sentences.append(
+            f'`{name(flag)}={shown(getattr(flags, flag))}` does nothing without {wanted}. Set that, or leave this out.'
+        )
+    return sentences

@@ -1,0 +1,130 @@
+"""Check flags against all rules and raise one error that names every broken one.
+
+The rules are rows in ``attention_rules.py``, ``stack_rules.py`` and ``wrapper_rules.py``; two more kinds follow from the fields
+themselves: a number out of its range, and a sub-option without its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, fused_refusals
+from x_transformers.flags.base import FlagError
+from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.rule import Name, broken_rules, is_on, orphans, out_of_range
+from x_transformers.flags.stack import SET_BY_STACK, StackFlags
+from x_transformers.flags.stack_rules import STACK_RULES
+from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack
+from x_transformers.layers.plan import plan_layers
+
+
+def check_attention(flags: AttentionFlags, dim: int, prefix: str = '') -> None:
+    """Raise FlagError if the flags of an attention layer of width ``dim`` break a rule."""
+    refuse(broken_attention(flags, dim, lambda name: prefix + name))
+
+
+def check_feedforward(flags: FeedForwardFlags, dim: int, prefix: str = '') -> None:
+    """Raise FlagError if the flags of a feed-forward layer of width ``dim`` break a rule."""
+    refuse(broken_feedforward(flags, dim, lambda name: prefix + name))
+
+
+def check_stack(flags: StackFlags) -> None:
+    """Raise FlagError if the flags of a stack, those of its parts included, break a rule."""
+    broken = [*out_of_range(flags, str).values(), *orphans(flags, str), *broken_rules(STACK_RULES, flags, flags.dim, str)]
+    if flags.has_self_attention or not flags.has_cross_attention:
+        broken += broken_attention(flags.attention, flags.dim, stack_name('attn_'))
+    broken += broken_cross_attention(flags)
+    broken += broken_feedforward(flags.feedforward, flags.dim, stack_name('ff_'))
+    refuse(broken)
+    broken_plan(flags)
+
+
+def check_wrapper(flags: WrapperFlags, stack: StackFlags) -> None:
+    """Raise FlagError if the flags of a model break a rule, by themselves or with the flags of its stack."""
+    both = OnStack(flags, stack)
+    refuse(
+        [
+            *out_of_range(flags, str).values(),
+            *orphans(flags, str),
+            *broken_rules(WRAPPER_RULES, flags, stack.dim, str),
+            *broken_rules(ON_STACK_RULES, both, stack.dim, str),
+        ]
+    )
+
+
+def check_vision(flags: VisionFlags, stack: StackFlags) -> None:
+    """Raise FlagError if the flags of an image model break a rule."""
+    refuse([*out_of_range(flags, str).values(), *orphans(flags, str), *broken_rules(VISION_RULES, flags, stack.dim, str)])
+
+
+# ---------------------------------------------------------------- the parts of a check
+
+
+def refuse(sentences: Iterable[str]) -> None:
+    """Raise one error with all sentences, each once; with none, do nothing."""
+    sentences = list(dict.fromkeys(sentences))
+    if sentences:
+        raise FlagError(*sentences)
+
+
+def broken_attention(
+    flags: AttentionFlags, dim: int, name: Name, skip: Callable[[str, tuple[str, ...]], bool] = lambda flag, parents: False
+) -> list[str]:
+    broken = [
+        *out_of_range(flags, name).values(),
+        *orphans(flags, name, skip),
+        *broken_rules(ATTENTION_RULES, flags, dim, name),
+    ]
+    if flags.flash:
+        # the scores that residual attention hands on are the stack's affair, and so is its learned bias
+        reasons = fused_refusals(flags, learned_bias=False, residual_attn=False, name=name)
+        broken += [f'`{name("flash")}=True`: {reason}. Leave out one of them.' for reason in reasons]
+    return broken
+
+
+def broken_feedforward(flags: FeedForwardFlags, dim: int, name: Name) -> list[str]:
+    return [*out_of_range(flags, name).values(), *orphans(flags, name), *broken_rules(FEEDFORWARD_RULES, flags, dim, name)]
+
+
+def broken_cross_attention(flags: StackFlags) -> list[str]:
+    if not flags.has_cross_attention:
+        given = ', '.join(f'`cross_attn_{name}`' for name in sorted(flags.cross_given) if is_on(flags.cross_attention, name))
+        return [f'{given}: there is no cross attention. Set `cross_attend`, or leave this out.'] if given else []
+    usual = 'cross_attn_' if flags.cross_given else 'attn_'
+
+    def name(flag: str) -> str:
+        if flag in flags.cross_given:
+            return f'cross_attn_{flag}'
+        if flags.cross_attention.is_changed(flag) or flag in SET_BY_STACK:
+            return stack_name('attn_')(flag)
+        return usual + flag
+
+    def taken_over(flag: str, parents: tuple[str, ...]) -> bool:
+        # attn_qk_norm_scale is no mistake where cross_attn_qk_norm=False turns off only what was taken over
+        return flag not in flags.cross_given and any(parent in flags.cross_given for parent in parents)
+
+    return broken_attention(flags.cross_attention, flags.dim, name, taken_over)
+
+
+def broken_plan(flags: StackFlags) -> None:
+    """Raise FlagError if the layers cannot be laid out."""
+    plan = plan_layers(flags)
+    if flags.unet_skips and all(layer.skip_from is None for layer in plan.layers):
+        refuse(['`unet_skips=True`: with fewer than two blocks there is nothing to skip. Choose a larger `depth`.'])
+
+
+def stack_name(prefix: str) -> Name:
+    """The name of a part's flag in its stack: a few have no prefix, because the stack sets them."""
+    return lambda flag: flag if prefix == 'attn_' and flag in SET_BY_STACK else prefix + flag
+
+
+__all__ = [
+    'check_attention',
+    'check_feedforward',
+    'check_stack',
+    'check_vision',
+    'check_wrapper',
+    'fused_refusals',
+]

@@ -1,0 +1,286 @@
+"""Which flags of a stack exclude each other; the order of layers has its own checks in ``layers/plan.py``."""
+
+from __future__ import annotations
+
+from x_transformers.flags.rule import Rule, how_many, is_on
+from x_transformers.flags.stack import NORMS, SELF_ATTENTION_ONLY, StackFlags
+
+POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
+LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio')
+RESIDUALS = ('gate_residual', 'num_residual_streams')
+
+
+def rotated_channels(flags: StackFlags) -> int:
+    """Channels are rotated in pairs, so an odd number is rounded up."""
+    return flags.rotary_dim + flags.rotary_dim % 2
+
+
+def self_only(flags: StackFlags, part: str) -> list[str]:
+    return [f'{part}{name}' for name in SELF_ATTENTION_ONLY if is_on(flags, f'{part}{name}')]
+
+
+STACK_RULES = (
+    Rule(
+        tuple(NORMS),
+        lambda flags, dim: how_many(flags, NORMS) > 1,
+        'a stack has one kind of norm',
+        {'use_rmsnorm': True, 'use_scalenorm': True},
+        'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('use_layerscale', 'use_adaptive_layerscale'),
+        lambda flags, dim: flags.use_layerscale and flags.use_adaptive_layerscale,
+        'a branch is scaled once',
+        {'use_layerscale': True, 'use_adaptive_layerscale': True},
+    ),
+    Rule(
+        ('rotary_pos_emb', 'rotary_xpos', 'polar_pos_emb'),
+        lambda flags, dim: flags.rotary and flags.polar,
+        'both turn queries and keys by their positions',
+        {'rotary_pos_emb': True, 'polar_pos_emb': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('rotary_xpos', 'causal'),
+        lambda flags, dim: flags.rotary_xpos and not flags.causal,
+        'the decay with the distance would grow towards the right',
+        {'rotary_xpos': True},
+        'Use a causal stack, or plain [rotary_pos_emb].',
+    ),
+    Rule(
+        ('rotary_emb_dim', 'attn_dim_head'),
+        lambda flags, dim: flags.rotary and rotated_channels(flags) > flags.attn_dim_head,
+        'more channels (in pairs) would be rotated than a head has',
+        {'rotary_pos_emb': True, 'rotary_emb_dim': 66},
+        'Rotate at most {attn_dim_head}.',
+    ),
+    Rule(
+        ('rotary_base_rescale_factor', 'rotary_emb_dim'),
+        lambda flags, dim: flags.rotary and flags.rotary_base_rescale_factor != 1 and flags.rotary_dim == 2,
+        'one pair of channels has one wavelength, 2π, which no base can stretch',
+        {'rotary_pos_emb': True, 'rotary_base_rescale_factor': 2.0, 'rotary_emb_dim': 2},
+        'Rotate more channels.',
+    ),
+    Rule(
+        POSITION_BIASES,
+        lambda flags, dim: how_many(flags, POSITION_BIASES) > 1,
+        'a stack has one position bias',
+        {'alibi_pos_bias': True, 'rel_pos_bias': True},
+        'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('alibi_num_heads', 'heads'),
+        lambda flags, dim: flags.alibi_heads > flags.heads,
+        'there are not that many heads',
+        {'alibi_pos_bias': True, 'alibi_num_heads': 9},
+        'Choose at most {heads}.',
+    ),
+    Rule(
+        ('rel_pos_num_buckets', 'rel_pos_max_distance'),
+        lambda flags, dim: flags.rel_pos_bias and flags.rel_pos_num_buckets > flags.rel_pos_max_distance,
+        'there would be more buckets than distances',
+        {'rel_pos_bias': True, 'rel_pos_max_distance': 16},
+        'Choose at most as many buckets as the largest distance.',
+    ),
+    Rule(
+        ('rel_pos_num_buckets', 'causal'),
+        lambda flags, dim: flags.rel_pos_bias and not flags.causal and flags.rel_pos_num_buckets < 4,
+        'each direction needs two buckets',
+        {'rel_pos_bias': True, 'rel_pos_num_buckets': 2},
+        'Choose at least 4.',
+    ),
+    Rule(
+        ('sandwich_norm', 'pre_norm', 'resi_dual'),
+        lambda flags, dim: flags.sandwich_norm and flags.post_norm,
+        'a sandwich has a norm in front of the branch, and post-norm has none',
+        {'sandwich_norm': True, 'pre_norm': False},
+    ),
+    Rule(
+        ('use_dynamic_tanh', 'pre_norm', 'resi_dual'),
+        lambda flags, dim: flags.use_dynamic_tanh and flags.post_norm,
+        'tanh in the place of a norm must not lie on the residual stream',
+        {'use_dynamic_tanh': True, 'pre_norm': False},
+    ),
+    Rule(
+        ('gate_residual', 'num_residual_streams'),
+        lambda flags, dim: flags.gate_residual and flags.streams > 1,
+        'each is a way to write a branch back to the residual',
+        {'gate_residual': True, 'num_residual_streams': 2},
+    ),
+    Rule(
+        ('resi_dual', *RESIDUALS),
+        lambda flags, dim: flags.resi_dual and how_many(flags, RESIDUALS) > 0,
+        'each is a way to write a branch back to the residual',
+        {'resi_dual': True, 'gate_residual': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('scale_residual_constant', *RESIDUALS),
+        lambda flags, dim: flags.scale_residual_constant != 1 and how_many(flags, RESIDUALS) > 0,
+        'only a plain residual sum has a constant factor',
+        {'scale_residual_constant': 0.5, 'gate_residual': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('scale_residual', 'num_residual_streams'),
+        lambda flags, dim: flags.scale_residual and flags.streams > 1,
+        'hyper connections learn their own factors',
+        {'scale_residual': True, 'num_residual_streams': 2},
+    ),
+    Rule(
+        ('qkv_receive_diff_residuals',),
+        lambda flags, dim: flags.qkv_receive_diff_residuals and flags.streams == 1 and not flags.integrate_layers,
+        'there is only one view of the residual to make queries, keys and values of',
+        {'qkv_receive_diff_residuals': True},
+        'Set [num_residual_streams] above 1, or [integrate_layers].',
+    ),
+    Rule(
+        ('integrate_layers', 'weight_tie_layers'),
+        lambda flags, dim: flags.integrate_layers and flags.weight_tie_layers,
+        'the mixture of all layers so far has one weight per layer, and a shared layer is many',
+        {'integrate_layers': True, 'weight_tie_layers': True},
+    ),
+    Rule(
+        ('integrate_layers', 'layers_execute_order'),
+        lambda flags, dim: (
+            flags.integrate_layers
+            and flags.layers_execute_order is not None
+            and flags.layers_execute_order != tuple(range(len(flags.layers_execute_order)))
+        ),
+        'the mixture of all layers so far has one weight per layer, in their order',
+        {'integrate_layers': True, 'layers_execute_order': (1, 0, 2, 3)},
+    ),
+    Rule(
+        ('only_cross', 'custom_layers'),
+        lambda flags, dim: flags.only_cross and flags.custom_layers is not None and 'a' in flags.custom_layers,
+        'the layers are spelt out, with self attention',
+        {'cross_attend': True, 'only_cross': True, 'custom_layers': ('a', 'c', 'f')},
+    ),
+    Rule(
+        ('cross_attend', 'custom_layers'),
+        lambda flags, dim: flags.custom_layers is not None and flags.cross_attend != ('c' in flags.custom_layers),
+        "a stack attends to a context exactly if it has layers of kind 'c'",
+        {'custom_layers': ('a', 'c', 'f')},
+        "Set [cross_attend] together with a layer 'c', or neither.",
+    ),
+    Rule(
+        ('depth', 'custom_layers', 'layers_execute_order'),
+        lambda flags, dim: None not in (flags.depth, flags.custom_layers, flags.layers_execute_order),
+        'the number of layers would be said three times',
+        {'custom_layers': ('a', 'f'), 'layers_execute_order': (0, 1)},
+        'Leave out [depth].',
+    ),
+    Rule(
+        LAYOUTS,
+        lambda flags, dim: how_many(flags, LAYOUTS) > 1,
+        'each lays out the layers in its own way',
+        {'sandwich_coef': 1, 'par_ratio': 2},
+        'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('weight_tie_layers', *LAYOUTS, 'layers_execute_order'),
+        lambda flags, dim: flags.weight_tie_layers and how_many(flags, (*LAYOUTS, 'layers_execute_order')) > 0,
+        'shared weights repeat the plain block',
+        {'weight_tie_layers': True, 'sandwich_coef': 1},
+        only_changed=True,
+    ),
+    Rule(
+        ('weight_tie_layers', 'depth'),
+        lambda flags, dim: flags.weight_tie_layers and flags.depth is None,
+        'the number of repetitions is missing',
+        {'weight_tie_layers': True, 'depth': None},
+        'Give [depth].',
+    ),
+    Rule(
+        ('sandwich_coef', 'depth'),
+        lambda flags, dim: flags.sandwich_coef is not None and flags.sandwich_coef > (flags.depth or 0),
+        'not more attention layers can be moved to the front than there are blocks',
+        {'sandwich_coef': 9},
+        'Choose at most {depth}.',
+    ),
+    Rule(
+        ('unet_skips', 'weight_tie_layers'),
+        lambda flags, dim: flags.unet_skips and flags.weight_tie_layers,
+        'the second half would be the same layers as the first',
+        {'unet_skips': True, 'weight_tie_layers': True},
+    ),
+    Rule(
+        ('residual_attn', 'attn_flash'),
+        lambda flags, dim: flags.residual_attn and flags.attention.flash,
+        'scores are handed on to the next layer, and a fused kernel never has them',
+        {'residual_attn': True, 'attn_flash': True},
+    ),
+    Rule(
+        ('cross_residual_attn', 'cross_attn_flash'),
+        lambda flags, dim: flags.cross_residual_attn and flags.cross_attention.flash,
+        'scores are handed on to the next layer, and a fused kernel never has them',
+        {'cross_attend': True, 'cross_residual_attn': True, 'cross_attn_flash': True},
+    ),
+    Rule(
+        ('cross_residual_attn',),
+        lambda flags, dim: flags.cross_residual_attn and not flags.has_cross_attention,
+        'there is no cross attention',
+        {'cross_residual_attn': True},
+        'Set [cross_attend], or leave this out.',
+    ),
+    Rule(
+        ('attn_flash_pack_seq', 'rotary_pos_emb'),
+        lambda flags, dim: flags.attention.flash_pack_seq and flags.has_self_attention and not flags.rotary,
+        'positions start again in every packed sequence, which is done for rotary positions',
+        {'attn_flash_pack_seq': True},
+        'Set [rotary_pos_emb].',
+    ),
+    Rule(
+        ('attn_flash_pack_seq', 'shift_tokens'),
+        lambda flags, dim: flags.attention.flash_pack_seq and is_on(flags, 'shift_tokens'),
+        'tokens would be shifted from one packed sequence into the next',
+        {'attn_flash_pack_seq': True, 'rotary_pos_emb': True, 'shift_tokens': 1},
+    ),
+    Rule(
+        ('attn_dim_context', 'dim'),
+        lambda flags, dim: flags.has_self_attention and flags.attention.dim_context not in (None, dim),
+        'self attention has no other sequence',
+        {'attn_dim_context': 3},
+        'For cross attention it is [cross_attn_dim_context].',
+    ),
+    Rule(
+        ('attn_dim_out', 'dim'),
+        lambda flags, dim: flags.has_self_attention and flags.attention.dim_out not in (None, dim),
+        'a branch is added to the residual, so it has its width',
+        {'attn_dim_out': 3},
+        'Leave out [attn_dim_out].',
+    ),
+    Rule(
+        ('cross_attn_dim_out', 'dim'),
+        lambda flags, dim: flags.has_cross_attention and flags.cross_attention.dim_out not in (None, dim),
+        'a branch is added to the residual, so it has its width',
+        {'cross_attend': True, 'cross_attn_dim_out': 3},
+        'Leave out [cross_attn_dim_out].',
+    ),
+    Rule(
+        ('ff_dim_out', 'dim'),
+        lambda flags, dim: flags.feedforward.dim_out not in (None, dim),
+        'a branch is added to the residual, so it has its width',
+        {'ff_dim_out': 3},
+        'Leave out [ff_dim_out].',
+    ),
+    Rule(
+        tuple(f'cross_attn_{name}' for name in SELF_ATTENTION_ONLY),
+        lambda flags, dim: bool(self_only(flags, 'cross_attn_')),
+        'this needs the order of one sequence, and cross attention looks at another one',
+        {'cross_attend': True, 'cross_attn_selective': True},
+        'Use it for self attention, with attn_ in front.',
+        only_changed=True,
+    ),
+    Rule(
+        tuple(f'attn_{name}' for name in SELF_ATTENTION_ONLY),
+        lambda flags, dim: bool(self_only(flags, 'attn_')) and not flags.has_self_attention and flags.has_cross_attention,
+        'this needs the order of one sequence, and this stack has no self attention',
+        {'cross_attend': True, 'only_cross': True, 'causal': True, 'attn_selective': True},
+        'Leave it out.',
+        only_changed=True,
+    ),
+)

@@ -1,0 +1,150 @@
+"""Which flags of a model exclude each other, or do not fit its stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from x_transformers.flags.rule import Rule, how_many
+
+HEADS = ('tie_embedding', 'num_output_heads', 'to_logits')
+LOGITS = (*HEADS, 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_dim')
+POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
+
+# rules of the model alone; ``dim`` is the stack's width
+WRAPPER_RULES = (
+    Rule(
+        POOLS,
+        lambda flags, dim: how_many(flags, POOLS) > 1,
+        'each makes the output out of all tokens in its own way',
+        {'average_pool_embed': True, 'use_cls_token': True},
+        'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('tie_embedding', 'emb_dim'),
+        lambda flags, dim: flags.tie_embedding and flags.emb_dim not in (None, dim),
+        'the stack gives {dim} channels, which the embedding table cannot be multiplied with',
+        {'tie_embedding': True, 'emb_dim': 3},
+    ),
+    Rule(
+        ('tie_embedding', 'token_emb'),
+        lambda flags, dim: flags.tie_embedding and flags.token_emb is not None and not hasattr(flags.token_emb, 'emb'),
+        'the logits need the table of a TokenEmbedding, its `emb`',
+        {'tie_embedding': True, 'token_emb': nn.Embedding(2, 2)},
+    ),
+    Rule(
+        ('tie_embedding', 'logits_dim'),
+        lambda flags, dim: flags.tie_embedding and flags.logits_dim not in (None, flags.num_tokens),
+        'the embedding table gives one logit per token ({num_tokens})',
+        {'tie_embedding': True, 'logits_dim': 3},
+    ),
+    Rule(
+        HEADS,
+        lambda flags, dim: how_many(flags, HEADS) > 1,
+        'each is a way to make the logits',
+        {'tie_embedding': True, 'num_output_heads': 2},
+        'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('return_only_embed', *LOGITS),
+        lambda flags, dim: flags.return_only_embed and how_many(flags, LOGITS) > 0,
+        'there are no logits that it could act on',
+        {'return_only_embed': True, 'sigsoftmax_logits': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('mixture_of_softmax', 'num_output_heads'),
+        lambda flags, dim: flags.mixture_of_softmax and flags.num_output_heads > 1,
+        'the mixture is of one head',
+        {'mixture_of_softmax': True, 'num_output_heads': 2},
+    ),
+    Rule(
+        ('scaled_sinu_pos_emb', 'use_abs_pos_emb'),
+        lambda flags, dim: flags.scaled_sinu_pos_emb and not flags.use_abs_pos_emb,
+        'the second turns the first off',
+        {'scaled_sinu_pos_emb': True, 'use_abs_pos_emb': False},
+    ),
+    Rule(
+        ('scaled_sinu_pos_emb', 'max_seq_len'),
+        lambda flags, dim: flags.scaled_sinu_pos_emb and flags.max_seq_len == 0,
+        'a length of 0 turns absolute positions off',
+        {'scaled_sinu_pos_emb': True, 'max_seq_len': 0},
+    ),
+    Rule(
+        ('scaled_sinu_pos_emb', 'emb_dim'),
+        lambda flags, dim: flags.scaled_sinu_pos_emb and (flags.emb_dim or dim) % 2 != 0,
+        'half of the channels are sines and half are cosines, so their number must be even',
+        {'scaled_sinu_pos_emb': True, 'emb_dim': 3},
+        'Choose an even width.',
+    ),
+    Rule(
+        ('recycling', 'ff_deep_embed'),
+        lambda flags, dim: flags.recycling and flags.ff_deep_embed,
+        'the factors per token do not reach recycled rounds, so they would never learn',
+        {'recycling': True, 'ff_deep_embed': True},
+    ),
+    Rule(
+        ('embed_num_tokens',),
+        lambda flags, dim: any(not isinstance(size, int) or size < 1 for size in flags.embed_num_tokens.values()),
+        'each name needs the size of its vocabulary, a whole number from 1',
+        {'embed_num_tokens': {'kind': 0}},
+        'Give sizes.',
+    ),
+)
+
+
+class OnStack:
+    """A model's flags together with those of its stack, for rules about both."""
+
+    def __init__(self, flags: Any, stack: Any) -> None:
+        self.own, self.stack = flags, stack
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own if name in self.own.flag_fields() else self.stack, name)
+
+    def flag_fields(self) -> dict[str, Any]:
+        return dict(self.own.flag_fields())
+
+    def is_changed(self, name: str) -> bool:
+        return bool((self.own if name in self.own.flag_fields() else self.stack).is_changed(name))
+
+
+# rules of a model with its stack
+ON_STACK_RULES = (
+    Rule(
+        ('memory_tokens_interspersed_every', 'causal'),
+        lambda both, dim: both.memory_tokens_interspersed_every is not None and not both.causal,
+        'windows that begin with memory tokens are made for reading from left to right',
+        {'num_memory_tokens': 2, 'memory_tokens_interspersed_every': 4},
+        'Use a Decoder, or memory tokens in front only.',
+    ),
+    Rule(
+        ('max_mem_len', 'qkv_receive_diff_residuals', 'integrate_layers'),
+        lambda both, dim: both.max_mem_len > 0 and how_many(both, ('qkv_receive_diff_residuals', 'integrate_layers')) > 0,
+        'memories are one sequence, and keys and values have inputs of their own',
+        {'max_mem_len': 4, 'stack': {'integrate_layers': True}},
+        only_changed=True,
+    ),
+    Rule(
+        ('scaled_sinu_pos_emb', 'disable_abs_pos_emb'),
+        lambda both, dim: both.scaled_sinu_pos_emb and both.stack.disables_abs_pos_emb,
+        'the stack turns absolute positions off, as it does by itself with T5 bias, rotary or polar positions',
+        {'scaled_sinu_pos_emb': True, 'stack': {'rotary_pos_emb': True}},
+        'Leave out the sinusoids, or give the stack `disable_abs_pos_emb=False`.',
+    ),
+)
+
+VISION_RULES = (
+    Rule(
+        ('image_size', 'patch_size'),
+        lambda flags, dim: flags.image_size % flags.patch_size != 0,
+        'patches tile the image',
+        {'image_size': 10, 'patch_size': 4},
+        'Choose a divisor of {image_size}.',
+    ),
+)
+
+__all__ = ['ON_STACK_RULES', 'VISION_RULES', 'WRAPPER_RULES', 'OnStack']

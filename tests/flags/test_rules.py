@@ -1,0 +1,285 @@
+"""Each rule is triggered by its own example, all broken ones come in one error, and fine combinations pass."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from torch import nn
+
+from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED, fused_refusals
+from x_transformers.flags.base import FlagError, Flags, as_tuple, default_of
+from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.rules import check_attention, check_feedforward, check_stack, check_vision, check_wrapper
+from x_transformers.flags.stack import StackFlags
+from x_transformers.flags.stack_rules import STACK_RULES
+from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES
+
+DIM = 16
+
+
+def stack(**flags):
+    # one of the examples spells out the layers instead of giving a depth
+    return StackFlags.parse({'dim': DIM, 'depth': 2} | flags, where='Decoder')
+
+
+def wrapper(**flags):
+    needed = {'num_tokens': 8, 'max_seq_len': 8, 'attn_layers': nn.Identity()}
+    return WrapperFlags.parse(needed | flags, where='TransformerWrapper')
+
+
+def refused(check, *args) -> FlagError:
+    with pytest.raises(FlagError) as caught:
+        check(*args)
+    for sentence in caught.value.sentences:
+        assert not re.search(r'\[\w+\]|\{\w+\}', sentence), f'a placeholder was left in: {sentence}'
+        assert sentence.rstrip().endswith('.'), sentence
+    return caught.value
+
+
+def sentence_of(rule, error: FlagError) -> str:
+    """The one sentence that this rule made."""
+    beginning = rule.why.split('{')[0].split('[')[0]
+    found = [sentence for sentence in error.sentences if beginning in sentence]
+    assert len(found) == 1, (rule, error.sentences)
+    return found[0]
+
+
+@pytest.mark.parametrize('rule', ATTENTION_RULES, ids=lambda rule: rule.flags[0])
+def test_rules_of_attention(rule):
+    error = refused(check_attention, AttentionFlags.parse(rule.example, where='Attention'), DIM, 'attn_')
+    assert f'`attn_{next(name for name in rule.flags if name in rule.example)}=' in sentence_of(rule, error)
+
+
+@pytest.mark.parametrize('rule', FEEDFORWARD_RULES, ids=lambda rule: rule.flags[0])
+def test_rules_of_feedforward(rule):
+    error = refused(check_feedforward, FeedForwardFlags.parse(rule.example, where='FeedForward'), DIM, 'ff_')
+    assert f'`ff_{next(name for name in rule.flags if name in rule.example)}=' in sentence_of(rule, error)
+
+
+@pytest.mark.parametrize('rule', STACK_RULES, ids=lambda rule: f'{rule.flags[0]}')
+def test_rules_of_a_stack(rule):
+    error = refused(check_stack, stack(**rule.example))
+    assert f'`{next(name for name in rule.flags if name in rule.example)}=' in sentence_of(rule, error)
+
+
+@pytest.mark.parametrize('rule', WRAPPER_RULES + ON_STACK_RULES, ids=lambda rule: rule.flags[0])
+def test_rules_of_a_model(rule):
+    own = dict(rule.example)
+    stack_flags = stack(**own.pop('stack', {}))
+    error = refused(check_wrapper, wrapper(**own), stack_flags)
+    assert f'`{next(name for name in rule.flags if name in own)}=' in sentence_of(rule, error)
+
+
+@pytest.mark.parametrize('rule', VISION_RULES, ids=lambda rule: rule.flags[0])
+def test_rules_of_an_image_model(rule):
+    flags = VisionFlags.parse(rule.example | {'attn_layers': nn.Identity()}, where='ViTransformerWrapper')
+    sentence_of(rule, refused(check_vision, flags, stack()))
+
+
+@pytest.mark.parametrize('name', NOT_FUSED)
+def test_what_a_fused_kernel_cannot_do(name):
+    value = {'sparse_topk': 3, 'custom_attn_fn': abs}.get(name, True)
+    flags = AttentionFlags(flash=True, causal=True, **{name: value})
+    error = refused(check_attention, flags, DIM, 'attn_')
+    assert f'`attn_flash=True`: `attn_{name}` needs the score matrix' in str(error)
+    check_attention(AttentionFlags(causal=True, **{name: value}), DIM)
+
+
+def test_what_a_fused_kernel_can_do():
+    flags = AttentionFlags(
+        flash=True, l2_distance=True, num_mem_kv=2, add_zero_kv=True, kv_heads=2, laser=True, max_attend_past=3
+    )
+    assert fused_refusals(flags, learned_bias=True, residual_attn=False) == []
+    assert len(fused_refusals(flags, learned_bias=False, residual_attn=True)) == 1
+    check_attention(flags, DIM)
+    check_stack(stack(rel_pos_bias=True, attn_flash=True))
+    check_stack(stack(dynamic_pos_bias=True, attn_flash=True))
+
+
+def test_all_broken_rules_come_in_one_error():
+    flags = stack(
+        use_rmsnorm=True,
+        use_scalenorm=True,
+        rotary_xpos=True,
+        attn_kv_heads=3,
+        attn_one_kv_head=True,
+        ff_relu_squared=True,
+        ff_swish=True,
+        attn_dropout=1.5,
+        attn_gumbel_softmax_temp=2.0,
+    )
+    error = refused(check_stack, flags)
+    text = str(error)
+    assert '`use_scalenorm=True` with `use_rmsnorm=True`: a stack has one kind of norm. Keep one.' in text
+    assert '`rotary_xpos=True` with `causal=False`' in text
+    assert '`attn_one_kv_head=True` with `attn_kv_heads=3`' in text
+    assert '`ff_relu_squared=True` with `ff_swish=True`' in text
+    assert '`attn_dropout=1.5`: it must be at most 1' in text
+    assert '`attn_gumbel_softmax_temp=2.0` does nothing without `attn_gumbel_softmax`' in text
+    assert len(error.sentences) == 6
+
+
+def test_names_in_sentences_are_those_that_the_user_wrote():
+    text = str(refused(check_stack, stack(heads=4, attn_kv_heads=3)))
+    assert '`heads=4` with `attn_kv_heads=3`' in text
+    text = str(refused(check_stack, stack(heads=4, cross_attend=True, attn_hard=True, cross_attn_sigmoid=True)))
+    assert '`cross_attn_sigmoid=True` with `attn_hard=True`' in text
+    text = str(refused(check_attention, AttentionFlags(heads=4, kv_heads=3), DIM))
+    assert '`heads=4` with `kv_heads=3`' in text
+
+
+def test_a_rule_broken_by_self_and_cross_attention_is_said_once():
+    error = refused(check_stack, stack(heads=4, cross_attend=True, attn_kv_heads=3))
+    assert len(error.sentences) == 1
+
+
+# ---------------------------------------------------------------- sub-options
+
+
+def off_parent_values():
+    """For each sub-option of every class: a value that differs from its default."""
+    for cls in (AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags):
+        for name, field in cls.flag_fields().items():
+            parents = as_tuple(field.metadata['parent'])
+            if parents:
+                yield pytest.param(cls, name, parents, id=f'{cls.__name__}-{name}')
+
+
+def other_value(cls: type[Flags], name: str):
+    default = default_of(cls.flag_fields()[name])
+    given = {
+        'hybrid_mask_kwarg': 'mask',
+        'rel_pos_kwargs': {'slopes': [1.0]},
+        'data_dependent_alibi_kwargs': {'post_log_scale': 2.0},
+    }
+    if name in given:
+        return given[name]
+    if isinstance(default, bool):
+        return not default
+    if name == 'cross_attn_tokens_dropout':
+        return 0.5
+    return 2 if default is None else default + 1
+
+
+@pytest.mark.parametrize(('cls', 'name', 'parents'), list(off_parent_values()))
+def test_a_sub_option_without_its_parent_is_refused(cls, name, parents):
+    value = other_value(cls, name)
+    if cls is AttentionFlags:
+        error = refused(check_attention, AttentionFlags(causal=True, **{name: value}), DIM)
+    elif cls is FeedForwardFlags:
+        error = refused(check_feedforward, FeedForwardFlags(**{name: value}), DIM)
+    elif cls is StackFlags:
+        error = refused(check_stack, stack(causal=True, **{name: value}))
+    else:
+        error = refused(check_wrapper, wrapper(**{name: value}), stack(causal=True))
+    orphaned = [
+        sentence for sentence in error.sentences if sentence.startswith(f'`{name}=') and 'does nothing without' in sentence
+    ]
+    assert len(orphaned) == 1
+    for parent in parents:
+        assert f'`{parent}`' in orphaned[0]
+
+
+@pytest.mark.parametrize('cls', [AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags])
+def test_defaults_written_out_are_never_refused(cls):
+    defaults = {name: default_of(field) for name, field in cls.flag_fields().items() if name not in ('dim', 'depth')}
+    if cls is AttentionFlags:
+        check_attention(AttentionFlags.parse(defaults, where='x'), DIM)
+    elif cls is FeedForwardFlags:
+        check_feedforward(FeedForwardFlags.parse(defaults, where='x'), DIM)
+    elif cls is StackFlags:
+        check_stack(stack(**defaults))
+    else:
+        needed = ('num_tokens', 'max_seq_len', 'attn_layers')
+        check_wrapper(wrapper(**{name: value for name, value in defaults.items() if name not in needed}), stack())
+
+
+def test_turning_off_for_cross_attention_what_it_takes_over_needs_no_more_words():
+    check_stack(stack(cross_attend=True, attn_qk_norm=True, attn_qk_norm_scale=5, cross_attn_qk_norm=False))
+
+
+# ---------------------------------------------------------------- ranges and layouts
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {'heads': 0},
+        {'dim': 0},
+        {'num_residual_streams': 0},
+        {'attn_dropout': -0.1},
+        {'cross_attend': True, 'cross_attn_tokens_dropout': 1.1},
+        {'rotary_pos_emb': True, 'rotary_interpolation_factor': 0.5},
+        {'attn_softclamp_logits': True, 'attn_logit_softclamp_value': 0.0},
+        {'attn_num_mem_kv': -1},
+        {'ff_mult': 0},
+    ],
+)
+def test_numbers_out_of_range(flags):
+    name = list(flags)[-1]
+    assert f'`{name}={flags[name]}`: it must be ' in str(refused(check_stack, stack(**flags)))
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        ({'depth': None}, 'depth'),
+        ({'layer_dropout': (0.1,)}, 'layer_dropout'),
+        ({'layers_execute_order': (0, 9)}, 'layers_execute_order'),
+        ({'par_ratio': 99}, 'par_ratio'),
+        ({'depth': None, 'custom_layers': ('a', 'x')}, 'custom_layers'),
+        ({'depth': 1, 'unet_skips': True}, 'unet_skips'),
+    ],
+)
+def test_layouts_that_cannot_be(flags, words):
+    with pytest.raises(FlagError, match=words):
+        check_stack(stack(**flags))
+
+
+def test_cross_attention_flags_without_cross_attention():
+    assert '`cross_attn_head_scale`: there is no cross attention' in str(
+        refused(check_stack, stack(cross_attn_head_scale=True))
+    )
+    check_stack(stack(cross_attn_head_scale=False))
+
+
+# ---------------------------------------------------------------- combinations that are fine
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {'attn_num_mem_kv': 2, 'attn_value_dim_head': 8},
+        {'attn_value_rmsnorm': True, 'attn_kv_heads': 2},
+        {'causal': True, 'attn_use_cope': True, 'attn_cope_soft_onehot_pos': True},
+        {'polar_pos_emb': True, 'attn_kv_heads': 2, 'attn_num_mem_kv': 2, 'polar_bias_uniform_init': True},
+        {'zero_init_branch_output': True, 'attn_on_attn': True},
+        {'unet_skips': True, 'cross_attend': True, 'depth': 4},
+        {'unet_skips': True, 'macaron': True, 'depth': 4},
+        {'add_value_residual': True, 'attn_kv_heads': 2},
+        {'attn_hybrid_module': nn.Linear(DIM, 512)},
+        {'causal': True, 'attn_data_dependent_alibi': True, 'cross_attend': True},
+        {'causal': True, 'attn_selective': True, 'cross_attend': True},
+        {'num_residual_streams': 2, 'reinject_input': True, 'learned_reinject_input_gate': True},
+        {'attn_head_learned_sink': True, 'residual_attn': True},
+        {'residual_attn': True, 'attn_pre_scale_post_talking_heads': True},
+        {'rotary_pos_emb': True, 'rel_pos_bias': True},
+        {'num_residual_streams': 2, 'hyper_conn_sinkhorn_iters': 3, 'hyper_conn_doubly_stochastic': True},
+        {'resi_dual': True, 'resi_dual_scale': 0.5},
+        {'rotary_pos_emb': True, 'attn_dim_head': 4},
+    ],
+)
+def test_combinations_that_work(flags):
+    check_stack(stack(**flags))
+
+
+def test_models_that_work():
+    check_wrapper(wrapper(l2norm_embed=True, scaled_sinu_pos_emb=True), stack())
+    check_wrapper(wrapper(sigsoftmax_logits=True, num_output_heads=2), stack())
+    check_wrapper(wrapper(num_memory_tokens=2, memory_tokens_interspersed_every=4), stack(causal=True))
+    # the default asks for absolute positions, which rotary positions turn off
+    check_wrapper(wrapper(use_abs_pos_emb=True), stack(rotary_pos_emb=True))
+    check_wrapper(wrapper(shift_mem_down=1, max_mem_len=4), stack(causal=True))
