@@ -44,7 +44,7 @@ def choose_head(
     num_logits: int,
     *,
     only_embed: bool = False,
-    tied_to: nn.Module | Callable[..., Any] | None = None,
+    tied_to: TokenEmbedding | None = None,
     count: int = 1,
     own: Callable[..., Any] | None = None,
 ) -> Callable[..., Any] | None:
@@ -52,11 +52,6 @@ def choose_head(
     if only_embed:
         return None
     if tied_to is not None:
-        if not isinstance(tied_to, TokenEmbedding):
-            raise ValueError(
-                f'tie_embedding=True needs a TokenEmbedding, whose table becomes the head, but token_emb is a '
-                f'{type(tied_to).__name__}; leave tie_embedding out, or give your own to_logits.'
-            )
         return TiedHead(tied_to)
     if count > 1:
         return OutputHeads([nn.Linear(dim, num_logits, bias=False) for _ in range(count)])

@@ -32,12 +32,12 @@ def rounds(asked: int | None, *, recycling: bool, training: bool, longest: int) 
 
 
 def recycle(
-    run: Callable[[Tensor], tuple[Tensor, R]], x: Float[Tensor, 'b n d'], proj: nn.Module, steps: int
+    run: Callable[[Tensor], tuple[Tensor, R]], x: Float[Tensor, 'b n d'], proj: nn.Module | None, steps: int
 ) -> tuple[Float[Tensor, 'b n d'], R]:
     """Run the stack ``steps`` times on the input plus the projection of the last output; only the last run has gradients."""
     fed = x
     for _ in range(steps - 1):
         with torch.no_grad():
             last, _record = run(fed)
-        fed = x + proj(last)
+        fed = x + proj(last)  # type: ignore[misc]
     return run(fed)

@@ -11,19 +11,8 @@ from torch import Tensor, nn
 
 from x_transformers.helpers import l2norm
 from x_transformers.module import Module
+from x_transformers.position.absolute import Table
 from x_transformers.tensor_types import Bool, Float, Int
-
-
-class Table(nn.Embedding):
-    """An embedding table that knows the spread of its start."""
-
-    def __init__(self, num_tokens: int, dim: int, std: float = 1.0) -> None:
-        self.std = std
-        super().__init__(num_tokens, dim)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
 
 
 class TokenEmbedding(Module):

@@ -1,0 +1,64 @@
+"""The arguments of one forward of a model, and what is checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.embedding.token import check_mask
+from x_transformers.tensor_types import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward, without those that say what is returned."""
+
+    x: Int[Tensor, 'b n']
+    mask: Bool[Tensor, 'b n'] | None = None
+    mems: Sequence[Float[Tensor, 'b l d']] | None = None
+    mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
+    recycle_steps: int | None = None
+    pos: Tensor | None = None
+    prepend_embeds: Float[Tensor, 'b p e'] | None = None
+    prepend_mask: Bool[Tensor, 'b p'] | None = None
+    embed_ids: Mapping[str, Int[Tensor, 'b n']] = field(default_factory=dict)
+    sum_embeds: Float[Tensor, 'b n e'] | None = None
+    seq_start_pos: Int[Tensor, ' b'] | None = None
+    cache: KVCache | None = None
+    new_only: bool = False
+    cache_age: int | None = None
+    token_emb_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    to_logits_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    logits_last: int | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pos_ids(self) -> Int[Tensor, '...'] | None:
+        """Positions as numbers; those of floating dtype are embeddings already."""
+        return None if self.pos is None or self.pos.is_floating_point() else self.pos
+
+
+def last_positions(t: Tensor, count: int | None) -> Tensor:
+    return t if count is None or count >= t.shape[1] else t[:, t.shape[1] - count :]
+
+
+def ids_or_none(x: Tensor | None, prepend_embeds: Tensor | None) -> Int[Tensor, 'b n']:
+    """The token ids; no tokens at all where only embeddings were given."""
+    if x is None:
+        if prepend_embeds is None:
+            raise ValueError('x is None: without token ids there must be prepend_embeds.')
+        return torch.empty(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
+    if x.ndim < 2:
+        raise ValueError(f'x must be a batch of sequences (b n), got shape {tuple(x.shape)}; a single one is x.unsqueeze(0).')
+    return x
+
+
+def check_prepended(embeds: Tensor, mask: Tensor | None, batch: int, dim: int) -> None:
+    if embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[-1] != dim:
+        raise ValueError(f'prepend_embeds must have shape ({batch}, length, {dim}), got {tuple(embeds.shape)}.')
+    check_mask(mask, batch, embeds.shape[1], 'prepend_mask', 'one entry per prepended embedding')

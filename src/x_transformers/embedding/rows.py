@@ -1,0 +1,150 @@
+"""Which rows the stack sees in one call: memory and cls tokens, prepended embeddings, tokens; with a cache only new ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.embedding.memory_tokens import MemoryTokens
+from x_transformers.embedding.token import check_mask
+from x_transformers.tensor_types import Bool, Int
+
+NO_MEMORY = MemoryTokens()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the tokens of a call lie in the sequence [memory tokens, cls tokens, prepended embeddings, tokens] of the stack.
+
+    - ``new``: tokens to be processed, the last of those given; ``held``: tokens that the cache still holds;
+    - ``seen``: position of the first new token;
+    - ``front``: cls tokens and prepended embeddings; ``front_held``: those of them that the cache still holds.
+    """
+
+    new: int
+    front: int = 0
+    held: int = 0
+    seen: int = 0
+    front_held: int = 0
+    cached: bool = False
+    memory: MemoryTokens = NO_MEMORY
+
+    @classmethod
+    def lay(
+        cls,
+        given: int,
+        front: int,
+        cache: KVCache | None = None,
+        *,
+        new_only: bool = False,
+        cache_age: int | None = None,
+        memory: MemoryTokens | None = None,
+    ) -> Rows:
+        """Tell new tokens from seen ones.
+
+        With a cache, an input of no more tokens than it holds is new; a longer one is the whole sequence, of which the tail is
+        new. ``new_only`` says that everything is new, ``cache_age`` how many of the last tokens are (0: all; 1 says nothing).
+        """
+        if cache is None or cache.length == 0:
+            return cls(new=given, front=front, memory=memory or NO_MEMORY)
+        front = cache.front or front
+        front_held = max(front - (cache.length - cache.retained), 0)
+        held = cache.retained - front_held
+        if new_only or cache_age == 0:
+            new = given
+        elif cache_age is not None and cache_age != 1:
+            new = min(cache_age, given)
+        else:
+            new = given if given <= held else given - held
+        return cls(new=new, front=front, held=held, seen=cache.length - front, front_held=front_held, cached=True)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that can be looked at: held and new."""
+        return self.held + self.new
+
+    @property
+    def front_keys(self) -> int:
+        """Rows in front of the tokens that can be looked at, memory tokens among them."""
+        return self.front_held if self.cached else self.front + self.memory.count
+
+    # ------------------------------------------------------------ what the caller gave, as the stack needs it
+
+    def newest(self, t: Tensor, name: str, axis: int = 1) -> Tensor:
+        """The part that belongs to the new tokens, of something given for them or for all tokens."""
+        length = t.shape[axis] if t.ndim > axis else 0
+        if length < self.new or (length > self.new and not self.cached):
+            raise ValueError(f'{name} must have one entry for each of the {self.new} tokens, got shape {tuple(t.shape)}.')
+        return t if length == self.new else t.narrow(axis, length - self.new, self.new)
+
+    def mask(
+        self, mask: Bool[Tensor, 'b n'] | None, prepend_mask: Bool[Tensor, 'b p'] | None, batch: int, device: torch.device
+    ) -> Bool[Tensor, 'b m'] | None:
+        """The mask over cls tokens, prepended embeddings and tokens that can be looked at; None if neither mask is given."""
+        if mask is None and prepend_mask is None:
+            return None
+        check_mask(
+            mask, batch, self.tokens, of='one entry per token' + (', those in the cache included' if self.cached else '')
+        )
+        front = self.front_held if self.cached else self.front
+        tokens = mask if mask is not None else torch.ones(batch, self.tokens, dtype=torch.bool, device=device)
+        if prepend_mask is not None:
+            tokens = torch.cat((prepend_mask[:, max(prepend_mask.shape[1] - front, 0) :], tokens), dim=1)
+        return F.pad(tokens, (front + self.tokens - tokens.shape[1], 0), value=True)
+
+    def positions(self, pos: Int[Tensor, '...'] | None, seq_start_pos: Int[Tensor, ' b'] | None) -> Int[Tensor, '...'] | None:
+        """Positions for the stack; None: it counts by itself.
+
+        Positions given for the tokens go on behind those of the rows in front. Left-padded prompts behind such rows follow them
+        directly, as if there were no padding.
+        """
+        if pos is None and (seq_start_pos is None or not self.front_keys):
+            return None
+        offset = self.front + self.memory.count
+        if pos is None:
+            start = seq_start_pos.unsqueeze(-1)  # type: ignore[union-attr]
+            pos = torch.arange(self.seen - self.held, self.seen + self.new, device=start.device)
+            pos = (pos - start).clamp(min=0)
+        if offset == 0 or pos.shape[-1] not in (self.tokens, self.new):
+            return pos
+        if self.memory.every:
+            raise ValueError(
+                'pos with memory_tokens_interspersed_every: the memory tokens between the tokens would need positions too, '
+                'and none are given; leave pos out, so that positions are counted over the longer sequence.'
+            )
+        if pos.shape[-1] != self.tokens:
+            return pos + offset
+        front = torch.arange(offset - self.front_keys, offset, device=pos.device, dtype=pos.dtype)
+        return torch.cat((front.expand(*pos.shape[:-1], -1), pos + offset), dim=-1)
+
+    def stretched(self, more: dict[str, Any]) -> dict[str, Any]:
+        """Masks and biases of the stack that were given for the tokens only, extended for the rows in front."""
+        extra = self.front_keys
+        if not extra:
+            return more
+        more = dict(more)
+        keys = more.get('self_attn_kv_mask')
+        if keys is not None and keys.shape[-1] == self.tokens:
+            keys = F.pad(keys, (extra - self.memory.count, 0), value=True)
+            more['self_attn_kv_mask'] = self.memory.mask(keys) if self.memory else keys
+        for name, value in (('attn_mask', True), ('attn_bias', 0.0)):
+            dense = more.get(name)
+            if dense is None or dense.shape[-1] != self.tokens:
+                continue
+            if self.memory.every:
+                raise ValueError(f'{name} with memory_tokens_interspersed_every must be given for the longer sequence.')
+            top = 0 if self.cached else extra
+            more[name] = F.pad(dense, (extra, 0, top, 0), value=value)
+        return more
+
+    def token_ids(self, ids: Int[Tensor, 'b n'], value: int) -> Int[Tensor, 'b m']:
+        """Token ids of all new rows, ``value`` for those that are no tokens."""
+        if self.cached:
+            return ids
+        ids = F.pad(ids, (self.front, 0), value=value)
+        return self.memory.ids(ids, value) if self.memory else ids

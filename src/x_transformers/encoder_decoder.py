@@ -1,0 +1,170 @@
+"""XTransformer: one sequence in, another one out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.flags.base import FlagError, UnknownFlag, unknown_flags
+from x_transformers.flags.stack import PARTS, StackFlags, keyword_names
+from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.helpers import groupby_prefix_and_trim
+from x_transformers.layers.drop import dropout_seq
+from x_transformers.layers.stack import Decoder, Encoder
+from x_transformers.module import Module
+from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.transformer_wrapper import TransformerWrapper
+
+ENCODER, DECODER = 'enc_', 'dec_'
+
+# what an encoder-decoder decides by itself
+SET_HERE = {'attn_layers', 'return_only_embed'}
+SET_FOR_STACK = {'dim', 'causal', 'cross_attend', 'only_cross'}
+WRAPPER_NAMES = [name for name in WrapperFlags.flag_fields() if name not in SET_HERE]
+STACK_NAMES = [
+    *(name for name in StackFlags.flag_fields() if name not in SET_FOR_STACK),
+    *(name for part in PARTS for name in keyword_names(part)),
+]
+
+
+class XTransformer(Module):
+    """An encoder whose output a decoder looks at (https://arxiv.org/abs/1706.03762).
+
+    Args:
+        dim: width of both.
+        tie_token_emb: the decoder uses the encoder's token embedding.
+        ignore_index, pad_value: targets without a loss, and the token that stands for them in the input.
+        cross_attn_tokens_dropout: in training this part of the encoder's output is not shown to the decoder.
+        flags: the keywords of ``TransformerWrapper`` and of the stacks, with ``enc_`` or ``dec_`` in front; ``num_tokens`` and
+            ``max_seq_len`` of both must be given.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        tie_token_emb: bool = False,
+        ignore_index: int = -100,
+        pad_value: int = 0,
+        cross_attn_tokens_dropout: float = 0.0,
+        **flags: Any,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= cross_attn_tokens_dropout < 1.0:
+            raise FlagError(
+                f'XTransformer: cross_attn_tokens_dropout is {cross_attn_tokens_dropout}; it must be at least 0 and below 1.'
+            )
+        enc, rest = groupby_prefix_and_trim(ENCODER, flags)
+        dec, rest = groupby_prefix_and_trim(DECODER, rest)
+        check_names(enc, dec, rest)
+        enc_wrapper, enc_stack = split(enc)
+        dec_wrapper, dec_stack = split(dec)
+        if tie_token_emb:
+            check_tied(enc_wrapper, dec_wrapper)
+        self.cross_attn_tokens_dropout = cross_attn_tokens_dropout
+        self.encoder = TransformerWrapper(**enc_wrapper, return_only_embed=True, attn_layers=Encoder(dim=dim, **enc_stack))
+        if tie_token_emb:
+            dec_wrapper['token_emb'] = self.encoder.token_emb
+        decoder = TransformerWrapper(**dec_wrapper, attn_layers=Decoder(dim=dim, cross_attend=True, **dec_stack))
+        self.decoder = AutoregressiveWrapper(decoder, ignore_index=ignore_index, pad_value=pad_value)
+
+    def encode(
+        self,
+        src: Int[Tensor, 'b n'],
+        mask: Bool[Tensor, 'b n'] | None = None,
+        attn_mask: Bool[Tensor, '... n n'] | None = None,
+        src_prepend_embeds: Float[Tensor, 'b p d'] | None = None,
+    ) -> tuple[Float[Tensor, 'b m d'], Bool[Tensor, 'b m'] | None]:
+        """(what the decoder looks at, its mask): the embeddings of ``src_prepend_embeds`` and ``src``."""
+        given = {} if attn_mask is None else {'attn_mask': attn_mask}
+        encoded = self.encoder(src, mask=mask, prepend_embeds=src_prepend_embeds, return_embeddings=True, **given)
+        if mask is not None and encoded.shape[1] > mask.shape[1]:
+            in_front = mask.new_ones(mask.shape[0], encoded.shape[1] - mask.shape[1])
+            mask = torch.cat((in_front, mask), dim=1)
+        return encoded, mask
+
+    @torch.no_grad()
+    def generate(
+        self,
+        seq_in: Int[Tensor, 'b n'],
+        seq_out_start: Int[Tensor, 'b t'],
+        seq_len: int,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        attn_mask: Bool[Tensor, '... n n'] | None = None,
+        src_prepend_embeds: Float[Tensor, 'b p d'] | None = None,
+        **kwargs: Any,
+    ) -> Int[Tensor, 'b s']:
+        """The continuation of ``seq_out_start`` by ``seq_len`` tokens; ``kwargs`` go to ``AutoregressiveWrapper.generate``."""
+        training = self.encoder.training
+        self.encoder.eval()
+        try:
+            encoded, mask = self.encode(seq_in, mask, attn_mask, src_prepend_embeds)
+        finally:
+            self.encoder.train(training)
+        generated: Tensor = self.decoder.generate(seq_out_start, seq_len, context=encoded, context_mask=mask, **kwargs)
+        return generated
+
+    def forward(
+        self,
+        src: Int[Tensor, 'b n'],
+        tgt: Int[Tensor, 'b t'],
+        mask: Bool[Tensor, 'b n'] | None = None,
+        attn_mask: Bool[Tensor, '... n n'] | None = None,
+        src_prepend_embeds: Float[Tensor, 'b p d'] | None = None,
+    ) -> Float[Tensor, '']:
+        """The loss of predicting each token of ``tgt`` from those before it and from ``src``."""
+        encoded, mask = self.encode(src, mask, attn_mask, src_prepend_embeds)
+        if self.training and self.cross_attn_tokens_dropout > 0:
+            encoded, mask = dropout_seq(encoded, mask, self.cross_attn_tokens_dropout)
+        loss: Tensor = self.decoder(tgt, context=encoded, context_mask=mask)
+        return loss
+
+
+def split(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the model's keywords, the stack's)."""
+    return {k: v for k, v in flags.items() if k in WRAPPER_NAMES}, {k: v for k, v in flags.items() if k not in WRAPPER_NAMES}
+
+
+def check_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+    """Raise one error for all names that are unknown, set here, or missing."""
+    where = 'XTransformer'
+    wrong = []
+    for prefix, given in ((ENCODER, enc), (DECODER, dec)):
+        for name in sorted(SET_FOR_STACK & set(given)):
+            way = 'give dim itself, it is that of both' if name == 'dim' else 'leave it out'
+            wrong.append(f'{where}: unrecognized kwargs: `{prefix}{name}` is set by the encoder-decoder; {way}.')
+        missing = [f'`{prefix}{name}`' for name in ('num_tokens', 'max_seq_len') if name not in given]
+        if missing:
+            wrong.append(f'{where} needs {", ".join(missing)}.')
+    known = {*WRAPPER_NAMES, *STACK_NAMES}
+    prefixed = [prefix + name for prefix in (ENCODER, DECODER) for name in sorted(known)]
+    unknown = [
+        *rest,
+        *(
+            prefix + name
+            for prefix, given in ((ENCODER, enc), (DECODER, dec))
+            for name in given
+            if name not in known | SET_FOR_STACK
+        ),
+    ]
+    if unknown:
+        options = ['dim', 'tie_token_emb', 'ignore_index', 'pad_value', 'cross_attn_tokens_dropout', *prefixed]
+        wrong.extend(unknown_flags(unknown, where=where, known=options).sentences)
+    if wrong:
+        raise UnknownFlag(*wrong)
+
+
+def check_tied(enc: Mapping[str, Any], dec: Mapping[str, Any]) -> None:
+    """Raise unless one token embedding fits both."""
+    for name in ('num_tokens', 'emb_dim', 'l2norm_embed'):
+        if enc.get(name) != dec.get(name):
+            raise FlagError(
+                f'XTransformer: tie_token_emb=True needs enc_{name} and dec_{name} to be equal, '
+                f'got {enc.get(name)} and {dec.get(name)}.'
+            )
+    if dec.get('token_emb') is not None:
+        raise FlagError("XTransformer: tie_token_emb=True uses the encoder's token embedding; leave out dec_token_emb.")

@@ -1,0 +1,119 @@
+"""What a call asked to be returned, and in which form it is: the one table of return conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.heads import Logits, map_logits
+from x_transformers.losses import calc_entropy, calc_z_loss
+from x_transformers.tensor_types import Float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The ``return_*`` arguments of one call."""
+
+    embeddings: bool = False
+    logits_and_embeddings: bool = False
+    intermediates: bool = False
+    embeddings_and_intermediates: bool = False
+    logit_entropies: bool = False
+    next_embed_pred: bool = False
+    mems: bool = False
+    attn: bool = False
+    attn_z_loss: bool = False
+    z_loss_weight: float = 1e-4
+
+    @property
+    def intermediates_too(self) -> bool:
+        """Intermediates are the second part of the result: asked for, or needed to carry what was asked for."""
+        return self.intermediates or self.logit_entropies or self.attn_z_loss
+
+    @property
+    def record(self) -> bool:
+        """The stack must report what happened inside."""
+        return self.intermediates_too or self.embeddings_and_intermediates or self.mems or self.attn
+
+    def check(self, *, has_head: bool, predicts_next: bool) -> None:
+        needs_head = {
+            'return_logits_and_embeddings': self.logits_and_embeddings,
+            'return_logit_entropies': self.logit_entropies,
+        }
+        for name, asked in needs_head.items():
+            if asked and not has_head:
+                raise ValueError(f'{name}=True: this model was built with return_only_embed=True and has no logits.')
+        if self.next_embed_pred and not predicts_next:
+            raise ValueError('return_next_embed_pred=True: build the model with add_continuous_pred_head=True.')
+
+    def logits(self, *, has_head: bool, pooled: bool) -> bool:
+        """Whether anyone will see logits. ``pooled``: attention-pooled tokens are returned in their place."""
+        if not has_head:
+            return False
+        if self.logits_and_embeddings or self.logit_entropies:
+            return True
+        if self.embeddings or self.embeddings_and_intermediates:
+            return False
+        return not pooled or self.record
+
+    def answer(
+        self,
+        *,
+        x: Tensor,
+        logits: Logits | None,
+        pooled: Tensor | None,
+        has_head: bool,
+        next_embed: Callable[[], tuple[Tensor, Tensor]],
+        record: LayerIntermediates,
+        mems: Callable[[], list[Tensor]],
+    ) -> Any:
+        """The result of the call. ``x``: embeddings; ``pooled``: what is returned in the place of logits, if anything."""
+        out: Any
+        if self.logits_and_embeddings:
+            out = (logits, x)
+        elif self.embeddings_and_intermediates:
+            out = (x, record)
+        elif self.embeddings or not has_head:
+            out = x
+        elif pooled is not None:
+            out, record.logits = pooled, logits
+        else:
+            out = logits
+        if self.next_embed_pred:
+            out = (out, next_embed())
+        if self.logit_entropies and logits is not None:
+            record.logit_entropies = map_logits(calc_entropy, logits)  # type: ignore[assignment]
+        if self.attn_z_loss:
+            record.attn_z_loss = calc_z_loss(scores(record), weight=self.z_loss_weight)
+        if self.mems:
+            record.mems = mems()
+            if not self.intermediates_too:
+                return out, record.mems
+        if self.intermediates_too:
+            return out, record
+        if self.attn:
+            return out, [each.post_softmax_attn for each in record.attn_intermediates or []]
+        return out
+
+
+def scores(record: LayerIntermediates) -> list[Float[Tensor, 'b h i j']]:
+    """The attention scores of every layer that has any."""
+    every = (each.pre_softmax_attn for each in record.attn_intermediates or [])
+    return [each for each in every if each is not None]
+
+
+def next_memories(
+    hiddens: Sequence[Float[Tensor, 'b n d']], mems: Sequence[Float[Tensor, 'b l d']] | None, longest: int
+) -> list[Float[Tensor, 'b m d']]:
+    """Per self attention the last ``longest`` states of its memories and this segment, without gradients.
+
+    https://arxiv.org/abs/1901.02860
+    """
+    if mems:
+        hiddens = [torch.cat((mem, hidden), dim=1) for mem, hidden in zip(mems, hiddens, strict=True)]
+    return [hidden[:, max(hidden.shape[1] - longest, 0) :].detach() for hidden in hiddens]
