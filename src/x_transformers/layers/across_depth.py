@@ -17,7 +17,8 @@ class DynamicLIMe(Module):
     """Layer-integrated memory with weights that depend on the token, https://arxiv.org/abs/2502.09245.
 
     forward: x (b n d) and the inputs of ``num_layers`` layers so far, its own last -> their weighted sum (b n d), or one for
-    each of ``num_views`` views (v b n d). ``use_softmax=False`` takes relu instead. Raises ValueError on another number of inputs.
+    each of ``num_views`` views (v b n d). ``use_softmax=False`` takes relu instead. Raises ValueError on another number of
+    inputs.
     """
 
     def __init__(self, dim: int, num_layers: int, num_views: int = 1, norm: bool = True, use_softmax: bool = True) -> None:

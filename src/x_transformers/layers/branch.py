@@ -30,6 +30,11 @@ def change_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(out)
 
 
+def run_branch(branch: nn.Module, x: Tensor, given: BranchInputs) -> Result:
+    out: Result = branch.run(x, given)  # type: ignore[operator]
+    return out
+
+
 def innermost(branch: nn.Module) -> nn.Module:
     """The attention or feed-forward inside all wrappers."""
     while isinstance(branch, (Scale, LayerScale, AdaptiveLayerScale, ShiftTokens)):
@@ -49,7 +54,7 @@ class Scale(Module):
         return change_first(self.fn(x, **kwargs), lambda out: out * self.value)
 
     def run(self, x: Tensor, given: BranchInputs) -> Result:
-        out, seen = self.fn.run(x, given)
+        out, seen = run_branch(self.fn, x, given)
         return out * self.value, seen
 
 
@@ -74,7 +79,7 @@ class LayerScale(Module):
         return change_first(self.fn(x, **kwargs), self._scaled)
 
     def run(self, x: Tensor, given: BranchInputs) -> Result:
-        out, seen = self.fn.run(x, given)
+        out, seen = run_branch(self.fn, x, given)
         return self._scaled(out), seen
 
 
@@ -101,7 +106,7 @@ class AdaptiveLayerScale(Module):
 
     def run(self, x: Tensor, given: BranchInputs) -> Result:
         gate = self._gate(given.condition)
-        out, seen = self.fn.run(x, given)
+        out, seen = run_branch(self.fn, x, given)
         return out * gate, seen
 
 
@@ -137,8 +142,7 @@ class ShiftTokens(Module):
         return self.fn(self.shifted(x, kwargs.get('mask')), **kwargs)
 
     def run(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> Result:
-        out: Result = self.fn.run(self.shifted(x, given.padding, given.past), given)
-        return out
+        return run_branch(self.fn, self.shifted(x, given.padding, given.past), given)
 
     def shifted(
         self, x: Float[Tensor, '... n d'], mask: Bool[Tensor, 'b n'] | None = None, past: LayerCache | None = None

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.helpers import exists
 from x_transformers.layers.residual import ResidualPath
 from x_transformers.module import empty_parameter
 from x_transformers.tensor_types import Float
@@ -107,6 +106,7 @@ class HyperConnection(ResidualPath):
     def forward(
         self, x: Float[Tensor, 'b n d'], residual: Float[Tensor, '(b s) n d'], *, beta: Tensor | None = None, **kwargs: Any
     ) -> Float[Tensor, '(b s) n d']:
-        if not exists(beta):
+        if beta is None:
             raise ValueError('HyperConnection writes with the weights that it read with: pass `beta` from prepare()')
-        return self.write(x, (residual.unflatten(0, (-1, self.num_residual_streams)), beta))
+        rest: Rest = (residual.unflatten(0, (-1, self.num_residual_streams)), beta)
+        return self.write(x, rest)

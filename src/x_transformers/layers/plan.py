@@ -25,7 +25,8 @@ class LayerSpec:
     """What is to be built at one place of the stack.
 
     ``half``: its output counts half (macaron). ``views``: how many tensors its branch is given (3: one each for queries, keys
-    and values). ``skip_from``: the layer whose incoming stream is combined with its own (U-Net). ``first``: the first of its kind.
+    and values). ``skip_from``: the layer whose incoming stream is combined with its own (U-Net). ``first``: the first of its
+    kind.
     """
 
     index: int
@@ -95,13 +96,13 @@ def default_block(flags: StackFlags) -> str:
 def plan_kinds(flags: StackFlags) -> tuple[str, ...]:
     """The letters of all layers."""
     block = default_block(flags)
-    if exists(flags.custom_layers):
+    if flags.custom_layers is not None:
         return tuple(flags.custom_layers)
     if flags.depth is None:
         raise FlagError('`depth` is needed: the number of blocks, unless `custom_layers` spells out the layers.')
-    if exists(flags.par_ratio):
+    if flags.par_ratio is not None:
         return tuple(_thinned(block, flags.depth, flags.par_ratio))
-    if exists(flags.sandwich_coef):
+    if flags.sandwich_coef is not None:
         coef = flags.sandwich_coef
         return tuple('a' * coef + block * (flags.depth - coef) + 'f' * coef)
     return tuple(block * (1 if flags.weight_tie_layers else flags.depth))

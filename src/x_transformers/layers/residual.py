@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.helpers import exists
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -95,8 +94,8 @@ class ResiDual(ResidualPath):
     """Post-norm and pre-norm at once, https://arxiv.org/abs/2304.14802.
 
     Of the two streams the first is normed after every layer and is what branches see; the second only adds the branches'
-    outputs up, times ``scale``. The stack's output is the first plus the norm of the second, so a small ``scale`` keeps half precision
-    from overflowing and changes nothing else.
+    outputs up, times ``scale``. The stack's output is the first plus the norm of the second, so a small ``scale`` keeps
+    half precision from overflowing and changes nothing else.
     """
 
     def __init__(self, scale: float = 1.0, **kwargs: Any) -> None:
@@ -142,7 +141,7 @@ class ParallelStreams(SingleStream):
 
     def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Float[Tensor, '(b s) n d']:
         streams = x.unsqueeze(1).expand(-1, self.count, -1, -1)
-        if exists(embedding):
+        if embedding is not None:
             streams = streams + embedding.unsqueeze(-2)
         return streams.flatten(0, 1)
 

@@ -1,0 +1,287 @@
+"""What goes along with a call of the stack: what the caller gave, what layers hand on, what goes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
+from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.cache.kv_cache import Cache, KVCache
+from x_transformers.layers.drop import dropout_seq
+from x_transformers.layers.plan import Step
+from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from x_transformers.position.positions import Positions
+    from x_transformers.position.relative import Bias
+
+# the cache of the stack itself, beside those of its steps: masks and positions that the caller gave
+OWN_STEP = -1
+
+
+@dataclass
+class Given:
+    """The keywords of a stack's forward, as the caller wrote them; ``prefix_attn_len`` is that of ``PrefixDecoder``."""
+
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    context_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    self_attn_kv_mask: Tensor | None = None
+    mems: Sequence[Tensor | None] | None = None
+    mem_masks: Sequence[Tensor | None] | None = None
+    seq_start_pos: Tensor | None = None
+    seq_pos_offset: int | None = None
+    cache: Cache = None
+    input_not_include_cache: bool = False
+    cache_age: int = 1
+    return_hiddens: bool = False
+    rotary_pos_emb: Any = None
+    polar_pos_emb: Any = None
+    pos: Tensor | None = None
+    context_pos: Tensor | None = None
+    attn_bias: Tensor | None = None
+    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None
+    self_attn_additional_kv: Any = None
+    additional_kv_mask: Tensor | None = None
+    detach_additional_kv: bool = False
+    route_additional_kv_to_top: bool = True
+    condition: Tensor | None = None
+    in_attn_cond: Tensor | None = None
+    layers_execute_order: Sequence[int] | None = None
+    self_attn_kv_residuals: Tensor | None = None
+    cross_attn_kv_residuals: Tensor | None = None
+    flash_pack_seq_kwargs: Any = None
+    flash_pack_seq_context_kwargs: Any = None
+    front_tokens: int = 0
+    prefix_attn_len: int | Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the tokens of this call lie.
+
+    ``given`` tokens came in, of which ``new`` are unseen; the cache holds ``past`` rows before them, memories ``mems`` rows
+    before those. ``end`` is the position behind the last token.
+    """
+
+    batch: int
+    given: int
+    new: int
+    past: int
+    mems: int
+    end: int
+
+    @property
+    def held(self) -> int:
+        """Rows that self attention looks at, without memories."""
+        return self.past + self.new
+
+    @property
+    def whole(self) -> int:
+        return self.mems + self.past + self.new
+
+    def newest(self, t: Tensor, axis: int = 1) -> Tensor:
+        """Of something per token, the part that belongs to the new tokens."""
+        length = t.shape[axis]
+        return t if length in (1, self.new) else t.narrow(axis, length - self.new, self.new)
+
+
+class SelfMasks:
+    """One mask for all self attentions, or one for each mask over memories: layers with equal questions share one object."""
+
+    def __init__(
+        self,
+        base: Mask,
+        held: int,
+        mems: Sequence[Tensor | None] = (),
+        mem_masks: Sequence[Bool[Tensor, 'b l'] | None] = (),
+    ) -> None:
+        # ``base`` is about past and new tokens, ``held`` of them
+        self.base = base
+        self.held = held
+        self.mems = mems
+        self.mem_masks = mem_masks
+        self.made: list[tuple[int, Tensor | None, Mask]] = [(0, None, base)]
+
+    def of(self, nth: int) -> Mask:
+        """The mask of the ``nth`` self attention."""
+        mem = _at(self.mems, nth)
+        length = 0 if mem is None else mem.shape[1]
+        mem_mask = _at(self.mem_masks, nth) if length else None
+        for made_length, made_for, mask in self.made:
+            if made_length == length and made_for is mem_mask:
+                return mask
+        self.made.append((length, mem_mask, self._make(length, mem_mask)))
+        return self.made[-1][-1]
+
+    def _make(self, length: int, mem_mask: Bool[Tensor, 'b l'] | None) -> Mask:
+        base = self.base
+        keys = base.keys
+        if mem_mask is not None:
+            shown = mem_mask.new_ones(mem_mask.shape[0], self.held) if keys is None else keys
+            keys = torch.cat((mem_mask, shown), dim=-1)
+        elif keys is not None:
+            keys = F.pad(keys, (length, 0), value=True)
+        return base.having(keys=keys, prefix=None if base.prefix is None else base.prefix + length)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the caller gave, checked and made ready once for all layers of a call."""
+
+    steps: tuple[Step, ...]
+    span: Span
+    masks: SelfMasks
+    cross_mask: Mask = field(default_factory=Mask)
+    context: Float[Tensor, 'b j c'] | None = None
+    rows: Bool[Tensor, 'b n'] | None = None
+    padding: Bool[Tensor, 'b n'] | None = None
+    start_padding: Bool[Tensor, 'b n'] | None = None
+    bias: Bias | None = None
+    positions: Positions | None = None
+    cross_positions: Positions | None = None
+    mems: tuple[Tensor | None, ...] = ()
+    extra: tuple[ExtraKeys | None, ...] = ()
+    self_kv_shift: tuple[Tensor, ...] = ()
+    cross_kv_shift: tuple[Tensor, ...] = ()
+    packed: PackedSequences | None = None
+    cross_packed: PackedSequences | None = None
+    condition: Float[Tensor, 'b #n c'] | None = None
+    injected: Float[Tensor, 'b #n d'] | None = None
+    deep_table: Float[Tensor, 't l d'] | None = None
+    deep_ids: Int[Tensor, 'b n'] | None = None
+    cache: KVCache | None = None
+    continues: bool = False
+    keep: bool = False
+
+    def deep_embed(self, nth: int) -> Float[Tensor, 'b n d'] | None:
+        """The factor of the ``nth`` feed-forward; there may be fewer than feed-forwards."""
+        if self.deep_table is None or self.deep_ids is None or nth >= self.deep_table.shape[1]:
+            return None
+        return F.embedding(self.deep_ids, self.deep_table[:, nth])
+
+    def for_step(
+        self, step: Step, carry: Carry, norm: Callable[[Tensor], Tensor], context_dropout: float = 0.0
+    ) -> BranchInputs:
+        """What the branch of one step is given; ``norm`` is the layer's, for its memory."""
+        past = None if self.cache is None else self.cache.step(step.index)
+        if step.kind == 'f':
+            return BranchInputs(
+                deep_embed=self.deep_embed(step.nth), padding=self.start_padding, past=past, condition=self.condition
+            )
+        given = BranchInputs(
+            rows=self.rows,
+            previous=carry.previous.get(step.kind),
+            first_values=carry.first_values.get(step.kind),
+            padding=self.padding,
+            past=past,
+            condition=self.condition,
+            keep=self.keep or step.kind in carry.hands_on_scores,
+        )
+        if step.kind == 'a':
+            self._for_self(given, step, norm)
+        else:
+            self._for_cross(given, step, context_dropout)
+        return given
+
+    def _for_self(self, given: BranchInputs, step: Step, norm: Callable[[Tensor], Tensor]) -> None:
+        mem = _at(self.mems, step.nth)
+        given.mask = self.masks.of(step.nth)
+        given.bias = self.bias
+        given.positions = self.positions
+        given.mem = None if mem is None else norm(mem)
+        given.extra = _at(self.extra, step.nth)
+        given.kv_shift = _at(self.self_kv_shift, step.nth)
+        given.packed = self.packed
+
+    def _for_cross(self, given: BranchInputs, step: Step, dropout: float) -> None:
+        given.context, given.mask = self.context, self.cross_mask
+        given.kv_shift = _at(self.cross_kv_shift, step.nth)
+        if dropout > 0.0 and not self.continues and given.context is not None:
+            # every layer drops from the whole context, so that dropping does not add up over layers
+            shift, given.kv_shift = given.kv_shift, None
+            whole = given.context if shift is None else given.context + shift
+            given.context, keys = dropout_seq(whole, self.cross_mask.keys, dropout)
+            given.mask = Mask(keys=keys)
+        given.positions = self.cross_positions
+        given.packed = self.cross_packed
+
+
+def _at(items: Sequence[Any], index: int) -> Any:
+    return items[index] if index < len(items) else None
+
+
+@dataclass
+class Carry:
+    """What layers hand on to later ones.
+
+    ``seen``: what entered each layer so far, for mixtures over depth; ``skips``: the stream that entered each layer, by layer;
+    ``first_values`` and ``previous`` (scores): by kind of attention.
+    """
+
+    hands_on_scores: tuple[str, ...] = ()
+    hands_on_values: bool = False
+    seen: list[Tensor] = field(default_factory=list)
+    skips: dict[int, Tensor] = field(default_factory=dict)
+    first_values: dict[str, Tensor] = field(default_factory=dict)
+    previous: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, step: Step, seen: Intermediates | None) -> None:
+        """Keep what the next layers need of this attention."""
+        if seen is None:
+            return
+        if self.hands_on_values and step.kind not in self.first_values and seen.values is not None:
+            self.first_values[step.kind] = seen.values
+        scores = None if seen.maps is None or step.kind not in self.hands_on_scores else seen.maps.handed_on
+        if scores is not None:
+            self.previous[step.kind] = scores
+
+
+@dataclass
+class Record:
+    """What goes back to the caller, by execution step, if it was asked for. A layer that was left out has empty entries."""
+
+    wanted: bool
+    intermediates: list[Intermediates] = field(default_factory=list)
+    hiddens: list[Tensor] = field(default_factory=list)
+    layer_hiddens: list[Tensor] = field(default_factory=list)
+    cache: KVCache | None = None
+
+    def enter(self, step: Step, h: Tensor) -> None:
+        """``h`` is about to enter the layer: (b n d), or one each for queries, keys and values."""
+        if not self.wanted:
+            return
+        self.layer_hiddens.append(h)
+        if step.kind == 'a':
+            # a memory is looked at through keys and values
+            self.hiddens.append(h if h.ndim == 3 else h[1:].mean(dim=0))
+
+    def leave(self, step: Step, seen: Intermediates | None) -> None:
+        if not self.wanted or step.kind == 'f':
+            return
+        seen = Intermediates() if seen is None else seen
+        seen.layer_type = step.kind
+        self.intermediates.append(seen)
+
+    def leave_out(self, step: Step) -> None:
+        """The layer was dropped; a cache that misses a layer cannot be continued."""
+        self.leave(step, None)
+        self.cache = None
+
+    def report(self, last: Tensor, length: int) -> LayerIntermediates:
+        return LayerIntermediates(
+            hiddens=self.hiddens,
+            last_hidden=last,
+            attn_intermediates=self.intermediates,
+            layer_hiddens=self.layer_hiddens,
+            cache_length=length,
+            kv_cache=self.cache,
+        )

@@ -1,0 +1,266 @@
+"""Whether what a caller hands to a stack fits it: each complaint names the argument, the rule, what was got and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.layers.plan import KINDS, Step, check_order
+
+if TYPE_CHECKING:
+    from x_transformers.layers.call import Given, Span
+    from x_transformers.layers.stack import AttentionLayers
+
+
+def shape_of(value: Any) -> str:
+    return f'{tuple(value.shape)} of {value.dtype}' if isinstance(value, Tensor) else f'a {type(value).__name__}'
+
+
+def is_float(value: Any, *dims: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim in dims
+
+
+def is_bool(value: Any, *dims: int) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool and value.ndim in dims
+
+
+def is_whole(value: Any, *dims: int) -> bool:
+    numbers = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return numbers and value.ndim in dims
+
+
+def check_input(stack: AttentionLayers, x: Any) -> None:
+    if not is_float(x, 3) or x.shape[-1] != stack.dim:
+        raise ValueError(
+            f'x must be (batch, sequence, {stack.dim}) of floating point numbers, but is {shape_of(x)}; '
+            'token ids need an embedding first, as in TransformerWrapper'
+        )
+
+
+def check_steps(stack: AttentionLayers, order: Sequence[int] | None) -> tuple[Step, ...]:
+    """The steps of a call, in the caller's order if there is one."""
+    if order is None:
+        return stack.plan.steps()
+    if isinstance(order, (str, Tensor)) or not isinstance(order, Sequence):
+        raise TypeError(f'layers_execute_order must be a tuple of layer indices, but is {shape_of(order)}')
+    order = tuple(order)
+    check_order(order, len(stack.plan.layers))
+    usual = stack.plan.order
+    if stack.flags.integrate_layers:
+        fits = len(order) <= len(usual) and all(
+            stack.plan.layers[new].views == stack.plan.layers[old].views for new, old in zip(order, usual, strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f'layers_execute_order {order} does not fit integrate_layers: each step has a mixture made for the layer of '
+                f'the usual order {usual}, so a call may take fewer steps, and swap layers of one kind, but no more'
+            )
+    for position, layer in enumerate(order):
+        source = stack.plan.layers[layer].skip_from
+        if source is not None and source not in order[:position]:
+            raise ValueError(
+                f'layers_execute_order {order} executes layer {layer} without layer {source} before it, '
+                'whose input its U-Net skip needs'
+            )
+    return stack.plan.steps(order)
+
+
+def check_per_token(name: str, t: Tensor, span: Span, whole: bool = True) -> None:
+    """Something with one entry per token: of x, or of past and new tokens."""
+    lengths = {span.given, span.new} | ({span.held} if whole else set())
+    if t.shape[0] != span.batch or t.shape[1] not in lengths:
+        wanted = ' or '.join(str(length) for length in sorted(lengths))
+        raise ValueError(
+            f'{name} must be (batch, tokens) = ({span.batch}, {wanted}), but is {tuple(t.shape)}'
+            + (f'; the cache holds {span.past} tokens' if span.past else '')
+        )
+
+
+def check_mask(name: str, mask: Any, span: Span) -> None:
+    if not is_bool(mask, 2):
+        raise TypeError(
+            f'{name} must be a boolean tensor (batch, tokens), True where there is a token, but is {shape_of(mask)}'
+        )
+    check_per_token(name, mask, span)
+
+
+def check_masks(stack: AttentionLayers, given: Given, span: Span) -> None:
+    for name in ('mask', 'self_attn_kv_mask'):
+        mask = getattr(given, name)
+        if mask is not None:
+            check_mask(name, mask, span)
+    start = given.seq_start_pos
+    if start is not None and (not is_whole(start, 1) or start.shape[0] != span.batch):
+        raise ValueError(
+            f'seq_start_pos must be ({span.batch},) whole numbers, the number of padded tokens on the left of each row, '
+            f'but is {shape_of(start)}'
+        )
+    external = given.self_attn_additional_kv is not None
+    if given.attn_mask is not None:
+        if not is_bool(given.attn_mask, 2, 3, 4):
+            raise TypeError(
+                'attn_mask must be boolean, True where a query may see a key, and (i, j), (heads, i, j) or '
+                f'(batch, heads, i, j), but is {shape_of(given.attn_mask)}'
+            )
+        check_pairs('attn_mask', given.attn_mask, stack, span, external)
+    if given.attn_bias is not None:
+        if not is_float(given.attn_bias, 2, 3, 4):
+            raise TypeError(
+                'attn_bias must be floating point numbers (i, j), (heads, i, j) or (batch, heads, i, j), '
+                f'but is {shape_of(given.attn_bias)}'
+            )
+        check_pairs('attn_bias', given.attn_bias, stack, span, external)
+
+
+def check_pairs(name: str, t: Tensor, stack: AttentionLayers, span: Span, external: bool) -> None:
+    """Something per pair of query and key: rows of new tokens or of all, columns at least of those rows' tokens."""
+    rows, columns = t.shape[-2:]
+    heads_fit = t.ndim < 3 or t.shape[-3] in (1, stack.flags.heads)
+    batch_fits = t.ndim < 4 or t.shape[0] in (1, span.batch)
+    # memory keys may be covered too; columns for another model's keys are counted where those are known
+    front = stack.flags.attention.num_mem_kv + stack.flags.attention.add_zero_kv
+    wide_enough = (
+        columns in (1, span.held) or span.whole <= columns <= span.whole + front or (external and columns > span.whole)
+    )
+    if rows not in (1, span.given, span.new, span.held) or not wide_enough or not heads_fit or not batch_fits:
+        raise ValueError(
+            f'{name} must end in ({span.new}, {span.whole}): {span.new} queries and '
+            f'{span.whole} keys ({span.mems} memories, {span.past} cached, {span.new} new), with {stack.flags.heads} heads or '
+            f'1 and batch {span.batch} or 1 in front; but is {tuple(t.shape)}'
+        )
+
+
+def check_context(stack: AttentionLayers, given: Given, batch: int) -> None:
+    context, crosses = given.context, 'c' in stack.plan.kinds
+    if context is None:
+        if crosses:
+            raise ValueError('context is missing: this stack has cross attention (cross_attend), so pass context=(b, j, width)')
+        for name in ('context_mask', 'context_pos', 'cross_attn_kv_residuals', 'flash_pack_seq_context_kwargs'):
+            if getattr(given, name) is not None:
+                raise ValueError(f'{name} was given without a context, which needs a stack built with cross_attend=True')
+        return
+    if not crosses:
+        raise ValueError(
+            'context was given, but this stack has no cross attention: build it with cross_attend=True, or leave it out'
+        )
+    width = stack.flags.cross_attention.dim_context or stack.dim
+    if not is_float(context, 3) or context.shape[-1] != width or context.shape[0] != batch:
+        raise ValueError(
+            f'context must be ({batch}, tokens, {width}) of floating point numbers, but is {shape_of(context)}; '
+            'another width is set by cross_attn_dim_context'
+        )
+    mask = given.context_mask
+    if mask is not None and (not is_bool(mask, 2) or mask.shape != context.shape[:2]):
+        raise ValueError(f'context_mask must be boolean and {tuple(context.shape[:2])}, but is {shape_of(mask)}')
+    pos = given.context_pos
+    if pos is not None and (not isinstance(pos, Tensor) or pos.ndim not in (1, 2) or pos.shape[-1] != context.shape[1]):
+        raise ValueError(
+            f'context_pos must give one position for each of {context.shape[1]} context tokens, (j,) or (batch, j), '
+            f'but is {shape_of(pos)}'
+        )
+    if pos is not None and stack.rotary_pos_emb is None:
+        raise ValueError('context_pos was given, but without rotary_pos_emb=True nothing in this stack depends on it')
+
+
+def check_mems(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], batch: int) -> None:
+    layers = sum(step.kind == 'a' for step in steps)
+    for name in ('mems', 'mem_masks'):
+        entries = getattr(given, name)
+        if entries is not None and (isinstance(entries, Tensor) or len(entries) != layers):
+            got = shape_of(entries) if isinstance(entries, Tensor) else f'a list of {len(entries)}'
+            raise ValueError(
+                f'{name} must be a list with one entry for each of {layers} executed self attentions, but is {got}'
+            )
+    if given.mems is None:
+        if given.mem_masks is not None and any(mask is not None for mask in given.mem_masks):
+            raise ValueError('mem_masks were given without mems')
+        return
+    for index, mem in enumerate(given.mems):
+        if mem is not None and (not is_float(mem, 3) or mem.shape[0] != batch or mem.shape[-1] != stack.dim):
+            raise ValueError(f'mems[{index}] must be ({batch}, memories, {stack.dim}), but is {shape_of(mem)}')
+        mask = None if given.mem_masks is None else given.mem_masks[index]
+        if mask is not None and (mem is None or not is_bool(mask, 2) or mask.shape != mem.shape[:2]):
+            wanted = 'None, since mems has none' if mem is None else f'boolean and {tuple(mem.shape[:2])}'
+            raise ValueError(f'mem_masks[{index}] must be {wanted}, but is {shape_of(mask)}')
+    if len({mem.shape[1] for mem in given.mems if mem is not None}) > 1 and stack.flags.residual_attn:
+        raise ValueError('mems must be equally long in all layers with residual_attn, which adds scores from layer to layer')
+    if given.condition is not None and stack.norm_need_condition and given.condition.ndim == 3 and given.condition.shape[1] > 1:
+        raise ValueError(
+            'mems cannot be normed with a condition per token, (b, n, c), of other tokens: pass one per row, (b, c)'
+        )
+
+
+def check_shifts(name: str, shifts: Any, kind: str, batch: int, length: int, width: int) -> None:
+    """Residuals of keys and values: (b n d) for the first layer, or (layers b n d)."""
+    if shifts is not None and (not is_float(shifts, 3, 4) or tuple(shifts.shape[-3:]) != (batch, length, width)):
+        raise ValueError(
+            f'{name} must be ({batch}, {length}, {width}) for the first {KINDS[kind]}, or (layers, {batch}, {length}, {width})'
+            f', but is {shape_of(shifts)}'
+        )
+
+
+def check_deep_embeds(stack: AttentionLayers, pair: Any, span: Span) -> None:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError('deep_embeds_and_ids must be a pair: a table (tokens, layers, dim) and token ids (batch, sequence)')
+    table, ids = pair
+    if not is_float(table, 3) or table.shape[-1] != stack.dim:
+        raise ValueError(f'the table of deep_embeds_and_ids must be (tokens, layers, {stack.dim}), but is {shape_of(table)}')
+    if not is_whole(ids, 2):
+        raise ValueError(f'the ids of deep_embeds_and_ids must be whole numbers (batch, sequence), but are {shape_of(ids)}')
+    check_per_token('the ids of deep_embeds_and_ids', ids, span)
+
+
+def check_cache(stack: AttentionLayers, given: Given) -> None:
+    if given.cache is None:
+        return
+    if not stack.is_causal:
+        raise ValueError(
+            'a cache was given to a stack that is not causal: its earlier tokens would have to see the new ones; '
+            'build a Decoder or PrefixDecoder, or pass the whole sequence without a cache'
+        )
+    if not stack.can_cache_kv:
+        raise ValueError('a cache was given, but selective attention cannot continue from one: pass the whole sequence')
+
+
+def check_packing(stack: AttentionLayers, given: Given, batch: int) -> None:
+    for kwargs, names, part in (
+        ('flash_pack_seq_kwargs', ('mask', 'attn_mask', 'self_attn_kv_mask', 'seq_start_pos'), 'attention'),
+        ('flash_pack_seq_context_kwargs', ('context_mask',), 'cross_attention'),
+    ):
+        if getattr(given, kwargs) is None:
+            continue
+        if not getattr(stack.flags, part).flash_pack_seq:
+            raise ValueError(f'{kwargs} was given, but this stack was built without attn_flash_pack_seq=True')
+        if batch != 1:
+            raise ValueError(f'{kwargs}: packed sequences lie in one row, so the batch must be 1, but is {batch}')
+        also = [name for name in names if getattr(given, name) is not None]
+        if also:
+            raise ValueError(f'{kwargs} already says who sees whom: leave out {", ".join(also)}')
+
+
+def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
+    """Everything that can be told from shapes and kinds, before anything is computed."""
+    check_masks(stack, given, span)
+    check_context(stack, given, span.batch)
+    check_mems(stack, given, steps, span.batch)
+    check_packing(stack, given, span.batch)
+    if given.deep_embeds_and_ids is not None:
+        check_deep_embeds(stack, given.deep_embeds_and_ids, span)
+    check_shifts('self_attn_kv_residuals', given.self_attn_kv_residuals, 'a', span.batch, span.given, stack.dim)
+    if given.context is not None:
+        length, width = given.context.shape[1:]
+        check_shifts('cross_attn_kv_residuals', given.cross_attn_kv_residuals, 'c', span.batch, length, width)
+    cond = given.in_attn_cond
+    if cond is None:
+        return
+    if stack.flags.reinject_input:
+        raise ValueError('in_attn_cond and reinject_input both say what is added to every layer: leave out one of them')
+    fits = is_float(cond, 2, 3) and cond.shape[0] == span.batch and cond.shape[-1] == stack.dim
+    if not fits or (cond.ndim == 3 and cond.shape[1] not in (1, span.given, span.new)):
+        raise ValueError(
+            f'in_attn_cond must be ({span.batch}, {stack.dim}) or ({span.batch}, {span.given}, {stack.dim}), '
+            f'but is {shape_of(cond)}'
+        )

@@ -1,0 +1,145 @@
+"""One layer: norms, a branch, and its way around the branch."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from x_transformers.attention.attention import Attention
+from x_transformers.feedforward import FeedForward
+from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost
+from x_transformers.layers.hyper_connections import HyperConnection
+from x_transformers.layers.residual import GRUGating, ResiDual, Residual, ResidualPath
+from x_transformers.norms import choose_norm
+
+if TYPE_CHECKING:
+    from x_transformers.flags.stack import StackFlags
+    from x_transformers.layers.plan import LayerSpec
+
+
+def normed(norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
+    """``norm(x)``, with the condition where there is one; ``x`` itself without a norm."""
+    if norm is None:
+        return x
+    out: Tensor = norm(x) if condition is None else norm(x, condition=condition)
+    return out
+
+
+class Layer(nn.ModuleList):
+    """[[norm before, norm behind, norm after], branch, residual]: indices as in the original, so checkpoints fit."""
+
+    def __init__(
+        self,
+        before: nn.Module | None,
+        behind: nn.Module | None,
+        after: nn.Module | None,
+        branch: nn.Module,
+        residual: ResidualPath,
+    ) -> None:
+        norms = nn.ModuleList()
+        for index, norm in enumerate((before, behind, after)):
+            norms.add_module(str(index), norm)
+        super().__init__([norms, branch, residual])
+
+    @property
+    def norms(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self[0])
+
+    @property
+    def branch(self) -> nn.Module:
+        return self[1]
+
+    @property
+    def residual(self) -> ResidualPath:
+        return cast(ResidualPath, self[2])
+
+    @property
+    def inside(self) -> nn.Module:
+        """The attention or feed-forward, without what is wrapped around it."""
+        return innermost(self[1])
+
+    def norm_before(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Pre-norm, of the branch's input and of memories."""
+        return normed(self.norms[0], x, condition)
+
+    def norm_behind(self, out: Tensor, condition: Tensor | None) -> Tensor:
+        """Sandwich norm, of the branch's output."""
+        return normed(self.norms[1], out, condition)
+
+    def norm_after(self, streams: Tensor, condition: Tensor | None) -> Tensor:
+        """Post-norm, of the stream after the layer."""
+        norm = self.norms[2]
+        return streams if norm is None else self.residual.norm_after(partial(normed, norm, condition=condition), streams)
+
+
+def make_norm(flags: StackFlags) -> nn.Module:
+    return choose_norm(
+        flags.norm_kind,
+        flags.dim,
+        unit_offset=flags.norm_add_unit_offset,
+        dim_condition=flags.condition_width,
+        init_alpha=flags.dynamic_tanh_init_alpha,
+    )
+
+
+def choose_branch(flags: StackFlags, spec: LayerSpec) -> nn.Module:
+    """What the layer does, inside what scales its output and shifts its input."""
+    branch: nn.Module
+    if spec.kind == 'a':
+        branch = Attention.from_flags(flags.dim, flags.self_attention_flags(first=spec.first))
+    elif spec.kind == 'c':
+        branch = Attention.from_flags(flags.dim, flags.cross_attention)
+    else:
+        branch = FeedForward.from_flags(flags.dim, flags.feedforward)
+    if spec.half:
+        branch = Scale(0.5, branch)
+    if spec.shift > 0:
+        branch = ShiftTokens(range(0 if flags.causal else -spec.shift, spec.shift + 1), branch)
+    if flags.use_layerscale:
+        branch = LayerScale(branch, flags.dim, flags.layerscale_init_value, unit_offset=flags.norm_add_unit_offset)
+    elif flags.use_adaptive_layerscale:
+        branch = AdaptiveLayerScale(branch, flags.dim, flags.condition_width)
+    return branch
+
+
+def choose_residual(flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+    """How the branch is joined to the stream."""
+    extra = flags.residual_fn_kwargs
+    if flags.resi_dual:
+        return ResiDual(scale=flags.resi_dual_scale, **extra)
+    if flags.num_residual_streams > 1:
+        return HyperConnection(
+            flags.dim,
+            **{
+                'layer_index': spec.index,
+                'num_residual_streams': flags.num_residual_streams,
+                'num_input_views': 1 if flags.integrate_layers else spec.views,
+                'sinkhorn_iters': flags.hyper_conn_sinkhorn_iters,
+                'doubly_stochastic': flags.hyper_conn_doubly_stochastic,
+                **extra,
+            },
+        )
+    if flags.gate_residual:
+        return GRUGating(flags.dim, **{'scale_residual': flags.scale_residual, **extra})
+    return Residual(
+        flags.dim,
+        **{
+            'scale_residual': flags.scale_residual,
+            'scale_residual_constant': flags.scale_residual_constant,
+            **extra,
+        },
+    )
+
+
+def make_layer(flags: StackFlags, spec: LayerSpec) -> Layer:
+    """The modules of one layer. ResiDual brings a norm after each layer of its own accord."""
+    before = flags.pre_norm and not flags.resi_dual
+    return Layer(
+        before=make_norm(flags) if before else None,
+        behind=make_norm(flags) if before and flags.sandwich_norm else None,
+        after=None if before else make_norm(flags),
+        branch=choose_branch(flags, spec),
+        residual=choose_residual(flags, spec),
+    )

@@ -1,0 +1,376 @@
+"""From a forward's keywords to ``Inputs``: what all layers share is made here, once per call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.inputs import ExtraKeys
+from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.cache.intermediates import self_attention_kvs
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.helpers import detach_all, exists
+from x_transformers.layers.across_depth import injection
+from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span
+from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_bool, is_float, shape_of
+from x_transformers.layers.condition import read_condition
+from x_transformers.layers.plan import Step
+from x_transformers.tensor_types import Bool, Float
+
+if TYPE_CHECKING:
+    from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.position.positions import Positions
+    from x_transformers.position.relative import Bias
+
+
+def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> tuple[Float[Tensor, 'b m d'], Inputs]:
+    """(the tokens that are new, everything else that the layers need).
+
+    Raises ValueError or TypeError, before anything is computed, if an argument does not fit the stack or another argument.
+    """
+    check_input(stack, x)
+    check_cache(stack, given)
+    steps = check_steps(stack, given.layers_execute_order)
+    cache = KVCache.of(given.cache, [step.index for step in steps if step.kind != 'f'])
+    span = read_span(x, given, cache)
+    check_call(stack, given, span, steps)
+    condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given)
+    extra = external_keys(stack, given, steps, span.batch)
+    working = cache.fork() if cache is not None else KVCache(front=given.front_tokens) if given.return_hiddens else None
+    x = span.newest(x) if span.new != span.given else x
+    pos = custom_positions(stack, given, span, working)
+    starts = start_mask(given, span)
+    base = self_mask(stack, given, span, working, starts)
+    mems = tuple(given.mems or ())
+    inputs = Inputs(
+        steps=steps,
+        span=span,
+        masks=SelfMasks(base, span.held, mems, tuple(given.mem_masks or ())),
+        cross_mask=Mask(keys=given.context_mask),
+        context=given.context,
+        rows=given.mask if given.cache is None else None,
+        padding=padding(given, span, starts),
+        start_padding=None if starts is None else span.newest(starts),
+        bias=position_bias(stack, given, span, pos),
+        positions=positions(stack, given, span, pos),
+        cross_positions=cross_positions(stack, given, span, pos),
+        mems=mems,
+        extra=extra,
+        self_kv_shift=kv_shifts(given.self_attn_kv_residuals, span),
+        cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals),
+        packed=packed(given.flash_pack_seq_kwargs, stack.is_causal),
+        cross_packed=packed(given.flash_pack_seq_context_kwargs, False),
+        condition=make_condition(stack, condition, span),
+        injected=injection(x, in_attn_condition(given, span), stack.reinject_input_proj, stack.learned_reinject_input_gate),
+        deep_table=given.deep_embeds_and_ids[0] if given.deep_embeds_and_ids else None,
+        deep_ids=span.newest(given.deep_embeds_and_ids[1]) if given.deep_embeds_and_ids else None,
+        cache=working,
+        continues=cache is not None and span.past > 0,
+        keep=given.return_hiddens,
+    )
+    return x, inputs
+
+
+# ---------------------------------------------------------------- where the tokens lie
+
+
+def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) -> Span:
+    """Which of the tokens are new, and where they lie."""
+    batch, length = x.shape[:2]
+    past = 0 if cache is None else cache.retained
+    if cache is not None and past:
+        check_batch(cache, batch)
+    new = unseen(length, past, given) if cache is not None else length
+    end = new + (0 if cache is None else cache.length)
+    if given.seq_pos_offset is not None:
+        end = length + given.seq_pos_offset
+    mems = max((mem.shape[1] for mem in given.mems or () if isinstance(mem, Tensor) and mem.ndim == 3), default=0)
+    return Span(batch=batch, given=length, new=new, past=past, mems=mems, end=end)
+
+
+def unseen(length: int, past: int, given: Given) -> int:
+    """How many of ``length`` tokens come after the ``past`` ones."""
+    if given.input_not_include_cache:
+        return length
+    if given.cache_age != 1:
+        if not 0 <= given.cache_age <= length:
+            raise ValueError(
+                f'cache_age={given.cache_age} asks for the last {given.cache_age} tokens of x, which has {length}: '
+                'it must lie between 0 (all of them) and that number'
+            )
+        return given.cache_age or length
+    return length if length <= past else length - past
+
+
+def check_batch(cache: KVCache, batch: int) -> None:
+    for layer in cache:
+        for tape in layer.tapes.values():
+            if tape.batch != batch:
+                raise ValueError(
+                    f'the cache was made for batch {tape.batch}, but x has batch {batch}: reorder the cache to these rows'
+                )
+            return
+
+
+# ---------------------------------------------------------------- masks
+
+
+def start_mask(given: Given, span: Span) -> Bool[Tensor, 'b j'] | None:
+    """Left padding, over past and new tokens: what lies before each row's start, behind the tokens put in front, is padding."""
+    start = given.seq_start_pos
+    if start is None:
+        return None
+    place = torch.arange(span.end - span.held, span.end, device=start.device) - given.front_tokens
+    return (place >= start.unsqueeze(-1)) | (place < 0)
+
+
+def held_mask(mask: Bool[Tensor, 'b n'] | None, span: Span, cache: KVCache | None) -> Bool[Tensor, 'b j'] | None:
+    """The caller's mask over past and new tokens. The cache keeps it, so that the next call may leave out the past's."""
+    known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('mask')
+    if mask is None and known is None:
+        return None
+    if mask is None or mask.shape[1] != span.held:
+        new = torch.ones(span.batch, span.new, dtype=torch.bool, device=known.device) if mask is None else span.newest(mask)  # type: ignore[union-attr]
+        past = new.new_ones(span.batch, span.past) if known is None else known.squeeze(-1)
+        mask = torch.cat((past, new), dim=-1) if span.past else new
+    if cache is not None:
+        cache.step(OWN_STEP).replace(mask=mask.unsqueeze(-1))
+    return mask
+
+
+def self_mask(
+    stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None, starts: Bool[Tensor, 'b j'] | None
+) -> Mask:
+    """Who may look at whom among past and new tokens; attention adds its own causality and window."""
+    keys = held_mask(given.mask if given.self_attn_kv_mask is None else given.self_attn_kv_mask, span, cache)
+    if starts is not None:
+        keys = starts if keys is None else keys & starts
+    dense = given.attn_mask
+    if dense is not None:
+        dense = span.newest(dense, axis=dense.ndim - 2)
+    prefix = given.prefix_attn_len
+    if prefix is not None and span.end != span.held:
+        # rows that have left the cache's window are counted too
+        prefix = prefix - (span.end - span.held)
+    return Mask(causal=stack.is_causal and not stack.causal, keys=keys, prefix=prefix, dense=dense)
+
+
+def padding(given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, 'b n'] | None:
+    """Which new tokens are tokens."""
+    mask = None if given.mask is None else span.newest(given.mask)
+    if starts is None:
+        return mask
+    starts = span.newest(starts)
+    return starts if mask is None else mask & starts
+
+
+def packed(kwargs: Any, causal: bool) -> PackedSequences | None:
+    return None if kwargs is None else PackedSequences.of(kwargs, causal=causal)
+
+
+# ---------------------------------------------------------------- positions
+
+
+def custom_positions(stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None) -> Tensor | None:
+    """The caller's ``pos`` for memories, past and new tokens, if anything here depends on it; None: count."""
+    if not stack.uses_positions:
+        return None
+    pos = given.pos
+    known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('pos')
+    if pos is None and known is None:
+        return None
+    if pos is not None:
+        if (
+            not isinstance(pos, Tensor)
+            or pos.dtype == torch.bool
+            or pos.ndim not in (1, 2)
+            or pos.shape[0] not in ((span.batch, 1) if pos.ndim == 2 else (pos.shape[0],))
+        ):
+            raise ValueError(f'pos must be one position per token, (tokens,) or ({span.batch}, tokens), but is {shape_of(pos)}')
+        if span.mems and pos.shape[-1] in (span.given, span.new) and pos.shape[-1] < span.whole:
+            raise ValueError(
+                f'pos has {pos.shape[-1]} positions, but keys are {span.mems} memories and {span.held} tokens: '
+                f'with mems it must cover them too, {span.whole} in all'
+            )
+        if pos.shape[-1] not in (span.given, span.new, span.held, span.whole):
+            raise ValueError(f'pos has {pos.shape[-1]} positions, but x has {span.given} tokens (pos is {shape_of(pos)})')
+    whole = _whole_positions(pos, known, span)
+    if cache is not None:
+        rows = (whole if whole.ndim == 2 else whole.unsqueeze(0)).expand(span.batch, -1)
+        cache.step(OWN_STEP).replace(pos=rows[:, span.mems :].unsqueeze(-1))
+    return whole
+
+
+def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Tensor:
+    if pos is not None and pos.shape[-1] == span.whole:
+        return pos
+    if pos is None:
+        pos = torch.arange(span.end - span.new, span.end, device=known.device)  # type: ignore[union-attr]
+    elif pos.shape[-1] == span.held:
+        return pos
+    pos = pos[..., pos.shape[-1] - span.new :]
+    past = known.squeeze(-1) if known is not None else counted(span, pos.device)[: span.past]
+    rows = max(past.shape[0] if past.ndim == 2 else 1, pos.shape[0] if pos.ndim == 2 else 1)
+    if past.ndim == pos.ndim == 1:
+        return torch.cat((past.to(pos.dtype), pos))
+    return torch.cat((past.to(pos.dtype).expand(rows, -1), pos.expand(rows, -1)), dim=-1)
+
+
+def counted(span: Span, device: torch.device) -> Tensor:
+    """Positions of past and new tokens by counting; those of memories lie before them."""
+    return torch.arange(span.end - span.held, span.end, device=device)
+
+
+def _table(stack: AttentionLayers, span: Span, pos: Tensor | None, only_new: bool) -> Tensor:
+    """Positions for a table of angles: of the new tokens, or of all keys."""
+    if pos is not None:
+        return pos[..., pos.shape[-1] - span.new :] if only_new else pos
+    device = next(stack.parameters()).device
+    return torch.arange(span.end - (span.new if only_new else span.whole), span.end, device=device)
+
+
+def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Positions | None:
+    """Where queries and keys of self attention are."""
+    rotary, polar = given.rotary_pos_emb, given.polar_pos_emb
+    if rotary is not None and polar is not None:
+        raise ValueError('rotary_pos_emb and polar_pos_emb were both given: keys are rotated or polar, not both')
+    if not any(exists(part) for part in (rotary, polar, stack.rotary_pos_emb, stack.polar_pos_emb)):
+        return None
+    from x_transformers.position.positions import PolarPositions, Positions, RotaryPositions
+
+    for ready in (rotary, polar):
+        if isinstance(ready, Positions):
+            return ready
+    if rotary is None and polar is None:
+        if stack.polar_pos_emb is not None:
+            return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, only_new=False)))
+        # rotated keys may be cached as they are, so only new ones are rotated
+        only_new = stack.rotary_pos_emb.scale is None and span.mems == 0  # type: ignore[union-attr]
+        return RotaryPositions(*stack.rotary_pos_emb(_table(stack, span, pos, only_new)))  # type: ignore[misc]
+    name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
+        raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {shape_of(pair)}')
+    return RotaryPositions(*pair) if polar is None else PolarPositions(*pair)
+
+
+def cross_positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Positions | None:
+    """Where queries and the context's keys are, if the caller says where the context is."""
+    if given.context_pos is None:
+        return None
+    from x_transformers.position.positions import RotaryPositions
+
+    rotary = stack.rotary_pos_emb
+    own = given.rotary_pos_emb or rotary(_table(stack, span, pos, only_new=False))  # type: ignore[misc]
+    return RotaryPositions(*own, context=rotary(given.context_pos))  # type: ignore[misc]
+
+
+def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Bias | None:
+    """What is added to the scores of self attention: by position, or the caller's own."""
+    if stack.rel_pos is None and given.attn_bias is None:
+        return None
+    from x_transformers.position.relative import DenseBias, RelativeBias
+
+    if stack.rel_pos is None:
+        bias = cast(Tensor, given.attn_bias)
+        if span.mems and bias.shape[-1] == span.held:
+            bias = F.pad(bias, (span.mems, 0))
+        return DenseBias(span.newest(bias, axis=bias.ndim - 2))
+    if given.attn_bias is not None:
+        raise ValueError(
+            f'attn_bias was given to a stack whose scores already have a bias ({stack.flags.position_bias}): '
+            'leave out one of them, or add your own to a bias module'
+        )
+    return RelativeBias(stack.rel_pos, positions=pos if stack.bias_takes_positions else None)
+
+
+# ---------------------------------------------------------------- other layers, other models
+
+
+def make_condition(stack: AttentionLayers, condition: Tensor | None, span: Span) -> Tensor | None:
+    if condition is None:
+        return None
+    condition = span.newest(condition)
+    return condition if stack.adaptive_mlp is None else stack.adaptive_mlp(condition)
+
+
+def in_attn_condition(given: Given, span: Span) -> Tensor | None:
+    cond = given.in_attn_cond
+    if cond is None:
+        return None
+    return cond.unsqueeze(1) if cond.ndim == 2 else span.newest(cond)
+
+
+def kv_shifts(shifts: Tensor | None, span: Span | None = None) -> tuple[Tensor, ...]:
+    """One for each layer of the kind; three axes are for the first layer alone."""
+    if shifts is None:
+        return ()
+    shifts = shifts.unsqueeze(0) if shifts.ndim == 3 else shifts
+    return tuple(shifts.unbind(0) if span is None else span.newest(shifts, axis=2).unbind(0))
+
+
+def external_keys(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], batch: int) -> tuple[ExtraKeys | None, ...]:
+    """Keys and values of another model, one entry per executed self attention; fewer go to the top layers."""
+    mask = given.additional_kv_mask
+    if given.self_attn_additional_kv is None:
+        if mask is not None:
+            raise ValueError('additional_kv_mask was given without self_attn_additional_kv')
+        return ()
+    pairs = list(key_value_pairs(given.self_attn_additional_kv))
+    if given.detach_additional_kv:
+        pairs = detach_all(pairs)
+    layers = sum(step.kind == 'a' for step in steps)
+    if given.route_additional_kv_to_top:
+        pairs = pairs[max(0, len(pairs) - layers) :]
+        pairs = [None] * (layers - len(pairs)) + pairs
+    flags = stack.flags.attention
+    for pair in pairs:
+        if pair is not None:
+            check_pair(pair, batch, stack.flags.heads, flags.dim_head, flags.value_dim, mask)
+    return tuple(None if pair is None else ExtraKeys(pair[0], pair[1], mask) for pair in pairs)
+
+
+def key_value_pairs(source: Any) -> Sequence[Any]:
+    """From a list, from what another model's forward returned, or from its cache."""
+    if hasattr(source, 'attn_intermediates'):
+        return self_attention_kvs(source)
+    if isinstance(source, KVCache):
+        from x_transformers.attention.inputs import cached_keys
+
+        held = [layer for layer in source if not any(tape.fixed for tape in layer.tapes.values())]
+        return [pair for pair in map(cached_keys, held) if pair is not None]
+    if not isinstance(source, (list, tuple)):
+        raise TypeError(
+            'self_attn_additional_kv must be a list of (keys, values), or the LayerIntermediates or KVCache of another model, '
+            f'but is {shape_of(source)}'
+        )
+    return source
+
+
+def check_pair(pair: Any, batch: int, heads: int, dim_head: int, value_dim: int, mask: Tensor | None) -> None:
+    """Raise a ValueError unless keys (b h m d) and values (b h m e) fit the heads here."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(is_float(t, 4) for t in pair):
+        raise ValueError(
+            'an entry of self_attn_additional_kv must be a pair of keys (b, h, m, d) and values (b, h, m, e); '
+            'those of a model with latent keys and values are of another kind'
+        )
+    keys, values = pair
+    if keys.shape[0] != batch or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(
+            f'keys {tuple(keys.shape)} and values {tuple(values.shape)} of self_attn_additional_kv must agree in batch '
+            f'({batch}), heads and length'
+        )
+    if heads % keys.shape[1]:
+        raise ValueError(
+            f'keys of self_attn_additional_kv have {keys.shape[1]} heads, which do not divide the {heads} heads here'
+        )
+    if keys.shape[-1] != dim_head or values.shape[-1] != value_dim:
+        raise ValueError(
+            f'heads of self_attn_additional_kv must be {dim_head} (keys) and {value_dim} (values) wide, '
+            f'but are {keys.shape[-1]} and {values.shape[-1]}'
+        )
+    if mask is not None and (not is_bool(mask, 2) or mask.shape != (batch, keys.shape[2])):
+        raise ValueError(f'additional_kv_mask must be boolean and ({batch}, {keys.shape[2]}), but is {shape_of(mask)}')

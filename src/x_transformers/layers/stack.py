@@ -1,0 +1,404 @@
+"""The stack of layers: self attention, cross attention and feed-forwards around a residual stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.attention import Attention
+from x_transformers.attention.inputs import Intermediates
+from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.cache.kv_cache import Cache
+from x_transformers.feedforward import FeedForward
+from x_transformers.flags.base import FlagError
+from x_transformers.flags.rules import check_stack
+from x_transformers.flags.stack import StackFlags
+from x_transformers.helpers import Identity, softclamp
+from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
+from x_transformers.layers.branch import run_branch
+from x_transformers.layers.call import Carry, Given, Inputs, Record
+from x_transformers.layers.condition import AdaptiveMLP
+from x_transformers.layers.drop import is_dropped
+from x_transformers.layers.layer import Layer, make_layer, make_norm, normed
+from x_transformers.layers.plan import LayerPlan, Step, plan_layers
+from x_transformers.layers.prepare import prepare
+from x_transformers.layers.residual import DualStreams, ParallelStreams, SingleStream
+from x_transformers.module import Module, empty_parameter
+from x_transformers.tensor_types import Bool, Float, Int
+
+logger = logging.getLogger('x_transformers')
+
+
+class AttentionLayers(Module):
+    """A transformer without embedding and head: (b n dim) -> (b n dim).
+
+    ``AttentionLayers(dim, depth, heads, causal, **flags)``; the flags are those of ``StackFlags``, with ``attn_``,
+    ``cross_attn_`` and ``ff_`` in front of the parts' own. ``self.flags`` holds them, ``self.plan`` the order of layers.
+
+    Raises FlagError if flags exclude each other, UnknownFlag for a name that no flag has.
+    """
+
+    # whether tokens see no later token; PrefixDecoder's layers do not, but its mask does
+    is_causal: bool
+
+    def __init__(self, dim: int, depth: int | None = None, heads: int = 8, causal: bool = False, **flags: Any) -> None:
+        super().__init__()
+        given = {'dim': dim, 'depth': depth, 'heads': heads, 'causal': causal, **flags}
+        parsed = StackFlags.parse(given, where=type(self).__name__)
+        check_stack(parsed)
+        self._build(parsed, plan_layers(parsed))
+        self.init_own()
+
+    # ------------------------------------------------------------ building
+
+    def _build(self, flags: StackFlags, plan: LayerPlan) -> None:
+        self.flags = flags
+        self.plan = plan
+        self._tell(flags, plan)
+        self.layers = nn.ModuleList([make_layer(flags, spec) for spec in plan.layers])
+        has_final = flags.resi_dual or (flags.pre_norm and flags.pre_norm_has_final_norm)
+        self.final_norm = make_norm(flags) if has_final else Identity()
+        self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
+        self._build_depth(flags, plan)
+        self._build_positions(flags)
+
+    def _tell(self, flags: StackFlags, plan: LayerPlan) -> None:
+        """Attributes that other code reads."""
+        self.dim, self.depth, self.causal = flags.dim, plan.depth, flags.causal
+        self.is_causal = flags.causal
+        self.attn_heads, self.attn_dim_head = flags.heads, flags.attn_dim_head
+        self.layer_types, self.layers_execute_order = plan.kinds, plan.order
+        self.num_attn_layers = plan.count('a')
+        self.layer_dropouts = [layer.dropout for layer in plan.layers]
+        self.disable_abs_pos_emb = flags.disables_abs_pos_emb
+        self.pre_norm, self.sandwich_norm = flags.pre_norm, flags.sandwich_norm
+        self.residual_attn, self.cross_residual_attn = flags.residual_attn, flags.cross_residual_attn
+        self.cross_attend = flags.cross_attend
+        self.need_condition = flags.needs_condition
+        self.norm_need_condition = flags.norm_needs_condition
+        self.post_branch_fn_needs_condition = flags.branch_needs_condition
+        self.dim_condition = flags.condition_dim
+        self.num_residual_streams = flags.streams
+        self.unet_skips, self.reinject_input = flags.unet_skips, flags.reinject_input
+        self.add_value_residual = flags.add_value_residual
+        self.cross_attn_tokens_dropout = flags.cross_attn_tokens_dropout
+        self.softclamp_value = flags.softclamp_output_value if flags.softclamp_output else None
+        self.streams = choose_streams(flags)
+        hands_on = (('a', flags.residual_attn), ('c', flags.cross_residual_attn))
+        self.hands_on_scores = tuple(kind for kind, asked in hands_on if asked)
+
+    def _build_depth(self, flags: StackFlags, plan: LayerPlan) -> None:
+        """What reaches over several layers."""
+        dim = flags.dim
+        self.layer_integrators = self.reinject_input_proj = self.learned_reinject_input_gate = self.adaptive_mlp = None
+        if flags.integrate_layers:
+            softmax = flags.layer_integrate_use_softmax
+            mixes = [plan.mixed_views(index) for index in range(len(plan.order))]
+            self.layer_integrators = nn.ModuleList(
+                [DynamicLIMe(dim, index + 1, num_views=views, use_softmax=softmax) for index, views in enumerate(mixes)]
+            )
+        self.skip_combines = nn.ModuleList()
+        for layer in plan.layers:
+            source = layer.skip_from
+            self.skip_combines.add_module(str(layer.index), None if source is None else ConcatCombine(dim, source))
+        if flags.reinject_input:
+            self.reinject_input_proj = nn.Linear(dim, dim, bias=False)
+        if flags.learned_reinject_input_gate:
+            self.learned_reinject_input_gate = nn.Linear(dim, 1, bias=False)
+        if flags.needs_condition and flags.adaptive_condition_mlp:
+            self.adaptive_mlp = AdaptiveMLP(flags.condition_dim, flags.adaptive_condition_mlp_expansion)
+
+    def _build_positions(self, flags: StackFlags) -> None:
+        from x_transformers.position import polar, rotary
+
+        self.rotary_pos_emb = self.polar_pos_emb = None
+        if flags.rotary:
+            if flags.verbose and flags.rotary_dim < 32:
+                logger.warning('rotary positions turn only %d channels of each head; 32 or more are advised', flags.rotary_dim)
+            self.rotary_pos_emb = rotary.RotaryEmbedding(
+                flags.rotary_dim,
+                use_xpos=flags.rotary_xpos,
+                scale_base=flags.rotary_xpos_scale_base,
+                interpolation_factor=flags.rotary_interpolation_factor,
+                base_rescale_factor=flags.rotary_base_rescale_factor,
+            )
+        if flags.polar:
+            self.polar_pos_emb = polar.PolarEmbedding(flags.attn_dim_head, flags.heads, flags.polar_bias_uniform_init)
+        self.rel_pos = choose_position_bias(flags)
+        # only penalties on distance have a meaning at positions that are no consecutive numbers
+        self.bias_takes_positions = flags.alibi_pos_bias
+        self.uses_positions = flags.rotary or flags.polar or flags.alibi_pos_bias
+
+    def init_own(self) -> None:
+        if self.stream_emb is not None:
+            nn.init.zeros_(self.stream_emb)
+
+    # ------------------------------------------------------------ running
+
+    def run(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
+        """All steps on x. ``call`` comes from ``prepare``; what was asked for is in the record."""
+        carry = Carry(hands_on_scores=self.hands_on_scores, hands_on_values=self.add_value_residual)
+        record = Record(wanted=call.keep, cache=call.cache)
+        condition = call.condition if self.norm_need_condition else None
+        wide_condition = None if condition is None else self.streams.condition(condition)
+        streams = self.streams.open(x, self.stream_emb)
+        for step in call.steps:
+            layer: Layer = self.layers[step.layer]  # type: ignore[assignment]
+            streams = self._join(step, streams, carry)
+            h, rest = layer.residual.read(streams)
+            record.enter(step, h)
+            h = self._mix(step, h, carry)
+            if self._drops(step, call):
+                record.leave_out(step)
+                continue
+            h = layer.norm_before(h if call.injected is None else h + call.injected, condition)
+            norm_mem = partial(layer.norm_before, condition=condition)
+            given = call.for_step(step, carry, norm_mem, self._lost_context())
+            out, seen = run_branch(layer.branch, h, given)
+            streams = layer.residual.write(layer.norm_behind(out, condition), rest)
+            streams = layer.norm_after(streams, wide_condition)
+            carry.take(step, seen)
+            record.leave(step, seen)
+        if record.wanted:
+            record.layer_hiddens.append(self.streams.last(streams))
+        if self.softclamp_value is not None:
+            streams = softclamp(streams, self.softclamp_value)
+        if call.cache is not None:
+            call.cache.advance(call.span.new)
+        return self.streams.close(streams, lambda t: normed(self.final_norm, t, condition)), record
+
+    def _join(self, step: Step, streams: Tensor, carry: Carry) -> Tensor:
+        """U-Net: a later layer is joined with what an earlier one saw."""
+        if not self.unet_skips:
+            return streams
+        carry.skips[step.layer] = streams
+        combine = self.skip_combines[step.layer]
+        if combine is None:
+            return streams
+        joined: Tensor = combine(streams, carry.skips)
+        return joined
+
+    def _mix(self, step: Step, h: Tensor, carry: Carry) -> Tensor:
+        """LIMe: a layer sees a mixture of what all layers so far were about to see."""
+        if self.layer_integrators is None:
+            return h
+        carry.seen.append(h)
+        mixed: Tensor = self.layer_integrators[step.index](h, carry.seen)
+        return mixed
+
+    def _drops(self, step: Step, call: Inputs) -> bool:
+        """Layer dropout; never while a cache is continued, which holds every layer's past."""
+        return not call.continues and is_dropped(self.layer_dropouts[step.layer], self.training)
+
+    def _lost_context(self) -> float:
+        return self.cross_attn_tokens_dropout if self.training else 0.0
+
+    def forward(
+        self,
+        x: Float[Tensor, 'b n d'],
+        context: Float[Tensor, 'b j c'] | None = None,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        context_mask: Bool[Tensor, 'b j'] | None = None,
+        attn_mask: Bool[Tensor, '... i j'] | None = None,
+        self_attn_kv_mask: Bool[Tensor, 'b n'] | None = None,
+        mems: Sequence[Float[Tensor, 'b l d'] | None] | None = None,
+        mem_masks: Sequence[Bool[Tensor, 'b l'] | None] | None = None,
+        seq_start_pos: Int[Tensor, 'b'] | None = None,
+        seq_pos_offset: int | None = None,
+        cache: Cache = None,
+        input_not_include_cache: bool = False,
+        cache_age: int = 1,
+        return_hiddens: bool = False,
+        rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
+        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+        pos: Tensor | None = None,
+        context_pos: Tensor | None = None,
+        attn_bias: Float[Tensor, '... i j'] | None = None,
+        deep_embeds_and_ids: tuple[Float[Tensor, 't l d'], Int[Tensor, 'b n']] | None = None,
+        self_attn_additional_kv: Any = None,
+        additional_kv_mask: Bool[Tensor, 'b m'] | None = None,
+        detach_additional_kv: bool = False,
+        route_additional_kv_to_top: bool = True,
+        condition: Tensor | None = None,
+        in_attn_cond: Tensor | None = None,
+        layers_execute_order: Sequence[int] | None = None,
+        self_attn_kv_residuals: Tensor | None = None,
+        cross_attn_kv_residuals: Tensor | None = None,
+        flash_pack_seq_kwargs: dict[str, Any] | None = None,
+        flash_pack_seq_context_kwargs: dict[str, Any] | None = None,
+        *,
+        front_tokens: int = 0,
+    ) -> Tensor | tuple[Tensor, LayerIntermediates]:
+        """Run the stack. Every boolean mask: True is a token, or may be seen.
+
+        - ``context`` (b j c): for cross attention; ``context_mask``: its tokens; ``context_pos``: its positions, if rotary.
+        - ``mask``: the tokens of x; ``self_attn_kv_mask``: those that may be seen, in place of ``mask``; ``seq_start_pos``: how
+          many tokens each row is padded with on the left, behind ``front_tokens`` that someone put in front.
+        - ``attn_mask`` (n n), (h n n) or (b h n n): who sees whom; ``attn_bias``, likewise: added to the scores.
+        - ``mems``, ``mem_masks``: per executed self attention, what an earlier segment left (b l d) and who of it may be seen.
+        - ``cache``: what an earlier call returned. A longer x than the cache holds is the whole sequence, any other is new;
+          ``input_not_include_cache``: all of x is new; ``cache_age``: only so many last tokens are (0: all). Masks may cover
+          the new tokens or all.
+        - ``pos``: positions instead of 0, 1, 2 …; ``seq_pos_offset`` is added to those; ``rotary_pos_emb``, ``polar_pos_emb``:
+          ready-made angles.
+        - ``self_attn_additional_kv``: keys and values of another model, a list of pairs or what its forward returned, with one
+          ``additional_kv_mask``; fewer than layers go to the top ones, unless ``route_additional_kv_to_top`` is False.
+        - ``condition`` (b c) or (b n c): for adaptive parts; ``in_attn_cond`` (b d) or (b n d): added to every branch's input.
+        - ``self_attn_kv_residuals``, ``cross_attn_kv_residuals``: added to the keys' and values' input, (b n d) in the first
+          layer or (layers b n d). ``deep_embeds_and_ids``: a table of factors for feed-forwards, and ids into it.
+        - ``layers_execute_order``: indices of layers. ``flash_pack_seq_kwargs``, ``flash_pack_seq_context_kwargs``:
+          ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
+
+        Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
+        Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
+        """
+        return self.answer(x, Given(
+            context, mask, context_mask, attn_mask, self_attn_kv_mask, mems, mem_masks, seq_start_pos, seq_pos_offset, cache,
+            input_not_include_cache, cache_age, return_hiddens, rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias,
+            deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
+            condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
+            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, front_tokens,
+        ))  # fmt: skip
+
+    def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:
+        """``forward`` with its keywords in one object."""
+        x, call = prepare(self, x, given)
+        out, record = self.run(x, call)
+        if not given.return_hiddens:
+            return out
+        length = call.span.new if call.cache is None else call.cache.length
+        return out, record.report(out, length)
+
+    # ------------------------------------------------------------ looking inside
+
+    @property
+    def can_cache_kv(self) -> bool:
+        """Whether decoding may continue from a cache."""
+        return all(module.can_cache_kv for module in self.modules() if isinstance(module, Attention))
+
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """The matrices that the Muon optimizer is meant for."""
+        parts = [module for module in self.modules() if isinstance(module, (Attention, FeedForward))]
+        return list(chain.from_iterable(module.muon_parameters() for module in parts))  # type: ignore[misc]
+
+    def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
+        """Shrink queries and keys of heads whose scores exceeded ``tau``; a layer that ran several times is clipped once.
+
+        ``intermediates`` of a call with the usual order of layers. Raises ValueError if their number is another.
+        """
+        steps = [step for step in self.plan.steps() if step.kind != 'f']
+        seen = intermediates.attn_intermediates or []
+        if len(seen) != len(steps):
+            raise ValueError(
+                f'attn_qk_clip_ needs the intermediates of {len(steps)} attentions, one per executed layer, but got {len(seen)}'
+            )
+        by_layer: dict[int, list[Tensor]] = {}
+        for step, inter in zip(steps, seen, strict=True):
+            scores = inter.pre_softmax_attn
+            if scores is not None:
+                by_layer.setdefault(step.layer, []).append(scores)
+        for index, all_scores in by_layer.items():
+            attention: Any = self.layers[index].inside  # type: ignore[union-attr]
+            attention.qk_clip_(all_scores[0] if len(all_scores) == 1 else _largest(all_scores), tau=tau)
+
+
+def _largest(scores: Sequence[Float[Tensor, 'b h i j']]) -> Float[Tensor, '1 h 1 k']:
+    """Per head the largest score of each; a column in front stands for a sink's."""
+    with torch.no_grad():
+        largest = torch.stack([t[..., min(1, t.shape[-1] - 1) :].amax(dim=(0, 2, 3)) for t in scores], dim=-1)
+        return torch.cat((largest[:, :1], largest), dim=-1)[None, :, None]
+
+
+def choose_streams(flags: StackFlags) -> SingleStream:
+    """What the residual stream is made of."""
+    if flags.resi_dual:
+        return DualStreams(flags.resi_dual_scale)
+    return ParallelStreams(flags.streams) if flags.streams > 1 else SingleStream()
+
+
+def choose_position_bias(flags: StackFlags) -> nn.Module | None:
+    """The bias on self attention's scores that depends on distance."""
+    if flags.position_bias is None:
+        return None
+    from x_transformers.position.relative import AlibiPositionalBias, DynamicPositionBias, RelativePositionBias
+
+    extra = dict(flags.rel_pos_kwargs)
+    if flags.alibi_pos_bias:
+        return AlibiPositionalBias(**{'heads': flags.alibi_heads, 'total_heads': flags.heads, **extra})
+    if flags.rel_pos_bias:
+        usual: dict[str, Any] = {
+            'scale': flags.attn_dim_head**0.5,
+            'causal': flags.causal,
+            'heads': flags.heads,
+            'num_buckets': flags.rel_pos_num_buckets,
+            'max_distance': flags.rel_pos_max_distance,
+        }
+        return RelativePositionBias(**{**usual, **extra})
+    usual = {
+        'dim': flags.dim // 4,
+        'heads': flags.heads,
+        'log_distance': flags.dynamic_pos_bias_log_distance,
+        'depth': flags.dynamic_pos_bias_mlp_depth,
+        'norm': flags.dynamic_pos_bias_norm,
+    }
+    return DynamicPositionBias(**{**usual, **extra})
+
+
+def without_causal(name: str, instead: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Raise FlagError if someone tells a subclass what it knows itself."""
+    if 'causal' in flags:
+        raise FlagError(f'`causal` cannot be given to {name}, which sets it: {instead}.')
+    return flags
+
+
+class Encoder(AttentionLayers):
+    """Every token sees every other."""
+
+    def __init__(self, **flags: Any) -> None:
+        super().__init__(causal=False, **without_causal('Encoder', 'use a Decoder for a causal stack', flags))
+
+
+class Decoder(AttentionLayers):
+    """A token sees itself and those before it."""
+
+    def __init__(self, **flags: Any) -> None:
+        super().__init__(causal=True, **without_causal('Decoder', 'use an Encoder for a stack that sees both ways', flags))
+
+
+class PrefixDecoder(AttentionLayers):
+    """Tokens of a prefix see the whole prefix, the others themselves and all before them, https://arxiv.org/abs/1910.10683.
+
+    forward takes ``prefix_attn_len``, a number or one per row (b); without it the stack is causal. Keys are counted from the
+    first token of x. ``causal`` is False as in the original; a cache may be used if the first call holds the whole prefix.
+    """
+
+    def __init__(self, **flags: Any) -> None:
+        super().__init__(causal=False, **without_causal('PrefixDecoder', 'the prefix decides', flags))
+        self.is_causal = True
+
+    def forward(
+        self,
+        x: Float[Tensor, 'b n d'],
+        *args: Any,
+        attn_mask: Bool[Tensor, '... i j'] | None = None,
+        prefix_attn_len: int | Int[Tensor, 'b'] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, LayerIntermediates]:
+        kwargs.update(attn_mask=attn_mask, prefix_attn_len=prefix_attn_len)
+        return self.answer(x, Given(*args, **kwargs))
+
+
+class CrossAttender(AttentionLayers):
+    """Cross attention and feed-forwards, no self attention."""
+
+    def __init__(self, **flags: Any) -> None:
+        super().__init__(cross_attend=True, only_cross=True, **flags)
+
+
+__all__ = ['AttentionLayers', 'CrossAttender', 'Decoder', 'Encoder', 'Intermediates', 'PrefixDecoder']
