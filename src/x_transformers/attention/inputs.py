@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from x_transformers.attention.mask import Mask
+from x_transformers.attention.project import unrotated
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ class ExtraKeys(NamedTuple):
 class BranchInputs:
     """What the stack hands to one branch: attention, cross attention or feed-forward. Everything is optional.
 
-    ``mask`` says who may look over the branch's own keys, in their order: memories, past, new. ``past`` is the cache of this very
-    execution step; without one nothing is kept. ``keep`` asks for attention maps.
+    ``mask`` says who may look over the branch's own keys: memories, past, new. ``past`` is the cache of this
+    execution step; without one nothing is kept. ``keep``: somebody may read the attention maps;
+    ``hand_on``: the next layer will, for residual attention.
     """
 
     context: Float[Tensor, 'b j c'] | None = None
@@ -51,13 +53,14 @@ class BranchInputs:
     condition: Tensor | None = None
     deep_embed: Float[Tensor, 'b n d'] | None = None
     keep: bool = False
+    hand_on: bool = False
 
 
 class Intermediates:
     """What one attention reports.
 
     ``qk_similarities`` (scores before biases and masks), ``pre_softmax_attn`` (scores that the weights are made of) and
-    ``post_softmax_attn`` (weights before dropout), all (b h i j), are computed when they are first read, if they were not given;
+    ``post_softmax_attn`` (weights before dropout), all (b h i j), are computed when they are first read, if not given;
     gradients flow through them. ``cached_kv`` is (keys, values) of this layer so far, keys neither rotated nor repeated, or
     (latent, rotated-head keys) with a latent; assigning it replaces the cache.
     """
@@ -74,6 +77,7 @@ class Intermediates:
         *,
         maps: Maps | None = None,
         cache: LayerCache | None = None,
+        rotated_heads: int | None = None,
     ) -> None:
         self._given: dict[str, Tensor | None] = {
             'qk_similarities': qk_similarities,
@@ -86,6 +90,7 @@ class Intermediates:
         self.hybrid_hidden = hybrid_hidden
         self.maps = maps
         self.cache = cache
+        self._rotated_heads = rotated_heads
 
     def _map(self, name: str, lazy: str) -> Tensor | None:
         given = self._given[name]
@@ -122,7 +127,7 @@ class Intermediates:
     def cached_kv(self) -> CachedKeys | None:
         if self._cached_kv is not None or self.cache is None:
             return self._cached_kv
-        return cached_keys(self.cache)
+        return cached_keys(self.cache, self._rotated_heads)
 
     @cached_kv.setter
     def cached_kv(self, value: CachedKeys | None) -> None:
@@ -138,13 +143,12 @@ class Intermediates:
         return f'Intermediates(layer_type={self.layer_type!r}, values={shape}, cached={self.cached_kv is not None})'
 
 
-def cached_keys(cache: LayerCache) -> CachedKeys | None:
-    """What one attention has cached, as a pair: (keys, values), or (latent, rotated-head keys or None)."""
+def cached_keys(cache: LayerCache, rotated_heads: int | None = None) -> CachedKeys | None:
+    """What one attention has cached: (keys, values), or (latent, rotated-head keys or None). Keys are given back unrotated."""
     latent = cache.get('latent')
     if latent is not None:
         return latent, cache.get('k_rope')
-    keys, values = cache.get('k'), cache.get('v')
+    keys, values, angles = cache.get('k'), cache.get('v'), cache.get('angles')
     if keys is None or values is None:
         return None
-    unrotate = cache.carry.get('unrotate')
-    return (keys if unrotate is None else unrotate(keys)), values
+    return (keys if angles is None else unrotated(keys, angles, rotated_heads)), values

@@ -1,0 +1,277 @@
+"""The public keywords of an attention call: checked, and turned into ``BranchInputs``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
+from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.project import held_rows
+
+if TYPE_CHECKING:
+    from x_transformers.attention.attention import Attention
+    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.position.positions import Positions
+    from x_transformers.position.relative import Bias
+
+Keywords = dict[str, Any]
+
+
+def shaped(name: str, t: Any, *axes: int | None, says: str = '') -> None:
+    """``t`` is a tensor with these axes; None stands for any length."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f'{name} must be a tensor, but is of type {type(t).__name__}')
+    if t.ndim == len(axes) and all(want in (None, have) for want, have in zip(axes, t.shape, strict=True)):
+        return
+    wanted = ', '.join('any' if axis is None else str(axis) for axis in axes)
+    raise ValueError(f'{name} must have shape ({wanted}){says and ", "}{says}, but has shape {tuple(t.shape)}')
+
+
+def numbers(name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f'{name} must hold floating point numbers, but is {t.dtype}')
+
+
+def boolean(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor) or t.dtype != torch.bool:
+        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f'{name} must be a boolean tensor (True: a token, or may be seen), but is {kind}; use {name}.bool()')
+
+
+def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tuple[int, ...]) -> None:
+    """``t`` is (i j), (h i j) or (b h i j); axes of one, and missing ones, broadcast."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f'{name} must be a tensor, but is of type {type(t).__name__}')
+    given = (1,) * (4 - t.ndim) + tuple(t.shape)
+    allowed = ((1, batch), (1, heads), (1, queries), (1, *keys))
+    if t.ndim < 2 or t.ndim > 4 or any(have not in may for have, may in zip(given, allowed, strict=True)):
+        width = ' or '.join(str(length) for length in dict.fromkeys(keys))
+        raise ValueError(
+            f'{name} must be (i j), (h i j) or (b h i j) with b = {batch}, h = {heads}, i = {queries} queries and '
+            f'j = {width} keys (axes of 1 broadcast), but has shape {tuple(t.shape)}'
+        )
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def check_tokens(attn: Attention, x: Tensor, given: Keywords) -> tuple[int, int, int]:
+    """(batch, queries, own keys without memories and past)."""
+    context, mem, shift = given['context'], given['mem'], given['kv_input_residual']
+    if attn.separate_views:
+        shaped('x', x, 3, None, None, attn.dim, says='views for queries, keys and values (qkv_receive_diff_residuals)')
+        if context is not None:
+            raise ValueError('context cannot be given with qkv_receive_diff_residuals: x holds the views of keys and values')
+    else:
+        shaped('x', x, None, None, attn.dim, says='(batch, tokens, dim)')
+    numbers('x', x)
+    batch, queries = x.shape[-3], x.shape[-2]
+    if context is not None:
+        check_context(attn, context, batch)
+    elif attn.dim_context != attn.dim:
+        raise ValueError(
+            f'context is missing: keys and values are made of a sequence of width {attn.dim_context} (dim_context)'
+        )
+    keys = queries if context is None else context.shape[1]
+    if mem is not None:
+        shaped('mem', mem, batch, None, attn.dim_context, says='(batch, memories, width of the keys)')
+        numbers('mem', mem)
+    if shift is not None:
+        shaped('kv_input_residual', shift, batch, keys, attn.dim_context, says='that of the input of keys and values')
+    return batch, queries, keys
+
+
+def check_context(attn: Attention, context: Any, batch: int) -> None:
+    shaped('context', context, batch, None, attn.dim_context, says='(batch, tokens, dim_context)')
+    numbers('context', context)
+    for flag in ('data_dependent_alibi', 'orthog_projected_values', 'orthog_projected_values_per_head'):
+        if getattr(attn.flags, flag):
+            raise ValueError(
+                f'{flag} has no meaning in cross attention, where keys are not the queries: leave out context, or the flag'
+            )
+
+
+# ---------------------------------------------------------------- masks
+
+
+def key_mask(given: Keywords, batch: int, mems: int, past: int, keys: int) -> Tensor | None:
+    """Which own keys, in the order memories, past, new, may be seen."""
+    name = 'mask' if given['context_mask'] is None and given['context'] is None else 'context_mask'
+    mask, mem_mask = given[name], given['mem_mask']
+    if mem_mask is not None:
+        boolean('mem_mask', mem_mask)
+        if mems == 0:
+            raise ValueError('mem_mask is given without mem')
+        shaped('mem_mask', mem_mask, batch, mems, says='(batch, memories)')
+    if mask is not None:
+        boolean(name, mask)
+        if mask.ndim == 2 and mask.shape[1] == mems + past + keys and mems:
+            return cast(Tensor, mask)
+        shaped(name, mask, batch, past + keys, says='(batch, past and new keys)' if past else '(batch, tokens)')
+    if not mems or (mask is None and mem_mask is None):
+        return cast('Tensor | None', mask)
+    if mem_mask is None:
+        return F.pad(mask, (mems, 0), value=True)
+    if mask is None:
+        return F.pad(mem_mask, (0, past + keys), value=True)
+    return torch.cat((mem_mask, mask), dim=-1)
+
+
+def rows_to_keep(given: Keywords, batch: int, queries: int, past: int) -> Tensor | None:
+    """Output rows of padding are zero; not while decoding."""
+    mask: Tensor | None = given['mask']
+    if mask is None:
+        return None
+    boolean('mask', mask)
+    if given['cache'] is not None:
+        shaped('mask', mask, batch, queries if given['context'] is not None else past + queries, says='past and new tokens')
+        return None
+    shaped('mask', mask, batch, queries, says='(batch, tokens)')
+    return mask
+
+
+def whole_mask(attn: Attention, given: Keywords, sizes: tuple[int, int, int], mems: int, past: int) -> Mask:
+    batch, queries, keys = sizes
+    own = mems + past + keys
+    dense = given['attn_mask']
+    if dense is not None:
+        boolean('attn_mask', dense)
+        broadcasts('attn_mask', dense, batch, attn.heads, queries, (own, own + front_columns(attn, given)))
+    return Mask(keys=key_mask(given, batch, mems, past, keys), dense=dense)
+
+
+def front_columns(attn: Attention, given: Keywords) -> int:
+    extra = given['additional_key_values']
+    return attn.num_mem_kv + (0 if extra is None else int(extra[0].shape[-2]))
+
+
+# ---------------------------------------------------------------- positions
+
+
+def placed(attn: Attention, given: Keywords) -> Positions | None:
+    rotary, context_rotary, polar = (given[name] for name in ('rotary_pos_emb', 'context_rotary_pos_emb', 'polar_pos_emb'))
+    if rotary is not None and polar is not None:
+        raise ValueError('rotary_pos_emb and polar_pos_emb exclude each other')
+    if polar is not None:
+        from x_transformers.position.positions import PolarPositions
+
+        if given['context'] is not None:
+            raise ValueError('polar_pos_emb is for self attention: it cannot be given with context')
+        return PolarPositions(*polar)
+    if (rotary is None or given['context'] is None) and context_rotary is not None:
+        raise ValueError('context_rotary_pos_emb needs context and rotary_pos_emb')
+    if rotary is None:
+        return None
+    from x_transformers.position.positions import RotaryPositions
+
+    if given['context'] is not None and context_rotary is None:
+        raise ValueError('rotary_pos_emb with a context needs context_rotary_pos_emb, the positions of the context')
+    return RotaryPositions(*rotary, context=context_rotary)
+
+
+def bias_of(attn: Attention, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
+    rel_pos, attn_bias, pos = given['rel_pos'], given['attn_bias'], given['pos']
+    if rel_pos is not None and attn_bias is not None:
+        raise ValueError('rel_pos and attn_bias exclude each other: both are added to the scores; add them up yourself')
+    from x_transformers.position.relative import DenseBias, RelativeBias
+
+    if rel_pos is not None:
+        if not isinstance(rel_pos, nn.Module):
+            raise TypeError(f'rel_pos must be a module such as AlibiPositionalBias, but is of type {type(rel_pos).__name__}')
+        return RelativeBias(rel_pos, positions=pos)
+    if attn_bias is None:
+        return None
+    broadcasts('attn_bias', attn_bias, sizes[0], attn.heads, sizes[1], (own, own + front_columns(attn, given)))
+    numbers('attn_bias', attn_bias)
+    return DenseBias(attn_bias)
+
+
+# ---------------------------------------------------------------- other layers and models
+
+
+def extra_keys(attn: Attention, given: Keywords, batch: int) -> ExtraKeys | None:
+    pair, mask = given['additional_key_values'], given['additional_key_value_mask']
+    if pair is None:
+        if mask is not None:
+            raise ValueError('additional_key_value_mask is given without additional_key_values')
+        return None
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError('additional_key_values must be a pair: keys (b h m d) and values (b h m e)')
+    keys, values = pair
+    shaped('additional keys', keys, batch, None, None, attn.dim_head, says='(batch, heads, m, dim_head)')
+    heads, length = keys.shape[1], keys.shape[2]
+    shaped('additional values', values, batch, heads, length, attn.value_dim_head, says='(batch, heads, m, value_dim_head)')
+    if attn.heads % heads:
+        raise ValueError(f'additional_key_values have {heads} heads, which must divide the {attn.heads} query heads')
+    if mask is not None:
+        boolean('additional_key_value_mask', mask)
+        shaped('additional_key_value_mask', mask, batch, length, says='(batch, m)')
+    return ExtraKeys(keys, values, mask)
+
+
+def past_of(attn: Attention, given: Keywords) -> LayerCache | None:
+    """A cache to write into: a fork of the given one, or a new one if it will be handed out."""
+    from x_transformers.cache.kv_cache import LayerCache
+
+    cache: Intermediates | None = given['cache']
+    if cache is None:
+        return LayerCache() if given['return_intermediates'] else None
+    if not isinstance(cache, Intermediates):
+        raise TypeError(f'cache must be the Intermediates of an earlier call, but is of type {type(cache).__name__}')
+    if not attn.can_cache_kv:
+        raise ValueError('selective attention cannot continue from a cache: pass the whole sequence')
+    if cache.cache is not None:
+        return cache.cache.fork()
+    past = LayerCache()
+    if cache.hybrid_hidden is not None:
+        past.carry['hybrid'] = cache.hybrid_hidden
+    if cache.cached_kv is None:
+        return past
+    names = ('k', 'v') if attn.to_latent_kv is None else ('latent', 'k_rope')
+    for name, rows in zip(names, cache.cached_kv, strict=True):
+        if rows is not None:
+            past.extend(**{name: rows}) if given['context'] is None else past.fixed(name, rows)
+    return past
+
+
+def branch_inputs(attn: Attention, x: Tensor, *, return_intermediates: bool, **given: Any) -> BranchInputs:
+    """What ``Attention.run`` needs, from the keywords of ``Attention.forward``."""
+    given['return_intermediates'] = return_intermediates
+    batch, queries, keys = check_tokens(attn, x, given)
+    past = past_of(attn, given)
+    held = 0 if past is None or given['context'] is not None else past.length
+    if given['context'] is not None:
+        # what a cache holds of the context counts, not what is given again
+        keys = max(held_rows(past, 'k'), held_rows(past, 'latent')) or keys
+    sizes = (batch, queries, keys)
+    mems = 0 if given['mem'] is None else given['mem'].shape[1]
+    own = mems + held + keys
+    extra = extra_keys(attn, given, batch)
+    first, previous, packed = given['value_residual'], given['prev_attn'], given['flash_pack_seq_kwargs']
+    if first is not None:
+        shaped('value_residual', first, batch, attn.kv_heads, mems + keys, attn.value_dim_head, says='that of the own values')
+    if previous is not None:
+        shaped('prev_attn', previous, batch, attn.heads, queries, None, says='the scores of an earlier layer')
+    if packed is not None and not attn.flags.flash_pack_seq:
+        raise ValueError('flash_pack_seq_kwargs needs an attention with flash_pack_seq=True')
+    rows = rows_to_keep(given, batch, queries, held)
+    return BranchInputs(
+        context=given['context'],
+        mask=whole_mask(attn, given, sizes, mems, held),
+        rows=rows,
+        bias=bias_of(attn, given, sizes, own),
+        positions=placed(attn, given),
+        mem=given['mem'],
+        previous=previous,
+        first_values=first,
+        extra=extra,
+        kv_shift=given['kv_input_residual'],
+        past=past,
+        packed=None if packed is None else PackedSequences.of(packed, causal=attn.causal),
+        padding=given['mask'],
+        keep=return_intermediates,
+    )

@@ -1,0 +1,73 @@
+"""The parts of one attention layer, made from its flags."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from torch import nn
+
+from x_transformers.attention.attend import Attend
+from x_transformers.attention.gates import attention_on_attention, output_projection
+from x_transformers.attention.hybrid import FoldAxially
+from x_transformers.flags.attention import AttentionFlags
+
+
+def build_attend(flags: AttentionFlags) -> Attend:
+    """Scores, weights and output, with contextual positions inside if there are any."""
+    return Attend(
+        heads=flags.heads,
+        causal=flags.causal,
+        scale=flags.scale,
+        cope=build_contextual_positions(flags),
+        sdp_kwargs=dict(flags.attend_sdp_kwargs),
+        **{name: getattr(flags, name) for name in ATTEND_FLAGS},
+    )
+
+
+ATTEND_FLAGS = (
+    'dropout', 'pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads', 'sparse_topk',
+    'sparse_topk_straight_through', 'qk_norm', 'l2_distance', 'sigmoid', 'hard', 'gumbel_softmax', 'gumbel_softmax_temp',
+    'gumbel_softmax_hard', 'cog_signed', 'custom_attn_fn', 'flash', 'softclamp_logits', 'logit_softclamp_value', 'add_zero_kv',
+    'head_learned_sink', 'selective', 'onnxable', 'flash_pack_seq',
+)  # fmt: skip
+
+
+def build_contextual_positions(flags: AttentionFlags) -> nn.Module | None:
+    if not flags.use_cope:
+        return None
+    from x_transformers.attention.scores.contextual import CoPE
+
+    return CoPE(
+        dim=flags.dim_head,
+        heads=flags.heads,
+        max_pos=flags.cope_max_pos,
+        talking_heads=flags.cope_talking_heads,
+        soft_onehot=flags.cope_soft_onehot_pos,
+    )
+
+
+def build_forgetting(dim: int, flags: AttentionFlags) -> nn.Module | None:
+    """A bias of learned forget gates, in place of any other bias."""
+    if not flags.data_dependent_alibi:
+        return None
+    from x_transformers.position.forgetting import DataDependentAlibi, PerRowDataDependentAlibi
+
+    kwargs = dict(flags.data_dependent_alibi_kwargs)
+    if flags.data_dependent_alibi_per_row:
+        width = flags.data_dependent_alibi_per_row_dim_head
+        return PerRowDataDependentAlibi(dim=dim, heads=flags.heads, causal=flags.causal, dim_head=width, **kwargs)
+    return DataDependentAlibi(dim=dim, heads=flags.heads, causal=flags.causal, **kwargs)
+
+
+def build_output(dim: int, flags: AttentionFlags) -> nn.Module:
+    dim_in = flags.heads * flags.value_dim * flags.orthogonal_outputs
+    build = attention_on_attention if flags.on_attn else output_projection
+    return build(dim_in, flags.dim_out or dim, flags.zero_init_output)
+
+
+def build_hybrid(flags: AttentionFlags) -> nn.Module | None:
+    """A copy of the user's module, which sees every n-th token if it is to be folded."""
+    if flags.hybrid_module is None:
+        return None
+    module = deepcopy(flags.hybrid_module)
+    return module if flags.hybrid_fold_axial_dim is None else FoldAxially(flags.hybrid_fold_axial_dim, module)

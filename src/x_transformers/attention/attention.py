@@ -1,0 +1,297 @@
+"""One attention layer: the order of its steps, each in a room of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention import latent, project
+from x_transformers.attention.assemble import build_attend, build_forgetting, build_hybrid, build_output
+from x_transformers.attention.extra_keys import put_in_front
+from x_transformers.attention.gates import gate_channels, gate_heads, open_gate
+from x_transformers.attention.hybrid import mask_keywords, mix_hybrid, run_module
+from x_transformers.attention.inputs import BranchInputs, Intermediates
+from x_transformers.attention.maps import Maps
+from x_transformers.attention.project import Seen, merge_heads, split_heads
+from x_transformers.attention.qk_clip import clip_queries_and_keys_
+from x_transformers.attention.qk_norm import unit_heads
+from x_transformers.attention.scores.base import Where
+from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values, tiled_heads, without_component
+from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.rules import check_attention
+from x_transformers.module import Module, empty_parameter
+from x_transformers.norms import MultiheadRMSNorm
+from x_transformers.tensor_types import Bool, Float, Int
+
+
+class Attention(Module):
+    """Multi-head attention with everything that has been tried on it.
+
+    ``Attention(dim, **flags)``; the flags are those of ``AttentionFlags``, in a stack with ``attn_`` or ``cross_attn_`` before.
+    Query head h uses key and value head h mod ``kv_heads``. Own keys are ordered memories, past, new; in front of them lie keys
+    of another model, then learned memory keys.
+
+    Raises FlagError for flags that exclude each other and UnknownFlag for a name that no flag has.
+    """
+
+    def __init__(self, dim: int, **flags: Any) -> None:
+        parsed = AttentionFlags.parse(flags, where='Attention')
+        check_attention(parsed, dim)
+        self._build(dim, parsed)
+
+    @classmethod
+    def from_flags(cls, dim: int, flags: AttentionFlags) -> Self:
+        """From flags that have been parsed and checked."""
+        self = cls.__new__(cls)
+        self._build(dim, flags)
+        return self
+
+    def _build(self, dim: int, flags: AttentionFlags) -> None:
+        super().__init__()
+        self.flags = flags
+        self.dim = dim
+        self.heads, self.kv_heads = flags.heads, flags.num_kv_heads
+        self.dim_head, self.value_dim_head = flags.dim_head, flags.value_dim
+        self.dim_context = dim if flags.dim_context is None else flags.dim_context
+        self.causal = flags.causal
+        self.max_attend_past = flags.max_attend_past
+        self.rotated_heads = flags.rotated_heads
+        self.separate_views = flags.qkv_receive_diff_residuals
+        self.can_cache_kv = not flags.selective
+        self._build_projections()
+        self._build_keys_and_values()
+        self._build_output()
+        self.init_own()
+
+    def _build_projections(self) -> None:
+        flags = self.flags
+        dim_q, dim_k = self.dim, self.dim_context
+        self.to_latent_q = self.to_latent_kv = self.to_rotateable_k = None
+        if flags.dim_latent_q is not None:
+            self.to_latent_q = nn.Linear(dim_q, flags.dim_latent_q, bias=False)
+            dim_q = flags.dim_latent_q
+        if flags.dim_latent_kv is not None:
+            self.to_latent_kv = nn.Linear(dim_k, flags.dim_latent_kv, bias=False)
+            if flags.latent_rope_subheads is not None:
+                self.to_rotateable_k = nn.Linear(dim_k, self.dim_head * flags.latent_rope_subheads, bias=False)
+            dim_k = flags.dim_latent_kv
+        self._keys_values = project.keys_values if self.to_latent_kv is None else latent.keys_values
+        self.to_q = nn.Linear(dim_q, self.heads * self.dim_head, bias=False)
+        self.to_k = nn.Linear(dim_k, flags.key_heads_from_latent * self.dim_head, bias=False)
+        self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=False)
+        self.to_value_residual_mix = None
+        if flags.learned_value_residual_mix:
+            self.to_value_residual_mix = nn.Sequential(nn.Linear(dim_q, self.kv_heads), nn.Sigmoid())
+
+    def _build_keys_and_values(self) -> None:
+        flags, heads, kv_heads, dim_head = self.flags, self.heads, self.kv_heads, self.dim_head
+        self.qk_norm, self.qk_norm_groups = flags.qk_norm, flags.qk_norm_groups
+        gains = flags.qk_norm and flags.qk_norm_dim_scale
+        self.qk_norm_q_scale = empty_parameter(heads, 1, dim_head) if gains else None
+        self.qk_norm_k_scale = empty_parameter(kv_heads, 1, dim_head) if gains else None
+        self.value_rmsnorm = MultiheadRMSNorm(self.value_dim_head, kv_heads) if flags.value_rmsnorm else None
+        self.laser_clamp = flags.laser_softclamp_value if flags.laser else None
+        self.num_mem_kv = flags.num_mem_kv
+        self.mem_k = empty_parameter(kv_heads, flags.num_mem_kv, dim_head) if flags.num_mem_kv else None
+        self.mem_v = empty_parameter(kv_heads, flags.num_mem_kv, self.value_dim_head) if flags.num_mem_kv else None
+        self.data_dependent_alibi = build_forgetting(self.dim, flags)
+        self.attend = build_attend(flags)
+
+    def _build_output(self) -> None:
+        flags, heads, value_dim = self.flags, self.heads, self.value_dim_head
+        self.head_scale_params = empty_parameter(1, heads, 1, 1) if flags.head_scale else None
+        self.to_v_head_gate = open_gate(self.dim, heads) if flags.gate_value_heads else None
+        self.to_v_gate = open_gate(self.dim, heads * value_dim) if flags.gate_values else None
+        self.gate_is_silu = flags.swiglu_values
+        self.hybrid_module = build_hybrid(flags)
+        self.hybrid_norms = self.hybrid_mix = None
+        if self.hybrid_module is not None:
+            self.hybrid_norms = nn.ModuleList([MultiheadRMSNorm(value_dim, heads), MultiheadRMSNorm(value_dim, heads)])
+            if flags.hybrid_learned_mix:
+                self.hybrid_mix = nn.Linear(self.dim, heads, bias=False)
+        self.orthogonal = (flags.orthog_projected_values, flags.orthog_projected_values_per_head)
+        self.to_out = build_output(self.dim, flags)
+        self.sublayer_dropout = nn.Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0 else None
+
+    @torch.no_grad()
+    def init_own(self) -> None:
+        for ones in (self.qk_norm_q_scale, self.qk_norm_k_scale, self.head_scale_params):
+            if ones is not None:
+                nn.init.ones_(ones)
+        for memories in (self.mem_k, self.mem_v):
+            if memories is not None:
+                nn.init.normal_(memories)
+
+    # ------------------------------------------------------------ the layer
+
+    def run(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
+        """The layer on x, (b n d) or with separate views (3 b n d)."""
+        seen = project.gather(self, x, given)
+        q = self.normed_queries(split_heads(self.to_q(seen.queries), self.heads))
+        k, v, own = self._keys_values(self, seen, given)
+        if given.positions is not None:
+            q = given.positions.queries(q, self.rotated_heads)
+        bias = self.bias(seen, given)
+        mask = given.mask.narrowed(self.causal, self.max_attend_past)
+        k, v, mask, front = put_in_front(
+            k, v, mask, heads=self.heads, memory=self.memory(), extra=given.extra, positions=given.positions
+        )
+        if self.laser_clamp is not None:
+            v = laser_in(v, self.laser_clamp)
+        where = Where(queries=q.shape[-2], keys=k.shape[-2], front=front)
+        out, maps = self.attend.run(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            previous=given.previous,
+            where=where,
+            packed=given.packed,
+            keep=given.keep,
+            hand_on=given.hand_on,
+        )
+        if self.laser_clamp is not None:
+            out = laser_out(out)
+        out, hidden = self.gated_heads(out, seen.x, given)
+        merged = gate_channels(merge_heads(out), seen.x, self.to_v_gate, self.gate_is_silu)
+        result = self.to_out(self.orthogonal_to(merged, own))
+        if self.sublayer_dropout is not None:
+            result = self.sublayer_dropout(result)
+        if given.rows is not None:
+            result = result.masked_fill(~given.rows.unsqueeze(-1), 0.0)
+        return result, self.report(own, maps, given, hidden)
+
+    def forward(
+        self,
+        x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
+        context: Float[Tensor, 'b j c'] | None = None,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        context_mask: Bool[Tensor, 'b j'] | None = None,
+        attn_mask: Bool[Tensor, '... n j'] | None = None,
+        rel_pos: nn.Module | None = None,
+        attn_bias: Float[Tensor, '... n j'] | None = None,
+        rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
+        context_rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
+        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+        pos: Int[Tensor, '... n'] | None = None,
+        prev_attn: Float[Tensor, 'b h n j'] | None = None,
+        mem: Float[Tensor, 'b l d'] | None = None,
+        mem_mask: Bool[Tensor, 'b l'] | None = None,
+        return_intermediates: bool = False,
+        cache: Intermediates | None = None,
+        value_residual: Float[Tensor, 'b kh j e'] | None = None,
+        additional_key_values: tuple[Float[Tensor, 'b kh m d'], Float[Tensor, 'b kh m e']] | None = None,
+        additional_key_value_mask: Bool[Tensor, 'b m'] | None = None,
+        kv_input_residual: Float[Tensor, 'b j c'] | None = None,
+        flash_pack_seq_kwargs: dict[str, Any] | None = None,
+    ) -> Float[Tensor, 'b n c'] | tuple[Float[Tensor, 'b n c'], Intermediates]:
+        """Attend. Every boolean mask: True is a token, or may be seen.
+
+        - ``context``: attend over it instead of x; ``context_mask``: its tokens (without a context: the own keys, in place of
+          ``mask``). ``mask``: the tokens of x; other rows of the output are zero, unless a cache is given, and without a
+          context they are not seen either. With a cache key masks cover past and new keys.
+        - ``attn_mask`` (n j), (h n j) or (b h n j): who sees whom. ``attn_bias``, likewise: added to the scores; or
+          ``rel_pos``, a module that makes such a bias, at positions ``pos``.
+        - ``rotary_pos_emb``: (angles (1|b m r), scale), at least as many as keys; ``context_rotary_pos_emb``: those of the
+          context's keys; ``polar_pos_emb``: (angles (1|b m d), bias (h 1 d)).
+        - ``prev_attn``: scores of an earlier layer, added. ``value_residual``: the first layer's values, mixed in.
+        - ``mem`` (b l d), ``mem_mask``: tokens in front of the keys. ``kv_input_residual``: added to the input of both.
+        - ``additional_key_values``: keys and values in front of all, whose heads divide the query heads.
+        - ``cache``: the intermediates of an earlier call; x is what comes after.
+        - ``flash_pack_seq_kwargs``: ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
+
+        Returns the output (b n dim_out), or with ``return_intermediates`` (output, Intermediates).
+        Raises ValueError or TypeError if an argument's shape or kind is wrong.
+        """
+        from x_transformers.attention.arguments import branch_inputs
+
+        given = branch_inputs(
+            self, x, context=context, mask=mask, context_mask=context_mask, attn_mask=attn_mask, rel_pos=rel_pos,
+            attn_bias=attn_bias, rotary_pos_emb=rotary_pos_emb, context_rotary_pos_emb=context_rotary_pos_emb,
+            polar_pos_emb=polar_pos_emb, pos=pos, prev_attn=prev_attn, mem=mem, mem_mask=mem_mask, cache=cache,
+            value_residual=value_residual, additional_key_values=additional_key_values,
+            additional_key_value_mask=additional_key_value_mask, kv_input_residual=kv_input_residual,
+            flash_pack_seq_kwargs=flash_pack_seq_kwargs, return_intermediates=return_intermediates,
+        )  # fmt: skip
+        out, intermediates = self.run(x, given)
+        return (out, intermediates) if return_intermediates else out
+
+    # ------------------------------------------------------------ its steps
+
+    def normed_queries(self, q: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+        return unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale) if self.qk_norm else q
+
+    def normed_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m d']:
+        return unit_heads(k, self.qk_norm_groups, self.qk_norm_k_scale) if self.qk_norm else k
+
+    def mixed_values(self, own: Tensor, seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:
+        """Values mixed with the first layer's, if there are any."""
+        if given.first_values is None:
+            return own
+        mix = self.to_value_residual_mix
+        return mix_values(own, given.first_values, None if mix is None else mix(mix_tokens(self, seen, given)))
+
+    def normed_values(self, v: Float[Tensor, 'b kh m e']) -> Float[Tensor, 'b kh m e']:
+        return v if self.value_rmsnorm is None else self.value_rmsnorm(v).to(v.dtype)
+
+    def memory(self) -> tuple[Tensor, Tensor] | None:
+        """The learned keys (of unit length over the whole head, whatever the groups) and values."""
+        if self.mem_k is None or self.mem_v is None:
+            return None
+        return unit_heads(self.mem_k, 1, self.qk_norm_k_scale) if self.qk_norm else self.mem_k, self.mem_v
+
+    def bias(self, seen: Seen, given: BranchInputs) -> Any:
+        """What is added to the scores; forget gates replace any other bias."""
+        if self.data_dependent_alibi is None:
+            return given.bias
+        return self.data_dependent_alibi.bias(seen.x, past=given.past, mem=given.mem)  # type: ignore[operator]
+
+    def gated_heads(
+        self, out: Float[Tensor, 'b h n e'], x: Float[Tensor, 'b n d'], given: BranchInputs
+    ) -> tuple[Float[Tensor, 'b h n e'], Any]:
+        """Head scale, head gates, then the mixture with the hybrid module, whose hidden state is returned too."""
+        if self.head_scale_params is not None:
+            out = out * self.head_scale_params
+        out = gate_heads(out, x, self.to_v_head_gate)
+        if self.hybrid_module is None or self.hybrid_norms is None:
+            return out, None
+        keywords = mask_keywords(self.flags.hybrid_mask_kwarg, given.padding, self.causal)
+        other, hidden = run_module(self.hybrid_module, x, given.past, **keywords)
+        return mix_hybrid(out, other, self.hybrid_norms, None if self.hybrid_mix is None else self.hybrid_mix(x)), hidden
+
+    def orthogonal_to(self, merged: Float[Tensor, 'b n (h e)'], own: Tensor) -> Float[Tensor, 'b n c']:
+        """Each token's output without its component along the token's own values: of all heads at once, and of each head."""
+        whole, per_head = self.orthogonal
+        if not whole and not per_head:
+            return merged
+        own = tiled_heads(own[..., own.shape[-2] - merged.shape[-2] :, :], self.heads)
+        along = merge_heads(own)
+        outputs = [without_component(merged, along)] if whole else []
+        if per_head:
+            by_head = (self.heads, self.value_dim_head)
+            outputs.append(without_component(merged.unflatten(-1, by_head), along.unflatten(-1, by_head)).flatten(-2))
+        return torch.cat(outputs, dim=-1)
+
+    def report(self, own: Tensor, maps: Maps, given: BranchInputs, hidden: Any) -> Intermediates:
+        return Intermediates(values=own, hybrid_hidden=hidden, maps=maps, cache=given.past, rotated_heads=self.rotated_heads)
+
+    # ------------------------------------------------------------ training
+
+    def muon_parameters(self) -> Iterator[nn.Parameter]:
+        """The matrices that the Muon optimiser is meant for: of the values and of the output."""
+        return chain(self.to_v.parameters(), self.to_out.parameters())
+
+    @torch.no_grad()
+    def qk_clip_(self, pre_softmax_attn: Float[Tensor, 'b h i j'] | Intermediates, tau: float = 100.0) -> None:
+        """Shrink queries and keys of each head whose largest score exceeded ``tau``, so that it would have been ``tau``.
+
+        A head's factor min(tau / largest, 1) goes into its rows of ``to_q`` and ``to_k`` in equal parts. Where query heads
+        share a key head, the keys take the part of the head that needs least, and the queries the rest: the scores of every
+        head get exactly its own factor, and no weight grows. https://arxiv.org/abs/2507.20534
+        """
+        clip_queries_and_keys_(self, pre_softmax_attn, tau)

@@ -1,0 +1,61 @@
+"""Multi-head latent attention: keys and values are made of a narrow latent, and the latent is what the cache keeps.
+
+The latent knows no position; ``latent_rope_subheads`` key heads bypass it and are rotated. https://arxiv.org/abs/2405.04434
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.project import KeysValues, Seen, held_rows, remember, split_heads
+
+if TYPE_CHECKING:
+    from x_transformers.attention.attention import Attention
+    from x_transformers.attention.inputs import BranchInputs
+    from x_transformers.cache.kv_cache import LayerCache
+
+
+def keys_values(attn: Attention, seen: Seen, given: BranchInputs) -> KeysValues:
+    """Keys and values through the latent, in the order memories, past, new."""
+    cross = given.context is not None
+    past = given.past
+    if cross and held_rows(past, 'latent'):
+        held = cast('LayerCache', past)
+        return placed(attn, cast(Tensor, held.get('latent')), held.get('k_rope'), held.get('mixed'), None, given)
+    z: Tensor = cast(nn.Module, attn.to_latent_kv)(seen.keys)
+    new = {'latent': z}
+    if attn.to_rotateable_k is not None:
+        new['k_rope'] = split_heads(attn.to_rotateable_k(seen.keys), cast(int, attn.rotated_heads))
+    own = split_heads(attn.to_v(z), attn.kv_heads)
+    if given.first_values is not None:
+        # each token is mixed with its own first values, once
+        if past is not None and not cross and held_rows(past, 'mixed') != held_rows(past, 'latent'):
+            raise ValueError(
+                'this cache of latents lacks the mixed values of the past, which a value residual needs: '
+                'continue from the cache that an earlier call returned, not from a cached_kv set by hand'
+            )
+        new['mixed'] = attn.normed_values(attn.mixed_values(own, seen, given))
+    whole = dict(zip(new, remember(past, seen.mems, cross, **new), strict=True))
+    mixed = whole.get('mixed')
+    if mixed is None and whole['latent'] is z:
+        mixed = attn.normed_values(own)
+    return placed(attn, whole['latent'], whole.get('k_rope'), mixed, own, given)
+
+
+def placed(
+    attn: Attention, z: Tensor, k_rope: Tensor | None, values: Tensor | None, own: Tensor | None, given: BranchInputs
+) -> KeysValues:
+    """Key heads from the latent with the rotated heads behind them; values, unless they are known, from the latent too."""
+    keys = [] if k_rope is None else [k_rope]
+    heads = attn.kv_heads - sum(t.shape[1] for t in keys)
+    if heads > 0:
+        keys = [split_heads(attn.to_k(z), heads), *keys]
+    k = attn.normed_keys(torch.cat(keys, dim=1) if len(keys) > 1 else keys[0])
+    if given.positions is not None:
+        k = given.positions.keys(k, attn.rotated_heads)
+    if values is None:
+        values = attn.normed_values(split_heads(attn.to_v(z), attn.kv_heads))
+    return KeysValues(k, values, values if own is None else own)

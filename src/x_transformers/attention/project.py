@@ -1,0 +1,150 @@
+"""From tokens to query, key and value heads, and from heads back to channels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from x_transformers.helpers import exists
+from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.attention import Attention
+    from x_transformers.attention.inputs import BranchInputs
+    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.position.positions import Positions, RotaryPositions
+
+
+class Seen(NamedTuple):
+    """The tokens that each projection reads. ``keys`` and ``values`` have the memories in front, ``mems`` of them."""
+
+    x: Float[Tensor, 'b n d']
+    queries: Float[Tensor, 'b n c']
+    keys: Float[Tensor, 'b m c']
+    values: Float[Tensor, 'b m c']
+    mems: int
+
+
+class KeysValues(NamedTuple):
+    """``keys`` are normed and placed, ``values`` mixed and normed; ``own`` are the values of these very tokens before that."""
+
+    keys: Float[Tensor, 'b kh j d']
+    values: Float[Tensor, 'b kh j e']
+    own: Float[Tensor, 'b kh m e']
+
+
+def split_heads(t: Float[Tensor, 'b n (h d)'], heads: int) -> Float[Tensor, 'b h n d']:
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n (h d)']:
+    return t.transpose(1, 2).flatten(2)
+
+
+def with_memories(t: Tensor, mem: Tensor | None) -> Tensor:
+    return t if mem is None else torch.cat((mem.to(t.dtype), t), dim=-2)
+
+
+def gather(attn: Attention, x: Tensor, given: BranchInputs) -> Seen:
+    """Who reads what: separate views or one input, the context, the shift of keys and values, memories in front."""
+    if attn.separate_views:
+        queries, keys, values = x.unbind(0)
+    else:
+        queries = x
+        keys = values = x if given.context is None else given.context
+    own = queries
+    same = keys is values
+    if exists(given.kv_shift):
+        keys = keys + given.kv_shift
+        values = keys if same else values + given.kv_shift
+    keys = with_memories(keys, given.mem)
+    values = keys if same else with_memories(values, given.mem)
+    if attn.to_latent_q is not None:
+        queries = attn.to_latent_q(queries)
+    return Seen(own, queries, keys, values, 0 if given.mem is None else given.mem.shape[-2])
+
+
+def remember(past: LayerCache | None, mems: int, cross: bool, **new: Tensor) -> tuple[Tensor, ...]:
+    """All rows in the order memories, past, new. Memories are not cached; a context is cached once, as it is."""
+    if past is None:
+        return tuple(new.values())
+    if cross:
+        for name, rows in new.items():
+            past.fixed(name, rows)
+        return tuple(new.values())
+    if mems == 0:
+        return past.extend(**new)
+    whole = past.extend(**{name: rows[..., mems:, :] for name, rows in new.items()})
+    return tuple(torch.cat((rows[..., :mems, :], held), dim=-2) for rows, held in zip(new.values(), whole, strict=True))
+
+
+def held_rows(past: LayerCache | None, name: str) -> int:
+    held = None if past is None else past.get(name)
+    return 0 if held is None else held.shape[-2]
+
+
+def keys_values(attn: Attention, seen: Seen, given: BranchInputs) -> KeysValues:
+    """Keys and values straight from the tokens."""
+    cross = given.context is not None
+    if cross and held_rows(given.past, 'k'):
+        return cross_from_cache(attn, given)
+    own = split_heads(attn.to_v(seen.values), attn.kv_heads)
+    v = attn.normed_values(attn.mixed_values(own, seen, given))
+    k = attn.normed_keys(split_heads(attn.to_k(seen.keys), attn.kv_heads))
+    positions = given.positions
+    if keeps_placed(positions, given.past, cross):
+        k, v = place_and_remember(attn, k, v, seen.mems, given)
+        return KeysValues(k, v, own)
+    k, v = remember(given.past, seen.mems, cross, k=k, v=v)
+    if positions is not None:
+        k = positions.keys(k, attn.rotated_heads)
+    return KeysValues(k, v, own)
+
+
+def cross_from_cache(attn: Attention, given: BranchInputs) -> KeysValues:
+    """A context's keys and values do not change: those of the first step are taken."""
+    past = cast('LayerCache', given.past)
+    k, v = cast(Tensor, past.get('k')), cast(Tensor, past.get('v'))
+    placed = k if given.positions is None else given.positions.keys(k, attn.rotated_heads)
+    return KeysValues(placed, v, v)
+
+
+# ---------------------------------------------------------------- keys that are cached with their rotation
+
+
+def keeps_placed(positions: Positions | None, past: LayerCache | None, cross: bool) -> bool:
+    """Whether this cache holds rotated keys, so that only new ones are rotated. One that began unrotated stays so."""
+    if past is None or cross:
+        return False
+    begun_placed = past.get('angles') is not None
+    if positions is None or positions.cache_form != 'positioned':
+        if begun_placed:
+            raise ValueError(
+                'the cache holds rotated keys, but this call has no rotary positions: pass positions to all calls, or to none'
+            )
+        return False
+    return begun_placed or past.get('k') is None
+
+
+def place_and_remember(attn: Attention, k: Tensor, v: Tensor, mems: int, given: BranchInputs) -> tuple[Tensor, ...]:
+    """Rotate memories and new keys, append the new ones. Their angles are kept, so that the rotation can be undone."""
+    past, positions = cast('LayerCache', given.past), cast('RotaryPositions', given.positions)
+    new = k.shape[-2] - mems
+    between = held_rows(past, 'k') if mems else 0
+    if between:
+        # the positions of the past lie between those of the memories and those of the new keys
+        memories = positions.keys(k[..., :mems, :], attn.rotated_heads, before=between + new)
+        k = torch.cat((memories, positions.keys(k[..., mems:, :], attn.rotated_heads)), dim=-2)
+    else:
+        k = positions.keys(k, attn.rotated_heads)
+    past.extend(angles=positions.key_angles(new).expand(k.shape[0], -1, -1))
+    return remember(past, mems, False, k=k, v=v)
+
+
+def unrotated(k: Float[Tensor, 'b kh n d'], angles: Float[Tensor, 'b n p'], heads: int | None) -> Float[Tensor, 'b kh n d']:
+    """Keys as they were before their last ``heads`` heads were rotated."""
+    from x_transformers.position.positions import RotaryTable
+
+    return RotaryTable(angles).rotated(k, heads, back=True)

@@ -1,0 +1,57 @@
+"""QK-clip: shrink the weights of queries and keys whose scores grow too large. https://arxiv.org/abs/2507.20534"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.inputs import Intermediates
+from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.attention import Attention
+
+
+def score_factors(scores: Float[Tensor, 'b h i j'], tau: float) -> Float[Tensor, 'h']:
+    """min(tau / largest score, 1) of each head; 1 where the largest is not positive."""
+    largest = scores.float().amax(dim=(0, 2, 3))
+    return torch.where(largest > tau, tau / largest.clamp(min=tau), 1.0)
+
+
+def split_factors(factors: Float[Tensor, 'h'], kv_heads: int) -> tuple[Float[Tensor, 'h'], Float[Tensor, 'kh']]:
+    """Factors of queries and keys whose product is each head's, neither above 1. Query head h has key head h mod kv_heads."""
+    keys = factors.sqrt().unflatten(0, (-1, kv_heads)).amax(dim=0)
+    return factors / keys.repeat(factors.shape[0] // kv_heads), keys
+
+
+def scale_rows_(weight: Tensor, factors: Float[Tensor, 'h']) -> None:
+    """Times a factor per head, whose rows lie together."""
+    if factors.numel():
+        weight.mul_(factors.to(weight.dtype).repeat_interleave(weight.shape[0] // factors.numel()).unsqueeze(-1))
+
+
+def clip_queries_and_keys_(attn: Attention, scores: Float[Tensor, 'b h i j'] | Intermediates, tau: float) -> None:
+    if isinstance(scores, Intermediates):
+        given = scores.pre_softmax_attn
+        if given is None:
+            raise ValueError('qk_clip_ needs the scores, but these Intermediates hold no pre_softmax_attn')
+        scores = given
+    if scores.ndim != 4 or scores.shape[1] != attn.heads:
+        raise ValueError(
+            f'qk_clip_ needs scores (b, {attn.heads}, i, j), one map for each head, but got shape {tuple(scores.shape)}'
+        )
+    if tau <= 0:
+        raise ValueError(f'tau must be positive, but is {tau}')
+    if attn.flags.head_learned_sink:
+        # the sink's column, put in front, is no product of a query and a key
+        scores = scores[..., 1:]
+    queries, keys = split_factors(score_factors(scores, tau).to(attn.to_q.weight.device), attn.kv_heads)
+    scale_rows_(attn.to_q.weight, queries)
+    through_latent = attn.flags.key_heads_from_latent
+    scale_rows_(attn.to_k.weight, keys[:through_latent])
+    if attn.to_rotateable_k is not None:
+        scale_rows_(attn.to_rotateable_k.weight, keys[through_latent:])
+    if attn.mem_k is not None:
+        attn.mem_k.mul_(keys.to(attn.mem_k.dtype)[:, None, None])

@@ -1,0 +1,16 @@
+"""Cosine similarity: queries and keys of unit length. https://arxiv.org/abs/2010.04245"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from x_transformers.helpers import l2norm
+from x_transformers.tensor_types import Float
+
+
+def unit_heads(
+    t: Float[Tensor, '... h n d'], groups: int = 1, gains: Float[Tensor, 'h 1 d'] | None = None
+) -> Float[Tensor, '... h n d']:
+    """Unit length for each of ``groups`` chunks of a head, then learned gains per channel (https://arxiv.org/abs/2302.05442)."""
+    normed = l2norm(t, groups)
+    return (normed if gains is None else normed * gains).to(t.dtype)

@@ -1,0 +1,74 @@
+"""What happens to values before they are attended over, and what comes back out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.project import with_memories
+from x_transformers.helpers import log, softclamp
+from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.attention import Attention
+    from x_transformers.attention.inputs import BranchInputs
+    from x_transformers.attention.project import Seen
+
+# ---------------------------------------------------------------- value residual
+
+
+def mix_tokens(attn: Attention, seen: Seen, given: BranchInputs) -> Tensor:
+    """The tokens that decide how much of their own values is kept: those that the values belong to, as queries are read."""
+    if given.context is not None:
+        return given.context if attn.to_latent_q is None else attn.to_latent_q(given.context)
+    if given.mem is None:
+        return seen.queries
+    mem = given.mem if attn.to_latent_q is None else attn.to_latent_q(given.mem)
+    return with_memories(seen.queries, mem)
+
+
+def mix_values(
+    own: Float[Tensor, 'b kh n e'], first: Float[Tensor, 'b kh m e'], weights: Float[Tensor, 'b n kh'] | None = None
+) -> Float[Tensor, 'b kh n e']:
+    """Own values mixed with the first layer's: by ``weights``, the part of the own ones, or half and half.
+
+    Where one has more memories in front than the other, the newest rows are mixed. https://arxiv.org/abs/2410.17897
+    """
+    n, m = own.shape[-2], first.shape[-2]
+    if m > n:
+        first = first[..., m - n :, :]
+    share = 0.5 if weights is None else weights.transpose(1, 2).unsqueeze(-1)
+    if m < n:
+        share = share if isinstance(share, float) else share[..., n - m :, :]
+        newest = own[..., n - m :, :]
+        return torch.cat((own[..., : n - m, :], first + share * (newest - first)), dim=-2)
+    return first + share * (own - first)
+
+
+# ---------------------------------------------------------------- LASER
+
+
+def laser_in(v: Tensor, clamp: float) -> Tensor:
+    """Attend over exponentials, so that gradients are not scaled by the weights. https://arxiv.org/abs/2411.03493"""
+    return softclamp(v, clamp).exp()
+
+
+def laser_out(out: Tensor) -> Tensor:
+    return log(out)
+
+
+# ---------------------------------------------------------------- orthogonal values
+
+
+def without_component(out: Float[Tensor, '... d'], along: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+    """``out`` without its component along ``along``, each last axis a vector of its own, in double precision."""
+    x, unit = out.double(), F.normalize(along.double(), dim=-1)
+    return (x - (x * unit).sum(dim=-1, keepdim=True) * unit).to(out.dtype)
+
+
+def tiled_heads(t: Float[Tensor, 'b kh n d'], heads: int) -> Float[Tensor, 'b h n d']:
+    """Head h is kv head h mod kv_heads."""
+    return t if t.shape[1] == heads else t.repeat(1, heads // t.shape[1], 1, 1)
