@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,10 @@ from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMi
 from x_transformers.attention.weights import Dropout, LookUp, SilenceEmptyRows, Weigh, WeightFunction, choose_weights
 from x_transformers.flags.base import FlagError
 from x_transformers.module import Module, empty_parameter
-from x_transformers.position.relative import Bias
 from x_transformers.tensor_types import Bool, Float
+
+if TYPE_CHECKING:
+    from x_transformers.position.relative import Bias
 
 BACKENDS = {
     'enable_flash': 'FLASH_ATTENTION',

@@ -18,21 +18,20 @@ if TYPE_CHECKING:
     from x_transformers.position.relative import Bias
 
 
-class Memo:
-    """Things made once for a call and shared by all its layers, found by plain numbers and by the object they belong to."""
+Memo = list[tuple[tuple[Any, ...], Any, Any]]
 
-    def __init__(self) -> None:
-        self.entries: list[tuple[tuple[Any, ...], Any, Any]] = []
 
-    def find(self, key: tuple[Any, ...], owner: Any = None) -> Any:
-        for have, belongs_to, value in self.entries:
-            if belongs_to is owner and have == key:
-                return value
-        return None
+def recall(memo: Memo, key: tuple[Any, ...], owner: Any = None) -> Any:
+    """What was made before for the same plain numbers and the same object: once for a call, shared by all its layers."""
+    for have, belongs_to, value in memo:
+        if belongs_to is owner and have == key:
+            return value
+    return None
 
-    def keep(self, key: tuple[Any, ...], value: Any, owner: Any = None) -> Any:
-        self.entries.append((key, owner, value))
-        return value
+
+def remember(memo: Memo, key: tuple[Any, ...], value: Any, owner: Any = None) -> Any:
+    memo.append((key, owner, value))
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class PackedSequences:
     starts_k: Int[Tensor, 's']
     longest_q: int | None = None
     longest_k: int | None = None
-    memo: Memo = field(default_factory=Memo, init=False, repr=False)
+    memo: Memo = field(default_factory=list, init=False, repr=False)
 
     @classmethod
     def of(cls, given: PackedSequences | Mapping[str, Any], *, causal: bool = False) -> PackedSequences:
@@ -75,9 +74,9 @@ class PackedSequences:
     def segments(self, where: Where) -> tuple[Int[Tensor, '1 i'], Int[Tensor, '1 j']]:
         """The number of the sequence that each query, and each own key, belongs to."""
         key = (where.queries, where.own)
-        found = self.memo.find(key)
+        found = recall(self.memo, key)
         if found is None:
-            found = self.memo.keep(key, (segment_ids(self.starts_q, where.queries), segment_ids(self.starts_k, where.own)))
+            found = remember(self.memo, key, (segment_ids(self.starts_q, where.queries), segment_ids(self.starts_k, where.own)))
         queries, keys = found
         return queries, keys
 
@@ -122,7 +121,7 @@ class Mask:
     prefix: int | Int[Tensor, 'b'] | None = None
     dense: Bool[Tensor, '... i j'] | None = None
     packed: PackedSequences | None = None
-    memo: Memo = field(default_factory=Memo, init=False, repr=False)
+    memo: Memo = field(default_factory=list, init=False, repr=False)
 
     def having(self, **changes: Any) -> Mask:
         """A mask with other fields (and nothing remembered)."""
@@ -134,15 +133,17 @@ class Mask:
         past = self.past if past is None else past if self.past is None else min(past, self.past)
         if causal == self.causal and past == self.past:
             return self
-        found: Mask | None = self.memo.find(('narrowed', causal, past))
-        return self.memo.keep(('narrowed', causal, past), self.having(causal=causal, past=past)) if found is None else found
+        found: Mask | None = recall(self.memo, ('narrowed', causal, past))
+        return (
+            remember(self.memo, ('narrowed', causal, past), self.having(causal=causal, past=past)) if found is None else found
+        )
 
     def within(self, packed: PackedSequences | None) -> Mask:
         """This mask, inside packed sequences."""
         if packed is None or packed is self.packed:
             return self
-        found: Mask | None = self.memo.find(('within',), packed)
-        return self.memo.keep(('within',), self.having(packed=packed), packed) if found is None else found
+        found: Mask | None = recall(self.memo, ('within',), packed)
+        return remember(self.memo, ('within',), self.having(packed=packed), packed) if found is None else found
 
     # ------------------------------------------------------------ questions answered without looking at a tensor's values
 
@@ -185,17 +186,17 @@ class Mask:
         Never larger than what it depends on: padding alone is (b 1 1 j), padding and causality (b 1 i j). Made once.
         """
         key = ('rendered', where.queries, where.keys, where.front)
-        found: tuple[Tensor | None] | None = self.memo.find(key)
+        found: tuple[Tensor | None] | None = recall(self.memo, key)
         if found is None:
-            found = self.memo.keep(key, (self.part(where, self.device_or(device), (0, where.queries), (0, where.own)),))
+            found = remember(self.memo, key, (self.part(where, self.device_or(device), (0, where.queries), (0, where.own)),))
         return found[0]
 
     def apart_from_distance(self) -> Mask:
         """What is left when causality and the window are seen to otherwise (a prefix goes with them)."""
         if not self.causal and self.past is None:
             return self
-        found: Mask | None = self.memo.find(('apart',))
-        return self.memo.keep(('apart',), self.having(causal=False, past=None, prefix=None)) if found is None else found
+        found: Mask | None = recall(self.memo, ('apart',))
+        return remember(self.memo, ('apart',), self.having(causal=False, past=None, prefix=None)) if found is None else found
 
     def device_or(self, device: torch.device | str | None) -> torch.device | str | None:
         for part in (self.keys, self.dense, self.front):
@@ -242,7 +243,7 @@ class Mask:
                 mask = mask | (key < self.prefix.reshape(-1, 1, 1, 1))
             elif self.prefix is not None:
                 mask = mask | (key < self.prefix)
-        if limits_past:
+        if limits_past and self.past is not None:
             near = (query - key <= self.past)[None, None]
             mask = near if mask is None else mask & near
         return mask
@@ -281,12 +282,12 @@ class Mask:
         if not self.may_hide_all(where):
             return None
         key = ('open', where.queries, where.keys, where.front)
-        found: Tensor | None = self.memo.find(key)
+        found: Tensor | None = recall(self.memo, key)
         if found is None:
             mask = self.rendered(where, device)
             if mask is None:
                 mask = torch.full((1, 1, 1, where.keys), True, device=self.device_or(device))
-            found = self.memo.keep(key, mask.any(dim=-1, keepdim=True))
+            found = remember(self.memo, key, mask.any(dim=-1, keepdim=True))
         return found
 
     def merged(
@@ -297,7 +298,7 @@ class Mask:
         Made once for all layers; one that needs a gradient is made anew, so that checkpointed layers may run it again.
         """
         key = ('merged', where.queries, where.keys, where.front, dtype, hidden)
-        found: tuple[Tensor | None] | None = self.memo.find(key, bias)
+        found: tuple[Tensor | None] | None = recall(self.memo, key, bias)
         if found is not None:
             return found[0]
         mask = self.rendered(where, device)
@@ -306,5 +307,5 @@ class Mask:
             added = torch.zeros((), dtype=dtype, device=device) if added is None else added
             added = added.masked_fill(~mask, hidden) if added.ndim else torch.where(mask, added, hidden)
         if added is None or not added.requires_grad:
-            self.memo.keep(key, (added,), bias)
+            remember(self.memo, key, (added,), bias)
         return added

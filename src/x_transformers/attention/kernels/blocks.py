@@ -50,7 +50,7 @@ class Blocks:
     def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
         q, k, v = unified(job.q, job.k, job.v)
         if job.l2_distance:
-            q, k = as_products(q, k, whole=job.sink is not None)
+            q, k = as_products(q, k, whole=job.sink is not None or job.softclamp is not None)
         mask, where = job.mask, job.where
         bias = None if job.bias is None else job.bias.render(where)
         # a prefix and causality belong together, so with a prefix all is rendered

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 from x_transformers.attention.kernels.base import Call, Kernel, Needs
 from x_transformers.attention.kernels.blocks import Blocks
 from x_transformers.attention.kernels.flex import Flex
@@ -39,10 +41,15 @@ def use_kernel(name: str) -> Iterator[None]:
         forced.reset(token)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def forced_name() -> str | None:
+    """Asked only while somebody forces a kernel: a compiler cannot look into a context variable."""
+    return forced.get()
+
+
 def choose_kernel(needs: Needs, call: Call) -> Kernel:
     """The kernel for this call. Nothing but facts known before any number is looked at."""
-    # a context variable is out of a compiler's sight: ask it only if somebody has set one
-    name = forced.get() if any_forced else None
+    name = forced_name() if any_forced else None
     if name is not None:
         kernel = KERNELS[NAMES.index(name)]
         reasons = kernel.refusals(needs, call)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.attention.kernels.base import Call, Job, Needs
 from x_transformers.attention.kernels.sdpa import unified
+from x_transformers.attention.mask import recall, remember
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Float
 
@@ -57,7 +58,7 @@ class Flex:
 
         q, k, v = unified(job.q, job.k, job.v)
         if job.l2_distance:
-            q, k = as_products(q, k, whole=job.sink is not None)
+            q, k = as_products(q, k, whole=job.sink is not None or job.softclamp is not None)
             missing = -q.shape[-1] % 16
             q, k = torch.nn.functional.pad(q, (0, missing)), torch.nn.functional.pad(k, (0, missing))
         heads, kv_heads = q.shape[1], k.shape[1]
@@ -125,7 +126,7 @@ def block_mask(job: Job, q: Tensor, order: Tensor | None) -> Any:
     if mask.trivial:
         return None
     key = ('flex', where.queries, where.keys, where.front, q.shape[1])
-    found = mask.memo.find(key)
+    found = recall(mask.memo, key)
     if found is not None:
         return found
     apart = mask if mask.prefix is not None else mask.apart_from_distance()
@@ -150,4 +151,4 @@ def block_mask(job: Job, q: Tensor, order: Tensor | None) -> Any:
 
     batch, heads = (sizes[0] if sizes[0] > 1 else None), (sizes[1] if sizes[1] > 1 else None)
     made = create_block_mask(may_look, batch, heads, where.queries, where.keys, device=str(q.device))
-    return mask.memo.keep(key, made)
+    return remember(mask.memo, key, made)
