@@ -1,0 +1,45 @@
+"""What is generated from the flags is current: run `make docs` if one of these fails."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from x_transformers.flags import keywords
+from x_transformers.flags.stack import PARTS, StackFlags, keyword_names
+from x_transformers.flags.wrapper import WrapperFlags
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('name', ['generate_keywords', 'generate_features'])
+def test_generated_files_are_current(name):
+    module = tool(name)
+    assert module.PATH.read_text(encoding='utf-8') == module.generated(), 'run `make docs`'
+
+
+def test_typed_keywords_are_those_that_parse_accepts():
+    typed = set(get_type_hints(keywords.CrossAttenderKeywords))
+    assert typed == set(StackFlags.flag_fields()) | {name for part in PARTS for name in keyword_names(part)}
+    required = {'num_tokens', 'max_seq_len', 'attn_layers'}
+    assert set(get_type_hints(keywords.WrapperKeywords)) | required == set(WrapperFlags.flag_fields())
+
+
+def test_every_flag_and_every_rule_is_in_the_documentation():
+    module = tool('generate_features')
+    text = module.PATH.read_text(encoding='utf-8')
+    for _, _, cls, rules in module.SECTIONS:
+        for name in cls.flag_fields():
+            assert f'| `{name}` |' in text
+        for rule in rules:
+            assert module.rule_line(rule) in text
