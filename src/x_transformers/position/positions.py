@@ -170,6 +170,10 @@ class RotaryPositions(Positions):
             return super().unrotate_keys(k, heads)
         return self._of_keys.rotated(k, heads, back=True)
 
+    def key_angles(self, n: int) -> Float[Tensor, '#b n p']:
+        """The angles of the last n keys, one for each pair of channels."""
+        return last_rows(self._of_keys.angles, n)
+
 
 # ---------------------------------------------------------------- polar
 

@@ -1,0 +1,263 @@
+"""Biases: numbers that are added to the scores. What a user gives, and those that depend on the distance of query and key."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import log
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.flags.base import FlagError
+from x_transformers.module import Module
+from x_transformers.norms import LayerNorm
+from x_transformers.tensor_types import Float, Int
+
+if TYPE_CHECKING:
+    from x_transformers.attention.scores.base import Where
+
+# ---------------------------------------------------------------- what attention is given
+
+
+class Bias(ABC):
+    """Numbers added to the scores of one call. They are rendered once for all layers that ask for the same shape.
+
+    Columns in front of the own keys (memory keys, a zero key, another model's) get 0.
+    """
+
+    def __init__(self) -> None:
+        self._rendered: dict[tuple[int, int, int, bool], Tensor] = {}
+
+    @abstractmethod
+    def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
+        """Rows start … stop-1 of the queries over the own keys, or over all keys."""
+
+    def render(self, where: Where) -> Float[Tensor, '#b #h i j']:
+        key = self._key(where)
+        if key not in self._rendered:
+            self._rendered[key] = _behind_front(self.between(where, 0, where.queries), where)
+        return self._rendered[key]
+
+    def rows(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
+        """Some rows of ``render``, for kernels that never hold the whole matrix."""
+        whole = self._rendered.get(self._key(where))
+        if whole is not None:
+            return whole if whole.shape[-2] == 1 else whole[..., start:stop, :]
+        return _behind_front(self.between(where, start, stop), where)
+
+    @staticmethod
+    def _key(where: Where) -> tuple[int, int, int, bool]:
+        # what was rendered without gradients is of no use to a layer that is run again for its gradients
+        return where.queries, where.keys, where.front, torch.is_grad_enabled()
+
+
+def _behind_front(bias: Tensor, where: Where) -> Tensor:
+    missing = where.keys - bias.shape[-1]
+    return F.pad(bias, (missing, 0)) if missing > 0 else bias
+
+
+class DenseBias(Bias):
+    """A bias that the user has written out: (i j), (h i j) or (b h i j), any axis of which may be 1.
+
+    Its columns are the own keys, or all of them. A bias with more rows than there are queries (while decoding with a cache)
+    gives its last ones. Raises ValueError if ranks or lengths do not fit.
+    """
+
+    def __init__(self, bias: Float[Tensor, '... i j']) -> None:
+        super().__init__()
+        if not 2 <= bias.ndim <= 4:
+            raise ValueError(f'attn_bias must be (i j), (h i j) or (b h i j), but its shape is {tuple(bias.shape)}')
+        self.bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+
+    def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
+        rows, columns = self.bias.shape[-2:]
+        if columns not in (1, where.own, where.keys) or (rows != 1 and rows < where.queries):
+            raise ValueError(
+                f'attn_bias is for {rows} queries and {columns} keys, '
+                f'but there are {where.queries} queries and {where.own} keys'
+                + (f' ({where.keys} with those in front)' if where.front else '')
+            )
+        bias = self.bias
+        if columns == 1:
+            # the same for all own keys; the columns in front still get none
+            bias = bias.expand(-1, -1, -1, where.own)
+        if rows == 1:
+            return bias
+        skipped = rows - where.queries
+        return bias[..., skipped + start : skipped + stop, :]
+
+
+class RelativeBias(Bias):
+    """ALiBi, T5 or dynamic bias for one call.
+
+    ``positions`` are those that the user gave, (j) or (b j), memories and cached keys included. ALiBi goes by them; the other
+    two count the keys. Raises ValueError if ALiBi's positions are fewer than the keys.
+    """
+
+    def __init__(self, module: nn.Module, positions: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None) -> None:
+        super().__init__()
+        self.module = cast('DistanceBias', module)
+        self.positions = positions if hasattr(module, 'forward_custom_pos') else None
+
+    def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b h r j']:
+        if self.positions is None:
+            bias: Tensor = self.module.by_index(where.first + start, stop - start, where.own)
+        else:
+            given = self.positions.shape[-1]
+            if given < where.own:
+                raise ValueError(
+                    f'pos gives {given} positions, but there are {where.own} keys: '
+                    'give positions for memories and cached tokens, too'
+                )
+            keys = self.positions[..., given - where.own :]
+            queries = keys[..., where.first + start : where.first + stop]
+            bias = cast(AlibiPositionalBias, self.module).forward_custom_pos(queries, keys)
+        return bias if bias.ndim == 4 else bias.unsqueeze(0)
+
+
+# ---------------------------------------------------------------- biases by distance
+
+
+class DistanceBias(Module):
+    """A bias that depends on key position minus query position only, and not on the input.
+
+    forward: (i, j) -> (h i j), i queries right-aligned with j keys.
+    """
+
+    def forward(self, i: int, j: int) -> Float[Tensor, 'h i j']:
+        return self.by_index(j - i, i, j)
+
+    def by_index(self, first: int, i: int, j: int) -> Float[Tensor, 'h i j']:
+        """Queries at first … first+i-1, keys at 0 … j-1.
+
+        There are i + j - 1 distances, so that many numbers are computed and laid out along the diagonals.
+        """
+        distances = torch.arange(i + j - 1, device=self.device) - (first + i - 1)
+        # row r begins where the distance is -(first + r): the later the row, the further left
+        return self.of_distances(distances).unfold(-1, j, 1).flip(-2)
+
+    def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter((*self.parameters(), *self.buffers()))).device
+
+
+class RelativePositionBias(DistanceBias):
+    """A learned number for each head and bucket of distances, as in T5, https://arxiv.org/abs/1910.10683, times ``scale``.
+
+    Near distances have a bucket each, those up to ``max_distance`` share buckets of logarithmic width, all beyond are in the
+    last.
+    Not causal: half of the buckets are for keys that come later.
+    """
+
+    def __init__(
+        self, scale: float, causal: bool = False, num_buckets: int = 32, max_distance: int = 128, heads: int = 8
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.causal = causal
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+
+    def buckets(self, distances: Int[Tensor, '...']) -> Int[Tensor, '...']:
+        """The bucket of each distance, key minus query."""
+        back = -distances
+        if self.causal:
+            buckets, base = self.num_buckets, torch.zeros_like(back)
+            back = back.clamp(min=0)
+        else:
+            buckets = self.num_buckets // 2
+            base = (back < 0).long() * buckets
+            back = back.abs()
+        exact = buckets // 2
+        growth = (back.clamp(min=max(exact, 1)).float() / max(exact, 1)).log() / log(self.max_distance / max(exact, 1))
+        shared = exact + (growth * (buckets - exact)).long()
+        return base + torch.where(back < exact, back, shared.clamp(max=buckets - 1))
+
+    def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
+        values: Tensor = self.relative_attention_bias(self.buckets(distances))
+        return values.t() * self.scale
+
+
+class DynamicPositionBias(DistanceBias):
+    """A bias that a small network computes from the distance (of its logarithm, with ``log_distance``).
+
+    https://arxiv.org/abs/2108.00154, https://arxiv.org/abs/2111.09883. Raises FlagError if ``depth`` is less than 1.
+    """
+
+    def __init__(self, dim: int, *, heads: int, depth: int, log_distance: bool = False, norm: bool = False) -> None:
+        super().__init__()
+        if depth < 1:
+            raise FlagError(f'the network of the dynamic position bias needs at least 1 layer, but its depth is {depth}')
+        self.log_distance = log_distance
+        layers: list[nn.Module] = []
+        for index in range(depth):
+            linear = nn.Linear(dim if index else 1, dim)
+            norms = [nn.LayerNorm(dim) if index else LayerNorm(dim)] if norm else []
+            layers.append(nn.Sequential(linear, *norms, nn.SiLU()))
+        self.mlp = nn.ModuleList([*layers, nn.Linear(dim, heads)])
+
+    def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
+        weight = cast(nn.Linear, self.mlp[-1]).weight
+        back = (-distances).to(torch.promote_types(weight.dtype, torch.float32))
+        if self.log_distance:
+            back = back.sign() * (back.abs() + 1.0).log()
+        hidden = back.unsqueeze(-1).to(weight.dtype)
+        for layer in self.mlp:
+            hidden = layer(hidden)
+        return hidden.t()
+
+
+class AlibiPositionalBias(DistanceBias):
+    """Minus the distance, times a slope for each head, https://arxiv.org/abs/2108.12409.
+
+    The first ``heads`` of ``total_heads`` have slopes: powers of two, or those given. The others are not biased.
+    Raises FlagError if ``slopes`` are not one for each head, or if there are more heads than total heads.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, heads: int, total_heads: int | None = None, slopes: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.total_heads = heads if total_heads is None else total_heads
+        self.given_slopes = None if slopes is None else [float(slope) for slope in slopes]
+        if not 0 < heads <= self.total_heads:
+            raise FlagError(f'ALiBi is for {heads} heads of {self.total_heads}: it must be at least one, and no more than all')
+        if self.given_slopes is not None and len(self.given_slopes) != heads:
+            raise FlagError(f'ALiBi needs a slope for each of its {heads} heads, but {len(self.given_slopes)} slopes are given')
+        self.register_buffer('slopes', torch.empty(self.total_heads, 1, 1), persistent=False)
+        self.init_own()
+
+    @staticmethod
+    def slopes_of(heads: int) -> list[float]:
+        """Powers of ``2 ** (-8 / heads)``; unless ``heads`` is a power of two, some of twice as many heads fill the gap."""
+        power = 1 << (heads.bit_length() - 1)
+        slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+        if power == heads:
+            return slopes
+        return slopes + AlibiPositionalBias.slopes_of(2 * power)[0::2][: heads - power]
+
+    def init_own(self) -> None:
+        slopes = self.given_slopes or self.slopes_of(self.heads)
+        slopes = slopes + [0.0] * (self.total_heads - self.heads)
+        self.slopes.copy_(torch.tensor(slopes, device=self.slopes.device).view(-1, 1, 1))
+
+    def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
+        return -distances.abs() * self.slopes.squeeze(-1)
+
+    def forward_custom_pos(
+        self,
+        pos_i: Int[Tensor, 'i'] | Int[Tensor, 'b i'],
+        pos_j: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None,
+    ) -> Float[Tensor, 'h i j'] | Float[Tensor, 'b h i j']:
+        """The same for positions that are given; keys are at those of the queries unless told."""
+        pos_j = pos_i if pos_j is None else pos_j
+        distances = (pos_j.unsqueeze(-2) - pos_i.unsqueeze(-1)).abs()
+        return -distances.unsqueeze(-3) * self.slopes
