@@ -242,7 +242,7 @@ def call_of(job: Job) -> Call:
     """The facts of a job that kernels are chosen by."""
     q, k, v, mask, where = job.q, job.k, job.v, job.mask, job.where
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    autocast = torch.is_autocast_enabled(q.device.type)
+    autocast = q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type)
     return Call(
         device=q.device.type,
         dtype=torch.get_autocast_dtype(q.device.type) if autocast else q.dtype,
@@ -267,7 +267,7 @@ def call_of(job: Job) -> Call:
 
 def autocast_of(q: Tensor) -> torch.dtype | None:
     kind = q.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.get_autocast_dtype(kind) if kind != 'meta' and torch.is_autocast_enabled(kind) else None
 
 
 def remade(job: Job, dtype: torch.dtype | None) -> Records:

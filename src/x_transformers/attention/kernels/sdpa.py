@@ -70,7 +70,7 @@ class Sdpa:
 def unified(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All in one precision: autocast's where it is on."""
     dtype = q.dtype
-    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
+    if q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
     elif not (q.dtype == k.dtype == v.dtype):
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
