@@ -157,8 +157,6 @@ def test_intermediates_are_complete():
 @pytest.mark.parametrize('rotary', [False, True])
 @pytest.mark.parametrize('mems', [0, 2])
 def test_cached_equals_full(flags, rotary, mems):
-    if not rotary and 'rotate_num_heads' in flags:
-        pytest.skip('needs rotary positions')
     attn = small(causal=True, **flags)
     x, mem = torch.randn(B, N, D), torch.randn(B, mems, D) if mems else None
 

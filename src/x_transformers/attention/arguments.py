@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
 from x_transformers.attention.mask import Mask, PackedSequences
@@ -170,17 +170,18 @@ def placed(attn: Attention, given: Keywords) -> Positions | None:
 
     if given['context'] is not None and context_rotary is None:
         raise ValueError('rotary_pos_emb with a context needs context_rotary_pos_emb, the positions of the context')
-    return RotaryPositions(*rotary, context=context_rotary)
+    freqs, scale = rotary
+    return RotaryPositions(freqs, scale, context_rotary)
 
 
 def bias_of(attn: Attention, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
     rel_pos, attn_bias, pos = given['rel_pos'], given['attn_bias'], given['pos']
     if rel_pos is not None and attn_bias is not None:
         raise ValueError('rel_pos and attn_bias exclude each other: both are added to the scores; add them up yourself')
-    from x_transformers.position.relative import DenseBias, RelativeBias
+    from x_transformers.position.relative import DenseBias, DistanceBias, RelativeBias
 
     if rel_pos is not None:
-        if not isinstance(rel_pos, nn.Module):
+        if not isinstance(rel_pos, DistanceBias):
             raise TypeError(f'rel_pos must be a module such as AlibiPositionalBias, but is of type {type(rel_pos).__name__}')
         return RelativeBias(rel_pos, positions=pos)
     if attn_bias is None:

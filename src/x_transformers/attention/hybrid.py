@@ -51,10 +51,12 @@ class FoldAxially(Module):
     def fold(self, t: Float[Tensor, 'b n ...']) -> Tensor:
         a = self.axial_dim
         t = pad_at_dim(t, (0, -t.shape[1] % a), dim=1)
-        return t.unflatten(1, (-1, a)).transpose(1, 2).flatten(0, 1)
+        folded: Tensor = t.unflatten(1, (-1, a)).transpose(1, 2).flatten(0, 1)
+        return folded
 
     def unfold(self, t: Tensor, length: int) -> Tensor:
-        return t.unflatten(0, (-1, self.axial_dim)).transpose(1, 2).flatten(1, 2)[:, :length]
+        whole: Tensor = t.unflatten(0, (-1, self.axial_dim)).transpose(1, 2).flatten(1, 2)
+        return whole[:, :length]
 
     def forward(self, x: Float[Tensor, 'b n d'], *args: Any, **kwargs: Any) -> Any:
         if self.axial_dim == 1:

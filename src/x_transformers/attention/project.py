@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from x_transformers.helpers import exists
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ class KeysValues(NamedTuple):
 
 
 def split_heads(t: Float[Tensor, 'b n (h d)'], heads: int) -> Float[Tensor, 'b h n d']:
-    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+    heads_first: Tensor = t.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return heads_first
 
 
 def merge_heads(t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n (h d)']:
@@ -56,7 +56,7 @@ def gather(attn: Attention, x: Tensor, given: BranchInputs) -> Seen:
         keys = values = x if given.context is None else given.context
     own = queries
     same = keys is values
-    if exists(given.kv_shift):
+    if given.kv_shift is not None:
         keys = keys + given.kv_shift
         values = keys if same else values + given.kv_shift
     keys = with_memories(keys, given.mem)
