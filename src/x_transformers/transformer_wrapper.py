@@ -331,9 +331,9 @@ class TransformerWrapper(Module):
             pos = call.pos_ids
             pos = pos if pos is None else rows.newest(pos, 'pos', axis=pos.ndim - 1)
             embeds = embeds + self.pos_emb(x, pos=pos, seq_start_pos=call.seq_start_pos, offset=rows.seen)
-        embeds = add_named(embeds, self.embeds, call.embed_ids)
+        embeds = add_named(embeds, self.embeds, call.embed_ids, rows.summand)
         if call.sum_embeds is not None:
-            embeds = embeds + rows.newest(call.sum_embeds, 'sum_embeds')
+            embeds = embeds + rows.summand(call.sum_embeds, 'sum_embeds')
         embeds = self.post_emb_norm(embeds)
         if call.prepend_embeds is not None:
             check_prepended(call.prepend_embeds, call.prepend_mask, embeds.shape[0], self.emb_dim)

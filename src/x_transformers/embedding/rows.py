@@ -77,10 +77,14 @@ class Rows:
 
     def newest(self, t: Tensor, name: str, axis: int = 1) -> Tensor:
         """The part that belongs to the new tokens, of something given for them or for all tokens."""
-        length = t.shape[axis] if t.ndim > axis else 0
+        length = t.shape[axis] if t.ndim > axis >= 0 else 0
         if length < self.new or (length > self.new and not self.cached):
             raise ValueError(f'{name} must have one entry for each of the {self.new} tokens, got shape {tuple(t.shape)}.')
         return t if length == self.new else t.narrow(axis, length - self.new, self.new)
+
+    def summand(self, t: Tensor, name: str) -> Tensor:
+        """``newest`` of something that is added to the tokens, (b n …); one entry for all of them will do."""
+        return t if t.ndim > 1 and t.shape[1] == 1 else self.newest(t, name)
 
     def mask(
         self, mask: Bool[Tensor, 'b n'] | None, prepend_mask: Bool[Tensor, 'b p'] | None, batch: int, device: torch.device
@@ -88,10 +92,14 @@ class Rows:
         """The mask over cls tokens, prepended embeddings and tokens that can be looked at; None if neither mask is given."""
         if mask is None and prepend_mask is None:
             return None
+        front = self.front_held if self.cached else self.front
+        if self.cached and mask is not None and mask.ndim == 2 and mask.shape[1] in (self.new, front + self.tokens):
+            # the stack remembers the mask of what it has seen; or all of it is here
+            check_mask(mask, batch, mask.shape[1])
+            return mask
         check_mask(
             mask, batch, self.tokens, of='one entry per token' + (', those in the cache included' if self.cached else '')
         )
-        front = self.front_held if self.cached else self.front
         tokens = mask if mask is not None else torch.ones(batch, self.tokens, dtype=torch.bool, device=device)
         if prepend_mask is not None:
             tokens = torch.cat((prepend_mask[:, max(prepend_mask.shape[1] - front, 0) :], tokens), dim=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,11 +86,14 @@ def named_tables(sizes: Mapping[str, int], dim: int) -> nn.ModuleDict | None:
 
 
 def add_named(
-    x: Float[Tensor, 'b n d'], tables: nn.ModuleDict | None, ids: Mapping[str, Int[Tensor, 'b m']]
+    x: Float[Tensor, 'b n d'],
+    tables: nn.ModuleDict | None,
+    ids: Mapping[str, Int[Tensor, 'b m']],
+    newest: Callable[[Tensor, str], Tensor],
 ) -> Float[Tensor, 'b n d']:
     """Add to each token its row of every further table. The names must be exactly the tables'.
 
-    Ids of a longer sequence are taken from its end: those of tokens that a cache has seen are not needed again.
+    ``newest`` takes from ids, and the name that they have in errors, those of the tokens in ``x``.
     """
     wanted = {key.removesuffix('_embed') for key in tables} if tables is not None else set()
     if wanted != set(ids):
@@ -100,16 +104,10 @@ def add_named(
             + '.'
         )
     for name, given in ids.items():
-        table = tables[f'{name}_embed']  # type: ignore[index]
-        x = x + newest(look_up(table, given, f'embed_ids[{name!r}]'), x.shape[1], f'embed_ids[{name!r}]')  # type: ignore[arg-type]
+        table: Any = tables[f'{name}_embed'] if tables is not None else None
+        title = f'embed_ids[{name!r}]'
+        x = x + look_up(table, newest(given, title), title)
     return x
-
-
-def newest(t: Tensor, n: int, name: str) -> Tensor:
-    """The last ``n`` positions of axis 1 of something given for at least that many."""
-    if t.ndim < 2 or t.shape[1] < n:
-        raise ValueError(f'{name} must cover all {n} tokens, got shape {tuple(t.shape)}.')
-    return t if t.shape[1] == n else t[:, t.shape[1] - n :]
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:
