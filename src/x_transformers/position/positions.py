@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.module import last_rows
@@ -106,12 +105,7 @@ class RotaryTable:
         """Complex numbers for a whole head: 1 for the pairs that don't turn."""
         key = (n, dim, before, inverse)
         if key not in self._made:
-            angles, scale = self._pairs(n, dim, before, inverse)
-            rest = dim // 2 - angles.shape[-1]
-            if rest > 0:
-                angles = F.pad(angles, (0, rest))
-                scale = F.pad(scale, (0, rest), value=1.0) if isinstance(scale, Tensor) else scale
-            self._made[key] = (as_turns(angles, scale),)
+            self._made[key] = (as_turns(*self._pairs(n, dim, before, inverse), dim),)
         return self._made[key]
 
     def _cos_sin(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, ...]:

@@ -74,7 +74,9 @@ class DenseBias(Bias):
 
     def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
         rows, columns = self.bias.shape[-2:]
-        if columns not in (1, where.own, where.keys) or (rows != 1 and rows < where.queries):
+        # compared one by one: the compiler takes symbolic lengths in a tuple for different ones
+        fits = columns == 1 or columns == where.own or columns == where.keys
+        if not fits or (rows != 1 and rows < where.queries):
             raise ValueError(
                 f'attn_bias is for {rows} queries and {columns} keys, '
                 f'but there are {where.queries} queries and {where.own} keys'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.flags.base import FlagError
@@ -102,19 +103,23 @@ def apply_rotary_pos_emb(
     check_table(freqs.shape[-2], freqs.shape[-1], n, t.shape[-1])
     freqs = _with_head_axis(last_rows(freqs, n), t)
     scale = _with_head_axis(last_rows(scale, n), t) if isinstance(scale, Tensor) else scale
-    width = freqs.shape[-1]
-    turning = t[..., :width]
-    if torch.compiler.is_compiling() or width % 2 == 1:
-        turned = turn_by_cos_sin(turning, freqs.cos() * scale, freqs.sin() * scale)
-    else:
-        pair_scale = scale[..., ::2] if isinstance(scale, Tensor) else scale
-        turned = turn(turning, as_turns(freqs[..., ::2], pair_scale))
-    return turned if width == t.shape[-1] else torch.cat((turned, t[..., width:]), dim=-1)
+    width, dim = freqs.shape[-1], t.shape[-1]
+    if torch.compiler.is_compiling() or width % 2 == 1 or dim % 2 == 1:
+        turned = turn_by_cos_sin(t[..., :width], freqs.cos() * scale, freqs.sin() * scale)
+        return turned if width == dim else torch.cat((turned, t[..., width:]), dim=-1)
+    pair_scale = scale[..., ::2] if isinstance(scale, Tensor) else scale
+    return turn(t, as_turns(freqs[..., ::2], pair_scale, dim))
 
 
-def as_turns(angles: Float[Tensor, '... p'], scale: Float[Tensor, '... p'] | float = 1.0) -> Tensor:
-    """Complex numbers that turn a pair by an angle and stretch it by a scale."""
+def as_turns(angles: Float[Tensor, '... p'], scale: Float[Tensor, '... p'] | float, dim: int) -> Tensor:
+    """Complex numbers that turn each pair by its angle and stretch it by its scale, for heads of ``dim`` channels.
+
+    Pairs beyond the angles are multiplied by 1: this is faster than to cut a head in two and to put it together again.
+    """
     length = scale.to(angles.dtype) if isinstance(scale, Tensor) else torch.full_like(angles, scale)
+    rest = dim // 2 - angles.shape[-1]
+    if rest > 0:
+        angles, length = F.pad(angles, (0, rest)), F.pad(length, (0, rest), value=1.0)
     return torch.polar(length, angles)
 
 
