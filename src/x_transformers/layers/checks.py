@@ -194,8 +194,9 @@ def check_mems(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], ba
 
 
 def check_shifts(name: str, shifts: Any, kind: str, batch: int, length: int, width: int) -> None:
-    """Residuals of keys and values: (b n d) for the first layer, or (layers b n d)."""
-    if shifts is not None and (not is_float(shifts, 3, 4) or tuple(shifts.shape[-3:]) != (batch, length, width)):
+    """Residuals of keys and values: (b n d) for the first layer, or (layers b n d); n may be 1, the same for all tokens."""
+    fitting = ((batch, length, width), (batch, 1, width))
+    if shifts is not None and (not is_float(shifts, 3, 4) or tuple(shifts.shape[-3:]) not in fitting):
         raise ValueError(
             f'{name} must be ({batch}, {length}, {width}) for the first {KINDS[kind]}, or (layers, {batch}, {length}, {width})'
             f', but is {shape_of(shifts)}'

@@ -56,7 +56,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         padding=padding(given, span, starts),
         start_padding=None if starts is None else span.newest(starts),
         bias=position_bias(stack, given, span, pos),
-        positions=positions(stack, given, span, pos),
+        positions=positions(stack, given, span, pos, working),
         cross_positions=cross_positions(stack, given, span, pos),
         mems=mems,
         extra=extra,
@@ -233,7 +233,15 @@ def _table(stack: AttentionLayers, span: Span, pos: Tensor | None, only_new: boo
     return torch.arange(span.end - (span.new if only_new else span.whole), span.end, device=device)
 
 
-def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Positions | None:
+def rotates_only_new(stack: AttentionLayers, span: Span, cache: KVCache | None) -> bool:
+    """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
+    if stack.rotary_pos_emb is None or stack.rotary_pos_emb.scale is not None or stack.flags.attention.use_latent_kv:
+        return False
+    tapes = [] if cache is None else [layer.tapes for layer in cache]
+    return span.mems == 0 and all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
+
+
+def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None) -> Positions | None:
     """Where queries and keys of self attention are."""
     rotary, polar = given.rotary_pos_emb, given.polar_pos_emb
     if rotary is not None and polar is not None:
@@ -248,9 +256,8 @@ def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | No
     if rotary is None and polar is None:
         if stack.polar_pos_emb is not None:
             return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, only_new=False)))
-        # rotated keys may be cached as they are, so only new ones are rotated
-        only_new = stack.rotary_pos_emb.scale is None and span.mems == 0  # type: ignore[union-attr]
-        return RotaryPositions(*stack.rotary_pos_emb(_table(stack, span, pos, only_new)))  # type: ignore[misc]
+        table = _table(stack, span, pos, rotates_only_new(stack, span, cache))
+        return RotaryPositions(*stack.rotary_pos_emb(table))  # type: ignore[misc]
     name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
         raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {shape_of(pair)}')
@@ -309,7 +316,9 @@ def kv_shifts(shifts: Tensor | None, span: Span | None = None) -> tuple[Tensor, 
     if shifts is None:
         return ()
     shifts = shifts.unsqueeze(0) if shifts.ndim == 3 else shifts
-    return tuple(shifts.unbind(0) if span is None else span.newest(shifts, axis=2).unbind(0))
+    if span is not None and shifts.shape[2] != 1:
+        shifts = span.newest(shifts, axis=2)
+    return tuple(shifts.unbind(0))
 
 
 def external_keys(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], batch: int) -> tuple[ExtraKeys | None, ...]:

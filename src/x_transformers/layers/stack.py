@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from x_transformers.flags.rules import check_stack
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
+from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams
 from x_transformers.layers.branch import run_branch
 from x_transformers.layers.call import Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
@@ -28,11 +29,28 @@ from x_transformers.layers.drop import is_dropped
 from x_transformers.layers.layer import Layer, make_layer, make_norm, normed
 from x_transformers.layers.plan import LayerPlan, Step, plan_layers
 from x_transformers.layers.prepare import prepare
-from x_transformers.layers.residual import DualStreams, ParallelStreams, SingleStream
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
 
-logger = logging.getLogger('x_transformers')
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import CrossAttenderKeywords, EncoderKeywords, StackKeywords
+
+
+class ClassSignature:
+    """What ``inspect.signature`` and ``help`` show of a stack's constructor: its flags. Its instances have a forward's."""
+
+    def __init__(self, *fixed: str) -> None:
+        # the flags that the class sets by itself
+        self.fixed = fixed
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        if instance is not None or owner.__module__ != __name__:
+            raise AttributeError('__signature__')
+        signature = StackFlags.signature()
+        kept = [parameter for name, parameter in signature.parameters.items() if name not in self.fixed]
+        return signature.replace(parameters=kept)
 
 
 class AttentionLayers(Module):
@@ -47,7 +65,11 @@ class AttentionLayers(Module):
     # whether tokens see no later token; PrefixDecoder's layers do not, but its mask does
     is_causal: bool
 
-    def __init__(self, dim: int, depth: int | None = None, heads: int = 8, causal: bool = False, **flags: Any) -> None:
+    __signature__: Any = ClassSignature()
+
+    def __init__(
+        self, dim: int, depth: int | None = None, heads: int = 8, causal: bool = False, **flags: Unpack[StackKeywords]
+    ) -> None:
         super().__init__()
         given = {'dim': dim, 'depth': depth, 'heads': heads, 'causal': causal, **flags}
         parsed = StackFlags.parse(given, where=type(self).__name__)
@@ -67,6 +89,8 @@ class AttentionLayers(Module):
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
         self._build_depth(flags, plan)
         self._build_positions(flags)
+        # whether decoding may go on from a cache
+        self.can_cache_kv = all(module.can_cache_kv for module in self.modules() if isinstance(module, Attention))
 
     def _tell(self, flags: StackFlags, plan: LayerPlan) -> None:
         """Attributes that other code reads."""
@@ -115,21 +139,7 @@ class AttentionLayers(Module):
             self.adaptive_mlp = AdaptiveMLP(flags.condition_dim, flags.adaptive_condition_mlp_expansion)
 
     def _build_positions(self, flags: StackFlags) -> None:
-        from x_transformers.position import polar, rotary
-
-        self.rotary_pos_emb = self.polar_pos_emb = None
-        if flags.rotary:
-            if flags.verbose and flags.rotary_dim < 32:
-                logger.warning('rotary positions turn only %d channels of each head; 32 or more are advised', flags.rotary_dim)
-            self.rotary_pos_emb = rotary.RotaryEmbedding(
-                flags.rotary_dim,
-                use_xpos=flags.rotary_xpos,
-                scale_base=flags.rotary_xpos_scale_base,
-                interpolation_factor=flags.rotary_interpolation_factor,
-                base_rescale_factor=flags.rotary_base_rescale_factor,
-            )
-        if flags.polar:
-            self.polar_pos_emb = polar.PolarEmbedding(flags.attn_dim_head, flags.heads, flags.polar_bias_uniform_init)
+        self.rotary_pos_emb, self.polar_pos_emb = choose_rotary(flags), choose_polar(flags)
         self.rel_pos = choose_position_bias(flags)
         # only penalties on distance have a meaning at positions that are no consecutive numbers
         self.bias_takes_positions = flags.alibi_pos_bias
@@ -277,11 +287,6 @@ class AttentionLayers(Module):
 
     # ------------------------------------------------------------ looking inside
 
-    @property
-    def can_cache_kv(self) -> bool:
-        """Whether decoding may continue from a cache."""
-        return all(module.can_cache_kv for module in self.modules() if isinstance(module, Attention))
-
     def muon_parameters(self) -> list[nn.Parameter]:
         """The matrices that the Muon optimizer is meant for."""
         parts = [module for module in self.modules() if isinstance(module, (Attention, FeedForward))]
@@ -304,7 +309,7 @@ class AttentionLayers(Module):
             if scores is not None:
                 by_layer.setdefault(step.layer, []).append(scores)
         for index, all_scores in by_layer.items():
-            attention: Any = self.layers[index].inside  # type: ignore[union-attr]
+            attention: Any = self.layers[index].inside
             attention.qk_clip_(all_scores[0] if len(all_scores) == 1 else _largest(all_scores), tau=tau)
 
 
@@ -315,60 +320,33 @@ def _largest(scores: Sequence[Float[Tensor, 'b h i j']]) -> Float[Tensor, '1 h 1
         return torch.cat((largest[:, :1], largest), dim=-1)[None, :, None]
 
 
-def choose_streams(flags: StackFlags) -> SingleStream:
-    """What the residual stream is made of."""
-    if flags.resi_dual:
-        return DualStreams(flags.resi_dual_scale)
-    return ParallelStreams(flags.streams) if flags.streams > 1 else SingleStream()
-
-
-def choose_position_bias(flags: StackFlags) -> nn.Module | None:
-    """The bias on self attention's scores that depends on distance."""
-    if flags.position_bias is None:
-        return None
-    from x_transformers.position.relative import AlibiPositionalBias, DynamicPositionBias, RelativePositionBias
-
-    extra = dict(flags.rel_pos_kwargs)
-    if flags.alibi_pos_bias:
-        return AlibiPositionalBias(**{'heads': flags.alibi_heads, 'total_heads': flags.heads, **extra})
-    if flags.rel_pos_bias:
-        usual: dict[str, Any] = {
-            'scale': flags.attn_dim_head**0.5,
-            'causal': flags.causal,
-            'heads': flags.heads,
-            'num_buckets': flags.rel_pos_num_buckets,
-            'max_distance': flags.rel_pos_max_distance,
-        }
-        return RelativePositionBias(**{**usual, **extra})
-    usual = {
-        'dim': flags.dim // 4,
-        'heads': flags.heads,
-        'log_distance': flags.dynamic_pos_bias_log_distance,
-        'depth': flags.dynamic_pos_bias_mlp_depth,
-        'norm': flags.dynamic_pos_bias_norm,
-    }
-    return DynamicPositionBias(**{**usual, **extra})
-
-
-def without_causal(name: str, instead: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Raise FlagError if someone tells a subclass what it knows itself."""
-    if 'causal' in flags:
-        raise FlagError(f'`causal` cannot be given to {name}, which sets it: {instead}.')
-    return flags
+def sets(name: str, given: Any, **fixed: bool) -> dict[str, Any]:
+    """The flags of a subclass; raise FlagError if someone gives what it sets by itself."""
+    taken = [f'`{flag}`' for flag in fixed if flag in given]
+    if taken:
+        raise FlagError(
+            f'{" and ".join(taken)} cannot be given to {name}, which sets it: leave it out, or use '
+            'AttentionLayers, Encoder (sees both ways), Decoder (causal), PrefixDecoder or CrossAttender.'
+        )
+    return {**given, **fixed}
 
 
 class Encoder(AttentionLayers):
     """Every token sees every other."""
 
-    def __init__(self, **flags: Any) -> None:
-        super().__init__(causal=False, **without_causal('Encoder', 'use a Decoder for a causal stack', flags))
+    __signature__ = ClassSignature('causal')
+
+    def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
+        super().__init__(**sets('Encoder', flags, causal=False))
 
 
 class Decoder(AttentionLayers):
     """A token sees itself and those before it."""
 
-    def __init__(self, **flags: Any) -> None:
-        super().__init__(causal=True, **without_causal('Decoder', 'use an Encoder for a stack that sees both ways', flags))
+    __signature__ = ClassSignature('causal')
+
+    def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
+        super().__init__(**sets('Decoder', flags, causal=True))
 
 
 class PrefixDecoder(AttentionLayers):
@@ -378,8 +356,10 @@ class PrefixDecoder(AttentionLayers):
     first token of x. ``causal`` is False as in the original; a cache may be used if the first call holds the whole prefix.
     """
 
-    def __init__(self, **flags: Any) -> None:
-        super().__init__(causal=False, **without_causal('PrefixDecoder', 'the prefix decides', flags))
+    __signature__ = ClassSignature('causal')
+
+    def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
+        super().__init__(**sets('PrefixDecoder', flags, causal=False))
         self.is_causal = True
 
     def forward(
@@ -397,8 +377,10 @@ class PrefixDecoder(AttentionLayers):
 class CrossAttender(AttentionLayers):
     """Cross attention and feed-forwards, no self attention."""
 
-    def __init__(self, **flags: Any) -> None:
-        super().__init__(cross_attend=True, only_cross=True, **flags)
+    __signature__ = ClassSignature('cross_attend', 'only_cross')
+
+    def __init__(self, **flags: Unpack[CrossAttenderKeywords]) -> None:
+        super().__init__(**sets('CrossAttender', flags, cross_attend=True, only_cross=True))
 
 
 __all__ = ['AttentionLayers', 'CrossAttender', 'Decoder', 'Encoder', 'Intermediates', 'PrefixDecoder']
