@@ -1,0 +1,169 @@
+"""Ours against the floor, interleaved: ``python benchmarks/bench.py`` (or ``make bench``).
+
+Every implementation runs in a process of its own with one thread; each round runs all of them in turn, and the ratio is taken
+inside a round, so a machine that changes its speed changes both. The figure is processor time of the one thread.
+
+    --only 'train/*,decode/*'     workloads by pattern
+    --other PATH                  an interpreter with another x_transformers installed, to be compared too
+    --rounds N                    at least 5 for figures that are to be quoted
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MAIN = (
+    'train/plain',
+    'train/modern',
+    'vocab/plain',
+    'prefill/plain',
+    'prefill/modern',
+    'decode/plain/b1',
+    'decode/plain/b8',
+    'decode/modern/b1',
+    'decode/modern/b8',
+    'decode/modern/b1/224',
+    'decode/modern/b1/2016',
+    'encoder/plain',
+    'vit/plain',
+    'encdec/plain',
+)
+FEATURES = tuple(
+    f'feature/{name}'
+    for name in (
+        'plain',
+        'alibi',
+        't5_bias',
+        'dynamic_bias',
+        'mem_kv16',
+        'value_residual',
+        'shift_tokens',
+        'macaron',
+        'sandwich_norm',
+        'qk_norm',
+        'streams4',
+        'window128',
+        'softclamp',
+        'talking_heads',
+        'sparse_topk8',
+    )
+)
+
+
+class Worker:
+    def __init__(self, label: str, interpreter: str, kind: str) -> None:
+        self.label = label
+        environment = os.environ | {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+        self.process = subprocess.Popen(
+            [interpreter, str(HERE / 'worker.py'), kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def ask(self, workload: str, action: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(workload, action, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f'{self.label} failed on {workload}')
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def measure(workers: list[Worker], workload: str, rounds: int) -> dict[str, Any]:
+    """Medians of the seconds, and of the ratios to the last worker (the floor) within a round."""
+    seconds: dict[str, list[float]] = {worker.label: [] for worker in workers}
+    for number in range(rounds):
+        turned = workers[number % len(workers) :] + workers[: number % len(workers)]
+        for worker in turned:
+            seconds[worker.label].append(worker.ask(workload, 'time')['seconds'])
+    base = seconds[workers[-1].label]
+    row: dict[str, Any] = {'workload': workload}
+    for worker in workers:
+        ratios = sorted(own / floor for own, floor in zip(seconds[worker.label], base, strict=True))
+        row[worker.label] = {
+            'seconds': statistics.median(seconds[worker.label]),
+            'ratio': statistics.median(ratios),
+            'low': ratios[0],
+            'high': ratios[-1],
+            **worker.ask(workload, 'memory'),
+        }
+    return row
+
+
+def table(rows: list[dict[str, Any]], labels: list[str]) -> str:
+    lines = [
+        '| workload | implementation | seconds | ratio (range) | saved MB | peak MB |',
+        '| --- | --- | --- | --- | --- | --- |',
+    ]
+    for row in rows:
+        for label in labels:
+            cell = row[label]
+            saved, peak = (f'{cell[key]:.0f}' if cell.get(key) is not None else '' for key in ('saved_mb', 'peak_mb'))
+            spread = f'{cell["ratio"]:.2f} ({cell["low"]:.2f}-{cell["high"]:.2f})'
+            lines.append(f'| {row["workload"]} | {label} | {cell["seconds"]:.3f} | {spread} | {saved} | {peak} |')
+    return '\n'.join(lines)
+
+
+def draw(rows: list[dict[str, Any]], labels: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.5))
+    names = [row['workload'] for row in rows]
+    for number, label in enumerate(labels[:-1]):
+        axes.barh(
+            [index + 0.3 * number for index in range(len(rows))], [row[label]['ratio'] for row in rows], 0.28, label=label
+        )
+    axes.axvline(1.0, color='black', linewidth=1, label=labels[-1])
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel('processor time, ratio to the floor')
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', default='*')
+    parser.add_argument('--features', action='store_true', help='every feature against our own plain model, too')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--other', help='an interpreter with another x_transformers')
+    parser.add_argument('--out', type=Path, default=Path('runs/bench'))
+    options = parser.parse_args()
+    workers = [Worker('ours', sys.executable, 'ours')]
+    if options.other:
+        workers.append(Worker('other', options.other, 'ours'))
+    workers.append(Worker('floor', sys.executable, 'floor'))
+    wanted = [
+        name
+        for name in MAIN + (FEATURES if options.features else ())
+        if any(fnmatch.fnmatch(name, pattern) for pattern in options.only.split(','))
+    ]
+    labels = [worker.label for worker in workers]
+    rows = []
+    for workload in wanted:
+        rows.append(measure(workers, workload, options.rounds))
+        print(table(rows[-1:], labels).splitlines()[-len(labels) :][0], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print('\n' + table(rows, labels))
+    print(f'\n{platform.processor() or platform.machine()}, Python {platform.python_version()}, {options.rounds} rounds')
+    (options.out / 'bench.json').write_text(json.dumps(rows, indent=1) + '\n')
+    draw(rows, labels, options.out / 'bench.png')
+
+
+if __name__ == '__main__':
+    main()

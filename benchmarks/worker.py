@@ -1,0 +1,199 @@
+"""One implementation in one process: reads workload names, runs one step of each, answers with what it cost.
+
+python benchmarks/worker.py ours|floor      (driven by benchmarks/bench.py over its standard input)
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+LENGTH, VOCABULARY, WIDE = 1024, 256, 50257
+MODERN = {'rotary_pos_emb': True, 'attn_kv_heads': 2, 'ff_glu': True, 'ff_swish': True, 'use_rmsnorm': True, 'ff_no_bias': True}
+FEATURES: dict[str, dict[str, Any]] = {
+    'plain': {},
+    'alibi': {'alibi_pos_bias': True},
+    't5_bias': {'rel_pos_bias': True},
+    'dynamic_bias': {'dynamic_pos_bias': True},
+    'mem_kv16': {'attn_num_mem_kv': 16},
+    'value_residual': {'add_value_residual': True},
+    'shift_tokens': {'shift_tokens': 1},
+    'macaron': {'macaron': True},
+    'sandwich_norm': {'sandwich_norm': True},
+    'qk_norm': {'attn_qk_norm': True},
+    'streams4': {'num_residual_streams': 4},
+    'window128': {'attn_max_attend_past': 128},
+    'softclamp': {'attn_softclamp_logits': True},
+    'talking_heads': {'attn_pre_talking_heads': True},
+    'sparse_topk8': {'attn_sparse_topk': 8},
+}
+Step = Callable[[], Any]
+
+
+def ids(rows: int, length: int, vocabulary: int = VOCABULARY) -> Tensor:
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def training(loss: Callable[[], Tensor], model: torch.nn.Module) -> Step:
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        value = loss()
+        value.backward()
+        return value
+
+    return step
+
+
+class Ours:
+    """Whatever ``x_transformers`` this interpreter imports."""
+
+    def decoder(self, vocabulary: int = VOCABULARY, length: int = LENGTH, **flags: Any) -> Any:
+        from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+        flags = {'dim': 512, 'depth': 6, 'heads': 8} | flags
+        return AutoregressiveWrapper(
+            TransformerWrapper(num_tokens=vocabulary, max_seq_len=length, attn_layers=Decoder(**flags))
+        )
+
+    def prepare(self, name: str) -> tuple[Step, torch.nn.Module]:
+        from x_transformers import Encoder, TransformerWrapper, ViTransformerWrapper, XTransformer
+
+        kind, *rest = name.split('/')
+        flags = MODERN if 'modern' in rest else {}
+        if kind == 'train':
+            model, x = self.decoder(**flags), ids(2, LENGTH)
+            return training(lambda: model(x), model), model
+        if kind == 'vocab':
+            model, x = self.decoder(WIDE), ids(2, LENGTH, WIDE)
+            return training(lambda: model(x), model), model
+        if kind == 'feature':
+            model, x = self.decoder(**FEATURES[rest[0]]), ids(1, LENGTH)
+            return training(lambda: model(x), model), model
+        if kind == 'prefill':
+            model, x = self.decoder(length=2048, **flags).eval(), ids(1, 2048)
+            return torch.no_grad()(lambda: model.net(x)), model
+        if kind == 'decode':
+            model, rows = self.decoder(length=4096, **flags).eval(), int(rest[1][1:])
+            prompt, steps = ids(rows, int(rest[2]) if len(rest) > 2 else 32), 32 if len(rest) > 2 else 256
+            return lambda: model.generate(prompt, steps, temperature=0.0), model
+        if kind == 'encoder':
+            stack = Encoder(dim=512, depth=6, heads=8)
+            model, x = TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=LENGTH, attn_layers=stack), ids(2, LENGTH)
+            mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [700]])
+            return training(lambda: model(x, mask=mask).square().mean(), model), model
+        if kind == 'vit':
+            stack = Encoder(dim=512, depth=6, heads=8)
+            model = ViTransformerWrapper(image_size=256, patch_size=16, num_classes=1000, attn_layers=stack)
+            images = torch.randn(4, 3, 256, 256)
+            return training(lambda: model(images).square().mean(), model), model
+        if kind == 'encdec':
+            shape = {'num_tokens': VOCABULARY, 'depth': 3, 'heads': 8, 'max_seq_len': LENGTH}
+            sides = {f'{side}_{key}': value for side in ('enc', 'dec') for key, value in shape.items()}
+            model, x = XTransformer(dim=512, **sides), ids(2, LENGTH)
+            return training(lambda: model(x, x), model), model
+        raise ValueError(f'unknown workload {name}')
+
+
+class TheFloor:
+    def prepare(self, name: str) -> tuple[Step, torch.nn.Module]:
+        from floor import Floor, FloorVision
+
+        kind, *rest = name.split('/')
+        modern = 'modern' in rest
+        if kind in ('train', 'vocab', 'feature'):
+            vocabulary, rows = WIDE if kind == 'vocab' else VOCABULARY, 1 if kind == 'feature' else 2
+            model, x = Floor(vocabulary=vocabulary, length=LENGTH, modern=modern), ids(rows, LENGTH, vocabulary)
+            return training(lambda: model.loss(x), model), model
+        if kind == 'prefill':
+            model, x = Floor(vocabulary=VOCABULARY, length=2048, modern=modern), ids(1, 2048)
+            return torch.no_grad()(lambda: model(x)), model
+        if kind == 'decode':
+            model, rows = Floor(vocabulary=VOCABULARY, length=4096, modern=modern), int(rest[1][1:])
+            prompt, steps = ids(rows, int(rest[2]) if len(rest) > 2 else 32), 32 if len(rest) > 2 else 256
+            return lambda: model.generate(prompt, steps), model
+        if kind == 'encoder':
+            model, x = Floor(vocabulary=VOCABULARY, length=LENGTH, causal=False), ids(2, LENGTH)
+            mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [700]])
+            return training(lambda: model(x, mask=mask).square().mean(), model), model
+        if kind == 'vit':
+            model, images = FloorVision(), torch.randn(4, 3, 256, 256)
+            return training(lambda: model(images).square().mean(), model), model
+        if kind == 'encdec':
+            encoder = Floor(vocabulary=VOCABULARY, length=LENGTH, causal=False, depth=3)
+            decoder = Floor(vocabulary=VOCABULARY, length=LENGTH, cross=True, depth=3)
+            both, x = torch.nn.ModuleList((encoder, decoder)), ids(2, LENGTH)
+            return training(lambda: decoder.loss(x, context=encoder.hidden(x)), both), both
+        raise ValueError(f'unknown workload {name}')
+
+
+def saved_megabytes(step: Step, model: torch.nn.Module) -> float:
+    """What one step keeps for its backward, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(seen.values()) / 2**20
+
+
+def peak_megabytes(step: Step) -> float | None:
+    """How far one step goes above what is held before it; None where the system does not tell."""
+    status = Path('/proc/self/status')
+    try:
+        gc.collect()
+        Path('/proc/self/clear_refs').write_text('5')
+        before = resident(status, 'VmRSS')
+        step()
+        return (resident(status, 'VmHWM') - before) / 1024
+    except OSError:
+        return None
+
+
+def resident(status: Path, name: str) -> int:
+    return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.filterwarnings('ignore')
+    maker = {'ours': Ours, 'floor': TheFloor}[sys.argv[1]]()
+    name, step, model = None, None, None
+    for line in sys.stdin:
+        wanted, action = line.split()
+        if wanted != name:
+            step = model = None
+            gc.collect()
+            name, (step, model) = wanted, maker.prepare(wanted)
+            step()
+        answer: dict[str, Any] = {}
+        if action == 'time':
+            start = time.thread_time()
+            step()
+            answer['seconds'] = time.thread_time() - start
+        else:
+            answer['peak_mb'] = peak_megabytes(step)
+            if name.split('/')[0] not in ('decode', 'prefill'):
+                answer['saved_mb'] = saved_megabytes(step, model)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == '__main__':
+    main()

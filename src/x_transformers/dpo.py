@@ -1,0 +1,109 @@
+"""Direct preference optimisation, https://arxiv.org/abs/2305.18290."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.module import Module
+from x_transformers.tensor_types import Bool, Float, Int
+
+
+class DPO(Module):
+    """Trains a policy so that it prefers one continuation to another, measured against a frozen copy of itself.
+
+    Args:
+        model: a causal language model, tokens ``b n`` to logits ``b n v``; the reference is a copy taken here.
+        beta: how strongly the policy is held to the reference.
+        pad_id: where the sequence masks are not given, everything but this id counts as text.
+        select_by_target: which log-probabilities of a response count. False, as in the original: those predicted *from*
+            response tokens, so the first response token is left out and a first pad is counted in. True: those *of* response tokens.
+        reduction: 'mean' over a response's tokens, as in the original, or the paper's 'sum'.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        beta: float = 0.1,
+        pad_id: int | None = None,
+        select_by_target: bool = False,
+        reduction: str = 'mean',
+    ) -> None:
+        super().__init__()
+        if reduction not in ('mean', 'sum'):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        self.policy_model = model
+        self.ref_model = deepcopy(model).requires_grad_(False)
+        self.beta = beta
+        self.pad_id = pad_id
+        self.select_by_target = select_by_target
+        self.reduction = reduction
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The policy's parameters only: what an optimiser should move."""
+        return self.policy_model.parameters(recurse)
+
+    def score(self, model: nn.Module, seq: Int[Tensor, 'b n'], chosen: Bool[Tensor, 'b m']) -> Float[Tensor, 'b']:
+        """The log-probability of a response under a model, mean or sum over the chosen predictions (m = n - 1)."""
+        logits = model(seq)
+        log_probs = -F.cross_entropy(logits[:, :-1].flatten(0, 1), seq[:, 1:].flatten(), reduction='none')
+        total = log_probs.view(chosen.shape).masked_fill(~chosen, 0.0).sum(dim=-1)
+        return total if self.reduction == 'sum' else total / chosen.sum(dim=-1).clamp(min=1e-5)
+
+    def predictions(self, mask: Bool[Tensor, 'b k']) -> Bool[Tensor, 'b m']:
+        """A mask over tokens as one over the predictions; one that is a token short is over predictions already."""
+        return mask[:, 1:] if self.select_by_target else mask[:, :-1]
+
+    def forward(
+        self,
+        preferred_seq: Int[Tensor, 'b n'],
+        unpreferred_seq: Int[Tensor, 'b n'],
+        *,
+        prompt_mask: Bool[Tensor, 'b n'],
+        preferred_seq_mask: Bool[Tensor, 'b n'] | None = None,
+        unpreferred_seq_mask: Bool[Tensor, 'b n'] | None = None,
+    ) -> Float[Tensor, '']:
+        """The loss. Both sequences begin with the prompt, where ``prompt_mask`` is True; masks are True at text.
+
+        Masks are over the tokens ``b n``, or over the predictions ``b (n - 1)``.
+        """
+        check_pair(preferred_seq, unpreferred_seq)
+        if self.pad_id is not None:
+            preferred_seq_mask = preferred_seq != self.pad_id if preferred_seq_mask is None else preferred_seq_mask
+            unpreferred_seq_mask = unpreferred_seq != self.pad_id if unpreferred_seq_mask is None else unpreferred_seq_mask
+        check_mask('prompt_mask', prompt_mask, preferred_seq)
+        response = ~prompt_mask
+        self.ref_model.eval()
+        margins = []
+        for seq, mask in ((preferred_seq, preferred_seq_mask), (unpreferred_seq, unpreferred_seq_mask)):
+            chosen = torch.ones_like(seq[:, 1:], dtype=torch.bool)
+            for name, given in (('prompt_mask', response), ('sequence mask', mask)):
+                check_mask(name, given, seq)
+                if given is not None:
+                    chosen = chosen & (self.predictions(given) if given.shape == seq.shape else given)
+            with torch.no_grad():
+                reference = self.score(self.ref_model, seq, chosen)
+            margins.append(self.score(self.policy_model, seq, chosen) - reference)
+        return -F.logsigmoid(self.beta * (margins[0] - margins[1])).mean()
+
+
+def check_pair(preferred: Tensor, unpreferred: Tensor) -> None:
+    if preferred.ndim != 2 or preferred.shape != unpreferred.shape:
+        raise ValueError(
+            'preferred_seq and unpreferred_seq must both be tokens of shape (batch, length), padded to one length; got '
+            f'{tuple(preferred.shape)} and {tuple(unpreferred.shape)}'
+        )
+
+
+def check_mask(name: str, mask: Tensor | None, seq: Tensor) -> None:
+    rows, length = seq.shape
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in ((rows, length), (rows, length - 1))):
+        raise ValueError(
+            f'{name} must be boolean over the tokens, ({rows}, {length}), or over what is predicted, ({rows}, {length - 1}); '
+            f'got {mask.dtype} {tuple(mask.shape)}'
+        )

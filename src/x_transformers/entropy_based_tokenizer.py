@@ -1,0 +1,92 @@
+"""Cutting a sequence where a model is surprised, https://arxiv.org/abs/2412.09871."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.generation.modes import eval_decorator
+from x_transformers.module import Module
+from x_transformers.tensor_types import Bool, Float, Int
+
+
+def calc_entropy_from_logits(logits: Float[Tensor, '... v']) -> Float[Tensor, '...']:
+    """Entropy in nats of the distribution that the logits stand for."""
+    probs = logits.softmax(dim=-1)
+    return -(probs * probs.clamp(min=1e-20).log()).sum(dim=-1)
+
+
+class EntropyBasedTokenizer(Module):
+    """Groups bytes into segments: one ends where the next byte is hard to predict.
+
+    Args:
+        decoder: a causal language model, tokens ``b n`` to logits ``b n v``.
+        entropy_threshold: a position whose next-token entropy (in nats) reaches this closes a segment.
+        max_token_size: no segment is longer.
+    """
+
+    def __init__(self, decoder: nn.Module, entropy_threshold: float, max_token_size: int | None = None) -> None:
+        super().__init__()
+        if max_token_size is not None and max_token_size < 1:
+            raise ValueError(f'max_token_size must be at least 1, got {max_token_size}')
+        self.decoder = decoder
+        self.entropy_threshold = entropy_threshold
+        self.max_token_size = max_token_size
+
+    def boundaries(self, entropies: Float[Tensor, 'b n'], lens: Int[Tensor, 'b'] | None) -> Bool[Tensor, 'b n']:
+        """True where a segment ends: at surprises, at each row's last valid position, and where it would grow too long."""
+        rows, length = entropies.shape
+        seq = torch.arange(length, device=entropies.device)
+        last = torch.full((rows, 1), length - 1, device=seq.device) if lens is None else lens[:, None] - 1
+        closes = ((entropies >= self.entropy_threshold) | (seq == last)) & (seq <= last)
+        if self.max_token_size is not None:
+            start_after = (torch.where(closes, seq + 1, 0)).cummax(dim=-1).values
+            start = torch.cat((torch.zeros_like(start_after[:, :1]), start_after[:, :-1]), dim=-1)
+            closes = closes | (((seq - start + 1) % self.max_token_size == 0) & (seq <= last))
+        return closes
+
+    @torch.no_grad()
+    @eval_decorator
+    def forward(
+        self,
+        seq: Int[Tensor, '... n'],
+        lens: Int[Tensor, 'b'] | None = None,
+        return_segmented_seq: bool = False,
+        decoder_forward_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Lengths of the segments, ``(b, segments)`` padded with 0, or the segments themselves (a tuple of tensors per row)."""
+        check(seq, lens)
+        batch = seq if seq.ndim == 2 else seq[None]
+        logits = self.decoder(batch, **(decoder_forward_kwargs or {}))
+        closes = self.boundaries(calc_entropy_from_logits(logits), lens)
+
+        segment = (closes.cumsum(dim=-1) - closes.long()).masked_fill(~valid(batch, lens), 0)
+        counts = closes.sum(dim=-1)
+        lengths = torch.zeros(batch.shape[0], int(counts.max()), dtype=torch.long, device=seq.device)
+        lengths.scatter_add_(1, segment.clamp(max=lengths.shape[1] - 1), valid(batch, lens).long())
+        if not return_segmented_seq:
+            return lengths if seq.ndim == 2 else lengths[0]
+        pieces = [
+            row[: int(sizes.sum())].split(sizes[:count].tolist())
+            for row, sizes, count in zip(batch, lengths, counts.tolist(), strict=True)
+        ]
+        return pieces if seq.ndim == 2 else pieces[0]
+
+
+def valid(batch: Int[Tensor, 'b n'], lens: Int[Tensor, 'b'] | None) -> Bool[Tensor, 'b n']:
+    seq = torch.arange(batch.shape[1], device=batch.device)
+    return torch.ones_like(batch, dtype=torch.bool) if lens is None else seq < lens[:, None]
+
+
+def check(seq: Tensor, lens: Tensor | None) -> None:
+    if seq.ndim not in (1, 2) or seq.shape[-1] == 0:
+        raise ValueError(f'seq must be tokens of shape (length,) or (batch, length), not empty; got {tuple(seq.shape)}')
+    if lens is None:
+        return
+    rows = seq.shape[0] if seq.ndim == 2 else 1
+    if lens.shape != (rows,):
+        raise ValueError(f'lens must hold one length per row, shape ({rows},), got {tuple(lens.shape)}')
+    if bool((lens < 1).any()) or bool((lens > seq.shape[-1]).any()):
+        raise ValueError(f'lens must lie between 1 and the length of the sequence, {seq.shape[-1]}; got {lens.tolist()}')

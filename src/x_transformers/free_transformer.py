@@ -1,0 +1,271 @@
+"""The Free Transformer: a decoder that decides on a latent before it writes, https://arxiv.org/abs/2510.17558."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.generation.decode import Tokens, decode
+from x_transformers.generation.modes import eval_decorator
+from x_transformers.generation.sampling import Sampler, resolve_filter, top_p
+from x_transformers.layers.stack import CrossAttender, Decoder
+from x_transformers.losses import token_cross_entropy
+from x_transformers.module import Module, empty_parameter
+from x_transformers.tensor_types import Bool, Float, Int
+
+
+class BinaryMapper(Module):
+    """Samples a code of ``bits`` bits and lets the gradient through; bit j has weight ``2 ** j``.
+
+    Args:
+        bits: the number of bits; codes are one-hot of width ``2 ** bits``.
+        kl_loss_threshold: nats that a code may carry for free.
+    """
+
+    power_two: Tensor
+    codes: Tensor
+
+    def __init__(self, bits: int = 1, kl_loss_threshold: float = math.log(2)) -> None:
+        super().__init__()
+        if bits < 1:
+            raise ValueError(f'bits must be at least 1, got {bits}')
+        self.bits = bits
+        self.num_codes = 2**bits
+        self.kl_loss_threshold = kl_loss_threshold
+        self.register_buffer('power_two', torch.empty(bits, dtype=torch.long), persistent=False)
+        self.register_buffer('codes', torch.empty(self.num_codes, bits), persistent=False)
+        self.init_own()
+
+    def init_own(self) -> None:
+        self.power_two.copy_(2 ** torch.arange(self.bits))
+        self.codes.copy_((torch.arange(self.num_codes)[:, None] // 2 ** torch.arange(self.bits)) % 2)
+
+    def entropy(self, logits: Float[Tensor, '... c']) -> Float[Tensor, '...']:
+        """Of the independent bits together, in nats."""
+        p = logits.sigmoid()
+        return -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits)).sum(dim=-1)
+
+    def code_probabilities(self, logits: Float[Tensor, '... c']) -> Float[Tensor, '... k']:
+        """The probability of every code: the product over its bits."""
+        return (F.logsigmoid(logits) @ self.codes.T + F.logsigmoid(-logits) @ (1 - self.codes).T).exp()
+
+    def forward(
+        self,
+        logits: Float[Tensor, '... c'],
+        temperature: float = 1.0,
+        straight_through: bool | None = None,
+        calc_aux_loss: bool | None = None,
+    ) -> tuple[Float[Tensor, '... k'], Float[Tensor, '']]:
+        """One-hot codes, and what they cost above the threshold; both flags follow the training mode unless given."""
+        if logits.shape[-1] != self.bits:
+            raise ValueError(f'logits must have {self.bits} channels, one per bit, got shape {tuple(logits.shape)}')
+        straight_through = self.training if straight_through is None else straight_through
+        calc_aux_loss = self.training if calc_aux_loss is None else calc_aux_loss
+        chosen = torch.rand_like(logits) <= (logits / temperature).sigmoid()
+        index = (chosen * self.power_two).sum(dim=-1)
+        one_hot = F.one_hot(index, self.num_codes).to(logits.dtype)
+
+        aux_loss = logits.new_zeros(())
+        if calc_aux_loss:
+            divergence = self.bits * math.log(2) - self.entropy(logits)
+            aux_loss = (divergence - self.kl_loss_threshold).relu().mean()
+        if straight_through:
+            soft = self.code_probabilities(logits)
+            one_hot = one_hot + soft - soft.detach()
+        return one_hot, aux_loss
+
+
+class FreeTransformer(Module):
+    """A decoder of which the second half is conditioned on a latent code that an encoder finds in training.
+
+    Args:
+        num_tokens, dim: vocabulary and width.
+        dec_head_depth, dec_tail_depth: layers before and after the latent enters; the head may be 0.
+        max_seq_len: kept for callers that read it.
+        enc_depth: cross-attention layers that find the latent.
+        dim_latent: kept for callers that pass it; the code's width is ``2 ** latent_bits``.
+        attn_dim_head, heads: of all stacks; further keywords go to all, ``enc_kwargs`` and ``dec_kwargs`` to one kind.
+        latent_bits, per_token_latents, kl_loss_threshold, binary_mapper_kwargs: of the codes.
+        kl_loss_weight, latent_dropout_prob: of training.
+        pad_id: targets to ignore; such inputs are embedded as token 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        dec_head_depth: int,
+        dec_tail_depth: int,
+        max_seq_len: int,
+        enc_depth: int = 1,
+        dim_latent: int | None = None,
+        attn_dim_head: int = 64,
+        heads: int = 8,
+        latent_bits: int = 16,
+        per_token_latents: bool = True,
+        kl_loss_threshold: float = math.log(2),
+        binary_mapper_kwargs: dict[str, Any] | None = None,
+        enc_kwargs: dict[str, Any] | None = None,
+        dec_kwargs: dict[str, Any] | None = None,
+        kl_loss_weight: float = 1.0,
+        latent_dropout_prob: float = 0.0,
+        pad_id: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if dec_tail_depth < 1 or dec_head_depth < 0:
+            raise ValueError(
+                f'dec_tail_depth must be at least 1 and dec_head_depth at least 0, got {dec_tail_depth} and {dec_head_depth}'
+            )
+        shared = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads, 'rotary_pos_emb': True, 'use_rmsnorm': True}
+        shared |= kwargs
+        self.dim, self.max_seq_len = dim, max_seq_len
+        self.query_token_for_latents = empty_parameter(dim)
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.token_unembed = nn.Linear(dim, num_tokens, bias=False)
+        self.encoder = CrossAttender(depth=enc_depth, **shared, **(enc_kwargs or {}))
+        self.to_latent_bit_logits = nn.Linear(dim, latent_bits, bias=False)
+        self.from_latent_to_condition = nn.Linear(2**latent_bits, dim, bias=False)
+        self.latent_dropout = nn.Dropout(latent_dropout_prob)
+        self.binary_mapper = BinaryMapper(latent_bits, kl_loss_threshold, **(binary_mapper_kwargs or {}))
+        decoder = shared | (dec_kwargs or {})
+        self.decoder_head = (
+            Decoder(depth=dec_head_depth, pre_norm_has_final_norm=False, **decoder) if dec_head_depth > 0 else None
+        )
+        self.decoder_tail = Decoder(depth=dec_tail_depth, **decoder)
+        self.per_token_latents = per_token_latents
+        self.kl_loss_weight = kl_loss_weight
+        self.pad_id = pad_id
+        self.init_own()
+
+    def init_own(self) -> None:
+        nn.init.normal_(self.query_token_for_latents, std=0.01)
+
+    @property
+    def device(self) -> torch.device:
+        return self.query_token_for_latents.device
+
+    def embed(self, seq: Int[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
+        return self.token_emb(seq.masked_fill(seq == self.pad_id, 0))
+
+    def head(self, seq: Int[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
+        embedded = self.embed(seq)
+        return embedded if self.decoder_head is None else self.decoder_head(embedded)
+
+    def encode_to_latents(
+        self,
+        decoder_head_embeds: Float[Tensor, 'b n d'],
+        mask: Bool[Tensor, 'b n'] | None = None,
+        return_kl_loss: bool = False,
+        per_token_latents: bool | None = None,
+    ) -> Any:
+        """One-hot codes ``b n k``, or ``b 1 k`` for the whole sequence; optionally what they cost."""
+        per_token = self.per_token_latents if per_token_latents is None else per_token_latents
+        rows, length, _ = decoder_head_embeds.shape
+        queries = self.query_token_for_latents.expand(rows, length if per_token else 1, -1)
+        pos = torch.arange(length, device=self.device)
+        rotated = {'pos': pos, 'context_pos': pos} if per_token else {}
+        found = self.encoder(queries, context=decoder_head_embeds, context_mask=mask, **rotated)
+        one_hot, kl_loss = self.binary_mapper(self.to_latent_bit_logits(found), calc_aux_loss=return_kl_loss)
+        return (one_hot, kl_loss) if return_kl_loss else one_hot
+
+    def forward(
+        self, seq: Int[Tensor, 'b n'], seq_for_latents: Int[Tensor, 'b m'] | None = None, return_all_losses: bool = False
+    ) -> Any:
+        """Next-token loss given codes found in the sequence itself, or one code found in ``seq_for_latents``."""
+        inputs, labels = seq[:, :-1], seq[:, 1:]
+        hidden = self.head(inputs)
+        if seq_for_latents is None:
+            latents, kl_loss = self.encode_to_latents(hidden, return_kl_loss=True)
+        else:
+            latents, kl_loss = self.encode_to_latents(self.head(seq_for_latents), per_token_latents=False, return_kl_loss=True)
+        condition = self.from_latent_to_condition(self.latent_dropout(latents))
+        logits = self.token_unembed(self.decoder_tail(hidden, self_attn_kv_residuals=condition))
+        ar_loss = token_cross_entropy(logits, labels, ignore_index=self.pad_id)
+        total = ar_loss + self.kl_loss_weight * kl_loss
+        return (total, (ar_loss, kl_loss)) if return_all_losses else total
+
+    def as_condition(self, latents: Any, rows: int) -> Float[Tensor, 'b m d'] | None:
+        """What the tail is told: codes by number, one-hot or soft, one per row (m = 1) or one per position."""
+        if latents is None:
+            return None
+        codes = torch.as_tensor(latents, device=self.device)
+        if not codes.is_floating_point():
+            if bool((codes < 0).any()) or bool((codes >= self.binary_mapper.num_codes).any()):
+                raise ValueError(f'latent codes must lie in 0 … {self.binary_mapper.num_codes - 1}, got {codes.tolist()}')
+            codes = F.one_hot(codes.long(), self.binary_mapper.num_codes)
+        codes = codes.to(self.query_token_for_latents.dtype)
+        if codes.shape[-1] != self.binary_mapper.num_codes:
+            raise ValueError(
+                f'latents must be code numbers or have {self.binary_mapper.num_codes} channels, got shape {tuple(codes.shape)}'
+            )
+        if codes.ndim == 1:
+            codes = codes[None]
+        if codes.ndim == 2:
+            codes = codes[:, None]
+        return self.from_latent_to_condition(codes).expand(rows, -1, -1)
+
+    @torch.no_grad()
+    @eval_decorator
+    def generate(
+        self,
+        prompts: Int[Tensor, 'b n'],
+        seq_len: int,
+        latents: Any = None,
+        filter_logits_fn: Any = top_p,
+        logit_filter_kwargs: dict[str, Any] | None = None,
+        use_kv_cache: bool = True,
+        include_prompt: bool = True,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, 'b m']:
+        """Prompt and continuation, ``seq_len`` tokens in all; without the prompt if ``include_prompt`` is False.
+
+        Latents may be code numbers, one-hot or soft codes, one per row, or (``b seq_len k``) one per position.
+        """
+        if prompts.ndim != 2 or prompts.shape[1] == 0:
+            raise ValueError(f'prompts must be tokens of shape (batch, length), not empty; got {tuple(prompts.shape)}')
+        filter_kwargs = {'thres': 0.9} if logit_filter_kwargs is None else logit_filter_kwargs
+        condition = self.as_condition(latents, len(prompts))
+        reader = FreeReader(self, condition, use_kv_cache)
+        pick = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs, generator)
+        tokens = Tokens(prompts, room=max(seq_len - prompts.shape[1], 0))
+        for _ in decode(reader, tokens, seq_len - prompts.shape[1], pick):
+            pass
+        return tokens.part(0 if include_prompt else prompts.shape[1])
+
+
+class FreeReader:
+    """Reads head and tail with a cache each, telling the tail the condition; for the decode loop."""
+
+    def __init__(self, model: FreeTransformer, condition: Float[Tensor, 'b m d'] | None, caching: bool) -> None:
+        self.model, self.condition, self.caching = model, condition, caching
+        self.head_cache: Any = None
+        self.tail_cache: Any = None
+        self.seen = 0
+
+    def told(self, length: int) -> Float[Tensor, 'b m d'] | None:
+        """The part of the condition that belongs to the tokens not yet read."""
+        if self.condition is None or self.condition.shape[1] == 1:
+            return self.condition
+        return self.condition[:, self.seen : length]
+
+    def read(self, tokens: Tokens) -> Float[Tensor, 'b 1 v']:
+        model = self.model
+        hidden = model.embed(tokens.part(self.seen))
+        given = {'return_hiddens': True, 'input_not_include_cache': True}
+        head_cache = None
+        if model.decoder_head is not None:
+            hidden, head_cache = model.decoder_head(hidden, cache=self.head_cache, **given)
+        hidden, tail_cache = model.decoder_tail(
+            hidden, cache=self.tail_cache, self_attn_kv_residuals=self.told(tokens.length), **given
+        )
+        if self.caching:
+            self.head_cache, self.tail_cache, self.seen = head_cache, tail_cache, tokens.length
+        logits: Tensor = model.token_unembed(hidden[:, -1:])
+        return logits

@@ -1,0 +1,139 @@
+"""A GPT that is told in one prefix token what kind of sequence to write (https://arxiv.org/abs/2304.13705)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.generation.modes import eval_decorator
+from x_transformers.helpers import exists
+from x_transformers.layers.stack import Decoder, Encoder
+from x_transformers.module import Module
+from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.transformer_wrapper import TransformerWrapper
+
+
+class GPTVAE(Module):
+    """Encodes a sequence into a Gaussian latent and decodes it autoregressively behind that latent as a prefix.
+
+    Args:
+        num_tokens, dim, depth, enc_depth, max_seq_len: of the model; ``enc_depth`` layers encode, ``depth`` decode.
+        dim_latent: width of the latent; ``dim`` by default.
+        attn_dim_head, heads: of both stacks; further keywords go to both, ``enc_kwargs`` and ``dec_kwargs`` to one.
+        vae_kl_loss_weight: weight of the divergence from the standard normal.
+        vae_kl_div_floor: what a latent dimension may cost for free.
+        latents_dropout_prob: share of rows, in training, that must do without their prefix.
+        pad_id: targets to ignore; such inputs are not seen by the encoder.
+        encoder: a module in place of the default one, tokens and ``mask`` to ``b d``.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        enc_depth: int,
+        max_seq_len: int,
+        dim_latent: int | None = None,
+        attn_dim_head: int = 64,
+        heads: int = 8,
+        enc_kwargs: dict[str, Any] | None = None,
+        dec_kwargs: dict[str, Any] | None = None,
+        vae_kl_loss_weight: float = 1.0,
+        vae_kl_div_floor: float = 0.0,
+        latents_dropout_prob: float = 0.5,
+        pad_id: int = -1,
+        encoder: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dim_latent = dim if dim_latent is None else dim_latent
+        shape = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads}
+        self.num_tokens, self.dim_latent, self.pad_id = num_tokens, dim_latent, pad_id
+        if encoder is None:
+            encoder = TransformerWrapper(
+                num_tokens=num_tokens,
+                max_seq_len=max_seq_len + 1,
+                return_only_embed=True,
+                average_pool_embed=True,
+                attn_layers=Encoder(depth=enc_depth, **shape, **kwargs, **(enc_kwargs or {})),
+            )
+        self.encoder = encoder
+        self.to_latent_mean_log_variance = nn.Sequential(nn.Linear(dim, 2 * dim_latent))
+        self.from_latent_to_prepend_token = nn.Sequential(nn.Linear(dim_latent, dim))
+        self.decoder = TransformerWrapper(
+            num_tokens=num_tokens,
+            max_seq_len=max_seq_len,
+            attn_layers=Decoder(depth=depth, **shape, **kwargs, **(dec_kwargs or {})),
+        )
+        self.ar_wrapped_decoder = AutoregressiveWrapper(self.decoder, ignore_index=pad_id)
+        self.vae_kl_loss_weight = vae_kl_loss_weight
+        self.vae_kl_div_floor = vae_kl_div_floor
+        self.latents_dropout_prob = latents_dropout_prob
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encode_to_latents(self, seq: Int[Tensor, 'b n'], return_mean_log_var: bool = False) -> Any:
+        """A sample of each row's latent, ``b z``; optionally also its mean and log-variance."""
+        mask = seq != self.pad_id
+        pooled = self.encoder(seq.masked_fill(~mask, 0), mask=mask)
+        mean, log_variance = self.to_latent_mean_log_variance(pooled).chunk(2, dim=-1)
+        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        return (latents, (mean, log_variance)) if return_mean_log_var else latents
+
+    def visible_prefix(self, rows: int) -> Bool[Tensor, 'b 1'] | None:
+        """Which rows see their prefix; None: all. A row without it is as if it had none, positions included."""
+        if not self.training or self.latents_dropout_prob <= 0:
+            return None
+        return torch.rand(rows, 1, device=self.device) >= self.latents_dropout_prob
+
+    def forward(
+        self, seq: Int[Tensor, 'b n'], seq_for_latents: Int[Tensor, 'b m'] | None = None, return_all_losses: bool = False
+    ) -> Any:
+        """The loss of decoding ``seq`` from the latent of ``seq_for_latents`` (itself by default), plus the divergence."""
+        source = seq if seq_for_latents is None else seq_for_latents
+        latents, (mean, log_variance) = self.encode_to_latents(source, return_mean_log_var=True)
+        prefix = self.from_latent_to_prepend_token(latents)[:, None]
+        visible = self.visible_prefix(len(seq))
+        masked = {} if visible is None else {'prepend_mask': visible}
+        decoding_loss = self.ar_wrapped_decoder(seq, prepend_embeds=prefix, **masked)
+
+        divergence = 0.5 * (log_variance.exp() + mean.square() - log_variance - 1.0)
+        kl_loss = (divergence - self.vae_kl_div_floor).relu().sum(dim=-1).mean()
+        total = decoding_loss + kl_loss * self.vae_kl_loss_weight
+        return (total, (decoding_loss, kl_loss)) if return_all_losses else total
+
+    @torch.no_grad()
+    @eval_decorator
+    def generate(
+        self,
+        prompts: Int[Tensor, '... n'],
+        seq_len: int,
+        latents: Float[Tensor, '... z'] | list[float] | None = None,
+        seq_for_latents: Int[Tensor, 'b m'] | None = None,
+        **generate_kwargs: Any,
+    ) -> Tensor:
+        """New tokens, as ``AutoregressiveWrapper.generate``, behind given latents, those of a sequence, or none."""
+        if exists(latents) and exists(seq_for_latents):
+            raise ValueError('give either latents or seq_for_latents, not both: each decides the prefix')
+        rows = prompts.shape[0] if prompts.ndim == 2 else 1
+        prefix = None
+        if exists(seq_for_latents):
+            latents = self.encode_to_latents(seq_for_latents)
+        if exists(latents):
+            prefix = self.from_latent_to_prepend_token(self.as_latents(latents, rows))[:, None]
+        return self.ar_wrapped_decoder.generate(prompts, seq_len, prepend_embeds=prefix, **generate_kwargs)
+
+    def as_latents(self, latents: Any, rows: int) -> Float[Tensor, 'b z']:
+        given = torch.as_tensor(latents, dtype=torch.get_default_dtype(), device=self.device)
+        if given.shape not in ((self.dim_latent,), (rows, self.dim_latent), (1, self.dim_latent)):
+            raise ValueError(
+                f'latents must have shape ({self.dim_latent},) or ({rows}, {self.dim_latent}), got {tuple(given.shape)}'
+            )
+        return given.expand(rows, -1) if given.ndim == 2 else given[None].expand(rows, -1)

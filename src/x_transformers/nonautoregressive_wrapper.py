@@ -1,0 +1,308 @@
+"""Masked generation: predict what is hidden, hide the least certain again (https://arxiv.org/abs/1904.09324,
+https://arxiv.org/abs/2202.04200); the loss may be weighted as in masked diffusion (https://arxiv.org/abs/2406.07524)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+
+from x_transformers.generation.modes import eval_decorator
+from x_transformers.helpers import exists
+from x_transformers.losses import token_cross_entropy
+from x_transformers.module import Module, empty_parameter
+from x_transformers.tensor_types import Bool, Float, Int
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+class Losses(NamedTuple):
+    """What ``NonAutoregressiveWrapper`` returns; a part that was not computed is None."""
+
+    loss: Tensor
+    generator_loss: Tensor | None
+    critic_loss: Tensor | None
+
+
+# ---------------------------------------------------------------- chance
+
+
+def top_k(logits: Float[Tensor, '... v'], thres: float = 0.9) -> Float[Tensor, '... v']:
+    """Keep the best ``ceil((1 - thres) * v)`` logits, remove the others."""
+    k = math.ceil((1 - thres) * logits.shape[-1])
+    best = logits.topk(k, dim=-1)
+    return torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
+
+
+def log(t: Tensor, eps: float = 1e-10) -> Tensor:
+    return (t + eps).log()
+
+
+def gumbel_noise(t: Tensor) -> Tensor:
+    return -log(-log(torch.zeros_like(t).uniform_(0, 1)))
+
+
+def gumbel_sample(t: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """A sample of ``softmax(t / temperature)``."""
+    return (t / max(temperature, 1e-10) + gumbel_noise(t)).argmax(dim=dim)
+
+
+def sample_prob(prob: float) -> bool:
+    return random.random() < prob
+
+
+def coin_flip() -> bool:
+    return sample_prob(0.5)
+
+
+def get_mask_subset_prob(mask: Bool[Tensor, 'b n'], prob: float | Float[Tensor, 'b'], min_mask: int = 0) -> Bool[Tensor, 'b n']:
+    """In each row a random subset of the True positions: the share ``prob``, rounded up, at least ``min_mask``."""
+    share = prob[:, None] if isinstance(prob, Tensor) else prob
+    there = mask.sum(dim=-1, keepdim=True)
+    wanted = (there * share).clamp(min=min_mask)
+    scores = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
+    return (rank < wanted) & mask
+
+
+# ---------------------------------------------------------------- schedules: the share that is masked at time t
+
+
+def linear_schedule(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def cosine_schedule(t: Tensor) -> Tensor:
+    """https://arxiv.org/abs/2202.04200"""
+    return torch.cos(t * math.pi / 2)
+
+
+SCHEDULES: dict[str, Schedule] = {'linear': linear_schedule, 'cosine': cosine_schedule}
+
+
+def choose_schedule(schedule: str | Schedule) -> Schedule:
+    if callable(schedule):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(f'schedule must be one of {", ".join(SCHEDULES)} or a function of the time, got {schedule!r}')
+    return SCHEDULES[schedule]
+
+
+class SelfCritic(Module):
+    """A critic made of the generator's own embeddings and one linear map."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.to_logits = nn.Linear(net.attn_layers.dim, 1)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, x: Int[Tensor, 'b n'], **kwargs: Any) -> Float[Tensor, 'b n 1']:
+        return self.to_logits(self.net(x, return_embeddings=True, **kwargs))
+
+
+class NonAutoregressiveWrapper(Module):
+    """Trains a bidirectional net to fill in masked tokens, and generates by filling in step by step.
+
+    Args:
+        net: a ``TransformerWrapper`` over an ``Encoder``.
+        mask_id: the token that stands for a hidden one; must have a row in the net's embedding.
+        steps: rounds of generation.
+        self_cond, self_cond_train_prob: condition on the embeddings of the previous round; how often so in training.
+        no_replace_prob, random_token_prob: share of the chosen positions left as they are, or replaced by random tokens.
+        schedule: 'linear', 'cosine' or a differentiable function from time (0 to 1) to the masked share (1 to 0).
+        can_mask_prev_unmasked: whether a token once accepted may be hidden again.
+        token_critic: a net from tokens to ``b n 1`` that judges which tokens are not real
+            (https://aclanthology.org/2021.naacl-main.409/); self_token_critic: the generator itself with one linear map.
+        critic_loss_weight: its weight.
+        use_simple_mdlm_loss_weight: weight by ``-schedule'(t) / schedule(t)``, the bound of masked diffusion.
+        mdlm_weight_of_the_original: weight by ``schedule'(t) / (1 - schedule(t))`` instead, which is negative: only to
+            reproduce the original's numbers; minimising it unlearns.
+        critic_sees_masked_only: label as unreal only what was filled in. False: the original's labels, which call a visible
+            token unreal wherever the generator would have said another one.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        mask_id: int,
+        steps: int = 18,
+        self_cond: bool = False,
+        self_cond_train_prob: float = 0.75,
+        no_replace_prob: float = 0.15,
+        random_token_prob: float = 0.1,
+        schedule: str | Schedule = 'linear',
+        can_mask_prev_unmasked: bool = False,
+        token_critic: nn.Module | None = None,
+        self_token_critic: bool = False,
+        critic_loss_weight: float = 1.0,
+        use_simple_mdlm_loss_weight: bool = True,
+        mdlm_weight_of_the_original: bool = False,
+        critic_sees_masked_only: bool = True,
+    ) -> None:
+        super().__init__()
+        if exists(token_critic) and self_token_critic:
+            raise ValueError('token_critic and self_token_critic exclude each other: give one critic')
+        self.net: Any = net
+        dim, emb_dim = self.net.attn_layers.dim, self.net.emb_dim
+        self.max_seq_len, self.num_tokens = self.net.max_seq_len, self.net.num_tokens
+        if not 0 <= mask_id < self.num_tokens:
+            raise ValueError(f'mask_id must be one of the {self.num_tokens} tokens of the net, got {mask_id}')
+        self.mask_id, self.steps = mask_id, steps
+        self.no_replace_prob, self.random_token_prob = no_replace_prob, random_token_prob
+        self.schedule_fn = choose_schedule(schedule)
+        self.can_mask_prev_unmasked = can_mask_prev_unmasked
+        self.self_cond, self.self_cond_train_prob = self_cond, self_cond_train_prob
+        if self_cond:
+            self.null_embed = empty_parameter(dim)
+            self.to_self_cond = nn.Linear(dim, emb_dim, bias=False)
+        self.token_critic = SelfCritic(net) if self_token_critic else token_critic
+        self.critic_loss_weight = critic_loss_weight
+        self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
+        self.mdlm_weight_of_the_original = mdlm_weight_of_the_original
+        self.critic_sees_masked_only = critic_sees_masked_only
+        self.init_own()
+
+    def init_own(self) -> None:
+        if self.self_cond:
+            nn.init.normal_(self.null_embed)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    # ------------------------------------------------------------ training
+
+    def corrupted(self, x: Int[Tensor, 'b n'], mask: Bool[Tensor, 'b n']) -> Int[Tensor, 'b n']:
+        """The input with the chosen positions hidden; some of them are left as they are, some get a random token."""
+        to_hide, masked, left = mask, x, 1.0
+        if self.no_replace_prob > 0 and coin_flip():
+            left -= self.no_replace_prob
+            to_hide = to_hide & ~get_mask_subset_prob(mask, self.no_replace_prob)
+        if self.random_token_prob > 0 and coin_flip():
+            to_replace = get_mask_subset_prob(to_hide, self.random_token_prob * left)
+            masked = torch.where(to_replace, torch.randint_like(x, 0, self.num_tokens), masked)
+            to_hide = to_hide & ~to_replace
+        return masked.masked_fill(to_hide, self.mask_id)
+
+    def self_condition(self, masked: Int[Tensor, 'b n'], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """What the net is told of a previous round: nothing learned yet, or its own embeddings."""
+        if not self.self_cond:
+            return {}
+        known = self.null_embed.expand(*masked.shape, -1)
+        if sample_prob(self.self_cond_train_prob):
+            with torch.no_grad():
+                known = self.net(masked, return_embeddings=True, **kwargs)
+        return {'sum_embeds': self.to_self_cond(known)}
+
+    def loss_weight(self, times: Float[Tensor, 'b']) -> Float[Tensor, 'b']:
+        slope, share = vmap(grad_and_value(self.schedule_fn))(times)
+        if self.mdlm_weight_of_the_original:
+            return slope / (1 - share)
+        return -slope / share.clamp(min=1 / self.max_seq_len)
+
+    def forward(
+        self,
+        x: Int[Tensor, 'b n'],
+        only_train_generator: bool = False,
+        only_train_critic: bool = False,
+        generator_sample_temperature: float | None = None,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        **kwargs: Any,
+    ) -> Losses:
+        """The losses on sequences of exactly ``max_seq_len`` tokens; ``mask`` (True = text) keeps padding out of them."""
+        self.check(x, mask, only_train_generator, only_train_critic)
+        text = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        kwargs = kwargs if mask is None else {'mask': mask, **kwargs}
+        times = torch.empty(len(x), device=x.device).uniform_(0, 1)
+        chosen = get_mask_subset_prob(text, self.schedule_fn(times), min_mask=1)
+        masked = self.corrupted(x, chosen)
+        kwargs = kwargs | self.self_condition(masked, kwargs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
+            logits = self.net(masked, **kwargs)
+        is_log_prob = getattr(self.net, 'output_is_log_prob', False)
+        loss = token_cross_entropy(logits[chosen], x[chosen], is_log_prob=is_log_prob, reduction='none')
+        if self.use_simple_mdlm_loss_weight:
+            loss = loss * self.loss_weight(times)[:, None].expand(x.shape)[chosen]
+        loss = loss.mean()
+        if self.token_critic is None or only_train_generator:
+            return Losses(loss, loss, None)
+
+        temperature = random.random() if generator_sample_temperature is None else generator_sample_temperature
+        sampled = gumbel_sample(logits, temperature=temperature)
+        filled = torch.where(chosen, sampled, x)
+        unreal = (filled if self.critic_sees_masked_only else sampled) != x
+        judged = self.token_critic(filled).squeeze(-1)
+        critic_loss = F.binary_cross_entropy_with_logits(judged[text], unreal[text].to(judged.dtype))
+        if only_train_critic:
+            return Losses(critic_loss, None, critic_loss)
+        return Losses(loss + self.critic_loss_weight * critic_loss, loss, critic_loss)
+
+    def check(self, x: Tensor, mask: Tensor | None, only_generator: bool, only_critic: bool) -> None:
+        if x.ndim != 2 or x.shape[1] != self.max_seq_len:
+            raise LengthError(f'x must have shape (batch, {self.max_seq_len}), the full max_seq_len; got {tuple(x.shape)}')
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape):
+            raise ValueError(f'mask must be boolean of shape {tuple(x.shape)}, got {mask.dtype} {tuple(mask.shape)}')
+        if only_generator and only_critic:
+            raise ValueError('only_train_generator and only_train_critic together leave nothing to train')
+        if only_critic and self.token_critic is None:
+            raise ValueError(
+                'only_train_critic=True, but there is no critic: build the wrapper with token_critic or self_token_critic=True'
+            )
+
+    # ------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    @eval_decorator
+    def generate(
+        self,
+        batch_size: int | None = None,
+        start_temperature: float = 1.0,
+        filter_thres: float | None = 0.7,
+        noise_level_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> Int[Tensor, '... n']:
+        """Sequences of ``max_seq_len`` tokens: all hidden at first, fewer in each of ``steps`` rounds."""
+        if start_temperature < 0:
+            raise ValueError(f'start_temperature must not be negative, got {start_temperature}')
+        rows = 1 if batch_size is None else batch_size
+        seq = torch.full((rows, self.max_seq_len), self.mask_id, device=self.device)
+        hidden = torch.ones_like(seq, dtype=torch.bool)
+        shares = self.schedule_fn(torch.linspace(0, 1, self.steps + 1, device=self.device)[1:])
+        still_hidden = (shares * self.max_seq_len).long().clamp(min=0).tolist()
+        known = self.null_embed.expand(*seq.shape, -1) if self.self_cond else None
+        for step, count in enumerate(still_hidden, start=1):
+            annealing = (self.steps - step) / self.steps
+            given = kwargs if known is None else {**kwargs, 'sum_embeds': self.to_self_cond(known)}
+            logits, embeds = self.net(seq, return_logits_and_embeddings=True, **given)
+            known = embeds if self.self_cond else None
+            if exists(filter_thres):
+                logits = top_k(logits, filter_thres)
+            sampled = gumbel_sample(logits, temperature=max(start_temperature * annealing, 1e-3))
+            seq = torch.where(hidden, sampled, seq)
+            doubt = self.doubt(seq, sampled, logits, noise_level_scale * annealing)
+            if not self.can_mask_prev_unmasked:
+                doubt = doubt.masked_fill(~hidden, -torch.finfo(doubt.dtype).max)
+            worst = doubt.topk(count, dim=-1).indices
+            hidden = torch.zeros_like(hidden).scatter(1, worst, True)
+            seq = seq.masked_fill(hidden, self.mask_id)
+        return seq if exists(batch_size) else seq[0]
+
+    def doubt(
+        self, seq: Int[Tensor, 'b n'], sampled: Int[Tensor, 'b n'], logits: Float[Tensor, 'b n v'], noise: float
+    ) -> Float[Tensor, 'b n']:
+        """How little each token is to be trusted: the critic's word, or what the generator left to other tokens."""
+        if self.token_critic is not None:
+            judged = self.token_critic(seq).squeeze(-1)
+            return judged + noise * gumbel_noise(judged)
+        return 1 - logits.softmax(dim=-1).gather(-1, sampled[..., None]).squeeze(-1)
+
+
+class LengthError(ValueError, AssertionError):
+    """A sequence of another length than the wrapper works on; callers that catch the original's AssertionError still do."""

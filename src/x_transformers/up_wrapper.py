@@ -1,0 +1,200 @@
+"""Universal pre-training on the output of random machines, https://arxiv.org/abs/2506.20057."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.generation.sampling import gumbel_sample
+from x_transformers.module import Module
+from x_transformers.tensor_types import Float, Int
+
+
+def random_sequences(
+    num_tokens: int,
+    seq_len: int,
+    num_samples_random: int,
+    num_samples_constant: int,
+    shuffle: bool = True,
+    device: torch.device | str | None = None,
+) -> Int[Tensor, 'b n']:
+    """Rows of uniform ids and rows that repeat one id, the same random one in all of them."""
+    noise = torch.randint(0, num_tokens, (num_samples_random, seq_len), device=device)
+    constant = torch.full((num_samples_constant, seq_len), int(torch.randint(0, num_tokens, ())), device=device)
+    rows = torch.cat((noise, constant))
+    return rows[torch.randperm(len(rows), device=device)] if shuffle else rows
+
+
+class SyntheticDataGenerator(Module):
+    """A recurrent network with random weights: the machine whose output is learned.
+
+    Args:
+        dim, num_tokens: width of the embedding, size of the vocabulary.
+        max_seq_len: ``generate`` returns at most this many tokens.
+        hidden_size: of the recurrent network; ``dim`` by default.
+        use_gru: a GRU in place of an LSTM.
+        network_klass: another recurrent class, called as ``klass(dim, hidden_size, batch_first=True)``.
+        rescale_recurrent: also scale the recurrent weights by a random factor, as the paper does; the original scales only the
+            output map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_tokens: int,
+        max_seq_len: int = 512,
+        hidden_size: int | None = None,
+        use_gru: bool = False,
+        network_klass: Any = None,
+        rescale_recurrent: bool = False,
+    ) -> None:
+        super().__init__()
+        self.max_seq_len = max_seq_len
+        self.rescale_recurrent = rescale_recurrent
+        hidden_size = hidden_size or dim
+        klass = network_klass or (nn.GRU if use_gru else nn.LSTM)
+        self.embed = nn.Embedding(num_tokens, dim)
+        self.net = klass(dim, hidden_size, batch_first=True)
+        self.to_logits = nn.Linear(hidden_size, num_tokens, bias=False)
+        self.init_own()
+
+    def init_own(self) -> None:
+        """Scale what the children drew: the factors decide how chaotic the machine is."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.mul_(torch.empty(()).uniform_(0.0, 1.1).item())
+            if self.rescale_recurrent:
+                for name, weight in self.net.named_parameters():
+                    if 'weight' in name:
+                        weight.mul_(torch.empty(()).uniform_(0.0, 1.1).item())
+
+    def reset_(self) -> None:
+        """Draw another machine."""
+        self.reset_parameters()
+
+    def forward(self, input: Int[Tensor, 'b n'], hiddens: Any = None) -> tuple[Float[Tensor, 'b n v'], Any]:
+        """Logits, and the state to go on from."""
+        embedded = self.embed(input)
+        out, hidden = self.net(embedded) if hiddens is None else self.net(embedded, hiddens)
+        return self.to_logits(out), hidden
+
+    @torch.no_grad()
+    def generate(
+        self,
+        length: int,
+        seed: Int[Tensor, 'b n'] | None = None,
+        condition: Int[Tensor, 'b m'] | None = None,
+        temperature: float = 1e-4,
+    ) -> Int[Tensor, 'b k']:
+        """Go on from seed and condition for ``length`` tokens; the newest ``max_seq_len`` of prefix and samples."""
+        given = [part for part in (seed, condition) if part is not None]
+        if not given:
+            raise ValueError('generate needs a seed, a condition or both to start from; got neither')
+        prefix = torch.cat(given, dim=-1)
+        out = [prefix]
+        step, hidden = prefix, None
+        for _ in range(length):
+            logits, hidden = self.forward(step, hidden)
+            step = gumbel_sample(logits[:, -1], temperature=temperature)[:, None]
+            out.append(step)
+        return torch.cat(out, dim=-1)[:, -self.max_seq_len :]
+
+
+class UniversalPretrainWrapper(Module):
+    """Trains a model on a buffer of sequences that random machines keep rewriting (algorithm 1 of the paper).
+
+    Args:
+        model: a causal ``TransformerWrapper``.
+        data_generator: the machine; one of the model's width by default.
+        buffer_size: rows of the buffer, 20 batches by default; must be larger than a batch.
+        num_reset: rows replaced by fresh noise at each step, half of them constant; even.
+        batch_size, seq_len, seed_length: of what is drawn, made and cropped.
+        reset_turing_machine_every: draw another machine after so many steps; 0 never.
+        keep_buffer_on_cpu: the buffer stays out of the state dict and on the CPU.
+    """
+
+    step: Tensor
+    synth_data_buffer: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_generator: SyntheticDataGenerator | None = None,
+        buffer_size: int | None = None,
+        num_reset: int = 20,
+        batch_size: int = 32,
+        seq_len: int = 512,
+        seed_length: int = 8,
+        reset_turing_machine_every: int = 0,
+        keep_buffer_on_cpu: bool = False,
+    ) -> None:
+        super().__init__()
+        stack: Any = model.attn_layers
+        buffer_size = 20 * batch_size if buffer_size is None else buffer_size
+        check_pretraining(stack.causal, buffer_size, batch_size, num_reset, seed_length, seq_len)
+        self.model = model
+        self.num_tokens = int(model.num_tokens)  # type: ignore[arg-type]
+        self.data_generator = data_generator or SyntheticDataGenerator(stack.dim, self.num_tokens, max_seq_len=seq_len)
+        self.seq_len, self.batch_size, self.seed_length = seq_len, batch_size, seed_length
+        self.num_reset = num_reset
+        self.reset_turing_machine_every = reset_turing_machine_every
+        self.keep_buffer_on_cpu = keep_buffer_on_cpu
+        self.ar_wrapped = AutoregressiveWrapper(model)
+        half = buffer_size // 2
+        buffer = random_sequences(self.num_tokens, seq_len, half, buffer_size - half)
+        if keep_buffer_on_cpu:
+            self.synth_data_buffer = buffer
+        else:
+            self.register_buffer('synth_data_buffer', buffer)
+        self.register_buffer('step', torch.zeros((), dtype=torch.long))
+
+    @property
+    def device(self) -> torch.device:
+        return self.step.device
+
+    def draw(self, count: int) -> Int[Tensor, 'k']:
+        """Distinct row numbers, on the buffer's own device."""
+        return torch.randperm(len(self.synth_data_buffer), device=self.synth_data_buffer.device)[:count]
+
+    def crops(self, rows: Int[Tensor, 'b n']) -> Int[Tensor, 'b k']:
+        """A random window of ``seed_length`` tokens of each row."""
+        starts = torch.randint(0, self.seq_len - self.seed_length, (len(rows), 1), device=rows.device)
+        return rows.gather(1, starts + torch.arange(self.seed_length, device=rows.device))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """One step of the machine: new rows in place of those it was conditioned on, fresh noise in some others."""
+        buffer = self.synth_data_buffer
+        conditioned = self.draw(self.batch_size)
+        conditions = buffer[conditioned].to(self.device)
+        seeds = self.crops(buffer[self.draw(self.batch_size)]).to(self.device)
+        made = self.data_generator.generate(self.seq_len, seed=seeds, condition=conditions)[:, -self.seq_len :]
+        self.step.add_(1)
+        if self.reset_turing_machine_every > 0 and int(self.step) % self.reset_turing_machine_every == 0:
+            self.data_generator.reset_()
+        half = self.num_reset // 2
+        buffer[self.draw(self.num_reset)] = random_sequences(self.num_tokens, self.seq_len, half, half, device=buffer.device)
+        buffer[conditioned] = made.to(buffer.device)
+
+    def forward(self) -> Float[Tensor, '']:
+        """Let the machine write, then the autoregressive loss on a batch drawn from the buffer."""
+        self.advance()
+        return self.ar_wrapped(self.synth_data_buffer[self.draw(self.batch_size)].to(self.device))
+
+
+def check_pretraining(causal: bool, buffer_size: int, batch_size: int, num_reset: int, seed_length: int, seq_len: int) -> None:
+    broken = []
+    if not causal:
+        broken.append('model must be causal (a Decoder), since it is trained to predict the next token')
+    if buffer_size <= batch_size:
+        broken.append(f'buffer_size must be larger than batch_size, got {buffer_size} and {batch_size}')
+    if num_reset % 2 or not 0 <= num_reset <= buffer_size:
+        broken.append(f'num_reset must be even and at most buffer_size {buffer_size}, got {num_reset}')
+    if not 0 < seed_length < seq_len:
+        broken.append(f'seed_length must be positive and below seq_len {seq_len}, got {seed_length}')
+    if broken:
+        raise ValueError('; '.join(broken))

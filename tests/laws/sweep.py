@@ -1,0 +1,64 @@
+"""``python -m tests.laws.sweep --count 2000 --seed N``: the laws over many random combinations, and what broke."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import time
+import traceback
+import warnings
+
+import torch
+
+from tests.laws.combination import Combination, draw, singles
+from tests.laws.laws import DEEP_LAWS, LAWS, Broken
+from x_transformers.flags.base import FlagError
+
+
+def check(case: Combination, laws: tuple) -> tuple[str, str]:
+    """('refused' | 'kept' | 'broken' | 'crashed', what happened)."""
+    try:
+        case.build()
+    except FlagError as refusal:
+        return 'refused', str(refusal)
+    except Exception:
+        return 'crashed', 'constructor: ' + traceback.format_exc(limit=-3)
+    for law in laws:
+        try:
+            law(case)
+        except Broken as broken:
+            return 'broken', f'{law.__name__}: {broken}'
+        except Exception:
+            return 'crashed', f'{law.__name__}: ' + traceback.format_exc(limit=-3)
+    return 'kept', ''
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--count', type=int, default=500)
+    parser.add_argument('--seed', type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument('--singles', action='store_true', help='every flag alone instead of random combinations')
+    parser.add_argument('--deep', action='store_true', help='also torch.compile')
+    parser.add_argument('--only', help='one combination, as printed')
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore')
+    print(f'seed {options.seed}')
+    if options.only:
+        cases = [Combination.parse(options.only)]
+    else:
+        cases = singles() if options.singles else draw(options.count, options.seed)
+    outcomes: collections.Counter[str] = collections.Counter()
+    for case in cases:
+        outcome, why = check(case, DEEP_LAWS if options.deep else LAWS)
+        outcomes[outcome] += 1
+        if outcome in ('broken', 'crashed') or (options.singles and outcome == 'refused'):
+            print(f'{outcome.upper()} {case}\n    {why.strip()}', flush=True)
+        torch.compiler.reset() if options.deep else None
+    print(', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items())))
+    return 1 if outcomes['broken'] or outcomes['crashed'] else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
