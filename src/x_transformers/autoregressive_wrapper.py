@@ -1,0 +1,329 @@
+"""A language model: the loss of the next token, and text made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.flags.base import FlagError
+from x_transformers.generation import beam
+from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
+from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, reader_for
+from x_transformers.generation.modes import eval_decorator, evaluating
+from x_transformers.generation.prompts import GenerateError, Prompt, align_right, prepare
+from x_transformers.generation.sampling import (
+    FILTER_LOGITS_FN,
+    Filter,
+    Sampler,
+    contrastive_decode_fn,
+    gumbel_noise,
+    gumbel_sample,
+    min_p,
+    resolve_filter,
+    top_a,
+    top_k,
+    top_p,
+)
+from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, speculate
+from x_transformers.helpers import cast_tuple as _cast_tuple
+from x_transformers.helpers import default, exists, identity, log, pad_at_dim
+from x_transformers.losses import token_cross_entropy
+from x_transformers.module import Module
+from x_transformers.tensor_types import Bool, Float, Int
+
+__all__ = [
+    'FILTER_LOGITS_FN',
+    'AutoregressiveWrapper',
+    'GenerateError',
+    'align_right',
+    'cast_tuple',
+    'contrastive_decode_fn',
+    'default',
+    'eval_decorator',
+    'exists',
+    'gumbel_noise',
+    'gumbel_sample',
+    'identity',
+    'join',
+    'log',
+    'min_p',
+    'modify_cached_kv',
+    'pad_at_dim',
+    'top_a',
+    'top_k',
+    'top_p',
+]
+
+
+def cast_tuple(t: Any, length: int = 1) -> tuple[Any, ...]:
+    """A tuple stays as it is; anything else, lists too, is repeated ``length`` times."""
+    return _cast_tuple(t, length)
+
+
+def join(arr: Sequence[str], delimiter: str = ', ') -> str:
+    return delimiter.join(arr)
+
+
+class AutoregressiveWrapper(Module):
+    """Trains a net to predict the next token and generates with it.
+
+    Args:
+        net: such as ``TransformerWrapper`` around a ``Decoder``; one that ``net(x, return_intermediates=True) -> (logits,
+            intermediates)`` can be called on.
+        ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``.
+        pad_value: the id for those, for left padding, and for everything after an end token.
+        mask_prob: share of the tokens, never the first, that nobody may attend to (https://arxiv.org/abs/2210.13432).
+        add_attn_z_loss: add the net's attention z-loss, weighted by its ``attn_z_loss_weight``.
+        next_embed_loss_weight: weight of the loss on the next embedding, for nets with ``add_continuous_pred_head``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        ignore_index: int = -100,
+        pad_value: int = 0,
+        mask_prob: float = 0.0,
+        add_attn_z_loss: bool = False,
+        next_embed_loss_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= mask_prob < 1.0:
+            raise FlagError(f'mask_prob is a share of the tokens, at least 0 and less than 1; got {mask_prob}')
+        self.pad_value = pad_value
+        self.ignore_index = ignore_index
+        self.net = net
+        self.max_seq_len = getattr(net, 'max_seq_len', 0)
+        self.mask_prob = mask_prob
+        self.add_attn_z_loss = add_attn_z_loss
+        self.add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
+        self.next_embed_loss_weight = next_embed_loss_weight
+
+    # ------------------------------------------------------------ training
+
+    def forward(
+        self,
+        x: Int[Tensor, 'b n'],
+        return_outputs: bool = False,
+        prepend_embeds: Float[Tensor, 'b p d'] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The mean loss of predicting ``x[:, 1:]``, or (loss, (logits (b, n - 1, v), intermediates))."""
+        _check_batch(x)
+        front = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        inputs = x.masked_fill(x == self.ignore_index, self.pad_value)
+        if self.mask_prob > 0.0:
+            kwargs['self_attn_kv_mask'] = self._forgetful_mask(inputs, front)
+        if self.add_continuous_pred_head:
+            kwargs['return_next_embed_pred'] = True
+        if self.add_attn_z_loss:
+            kwargs['return_attn_z_loss'] = True
+        out, intermediates = self.net(inputs, return_intermediates=True, prepend_embeds=prepend_embeds, **kwargs)
+        logits, following = out if self.add_continuous_pred_head else (out, None)
+        loss = self._token_loss(logits, x, front)
+        if self.add_attn_z_loss:
+            loss = loss + intermediates.attn_z_loss
+        if following is not None:
+            predicted, embedded = (t[:, front:] for t in following)
+            loss = loss + self.next_embed_loss_weight * self._embed_loss(predicted, embedded, x[:, 1:])
+        return (loss, (logits[:, front:-1], intermediates)) if return_outputs else loss
+
+    def _forgetful_mask(self, inputs: Int[Tensor, 'b n'], front: int) -> Bool[Tensor, 'b m']:
+        """Which keys may be seen; what is prepended always may."""
+        n = inputs.shape[1]
+        rand = torch.randn(inputs.shape, device=inputs.device)
+        rand[:, 0] = -torch.finfo(rand.dtype).max
+        hidden = rand.topk(min(int(n * self.mask_prob), n - 1), dim=-1).indices
+        visible = torch.ones_like(inputs, dtype=torch.bool).scatter(1, hidden, False)
+        return pad_at_dim(visible, (front, 0), value=True)
+
+    def _token_loss(self, logits: Any, x: Int[Tensor, 'b n'], front: int) -> Float[Tensor, '']:
+        if not isinstance(logits, Tensor):
+            raise ValueError('the net has several output heads; AutoregressiveWrapper needs one (num_output_heads=1)')
+        # the logits are not sliced: a target that does not count costs less than a copy of them
+        targets = x.new_full(logits.shape[:2], self.ignore_index)
+        targets[:, front:-1] = x[:, 1:]
+        return token_cross_entropy(
+            logits, targets, ignore_index=self.ignore_index, is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False))
+        )
+
+    def _embed_loss(
+        self, predicted: Float[Tensor, 'b n d'], embedded: Float[Tensor, 'b n d'], target: Int[Tensor, 'b m']
+    ) -> Float[Tensor, '']:
+        distance = (predicted[:, :-1] - embedded[:, 1:].detach()).abs().mean(dim=-1)
+        counts = target != self.ignore_index
+        return distance.masked_fill(~counts, 0.0).sum() / counts.sum()
+
+    # ------------------------------------------------------------ generation
+
+    def generate(
+        self,
+        prompts: Tensor | list[Tensor],
+        seq_len: int,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        filter_logits_fn: str | Filter = top_k,
+        restrict_to_max_seq_len: bool = True,
+        amateur_model: nn.Module | Sequence[nn.Module] | None = None,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        contrastive_decode_kwargs: Options | Sequence[Options] | None = None,
+        cache_kv: bool = True,
+        *,
+        include_prompt: bool = False,
+        stream: bool = False,
+        generator: torch.Generator | None = None,
+        draft_model: nn.Module | None = None,
+        prompt_lookup: int | None = None,
+        lookahead: int = 4,
+        **kwargs: Any,
+    ) -> Any:
+        """Sample ``seq_len`` tokens after each prompt; the new tokens (..., s), s <= seq_len.
+
+        Args:
+            prompts: ids (..., t) with any leading axes, or a list of ids (t) of different lengths.
+            eos_token: a row that has produced it is padded from there on; all rows done: generation ends.
+            temperature: 0 takes the most likely token, without any filter.
+            prompt_lens: the true lengths of right-padded prompts.
+            filter_logits_fn: a name of ``FILTER_LOGITS_FN`` or a callable (logits, **filter_kwargs).
+            restrict_to_max_seq_len: show the net only its last ``max_seq_len`` tokens.
+            amateur_model: one or several models for contrastive decoding (https://arxiv.org/abs/2210.15097), with
+                ``contrastive_decode_kwargs`` for each (alpha, beta); the filter is not used then.
+            cache_kv: remember keys and values, if the net can.
+            include_prompt: return the prompt, right-aligned, in front of the new tokens.
+            stream: return an iterator over single tokens (...) as they are made; the model stays in evaluation mode until
+                the iterator is used up or closed.
+            generator: makes sampling reproducible.
+            draft_model, prompt_lookup: speculative decoding (https://arxiv.org/abs/2211.17192) with a smaller model, or with
+                what followed the newest ``prompt_lookup`` tokens before; ``lookahead`` guesses at a time. The distribution
+                stays exactly that of plain sampling.
+            kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
+
+        Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
+        """
+        prompt, steps = self._prompt(prompts, prompt_lens, kwargs), _checked_length(seq_len)
+        filter_fn = resolve_filter(filter_logits_fn)
+        nets = amateur_nets(amateur_model, default(contrastive_decode_kwargs, {'alpha': 0.1, 'beta': 0.5}))
+        sampler = Sampler(temperature, identity if nets else filter_fn, filter_kwargs or {}, generator)
+        tokens = Tokens(prompt.tokens, steps + max(lookahead, 0))
+        models: list[nn.Module] = [self, *(net for net, _ in nets)]
+
+        def reader(net: nn.Module) -> Reader:
+            return reader_for(net, kwargs, prompt=prompt, steps=steps, cache=cache_kv, window=restrict_to_max_seq_len)
+
+        main = reader(self.net)
+        rest: dict[str, Any] = {'eos': eos_token, 'pad': self.pad_value}
+        for net, _ in nets:
+            check_vocabulary(self.net, net, 'amateur')
+        if draft_model is not None or prompt_lookup is not None:
+            _check_speculative(draft_model, prompt_lookup, nets, lookahead)
+            if draft_model is not None:
+                small = unwrapped(draft_model)
+                check_vocabulary(self.net, small, 'draft model')
+                models.append(draft_model)
+                drafter: Any = ModelDrafter(reader(small), sampler)
+            else:
+                drafter = LookupDrafter(prompt_lookup or 0)
+            whole: Reader | ContrastiveReader = main
+            made = speculate(main, drafter, tokens, steps, sampler, lookahead, **rest)
+        else:
+            whole = ContrastiveReader(main, [(reader(net), options) for net, options in nets]) if nets else main
+            made = decode(whole, tokens, steps, sampler, check=whole.check_length, **rest)
+        if eos_token is None and steps > 0:
+            whole.check_length(prompt.tokens.shape[1] + steps - 1)
+        run = _run(models, made, prompt)
+        if stream:
+            return run
+        return _collected(run, prompt, include_prompt)
+
+    def stream(self, prompts: Tensor | list[Tensor], seq_len: int, *args: Any, **kwargs: Any) -> Iterator[Int[Tensor, '...']]:
+        """``generate`` as an iterator over single tokens, each of the prompts' leading shape."""
+        tokens: Iterator[Tensor] = self.generate(prompts, seq_len, *args, stream=True, **kwargs)
+        return tokens
+
+    @torch.no_grad()
+    def beam_search(
+        self,
+        prompts: Tensor,
+        seq_len: int,
+        beams: int = 4,
+        return_beams_and_scores: bool = False,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        stochastic: bool = False,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        filter_logits_fn: str | Filter = identity,
+        restrict_to_max_seq_len: bool = True,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        cache_kv: bool = True,
+        *,
+        length_penalty: float = 0.0,
+        include_prompt: bool = False,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The most likely continuation of each prompt (..., s), or all beams (k, ..., s) and scores (k, ...), best first.
+
+        A score is the sum of the log probabilities of the generated tokens, without filter and temperature, divided by
+        ``length ** length_penalty``. ``stochastic`` draws the proposals by ``filter(logits) / temperature`` with Gumbel noise
+        instead of taking the best. A hypothesis that has produced ``eos_token`` is complete and padded.
+        """
+        prompt, steps = self._prompt(prompts, prompt_lens, kwargs), _checked_length(seq_len)
+        if beams < 1:
+            raise ValueError(f'beams must be at least 1, got {beams}')
+        sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
+        reader = reader_for(self.net, kwargs, prompt=prompt, steps=steps, cache=cache_kv, window=restrict_to_max_seq_len)
+        if eos_token is None and steps > 0:
+            reader.check_length(prompt.tokens.shape[1] + steps - 1)
+        rules = beam.BeamRules(beams, sampler if stochastic else None, eos_token, self.pad_value, length_penalty)
+        with evaluating(self):
+            found, scores = beam.search(reader, Tokens(prompt.tokens, steps), steps, rules)
+        if include_prompt:
+            found = torch.cat((prompt.tokens.expand(beams, -1, -1), found), dim=-1)
+        if not return_beams_and_scores:
+            return prompt.unpack(found[0])
+        return found.reshape(beams, *prompt.leading, -1), scores.reshape(beams, *prompt.leading)
+
+    def _prompt(self, prompts: Any, lens: Any, kwargs: Mapping[str, Any]) -> Prompt:
+        if getattr(self.net, 'has_multiple_heads', False):
+            raise GenerateError('the net has several output heads; generation needs one (num_output_heads=1)')
+        return prepare(prompts, lens, self.pad_value, may_be_empty=kwargs.get('prepend_embeds') is not None)
+
+
+def _run(models: Sequence[nn.Module], made: Iterator[Tensor], prompt: Prompt) -> Iterator[Int[Tensor, '...']]:
+    with evaluating(*models):
+        for token in made:
+            yield prompt.unpack(token)
+
+
+def _collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> Int[Tensor, '... s']:
+    parts = [t.unsqueeze(-1) for t in run]
+    if include_prompt or not parts:
+        parts.insert(0, prompt.unpack(prompt.tokens if include_prompt else prompt.tokens[:, :0]))
+    return torch.cat(parts, dim=-1)
+
+
+def _check_batch(x: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f'x must be token ids (batch, sequence), got shape {tuple(x.shape)}')
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise TypeError(f'x must be token ids of an integer dtype, got {x.dtype}')
+    if x.shape[1] < 2:
+        raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {x.shape[1]}')
+
+
+def _checked_length(seq_len: int) -> int:
+    if seq_len < 0:
+        raise ValueError(f'seq_len is the number of tokens to generate, 0 or more; got {seq_len}')
+    return int(seq_len)
+
+
+def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any], lookahead: int) -> None:
+    if draft is not None and lookup is not None:
+        raise GenerateError('draft_model and prompt_lookup are two ways to guess; give one of them')
+    if amateurs:
+        raise GenerateError('amateur_model cannot be combined with speculative decoding (draft_model, prompt_lookup)')
+    if lookahead < 1:
+        raise ValueError(f'lookahead must be at least 1 guess, got {lookahead}')

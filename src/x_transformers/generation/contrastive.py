@@ -1,0 +1,69 @@
+"""Contrastive decoding: what the expert prefers more than its amateurs do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from x_transformers.generation.decode import Reader, Tokens
+from x_transformers.generation.prompts import GenerateError
+from x_transformers.generation.sampling import contrastive_decode_fn
+from x_transformers.tensor_types import Float, Int
+
+Options = Mapping[str, Any]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The net inside an autoregressive wrapper, or the net itself."""
+    inner = getattr(model, 'net', None)
+    return inner if isinstance(inner, nn.Module) and hasattr(model, 'generate') else model
+
+
+def amateur_nets(
+    models: nn.Module | Sequence[nn.Module] | None, options: Options | Sequence[Options]
+) -> list[tuple[nn.Module, Options]]:
+    """Each amateur net with its options."""
+    if models is None:
+        return []
+    nets = [models] if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList) else list(models)  # type: ignore[arg-type]
+    settings = [options] if isinstance(options, Mapping) else list(options)
+    for net in nets:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f'amateur_model must be a module or a list or tuple of modules, got {type(net).__name__}')
+    if len(nets) != len(settings):
+        raise GenerateError(
+            f'there are {len(nets)} amateurs and {len(settings)} contrastive_decode_kwargs; give one dict for each amateur'
+        )
+    return [(unwrapped(net), setting) for net, setting in zip(nets, settings, strict=True)]
+
+
+def check_vocabulary(expert: nn.Module, other: nn.Module, role: str) -> None:
+    """Refuse two nets that are known to have different vocabularies."""
+    ours, theirs = getattr(expert, 'num_tokens', None), getattr(other, 'num_tokens', None)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise GenerateError(f'the {role} has {theirs} tokens and the net has {ours}; they must share one vocabulary')
+
+
+class ContrastiveReader:
+    """An expert and its amateurs, reading the same tokens, each with a cache and a window of its own."""
+
+    def __init__(self, expert: Reader, amateurs: Sequence[tuple[Reader, Options]]) -> None:
+        self.expert = expert
+        self.amateurs = amateurs
+
+    def check_length(self, total: int) -> None:
+        self.expert.check_length(total)
+        for reader, _ in self.amateurs:
+            reader.check_length(total, 'the amateur')
+
+    def read(self, tokens: Tokens, last: int = 1) -> Float[Tensor, 'b k v']:
+        logits = self.expert.read(tokens, last)
+        for reader, options in self.amateurs:
+            logits = contrastive_decode_fn(logits, reader.read(tokens, last), **options)
+        return logits
+
+    def reorder(self, index: Int[Tensor, ' r'], repeated_from: int | None = None) -> None:
+        for reader in (self.expert, *(reader for reader, _ in self.amateurs)):
+            reader.reorder(index, repeated_from)

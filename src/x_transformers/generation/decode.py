@@ -1,0 +1,278 @@
+"""The one decode loop: tokens are read by a net and chosen, one after the other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.generation.keywords import Keywords
+from x_transformers.generation.modes import evaluating
+from x_transformers.generation.prompts import GenerateError
+from x_transformers.tensor_types import Float, Int
+
+LEAST_ROOM = 64
+
+__all__ = ['Reader', 'Tokens', 'decode', 'evaluating', 'modify_cached_kv', 'reader_for', 'reads_new_tokens']
+
+Pick = Callable[[Tensor], Tensor]
+
+
+def modify_cached_kv(cache: LayerIntermediates, fn: Callable[[Tensor], Tensor], kinds: str = 'a') -> None:
+    """Apply ``fn`` to both cached tensors of every self attention, in place of the old ones."""
+    for inter in cache.attn_intermediates or []:
+        if inter.layer_type in kinds and inter.cached_kv is not None:
+            inter.cached_kv = tuple(t if t is None else fn(t) for t in inter.cached_kv)
+
+
+class Tokens:
+    """A batch of sequences in memory that is taken in advance.
+
+    Tokens are ids (b n) or, for nets that read numbers, vectors (b n d).
+    """
+
+    def __init__(self, start: Tensor, room: int = LEAST_ROOM) -> None:
+        self.length = start.shape[1]
+        self._data = start.new_empty((start.shape[0], self.length + room, *start.shape[2:]))
+        self._data[:, : self.length] = start
+
+    @property
+    def value(self) -> Tensor:
+        return self._data[:, : self.length]
+
+    @property
+    def batch(self) -> int:
+        return self._data.shape[0]
+
+    def part(self, low: int, high: int | None = None) -> Tensor:
+        return self._data[:, low : self.length if high is None else high]
+
+    def append(self, new: Tensor) -> None:
+        """One token per row (b ...), or several with ``extend``."""
+        self.extend(new.unsqueeze(1))
+
+    def extend(self, new: Tensor) -> None:
+        end = self.length + new.shape[1]
+        if end > self._data.shape[1]:
+            wider = self._data.new_empty((self.batch, 2 * end, *self._data.shape[2:]))
+            wider[:, : self.length] = self.value
+            self._data = wider
+        self._data[:, self.length : end] = new
+        self.length = end
+
+    def cut(self, length: int) -> None:
+        self.length = min(self.length, length)
+
+    def reorder(self, index: Int[Tensor, ' r']) -> None:
+        self._data = self._data.index_select(0, index)
+
+
+def reads_new_tokens(net: nn.Module) -> bool:
+    """Whether a net takes new tokens alone, several at a time, and can limit its logits to the last positions."""
+    return {'input_not_include_cache', 'logits_last'} <= set(inspect.signature(net.forward).parameters)
+
+
+class Reader:
+    """One net that reads a growing sequence and says what it expects next.
+
+    A net that ``reads_new_tokens``, as ours do, is fed only what it has not seen, and computes only the logits asked for.
+    Any other net is given the whole visible window and the intermediates of the call before:
+    ``net(x, return_intermediates=True, cache=...) -> (logits, intermediates)``.
+
+    Args:
+        cache: remember keys and values, if the net can.
+        window: show only the last ``net.max_seq_len`` tokens.
+        start: pads in front of each row; ``most_pads`` is the largest of them.
+        expected: about how many tokens will follow, to make room for them once.
+        origin: the first token that this reader reads.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        cache: bool = True,
+        window: bool = True,
+        start: Int[Tensor, ' b'] | None = None,
+        most_pads: int = 0,
+        keywords: Keywords | None = None,
+        expected: int = 0,
+        origin: int = 0,
+    ) -> None:
+        self.net = net
+        self.own_net = reads_new_tokens(net)
+        self.caching = cache and bool(getattr(net, 'can_cache_kv', False))
+        limit = int(getattr(net, 'max_seq_len', 0) or 0)
+        self.limit = limit if window and limit > 0 else None
+        self.start = start
+        self.most_pads = most_pads
+        self.keywords = keywords if keywords is not None else Keywords({}, 0, None)
+        self.expected = expected
+        self.origin = origin
+        self.seen = origin
+        self.cache: Any = None
+        self._skipped = 0
+
+    def check_length(self, total: int, name: str = 'the net') -> None:
+        """Refuse to feed ``total`` tokens to a net whose cache does not reach that far."""
+        outside = getattr(self.net, 'can_cache_kv_outside_max_seq_len', True)
+        if self.caching and self.limit is not None and total > self.limit and not outside:
+            raise GenerateError(
+                f'{total} tokens would have to be fed, but the cached keys and values of {name} cannot be used beyond '
+                f'max_seq_len ({self.limit}), most likely because it has absolute positions; use rotary positions, '
+                'a shorter sequence, or cache_kv=False'
+            )
+
+    def read(self, tokens: Tokens, last: int = 1) -> Float[Tensor, 'b k v']:
+        """What the net expects after each of the ``last`` newest tokens."""
+        if self.caching and self.own_net:
+            return self._read_new(tokens, last)
+        return self._read_window(tokens, last)
+
+    def _read_new(self, tokens: Tokens, last: int) -> Tensor:
+        cache: KVCache | None = self.cache
+        low, high = self.seen, tokens.length
+        if last > high - low:
+            raise ValueError(f'the logits of {last} positions, but {high - low} tokens are new; the others have been read')
+        if cache is None:
+            low = self._window_from(high)
+            self._skipped = low - self.origin
+            given = self.keywords.whole(low, high)
+        else:
+            if self.limit is not None and cache.retained + high - low > self.limit + cache.front:
+                cache = cache.window(self.limit + cache.front - (high - low))
+            rows = cache.retained + high - low
+            given = self.keywords.continued(low, high, rows, cache.front)
+            given['cache'] = cache
+        given.update(self._start(self._skipped if cache is None else self._skipped + cache.length - cache.retained))
+        out, intermediates = self.net(
+            tokens.part(low, high), return_intermediates=True, input_not_include_cache=True, logits_last=last, **given
+        )
+        made = KVCache.of(intermediates)
+        self.cache = made.reserve(self._room()) if cache is None and made is not None else made
+        self.seen = high
+        return self._newest(out, last)
+
+    def _read_window(self, tokens: Tokens, last: int) -> Tensor:
+        low, high = self._window_from(tokens.length), tokens.length
+        given = self.keywords.whole(low, high)
+        given.update(self._start(low - self.origin))
+        x = tokens.part(low, high)
+        if self.own_net:
+            return self._newest(self.net(x, logits_last=last, **given), last)
+        # by contract such a net processes one new token when it is given a cache
+        cache = self.cache if self.caching and high - self.seen == 1 and last == 1 else None
+        if cache is not None and self.limit is not None:
+            room = self.limit - 1
+            modify_cached_kv(cache, lambda t: t[..., max(t.shape[-2] - room, 0) :, :])
+        out, intermediates = self.net(x, return_intermediates=True, cache=cache, **given)
+        self.cache = intermediates if self.caching else None
+        self.seen = high
+        return self._newest(out, last)
+
+    def _window_from(self, high: int) -> int:
+        return self.origin if self.limit is None else max(self.origin, high - self.limit)
+
+    def _room(self) -> int:
+        return self.expected if self.limit is None else min(self.expected, self.limit)
+
+    def _start(self, dropped: int) -> dict[str, Tensor]:
+        """The pads that are still in sight after ``dropped`` rows have left on the left."""
+        if self.start is None or dropped >= self.most_pads:
+            return {}
+        return {'seq_start_pos': (self.start - dropped).clamp(min=0) if dropped else self.start}
+
+    def _newest(self, out: Any, last: int) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise GenerateError(
+                'the net returned several outputs; generation needs one tensor of logits (num_output_heads must be 1)'
+            )
+        return out[..., -last:, :]
+
+    # ------------------------------------------------------------ going back, choosing rows
+
+    def mark(self) -> tuple[Any, int]:
+        """Where the reader is now; ``rollback`` may need it."""
+        return self.cache, self.seen
+
+    def rollback(self, length: int, mark: tuple[Any, int]) -> None:
+        """Forget everything after ``length`` tokens. ``mark`` was taken when no more than that had been read."""
+        if self.seen <= length or self.cache is None:
+            return
+        if not isinstance(self.cache, KVCache):
+            self.cache, self.seen = None, self.origin
+        elif self.cache.can_rollback:
+            self.cache = self.cache.rollback(self.cache.length - (self.seen - length), own=True)
+            self.seen = length
+        else:
+            # a state without history: go back to the mark and read what was accepted once more
+            self.cache, self.seen = mark
+
+    def reorder(self, index: Int[Tensor, ' r'], repeated_from: int | None = None) -> None:
+        """Continue with batch rows ``index``. ``repeated_from``: the batch changes size; all that belongs to it follows."""
+        if isinstance(self.cache, KVCache):
+            self.cache = self.cache.reorder(index, context=repeated_from is not None)
+        elif self.cache is not None:
+            modify_cached_kv(self.cache, lambda t: t.index_select(0, index), kinds='ac')
+        if repeated_from is not None:
+            self.keywords = self.keywords.rows(index, repeated_from)
+            self.start = self.start if self.start is None else self.start.index_select(0, index)
+
+
+@torch.no_grad()
+def decode(
+    reader: Any,
+    tokens: Tokens,
+    steps: int | None,
+    pick: Pick,
+    eos: int | None = None,
+    pad: int = 0,
+    check: Callable[[int], None] | None = None,
+) -> Iterator[Int[Tensor, ' b']]:
+    """Read, pick, append, yield: ``steps`` times, or until every row has produced ``eos``.
+
+    After its ``eos`` a row yields ``pad``. ``reader`` is anything with ``read(tokens)``; ``check`` is told before each step how
+    many tokens will be fed.
+    """
+    finished = torch.zeros(tokens.batch, dtype=torch.bool, device=tokens.value.device)
+    done = 0
+    while steps is None or done < steps:
+        if check is not None:
+            check(tokens.length)
+        chosen = pick(reader.read(tokens)[:, -1])
+        if eos is not None:
+            chosen = chosen.masked_fill(finished, pad)
+            finished = finished | ((chosen == eos) & ~finished)
+        tokens.append(chosen)
+        done += 1
+        yield chosen
+        if eos is not None and bool(finished.all()):
+            return
+
+
+def reader_for(
+    net: nn.Module,
+    given: Mapping[str, Any],
+    *,
+    prompt: Any,
+    steps: int | None,
+    cache: bool,
+    window: bool,
+) -> Reader:
+    """A reader of ``prompt`` (a ``Prompt``) that expects ``steps`` tokens to be generated."""
+    length = prompt.tokens.shape[1]
+    total = None if steps is None else max(length + steps - 1, length)
+    return Reader(
+        net,
+        cache=cache,
+        window=window,
+        start=prompt.start,
+        most_pads=prompt.most_pads,
+        keywords=Keywords(given, length, total),
+        expected=LEAST_ROOM if steps is None else steps,
+    )

@@ -1,0 +1,123 @@
+"""Keywords of a net that belong to single tokens, cut or extended to what is fed at one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from x_transformers.generation.prompts import GenerateError
+from x_transformers.helpers import pad_at_dim
+from x_transformers.tensor_types import Bool, Int
+
+# True beyond the prompt: a new token is never padding
+EXTENDED = ('mask', 'self_attn_kv_mask')
+# one entry per token along axis 1: must cover everything that will be fed
+COVERING = ('embed_ids', 'sum_embeds')
+FRONT = ('prepend_embeds', 'prepend_mask')
+# have a batch axis only from this many axes on
+BATCHED_FROM = {'pos': 2, 'context_pos': 2, 'attn_mask': 4, 'attn_bias': 4}
+
+
+class Keywords:
+    """The keywords given to ``generate`` for the net.
+
+    Args:
+        given: as the caller gave them; those that are not mentioned above go to the net unchanged.
+        prompt: tokens of the prompt, which ``mask`` covers.
+        total: tokens that will be fed in all; None if that is open.
+    """
+
+    def __init__(self, given: Mapping[str, Any], prompt: int, total: int | None) -> None:
+        self.given = dict(given)
+        self.prompt = prompt
+        self.total = total
+        self._check()
+
+    def _check(self) -> None:
+        for name in EXTENDED:
+            mask = self.given.get(name)
+            if mask is not None and mask.shape[-1] < self.prompt:
+                raise GenerateError(
+                    f'{name} covers {mask.shape[-1]} tokens, but the prompt has {self.prompt}; it must cover the prompt '
+                    '(tokens generated later are visible)'
+                )
+        for name in COVERING:
+            for t in _tensors(self.given.get(name)):
+                if t.shape[1] != 1:
+                    self._covers(name, t.shape[1])
+        attn_mask = self.given.get('attn_mask')
+        if attn_mask is not None:
+            self._covers('attn_mask', min(attn_mask.shape[-2:]))
+
+    def _covers(self, name: str, length: int) -> None:
+        needed = self.prompt if self.total is None else self.total
+        if length < needed:
+            raise GenerateError(
+                f'{name} covers {length} tokens, but {needed} will be fed to the net; give it for the prompt and for all '
+                'tokens that are to be generated but the last'
+            )
+
+    def whole(self, low: int, high: int) -> dict[str, Any]:
+        """For a call that is fed tokens ``low`` to ``high``, with nothing remembered."""
+        return self._cut(low, high, low)
+
+    def continued(self, low: int, high: int, rows: int, front: int) -> dict[str, Any]:
+        """For a call that is fed tokens ``low`` to ``high`` and sees ``rows`` rows, those fed and those remembered.
+
+        What was prepended, ``front`` rows, is remembered already.
+        """
+        made = self._cut(low, high, max(high - rows, 0))
+        prefix = made.pop('prepend_mask', None)
+        made.pop('prepend_embeds', None)
+        for name in EXTENDED:
+            mask = made.get(name)
+            if mask is None:
+                continue
+            if rows > mask.shape[-1] and front:
+                shown = prefix if prefix is not None and name == 'mask' else mask.new_ones((mask.shape[0], front))
+                mask = torch.cat((shown, mask), dim=-1)
+            made[name] = mask[..., -rows:]
+        return made
+
+    def _cut(self, low: int, high: int, seen_from: int) -> dict[str, Any]:
+        made = dict(self.given)
+        for name in EXTENDED:
+            if made.get(name) is not None:
+                made[name] = _extended(made[name], high)[..., seen_from:high]
+        for name in COVERING:
+            if made.get(name) is not None:
+                made[name] = tree_map(lambda t: t if t.shape[1] == 1 else t[:, low:high], made[name])
+        if made.get('attn_mask') is not None:
+            made['attn_mask'] = made['attn_mask'][..., low:high, seen_from:high]
+        return made
+
+    def rows(self, index: Int[Tensor, ' r'], batch: int) -> Keywords:
+        """The keywords of batch rows ``index``."""
+
+        def gather(name: str, value: Any) -> Any:
+            least = BATCHED_FROM.get(name, 1)
+
+            def one(t: Any) -> Any:
+                batched = isinstance(t, Tensor) and t.ndim >= least and t.shape[0] == batch
+                return t.index_select(0, index.to(t.device)) if batched else t
+
+            return tree_map(one, value)
+
+        twin = Keywords({}, self.prompt, self.total)
+        twin.given = {name: gather(name, value) for name, value in self.given.items()}
+        return twin
+
+
+def _extended(mask: Bool[Tensor, 'b n'], length: int) -> Bool[Tensor, 'b m']:
+    missing = length - mask.shape[-1]
+    return pad_at_dim(mask, (0, missing), value=True) if missing > 0 else mask
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return list(value.values()) if isinstance(value, Mapping) else []

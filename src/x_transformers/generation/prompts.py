@@ -1,0 +1,118 @@
+"""Prompts: a tensor with any leading axes, a list of different lengths, or a tensor with lengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from x_transformers.tensor_types import Int
+
+
+class GenerateError(ValueError, AssertionError):
+    """Generation cannot go on as asked. (Also an AssertionError, for callers that catch one.)"""
+
+
+def align_right(t: Tensor, lens: Int[Tensor, ' b'], pad_id: float = 0) -> Tensor:
+    """Move the first ``lens`` entries of each row of ``t`` (b n ...) to the right end, with ``pad_id`` in front of them."""
+    batch, n = t.shape[:2]
+    place = torch.arange(n, device=t.device) - (n - lens)[:, None]
+    rows = torch.arange(batch, device=t.device)[:, None]
+    moved = t[rows, place.clamp(min=0)]
+    padding = (place < 0).view(batch, n, *(1,) * (t.ndim - 2))
+    return moved.masked_fill(padding, pad_id)
+
+
+def flattened(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """(t as one batch (b n), the leading axes it had)."""
+    if t.ndim == 0:
+        raise ValueError('a prompt must have a sequence axis, got a single number; use prompt[None] for one token')
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1]), tuple(t.shape[:-1])
+
+
+def restored(t: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """Give the batch axis of ``t`` (b ...) its original axes back."""
+    return t.reshape((*leading, *t.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompts as one batch of right-aligned tokens.
+
+    ``start``: how many pads stand in front of each row, None if there are none; ``leading``: the axes to give back.
+    """
+
+    tokens: Int[Tensor, 'b t']
+    start: Int[Tensor, ' b'] | None
+    most_pads: int
+    leading: tuple[int, ...]
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Give the batch axis of ``rows`` (b ...) its original axes back."""
+        return restored(rows, self.leading)
+
+
+def prepare(
+    prompts: Tensor | Sequence[Tensor],
+    lens: Tensor | Sequence[int] | None = None,
+    pad_value: int = 0,
+    may_be_empty: bool = False,
+) -> Prompt:
+    """Check prompts and bring them into one batch. ``may_be_empty``: something else stands in front of the tokens."""
+    if isinstance(prompts, (list, tuple)):
+        if lens is not None:
+            raise GenerateError('prompt_lens cannot be given with a list of prompts; each prompt has its own length')
+        prompts, lens = _from_list(prompts)
+    if not isinstance(prompts, Tensor):
+        raise TypeError(f'prompts must be a tensor of token ids or a list of such, got {type(prompts).__name__}')
+    _check_ids(prompts)
+    flat, leading = flattened(prompts)
+    tokens = flat.long()
+    if tokens.shape[0] == 0:
+        raise ValueError(f'prompts hold no row: their shape is {tuple(prompts.shape)}')
+    if lens is None:
+        if tokens.shape[1] == 0 and not may_be_empty:
+            raise ValueError('prompts are empty; give at least one token to start from, or prepend_embeds')
+        return Prompt(tokens, None, 0, leading)
+    length, most = tokens.shape[1], _check_lens(lens, tokens, may_be_empty)
+    if most == 0:
+        return Prompt(tokens, None, 0, leading)
+    lengths = torch.as_tensor(lens, device=tokens.device).reshape(-1).long()
+    return Prompt(align_right(tokens, lengths, pad_value), length - lengths, most, leading)
+
+
+def _from_list(prompts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    if len(prompts) == 0:
+        raise GenerateError('the list of prompts is empty; give at least one')
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Tensor) or prompt.ndim != 1:
+            shape = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise ValueError(f'prompt {index} of the list must be a tensor with one axis, got {shape}')
+        _check_ids(prompt)
+    return pad_sequence(list(prompts), batch_first=True), [len(prompt) for prompt in prompts]
+
+
+def _check_ids(prompts: Tensor) -> None:
+    if prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
+        raise TypeError(f'prompts must be token ids of an integer dtype, got {prompts.dtype}')
+
+
+def _check_lens(lens: Tensor | Sequence[int], tokens: Tensor, may_be_empty: bool) -> int:
+    """The largest number of pads that the lengths leave."""
+    flat = torch.as_tensor(lens).reshape(-1)
+    batch, length = tokens.shape
+    if flat.is_floating_point() or flat.dtype == torch.bool:
+        raise TypeError(f'prompt_lens must be integers, got {flat.dtype}')
+    if flat.shape[0] != batch:
+        raise ValueError(f'prompt_lens has {flat.shape[0]} entries for {batch} prompts')
+    values = flat.tolist()
+    if max(values) > length:
+        raise ValueError(f'prompt_lens says {max(values)}, but the prompts are only {length} tokens long')
+    least = 0 if may_be_empty else 1
+    if min(values) < least:
+        raise ValueError(f'prompt {values.index(min(values))} is empty (length {min(values)}); give at least one token')
+    return length - int(min(values))

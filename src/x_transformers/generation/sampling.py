@@ -1,0 +1,154 @@
+"""From the logits of one position to a token: filters, noise, and the choice itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.generation.prompts import GenerateError
+from x_transformers.helpers import log, max_neg_value
+from x_transformers.tensor_types import Float, Int
+
+Filter = Callable[..., Tensor]
+
+
+def top_k(logits: Float[Tensor, '... v'], frac_num_tokens: float = 0.1, k: int | None = None) -> Float[Tensor, '... v']:
+    """Keep the ``k`` largest logits, or a fraction of the vocabulary (rounded up); the rest becomes -inf."""
+    vocabulary = logits.shape[-1]
+    wanted = math.ceil(frac_num_tokens * vocabulary) if k is None else k
+    if wanted < 1:
+        raise ValueError(f'top_k must keep at least one token, got k={k}, frac_num_tokens={frac_num_tokens}')
+    values, indices = logits.topk(min(wanted, vocabulary), dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+
+
+def top_p(logits: Float[Tensor, '... v'], thres: float = 0.9) -> Float[Tensor, '... v']:
+    """Keep the most likely tokens until their mass passes ``thres``; the one that crosses it stays.
+
+    Nucleus sampling, https://arxiv.org/abs/1904.09751.
+    """
+    ordered, indices = logits.sort(descending=True, dim=-1)
+    mass = ordered.softmax(dim=-1).cumsum(dim=-1)
+    remove = F.pad(mass > thres, (1, -1), value=False)
+    return torch.empty_like(logits).scatter_(-1, indices, ordered.masked_fill(remove, -torch.inf))
+
+
+def top_a(logits: Float[Tensor, '... v'], min_p_pow: float = 2.0, min_p_ratio: float = 0.02) -> Float[Tensor, '... v']:
+    """Remove tokens whose probability is below ``min_p_ratio * max(p) ** min_p_pow``."""
+    probs = logits.softmax(dim=-1)
+    limit = probs.amax(dim=-1, keepdim=True).pow(min_p_pow) * min_p_ratio
+    return logits.masked_fill(probs < limit, -torch.inf)
+
+
+def min_p(logits: Float[Tensor, '... v'], min_p: float = 0.1) -> Float[Tensor, '... v']:
+    """Remove tokens whose probability is below ``min_p`` times the largest one (https://arxiv.org/abs/2407.01082)."""
+    probs = logits.softmax(dim=-1)
+    return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+FILTER_LOGITS_FN: dict[str, Filter] = {'top_p': top_p, 'top_k': top_k, 'top_a': top_a, 'min_p': min_p}
+
+
+def resolve_filter(given: str | Filter) -> Filter:
+    """A filter by its name, or the callable itself."""
+    if callable(given):
+        return given
+    if given not in FILTER_LOGITS_FN:
+        raise GenerateError(
+            f'filter_logits_fn is {given!r}; it must be a callable (logits, **filter_kwargs) '
+            f'or one of {sorted(FILTER_LOGITS_FN)}'
+        )
+    return FILTER_LOGITS_FN[given]
+
+
+def contrastive_decode_fn(
+    expert_logits: Float[Tensor, '... v'],
+    amateur_logits: Float[Tensor, '... v'],
+    alpha: float | Tensor = 0.1,
+    beta: float = 0.5,
+) -> Float[Tensor, '... v']:
+    """What an expert prefers more than an amateur does, among what the expert finds likely.
+
+    Algorithm 2 in the appendix of https://arxiv.org/abs/2309.09117. Tokens less likely than ``alpha`` times the expert's best
+    become the most negative finite number.
+    """
+    if expert_logits.shape != amateur_logits.shape:
+        raise ValueError(
+            f'expert and amateur must share one vocabulary; their logits are {tuple(expert_logits.shape)} '
+            f'and {tuple(amateur_logits.shape)}'
+        )
+    if isinstance(alpha, Tensor):
+        reach: float | Tensor = log(alpha)
+    else:
+        reach = math.log(alpha) if alpha > 0 else -math.inf
+    cutoff = expert_logits.amax(dim=-1, keepdim=True) + reach
+    contrast = (1.0 + beta) * expert_logits - beta * amateur_logits
+    return contrast.masked_fill(expert_logits < cutoff, max_neg_value(expert_logits))
+
+
+def gumbel_noise(t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise of the shape of ``t``."""
+    uniform = torch.zeros_like(t).uniform_(0, 1, generator=generator)
+    return -log(-log(uniform))
+
+
+def gumbel_sample(
+    logits: Float[Tensor, '... v'],
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, '...']:
+    """A sample of ``softmax(logits / temperature)``: the largest of the perturbed logits."""
+    return (logits / max(temperature, eps) + gumbel_noise(logits, generator)).argmax(dim=-1)
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature >= 0:
+        raise ValueError(f'temperature must be 0 (greedy) or positive, got {temperature}')
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses one token per row of logits (b v); temperature 0 takes the most likely one, without any filter.
+
+    The filter sees the logits before they are divided by the temperature. ``generator`` makes the draws reproducible.
+    """
+
+    temperature: float = 1.0
+    filter_fn: Filter = top_k
+    filter_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    def probs(self, logits: Float[Tensor, '... v']) -> Float[Tensor, '... v']:
+        """The distribution that is sampled; with temperature 0 all mass is on the most likely token."""
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+        return (self.filter_fn(logits, **self.filter_kwargs) / self.temperature).softmax(dim=-1)
+
+    def __call__(self, logits: Float[Tensor, 'b v']) -> Int[Tensor, ' b']:
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        return self.draw(self.probs(logits))
+
+    def draw(self, probs: Float[Tensor, 'b v']) -> Int[Tensor, ' b']:
+        return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+
+
+def pick_token(
+    logits: Float[Tensor, 'b v'],
+    temperature: float = 1.0,
+    filter_logits_fn: str | Filter = top_k,
+    filter_kwargs: Mapping[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, ' b']:
+    """One token per row, by the rules of ``Sampler``."""
+    return Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)(logits)
