@@ -94,10 +94,9 @@ def test_outputs_are_orthogonal_to_the_token_s_own_values(whole, per_head):
     plain = plain.transpose(1, 2)
     parts = seen[0].split(20, dim=-1)
     assert len(parts) == whole + per_head
-    if whole:
-        torch.testing.assert_close(parts[0], without_component(plain.flatten(2), own.flatten(2)))
-    if per_head:
-        torch.testing.assert_close(parts[-1].unflatten(-1, (4, 5)), without_component(plain, own))
+    for part in parts:
+        torch.testing.assert_close(part, without_component(plain.flatten(2), own.flatten(2)))
+        assert (part * own.flatten(2)).sum(-1).abs().max() < 1e-5
 
 
 def test_orthogonal_values_need_the_tokens_own_values():

@@ -113,7 +113,7 @@ class Attention(Module):
             self.hybrid_norms = nn.ModuleList([MultiheadRMSNorm(value_dim, heads), MultiheadRMSNorm(value_dim, heads)])
             if flags.hybrid_learned_mix:
                 self.hybrid_mix = nn.Linear(self.dim, heads, bias=False)
-        self.orthogonal = (flags.orthog_projected_values, flags.orthog_projected_values_per_head)
+        self.orthogonal_copies = flags.orthog_projected_values + flags.orthog_projected_values_per_head
         self.to_out = build_output(self.dim, flags)
         self.sublayer_dropout = nn.Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0 else None
 
@@ -265,20 +265,17 @@ class Attention(Module):
         return mix_hybrid(out, other, self.hybrid_norms, None if self.hybrid_mix is None else self.hybrid_mix(x)), hidden
 
     def orthogonal_to(self, merged: Float[Tensor, 'b n (h e)'], own: Tensor) -> Float[Tensor, 'b n c']:
-        """Each token's output without its component along the token's own values: of all heads at once, and of each head."""
-        whole, per_head = self.orthogonal
-        if not whole and not per_head:
+        """Each token's output without its component along the token's own values, once for each of the two flags.
+
+        As in 2.16.1 the flag that is named after heads takes all heads as one vector, too.
+        """
+        if self.orthogonal_copies == 0:
             return merged
         own = tiled_heads(own[..., own.shape[-2] - merged.shape[-2] :, :], self.heads)
-        along = merge_heads(own)
-        outputs = [without_component(merged, along)] if whole else []
-        if per_head:
-            by_head = (self.heads, self.value_dim_head)
-            outputs.append(without_component(merged.unflatten(-1, by_head), along.unflatten(-1, by_head)).flatten(-2))
-        return torch.cat(outputs, dim=-1)
+        return torch.cat([without_component(merged, merge_heads(own))] * self.orthogonal_copies, dim=-1)
 
     def report(self, own: Tensor, maps: Maps, given: BranchInputs, hidden: Any) -> Intermediates:
-        return Intermediates(values=own, hybrid_hidden=hidden, maps=maps, cache=given.past, rotated_heads=self.rotated_heads)
+        return Intermediates(values=own, hybrid_hidden=hidden, maps=maps, cache=given.past)
 
     # ------------------------------------------------------------ training
 

@@ -77,7 +77,6 @@ class Intermediates:
         *,
         maps: Maps | None = None,
         cache: LayerCache | None = None,
-        rotated_heads: int | None = None,
     ) -> None:
         self._given: dict[str, Tensor | None] = {
             'qk_similarities': qk_similarities,
@@ -90,7 +89,6 @@ class Intermediates:
         self.hybrid_hidden = hybrid_hidden
         self.maps = maps
         self.cache = cache
-        self._rotated_heads = rotated_heads
 
     def _map(self, name: str, lazy: str) -> Tensor | None:
         given = self._given[name]
@@ -127,7 +125,7 @@ class Intermediates:
     def cached_kv(self) -> CachedKeys | None:
         if self._cached_kv is not None or self.cache is None:
             return self._cached_kv
-        return cached_keys(self.cache, self._rotated_heads)
+        return cached_keys(self.cache)
 
     @cached_kv.setter
     def cached_kv(self, value: CachedKeys | None) -> None:
@@ -143,7 +141,7 @@ class Intermediates:
         return f'Intermediates(layer_type={self.layer_type!r}, values={shape}, cached={self.cached_kv is not None})'
 
 
-def cached_keys(cache: LayerCache, rotated_heads: int | None = None) -> CachedKeys | None:
+def cached_keys(cache: LayerCache) -> CachedKeys | None:
     """What one attention has cached: (keys, values), or (latent, rotated-head keys or None). Keys are given back unrotated."""
     latent = cache.get('latent')
     if latent is not None:
@@ -151,4 +149,4 @@ def cached_keys(cache: LayerCache, rotated_heads: int | None = None) -> CachedKe
     keys, values, angles = cache.get('k'), cache.get('v'), cache.get('angles')
     if keys is None or values is None:
         return None
-    return (keys if angles is None else unrotated(keys, angles, rotated_heads)), values
+    return (keys if angles is None else unrotated(keys, angles, cache.carry.get('rotated_heads'))), values

@@ -139,6 +139,7 @@ def place_and_remember(attn: Attention, k: Tensor, v: Tensor, mems: int, given: 
         k = torch.cat((memories, positions.keys(k[..., mems:, :], attn.rotated_heads)), dim=-2)
     else:
         k = positions.keys(k, attn.rotated_heads)
+    past.carry['rotated_heads'] = attn.rotated_heads
     past.extend(angles=positions.key_angles(new).expand(k.shape[0], -1, -1))
     return remember(past, mems, False, k=k, v=v)
 

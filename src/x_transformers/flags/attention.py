@@ -136,7 +136,7 @@ class AttentionFlags(Flags):
         False, "Give the output without its component along the token's own values.", paper=BELIEF
     )
     orthog_projected_values_per_head: bool = flag(
-        False, 'The same head by head; with both flags both outputs are concatenated.', paper=BELIEF
+        False, 'The same, and as in 2.16.1 over all heads too; with both flags the output is given twice.', paper=BELIEF
     )
     laser: bool = flag(False, 'Attend over the exponentials of the values and take the logarithm.', paper=LASER)
     laser_softclamp_value: float = flag(
