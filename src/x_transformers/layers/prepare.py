@@ -88,7 +88,7 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
     end = new + (0 if cache is None else cache.length)
     if given.seq_pos_offset is not None:
         end = length + given.seq_pos_offset
-    mems = max((mem.shape[1] for mem in given.mems or () if isinstance(mem, Tensor) and mem.ndim == 3), default=0)
+    mems = max([0, *[mem.shape[1] for mem in given.mems or () if isinstance(mem, Tensor) and mem.ndim == 3]])
     return Span(batch=batch, given=length, new=new, past=past, mems=mems, end=end)
 
 
