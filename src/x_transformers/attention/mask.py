@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.scores.base import Where
+from x_transformers.attention.scores.base import Where, rendered_bias
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -297,12 +297,12 @@ class Mask:
 
         Made once for all layers; one that needs a gradient is made anew, so that checkpointed layers may run it again.
         """
-        key = ('merged', where.queries, where.keys, where.front, dtype, hidden)
+        key = ('merged', where.queries, where.keys, where.front, dtype, hidden, torch.is_grad_enabled())
         found: tuple[Tensor | None] | None = recall(self.memo, key, bias)
         if found is not None:
             return found[0]
         mask = self.rendered(where, device)
-        added = None if bias is None else bias.render(where).to(dtype)
+        added = None if bias is None else rendered_bias(bias, where).to(dtype)
         if mask is not None:
             added = torch.zeros((), dtype=dtype, device=device) if added is None else added
             added = added.masked_fill(~mask, hidden) if added.ndim else torch.where(mask, added, hidden)

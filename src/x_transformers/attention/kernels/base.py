@@ -89,6 +89,11 @@ class Kernel(Protocol):
     def __call__(self, job: Job) -> Float[Tensor, 'b h i e']: ...
 
 
+def regrouped(t: Float[Tensor, 'b (x y) i d'], first: int) -> Float[Tensor, 'b (y x) i d']:
+    """Heads seen as (first, second), in the order (second, first)."""
+    return t.view(t.shape[0], first, -1, *t.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+
 def tiled(t: Float[Tensor, 'b kh j d'], heads: int) -> Float[Tensor, 'b h j d']:
     """Keys or values for every query head: query head h looks at head h mod kv_heads. One head broadcasts."""
     kv_heads = t.shape[1]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from x_transformers.attention.kernels.base import Call, Job, Needs, tiled
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
+from x_transformers.attention.scores.base import Where, rendered_bias
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Bool, Float
 
@@ -52,7 +52,7 @@ class Blocks:
         if job.l2_distance:
             q, k = as_products(q, k, whole=job.sink is not None or job.softclamp is not None)
         mask, where = job.mask, job.where
-        bias = None if job.bias is None else job.bias.render(where)
+        bias = None if job.bias is None else rendered_bias(job.bias, where)
         # a prefix and causality belong together, so with a prefix all is rendered
         apart = mask if mask.prefix is not None else mask.apart_from_distance()
         allowed = apart.rendered(where, q.device)
@@ -156,7 +156,7 @@ def summed_to(t: Tensor, like: Tensor) -> Tensor:
 
 
 def to_kv_heads(t: Float[Tensor, 'b h j d'], kv_heads: int) -> Float[Tensor, 'b kh j d']:
-    return t if t.shape[1] == kv_heads else t.unflatten(1, (-1, kv_heads)).sum(1)
+    return t if t.shape[1] == kv_heads else t.view(t.shape[0], -1, kv_heads, *t.shape[2:]).sum(1)
 
 
 class InBlocks(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.attention.kernels.base import Call, Job, Needs
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.mask import recall, remember
+from x_transformers.attention.scores.base import rendered_bias
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Float
 
@@ -81,7 +82,9 @@ class Flex:
             lse = aux.lse if order is None else aux.lse[:, back]
             out = out * (lse - job.sink.view(1, -1, 1)).sigmoid()[..., None].to(out.dtype)
         open_rows = job.mask.open_rows(job.where, q.device)
-        return out if open_rows is None else out.masked_fill(~open_rows, 0.0)
+        if open_rows is not None:
+            out = out.masked_fill(~open_rows, 0.0)
+        return cast(Tensor, out)
 
 
 @cache
@@ -89,7 +92,8 @@ def compiled(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # on CPU, where only a test asks for it, it is not worth compiling
-    return flex_attention if device == 'cpu' else torch.compile(flex_attention, dynamic=False)
+    run: Any = flex_attention if device == 'cpu' else torch.compile(flex_attention, dynamic=False)
+    return cast(Callable[..., Any], run)
 
 
 def paired_heads(heads: int, kv_heads: int, device: torch.device) -> Tensor | None:
@@ -101,7 +105,7 @@ def paired_heads(heads: int, kv_heads: int, device: torch.device) -> Tensor | No
 
 def score_mod(job: Job, order: Tensor | None) -> Callable[..., Tensor] | None:
     """Bias, then soft clamp."""
-    bias = None if job.bias is None else job.bias.render(job.where)
+    bias = None if job.bias is None else rendered_bias(job.bias, job.where)
     clamp = job.softclamp
     if bias is None and clamp is None:
         return None

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs, tiled
+from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped, tiled
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Float
 
 # on CPU, a window that shows less than half of the keys, of at least so many queries, is faster in blocks
 BLOCKS_PAY_FROM = 256
+# numbers in a mask for each row of the batch, from which on blocks without one are preferred on CPU
+LARGE_MASK = 4096 * 4096
 
 
 class Sdpa:
@@ -39,6 +41,8 @@ class Sdpa:
                 reasons.append('with dropout it holds the whole score matrix on CPU, slower than the reference')
             if call.learned_bias or (needs.sink and call.gradients):
                 reasons.append('a bias that learns makes it hold the whole score matrix on CPU')
+            if call.masked and call.causal and call.where.queries * call.where.keys > LARGE_MASK:
+                reasons.append('padding and causality together would be a large mask')
             if call.windowed and call.where.queries >= BLOCKS_PAY_FROM:
                 reasons.append('it looks at keys outside the window, too')
         return tuple(reasons)
@@ -122,9 +126,8 @@ def over_heads(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bo
         # torch pairs query head h with key head h // group: bring ours into that order and back
         if kv_heads == 1:
             return run(q, k, v, added, causal, job, enable_gqa=True)
-        paired = q.unflatten(1, (groups, kv_heads)).transpose(1, 2).flatten(1, 2)
-        out = run(paired, k, v, added, causal, job, enable_gqa=True)
-        return out.unflatten(1, (kv_heads, groups)).transpose(1, 2).flatten(1, 2)
+        out = run(regrouped(q, groups), k, v, added, causal, job, enable_gqa=True)
+        return regrouped(out, kv_heads)
     if kv_heads == 1:
         return run(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), added, causal, job)
     return run(q, tiled(k, heads), tiled(v, heads), added, causal, job)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs
+from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.tensor_types import Float
 
@@ -48,8 +50,8 @@ class Varlen:
         q, k, v = unified(job.q, job.k, job.v)
         heads, kv_heads = q.shape[1], k.shape[1]
         if 1 < kv_heads < heads:
-            q = q.unflatten(1, (-1, kv_heads)).transpose(1, 2).flatten(1, 2)
-        out = varlen_attn(
+            q = regrouped(q, heads // kv_heads)
+        found: Any = varlen_attn(
             q[0].transpose(0, 1),
             k[0].transpose(0, 1),
             v[0].transpose(0, 1),
@@ -61,5 +63,5 @@ class Varlen:
             window_size=(-1, 0) if job.mask.causal else (-1, -1),
             enable_gqa=heads != kv_heads,
         )
-        out = out.transpose(0, 1)[None]
-        return out.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(1, 2) if 1 < kv_heads < heads else out
+        out: Tensor = found.transpose(0, 1)[None]
+        return regrouped(out, kv_heads) if 1 < kv_heads < heads else out

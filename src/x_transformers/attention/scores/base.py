@@ -110,3 +110,9 @@ class Rule:
 
 
 Rules = tuple[Rule, ...]
+
+
+def rendered_bias(bias: Bias, where: Where) -> Float[Tensor, '#b #h #i j']:
+    """A bias over all columns, one that is the same for all of them too."""
+    rendered = bias.render(where)
+    return rendered.expand(*rendered.shape[:-1], where.keys) if rendered.shape[-1] != where.keys else rendered

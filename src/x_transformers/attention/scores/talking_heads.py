@@ -33,7 +33,7 @@ class HeadMixer(Module):
 
 
 def mix_heads(weight: Float[Tensor, 'g h 1 1'], t: Float[Tensor, 'b h i j']) -> Float[Tensor, 'b g i j']:
-    return (weight.flatten(1) @ t.flatten(2)).unflatten(2, t.shape[2:])
+    return torch.einsum('gh,bhij->bgij', weight.flatten(1), t)
 
 
 class MixScores(Rule):

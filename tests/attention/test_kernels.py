@@ -1,0 +1,226 @@
+"""Every kernel gives what the written-out formula gives, and has the reference's gradients."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from x_transformers.attention.attend import Attend
+from x_transformers.attention.kernels import blocks
+from x_transformers.attention.kernels.base import Call, Needs
+from x_transformers.attention.kernels.choose import NAMES, choose_kernel, explain, fusable, use_kernel
+from x_transformers.attention.mask import Mask
+from x_transformers.attention.scores.base import Where
+
+from .formula import FixedBias, attention
+
+SCALE, B, H, D = 0.4, 2, 4, 4
+
+
+def draw(seed: int) -> tuple[Where, int, int, dict, dict, torch.Tensor | None]:
+    """(geometry, kv heads, value width, settings of Attend, fields of Mask, bias over own keys)."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    n, front = rng.choice([1, 2, 7]), rng.choice([0, 0, 1, 2])
+    own = max(n - 2, 1) if rng.random() < 0.1 else n + rng.choice([0, 0, 3])
+    where = Where(n, own + front, front)
+    settings = {
+        'l2_distance': rng.random() < 0.2,
+        'head_learned_sink': rng.random() < 0.25,
+        'softclamp_logits': rng.random() < 0.3,
+        'add_zero_kv': rng.random() < 0.2,
+    }
+    mask: dict = {'causal': rng.random() < 0.6, 'past': rng.choice([None, None, 0, 2])}
+    if rng.random() < 0.5:
+        mask['keys'] = torch.rand(B, own) > 0.5
+    if rng.random() < 0.3:
+        mask['dense'] = torch.rand(*rng.choice([(n, own), (H, n, own), (B, 1, n, own), (B, H, n, own + front)])) > 0.3
+    if front and rng.random() < 0.4:
+        mask['front'] = torch.rand(B, rng.choice([1, front])) > 0.5
+    if mask['causal'] and rng.random() < 0.3:
+        mask['prefix'] = rng.choice([2, torch.tensor([1, 3])])
+    shape = rng.choice([None, None, (1, H, n, own), (B, 1, n, own), (1, H, 1, own)])
+    bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
+    return where, rng.choice([1, 2, 4]), rng.choice([D, D + 2, 2]), settings, mask, bias
+
+
+@pytest.mark.parametrize('seed', range(60))
+def test_kernels_agree(seed, monkeypatch):
+    monkeypatch.setattr(blocks, 'ROWS', 4)
+    where, kv_heads, width, settings, fields, bias = draw(seed)
+    attend = Attend(heads=H, logit_softclamp_value=2.0, scale=SCALE, **settings).double()
+    sink = attend.head_attn_sink
+    if sink is not None:
+        torch.nn.init.normal_(sink)
+    shapes = (H, where.queries, D), (kv_heads, where.keys, D), (kv_heads, where.keys, width)
+    given = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes] + ([] if bias is None else [bias])
+    q, k, v = given[:3]
+    zero = settings['add_zero_kv']
+    want = attention(
+        q,
+        F.pad(k, (0, 0, 1, 0)) if zero else k,
+        F.pad(v, (0, 0, 1, 0)) if zero else v,
+        where.with_front(1) if zero else where,
+        scale=SCALE,
+        bias=None if bias is None else FixedBias(bias),
+        clamp=2.0 if settings['softclamp_logits'] else None,
+        sink=None if sink is None else sink.tolist(),
+        l2=settings['l2_distance'],
+        **fields,
+    )
+    weight = torch.randn_like(want)
+    expected = None
+    for name in ('reference', 'blocks', *(() if settings['softclamp_logits'] else ('sdpa',))):
+        leaves = [t.clone().requires_grad_() for t in given]
+        with use_kernel(name):
+            added = FixedBias(leaves[3]) if bias is not None else None
+            out, _ = attend.run(*leaves[:3], mask=Mask(**fields), where=where, bias=added)
+        torch.testing.assert_close(out, want, atol=1e-9, rtol=0, msg=lambda m, name=name: f'{name}: {m}')
+        leaves += [] if sink is None else [sink]
+        grads = torch.autograd.grad(out, leaves, weight, allow_unused=True, materialize_grads=True)
+        expected = grads if expected is None else expected
+        for grad, other in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, other, atol=1e-9, rtol=0, msg=lambda m, name=name: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('name', ['sdpa', 'blocks', 'reference'])
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+def test_autocast_and_single_precision(name, kv_heads):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(B, H, 9, 8), torch.randn(B, kv_heads, 9, 8), torch.randn(B, kv_heads, 9, 8)
+    keys = torch.rand(B, 9) > 0.4
+    keys[0, :3] = False
+    mask = Mask(keys=keys, causal=True)
+    want = attention(q, k, v, Where(9, 9), scale=8**-0.5, causal=True, keys=keys)
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    with use_kernel(name):
+        single, _ = Attend().run(q, k, v, mask=mask, where=Where(9, 9))
+        with torch.autocast('cpu', torch.bfloat16):
+            half, _ = Attend().run(q, k, v, mask=mask, where=Where(9, 9))
+    torch.testing.assert_close(single.double(), want, atol=1e-5, rtol=0)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), want, atol=0.05, rtol=0)
+    assert (half[0, :, :3] == 0).all()
+    assert (single[0, :, :3] == 0).all()
+    half.float().sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in (q, k, v))
+
+
+def test_flex_in_the_eager_form():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(B, H, 5, 16), torch.randn(B, 2, 7, 16), torch.randn(B, 2, 7, 16)
+    keys = torch.rand(B, 6) > 0.4
+    attend = Attend(heads=H, softclamp_logits=True, logit_softclamp_value=2.0, head_learned_sink=True)
+    torch.nn.init.normal_(attend.head_attn_sink)
+    bias, where = torch.randn(1, H, 5, 6), Where(5, 7, 1)
+    fields = {'causal': True, 'past': 3, 'keys': keys}
+    sink = attend.head_attn_sink.tolist()
+    want = attention(q, k, v, where, scale=0.25, bias=FixedBias(bias), clamp=2.0, sink=sink, **fields)
+    # not compiled here: torch says so once
+    with torch.no_grad(), use_kernel('flex'), pytest.warns(UserWarning, match='flex_attention called without torch.compile'):
+        out, _ = attend.run(q, k, v, mask=Mask(**fields), where=where, bias=FixedBias(bias))
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+
+
+def test_packed_sequences_are_alone():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, H, 7, D), torch.randn(1, 2, 7, D), torch.randn(1, 2, 7, D)
+    starts = torch.tensor([0, 3, 7])
+    attend = Attend(causal=True, flash=True, flash_pack_seq=True)
+    out, _ = attend(q, k, v, flash_pack_seq_kwargs={'cu_seqlens_q': starts, 'cu_seqlens_k': starts})
+    for begin, end in ((0, 3), (3, 7)):
+        alone, _ = attend(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
+        torch.testing.assert_close(out[:, :, begin:end], alone)
+
+
+def test_backends_can_be_restricted():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    math_only = Attend(causal=True, sdp_kwargs={'enable_flash': False, 'enable_math': True, 'enable_mem_efficient': False})
+    assert math_only.backends == ('MATH',)
+    assert Attend().backends is None
+    torch.testing.assert_close(math_only(q, k, v)[0], Attend(causal=True)(q, k, v)[0])
+
+
+def call(**facts) -> Call:
+    plain = {
+        'device': 'cpu', 'dtype': torch.float32, 'gradients': True, 'dropout': False, 'heads': 8, 'kv_heads': 8,
+        'key_dim': 64, 'value_dim': 64, 'where': Where(1024, 1024), 'plain_causal': True, 'causal': True,
+    }  # fmt: skip
+    return Call(**{**plain, **facts})
+
+
+@pytest.mark.parametrize(
+    ('needs', 'facts', 'chosen'),
+    [
+        (Needs(), {}, 'sdpa'),
+        (Needs(), {'dropout': True}, 'reference'),
+        (Needs(), {'dropout': True, 'device': 'cuda'}, 'sdpa'),
+        (Needs(), {'windowed': True}, 'blocks'),
+        (Needs(), {'learned_bias': True}, 'blocks'),
+        (Needs(), {'previous': True}, 'reference'),
+        (Needs(), {'hand_on': True}, 'reference'),
+        (Needs(), {'packed': True}, 'sdpa'),
+        (Needs(), {'packed': True, 'device': 'cuda', 'dtype': torch.bfloat16}, 'varlen'),
+        (Needs(pointwise=('softclamp_logits',)), {}, 'blocks'),
+        (Needs(pointwise=('softclamp_logits',)), {'device': 'cuda'}, 'flex'),
+        (Needs(pointwise=('softclamp_logits',)), {'where': Where(1, 9)}, 'reference'),
+        (Needs(sink=True), {}, 'blocks'),
+        (Needs(whole=('selective',)), {}, 'reference'),
+        (Needs(weights='sigmoid'), {'device': 'cuda'}, 'reference'),
+        (Needs(onnxable=True), {}, 'reference'),
+    ],
+)
+def test_choice(needs, facts, chosen):
+    assert choose_kernel(needs, call(**facts)).name == chosen
+    text = explain(needs, call(**facts))
+    assert text.startswith(f'{chosen} runs')
+    assert len(text.splitlines()) == len(NAMES)
+
+
+def test_forcing_a_kernel_that_cannot():
+    q = torch.randn(1, 2, 3, 4)
+    with use_kernel('sdpa'), pytest.raises(ValueError, match='sdpa kernel cannot run this attention: sigmoid is not a softmax'):
+        Attend(sigmoid=True)(q, q, q)
+    with pytest.raises(ValueError, match='there is no kernel'), use_kernel('fast'):
+        pass
+    assert Attend(sigmoid=True)(q, q, q)[0].shape == q.shape
+
+
+def test_fusable():
+    assert fusable({}) == []
+    assert fusable({'softclamp_logits': True, 'head_learned_sink': True, 'l2_distance': True}) == []
+    for refused in (
+        'sigmoid',
+        'hard',
+        'sparse_topk',
+        'gumbel_softmax',
+        'custom_attn_fn',
+        'selective',
+        'use_cope',
+        'cog_signed',
+    ):
+        assert len(fusable({refused: True})) == 1
+    assert 'dropout' in fusable({'softclamp_logits': True, 'dropout': 0.1})[0]
+
+
+SETTINGS = [{}, {'softclamp_logits': True}, {'head_learned_sink': True}, {'pre_talking_heads': True}, {'selective': True}]
+
+
+@pytest.mark.filterwarnings('ignore:.*should not be instantiated')
+@pytest.mark.parametrize('settings', SETTINGS, ids=str)
+def test_one_graph(settings):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    attend = Attend(heads=H, causal=True, **settings)
+
+    def attention_with_padding(q, keys):
+        return attend.run(q, q, q, mask=Mask(keys=keys).narrowed(True, 3), where=Where(6, 6))[0]
+
+    q, keys = torch.randn(B, H, 6, 8), torch.rand(B, 6) > 0.3
+    compiled = torch.compile(attention_with_padding, fullgraph=True, backend='eager')
+    torch.testing.assert_close(compiled(q, keys), attention_with_padding(q, keys))

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from x_transformers.attend import one_hot_straight_through, sparse_topk_attn
+from x_transformers.attention.attend import Attend
+from x_transformers.attention.weights import choose_weights, softmax
+
+LOWEST = -torch.finfo(torch.float32).max
+
+
+def gradient(function, logits, weight):
+    logits = logits.clone().requires_grad_()
+    (function(logits) * weight).sum().backward()
+    return logits.grad
+
+
+def test_sparse_topk_keeps_ties():
+    found = sparse_topk_attn(torch.tensor([1.0, 2, 2, 3, 0]), 2)
+    torch.testing.assert_close(found, torch.tensor([0, 0.2119, 0.2119, 0.5761, 0]), atol=1e-4, rtol=0)
+
+
+def test_sparse_topk_of_fewer_keys_keeps_all():
+    logits = torch.tensor([1.0, 2, LOWEST])
+    torch.testing.assert_close(sparse_topk_attn(logits, 9), logits.softmax(-1))
+    assert sparse_topk_attn(logits, 3)[2] == 0
+
+
+def test_straight_through_gradients():
+    torch.manual_seed(0)
+    logits, weight = torch.randn(3, 6), torch.randn(3, 6)
+    soft = gradient(lambda t: t.softmax(-1), logits, weight)
+    torch.testing.assert_close(gradient(lambda t: sparse_topk_attn(t, 2, straight_through=True), logits, weight), soft)
+    torch.testing.assert_close(sparse_topk_attn(logits, 2, straight_through=True), sparse_topk_attn(logits, 2))
+    hard = one_hot_straight_through(logits)
+    assert torch.equal(hard, torch.nn.functional.one_hot(logits.argmax(-1), 6).float())
+    torch.testing.assert_close(gradient(one_hot_straight_through, logits, weight), soft)
+    warm = gradient(lambda t: (t / 2).softmax(-1), logits, weight)
+    torch.testing.assert_close(gradient(lambda t: one_hot_straight_through(t, temperature=2.0), logits, weight), warm)
+
+
+def test_softmax_is_wide_in_half_precision():
+    torch.manual_seed(0)
+    scores = torch.randn(4, 9).bfloat16()
+    assert softmax(scores).dtype == torch.float32
+    assert softmax(scores, wide=False).dtype == torch.bfloat16
+    assert softmax(scores.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ('settings', 'name'),
+    [
+        ({}, 'softmax'),
+        ({'gumbel_softmax': True}, 'gumbel_softmax'),
+        ({'sparse_topk': 2, 'gumbel_softmax': True}, 'sparse_topk'),
+        ({'hard': True, 'sparse_topk': 2}, 'hard'),
+        ({'sigmoid': True, 'hard': True}, 'sigmoid'),
+        ({'custom_attn_fn': torch.relu, 'sigmoid': True}, 'custom_attn_fn'),
+    ],
+)
+def test_precedence(settings, name):
+    assert choose_weights(**settings)[0] == name
+
+
+def rows(**settings):
+    """(output, scores of what may be seen, values, map) of attention with a causal mask and one forbidden key."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    keys = torch.tensor([[False, True, True, True]])
+    attend = Attend(causal=True, **settings)
+    out, maps = attend(q, k, v, mask=keys)
+    scores = (q @ k.mT * 8**-0.5)[:, :, 3, 1:]
+    assert (out[:, :, 0] == 0).all()  # sees only the forbidden key
+    return out[:, :, 3], scores, v[:, :, 1:], maps
+
+
+def test_sigmoid():
+    out, scores, v, _ = rows(sigmoid=True)
+    torch.testing.assert_close(out, (scores.sigmoid()[..., None] * v).sum(-2))
+
+
+def test_hard():
+    out, scores, v, maps = rows(hard=True)
+    for h in range(2):
+        torch.testing.assert_close(out[0, h], v[0, h, scores[0, h].argmax()])
+    assert set(maps.post_softmax_attn.unique().tolist()) == {0.0, 1.0}
+
+
+def test_sparse_topk():
+    out, scores, v, _ = rows(sparse_topk=2)
+    for h in range(2):
+        best = scores[0, h].topk(2)
+        torch.testing.assert_close(out[0, h], best.values.softmax(-1) @ v[0, h, best.indices])
+
+
+def test_custom_function_sees_forbidden_scores_as_the_lowest():
+    out, scores, v, maps = rows(custom_attn_fn=torch.relu)
+    torch.testing.assert_close(out, (scores.relu()[..., None] * v).sum(-2))
+    assert (maps.pre_softmax_attn[..., 0] == LOWEST).all()
+
+
+def test_gumbel_is_random_and_recorded():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    attend = Attend(gumbel_softmax=True, gumbel_softmax_hard=False).eval()
+    first, maps = attend(q, k, v)
+    second, _ = attend(q, k, v)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(maps.post_softmax_attn @ v, first)
+
+
+def test_dropout_only_while_training():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    attend = Attend(dropout=0.5)
+    dropped, maps = attend(q, k, v)
+    kept, _ = attend.eval()(q, k, v)
+    torch.testing.assert_close(kept, Attend()(q, k, v)[0])
+    assert not torch.allclose(dropped, kept)
+    torch.testing.assert_close(maps.post_softmax_attn @ v, kept)
