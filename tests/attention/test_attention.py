@@ -334,6 +334,16 @@ def test_dropout_of_the_output():
     assert not (attn.eval()(x) == 0).any()
 
 
+def test_compiles_without_a_graph_break():
+    attn, x = small(causal=True, kv_heads=2, num_mem_kv=2, qk_norm=True, gate_values=True), torch.randn(B, N, D)
+    place, mask = (angles(N), 1.0), torch.ones(B, N, dtype=torch.bool)
+    torch._dynamo.reset()
+    compiled = torch.compile(attn, fullgraph=True, backend='eager')
+    out, inter = compiled(x, mask=mask, rotary_pos_emb=place, return_intermediates=True)
+    torch.testing.assert_close(out, attn(x, mask=mask, rotary_pos_emb=place))
+    torch.testing.assert_close(inter.values, attn.to_v(x).unflatten(-1, (2, W)).transpose(1, 2))
+
+
 # ---------------------------------------------------------------- training tools
 
 

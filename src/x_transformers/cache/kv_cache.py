@@ -40,7 +40,7 @@ class LayerCache:
     @property
     def length(self) -> int:
         """Rows of the longest growing tape."""
-        return max((tape.length for tape in self.tapes.values() if not tape.fixed), default=0)
+        return max([0, *[tape.length for tape in self.tapes.values() if not tape.fixed]])
 
     @property
     def can_rollback(self) -> bool:
@@ -170,15 +170,17 @@ class KVCache:
         for index, inter in zip(steps or range(len(attentions)), attentions, strict=False):
             if inter is None or inter.cached_kv is None:
                 continue
-            k, v = inter.cached_kv
+            # a latent has no heads
+            names = ('k', 'v') if inter.cached_kv[0].ndim == 4 else ('latent', 'k_rope')
             fixed = inter.layer_type == 'c'
-            cache.step(index).tapes.update(k=Tape.of(k, fixed=fixed), v=Tape.of(v, fixed=fixed))
+            held = {name: Tape.of(t, fixed=fixed) for name, t in zip(names, inter.cached_kv, strict=True) if t is not None}
+            cache.step(index).tapes.update(held)
         return cache
 
     @property
     def retained(self) -> int:
         """Rows that self attention still holds."""
-        return max((layer.length for layer in self.steps.values()), default=0)
+        return max([0, *[layer.length for layer in self.steps.values()]])
 
     @property
     def can_rollback(self) -> bool:

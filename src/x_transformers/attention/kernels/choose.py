@@ -104,8 +104,6 @@ def fusable(settings: Mapping[str, Any]) -> list[str]:
     reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
     if needs.weights != 'softmax':
         reasons.append(f'{needs.weights} is not a softmax')
-    if needs.onnxable:
-        reasons.append('onnxable asks for plain operations')
     if needs.pointwise and settings.get('dropout'):
         reasons.append(f'{needs.pointwise[0]} together with dropout is carried by no fused kernel')
     return reasons
