@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from x_transformers.flags.rule import Rule, how_many
@@ -32,7 +33,7 @@ WRAPPER_RULES = (
         ('tie_embedding', 'token_emb'),
         lambda flags, dim: flags.tie_embedding and flags.token_emb is not None and not hasattr(flags.token_emb, 'emb'),
         'the logits need the table of a TokenEmbedding, its `emb`',
-        {'tie_embedding': True, 'token_emb': nn.Embedding(2, 2)},
+        {'tie_embedding': True, 'token_emb': nn.Embedding.from_pretrained(torch.zeros(2, 2))},
     ),
     Rule(
         ('tie_embedding', 'logits_dim'),

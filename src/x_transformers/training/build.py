@@ -17,9 +17,9 @@ NUM_BYTES = 256
 QUICKSTART: dict[str, Any] = {
     'dim': 192,
     'depth': 5,
-    'heads': 6,
-    'attn_dim_head': 32,
-    'attn_kv_heads': 2,
+    'heads': 3,
+    'attn_dim_head': 64,
+    'attn_kv_heads': 1,
     'rotary_pos_emb': True,
     'use_rmsnorm': True,
     'ff_mult': 3.0,

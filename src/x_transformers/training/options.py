@@ -33,9 +33,9 @@ class TrainOptions:
     bf16: bool = False
     """Compute in bfloat16 where that is safe (autocast); weights stay in float32."""
 
-    steps: int = 400
+    steps: int = 450
     """Number of optimiser steps."""
-    batch: int = 16
+    batch: int = 8
     """Sequences per micro-batch."""
     grad_accum: int = 1
     """Micro-batches per step, whose gradients are averaged."""
@@ -58,7 +58,7 @@ class TrainOptions:
     """Largest norm of the gradient; 0: no clipping."""
     schedule: Literal['cosine', 'linear', 'constant'] = 'cosine'
     """How the learning rate falls after the warm-up."""
-    warmup: int = 20
+    warmup: int = 30
     """Steps over which the learning rate rises."""
     final_lr: float = 0.0
     """Learning rate of the last step, as a share of the highest."""

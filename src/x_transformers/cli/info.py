@@ -1,0 +1,205 @@
+"""``x-transformers info``: what a set of flags builds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import tyro
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from x_transformers.attention import attend
+from x_transformers.attention.kernels.base import Call, Needs
+from x_transformers.attention.kernels.choose import explain
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.cli.options import GROUPS, ModelOptions, model_fields
+from x_transformers.cli.toml import config_path, from_file
+from x_transformers.layers.plan import KINDS, LayerPlan, plan_layers
+from x_transformers.training.build import build_network, choose_device
+from x_transformers.training.errors import TrainingError
+from x_transformers.training.run import RunConfig
+
+ABOUT = """Show the layers, parameters, operations, attention kernels and cache that a set of flags leads to.
+
+Nothing is computed: the model is built without memory, so that large ones can be looked at too.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class InfoOptions:
+    run: str | None = None
+    """Look at the model of this run folder instead of the flags given here."""
+    config: str | None = None
+    """TOML file with any of these options; the command line overrides it."""
+    seq_len: int = 256
+    """Bytes that are read at once."""
+    device: str = 'auto'
+    """The device that the kernel is chosen for."""
+    bf16: bool = False
+    """Compute in bfloat16."""
+    training: bool = True
+    """For a training step (gradients, dropout); else for evaluation."""
+
+
+def info_class() -> type:
+    fields: list[tuple[str, Any, Any]] = [
+        ('options', Annotated[InfoOptions, tyro.conf.arg(name='')], dataclasses.field(default_factory=InfoOptions)),
+        *model_fields(),
+    ]
+    made = dataclasses.make_dataclass('Info', fields, frozen=True)
+    made.__doc__ = ABOUT
+    return made
+
+
+def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
+    command = info_class()
+    path = config_path(arguments)
+    file = from_file(path, InfoOptions)
+    default = command(options=InfoOptions(**file.own | {'config': path}), **file.groups)
+    read = tyro.cli(
+        command, args=list(arguments), default=default, prog='x-transformers info', config=(tyro.conf.OmitArgPrefixes,)
+    )
+    options: InfoOptions = read.options
+    if options.seq_len < 1:
+        raise TrainingError(f'--seq-len must be at least 1, but is {options.seq_len}')
+    if options.run is not None:
+        return RunConfig.read(Path(options.run)).flags, options
+    flags = ModelOptions(**{group: getattr(read, group) for group in GROUPS}).given() | file.only_here
+    return flags | {'max_seq_len': flags.get('max_seq_len', options.seq_len)}, options
+
+
+def main(arguments: Sequence[str]) -> int:
+    flags, options = parse(arguments)
+    device = choose_device(options.device)
+    with torch.device('meta'):
+        network = build_network(flags).train(options.training)
+    seen = look(network, options)
+    parts = [
+        layer_lines(plan_layers(network.attn_layers.flags)),  # type: ignore[union-attr, arg-type]
+        parameter_lines(network),
+        [
+            f'operations for {options.seq_len} bytes at once (multiply and add count as two)',
+            f'  forward   {seen.flops / options.seq_len:>15,.0f} per byte',
+            f'  training  {3 * seen.flops / options.seq_len:>15,.0f} per byte (forward and backward)',
+        ],
+        cache_lines(network, seen, options),
+        kernel_lines(seen.calls, device),
+    ]
+    print('\n\n'.join('\n'.join(lines) for lines in parts))
+    return 0
+
+
+# what is found out by a forward without numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    flops: int
+    cache_bytes: int
+    calls: list[tuple[Needs, Call]]
+
+
+def look(network: nn.Module, options: InfoOptions) -> Seen:
+    """Send a sequence without numbers through the model and watch."""
+    ids = torch.zeros(1, options.seq_len, dtype=torch.long, device='meta')
+    counter = FlopCounterMode(display=False)
+    with watched_choices() as calls, torch.set_grad_enabled(options.training), counter:
+        dtype = torch.bfloat16 if options.bf16 else next(network.parameters()).dtype
+        _, intermediates = network.to(dtype)(ids, return_intermediates=True)
+    cache = KVCache.of(intermediates)
+    return Seen(counter.get_total_flops(), 0 if cache is None else cache.bytes(), calls)
+
+
+@contextmanager
+def watched_choices() -> Iterator[list[tuple[Needs, Call]]]:
+    """What every attention asks of a kernel."""
+    calls: list[tuple[Needs, Call]] = []
+    choose = attend.choose_kernel
+
+    def note(needs: Needs, call: Call) -> Any:
+        calls.append((needs, call))
+        return choose(needs, call)
+
+    with mock.patch.object(attend, 'choose_kernel', note):
+        yield calls
+
+
+# what is shown
+
+
+def layer_lines(plan: LayerPlan) -> list[str]:
+    lines = [f'layers: {"".join(plan.kinds)}']
+    for spec in plan.layers:
+        notes = [
+            note
+            for wanted, note in (
+                (spec.half, 'counts half'),
+                (spec.shift, f'shifted by {spec.shift}'),
+                (spec.dropout, f'dropped with probability {spec.dropout}'),
+                (spec.views > 1, f'{spec.views} views of the past'),
+                (spec.skip_from is not None, f'joined with layer {spec.skip_from}'),
+            )
+            if wanted
+        ]
+        lines.append(f'  {spec.index:3}  {KINDS[spec.kind]:16}{", ".join(notes)}'.rstrip())
+    if plan.order != tuple(range(len(plan.layers))):
+        lines.append(f'  executed in the order {", ".join(map(str, plan.order))}')
+    return lines
+
+
+def parameter_lines(network: nn.Module) -> list[str]:
+    """Parameters by the class of the module in whose room they live; each counted once."""
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    for room, module in rooms(network):
+        for parameter in module.parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[room] = counts.get(room, 0) + parameter.numel()
+    total = sum(counts.values())
+    lines = [f'parameters: {total:,}']
+    for room, count in sorted(counts.items(), key=lambda item: -item[1]):
+        lines.append(f'  {room:24}{count:>14,}  {100 * count / max(total, 1):5.1f} %')
+    return lines
+
+
+def rooms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(room, module) from the inside out: branches, norms, residuals, then what is left of the stack and around it."""
+    stack: Any = network.attn_layers
+    plan = plan_layers(stack.flags)
+    for spec, layer in zip(plan.layers, stack.layers, strict=True):
+        norms, branch, residual = layer
+        yield KINDS[spec.kind], branch
+        yield 'norms', norms
+        yield 'residuals', residual
+    yield 'norms', stack.final_norm
+    yield 'rest of the stack', stack
+    for name, child in network.named_children():
+        yield {'token_emb': 'token embedding', 'to_logits': 'logits', 'pos_emb': 'position embedding'}.get(name, name), child
+    yield 'rest', network
+
+
+def cache_lines(network: Any, seen: Seen, options: InfoOptions) -> list[str]:
+    if not network.can_cache_kv:
+        return ['cache: none, these flags need the whole sequence at every step']
+    return [f'cache: {seen.cache_bytes / options.seq_len:,.0f} bytes per byte of text and sequence']
+
+
+def kernel_lines(calls: list[tuple[Needs, Call]], device: torch.device) -> list[str]:
+    """One paragraph per different demand; on the meta device nothing runs, so the choice is asked for on the real one."""
+    found: dict[str, int] = {}
+    for needs, call in calls:
+        text = explain(needs, call._replace(device=device.type))
+        found[text] = found.get(text, 0) + 1
+    lines = [f'attention kernels on {device.type}']
+    for text, count in found.items():
+        first, *others = text.splitlines()
+        lines.append(f'  {first} ({count} of {len(calls)} layers)')
+        lines += [f'    {other}' for other in others]
+    return lines

@@ -1,0 +1,251 @@
+"""The commands as they are typed. Most run in this process: ``main`` returns the exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from x_transformers.cli.main import main
+
+SMALL = [
+    *('--dim', '32', '--depth', '1', '--heads', '2', '--attn-dim-head', '64', '--attn-kv-heads', '1', '--threads', '1'),
+    *('--batch', '2', '--seq-len', '32', '--warmup', '2', '--val-every', '4', '--val-bytes', '128', '--device', 'cpu'),
+    *('--final-bytes', '512', '--sample-length', '8', '--attn-dropout', '0.1'),
+]  # fmt: skip
+COMMAND = [sys.executable, '-m', 'x_transformers']
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / 'text'
+    path.write_text('the quick brown fox jumps over the lazy dog\n' * 200)
+    return path
+
+
+def train(text, run, *more, steps=8):
+    return ['train', '--data', str(text), '--run-dir', str(run), '--steps', str(steps), '--save-every', '3', *SMALL, *more]
+
+
+def metrics(run, key='bits_per_byte'):
+    lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    return [(line['step'], line[key]) for line in lines if key in line]
+
+
+def sentence_of(capsys, arguments):
+    """The one sentence of a refused command."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert 'Traceback' not in captured.err
+    assert captured.err.count('x-transformers: ') == 1
+    return captured.err.partition('x-transformers: ')[2]
+
+
+def test_a_run_writes_its_files_and_generate_reads_them(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    out = capsys.readouterr().out
+    assert 'gzip -9' in out
+    assert 'xz -9' in out
+    assert {path.name for path in run.iterdir()} == {
+        'config.json', 'model.safetensors', 'metrics.jsonl', 'loss.png', 'sample.txt', 'checkpoint-00000008',
+    }  # fmt: skip
+    assert (run / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    assert (run / 'sample.txt').read_bytes().startswith(b'def ')
+    assert len((run / 'sample.txt').read_bytes()) == len(b'def ') + 8 + 1
+    assert [step for step, _ in metrics(run)] == list(range(1, 9))
+    assert [step for step, _ in metrics(run, 'held_out_bits_per_byte')] == [4, 8]
+
+    generate = ['generate', str(run), '--prompt', 'the ', '--length', '20', '--seed', '3', '--samples', '2', '--top-k', '5']
+    assert main(generate) == 0
+    first = capsys.readouterr().out
+    assert first.count('the ') >= 2
+    assert main(generate) == 0
+    assert capsys.readouterr().out == first
+    assert main(['info', '--run', str(run)]) == 0
+    assert 'layers: af' in capsys.readouterr().out
+
+
+def test_cached_and_uncached_writing_agree(tmp_path, text, capsys):
+    """Beyond max_seq_len the window moves; greedy text must begin the same as a shorter one."""
+    run = tmp_path / 'run'
+    assert main(train(text, run, '--use-abs-pos-emb', '--no-rotary-pos-emb')) == 0
+    capsys.readouterr()
+    greedy = ['generate', str(run), '--prompt', 'the quick', '--temperature', '0', '--length']
+    assert main([*greedy, '20']) == 0
+    short = capsys.readouterr().out
+    assert main([*greedy, '60']) == 0
+    assert capsys.readouterr().out.startswith(short.rstrip('\n'))
+
+
+def test_resume_after_a_kill_is_exact(tmp_path, text):
+    assert main(train(text, tmp_path / 'whole', steps=40)) == 0
+    run = tmp_path / 'killed'
+    process = subprocess.Popen([*COMMAND, *train(text, run, steps=40)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not list(run.glob('checkpoint-*')):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(run.glob('checkpoint-*'))
+    assert main(['train', '--run-dir', str(run), '--resume']) == 0
+    assert metrics(run) == metrics(tmp_path / 'whole')
+    assert metrics(run, 'held_out_bits_per_byte') == metrics(tmp_path / 'whole', 'held_out_bits_per_byte')
+    assert (run / 'model.safetensors').read_bytes() == (tmp_path / 'whole' / 'model.safetensors').read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    before = metrics(run)
+    assert main(['train', '--run-dir', str(run), '--resume']) == 0
+    assert metrics(run) == before
+
+
+def test_a_run_folder_that_holds_a_run_is_refused_and_kept(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    content = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    capsys.readouterr()
+    assert 'already holds a run: continue it with --resume' in sentence_of(capsys, train(text, run))
+    for change, sentence in (
+        (['--depth', '3'], '--depth 3 is not what this run was started with (1)'),
+        (['--steps', '9'], '--steps 9 differs from the 8'),
+    ):
+        assert sentence in sentence_of(capsys, ['train', '--run-dir', str(run), '--resume', *change])
+    other = tmp_path / 'other'
+    other.write_text('something else ' * 300)
+    change = ['train', '--run-dir', str(run), '--resume', '--data', str(other)]
+    assert 'the data are not those' in sentence_of(capsys, change)
+    assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == content
+
+
+def test_damaged_runs_are_refused(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    capsys.readouterr()
+    weights = run / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert 'model.safetensors is truncated' in sentence_of(capsys, ['generate', str(run)])
+    state = run / 'checkpoint-00000008' / 'state.pt'
+    state.write_bytes(state.read_bytes()[:-10])
+    assert 'state.pt is truncated' in sentence_of(capsys, ['train', '--run-dir', str(run), '--resume'])
+    (run / 'config.json').write_text('{"flags": ')
+    assert 'config.json is not valid JSON' in sentence_of(capsys, ['generate', str(run)])
+
+
+def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(tmp_path, text):
+    """A limit on the size of files stands for a full disk: the system refuses the write in the same place."""
+    run = tmp_path / 'run'
+    assert main(train(text, run, steps=8)) == 0
+    [before] = run.glob('checkpoint-*')
+    content = {path: path.read_bytes() for path in before.iterdir()}
+    config = json.loads((run / 'config.json').read_text())
+    config['training']['steps'] = 20
+    (run / 'config.json').write_text(json.dumps(config))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(
+        [*COMMAND, 'train', '--run-dir', str(run), '--resume'], capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 2
+    assert 'Traceback' not in done.stderr
+    assert 'cannot be written' in done.stderr
+    assert 'checkpoint-00000008 is complete and untouched' in done.stderr
+    assert {path: path.read_bytes() for path in before.iterdir()} == content
+    assert sorted(path.name for path in run.glob('*checkpoint*')) == ['checkpoint-00000008']
+
+
+@pytest.mark.parametrize(
+    ('more', 'sentence'),
+    [
+        (['--steps', '0'], '--steps must be at least 1'),
+        (['--lr', '-1'], '--lr must be at least 0'),
+        (['--beta2', '1'], '--beta2 must be below 1'),
+        (['--device', 'cuda:99'], '--device cuda:99 cannot be used here'),
+        (['--device', 'potato'], '--device potato cannot be used here'),
+        (['--data', 'nowhere.txt'], '--data nowhere.txt: there is no such file or folder'),
+        (['--seq-len', '100000'], 'bytes are too few'),
+        (['--cross-attend'], '--cross-attend does not fit'),
+        (['--use-scalenorm'], '`use_scalenorm=True` with `use_rmsnorm=True`'),
+        (['--attn-dim-head', '0'], '`attn_dim_head=0`: it must be'),
+        (['--config', 'nowhere.toml'], '--config nowhere.toml cannot be read'),
+        (['--config'], '--config needs the path'),
+    ],
+)
+def test_bad_options_end_in_one_sentence(tmp_path, text, capsys, more, sentence):
+    run = tmp_path / 'run'
+    assert sentence in sentence_of(capsys, train(text, run, *more))
+    assert not (run / 'model.safetensors').exists()
+    assert not (run / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (['fly'], "there is no command 'fly'"),
+        (['generate', 'nowhere'], 'nowhere: there is no such run folder'),
+        (['generate', 'nowhere', '--length', '-1'], '--length must not be negative'),
+        (['generate', 'nowhere', '--prompt', ''], '--prompt must not be empty'),
+        (['generate', 'nowhere', '--top-p', '2'], '--top-p must be between 0 and 1'),
+        (['info', '--run', 'nowhere'], 'nowhere: there is no such run folder'),
+        (['train', '--resume', '--run-dir', 'nowhere'], 'nowhere: there is no such run folder'),
+    ],
+)
+def test_bad_commands_end_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in sentence_of(capsys, arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, text, capsys):
+    assert 'holds no run: config.json is missing' in sentence_of(capsys, ['generate', str(tmp_path)])
+    assert 'is a file, not a folder' in sentence_of(capsys, train(text, text))
+
+
+def test_help_and_version(capsys):
+    assert main(['--help']) == 0
+    assert 'x-transformers COMMAND --help' in capsys.readouterr().out
+    assert main([]) == 2
+    for command in ('train', 'generate', 'info'):
+        with pytest.raises(SystemExit) as stop:
+            main([command, '--help'])
+        assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        main(['train', '--dpeth', '3'])
+    assert stop.value.code == 2
+    assert '--depth' in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error(tmp_path, text):
+    done = subprocess.run(
+        f'"{sys.executable}" -m x_transformers train --help | head -1',
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
+    assert 'Traceback' not in done.stderr
+
+
+def test_info_shows_layers_parameters_operations_kernel_and_cache(capsys):
+    assert main(['info', '--depth', '2', '--dim', '64', '--device', 'cpu', '--seq-len', '64']) == 0
+    out = capsys.readouterr().out
+    assert 'layers: afaf' in out
+    assert 'self attention' in out
+    # one head of 64 for keys and one for values, four bytes each, two layers; rotary may keep the positions of the keys too
+    [cache] = re.findall(r'cache: ([\d,]+) bytes per byte', out)
+    assert 1024 <= int(cache.replace(',', '')) <= 1024 + 2 * 4 * 32
+    assert 'sdpa runs this attention (2 of 2 layers)' in out
+    assert 'reference could' in out
+    assert main(['info', '--depth', '2', '--attn-sparse-topk', '4', '--device', 'cpu']) == 0
+    assert 'sdpa cannot: ' in capsys.readouterr().out
