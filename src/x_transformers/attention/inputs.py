@@ -38,7 +38,7 @@ class BranchInputs:
     """
 
     context: Float[Tensor, 'b j c'] | None = None
-    mask: Mask = field(default_factory=Mask)
+    mask: Mask = field(default_factory=lambda: Mask())
     rows: Bool[Tensor, 'b n'] | None = None
     bias: Bias | None = None
     positions: Positions | None = None

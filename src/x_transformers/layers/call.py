@@ -140,7 +140,7 @@ class Inputs:
     steps: tuple[Step, ...]
     span: Span
     masks: SelfMasks
-    cross_mask: Mask = field(default_factory=Mask)
+    cross_mask: Mask = field(default_factory=lambda: Mask())
     context: Float[Tensor, 'b j c'] | None = None
     rows: Bool[Tensor, 'b n'] | None = None
     padding: Bool[Tensor, 'b n'] | None = None
