@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from x_transformers.flags.base import FlagError
@@ -67,14 +67,17 @@ class LayerPlan:
 
     def steps(self, order: tuple[int, ...] | None = None) -> tuple[Step, ...]:
         """The steps of one call, in the given order or the plan's own."""
-        return _steps(self.kinds, self.order if order is None else order)
+        return self.own_steps if order is None else _steps(self.kinds, order)
+
+    @cached_property
+    def own_steps(self) -> tuple[Step, ...]:
+        return _steps(self.kinds, self.order)
 
     def mixed_views(self, index: int) -> int:
         """How many views the mixture of earlier layers gives to step ``index`` of the plan's own order."""
         return self.layers[self.order[index]].views
 
 
-@lru_cache(maxsize=256)
 def _steps(kinds: tuple[str, ...], order: tuple[int, ...]) -> tuple[Step, ...]:
     steps, seen = [], dict.fromkeys(KINDS, 0)
     for index, layer in enumerate(order):

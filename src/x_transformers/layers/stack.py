@@ -310,14 +310,14 @@ class AttentionLayers(Module):
                 by_layer.setdefault(step.layer, []).append(scores)
         for index, all_scores in by_layer.items():
             attention: Any = self.layers[index].inside
-            attention.qk_clip_(all_scores[0] if len(all_scores) == 1 else _largest(all_scores), tau=tau)
+            attention.qk_clip_(_largest(all_scores, attention.flags.head_learned_sink), tau=tau)
 
 
-def _largest(scores: Sequence[Float[Tensor, 'b h i j']]) -> Float[Tensor, '1 h 1 k']:
-    """Per head the largest score of each; a column in front stands for a sink's."""
-    with torch.no_grad():
-        largest = torch.stack([t[..., min(1, t.shape[-1] - 1) :].amax(dim=(0, 2, 3)) for t in scores], dim=-1)
-        return torch.cat((largest[:, :1], largest), dim=-1)[None, :, None]
+@torch.no_grad()
+def _largest(scores: Sequence[Float[Tensor, 'b h i j']], has_sink: bool) -> Float[Tensor, '1 h 1 k']:
+    """Per head the largest score of each call, as scores; with a sink there is a column in front that is none."""
+    columns = [t[..., has_sink:].amax(dim=(0, 2, 3)) for t in scores]
+    return torch.stack([columns[0], *columns] if has_sink else columns, dim=-1)[None, :, None]
 
 
 def sets(name: str, given: Any, **fixed: bool) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""Residual paths, each against its formula written as loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from x_transformers.layers.hyper_connections import HyperConnection, sinkhorn
+from x_transformers.layers.residual import DualStreams, GRUGating, ParallelStreams, ResiDual, Residual
+from x_transformers.layers.stack import Decoder
+
+B, N, D, S = 2, 3, 4, 3
+
+
+def drawn(module: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def test_residual() -> None:
+    path = drawn(Residual(D, scale_residual=True, scale_residual_constant=0.5))
+    x, out = torch.randn(B, N, D), torch.randn(B, N, D)
+    seen, rest = path.read(x)
+    assert seen is x
+    torch.testing.assert_close(path.write(out, rest), out + 0.5 * x * path.residual_scale)
+    torch.testing.assert_close(path(out, *path.prepare(x)[1:2]), path.write(out, rest))
+
+
+def test_residual_starts_as_a_sum() -> None:
+    x, out = torch.randn(B, N, D), torch.randn(B, N, D)
+    assert torch.equal(Residual(D).write(out, x), out + x)
+    assert torch.equal(Residual(D, scale_residual=True).write(out, x), out + x)
+
+
+def test_gru_gate() -> None:
+    path = drawn(GRUGating(D, scale_residual=True))
+    x, out = torch.randn(B, N, D), torch.randn(B, N, D)
+    got = path.write(out, path.read(x)[1])
+    gru = path.gru
+    for b in range(B):
+        for n in range(N):
+            state = x[b, n] * path.residual_scale
+            from_input = gru.weight_ih @ out[b, n] + gru.bias_ih
+            from_state = gru.weight_hh @ state + gru.bias_hh
+            (ri, zi, ni), (rh, zh, nh) = from_input.split(D), from_state.split(D)
+            reset, update = sigmoid(ri + rh), sigmoid(zi + zh)
+            candidate = (ni + reset * nh).tanh()
+            torch.testing.assert_close(got[b, n], (1 - update) * candidate + update * state)
+
+
+@pytest.mark.parametrize('views', [1, 3])
+@pytest.mark.parametrize('doubly_stochastic', [False, True])
+def test_hyper_connection(views: int, doubly_stochastic: bool) -> None:
+    path = drawn(
+        HyperConnection(D, layer_index=1, num_residual_streams=S, num_input_views=views, doubly_stochastic=doubly_stochastic)
+    )
+    streams, out = torch.randn(B * S, N, D), torch.randn(B, N, D)
+    seen, rest = path.read(streams)
+    written = path.write(out, rest)
+    assert seen.shape == ((B, N, D) if views == 1 else (3, B, N, D))
+    for b in range(B):
+        for n in range(N):
+            rows = [streams[b * S + s, n] for s in range(S)]
+            normed = [(r - r.mean()) / (r.var(unbiased=False) + 1e-5).sqrt() * path.norm.weight for r in rows]
+            alpha = torch.stack(
+                [path.static_alpha[s] + path.dynamic_alpha_scale * (normed[s] @ path.dynamic_alpha_fn) for s in range(S)]
+            )
+            for v in range(views):
+                want = sum(sigmoid(alpha[s, v]) * rows[s] for s in range(S))
+                torch.testing.assert_close((seen if views == 1 else seen[v])[b, n], want)
+            mixing = torch.ones(S, S)
+            if doubly_stochastic:
+                mixing = alpha[:, views:].softmax(dim=0)
+                for _ in range(5):
+                    mixing = mixing / mixing.sum(dim=1, keepdim=True)
+                    mixing = mixing / mixing.sum(dim=0, keepdim=True)
+            for t in range(S):
+                beta = path.static_beta[t] + path.dynamic_beta_scale * 2 * sigmoid(normed[t] @ path.dynamic_beta_fn)
+                want = sum(mixing[s, t] * rows[s] for s in range(S)) + 2 * sigmoid(beta) * out[b, n]
+                torch.testing.assert_close(written[b * S + t, n], want)
+
+
+def test_hyper_connection_as_the_original_calls_it() -> None:
+    path = drawn(HyperConnection(D, layer_index=0, num_residual_streams=S))
+    streams, out = torch.randn(B * S, N, D), torch.randn(B, N, D)
+    seen, residual, extra = path.prepare(streams)
+    assert residual.shape == streams.shape
+    want, rest = path.read(streams)
+    assert torch.equal(seen, want)
+    torch.testing.assert_close(path(out, residual, **extra), path.write(out, rest))
+    with pytest.raises(ValueError, match='beta'):
+        path(out, residual)
+
+
+def test_hyper_connection_starts_as_described() -> None:
+    path = HyperConnection(D, layer_index=4, num_residual_streams=S)
+    assert torch.equal(path.static_alpha[:, 0], torch.tensor([0.0, 1.0, 0.0]))
+    _, (_, beta) = path.read(torch.zeros(S, 1, D))
+    torch.testing.assert_close(beta, torch.full_like(beta, 2 * float(sigmoid(torch.tensor(1.01)))))
+
+
+def test_sinkhorn_is_doubly_stochastic() -> None:
+    matrix = sinkhorn(torch.randn(5, 4, 4), iters=30)
+    torch.testing.assert_close(matrix.sum(dim=-1), torch.ones(5, 4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(matrix.sum(dim=-2), torch.ones(5, 4), atol=1e-5, rtol=0)
+    assert sinkhorn(torch.randn(2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_parallel_streams() -> None:
+    x, embedding = torch.randn(B, N, D), torch.randn(S, D)
+    streams = ParallelStreams(S)
+    opened = streams.open(x, embedding)
+    assert torch.equal(opened[1 * S + 2], x[1] + embedding[2])
+    torch.testing.assert_close(streams.close(opened, lambda t: t * 2), 2 * (S * x + embedding.sum(dim=0)))
+    assert torch.equal(streams.condition(torch.arange(B))[:S], torch.zeros(S, dtype=torch.long))
+
+
+def test_residual_of_two_streams() -> None:
+    def norm(t: Tensor) -> Tensor:
+        return t / (1 + t.abs())
+
+    streams, path = DualStreams(0.1), ResiDual(0.1)
+    x, outs = torch.randn(B, N, D), torch.randn(4, B, N, D)
+    held = streams.open(x)
+    post, pre = x, 0.1 * x
+    for out in outs:
+        seen, rest = path.read(held)
+        assert torch.equal(seen, post)
+        held = path.norm_after(norm, path.write(out, rest))
+        post, pre = norm(post + out), pre + 0.1 * out
+    torch.testing.assert_close(streams.close(held, norm), post + norm(pre))
+
+
+def test_resi_dual_stack_by_hand() -> None:
+    torch.manual_seed(0)
+    stack = Decoder(dim=8, depth=2, heads=2, attn_dim_head=4, resi_dual=True, resi_dual_scale=0.1)
+    x = torch.randn(2, 5, 8)
+    post, pre = x, 0.1 * x
+    for norms, branch, _ in stack.layers:
+        assert norms[0] is None
+        out = branch(post)
+        post, pre = norms[2](post + out), pre + 0.1 * out
+    torch.testing.assert_close(stack(x), post + stack.final_norm(pre))
+
+
+def test_scale_of_resi_dual_changes_nothing_but_the_range() -> None:
+    torch.manual_seed(0)
+    one = Decoder(dim=8, depth=2, heads=2, attn_dim_head=4, resi_dual=True)
+    tenth = Decoder(dim=8, depth=2, heads=2, attn_dim_head=4, resi_dual=True, resi_dual_scale=0.1)
+    tenth.load_state_dict(one.state_dict())
+    # large, so that the epsilon of the final norm does not count
+    x = 100 * torch.randn(2, 5, 8)
+    torch.testing.assert_close(one(x), tenth(x), atol=1e-4, rtol=0)
