@@ -54,7 +54,8 @@ class XLAutoregressiveWrapper(Module):
 
     Args:
         net: a ``TransformerWrapper`` with ``max_mem_len`` > 0.
-        ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``.
+        ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``, unless they are tokens
+            of the vocabulary.
         pad_value: the id for those and for everything after an end token.
         weight_by_valid: weigh each segment by its targets that count, which gives the mean over all of them; the default
             weighs by segment length, as the original does.
@@ -74,8 +75,10 @@ class XLAutoregressiveWrapper(Module):
         """The mean loss of predicting ``x[:, 1:]``, segment by segment."""
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must be token ids (batch, at least two tokens), got shape {tuple(x.shape)}')
-        inputs = x[:, :-1].masked_fill(x[:, :-1] == self.ignore_index, self.pad_value)
-        labels = x[:, 1:]
+        inputs, labels = x[:, :-1], x[:, 1:]
+        if not 0 <= self.ignore_index < getattr(self.net, 'num_tokens', 0):
+            # an ignored index that is a token of the vocabulary is read as that token
+            inputs = inputs.masked_fill(inputs == self.ignore_index, self.pad_value)
         counts = (labels != self.ignore_index).sum() if self.weight_by_valid else labels.shape[1]
         losses = []
         for start in range(0, labels.shape[1], self.max_seq_len):

@@ -23,22 +23,22 @@ def chance_of(net: Toy, prompt: list[int], made: tuple[int, ...], sampler: Sampl
     return total
 
 
-@pytest.mark.parametrize('lookahead', [1, 2, 4])
+@pytest.mark.parametrize('lookahead', [1, 3])
 @pytest.mark.parametrize('guess', ['model', 'filtered', 'lookup'])
 def test_the_distribution_is_that_of_plain_sampling(guess: str, lookahead: int) -> None:
-    """All 27 sequences of three tokens, 20,000 single-row runs in batches: a chi-square test against the exact chances."""
+    """All 27 sequences of three tokens, 6,000 of them drawn: a chi-square test against the exact chances."""
     net = Toy(vocabulary=3, seed=1)
     given = {'filter_logits_fn': 'top_k', 'filter_kwargs': {'k': 2 if guess == 'filtered' else 3}, 'temperature': 1.3}
     sampler = Sampler(1.3, top_k, given['filter_kwargs'])
     speculation = {'prompt_lookup': 1} if guess == 'lookup' else {'draft_model': Toy(vocabulary=3, seed=2)}
     model = AutoregressiveWrapper(net)
     torch.manual_seed(lookahead)
-    n, rows = 20_000, 2
     counts: dict[tuple[int, ...], int] = dict.fromkeys(itertools.product(range(3), repeat=3), 0)
     prompt = torch.tensor([1, 2, 1])
-    # few rows at a time: the rows of a batch go on together, and both must be exact
-    many = [model.generate(prompt.expand(rows, -1), 3, lookahead=lookahead, **given, **speculation) for _ in range(1000)]
-    many.append(model.generate(prompt.expand(n - 2000, -1), 3, lookahead=lookahead, **given, **speculation))
+    # the rows of a batch go on together; small batches accept more guesses, large ones give numbers
+    sizes = [2] * 250 + [10] * 50 + [500] * 10
+    n = sum(sizes)
+    many = [model.generate(prompt.expand(rows, -1), 3, lookahead=lookahead, **given, **speculation) for rows in sizes]
     for made in torch.cat(many).tolist():
         counts[tuple(made)] += 1
     chances = {made: chance_of(net, prompt.tolist(), made, sampler) for made in counts}

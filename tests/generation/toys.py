@@ -48,14 +48,14 @@ class Toy(nn.Module):
             e = e + self.places[place]
         return e
 
-    def attend(self, h: Tensor, k: Tensor, v: Tensor, start: Tensor | None, given: dict[str, Any]) -> Tensor:
+    def attend(self, h: Tensor, k: Tensor, v: Tensor, start: Tensor | None, given: dict[str, Any], evicted: int = 0) -> Tensor:
         i, j = h.shape[1], k.shape[-2]
         scores = torch.einsum('bid,bhjd->bij', h @ self.q, k) / 8
         ahead = torch.arange(j)[None] - torch.arange(j - i, j)[:, None]
         scores = scores + 0.3 * ahead
         visible = (ahead <= 0).expand(h.shape[0], i, j)
         if start is not None:
-            visible = visible & (torch.arange(j) >= start[:, None])[:, None]
+            visible = visible & (torch.arange(j) + evicted >= start[:, None])[:, None]
         if given.get('mask') is not None:
             assert given['mask'].shape[-1] == j, (given['mask'].shape, j)
             visible = visible & given['mask'][:, None]
@@ -86,7 +86,7 @@ class Toy(nn.Module):
             h = torch.cat((prepend_embeds, h), 1)
         k, v = past.step(0).extend(k=(h @ self.k)[:, None], v=(h @ self.v)[:, None])
         past.advance(h.shape[1])
-        logits = self.attend(h, k, v, seq_start_pos, given)
+        logits = self.attend(h, k, v, seq_start_pos, given, evicted=past.length - past.retained)
         if logits_last is not None:
             logits = logits[:, -logits_last:]
         return (logits, LayerIntermediates(kv_cache=past, cache_length=past.length)) if return_intermediates else logits

@@ -27,7 +27,8 @@ def amateur_nets(
     """Each amateur net with its options."""
     if models is None:
         return []
-    nets = [models] if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList) else list(models)  # type: ignore[arg-type]
+    many = isinstance(models, (list, tuple, nn.ModuleList))
+    nets: list[Any] = list(models) if many else [models]  # type: ignore[arg-type]
     settings = [options] if isinstance(options, Mapping) else list(options)
     for net in nets:
         if not isinstance(net, nn.Module):

@@ -26,8 +26,9 @@ Pick = Callable[[Tensor], Tensor]
 def modify_cached_kv(cache: LayerIntermediates, fn: Callable[[Tensor], Tensor], kinds: str = 'a') -> None:
     """Apply ``fn`` to both cached tensors of every self attention, in place of the old ones."""
     for inter in cache.attn_intermediates or []:
-        if inter.layer_type in kinds and inter.cached_kv is not None:
-            inter.cached_kv = tuple(t if t is None else fn(t) for t in inter.cached_kv)
+        if (inter.layer_type or '-') in kinds and inter.cached_kv is not None:
+            first, second = inter.cached_kv
+            inter.cached_kv = (fn(first), None if second is None else fn(second))
 
 
 class Tokens:
@@ -149,7 +150,7 @@ class Reader:
             rows = cache.retained + high - low
             given = self.keywords.continued(low, high, rows, cache.front)
             given['cache'] = cache
-        given.update(self._start(self._skipped if cache is None else self._skipped + cache.length - cache.retained))
+        given.update(self._start_of(cache))
         out, intermediates = self.net(
             tokens.part(low, high), return_intermediates=True, input_not_include_cache=True, logits_last=last, **given
         )
@@ -180,6 +181,11 @@ class Reader:
 
     def _room(self) -> int:
         return self.expected if self.limit is None else min(self.expected, self.limit)
+
+    def _start_of(self, cache: KVCache | None) -> dict[str, Tensor]:
+        """The pads as counted from the first row that the cache has ever seen; nothing once they have left the window."""
+        gone = 0 if cache is None or cache.front else cache.length - cache.retained
+        return {} if self._skipped + gone >= self.most_pads else self._start(self._skipped)
 
     def _start(self, dropped: int) -> dict[str, Tensor]:
         """The pads that are still in sight after ``dropped`` rows have left on the left."""
