@@ -58,6 +58,10 @@ class LayerPlan:
     blocks: tuple[int, ...]
     depth: int
 
+    def __post_init__(self) -> None:
+        # computed now, as the compiler cannot trace a cached property that is still to be filled
+        _ = self.own_steps
+
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         return tuple(layer.kind for layer in self.layers)
