@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart
 WORKERS ?= 2
+LAWS_COUNT ?= 500
 
 # one thread per process: two test workers with two threads each wait for each other most of the time
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -22,14 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## make .venv with the package (editable) and its tools
 
-train: $(STAMP)  ## train a byte-level GPT on the standard library's source: runs/quickstart
-	$(BIN)/x-transformers train --run-dir $(RUN_DIR) --resume-if-started
+train: $(STAMP)  ## train a byte-level GPT on the standard library's source: runs/quickstart; goes on where it was stopped
+	$(BIN)/x-transformers train --run-dir $(RUN_DIR) $(if $(wildcard $(RUN_DIR)/config.json),--resume)
 
 test: $(STAMP)  ## all tests but the deep ones
 	$(TEST) -n $(WORKERS)
 
-test-deep: $(STAMP)  ## everything, and every recorded case under CONFORMANCE=path
-	$(TEST) -n $(WORKERS) --deep $(if $(CONFORMANCE),--conformance $(CONFORMANCE))
+test-deep: $(STAMP)  ## more random combinations of flags, and every recorded case under CONFORMANCE=path
+	$(if $(CONFORMANCE),CONFORMANCE='$(abspath $(CONFORMANCE))') LAWS_COUNT=$(LAWS_COUNT) $(TEST) -n $(WORKERS)
 
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
@@ -45,7 +46,7 @@ examples: $(STAMP)  ## run every example
 	@for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
 
 bench: $(STAMP)  ## speed against a minimal hand-written GPT
-	@for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/bench.py
 
 docs: $(STAMP)  ## write what is generated from the flags
 	@for script in tools/generate_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -73,6 +73,7 @@ def test_a_run_writes_its_files_and_generate_reads_them(tmp_path, text, capsys):
     assert 'layers: af' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_cached_and_uncached_writing_agree(tmp_path, text, capsys):
     """Beyond max_seq_len the window moves; greedy text must begin the same as a shorter one."""
     run = tmp_path / 'run'
@@ -85,6 +86,7 @@ def test_cached_and_uncached_writing_agree(tmp_path, text, capsys):
     assert capsys.readouterr().out.startswith(short.rstrip('\n'))
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill_is_exact(tmp_path, text):
     assert main(train(text, tmp_path / 'whole', steps=40)) == 0
     run = tmp_path / 'killed'
@@ -141,6 +143,7 @@ def test_damaged_runs_are_refused(tmp_path, text, capsys):
     assert 'config.json is not valid JSON' in sentence_of(capsys, ['generate', str(run)])
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(tmp_path, text):
     """A limit on the size of files stands for a full disk: the system refuses the write in the same place."""
     run = tmp_path / 'run'

@@ -16,7 +16,8 @@ def test_importing_draws_no_random_numbers():
     """Else the first model of a process would not be the one that its seed gives."""
     program = (
         'import torch; before = torch.get_rng_state(); import x_transformers\n'
-        'for name in x_transformers.__all__: getattr(x_transformers, name)\n'
+        'from x_transformers import TransformerWrapper, Decoder, Encoder, AutoregressiveWrapper\n'
+        'from x_transformers import ViTransformerWrapper, XTransformer\n'
         'raise SystemExit(not torch.equal(before, torch.get_rng_state()))'
     )
     assert subprocess.run([sys.executable, '-c', program]).returncode == 0
