@@ -62,6 +62,18 @@ def test_learned_mix_is_decided_by_the_token_of_the_value(mems, latent, kv_heads
     torch.testing.assert_close(out, attn.to_out(per_head.flatten(2)))
 
 
+@pytest.mark.parametrize('dim_context', [D, 5])
+@pytest.mark.parametrize('latent', [False, True])
+def test_learned_mix_of_a_context(dim_context, latent):
+    flags = {'use_latent_q': True, 'dim_latent_q': 7} if latent else {}
+    attn = Attention(D, heads=4, dim_head=6, dim_context=dim_context, learned_value_residual_mix=True, **flags)
+    x, context, first = torch.randn(B, N, D), torch.randn(B, 3, dim_context), torch.randn(B, 4, 3, 6)
+    _, inter = attn(x, context=context, value_residual=first, return_intermediates=True)
+    tokens = attn.to_latent_q(context) if latent and dim_context == D else context
+    share = attn.to_value_residual_mix(tokens).transpose(1, 2)[..., None]
+    torch.testing.assert_close(inter.cached_kv[1], first + share * (heads_of(attn.to_v(context), 4) - first))
+
+
 def test_laser_attends_over_exponentials():
     attn = Attention(D, heads=2, dim_head=6, laser=True, laser_softclamp_value=3.0, num_mem_kv=2, causal=True)
     x = torch.randn(B, N, D)

@@ -85,7 +85,9 @@ class Attention(Module):
         self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=False)
         self.to_value_residual_mix = None
         if flags.learned_value_residual_mix:
-            self.to_value_residual_mix = nn.Sequential(nn.Linear(dim_q, self.kv_heads), nn.Sigmoid())
+            # decided by the tokens that the values belong to: of a context, if that has a width of its own
+            dim_mix = dim_q if self.dim_context == self.dim else self.dim_context
+            self.to_value_residual_mix = nn.Sequential(nn.Linear(dim_mix, self.kv_heads), nn.Sigmoid())
 
     def _build_keys_and_values(self) -> None:
         flags, heads, kv_heads, dim_head = self.flags, self.heads, self.kv_heads, self.dim_head
