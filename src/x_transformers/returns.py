@@ -70,7 +70,7 @@ class Asked:
         has_head: bool,
         next_embed: Callable[[], tuple[Tensor, Tensor]],
         record: LayerIntermediates,
-        mems: Callable[[], list[Tensor]],
+        mems: Callable[[], Sequence[Tensor]],
     ) -> Any:
         """The result of the call. ``x``: embeddings; ``pooled``: what is returned in the place of logits, if anything."""
         out: Any

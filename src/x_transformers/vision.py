@@ -12,8 +12,8 @@ from x_transformers.flags.rules import check_vision
 from x_transformers.flags.wrapper import VisionFlags
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import LayerNorm
+from x_transformers.stack_wrapper import stack_flags
 from x_transformers.tensor_types import Float
-from x_transformers.transformer_wrapper import stack_flags
 
 
 class ViTransformerWrapper(Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ class LayerIntermediates:
     attn_intermediates: list[Intermediates] | None = None
     layer_hiddens: list[Float[Tensor, 'b n d']] | None = None
     attn_z_loss: Float[Tensor, ''] | None = None
-    mems: list[Float[Tensor, 'b l d']] | None = None
+    mems: Sequence[Float[Tensor, 'b l d']] | None = None
     last_layer_hiddens: Float[Tensor, 'b n d'] | None = None
     initial_embeds: Float[Tensor, 'b n d'] | None = None
     attn_pooled_tokens: Float[Tensor, 'b p d'] | None = None

@@ -16,10 +16,15 @@ from x_transformers.tensor_types import Bool, Float, Int
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one forward, without those that say what is returned."""
+    """The arguments of one forward, without those that say what is returned.
 
-    x: Int[Tensor, 'b n']
+    ``x`` is what the sequence's length is read from: token ids (b n), vectors (b n d), or one of several inputs.
+    """
+
+    x: Tensor
     mask: Bool[Tensor, 'b n'] | None = None
+    lens: Int[Tensor, ' b'] | None = None
+    numbers: Float[Tensor, 'b n'] | None = None
     mems: Sequence[Float[Tensor, 'b l d']] | None = None
     mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
     recycle_steps: int | None = None

@@ -105,6 +105,16 @@ class Rows:
             tokens = torch.cat((prepend_mask[:, max(prepend_mask.shape[1] - front, 0) :], tokens), dim=1)
         return F.pad(tokens, (front + self.tokens - tokens.shape[1], 0), value=True)
 
+    def before(self, lens: Int[Tensor, ' b']) -> Bool[Tensor, 'b n']:
+        """The mask over the tokens that can be looked at, of rows that are ``lens`` tokens long."""
+        if lens.ndim != 1 or lens.is_floating_point() or lens.dtype == torch.bool:
+            raise TypeError(f'lens must be one whole number per row, got {lens.dtype} of shape {tuple(lens.shape)}.')
+        if not torch.compiler.is_compiling() and not lens.is_meta and lens.numel():
+            low, high = int(lens.min()), int(lens.max())
+            if low < 0 or high > self.seen + self.new:
+                raise ValueError(f'lens range from {low} to {high}, but the sequence has {self.seen + self.new} tokens.')
+        return torch.arange(self.seen - self.held, self.seen + self.new, device=lens.device) < lens.unsqueeze(-1)
+
     def positions(self, pos: Int[Tensor, '...'] | None, seq_start_pos: Int[Tensor, ' b'] | None) -> Int[Tensor, '...'] | None:
         """Positions for the stack; None: it counts by itself.
 

@@ -1,0 +1,315 @@
+"""What all models around a stack share: rows in front, positions, memories, cache, and the order of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.cache.kv_cache import Cache, KVCache
+from x_transformers.embedding.call import Call, check_prepended, last_positions
+from x_transformers.embedding.memory_tokens import MemoryTokens
+from x_transformers.embedding.rows import Rows
+from x_transformers.embedding.token import scale_gradient
+from x_transformers.flags.base import FlagError, Flags
+from x_transformers.flags.stack import StackFlags
+from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.helpers import always, default
+from x_transformers.module import Module, empty_parameter
+from x_transformers.norms import LayerNorm
+from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
+from x_transformers.returns import Asked, next_memories
+from x_transformers.tensor_types import Bool, Float
+
+Memories = Sequence[Float[Tensor, 'b l d']]
+
+
+class StackWrapper(Module):
+    """Inputs become vectors, go through a stack, and its output is read out.
+
+    A final class says how new inputs become vectors (``_vectors``) and how the stack's output is read (``_read``). It calls the
+    ``_build_…`` methods in the order in which its modules are to stand, and ``init_own`` last. A flag that its flags do not
+    have is at its default.
+    """
+
+    # with a cache it is enough to be given what is new, and outputs can be had for the last positions only
+    reads_new_tokens = True
+
+    flags: Any
+    pos_emb: Any
+    attn_layers: Any
+    memory_tokens: nn.Parameter | None
+
+    # ------------------------------------------------------------ building
+
+    def _build_positions(self, flags: Flags, stack: Any, l2norm_embed: bool = False) -> None:
+        """Widths, and positions of width ``emb_dim``."""
+        self.dim: int = stack.dim
+        self.emb_dim: int = default(usual(flags, 'emb_dim'), self.dim)
+        self.max_seq_len: int = usual(flags, 'max_seq_len')
+        self.has_absolute_positions: bool = (
+            usual(flags, 'use_abs_pos_emb') and self.max_seq_len > 0 and not stack.disable_abs_pos_emb
+        )
+        if not self.has_absolute_positions:
+            self.pos_emb = always(0)
+        elif usual(flags, 'scaled_sinu_pos_emb'):
+            self.pos_emb = ScaledSinusoidalEmbedding(self.emb_dim)
+        else:
+            # with unit length only the direction counts, which turns quickly from a small start
+            std = 1e-5 if l2norm_embed else 1.0
+            self.pos_emb = AbsolutePositionalEmbedding(self.emb_dim, self.max_seq_len, l2norm_embed, init_std=std)
+
+    def _build_entrance(self, flags: Flags) -> None:
+        """From the embeddings to the stack's width."""
+        self.emb_frac_gradient: float = usual(flags, 'emb_frac_gradient')
+        self.post_emb_norm = LayerNorm(self.emb_dim) if usual(flags, 'post_emb_norm') else nn.Identity()
+        self.emb_dropout = nn.Dropout(usual(flags, 'emb_dropout'))
+        self.project_emb = nn.Linear(self.emb_dim, self.dim) if self.emb_dim != self.dim else nn.Identity()
+
+    def _build_memory_tokens(self, flags: Flags) -> None:
+        self.num_memory_tokens: int = usual(flags, 'num_memory_tokens') or 0
+        self.memory_tokens = empty_parameter(self.num_memory_tokens, self.dim) if self.num_memory_tokens else None
+        self.memory_tokens_interspersed_every: int | None = usual(flags, 'memory_tokens_interspersed_every')
+
+    def _build_stack(self, flags: Flags, stack: nn.Module) -> None:
+        self.attn_layers = stack
+        self.max_mem_len: int = usual(flags, 'max_mem_len')
+        self.shift_mem_down: int = usual(flags, 'shift_mem_down')
+        self.can_cache_kv = not self._why_no_cache() and bool(stack.can_cache_kv)
+        self.can_cache_kv_outside_max_seq_len = not self.has_absolute_positions
+        self.input_not_include_cache: bool = usual(flags, 'input_not_include_cache')
+
+    @torch.no_grad()
+    def init_own(self) -> None:
+        if self.memory_tokens is not None:
+            nn.init.normal_(self.memory_tokens)
+
+    # ------------------------------------------------------------ for those who work on the stack
+
+    def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
+        """Shrink queries and keys whose scores exceeded ``tau`` (https://arxiv.org/abs/2507.20534)."""
+        self.attn_layers.attn_qk_clip_(intermediates, tau=tau)
+
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """The matrices that an optimizer for matrices should take."""
+        parameters: list[nn.Parameter] = self.attn_layers.muon_parameters()
+        return parameters
+
+    # ------------------------------------------------------------ what a final class says
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is anything to read out; without it the embeddings are the result."""
+        return True
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether it has a head for the next embedding."""
+        return False
+
+    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+        """The new inputs as vectors of width ``emb_dim``, without positions."""
+        raise NotImplementedError(f'{type(self).__name__} does not say how its inputs become vectors')
+
+    def _read(self, h: Float[Tensor, 'b n d'], call: Call) -> Any:
+        """What the model says at each position."""
+        raise NotImplementedError(f'{type(self).__name__} does not say how its output is read')
+
+    def _next_embed(self, h: Tensor, initial: Float[Tensor, 'b n e']) -> tuple[Tensor, Tensor]:
+        """(a prediction of the next embedding, the embeddings), of a model that ``predicts_next``."""
+        raise NotImplementedError(f'{type(self).__name__} does not predict the next embedding')
+
+    # ------------------------------------------------------------ forward
+
+    def _call(
+        self, x: Any, *, mems: Memories | None, cache: Cache, new_only: bool | None, more: dict[str, Any], **given: Any
+    ) -> Call:
+        """The arguments of a forward in one object; ``more`` is what goes to the stack as it is."""
+        return Call(
+            x=x,
+            mems=self._shifted(mems),
+            cache=KVCache.of(cache),
+            new_only=default(new_only, self.input_not_include_cache),
+            cache_age=more.pop('cache_age', None),
+            more=more,
+            **given,
+        )
+
+    def run(self, call: Call, asked: Asked) -> Any:
+        """Embed what is new, put in front of it what belongs there, run the stack, take that out again, pool, read out."""
+        asked.check(has_head=self.has_head, predicts_next=self.predicts_next)
+        rows = self._rows(call)
+        initial = self._embed(call, rows)
+        mask = call.mask if call.lens is None else rows.before(call.lens)
+        keys = rows.mask(mask, call.prepend_mask, initial.shape[0], initial.device)
+        h, record = self._through_stack(initial, keys, call, rows, asked)
+        record.initial_embeds = initial
+        h, pooled = self._pool(h, keys, record, asked)
+        logits, embeds = None, h
+        if asked.logits(has_head=self.has_head, pooled=pooled is not None):
+            logits, embeds = self._logits(h, call, whole=asked.logits_and_embeddings)
+        return asked.answer(
+            x=embeds,
+            logits=logits,
+            pooled=pooled,
+            has_head=self.has_head,
+            record=record,
+            next_embed=lambda: self._next_embed(h, initial),
+            mems=lambda: self._next_mems(record, call),
+        )
+
+    # ------------------------------------------------------------ the rooms of the forward
+
+    def _why_no_cache(self) -> list[str]:
+        """What makes the outputs of seen tokens depend on new ones, or needs rows that a cache does not hold."""
+        return ['num_memory_tokens'] if self.num_memory_tokens else []
+
+    def _front(self, call: Call) -> int:
+        """Rows in front of the tokens, without memory tokens."""
+        return 0 if call.prepend_embeds is None else call.prepend_embeds.shape[1]
+
+    def _rows(self, call: Call) -> Rows:
+        memory = MemoryTokens(self.num_memory_tokens, self.memory_tokens_interspersed_every)
+        front, given = self._front(call), call.x.shape[1]
+        rows = Rows.lay(given, front, call.cache, new_only=call.new_only, cache_age=call.cache_age, memory=memory)
+        if rows.cached and (reasons := self._why_no_cache()):
+            raise ValueError(
+                f'cache: a model with {", ".join(reasons)} cannot go on from a cache; give the whole sequence instead.'
+            )
+        if memory.every and call.seq_start_pos is not None:
+            raise ValueError(
+                'seq_start_pos with memory_tokens_interspersed_every: padding on the left would move the windows that the '
+                'memory tokens stand in; run prompts of different lengths one by one.'
+            )
+        if (
+            isinstance(self.pos_emb, AbsolutePositionalEmbedding)
+            and call.pos is None
+            and rows.seen + rows.new > self.max_seq_len
+        ):
+            raise ValueError(
+                f'x: the sequence of {rows.seen + rows.new} tokens is longer than max_seq_len={self.max_seq_len}, '
+                'beyond which there are no absolute positions; cut it, or use rotary_pos_emb=True.'
+            )
+        return rows
+
+    def _embed(self, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+        """Embeddings of what is new, behind those that are prepended."""
+        x = rows.newest(call.x, 'x')
+        embeds = self._vectors(x, call, rows)
+        if call.pos is not None and call.pos_ids is None:
+            embeds = embeds + rows.newest(call.pos, 'pos', axis=call.pos.ndim - 2)
+        elif self.has_absolute_positions:
+            pos = call.pos_ids
+            pos = pos if pos is None else rows.newest(pos, 'pos', axis=pos.ndim - 1)
+            embeds = embeds + self.pos_emb(x, pos=pos, seq_start_pos=call.seq_start_pos, offset=rows.seen)
+        if call.sum_embeds is not None:
+            embeds = embeds + rows.summand(call.sum_embeds, 'sum_embeds')
+        embeds = self.post_emb_norm(embeds)
+        if call.prepend_embeds is not None:
+            check_prepended(call.prepend_embeds, call.prepend_mask, embeds.shape[0], self.emb_dim)
+            if not rows.cached:
+                embeds = torch.cat((call.prepend_embeds.to(embeds.dtype), embeds), dim=1)
+        return scale_gradient(embeds, self.emb_frac_gradient)
+
+    def _enter(self, embeds: Float[Tensor, 'b n e']) -> Float[Tensor, 'b m d']:
+        """The stack's input, without memory tokens."""
+        entering: Tensor = self.project_emb(self.emb_dropout(embeds))
+        return entering
+
+    def _through_stack(
+        self, embeds: Float[Tensor, 'b n e'], keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows, asked: Asked
+    ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
+        """The stack, with memory tokens among its rows; they are taken out again."""
+        h = self._enter(embeds)
+        length = h.shape[1]
+        if rows.memory:
+            h, keys = rows.memory.insert(self.memory_tokens, h, keys)  # type: ignore[arg-type]
+        given = self._for_stack(keys, call, rows)
+
+        def run(x: Tensor) -> tuple[Tensor, LayerIntermediates]:
+            if asked.record:
+                out: tuple[Tensor, LayerIntermediates] = self.attn_layers(x, return_hiddens=True, **given)
+                return out
+            return self.attn_layers(x, **given), LayerIntermediates()
+
+        h, record = self._rounds(run, h, call)
+        if rows.memory:
+            h, record.memory_tokens = rows.memory.remove(h, length)
+        if record.kv_cache is not None:
+            record.kv_cache.front = rows.front
+        record.last_layer_hiddens = h
+        return h, record
+
+    def _rounds(
+        self, run: Callable[[Tensor], tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
+    ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
+        """The stack, as often as it is to be run."""
+        return run(h)
+
+    def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows) -> dict[str, Any]:
+        """The stack's keywords; only those that say something."""
+        given = {
+            'mask': keys,
+            'cache': call.cache,
+            'mems': call.mems,
+            'mem_masks': call.mem_masks,
+            'pos': rows.positions(call.pos_ids, call.seq_start_pos),
+            'seq_start_pos': call.seq_start_pos,
+            **rows.stretched(call.more),
+        }
+        if rows.cached:
+            given['input_not_include_cache'] = True
+        if call.seq_start_pos is not None and rows.front_keys:
+            given['front_tokens'] = rows.front_keys
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _shifted(self, mems: Memories | None) -> Memories | None:
+        """Memories as the layers see them: moved down by ``shift_mem_down``; None if there is nothing in them."""
+        if mems is None or not any(mem.shape[1] for mem in mems):
+            return None
+        shift = self.shift_mem_down
+        return [*mems[shift:], *mems[:shift]]
+
+    def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
+        return next_memories(record.hiddens or [], call.mems, self.max_mem_len)
+
+    def _pool(
+        self, h: Float[Tensor, 'b n d'], keys: Bool[Tensor, 'b m'] | None, record: LayerIntermediates, asked: Asked
+    ) -> tuple[Tensor, Tensor | None]:
+        """(what logits are made of, what is returned in their place)."""
+        return h, None
+
+    def _is_sequence(self, h: Tensor) -> bool:
+        """Whether ``h`` still has a position for each token."""
+        return h.ndim == 3
+
+    def _check_last(self, h: Tensor, count: int | None) -> None:
+        if count is None:
+            return
+        if not self._is_sequence(h):
+            raise ValueError(f'logits_last={count}: the logits of this model are those of pooled tokens.')
+        if count < 1:
+            raise ValueError(f'logits_last is {count}; at least the last position must be read.')
+
+    def _logits(self, h: Tensor, call: Call, whole: bool) -> tuple[Any, Tensor]:
+        """(what the model says, for the last positions only if so asked; the embeddings)."""
+        self._check_last(h, call.logits_last)
+        return self._read(last_positions(h, call.logits_last), call), h
+
+
+def usual(flags: Flags, name: str) -> Any:
+    """A flag's value; the default of ``TransformerWrapper`` for a model that has no such flag."""
+    return getattr(flags, name) if name in flags.flag_fields() else WrapperFlags.default(name)
+
+
+def stack_flags(stack: nn.Module) -> StackFlags:
+    flags = getattr(stack, 'flags', None)
+    if not isinstance(flags, StackFlags):
+        raise FlagError(
+            'attn_layers must be a stack made of AttentionLayers (Encoder, Decoder, PrefixDecoder, CrossAttender or a '
+            f'subclass), got {type(stack).__name__}.'
+        )
+    return flags
