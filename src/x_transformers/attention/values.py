@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def mix_tokens(attn: Attention, seen: Seen, given: BranchInputs) -> Tensor:
     """The tokens that decide how much of their own values is kept: those that the values belong to, as queries are read."""
     if given.context is not None:
-        as_it_is = attn.to_latent_q is None or attn.dim_context != attn.dim
-        return given.context if as_it_is else attn.to_latent_q(given.context)
+        if attn.to_latent_q is None or attn.dim_context != attn.dim:
+            return given.context
+        return attn.to_latent_q(given.context)
     if given.mem is None:
         return seen.queries
     mem = given.mem if attn.to_latent_q is None else attn.to_latent_q(given.mem)
