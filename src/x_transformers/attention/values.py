@@ -25,7 +25,8 @@ def mix_tokens(attn: Attention, seen: Seen, given: BranchInputs) -> Tensor:
     if given.context is not None:
         if attn.to_latent_q is None or attn.dim_context != attn.dim:
             return given.context
-        return attn.to_latent_q(given.context)
+        narrow: Tensor = attn.to_latent_q(given.context)
+        return narrow
     if given.mem is None:
         return seen.queries
     mem = given.mem if attn.to_latent_q is None else attn.to_latent_q(given.mem)
