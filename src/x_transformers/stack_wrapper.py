@@ -262,8 +262,10 @@ class StackWrapper(Module):
         }
         if rows.cached:
             given['input_not_include_cache'] = True
-        if call.seq_start_pos is not None and rows.front_keys:
-            given['front_tokens'] = rows.front_keys
+        # those that have left the window count too: seq_start_pos counts from the first row ever seen
+        in_front = rows.front + rows.memory.count
+        if call.seq_start_pos is not None and in_front:
+            given['front_tokens'] = in_front
         return {name: value for name, value in given.items() if value is not None}
 
     def _shifted(self, mems: Memories | None) -> Memories | None:

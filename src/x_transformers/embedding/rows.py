@@ -121,9 +121,9 @@ class Rows:
         Positions given for the tokens go on behind those of the rows in front. Left-padded prompts behind such rows follow them
         directly, as if there were no padding.
         """
-        if pos is None and (seq_start_pos is None or not self.front_keys):
-            return None
         offset = self.front + self.memory.count
+        if pos is None and (seq_start_pos is None or not offset):
+            return None
         if pos is None:
             start = seq_start_pos.unsqueeze(-1)  # type: ignore[union-attr]
             pos = torch.arange(self.seen - self.held, self.seen + self.new, device=start.device)
