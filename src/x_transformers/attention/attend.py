@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.kernels.base import Call, Job, Needs
+from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype
 from x_transformers.attention.kernels.choose import choose_kernel, explain, fusable, needs_of
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
@@ -192,7 +192,7 @@ class Attend(Module):
         sink = self.head_attn_sink is not None
         if job.records or not (job.keep or job.hand_on):
             return Maps(job.records, sink=sink)
-        return Maps(remake=partial(remade, job, autocast_of(job.q)), sink=sink)
+        return Maps(remake=partial(remade, job, autocast_dtype(job.q)), sink=sink)
 
     def forward(
         self,
@@ -241,12 +241,11 @@ class Attend(Module):
 def call_of(job: Job) -> Call:
     """The facts of a job that kernels are chosen by."""
     q, k, v, mask, where = job.q, job.k, job.v, job.mask, job.where
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    autocast = q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type)
+    recording, limits_past = torch.is_grad_enabled(), mask.limits_past(where)
     return Call(
         device=q.device.type,
-        dtype=torch.get_autocast_dtype(q.device.type) if autocast else q.dtype,
-        gradients=gradients,
+        dtype=autocast_dtype(q) or q.dtype,
+        gradients=recording and (q.requires_grad or k.requires_grad or v.requires_grad),
         dropout=job.dropout > 0,
         heads=q.shape[1],
         kv_heads=k.shape[1],
@@ -254,24 +253,21 @@ def call_of(job: Job) -> Call:
         value_dim=v.shape[-1],
         where=where,
         plain_causal=mask.plain_causal(where),
-        masked=mask.keys is not None or mask.dense is not None or mask.prefix is not None or mask.limits_past(where),
-        windowed=mask.limits_past(where) and mask.past is not None and 2 * mask.past < where.own,
+        masked=mask.keys is not None or mask.dense is not None or mask.prefix is not None or limits_past,
+        windowed=limits_past and mask.past is not None and 2 * mask.past < where.own,
         causal=mask.causal,
         packed=mask.packed is not None,
         biased=job.bias is not None,
-        learned_bias=job.bias is not None and torch.is_grad_enabled() and job.bias.render(where).requires_grad,
+        learned_bias=job.bias is not None and recording and job.bias.render(where).requires_grad,
         previous=job.previous is not None,
         hand_on=job.hand_on,
     )
 
 
-def autocast_of(q: Tensor) -> torch.dtype | None:
-    kind = q.device.type
-    return torch.get_autocast_dtype(kind) if kind != 'meta' and torch.is_autocast_enabled(kind) else None
-
-
 def remade(job: Job, dtype: torch.dtype | None) -> Records:
     """The maps, in the precision in which attention ran."""
+    if dtype is None and autocast_dtype(job.q) is None:
+        return maps_of(job)
     with torch.autocast(job.q.device.type, dtype=dtype, enabled=dtype is not None):
         return maps_of(job)
 

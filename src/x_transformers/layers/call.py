@@ -184,7 +184,8 @@ class Inputs:
             padding=self.padding,
             past=past,
             condition=self.condition,
-            keep=self.keep or step.kind in carry.hands_on_scores,
+            keep=self.keep,
+            hand_on=step.kind in carry.hands_on_scores,
         )
         if step.kind == 'a':
             self._for_self(given, step, norm)

@@ -41,10 +41,13 @@ def use_kernel(name: str) -> Iterator[None]:
         forced.reset(token)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forced_name() -> str | None:
     """Asked only while somebody forces a kernel: a compiler cannot look into a context variable."""
     return forced.get()
+
+
+# what torch.compiler.assume_constant_result does, but that imports the whole compiler
+forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_kernel(needs: Needs, call: Call) -> Kernel:
@@ -56,11 +59,14 @@ def choose_kernel(needs: Needs, call: Call) -> Kernel:
         if reasons:
             raise ValueError(f'the {name} kernel cannot run this attention: {"; ".join(reasons)}')
         return kernel
-    able = [kernel for kernel in KERNELS if not kernel.refusals(needs, call)]
-    for kernel in able:
+    fallback: Kernel | None = None
+    for kernel in KERNELS:
+        if kernel.refusals(needs, call):
+            continue
         if not kernel.reservations(needs, call):
             return kernel
-    return able[0]
+        fallback = fallback or kernel
+    return fallback or KERNELS[-1]
 
 
 def explain(needs: Needs, call: Call) -> str:

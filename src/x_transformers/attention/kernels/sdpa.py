@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped, tiled
+from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype, regrouped, tiled
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Float
 
@@ -73,10 +73,10 @@ class Sdpa:
 
 def unified(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All in one precision: autocast's where it is on."""
-    dtype = q.dtype
-    if q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-    elif not (q.dtype == k.dtype == v.dtype):
+    dtype = autocast_dtype(q)
+    if dtype is None or q.dtype == torch.float64:
+        if q.dtype == k.dtype == v.dtype:
+            return q, k, v
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
