@@ -6,14 +6,32 @@ import pytest
 import torch
 
 from x_transformers.layers.drop import dropout_seq, is_dropped
+from x_transformers.layers.stack import Decoder
 
 
-def test_layers_are_dropped_in_training_only() -> None:
+def test_layers_are_dropped_as_often_as_asked() -> None:
     random.seed(0)
-    assert not any(is_dropped(0.9, training=False) for _ in range(50))
-    assert not any(is_dropped(0.0, training=True) for _ in range(50))
-    share = sum(is_dropped(0.3, training=True) for _ in range(2000)) / 2000
+    assert not any(is_dropped(0.0) for _ in range(50))
+    share = sum(is_dropped(0.3) for _ in range(2000)) / 2000
     assert 0.25 < share < 0.35
+
+
+def test_a_compiled_stack_drops_layers_too() -> None:
+    stack = Decoder(dim=8, depth=1, heads=2, attn_dim_head=4, layer_dropout=0.5, pre_norm_has_final_norm=False)
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 8)
+    (_, attend, _), (_, feed, _) = stack.layers
+    norm_a, norm_f = stack.layers[0].norms[0], stack.layers[1].norms[0]
+    both = x + attend(norm_a(x))
+    both = both + feed(norm_f(both))
+    courses = [x, x + attend(norm_a(x)), x + feed(norm_f(x)), both]
+    compiled, met = torch.compile(stack, fullgraph=True, backend='eager'), set()
+    for _ in range(60):
+        out = compiled(x)
+        fits = [index for index, course in enumerate(courses) if torch.allclose(out, course, atol=1e-5)]
+        assert len(fits) == 1
+        met.update(fits)
+    assert met == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(('dropout', 'kept'), [(0.5, 5), (0.25, 7), (0.99, 1), (0.0, 10)])

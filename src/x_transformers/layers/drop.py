@@ -10,9 +10,17 @@ from torch import Tensor
 from x_transformers.tensor_types import Bool, Float
 
 
-def is_dropped(probability: float, training: bool) -> bool:
-    """Whether a layer is left out this time, https://arxiv.org/abs/1603.09382; draws from Python's ``random``."""
-    return training and probability > 0.0 and random.random() < probability
+def is_dropped(probability: float, device: torch.device | None = None) -> bool | Bool[Tensor, '']:
+    """Whether a layer is left out this time, https://arxiv.org/abs/1603.09382; draws from Python's ``random``.
+
+    A compiled model has one course for both cases: there it is a tensor, drawn from torch's generator, by which one result or
+    the other is taken.
+    """
+    if probability <= 0.0:
+        return False
+    if torch.compiler.is_compiling():
+        return torch.rand((), device=device) < probability
+    return random.random() < probability
 
 
 def dropout_seq(

@@ -88,7 +88,8 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
     end = new + (0 if cache is None else cache.length)
     if given.seq_pos_offset is not None:
         end = length + given.seq_pos_offset
-    mems = max([0, *[mem.shape[1] for mem in given.mems or () if isinstance(mem, Tensor) and mem.ndim == 3]])
+    entries = () if given.mems is None or isinstance(given.mems, Tensor) else given.mems
+    mems = max([0, *[mem.shape[1] for mem in entries if isinstance(mem, Tensor) and mem.ndim == 3]])
     return Span(batch=batch, given=length, new=new, past=past, mems=mems, end=end)
 
 

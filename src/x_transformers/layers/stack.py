@@ -164,15 +164,17 @@ class AttentionLayers(Module):
             h, rest = layer.residual.read(streams)
             record.enter(step, h)
             h = self._mix(step, h, carry)
-            if self._drops(step, call):
+            drop = self._drops(step, call, x.device)
+            if drop is True:
                 record.leave_out(step)
                 continue
             h = layer.norm_before(h if call.injected is None else h + call.injected, condition)
             norm_mem = partial(layer.norm_before, condition=condition)
             given = call.for_step(step, carry, norm_mem, self._lost_context())
             out, seen = run_branch(layer.branch, h, given)
-            streams = layer.residual.write(layer.norm_behind(out, condition), rest)
-            streams = layer.norm_after(streams, wide_condition)
+            written = layer.residual.write(layer.norm_behind(out, condition), rest)
+            written = layer.norm_after(written, wide_condition)
+            streams = torch.where(drop, streams, written) if isinstance(drop, Tensor) else written
             carry.take(step, seen)
             record.leave(step, seen)
         if record.wanted:
@@ -202,9 +204,9 @@ class AttentionLayers(Module):
         mixed: Tensor = self.layer_integrators[step.index](h, carry.seen)
         return mixed
 
-    def _drops(self, step: Step, call: Inputs) -> bool:
+    def _drops(self, step: Step, call: Inputs, device: torch.device) -> bool | Tensor:
         """Layer dropout; never while a cache is continued, which holds every layer's past."""
-        return not call.continues and is_dropped(self.layer_dropouts[step.layer], self.training)
+        return self.training and not call.continues and is_dropped(self.layer_dropouts[step.layer], device)
 
     def _lost_context(self) -> float:
         return self.cross_attn_tokens_dropout if self.training else 0.0
