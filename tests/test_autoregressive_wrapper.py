@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.generation.toys import OldToy, Toy, greedy
-from x_transformers import autoregressive_wrapper
+from x_transformers import Decoder, TransformerWrapper, autoregressive_wrapper
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper, eval_decorator
 
 NETS = {
@@ -450,3 +451,26 @@ def test_every_public_helper_is_there() -> None:
     assert autoregressive_wrapper.cast_tuple([1], 2) == ([1], [1])
     assert autoregressive_wrapper.cast_tuple(1) == (1,)
     assert autoregressive_wrapper.join(['a', 'b']) == 'a, b'
+
+
+@pytest.mark.parametrize(
+    'options', [{}, {'tie_embedding': True}, {'mixture_of_softmax': True}, {'num_memory_tokens': 2}], ids=str
+)
+@pytest.mark.parametrize('prefix', [0, 3])
+def test_loss_without_logits_equals_the_loss_of_the_logits(
+    options: dict[str, Any], prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=11, max_seq_len=16, attn_layers=stack, **options))
+    x = torch.randint(0, 11, (2, 9))
+    x[0, 6:] = -100
+    front = {'prepend_embeds': torch.randn(2, prefix, 16)} if prefix else {}
+    results = []
+    for least in (2**24, 0):
+        monkeypatch.setattr('x_transformers.autoregressive_wrapper.LARGE_LOGITS', least)
+        model.zero_grad()
+        loss = model(x, **front)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(model(x, return_outputs=True, **front)[0].detach(), results[0][0])

@@ -30,9 +30,12 @@ from x_transformers.generation.sampling import (
 from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, speculate
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.losses import token_cross_entropy
+from x_transformers.losses import linear_cross_entropy, token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
+
+# from so many logits on, a loss that is all that is wanted is computed without holding them
+LARGE_LOGITS = 2**24
 
 __all__ = [
     'FILTER_LOGITS_FN',
@@ -120,6 +123,8 @@ class AutoregressiveWrapper(Module):
             kwargs['return_next_embed_pred'] = True
         if self.add_attn_z_loss:
             kwargs['return_attn_z_loss'] = True
+        if not return_outputs and self._wants_loss_only(kwargs):
+            return self._loss_only(x, front, inputs, {'prepend_embeds': prepend_embeds, **kwargs})
         out, intermediates = self.net(inputs, return_intermediates=True, prepend_embeds=prepend_embeds, **kwargs)
         logits, following = out if self.add_continuous_pred_head else (out, None)
         loss = self._token_loss(logits, x, front)
@@ -142,12 +147,32 @@ class AutoregressiveWrapper(Module):
     def _token_loss(self, logits: Any, x: Int[Tensor, 'b n'], front: int) -> Float[Tensor, '']:
         if not isinstance(logits, Tensor):
             raise ValueError('the net has several output heads; AutoregressiveWrapper needs one (num_output_heads=1)')
-        # the logits are not sliced: a target that does not count costs less than a copy of them
-        targets = x.new_full(logits.shape[:2], self.ignore_index)
-        targets[:, front:-1] = x[:, 1:]
         return token_cross_entropy(
-            logits, targets, ignore_index=self.ignore_index, is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False))
+            logits,
+            self._targets(x, front),
+            ignore_index=self.ignore_index,
+            is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
         )
+
+    def _targets(self, x: Int[Tensor, 'b n'], front: int) -> Int[Tensor, 'b m']:
+        """One for every output; outputs are not sliced, as a target that does not count costs less than a copy of them."""
+        return pad_at_dim(pad_at_dim(x[:, 1:], (0, 1), value=self.ignore_index), (front, 0), value=self.ignore_index)
+
+    def _wants_loss_only(self, kwargs: Mapping[str, Any]) -> bool:
+        """Nobody reads what the net reports beside its output, and the net can leave it out."""
+        own_net = bool(getattr(self.net, 'reads_new_tokens', False))
+        return own_net and not any(name.startswith('return_') for name in kwargs)
+
+    def _loss_only(
+        self, x: Int[Tensor, 'b n'], front: int, inputs: Int[Tensor, 'b n'], kwargs: Mapping[str, Any]
+    ) -> Float[Tensor, '']:
+        """The loss without intermediates and, where they would be large, without the logits."""
+        head = getattr(self.net, 'linear_head', None)
+        if head is None or x.numel() * head[0].shape[0] < LARGE_LOGITS or torch.compiler.is_compiling():
+            return self._token_loss(self.net(inputs, **kwargs), x, front)
+        embeds = self.net(inputs, return_embeddings=True, **kwargs)
+        weight, bias = head
+        return linear_cross_entropy(embeds, weight, bias, self._targets(x, front), ignore_index=self.ignore_index)
 
     def _embed_loss(
         self, predicted: Float[Tensor, 'b n d'], embedded: Float[Tensor, 'b n d'], target: Int[Tensor, 'b m']
