@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
-
 from x_transformers.attention.kernels.base import Call, Kernel, Needs
 from x_transformers.attention.kernels.blocks import Blocks
 from x_transformers.attention.kernels.flex import Flex
