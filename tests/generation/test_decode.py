@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,6 +40,21 @@ def test_no_memory_is_taken_while_there_is_room() -> None:
 def test_who_reads_new_tokens() -> None:
     assert reads_new_tokens(Toy())
     assert not reads_new_tokens(OldToy(Toy()))
+
+    class Hands(Toy):
+        def forward(self, x: torch.Tensor, **given: Any) -> Any:
+            return super().forward(x, **given)
+
+    class Plain(Toy):
+        reads_new_tokens = True
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x)
+
+    assert not reads_new_tokens(Hands())
+    assert not reads_new_tokens(Plain())
+    Hands.reads_new_tokens = True
+    assert reads_new_tokens(Hands())
 
 
 @pytest.mark.parametrize('old', [False, True])

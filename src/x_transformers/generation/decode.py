@@ -59,6 +59,10 @@ class Tokens:
 
     def extend(self, new: Tensor) -> None:
         end = self.length + new.shape[1]
+        if torch.is_grad_enabled() and (new.requires_grad or self._data.requires_grad):
+            # what has been read is part of a graph, where nothing may be overwritten
+            self._data, self.length = torch.cat((self.value, new), dim=1), end
+            return
         if end > self._data.shape[1]:
             wider = self._data.new_empty((self.batch, 2 * end, *self._data.shape[2:]))
             wider[:, : self.length] = self.value
@@ -74,8 +78,14 @@ class Tokens:
 
 
 def reads_new_tokens(net: nn.Module) -> bool:
-    """Whether a net takes new tokens alone, several at a time, and can limit its logits to the last positions."""
-    return {'input_not_include_cache', 'logits_last'} <= set(inspect.signature(net.forward).parameters)
+    """Whether a net takes new tokens alone, several at a time, and can limit its logits to the last positions.
+
+    It says so by the keywords of its ``forward``, or by an attribute of this name if ``forward`` hands any keyword on.
+    """
+    keywords = inspect.signature(net.forward).parameters
+    hands_on = any(keyword.kind is inspect.Parameter.VAR_KEYWORD for keyword in keywords.values())
+    named = {'input_not_include_cache', 'logits_last'} <= set(keywords)
+    return named or (hands_on and bool(getattr(net, 'reads_new_tokens', False)))
 
 
 class Reader:
