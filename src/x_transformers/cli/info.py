@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from x_transformers.attention import attend
 from x_transformers.attention.kernels.base import Call, Needs
-from x_transformers.attention.kernels.choose import explain
+from x_transformers.attention.kernels.choose import choose_kernel, explain
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.cli.options import GROUPS, ModelOptions, model_fields
 from x_transformers.cli.toml import config_path, from_file
@@ -120,11 +120,10 @@ def look(network: nn.Module, options: InfoOptions) -> Seen:
 def watched_choices() -> Iterator[list[tuple[Needs, Call]]]:
     """What every attention asks of a kernel."""
     calls: list[tuple[Needs, Call]] = []
-    choose = attend.choose_kernel
 
     def note(needs: Needs, call: Call) -> Any:
         calls.append((needs, call))
-        return choose(needs, call)
+        return choose_kernel(needs, call)
 
     with mock.patch.object(attend, 'choose_kernel', note):
         yield calls

@@ -18,7 +18,6 @@ QUICKSTART: dict[str, Any] = {
     'dim': 192,
     'depth': 5,
     'heads': 3,
-    'attn_dim_head': 64,
     'attn_kv_heads': 1,
     'rotary_pos_emb': True,
     'use_rmsnorm': True,

@@ -26,7 +26,7 @@ from x_transformers.training.errors import CheckpointError, TrainingError
 from x_transformers.training.options import TrainOptions, merge_for_resume
 from x_transformers.training.report import METRICS, PICTURE, Comparison, draw_losses, read_metrics
 from x_transformers.training.sample import sample_bytes
-from x_transformers.training.trainer import Progress, Trainer
+from x_transformers.training.trainer import Progress, Trainer, random_state, restore_random_state
 
 CONFIG = 'config.json'
 SAMPLE = 'sample.txt'
@@ -123,6 +123,7 @@ def prepare(config: RunConfig, say: Say, progress: Progress | None = None) -> Tr
     torch.manual_seed(options.seed)
     model = build_model(config.flags).to(device)
     corpus = load_corpus(options.data, window=options.seq_len)
+    rehearse(model, corpus, options)
     say(corpus.about)
     fingerprint = corpus.fingerprint()
     if options.resume and config.fingerprint and fingerprint != config.fingerprint:
@@ -139,6 +140,20 @@ def prepare(config: RunConfig, say: Say, progress: Progress | None = None) -> Tr
     count = sum(p.numel() for p in model.parameters())
     say(f'{count:,} parameters on {device}, {options.optimizer}, {options.steps} steps')
     return trainer
+
+
+def rehearse(model: nn.Module, corpus: Corpus, options: TrainOptions) -> None:
+    """One sequence, before anything is written: what the model has against it becomes a sentence."""
+    state = random_state()
+    ids = corpus.train.window(0, options.seq_len).long()[None].to(next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            loss = model(ids)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TrainingError(f'a model with these flags cannot read {options.seq_len} bytes (--seq-len): {error}') from error
+    restore_random_state(state)
+    if loss.ndim != 0:
+        raise TrainingError(f'a model with these flags gives no single loss, but one of shape {tuple(loss.shape)}')
 
 
 # end

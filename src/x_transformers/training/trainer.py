@@ -105,7 +105,7 @@ class Trainer:
             index = self.step * options.grad_accum + micro
             ids = sample_batch(self.corpus.train, batch=options.batch, window=options.seq_len, seed=options.seed, index=index)
             loss = self.loss_of(ids)
-            (loss / options.grad_accum).backward()  # type: ignore[no-untyped-call]
+            (loss / options.grad_accum).backward()
             total += loss.item() / options.grad_accum
         if not math.isfinite(total):
             raise TrainingError(
