@@ -82,7 +82,7 @@ def test_names_of_further_tables_must_match(given: dict[str, int], says: str) ->
     ids = {name: torch.zeros(1, 2).long() for name in given}
     with pytest.raises(ValueError, match=says):
         add_named(torch.randn(1, 2, 4), named_tables({'a': 3}, 4), ids, same)
-    with pytest.raises(ValueError, match='which are none'):
+    with pytest.raises(ValueError, match='which is nothing'):
         add_named(torch.randn(1, 2, 4), None, {'a': torch.zeros(1, 2).long()}, same)
 
 
