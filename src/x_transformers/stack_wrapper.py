@@ -18,6 +18,7 @@ from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import always, default
+from x_transformers.layers.checks import check_steps
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
@@ -49,7 +50,7 @@ class StackWrapper(Module):
         """Widths, and positions of width ``emb_dim``."""
         self.dim: int = stack.dim
         self.emb_dim: int = default(usual(flags, 'emb_dim'), self.dim)
-        self.max_seq_len: int = usual(flags, 'max_seq_len')
+        self.max_seq_len: int = usual(flags, 'max_seq_len') or 0
         self.has_absolute_positions: bool = (
             usual(flags, 'use_abs_pos_emb') and self.max_seq_len > 0 and not stack.disable_abs_pos_emb
         )
@@ -124,6 +125,12 @@ class StackWrapper(Module):
 
     # ------------------------------------------------------------ forward
 
+    def _attention_steps(self, cache: Cache, order: Sequence[int] | None) -> list[int] | None:
+        """The steps that the keys of intermediates put together by hand belong to."""
+        if cache is None or isinstance(cache, KVCache):
+            return None
+        return [step.index for step in check_steps(self.attn_layers, order) if step.kind != 'f']
+
     def _call(
         self, x: Any, *, mems: Memories | None, cache: Cache, new_only: bool | None, more: dict[str, Any], **given: Any
     ) -> Call:
@@ -131,7 +138,7 @@ class StackWrapper(Module):
         return Call(
             x=x,
             mems=self._shifted(mems),
-            cache=KVCache.of(cache),
+            cache=KVCache.of(cache, self._attention_steps(cache, more.get('layers_execute_order'))),
             new_only=default(new_only, self.input_not_include_cache),
             cache_age=more.pop('cache_age', None),
             more=more,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -67,6 +67,14 @@ class LayerCache:
         for name, rows in whole.items():
             fixed = name in self.tapes and self.tapes[name].fixed
             self.tapes[name] = Tape.of(rows, fixed=fixed)
+
+    def _take(self, pair: tuple[Tensor, Tensor | None], fixed: bool) -> None:
+        """Hold these keys (not rotated) and values, or latent and rotated-head keys, in place of what was held."""
+        names = ('latent', 'k_rope') if 'latent' in self.tapes else ('k', 'v')
+        self.tapes.pop('angles', None)
+        for name, tensor in zip(names, pair, strict=True):
+            if tensor is not None:
+                self.tapes[name] = Tape.of(tensor, fixed=fixed)
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Hold one tensor, batch first, in place of the one held before. It cannot be rolled back."""
@@ -157,24 +165,26 @@ class KVCache:
         """
         if given is None or isinstance(given, KVCache):
             return given
-        held = getattr(given, 'kv_cache', None)
-        if isinstance(held, KVCache):
-            return held
         attentions = getattr(given, 'attn_intermediates', None)
-        if attentions is None:
+        held = getattr(given, 'kv_cache', None)
+        if attentions is None and held is None:
             raise TypeError(
                 'cache must be a KVCache or the LayerIntermediates of an earlier call (return_intermediates=True), '
                 f'got {type(given).__name__}'
             )
-        cache = KVCache(getattr(given, 'cache_length', 0))
-        for index, inter in zip(steps or range(len(attentions)), attentions, strict=False):
-            if inter is None or inter.cached_kv is None:
-                continue
-            # a latent has no heads
-            names = ('k', 'v') if inter.cached_kv[0].ndim == 4 else ('latent', 'k_rope')
-            fixed = inter.layer_type == 'c'
-            held = {name: Tape.of(t, fixed=fixed) for name, t in zip(names, inter.cached_kv, strict=True) if t is not None}
-            cache.step(index).tapes.update(held)
+        if held is not None:
+            steps = [index for index in sorted(held.steps) if not held.steps[index].tapes.keys().isdisjoint(('v', 'latent'))]
+        by_hand = [
+            (index, inter)
+            for index, inter in zip(steps or range(len(attentions or ())), attentions or (), strict=False)
+            # the caller made these, or put them in place of what the cache holds
+            if inter is not None and inter.cached_kv is not None and (held is None or inter.cache is None)
+        ]
+        if held is not None and not by_hand:
+            return cast(KVCache, held)
+        cache = KVCache(getattr(given, 'cache_length', 0)) if held is None else held.fork()
+        for index, inter in by_hand:
+            cache.step(index)._take(inter.cached_kv, fixed=inter.layer_type == 'c')
         return cache
 
     @property
