@@ -43,34 +43,36 @@ class Layer(nn.ModuleList):
             norms.add_module(str(index), norm)
         super().__init__([norms, branch, residual])
 
+    # read from the dictionary of children, since indexing a ModuleList costs a decode step more than a norm does
+
     @property
     def norms(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self[0])
+        return cast(nn.ModuleList, self._modules['0'])
 
     @property
     def branch(self) -> nn.Module:
-        return self[1]
+        return cast(nn.Module, self._modules['1'])
 
     @property
     def residual(self) -> ResidualPath:
-        return cast(ResidualPath, self[2])
+        return cast(ResidualPath, self._modules['2'])
 
     @property
     def inside(self) -> nn.Module:
         """The attention or feed-forward, without what is wrapped around it."""
-        return innermost(self[1])
+        return innermost(self.branch)
 
     def norm_before(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """Pre-norm, of the branch's input and of memories."""
-        return normed(self.norms[0], x, condition)
+        return normed(self.norms._modules['0'], x, condition)
 
     def norm_behind(self, out: Tensor, condition: Tensor | None) -> Tensor:
         """Sandwich norm, of the branch's output."""
-        return normed(self.norms[1], out, condition)
+        return normed(self.norms._modules['1'], out, condition)
 
     def norm_after(self, streams: Tensor, condition: Tensor | None) -> Tensor:
         """Post-norm, of the stream after the layer."""
-        norm = self.norms[2]
+        norm = self.norms._modules['2']
         return streams if norm is None else self.residual.norm_after(partial(normed, norm, condition=condition), streams)
 
 
