@@ -43,7 +43,7 @@ class Layer(nn.ModuleList):
             norms.add_module(str(index), norm)
         super().__init__([norms, branch, residual])
 
-    # read from the dictionary of children, since indexing a ModuleList costs a decode step more than a norm does
+    # read from the dictionary of children: indexing a ModuleList takes several times as long, at every step of decoding
 
     @property
     def norms(self) -> nn.ModuleList:
@@ -51,7 +51,7 @@ class Layer(nn.ModuleList):
 
     @property
     def branch(self) -> nn.Module:
-        return cast(nn.Module, self._modules['1'])
+        return self._modules['1']  # type: ignore[return-value]
 
     @property
     def residual(self) -> ResidualPath:
