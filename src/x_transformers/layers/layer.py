@@ -51,7 +51,7 @@ class Layer(nn.ModuleList):
 
     @property
     def branch(self) -> nn.Module:
-        return self._modules['1']  # type: ignore[return-value]
+        return self._modules['1']
 
     @property
     def residual(self) -> ResidualPath:
