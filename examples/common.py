@@ -122,3 +122,10 @@ def figure(rows: int, columns: int, *, width: float, height: float) -> Any:
     made = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(made)
     return made, made.subplots(rows, columns, squeeze=False)
+
+
+def show_image(axis: Any, pixels: Tensor, title: str = '', *, right: bool = True) -> None:
+    """Draw pixels (rows, columns), dark where they are large; the title is red if it is wrong."""
+    axis.imshow(pixels.numpy(), cmap='gray_r')
+    axis.set_title(title, fontsize=9, color='black' if right else 'red')
+    axis.axis('off')
