@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from x_transformers.generation.decode import Tokens, decode
+from x_transformers.generation.decode import Tokens, decode, reader_for
 from x_transformers.generation.modes import eval_decorator
-from x_transformers.generation.prompts import flattened, restored
-from x_transformers.generation.sampling import Sampler, min_p, resolve_filter
+from x_transformers.generation.prompts import checked_length, prepare
+from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
+from x_transformers.generation.views import VectorView
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -25,21 +26,15 @@ PAIRS_AT_ONCE = 4096
 PairWeights = Callable[[Int[Tensor, 'p 2']], Tensor]
 
 
-class DistanceCondition(Module):
-    """A gate over the pair of embeddings that tells how far apart prefix and suffix are."""
+class ShareOf(nn.Module):
+    """Whole numbers as shares of the largest, each a vector of one number."""
 
-    def __init__(self, dim: int, longest: int) -> None:
+    def __init__(self, largest: int) -> None:
         super().__init__()
-        self.longest = longest
-        # the slots 1 and 3 are those of the maps in existing checkpoints
-        self.add_module('1', nn.Linear(1, dim))
-        self.add_module('3', nn.Linear(dim, 2 * dim))
+        self.largest = largest
 
-    def forward(self, distance: Int[Tensor, 'p']) -> Float[Tensor, 'p e']:
-        first, second = self.children()
-        share = (distance / self.longest)[:, None].to(first.weight.dtype)  # type: ignore[operator]
-        gate: Tensor = second(F.leaky_relu(first(share)))
-        return gate.sigmoid()
+    def forward(self, number: Int[Tensor, 'p']) -> Float[Tensor, 'p 1']:
+        return (number / self.largest)[:, None]
 
 
 class BeliefStateWrapper(Module):
@@ -55,6 +50,8 @@ class BeliefStateWrapper(Module):
         cond_on_distance, cond_on_distance_prob: tell the head that distance, in this share of the training steps.
     """
 
+    forward_decoder: Any
+    backward_decoder: Any
     loss_weights: Tensor
 
     def __init__(
@@ -71,8 +68,8 @@ class BeliefStateWrapper(Module):
         max_pred_distance: int | None = None,
     ) -> None:
         super().__init__()
-        self.forward_decoder: Any = forward_decoder
-        self.backward_decoder: Any = forward_decoder if backward_decoder is None else backward_decoder
+        self.forward_decoder = forward_decoder
+        self.backward_decoder = forward_decoder if backward_decoder is None else backward_decoder
         check_decoders(self.forward_decoder, self.backward_decoder, cond_on_distance_prob, train_frac_forward_backward_pairs)
         dim = self.forward_decoder.attn_layers.dim
         self.num_tokens, self.max_seq_len = self.forward_decoder.num_tokens, self.forward_decoder.max_seq_len
@@ -88,7 +85,10 @@ class BeliefStateWrapper(Module):
             )
         self.cond_on_distance, self.cond_on_distance_prob = cond_on_distance, cond_on_distance_prob
         if cond_on_distance:
-            self.to_distance_cond = DistanceCondition(dim, self.max_pred_distance)
+            # a gate over the pair of embeddings that tells how far apart prefix and suffix are
+            self.to_distance_cond = nn.Sequential(
+                ShareOf(self.max_pred_distance), nn.Linear(1, dim), nn.LeakyReLU(), nn.Linear(dim, 2 * dim), nn.Sigmoid()
+            )
         self.train_frac_fb_pairs = train_frac_forward_backward_pairs
         self.backward_ar_loss_weight = backward_ar_loss_weight
         self.register_buffer('loss_weights', torch.empty(2))
@@ -97,8 +97,6 @@ class BeliefStateWrapper(Module):
     def init_own(self) -> None:
         nn.init.normal_(self.suffix_token, std=0.02)
         self.loss_weights.copy_(torch.tensor([1.0, self.backward_ar_loss_weight]))
-
-    # ------------------------------------------------------------ training
 
     def suffix(self, rows: int) -> Float[Tensor, 'b 1 d']:
         return self.suffix_token.expand(rows, 1, -1)
@@ -133,7 +131,7 @@ class BeliefStateWrapper(Module):
         """Cross entropy of the next and of the previous token, and of the distance if it is to be predicted."""
         i, j = pairs.unbind(dim=-1)
         both = torch.cat((ahead[:, i], behind[:, j]), dim=-1)
-        given = both * self.to_distance_cond(j - i) if told else both
+        given = both * self.to_distance_cond(j - i).to(both.dtype) if told else both
         logits = self.text_head(given).unflatten(-1, (2, self.num_tokens))
         labels = torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1)
         text = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction='none').view(labels.shape)
@@ -169,96 +167,87 @@ class BeliefStateWrapper(Module):
         counts = pairs[:, 1] <= lengths[:, None]
         weights = self.loss_weights.to(text.dtype).expand(len(pairs), 2)
         if loss_weight_by_fb_indices is not None:
-            given = loss_weight_by_fb_indices(pairs)
-            weights = weights * (given if given.ndim == 2 else given[:, None])
+            weights = weights * pair_weights(loss_weight_by_fb_indices, pairs)
         loss = mean_where(text * weights, counts[..., None].expand_as(text))
         if results and results[0][1] is not None:
             off = torch.cat([result[1] for result in results], dim=1)
             loss = loss + self.pred_distance_loss_weight * mean_where(off, counts)
         return loss
 
-    # ------------------------------------------------------------ generation
-
     @torch.no_grad()
     @eval_decorator
     def generate_with_suffix_cond(
         self,
-        prompts: Int[Tensor, '... n'],
+        prompts: Int[Tensor, '... n'] | Sequence[Int[Tensor, 'n']],
         seq_len: int,
         temperature: float = 1.25,
         cache_kv: bool = False,
         suffix: Int[Tensor, '... m'] | None = None,
-        filter_logits_fn: Any = min_p,
+        filter_logits_fn: str | Filter = min_p,
         filter_kwargs: dict[str, Any] | None = None,
         decode_backwards: bool = False,
         include_prompt: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, '... k']:
-        """New tokens after a prompt and before a suffix; with ``decode_backwards`` those before the prompt, last one first."""
+        """New tokens after a prompt and before a suffix; with ``decode_backwards`` those before the prompt, last one first.
+
+        Args:
+            prompts: ids ``(..., n)``, or a list of ids of different lengths.
+            suffix: ids, the same for all prompts or one row for each; nothing is known of the end without it.
+            include_prompt: return the prompt in front of the new tokens, as it was read (backwards, if so decoded).
+            kwargs: for the decoders.
+        """
         if suffix is not None and decode_backwards:
             raise ValueError('suffix is what forward decoding leads to; with decode_backwards=True leave it out')
+        steps = checked_length(seq_len)
         filter_kwargs = {'min_p': 0.1} if filter_kwargs is None else filter_kwargs
         pick = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs, generator)
-        batch, lead = flattened(prompts)
-        reader, read = self.reader(batch, suffix, decode_backwards, cache_kv, kwargs)
-        tokens = Tokens(read, room=seq_len)
-        for _ in decode(reader, tokens, seq_len, pick):
-            pass
-        return restored(tokens.part(0 if include_prompt else read.shape[1]), lead)
-
-    def reader(
-        self,
-        prompts: Int[Tensor, 'b n'],
-        suffix: Int[Tensor, '... m'] | None,
-        backwards: bool,
-        caching: bool,
-        kwargs: dict[str, Any],
-    ) -> tuple[BeliefReader, Int[Tensor, 'b k']]:
-        """What the decode loop reads with, and the tokens that it reads first."""
-        rows = len(prompts)
-        front = {'prepend_embeds': self.suffix(rows)}
-        if backwards:
+        prompt = prepare(turned(prompts) if decode_backwards else prompts, may_be_empty=decode_backwards)
+        rows, given = len(prompt.tokens), {'return_embeddings': True, **kwargs}
+        if decode_backwards:
             # written before anything is known of the beginning: one random token stands for it
-            start = torch.randint(0, self.num_tokens, (rows, 1), device=prompts.device)
-            fixed = self.forward_decoder(start, return_embeddings=True, **kwargs)[:, -1]
-            return BeliefReader(self, self.backward_decoder, fixed, True, caching, front | kwargs), prompts.flip(1)
-        behind = prompts[:, :0]
-        if suffix is not None:
-            behind = (suffix.expand(rows, -1) if suffix.ndim == 1 else suffix).flip(1)
-        fixed = self.backward_decoder(behind, return_embeddings=True, **front, **kwargs)[:, -1]
-        return BeliefReader(self, self.forward_decoder, fixed, False, caching, kwargs), prompts
+            start = torch.randint(0, self.num_tokens, (rows, 1), device=prompt.tokens.device, generator=generator)
+            fixed = self.forward_decoder(start, **given)[:, -1]
+            given['prepend_embeds'] = self.suffix(rows)
+        else:
+            behind = suffix_rows(suffix, prompt.tokens).flip(1)
+            fixed = self.backward_decoder(behind, prepend_embeds=self.suffix(rows), **given)[:, -1]
+        net: Any = self.beside(fixed, decode_backwards)
+        reader = reader_for(net, given, prompt=prompt, steps=steps, cache=cache_kv, window=True)
+        tokens = Tokens(prompt.tokens, room=steps)
+        for _ in decode(reader, tokens, steps, pick, check=reader.check_length):
+            pass
+        return prompt.unpack(tokens.part(0 if include_prompt else prompt.tokens.shape[1]))
+
+    def beside(self, fixed: Float[Tensor, 'b d'], backwards: bool) -> VectorView:
+        """The decoder of one direction as a net from tokens to logits, beside a fixed embedding of the other direction."""
+
+        def answer(embeds: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n v']:
+            other = fixed[:, None].expand(-1, embeds.shape[1], -1)
+            pair = (other, embeds) if backwards else (embeds, other)
+            following, previous = self.text_head(torch.cat(pair, dim=-1)).chunk(2, dim=-1)
+            logits: Tensor = previous if backwards else following
+            return logits
+
+        return VectorView(self.backward_decoder if backwards else self.forward_decoder, answer)
 
 
-class BeliefReader:
-    """Reads one decoder's newest embedding beside a fixed one of the other, for the decode loop."""
+def turned(prompts: Any) -> Any:
+    """Prompts from their last token to their first."""
+    return prompts.flip(-1) if isinstance(prompts, Tensor) else [prompt.flip(-1) for prompt in prompts]
 
-    def __init__(
-        self,
-        wrapper: BeliefStateWrapper,
-        decoder: Any,
-        fixed: Float[Tensor, 'b d'],
-        backwards: bool,
-        caching: bool,
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.text_head = wrapper.text_head
-        self.decoder, self.fixed, self.backwards, self.kwargs = decoder, fixed, backwards, kwargs
-        self.caching = caching and decoder.can_cache_kv
-        self.cache: Any = None
-        self.seen = 0
 
-    def read(self, tokens: Tokens) -> Float[Tensor, 'b 1 v']:
-        given = {} if self.cache is None else {'cache': self.cache, 'input_not_include_cache': True}
-        embeds, intermediates = self.decoder(
-            tokens.part(self.seen), return_embeddings=True, return_intermediates=True, **given, **self.kwargs
+def suffix_rows(suffix: Tensor | None, prompts: Int[Tensor, 'b n']) -> Int[Tensor, 'b m']:
+    """The suffix of each row; an empty one if there is none."""
+    if suffix is None:
+        return prompts[:, :0]
+    rows = suffix.reshape(-1, suffix.shape[-1]) if suffix.ndim else suffix
+    if rows.ndim != 2 or len(rows) not in (1, len(prompts)):
+        raise ValueError(
+            f'suffix must be tokens (length,), or one row for each of the {len(prompts)} prompts; got {tuple(suffix.shape)}'
         )
-        if self.caching:
-            self.cache, self.seen = intermediates, tokens.length
-        pair = (self.fixed, embeds[:, -1]) if self.backwards else (embeds[:, -1], self.fixed)
-        ahead, before = self.text_head(torch.cat(pair, dim=-1)).chunk(2, dim=-1)
-        logits: Tensor = before if self.backwards else ahead
-        return logits[:, None]
+    return rows.expand(len(prompts), -1)
 
 
 def reversed_rows(length: int, lens: Int[Tensor, 'b']) -> Int[Tensor, 'b n']:
@@ -269,7 +258,18 @@ def reversed_rows(length: int, lens: Int[Tensor, 'b']) -> Int[Tensor, 'b n']:
 
 
 def mean_where(values: Tensor, counted: Bool[Tensor, '...']) -> Float[Tensor, '']:
-    return values.masked_fill(~counted, 0.0).sum() / counted.sum()
+    """0 where nothing counts: of a drawn share of the pairs all may lie beyond short rows."""
+    return values.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def pair_weights(weigh: PairWeights, pairs: Int[Tensor, 'p 2']) -> Float[Tensor, 'p #w']:
+    given = weigh(pairs)
+    if tuple(given.shape) not in ((len(pairs),), (len(pairs), 2)):
+        raise ValueError(
+            f'loss_weight_by_fb_indices must return one weight per pair, shape ({len(pairs)},), or one per pair and direction, '
+            f'({len(pairs)}, 2); got {tuple(given.shape)}'
+        )
+    return given if given.ndim == 2 else given[:, None]
 
 
 def check_decoders(forward: Any, backward: Any, probability: float, share: float) -> None:

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
+
+IGNORED = -100
 
 
 class DPO(Module):
@@ -21,7 +24,8 @@ class DPO(Module):
         beta: how strongly the policy is held to the reference.
         pad_id: where the sequence masks are not given, everything but this id counts as text.
         select_by_target: which log-probabilities of a response count. False, as in the original: those predicted *from*
-            response tokens, so the first response token is left out and a first pad is counted in. True: those *of* response tokens.
+            response tokens, so the first response token is left out and a first pad is counted in. True: those *of*
+            response tokens.
         reduction: 'mean' over a response's tokens, as in the original, or the paper's 'sum'.
     """
 
@@ -37,6 +41,8 @@ class DPO(Module):
         super().__init__()
         if reduction not in ('mean', 'sum'):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if not beta > 0:
+            raise ValueError(f'beta must be positive, got {beta}: at 0 nothing would be learned')
         self.policy_model = model
         self.ref_model = deepcopy(model).requires_grad_(False)
         self.beta = beta
@@ -44,19 +50,26 @@ class DPO(Module):
         self.select_by_target = select_by_target
         self.reduction = reduction
 
+    def init_own(self) -> None:
+        """The reference starts as what the policy starts as."""
+        self.ref_model.load_state_dict(self.policy_model.state_dict())
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The policy's parameters only: what an optimiser should move."""
         return self.policy_model.parameters(recurse)
 
     def score(self, model: nn.Module, seq: Int[Tensor, 'b n'], chosen: Bool[Tensor, 'b m']) -> Float[Tensor, 'b']:
         """The log-probability of a response under a model, mean or sum over the chosen predictions (m = n - 1)."""
-        logits = model(seq)
-        log_probs = -F.cross_entropy(logits[:, :-1].flatten(0, 1), seq[:, 1:].flatten(), reduction='none')
-        total = log_probs.view(chosen.shape).masked_fill(~chosen, 0.0).sum(dim=-1)
+        is_log_prob = bool(getattr(model, 'output_is_log_prob', False))
+        targets = seq[:, 1:].masked_fill(~chosen, IGNORED)
+        losses = token_cross_entropy(model(seq)[:, :-1], targets, IGNORED, is_log_prob=is_log_prob, reduction='none')
+        total = -losses.sum(dim=-1)
         return total if self.reduction == 'sum' else total / chosen.sum(dim=-1).clamp(min=1e-5)
 
-    def predictions(self, mask: Bool[Tensor, 'b k']) -> Bool[Tensor, 'b m']:
+    def predictions(self, mask: Bool[Tensor, 'b k'], seq: Int[Tensor, 'b n']) -> Bool[Tensor, 'b m']:
         """A mask over tokens as one over the predictions; one that is a token short is over predictions already."""
+        if mask.shape[1] < seq.shape[1]:
+            return mask
         return mask[:, 1:] if self.select_by_target else mask[:, :-1]
 
     def forward(
@@ -77,26 +90,30 @@ class DPO(Module):
             preferred_seq_mask = preferred_seq != self.pad_id if preferred_seq_mask is None else preferred_seq_mask
             unpreferred_seq_mask = unpreferred_seq != self.pad_id if unpreferred_seq_mask is None else unpreferred_seq_mask
         check_mask('prompt_mask', prompt_mask, preferred_seq)
-        response = ~prompt_mask
+        check_mask('preferred_seq_mask', preferred_seq_mask, preferred_seq)
+        check_mask('unpreferred_seq_mask', unpreferred_seq_mask, unpreferred_seq)
         self.ref_model.eval()
-        margins = []
-        for seq, mask in ((preferred_seq, preferred_seq_mask), (unpreferred_seq, unpreferred_seq_mask)):
-            chosen = torch.ones_like(seq[:, 1:], dtype=torch.bool)
-            for name, given in (('prompt_mask', response), ('sequence mask', mask)):
-                check_mask(name, given, seq)
-                if given is not None:
-                    chosen = chosen & (self.predictions(given) if given.shape == seq.shape else given)
-            with torch.no_grad():
-                reference = self.score(self.ref_model, seq, chosen)
-            margins.append(self.score(self.policy_model, seq, chosen) - reference)
-        return -F.logsigmoid(self.beta * (margins[0] - margins[1])).mean()
+        gained = self.gain(preferred_seq, prompt_mask, preferred_seq_mask)
+        lost = self.gain(unpreferred_seq, prompt_mask, unpreferred_seq_mask)
+        return -F.logsigmoid(self.beta * (gained - lost)).mean()
+
+    def gain(
+        self, seq: Int[Tensor, 'b n'], prompt_mask: Bool[Tensor, 'b k'], seq_mask: Bool[Tensor, 'b m'] | None
+    ) -> Float[Tensor, 'b']:
+        """How much likelier a response is to the policy than to the reference."""
+        chosen = ~self.predictions(prompt_mask, seq)
+        if seq_mask is not None:
+            chosen = chosen & self.predictions(seq_mask, seq)
+        with torch.no_grad():
+            reference = self.score(self.ref_model, seq, chosen)
+        return self.score(self.policy_model, seq, chosen) - reference
 
 
 def check_pair(preferred: Tensor, unpreferred: Tensor) -> None:
-    if preferred.ndim != 2 or preferred.shape != unpreferred.shape:
+    if preferred.ndim != 2 or preferred.shape != unpreferred.shape or preferred.shape[1] < 2:
         raise ValueError(
-            'preferred_seq and unpreferred_seq must both be tokens of shape (batch, length), padded to one length; got '
-            f'{tuple(preferred.shape)} and {tuple(unpreferred.shape)}'
+            'preferred_seq and unpreferred_seq must both be tokens of shape (batch, length), padded to one length of at least '
+            f'2; got {tuple(preferred.shape)} and {tuple(unpreferred.shape)}'
         )
 
 

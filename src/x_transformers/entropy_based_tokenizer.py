@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.generation.modes import eval_decorator
+from x_transformers.losses import calc_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 
 
 def calc_entropy_from_logits(logits: Float[Tensor, '... v']) -> Float[Tensor, '...']:
     """Entropy in nats of the distribution that the logits stand for."""
-    probs = logits.softmax(dim=-1)
-    return -(probs * probs.clamp(min=1e-20).log()).sum(dim=-1)
+    return calc_entropy(logits)
 
 
 class EntropyBasedTokenizer(Module):
@@ -62,10 +62,11 @@ class EntropyBasedTokenizer(Module):
         logits = self.decoder(batch, **(decoder_forward_kwargs or {}))
         closes = self.boundaries(calc_entropy_from_logits(logits), lens)
 
-        segment = (closes.cumsum(dim=-1) - closes.long()).masked_fill(~valid(batch, lens), 0)
+        # the segment of a position: how many have been closed before it; what follows the last one is counted as nothing
+        segment = closes.cumsum(dim=-1) - closes.long()
         counts = closes.sum(dim=-1)
-        lengths = torch.zeros(batch.shape[0], int(counts.max()), dtype=torch.long, device=seq.device)
-        lengths.scatter_add_(1, segment.clamp(max=lengths.shape[1] - 1), valid(batch, lens).long())
+        lengths = torch.zeros(batch.shape[0], int(counts.max()) + 1, dtype=torch.long, device=seq.device)
+        lengths = lengths.scatter_add_(1, segment, (segment < counts[:, None]).long())[:, :-1]
         if not return_segmented_seq:
             return lengths if seq.ndim == 2 else lengths[0]
         pieces = [
@@ -73,11 +74,6 @@ class EntropyBasedTokenizer(Module):
             for row, sizes, count in zip(batch, lengths, counts.tolist(), strict=True)
         ]
         return pieces if seq.ndim == 2 else pieces[0]
-
-
-def valid(batch: Int[Tensor, 'b n'], lens: Int[Tensor, 'b'] | None) -> Bool[Tensor, 'b n']:
-    seq = torch.arange(batch.shape[1], device=batch.device)
-    return torch.ones_like(batch, dtype=torch.bool) if lens is None else seq < lens[:, None]
 
 
 def check(seq: Tensor, lens: Tensor | None) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from x_transformers.generation.decode import Tokens, decode
 from x_transformers.generation.modes import eval_decorator
-from x_transformers.generation.sampling import Sampler, resolve_filter, top_p
+from x_transformers.generation.prompts import checked_length, prepare
+from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_p
 from x_transformers.layers.stack import CrossAttender, Decoder
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
@@ -122,13 +123,13 @@ class FreeTransformer(Module):
             raise ValueError(
                 f'dec_tail_depth must be at least 1 and dec_head_depth at least 0, got {dec_tail_depth} and {dec_head_depth}'
             )
-        shared = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads, 'rotary_pos_emb': True, 'use_rmsnorm': True}
-        shared |= kwargs
+        shared: dict[str, Any] = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads}
+        shared |= {'rotary_pos_emb': True, 'use_rmsnorm': True} | kwargs
         self.dim, self.max_seq_len = dim, max_seq_len
         self.query_token_for_latents = empty_parameter(dim)
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.token_unembed = nn.Linear(dim, num_tokens, bias=False)
-        self.encoder = CrossAttender(depth=enc_depth, **shared, **(enc_kwargs or {}))
+        self.encoder = CrossAttender(depth=enc_depth, **(shared | (enc_kwargs or {})))
         self.to_latent_bit_logits = nn.Linear(dim, latent_bits, bias=False)
         self.from_latent_to_condition = nn.Linear(2**latent_bits, dim, bias=False)
         self.latent_dropout = nn.Dropout(latent_dropout_prob)
@@ -151,7 +152,8 @@ class FreeTransformer(Module):
         return self.query_token_for_latents.device
 
     def embed(self, seq: Int[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
-        return self.token_emb(seq.masked_fill(seq == self.pad_id, 0))
+        embedded: Tensor = self.token_emb(seq.masked_fill(seq == self.pad_id, 0))
+        return embedded
 
     def head(self, seq: Int[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
         embedded = self.embed(seq)
@@ -169,7 +171,7 @@ class FreeTransformer(Module):
         rows, length, _ = decoder_head_embeds.shape
         queries = self.query_token_for_latents.expand(rows, length if per_token else 1, -1)
         pos = torch.arange(length, device=self.device)
-        rotated = {'pos': pos, 'context_pos': pos} if per_token else {}
+        rotated: dict[str, Any] = {'pos': pos, 'context_pos': pos} if per_token else {}
         found = self.encoder(queries, context=decoder_head_embeds, context_mask=mask, **rotated)
         one_hot, kl_loss = self.binary_mapper(self.to_latent_bit_logits(found), calc_aux_loss=return_kl_loss)
         return (one_hot, kl_loss) if return_kl_loss else one_hot
@@ -178,6 +180,9 @@ class FreeTransformer(Module):
         self, seq: Int[Tensor, 'b n'], seq_for_latents: Int[Tensor, 'b m'] | None = None, return_all_losses: bool = False
     ) -> Any:
         """Next-token loss given codes found in the sequence itself, or one code found in ``seq_for_latents``."""
+        check_tokens('seq', seq, at_least=2)
+        if seq_for_latents is not None:
+            check_tokens('seq_for_latents', seq_for_latents, at_least=1, rows=len(seq))
         inputs, labels = seq[:, :-1], seq[:, 1:]
         hidden = self.head(inputs)
         if seq_for_latents is None:
@@ -190,54 +195,73 @@ class FreeTransformer(Module):
         total = ar_loss + self.kl_loss_weight * kl_loss
         return (total, (ar_loss, kl_loss)) if return_all_losses else total
 
-    def as_condition(self, latents: Any, rows: int) -> Float[Tensor, 'b m d'] | None:
+    def as_condition(self, latents: Any, rows: int, total: int) -> Float[Tensor, 'b m d'] | None:
         """What the tail is told: codes by number, one-hot or soft, one per row (m = 1) or one per position."""
         if latents is None:
             return None
-        codes = torch.as_tensor(latents, device=self.device)
-        if not codes.is_floating_point():
-            if bool((codes < 0).any()) or bool((codes >= self.binary_mapper.num_codes).any()):
-                raise ValueError(f'latent codes must lie in 0 … {self.binary_mapper.num_codes - 1}, got {codes.tolist()}')
-            codes = F.one_hot(codes.long(), self.binary_mapper.num_codes)
-        codes = codes.to(self.query_token_for_latents.dtype)
-        if codes.shape[-1] != self.binary_mapper.num_codes:
+        given = torch.as_tensor(latents, device=self.device)
+        num_codes, to_condition = self.binary_mapper.num_codes, self.from_latent_to_condition
+        if given.is_floating_point():
+            if given.ndim == 0 or given.shape[-1] != num_codes:
+                raise ValueError(
+                    f'latents must be whole numbers or have {num_codes} channels, one per code; got shape {tuple(given.shape)}'
+                )
+            told: Tensor = to_condition(given.to(to_condition.weight.dtype))
+        else:
+            if bool(((given < 0) | (given >= num_codes)).any()):
+                raise ValueError(f'latents must be codes from 0 to {num_codes - 1}, got {given.tolist()}')
+            # the map of a one-hot code is a column of its weight
+            told = F.embedding(given.long(), to_condition.weight.t())
+        if told.ndim < 3:
+            told = told.reshape(-1, 1, told.shape[-1])
+        if told.ndim != 3 or told.shape[0] not in (1, rows) or 1 < told.shape[1] < total - 1:
             raise ValueError(
-                f'latents must be code numbers or have {self.binary_mapper.num_codes} channels, got shape {tuple(codes.shape)}'
+                f'latents of shape {tuple(given.shape)} do not fit: there can be one, one for each of the {rows} rows, or one '
+                f'for each of the {total - 1} positions that are read'
             )
-        if codes.ndim == 1:
-            codes = codes[None]
-        if codes.ndim == 2:
-            codes = codes[:, None]
-        return self.from_latent_to_condition(codes).expand(rows, -1, -1)
+        return told.expand(rows, -1, -1)
 
     @torch.no_grad()
     @eval_decorator
     def generate(
         self,
-        prompts: Int[Tensor, 'b n'],
+        prompts: Int[Tensor, '... n'],
         seq_len: int,
         latents: Any = None,
-        filter_logits_fn: Any = top_p,
+        filter_logits_fn: str | Filter = top_p,
         logit_filter_kwargs: dict[str, Any] | None = None,
         use_kv_cache: bool = True,
         include_prompt: bool = True,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Int[Tensor, 'b m']:
+    ) -> Int[Tensor, '... m']:
         """Prompt and continuation, ``seq_len`` tokens in all; without the prompt if ``include_prompt`` is False.
 
-        Latents may be code numbers, one-hot or soft codes, one per row, or (``b seq_len k``) one per position.
+        Args:
+            latents: code numbers or soft codes (k = ``2 ** bits`` channels): one for all, one per row (``b`` or ``b k``),
+                or one per position (``b seq_len`` or ``b seq_len k``); the tail is told nothing without them.
+            use_kv_cache: feed only new tokens, to head and tail alike.
+            generator: makes sampling reproducible.
         """
-        if prompts.ndim != 2 or prompts.shape[1] == 0:
-            raise ValueError(f'prompts must be tokens of shape (batch, length), not empty; got {tuple(prompts.shape)}')
+        prompt = prepare(prompts)
+        if prompt.start is not None:
+            raise ValueError('prompts must have one length here; run prompts of different lengths one by one')
+        rows, length = prompt.tokens.shape
+        if checked_length(seq_len) < length:
+            raise ValueError(f'seq_len counts the prompt too, so it must be at least {length} here; got {seq_len}')
         filter_kwargs = {'thres': 0.9} if logit_filter_kwargs is None else logit_filter_kwargs
-        condition = self.as_condition(latents, len(prompts))
-        reader = FreeReader(self, condition, use_kv_cache)
+        reader = FreeReader(self, self.as_condition(latents, rows, seq_len), use_kv_cache)
         pick = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs, generator)
-        tokens = Tokens(prompts, room=max(seq_len - prompts.shape[1], 0))
-        for _ in decode(reader, tokens, seq_len - prompts.shape[1], pick):
+        tokens = Tokens(prompt.tokens, room=seq_len - length)
+        for _ in decode(reader, tokens, seq_len - length, pick):
             pass
-        return tokens.part(0 if include_prompt else prompts.shape[1])
+        return prompt.unpack(tokens.part(0 if include_prompt else length))
+
+
+def check_tokens(name: str, seq: Tensor, at_least: int, rows: int | None = None) -> None:
+    if seq.ndim != 2 or seq.shape[1] < at_least or (rows is not None and len(seq) != rows):
+        wanted = 'batch' if rows is None else rows
+        raise ValueError(f'{name} must be tokens ({wanted}, length) with length at least {at_least}, got {tuple(seq.shape)}')
 
 
 class FreeReader:
@@ -258,7 +282,7 @@ class FreeReader:
     def read(self, tokens: Tokens) -> Float[Tensor, 'b 1 v']:
         model = self.model
         hidden = model.embed(tokens.part(self.seen))
-        given = {'return_hiddens': True, 'input_not_include_cache': True}
+        given: dict[str, Any] = {'return_hiddens': True, 'input_not_include_cache': True}
         head_cache = None
         if model.decoder_head is not None:
             hidden, head_cache = model.decoder_head(hidden, cache=self.head_cache, **given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.generation.modes import eval_decorator
-from x_transformers.helpers import exists
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
@@ -52,7 +53,9 @@ class GPTVAE(Module):
     ) -> None:
         super().__init__()
         dim_latent = dim if dim_latent is None else dim_latent
-        shape = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads}
+        if not 0 <= latents_dropout_prob <= 1:
+            raise ValueError(f'latents_dropout_prob must lie between 0 and 1, got {latents_dropout_prob}')
+        shared: dict[str, Any] = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads} | kwargs
         self.num_tokens, self.dim_latent, self.pad_id = num_tokens, dim_latent, pad_id
         if encoder is None:
             encoder = TransformerWrapper(
@@ -60,7 +63,7 @@ class GPTVAE(Module):
                 max_seq_len=max_seq_len + 1,
                 return_only_embed=True,
                 average_pool_embed=True,
-                attn_layers=Encoder(depth=enc_depth, **shape, **kwargs, **(enc_kwargs or {})),
+                attn_layers=Encoder(depth=enc_depth, **(shared | (enc_kwargs or {}))),
             )
         self.encoder = encoder
         self.to_latent_mean_log_variance = nn.Sequential(nn.Linear(dim, 2 * dim_latent))
@@ -68,7 +71,7 @@ class GPTVAE(Module):
         self.decoder = TransformerWrapper(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
-            attn_layers=Decoder(depth=depth, **shape, **kwargs, **(dec_kwargs or {})),
+            attn_layers=Decoder(depth=depth, **(shared | (dec_kwargs or {}))),
         )
         self.ar_wrapped_decoder = AutoregressiveWrapper(self.decoder, ignore_index=pad_id)
         self.vae_kl_loss_weight = vae_kl_loss_weight
@@ -79,12 +82,16 @@ class GPTVAE(Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def encode_to_latents(self, seq: Int[Tensor, 'b n'], return_mean_log_var: bool = False) -> Any:
+    def encode_to_latents(
+        self, seq: Int[Tensor, 'b n'], return_mean_log_var: bool = False, generator: torch.Generator | None = None
+    ) -> Any:
         """A sample of each row's latent, ``b z``; optionally also its mean and log-variance."""
+        if seq.ndim != 2 or seq.shape[1] == 0:
+            raise ValueError(f'the sequence to encode must be tokens (batch, length), not empty; got {tuple(seq.shape)}')
         mask = seq != self.pad_id
         pooled = self.encoder(seq.masked_fill(~mask, 0), mask=mask)
         mean, log_variance = self.to_latent_mean_log_variance(pooled).chunk(2, dim=-1)
-        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        latents = mean + (0.5 * log_variance).exp() * torch.zeros_like(mean).normal_(generator=generator)
         return (latents, (mean, log_variance)) if return_mean_log_var else latents
 
     def visible_prefix(self, rows: int) -> Bool[Tensor, 'b 1'] | None:
@@ -101,7 +108,7 @@ class GPTVAE(Module):
         latents, (mean, log_variance) = self.encode_to_latents(source, return_mean_log_var=True)
         prefix = self.from_latent_to_prepend_token(latents)[:, None]
         visible = self.visible_prefix(len(seq))
-        masked = {} if visible is None else {'prepend_mask': visible}
+        masked: dict[str, Any] = {} if visible is None else {'prepend_mask': visible}
         decoding_loss = self.ar_wrapped_decoder(seq, prepend_embeds=prefix, **masked)
 
         divergence = 0.5 * (log_variance.exp() + mean.square() - log_variance - 1.0)
@@ -113,27 +120,33 @@ class GPTVAE(Module):
     @eval_decorator
     def generate(
         self,
-        prompts: Int[Tensor, '... n'],
+        prompts: Int[Tensor, '... n'] | list[Tensor],
         seq_len: int,
-        latents: Float[Tensor, '... z'] | list[float] | None = None,
+        latents: Float[Tensor, '... z'] | Sequence[float] | None = None,
         seq_for_latents: Int[Tensor, 'b m'] | None = None,
+        generator: torch.Generator | None = None,
         **generate_kwargs: Any,
-    ) -> Tensor:
-        """New tokens, as ``AutoregressiveWrapper.generate``, behind given latents, those of a sequence, or none."""
-        if exists(latents) and exists(seq_for_latents):
+    ) -> Int[Tensor, '... s']:
+        """New tokens behind given latents, those of a sequence, or none; all else is ``AutoregressiveWrapper.generate``.
+
+        Latents are one ``(z,)`` for all prompts or one for each ``(b, z)``; ``seq_for_latents`` has one row or ``b``.
+        """
+        if latents is not None and seq_for_latents is not None:
             raise ValueError('give either latents or seq_for_latents, not both: each decides the prefix')
-        rows = prompts.shape[0] if prompts.ndim == 2 else 1
-        prefix = None
-        if exists(seq_for_latents):
-            latents = self.encode_to_latents(seq_for_latents)
-        if exists(latents):
-            prefix = self.from_latent_to_prepend_token(self.as_latents(latents, rows))[:, None]
-        return self.ar_wrapped_decoder.generate(prompts, seq_len, prepend_embeds=prefix, **generate_kwargs)
+        if seq_for_latents is not None:
+            latents = self.encode_to_latents(seq_for_latents, generator=generator)
+        if latents is not None:
+            rows = math.prod(prompts.shape[:-1]) if isinstance(prompts, Tensor) else len(prompts)
+            prefix = self.from_latent_to_prepend_token(self.as_latents(latents, rows))
+            generate_kwargs['prepend_embeds'] = prefix[:, None]
+        out: Tensor = self.ar_wrapped_decoder.generate(prompts, seq_len, generator=generator, **generate_kwargs)
+        return out
 
     def as_latents(self, latents: Any, rows: int) -> Float[Tensor, 'b z']:
-        given = torch.as_tensor(latents, dtype=torch.get_default_dtype(), device=self.device)
+        like = next(self.from_latent_to_prepend_token.parameters())
+        given = torch.as_tensor(latents, dtype=like.dtype, device=like.device)
         if given.shape not in ((self.dim_latent,), (rows, self.dim_latent), (1, self.dim_latent)):
             raise ValueError(
                 f'latents must have shape ({self.dim_latent},) or ({rows}, {self.dim_latent}), got {tuple(given.shape)}'
             )
-        return given.expand(rows, -1) if given.ndim == 2 else given[None].expand(rows, -1)
+        return given.expand(rows, -1)

@@ -21,7 +21,8 @@ class RandomFourier(Module):
         self.proj = nn.Linear(1, dim).requires_grad_(False)
 
     def forward(self, t: Float[Tensor, '... 1']) -> Float[Tensor, '... d']:
-        return (2 * math.pi * self.proj(t)).cos()
+        angles: Tensor = self.proj(t)
+        return (2 * math.pi * angles).cos()
 
 
 class NeoMLP(Module):
@@ -45,12 +46,16 @@ class NeoMLP(Module):
         encoder_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        sizes = {'dim_in': dim_in, 'dim_hidden': dim_hidden, 'dim_out': dim_out, 'dim_model': dim_model, 'depth': depth}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f'{name} must be at least 1, got {size}')
         self.dim_in, self.dim_hidden, self.dim_out = dim_in, dim_hidden, dim_out
         self.input_embed = empty_parameter(dim_in, dim_model)
         self.hidden_embed = empty_parameter(dim_hidden, dim_model)
         self.output_embed = empty_parameter(dim_out, dim_model)
         self.random_fourier = nn.Sequential(RandomFourier(dim_model), nn.Linear(dim_model, dim_model))
-        given = {'attn_dim_head': 16, 'heads': 4} if encoder_kwargs is None else encoder_kwargs
+        given: dict[str, Any] = {'attn_dim_head': 16, 'heads': 4} if encoder_kwargs is None else encoder_kwargs
         self.transformer = Encoder(dim=dim_model, depth=depth, **given)
         self.to_output_weights = empty_parameter(dim_out, dim_model)
         self.to_output_bias = empty_parameter(dim_out)

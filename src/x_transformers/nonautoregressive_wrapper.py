@@ -22,15 +22,16 @@ from x_transformers.tensor_types import Bool, Float, Int
 Schedule = Callable[[Tensor], Tensor]
 
 
+class LengthError(ValueError, AssertionError):
+    """A sequence of another length than the wrapper works on; callers that catch the original's AssertionError still do."""
+
+
 class Losses(NamedTuple):
     """What ``NonAutoregressiveWrapper`` returns; a part that was not computed is None."""
 
     loss: Tensor
     generator_loss: Tensor | None
     critic_loss: Tensor | None
-
-
-# ---------------------------------------------------------------- chance
 
 
 def top_k(logits: Float[Tensor, '... v'], thres: float = 0.9) -> Float[Tensor, '... v']:
@@ -44,13 +45,14 @@ def log(t: Tensor, eps: float = 1e-10) -> Tensor:
     return (t + eps).log()
 
 
-def gumbel_noise(t: Tensor) -> Tensor:
-    return -log(-log(torch.zeros_like(t).uniform_(0, 1)))
+def gumbel_noise(t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Like the one of ``generation.sampling``, but for the ``log`` above; so are the numbers of a seed."""
+    return -log(-log(torch.zeros_like(t).uniform_(0, 1, generator=generator)))
 
 
-def gumbel_sample(t: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def gumbel_sample(t: Tensor, temperature: float = 1.0, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
     """A sample of ``softmax(t / temperature)``."""
-    return (t / max(temperature, 1e-10) + gumbel_noise(t)).argmax(dim=dim)
+    return (t / max(temperature, 1e-10) + gumbel_noise(t, generator)).argmax(dim=dim)
 
 
 def sample_prob(prob: float) -> bool:
@@ -69,9 +71,6 @@ def get_mask_subset_prob(mask: Bool[Tensor, 'b n'], prob: float | Float[Tensor, 
     scores = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
     rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
     return (rank < wanted) & mask
-
-
-# ---------------------------------------------------------------- schedules: the share that is masked at time t
 
 
 def linear_schedule(t: Tensor) -> Tensor:
@@ -100,10 +99,11 @@ class SelfCritic(Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.to_logits = nn.Linear(net.attn_layers.dim, 1)  # type: ignore[union-attr, arg-type]
+        self.to_logits = nn.Linear(net.attn_layers.dim, 1)  # type: ignore[arg-type]
 
     def forward(self, x: Int[Tensor, 'b n'], **kwargs: Any) -> Float[Tensor, 'b n 1']:
-        return self.to_logits(self.net(x, return_embeddings=True, **kwargs))
+        judged: Tensor = self.to_logits(self.net(x, return_embeddings=True, **kwargs))
+        return judged
 
 
 class NonAutoregressiveWrapper(Module):
@@ -127,6 +127,8 @@ class NonAutoregressiveWrapper(Module):
             token unreal wherever the generator would have said another one.
     """
 
+    net: Any
+
     def __init__(
         self,
         net: nn.Module,
@@ -149,7 +151,13 @@ class NonAutoregressiveWrapper(Module):
         super().__init__()
         if exists(token_critic) and self_token_critic:
             raise ValueError('token_critic and self_token_critic exclude each other: give one critic')
-        self.net: Any = net
+        check_shares(
+            steps,
+            self_cond_train_prob=self_cond_train_prob,
+            no_replace_prob=no_replace_prob,
+            random_token_prob=random_token_prob,
+        )
+        self.net = net
         dim, emb_dim = self.net.attn_layers.dim, self.net.emb_dim
         self.max_seq_len, self.num_tokens = self.net.max_seq_len, self.net.num_tokens
         if not 0 <= mask_id < self.num_tokens:
@@ -175,9 +183,8 @@ class NonAutoregressiveWrapper(Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
-    # ------------------------------------------------------------ training
+        device: torch.device = next(self.net.parameters()).device
+        return device
 
     def corrupted(self, x: Int[Tensor, 'b n'], mask: Bool[Tensor, 'b n']) -> Int[Tensor, 'b n']:
         """The input with the chosen positions hidden; some of them are left as they are, some get a random token."""
@@ -202,6 +209,8 @@ class NonAutoregressiveWrapper(Module):
         return {'sum_embeds': self.to_self_cond(known)}
 
     def loss_weight(self, times: Float[Tensor, 'b']) -> Float[Tensor, 'b']:
+        slope: Tensor
+        share: Tensor
         slope, share = vmap(grad_and_value(self.schedule_fn))(times)
         if self.mdlm_weight_of_the_original:
             return slope / (1 - share)
@@ -256,8 +265,6 @@ class NonAutoregressiveWrapper(Module):
                 'only_train_critic=True, but there is no critic: build the wrapper with token_critic or self_token_critic=True'
             )
 
-    # ------------------------------------------------------------ generation
-
     @torch.no_grad()
     @eval_decorator
     def generate(
@@ -266,11 +273,20 @@ class NonAutoregressiveWrapper(Module):
         start_temperature: float = 1.0,
         filter_thres: float | None = 0.7,
         noise_level_scale: float = 1.0,
+        generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, '... n']:
-        """Sequences of ``max_seq_len`` tokens: all hidden at first, fewer in each of ``steps`` rounds."""
-        if start_temperature < 0:
-            raise ValueError(f'start_temperature must not be negative, got {start_temperature}')
+        """Sequences of ``max_seq_len`` tokens: all hidden at first, fewer in each of ``steps`` rounds.
+
+        Args:
+            batch_size: rows ``(batch_size, n)``; one sequence ``(n,)`` without it.
+            start_temperature: of the first round; it falls to 0 in the last.
+            filter_thres: the share of the vocabulary that is never sampled, None: all may be.
+            noise_level_scale: how much chance decides, beside the critic, what is hidden again.
+            generator: makes sampling reproducible.
+            kwargs: for the net.
+        """
+        check_generation(batch_size, start_temperature, filter_thres)
         rows = 1 if batch_size is None else batch_size
         seq = torch.full((rows, self.max_seq_len), self.mask_id, device=self.device)
         hidden = torch.ones_like(seq, dtype=torch.bool)
@@ -282,11 +298,11 @@ class NonAutoregressiveWrapper(Module):
             given = kwargs if known is None else {**kwargs, 'sum_embeds': self.to_self_cond(known)}
             logits, embeds = self.net(seq, return_logits_and_embeddings=True, **given)
             known = embeds if self.self_cond else None
-            if exists(filter_thres):
+            if filter_thres is not None:
                 logits = top_k(logits, filter_thres)
-            sampled = gumbel_sample(logits, temperature=max(start_temperature * annealing, 1e-3))
+            sampled = gumbel_sample(logits, temperature=max(start_temperature * annealing, 1e-3), generator=generator)
             seq = torch.where(hidden, sampled, seq)
-            doubt = self.doubt(seq, sampled, logits, noise_level_scale * annealing)
+            doubt = self.doubt(seq, sampled, logits, noise_level_scale * annealing, generator)
             if not self.can_mask_prev_unmasked:
                 doubt = doubt.masked_fill(~hidden, -torch.finfo(doubt.dtype).max)
             worst = doubt.topk(count, dim=-1).indices
@@ -295,14 +311,32 @@ class NonAutoregressiveWrapper(Module):
         return seq if exists(batch_size) else seq[0]
 
     def doubt(
-        self, seq: Int[Tensor, 'b n'], sampled: Int[Tensor, 'b n'], logits: Float[Tensor, 'b n v'], noise: float
+        self,
+        seq: Int[Tensor, 'b n'],
+        sampled: Int[Tensor, 'b n'],
+        logits: Float[Tensor, 'b n v'],
+        noise: float,
+        generator: torch.Generator | None,
     ) -> Float[Tensor, 'b n']:
         """How little each token is to be trusted: the critic's word, or what the generator left to other tokens."""
         if self.token_critic is not None:
-            judged = self.token_critic(seq).squeeze(-1)
-            return judged + noise * gumbel_noise(judged)
+            judged: Tensor = self.token_critic(seq).squeeze(-1)
+            return judged + noise * gumbel_noise(judged, generator)
         return 1 - logits.softmax(dim=-1).gather(-1, sampled[..., None]).squeeze(-1)
 
 
-class LengthError(ValueError, AssertionError):
-    """A sequence of another length than the wrapper works on; callers that catch the original's AssertionError still do."""
+def check_shares(steps: int, **shares: float) -> None:
+    if steps < 1:
+        raise ValueError(f'steps must be at least 1, got {steps}')
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f'{name} must lie between 0 and 1, got {share}')
+
+
+def check_generation(batch_size: int | None, temperature: float, filter_thres: float | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, or None for a sequence without a batch axis; got {batch_size}')
+    if not temperature >= 0:
+        raise ValueError(f'start_temperature must not be negative, got {temperature}')
+    if filter_thres is not None and not 0 <= filter_thres < 1:
+        raise ValueError(f'filter_thres must be at least 0 and below 1, the share that is never sampled; got {filter_thres}')

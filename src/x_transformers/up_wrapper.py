@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.generation.sampling import gumbel_sample
+from x_transformers.generation.prompts import checked_length
+from x_transformers.generation.sampling import check_temperature, gumbel_sample
 from x_transformers.module import Module
 from x_transformers.tensor_types import Float, Int
 
@@ -23,8 +24,8 @@ def random_sequences(
 ) -> Int[Tensor, 'b n']:
     """Rows of uniform ids and rows that repeat one id, the same random one in all of them."""
     noise = torch.randint(0, num_tokens, (num_samples_random, seq_len), device=device)
-    constant = torch.full((num_samples_constant, seq_len), int(torch.randint(0, num_tokens, ())), device=device)
-    rows = torch.cat((noise, constant))
+    token = torch.randint(0, num_tokens, (1, 1), device=device)
+    rows = torch.cat((noise, token.expand(num_samples_constant, seq_len)))
     return rows[torch.randperm(len(rows), device=device)] if shuffle else rows
 
 
@@ -52,7 +53,7 @@ class SyntheticDataGenerator(Module):
         rescale_recurrent: bool = False,
     ) -> None:
         super().__init__()
-        self.max_seq_len = max_seq_len
+        self.num_tokens, self.max_seq_len = num_tokens, max_seq_len
         self.rescale_recurrent = rescale_recurrent
         hidden_size = hidden_size or dim
         klass = network_klass or (nn.GRU if use_gru else nn.LSTM)
@@ -63,14 +64,12 @@ class SyntheticDataGenerator(Module):
 
     def init_own(self) -> None:
         """Scale what the children drew: the factors decide how chaotic the machine is."""
+        weights = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        if self.rescale_recurrent:
+            weights += [weight for name, weight in self.net.named_parameters() if 'weight' in name]
         with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight.mul_(torch.empty(()).uniform_(0.0, 1.1).item())
-            if self.rescale_recurrent:
-                for name, weight in self.net.named_parameters():
-                    if 'weight' in name:
-                        weight.mul_(torch.empty(()).uniform_(0.0, 1.1).item())
+            for weight in dict.fromkeys(weights):
+                weight.mul_(weight.new_empty(()).uniform_(0.0, 1.1))
 
     def reset_(self) -> None:
         """Draw another machine."""
@@ -80,7 +79,8 @@ class SyntheticDataGenerator(Module):
         """Logits, and the state to go on from."""
         embedded = self.embed(input)
         out, hidden = self.net(embedded) if hiddens is None else self.net(embedded, hiddens)
-        return self.to_logits(out), hidden
+        logits: Tensor = self.to_logits(out)
+        return logits, hidden
 
     @torch.no_grad()
     def generate(
@@ -89,17 +89,22 @@ class SyntheticDataGenerator(Module):
         seed: Int[Tensor, 'b n'] | None = None,
         condition: Int[Tensor, 'b m'] | None = None,
         temperature: float = 1e-4,
+        generator: torch.Generator | None = None,
     ) -> Int[Tensor, 'b k']:
         """Go on from seed and condition for ``length`` tokens; the newest ``max_seq_len`` of prefix and samples."""
         given = [part for part in (seed, condition) if part is not None]
         if not given:
             raise ValueError('generate needs a seed, a condition or both to start from; got neither')
+        for name, part in (('seed', seed), ('condition', condition)):
+            if part is not None and (part.ndim != 2 or len(part) != len(given[0])):
+                raise ValueError(f'{name} must be tokens of shape ({len(given[0])}, length), got {tuple(part.shape)}')
+        check_temperature(temperature)
         prefix = torch.cat(given, dim=-1)
         out = [prefix]
         step, hidden = prefix, None
-        for _ in range(length):
+        for _ in range(checked_length(length)):
             logits, hidden = self.forward(step, hidden)
-            step = gumbel_sample(logits[:, -1], temperature=temperature)[:, None]
+            step = gumbel_sample(logits[:, -1], temperature=temperature, generator=generator)[:, None]
             out.append(step)
         return torch.cat(out, dim=-1)[:, -self.max_seq_len :]
 
@@ -134,23 +139,33 @@ class UniversalPretrainWrapper(Module):
     ) -> None:
         super().__init__()
         stack: Any = model.attn_layers
+        self.num_tokens = int(model.num_tokens)  # type: ignore[arg-type]
         buffer_size = 20 * batch_size if buffer_size is None else buffer_size
         check_pretraining(stack.causal, buffer_size, batch_size, num_reset, seed_length, seq_len)
+        if data_generator is None:
+            data_generator = SyntheticDataGenerator(stack.dim, self.num_tokens, max_seq_len=seq_len)
+        check_machine(data_generator, model, seq_len)
         self.model = model
-        self.num_tokens = int(model.num_tokens)  # type: ignore[arg-type]
-        self.data_generator = data_generator or SyntheticDataGenerator(stack.dim, self.num_tokens, max_seq_len=seq_len)
+        self.data_generator = data_generator
         self.seq_len, self.batch_size, self.seed_length = seq_len, batch_size, seed_length
         self.num_reset = num_reset
         self.reset_turing_machine_every = reset_turing_machine_every
         self.keep_buffer_on_cpu = keep_buffer_on_cpu
         self.ar_wrapped = AutoregressiveWrapper(model)
-        half = buffer_size // 2
-        buffer = random_sequences(self.num_tokens, seq_len, half, buffer_size - half)
         if keep_buffer_on_cpu:
-            self.synth_data_buffer = buffer
+            # no buffer of the module: neither moved with it nor saved
+            self.synth_data_buffer = torch.empty(buffer_size, seq_len, dtype=torch.long, device='cpu')
         else:
-            self.register_buffer('synth_data_buffer', buffer)
-        self.register_buffer('step', torch.zeros((), dtype=torch.long))
+            self.register_buffer('synth_data_buffer', torch.empty(buffer_size, seq_len, dtype=torch.long))
+        self.register_buffer('step', torch.empty((), dtype=torch.long))
+        self.init_own()
+
+    def init_own(self) -> None:
+        """Half of the buffer is noise, half constant rows."""
+        buffer = self.synth_data_buffer
+        half = len(buffer) // 2
+        buffer.copy_(random_sequences(self.num_tokens, self.seq_len, half, len(buffer) - half, device=buffer.device))
+        self.step.zero_()
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +198,21 @@ class UniversalPretrainWrapper(Module):
     def forward(self) -> Float[Tensor, '']:
         """Let the machine write, then the autoregressive loss on a batch drawn from the buffer."""
         self.advance()
-        return self.ar_wrapped(self.synth_data_buffer[self.draw(self.batch_size)].to(self.device))
+        loss: Tensor = self.ar_wrapped(self.synth_data_buffer[self.draw(self.batch_size)].to(self.device))
+        return loss
+
+
+def check_machine(machine: SyntheticDataGenerator, model: nn.Module, seq_len: int) -> None:
+    broken = []
+    if machine.num_tokens > int(model.num_tokens):  # type: ignore[arg-type]
+        broken.append(f'data_generator writes {machine.num_tokens} kinds of tokens, the model knows {model.num_tokens}')
+    if machine.max_seq_len < seq_len:
+        broken.append(f'data_generator.max_seq_len must be at least seq_len {seq_len}, got {machine.max_seq_len}')
+    longest = getattr(model, 'max_seq_len', 0)
+    if getattr(model, 'has_absolute_positions', False) and longest < seq_len:
+        broken.append(f'seq_len is {seq_len}, but the model has absolute positions for {longest} tokens only')
+    if broken:
+        raise ValueError('; '.join(broken))
 
 
 def check_pretraining(causal: bool, buffer_size: int, batch_size: int, num_reset: int, seed_length: int, seq_len: int) -> None:
