@@ -10,6 +10,14 @@ from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, shown
 from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.other_inputs import (
+    CONTINUOUS_RULES,
+    MULTI_INPUT_RULES,
+    XVAL_RULES,
+    ContinuousFlags,
+    MultiInputFlags,
+    XValFlags,
+)
 from x_transformers.flags.rule import Rule
 from x_transformers.flags.stack import SELF_ATTENTION_ONLY, SET_BY_STACK, StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
@@ -34,6 +42,9 @@ SECTIONS: tuple[tuple[str, str, type[Flags], tuple[Rule, ...]], ...] = (
     ),
     ('Feed-forward', 'Keywords of `FeedForward`. In a stack they have `ff_` in front.', FeedForwardFlags, FEEDFORWARD_RULES),
     ('Models of tokens', 'Keywords of `TransformerWrapper`.', WrapperFlags, WRAPPER_RULES + ON_STACK_RULES),
+    ('Models of vectors', 'Keywords of `ContinuousTransformerWrapper`.', ContinuousFlags, CONTINUOUS_RULES),
+    ('Models of several tokens', 'Keywords of `MultiInputTransformerWrapper`.', MultiInputFlags, MULTI_INPUT_RULES),
+    ('Models of numbers', 'Keywords of `XValTransformerWrapper`.', XValFlags, XVAL_RULES),
     ('Models of images', 'Keywords of `ViTransformerWrapper`.', VisionFlags, VISION_RULES),
 )
 

@@ -13,7 +13,7 @@ from x_transformers.generation import beam
 from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
 from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
-from x_transformers.generation.prompts import GenerateError, Prompt, align_right, prepare
+from x_transformers.generation.prompts import GenerateError, Prompt, align_right, checked_length, prepare
 from x_transformers.generation.sampling import (
     FILTER_LOGITS_FN,
     Filter,
@@ -228,7 +228,7 @@ class AutoregressiveWrapper(Module):
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
         """
-        prompt, steps = self._prompt(prompts, prompt_lens, kwargs), _checked_length(seq_len)
+        prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
         filter_fn = resolve_filter(filter_logits_fn)
         nets = amateur_nets(amateur_model, default(contrastive_decode_kwargs, {'alpha': 0.1, 'beta': 0.5}))
         sampler = Sampler(temperature, identity if nets else filter_fn, filter_kwargs or {}, generator)
@@ -295,7 +295,7 @@ class AutoregressiveWrapper(Module):
         ``length ** length_penalty``. ``stochastic`` draws the proposals by ``filter(logits) / temperature`` with Gumbel noise
         instead of taking the best. A hypothesis that has produced ``eos_token`` is complete and padded.
         """
-        prompt, steps = self._prompt(prompts, prompt_lens, kwargs), _checked_length(seq_len)
+        prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
         if beams < 1:
             raise ValueError(f'beams must be at least 1, got {beams}')
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
@@ -337,12 +337,6 @@ def _check_batch(x: Tensor) -> None:
         raise TypeError(f'x must be token ids of an integer dtype, got {x.dtype}')
     if x.shape[1] < 2:
         raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {x.shape[1]}')
-
-
-def _checked_length(seq_len: int) -> int:
-    if seq_len < 0:
-        raise ValueError(f'seq_len is the number of tokens to generate, 0 or more; got {seq_len}')
-    return int(seq_len)
 
 
 def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any], lookahead: int) -> None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from x_transformers.helpers import log, masked_mean
 from x_transformers.tensor_types import Bool, Float, Int
 
-__all__ = ['calc_entropy', 'calc_z_loss', 'linear_cross_entropy', 'masked_mean', 'token_cross_entropy']
+__all__ = ['calc_entropy', 'calc_z_loss', 'linear_cross_entropy', 'masked_mean', 'shifted_mask', 'token_cross_entropy']
 
 # rows of logits that exist at one time, where the caller leaves it open
 CHUNK_CPU = 256
@@ -43,6 +43,24 @@ def token_cross_entropy(
     measure = F.nll_loss if is_log_prob else F.cross_entropy
     loss = measure(flat, wanted, ignore_index=ignore_index, reduction=reduction)
     return loss.view(targets.shape) if reduction == 'none' else loss
+
+
+def shifted_mask(
+    mask: Bool[Tensor, 'b n'] | None, length: int
+) -> tuple[Bool[Tensor, 'b m'] | None, Bool[Tensor, 'b m'] | None]:
+    """(which of the first ``length - 1`` positions count as inputs, which of the last as targets).
+
+    A mask over the inputs only, ``length - 1`` wide, says nothing of the last target: then the second is None.
+    """
+    if mask is None:
+        return None, None
+    if mask.dtype != torch.bool:
+        raise TypeError(f'mask must be boolean (True: counts), got {mask.dtype}; use mask.bool() if 1 means True')
+    if mask.ndim != 2 or mask.shape[1] not in (length, length - 1):
+        raise ValueError(
+            f'mask must cover the {length} positions of each row, or the {length - 1} that are inputs; got {tuple(mask.shape)}'
+        )
+    return (mask[:, :-1], mask[:, 1:]) if mask.shape[1] == length else (mask, None)
 
 
 def check_targets(where: str, rows: Tensor, targets: Tensor, name: str) -> None:

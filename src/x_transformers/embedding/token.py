@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.helpers import l2norm
+from x_transformers.helpers import default, l2norm
 from x_transformers.module import Module
 from x_transformers.position.absolute import Table
 from x_transformers.tensor_types import Bool, Float, Int
@@ -20,13 +20,13 @@ class TokenEmbedding(Module):
     """A table of token vectors, of unit length with ``l2norm_embed``.
 
     The table starts from a normal distribution of variance 2 / dim (https://arxiv.org/abs/1502.01852), or of standard deviation
-    1e-5 with ``l2norm_embed``: what counts then is the direction, which can turn quickly.
+    1e-5 with ``l2norm_embed``: what counts then is the direction, which can turn quickly. ``init_std`` says otherwise.
     """
 
-    def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False) -> None:
+    def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False, *, init_std: float | None = None) -> None:
         super().__init__()
         self.l2norm_embed = l2norm_embed
-        self.emb = Table(num_tokens, dim, std=1e-5 if l2norm_embed else math.sqrt(2 / dim))
+        self.emb = Table(num_tokens, dim, std=default(init_std, 1e-5 if l2norm_embed else math.sqrt(2 / dim)))
 
     def init_(self) -> None:
         """Draw the table anew."""
@@ -90,22 +90,25 @@ def add_named(
     tables: nn.ModuleDict | None,
     ids: Mapping[str, Int[Tensor, 'b m']],
     newest: Callable[[Tensor, str], Tensor],
+    argument: str = 'embed_ids',
+    flag: str = 'embed_num_tokens',
 ) -> Float[Tensor, 'b n d']:
     """Add to each token its row of every further table. The names must be exactly the tables'.
 
-    ``newest`` takes from ids, and the name that they have in errors, those of the tokens in ``x``.
+    ``newest`` takes from ids, and the name that they have in errors, those of the tokens in ``x``. ``argument`` and ``flag``
+    are what the caller calls ids and tables.
     """
     wanted = {key.removesuffix('_embed') for key in tables} if tables is not None else set()
     if wanted != set(ids):
         missing, unknown = sorted(wanted - set(ids)), sorted(set(ids) - wanted)
         raise ValueError(
-            f'embed_ids must name exactly the tables of embed_num_tokens, which are {sorted(wanted) or "none"}; '
+            f'{argument} must name exactly what {flag} names, which is {sorted(wanted) or "nothing"}; '
             + '; '.join(f'{what}: {", ".join(names)}' for what, names in (('missing', missing), ('unknown', unknown)) if names)
             + '.'
         )
     for name, given in ids.items():
         table: Any = tables[f'{name}_embed'] if tables is not None else None
-        title = f'embed_ids[{name!r}]'
+        title = f'{argument}[{name!r}]'
         x = x + look_up(table, newest(given, title), title)
     return x
 

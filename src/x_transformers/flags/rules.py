@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, fused_refusals
-from x_transformers.flags.base import FlagError
+from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.rule import Name, broken_rules, is_on, orphans, out_of_range
+from x_transformers.flags.rule import Name, Rule, broken_rules, is_on, orphans, out_of_range
 from x_transformers.flags.stack import SET_BY_STACK, StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
-from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.wrapper import VisionFlags
 from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack
 from x_transformers.layers.plan import plan_layers
 
@@ -41,15 +41,21 @@ def check_stack(flags: StackFlags) -> None:
     broken_plan(flags)
 
 
-def check_wrapper(flags: WrapperFlags, stack: StackFlags) -> None:
-    """Raise FlagError if the flags of a model break a rule, by themselves or with the flags of its stack."""
+def check_wrapper(flags: Flags, stack: StackFlags, rules: Iterable[Rule] = ()) -> None:
+    """Raise FlagError if the flags of a model break a rule, by themselves or with the flags of its stack.
+
+    Of the rules of ``TransformerWrapper`` those are asked whose flags the model has; ``rules`` are the model's own.
+    """
     both = OnStack(flags, stack)
+    own = flags.flag_fields()
+    general = [rule for rule in WRAPPER_RULES if all(name in own for name in rule.flags)]
+    on_stack = [rule for rule in ON_STACK_RULES if all(name in own or is_stack_flag(name) for name in rule.flags)]
     refuse(
         [
             *out_of_range(flags, str).values(),
             *orphans(flags, str),
-            *broken_rules(WRAPPER_RULES, flags, stack.dim, str),
-            *broken_rules(ON_STACK_RULES, both, stack.dim, str),
+            *broken_rules([*general, *rules], flags, stack.dim, str),
+            *broken_rules(on_stack, both, stack.dim, str),
         ]
     )
 
@@ -113,6 +119,11 @@ def broken_plan(flags: StackFlags) -> None:
     plan = plan_layers(flags)
     if flags.unet_skips and all(layer.skip_from is None for layer in plan.layers):
         refuse(['`unet_skips=True`: with fewer than two blocks there is nothing to skip. Choose a larger `depth`.'])
+
+
+def is_stack_flag(name: str) -> bool:
+    """Whether a stack has this flag, by the name that it has in the stack or in one of its parts."""
+    return name in StackFlags.flag_fields() or name in AttentionFlags.flag_fields()
 
 
 def stack_name(prefix: str) -> Name:

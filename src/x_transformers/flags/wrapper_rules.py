@@ -70,7 +70,7 @@ WRAPPER_RULES = (
     ),
     Rule(
         ('scaled_sinu_pos_emb', 'max_seq_len'),
-        lambda flags, dim: flags.scaled_sinu_pos_emb and flags.max_seq_len == 0,
+        lambda flags, dim: flags.scaled_sinu_pos_emb and not flags.max_seq_len,
         'a length of 0 turns absolute positions off',
         {'scaled_sinu_pos_emb': True, 'max_seq_len': 0},
     ),

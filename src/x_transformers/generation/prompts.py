@@ -17,6 +17,12 @@ class GenerateError(ValueError, AssertionError):
     """Generation cannot go on as asked. (Also an AssertionError, for callers that catch one.)"""
 
 
+def checked_length(seq_len: int) -> int:
+    if seq_len < 0:
+        raise ValueError(f'seq_len is the number of tokens to generate, 0 or more; got {seq_len}')
+    return int(seq_len)
+
+
 def align_right(t: Tensor, lens: Int[Tensor, ' b'], pad_id: float = 0) -> Tensor:
     """Move the first ``lens`` entries of each row of ``t`` (b n ...) to the right end, with ``pad_id`` in front of them."""
     batch, n = t.shape[:2]
@@ -41,12 +47,12 @@ def restored(t: Tensor, leading: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompts as one batch of right-aligned tokens.
+    """Prompts as one batch of right-aligned tokens: ids (b t) or vectors (b t d).
 
     ``start``: how many pads stand in front of each row, None if there are none; ``leading``: the axes to give back.
     """
 
-    tokens: Int[Tensor, 'b t']
+    tokens: Tensor
     start: Int[Tensor, ' b'] | None
     most_pads: int
     leading: tuple[int, ...]
@@ -71,9 +77,19 @@ def prepare(
         raise TypeError(f'prompts must be a tensor of token ids or a list of such, got {type(prompts).__name__}')
     _check_ids(prompts)
     flat, leading = flattened(prompts)
-    tokens = flat.long()
+    return right_aligned(flat.long(), leading, lens, pad_value, may_be_empty)
+
+
+def right_aligned(
+    tokens: Tensor,
+    leading: tuple[int, ...],
+    lens: Tensor | Sequence[int] | None = None,
+    pad_value: float = 0,
+    may_be_empty: bool = False,
+) -> Prompt:
+    """A batch (b t ...) of ids or vectors, of which the first ``lens`` count, as a ``Prompt``."""
     if tokens.shape[0] == 0:
-        raise ValueError(f'prompts hold no row: their shape is {tuple(prompts.shape)}')
+        raise ValueError(f'prompts hold no row: as a batch their shape is {tuple(tokens.shape)}')
     if lens is None:
         if tokens.shape[1] == 0 and not may_be_empty:
             raise ValueError('prompts are empty; give at least one token to start from, or prepend_embeds')
@@ -104,7 +120,7 @@ def _check_ids(prompts: Tensor) -> None:
 def _check_lens(lens: Tensor | Sequence[int], tokens: Tensor, may_be_empty: bool) -> int:
     """The largest number of pads that the lengths leave."""
     flat = torch.as_tensor(lens).reshape(-1)
-    batch, length = tokens.shape
+    batch, length = tokens.shape[:2]
     if flat.is_floating_point() or flat.dtype == torch.bool:
         raise TypeError(f'prompt_lens must be integers, got {flat.dtype}')
     if flat.shape[0] != batch:

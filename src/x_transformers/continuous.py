@@ -1,0 +1,432 @@
+"""Sequences of vectors: a transformer from vectors to vectors, and its training and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.cache.kv_cache import Cache
+from x_transformers.embedding.call import Call
+from x_transformers.embedding.pooling import average
+from x_transformers.embedding.rows import Rows
+from x_transformers.flags.base import FlagError
+from x_transformers.flags.other_inputs import CONTINUOUS_RULES, ContinuousFlags
+from x_transformers.flags.rules import check_wrapper
+from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
+from x_transformers.generation.keywords import Keywords
+from x_transformers.generation.modes import evaluating
+from x_transformers.generation.prompts import Prompt, align_right, checked_length, right_aligned
+from x_transformers.generation.sampling import check_temperature
+from x_transformers.generation.views import VectorView
+from x_transformers.losses import shifted_mask
+from x_transformers.module import Module
+from x_transformers.returns import Asked, next_memories
+from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
+from x_transformers.tensor_types import Bool, Float, Int
+
+__all__ = [
+    'ContinuousAutoregressiveWrapper',
+    'ContinuousTransformerWrapper',
+    'GaussianNLL',
+    'masked_mean',
+    'sample_from_mean_variance',
+]
+
+# arguments that say something of single frames, which a rollout moves to the right
+OF_FRAMES = ('pos', 'sum_embeds', 'attn_mask', 'attn_bias', 'self_attn_kv_mask')
+
+
+def masked_mean(t: Float[Tensor, 'b n ...'], mask: Bool[Tensor, 'b n'] | None = None) -> Float[Tensor, '']:
+    """Mean over all entries at the positions that the mask names; NaN if it names none."""
+    if mask is None:
+        return t.mean()
+    mask = mask.reshape(*mask.shape, *(1,) * (t.ndim - mask.ndim)).expand(t.shape)
+    return t.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def sample_from_mean_variance(
+    mean: Float[Tensor, '...'],
+    variance: Float[Tensor, '...'],
+    eps: float = 1e-5,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, '...']:
+    """A sample of a normal distribution whose deviation is ``temperature`` times the root of ``max(variance, eps)``.
+
+    Gradients reach mean and variance (https://arxiv.org/abs/1312.6114).
+    """
+    check_temperature(temperature)
+    noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    return mean + noise * (variance.clamp(min=eps).sqrt() * temperature)
+
+
+class GaussianNLL(Module):
+    """Negative log likelihood of each entry under (mean, variance), without the constant; unreduced."""
+
+    def forward(self, pred: Float[Tensor, '2 ...'], target: Float[Tensor, '...']) -> Float[Tensor, '...']:
+        mean, variance = pred
+        variance = variance.clamp(min=1e-6)
+        loss: Tensor = 0.5 * (variance.log() + (mean - target).square() / variance)
+        return loss
+
+
+class ContinuousTransformerWrapper(StackWrapper):
+    """A stack of attention layers from vectors (b n dim_in) to vectors (b n dim_out).
+
+    Inputs are projected to ``emb_dim``, where positions are added, and then to the stack's width. The keywords are the fields
+    of ``ContinuousFlags``: ``attn_layers`` must be given.
+
+    Raises:
+        FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
+    """
+
+    def __init__(self, *, attn_layers: nn.Module, max_seq_len: int | None = None, **flags: Any) -> None:
+        super().__init__()
+        given = {'attn_layers': attn_layers, 'max_seq_len': max_seq_len, **flags}
+        own = ContinuousFlags.parse(given, where='ContinuousTransformerWrapper')
+        check_wrapper(own, stack_flags(attn_layers), CONTINUOUS_RULES)
+        # kept for reading; the modules live in their slots only
+        self.flags = replace(own, attn_layers=nn.Identity(), project_in=None, project_out=None)
+        self._build_positions(own, attn_layers)
+        self.probabilistic, self.average_pool_embed = own.probabilistic, own.average_pool_embed
+        self.dim_in, self.dim_out = own.dim_in, own.dim_out
+        self.width_in = None if own.project_in is not None else own.dim_in or self.emb_dim
+        self.project_in: nn.Module = own.project_in or (
+            nn.Linear(own.dim_in, self.emb_dim, bias=False) if own.dim_in else nn.Identity()
+        )
+        self._build_entrance(own)
+        self._build_memory_tokens(own)
+        width = (own.dim_out or 0) * (2 if own.probabilistic else 1)
+        self.project_out: nn.Module = own.project_out or (nn.Linear(self.dim, width, bias=False) if width else nn.Identity())
+        self._build_stack(own, attn_layers)
+        self.init_own()
+
+    def forward(
+        self,
+        x: Float[Tensor, 'b n c'],
+        return_embeddings: bool = False,
+        return_intermediates: bool = False,
+        return_mems: bool = False,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        lens: Int[Tensor, ' b'] | None = None,
+        return_attn: bool = False,
+        mems: Memories | None = None,
+        mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None,
+        pos: Tensor | None = None,
+        sum_embeds: Float[Tensor, 'b n e'] | None = None,
+        prepend_embeds: Float[Tensor, 'b p e'] | None = None,
+        prepend_mask: Bool[Tensor, 'b p'] | None = None,
+        cache: Cache = None,
+        input_not_include_cache: bool = False,
+        seq_start_pos: Int[Tensor, ' b'] | None = None,
+        *,
+        logits_last: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Outputs (b n dim_out), or (2 b n dim_out), means and variances, with ``probabilistic``; or what ``return_*`` ask for.
+
+        Args:
+            mask: True for frames, False for padding; or ``lens``, the number of frames of each row.
+            mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
+            pos: positions of the frames, (n,) or (b n); of floating dtype: their position embeddings themselves.
+            sum_embeds: embeddings to be added; ``prepend_embeds``, ``prepend_mask``: embeddings in front of the frames; outputs
+                for them are returned as well.
+            cache: a ``KVCache``, or the intermediates of an earlier call. Then ``x`` may be the new frames only, or the whole
+                sequence, whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
+            seq_start_pos: where each row's frames begin, for rows that are padded on the left.
+            logits_last: outputs for the last so many positions only.
+            kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
+
+        Returns:
+            outputs or embeddings (b n d); then, wrapped around it: intermediates, memories, attention maps.
+        """
+        check_frames(x, self.width_in)
+        if lens is not None and mask is not None:
+            raise ValueError('lens and mask both say which frames count; give one of them')
+        asked = Asked(embeddings=return_embeddings, intermediates=return_intermediates, mems=return_mems, attn=return_attn)
+        call = self._call(
+            x,
+            mask=mask,
+            lens=None if lens is None else torch.as_tensor(lens, device=x.device),
+            mems=mems,
+            mem_masks=mem_masks,
+            pos=pos,
+            prepend_embeds=prepend_embeds,
+            prepend_mask=prepend_mask,
+            sum_embeds=sum_embeds,
+            seq_start_pos=seq_start_pos,
+            cache=cache,
+            new_only=input_not_include_cache,
+            logits_last=logits_last,
+            more=kwargs,
+        )
+        return self.run(call, asked)
+
+    # ------------------------------------------------------------ what is special about vectors
+
+    def _why_no_cache(self) -> list[str]:
+        return [*super()._why_no_cache(), *(['average_pool_embed'] if self.average_pool_embed else [])]
+
+    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+        vectors: Tensor = self.project_in(x)
+        return vectors
+
+    def _pool(
+        self, h: Float[Tensor, 'b n d'], keys: Bool[Tensor, 'b m'] | None, record: LayerIntermediates, asked: Asked
+    ) -> tuple[Tensor, Tensor | None]:
+        return average(h, keys) if self.average_pool_embed else h, None
+
+    def _read(self, h: Tensor, call: Call) -> Float[Tensor, 'b n o'] | Float[Tensor, '2 b n o']:
+        out: Tensor = self.project_out(h)
+        if not self.probabilistic:
+            return out
+        # means and variances take turns along the channels
+        mean, log_variance = out.unflatten(-1, (-1, 2)).unbind(dim=-1)
+        return torch.stack((mean, log_variance.exp()))
+
+    def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
+        return tuple(next_memories(record.hiddens or [], call.mems if self.flags.extend_mems else None, self.max_mem_len))
+
+
+def check_frames(x: Tensor, width: int | None = None) -> None:
+    """Frames are a batch of sequences of vectors."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f'x must be a tensor of floating dtype, got {kind}; token ids go through TransformerWrapper')
+    if x.ndim != 3:
+        raise ValueError(f'x must be a batch of sequences of vectors (b n d), got shape {tuple(x.shape)}')
+    if width is not None and x.shape[-1] != width:
+        raise ValueError(f'x must hold vectors of width {width}, got shape {tuple(x.shape)}')
+
+
+class ContinuousAutoregressiveWrapper(Module):
+    """Trains a net to predict the next vector and generates with it.
+
+    Args:
+        net: a ``ContinuousTransformerWrapper`` around a ``Decoder``, whose outputs are as wide as its inputs.
+        loss_fn: from (prediction, target) to unreduced losses; the Gaussian likelihood for nets that are ``probabilistic``, the
+            squared error for others, unless given.
+        use_l1_loss: the absolute error instead.
+        equal_loss_weight_batch: every row weighs the same, however long it is. Its loss is the sum over channels, averaged over
+            positions.
+        mask_by_target: a position counts if the frame that it predicts is no padding. As upstream, the input at that position
+            decides unless this is set, so that the first frame of the padding is predicted too.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss_fn: nn.Module | None = None,
+        use_l1_loss: bool = False,
+        equal_loss_weight_batch: bool = False,
+        *,
+        mask_by_target: bool = False,
+    ) -> None:
+        super().__init__()
+        self.probabilistic = bool(getattr(net, 'probabilistic', False))
+        if use_l1_loss and (loss_fn is not None or self.probabilistic):
+            other = 'loss_fn' if loss_fn is not None else 'a net with probabilistic=True, which has the Gaussian likelihood'
+            raise FlagError(f'`use_l1_loss=True` with {other}: there is one loss. Leave out one of them.')
+        self.net = net
+        self.max_seq_len = getattr(net, 'max_seq_len', 0)
+        usual: nn.Module = nn.L1Loss(reduction='none') if use_l1_loss else nn.MSELoss(reduction='none')
+        self.loss_fn: nn.Module = loss_fn or (GaussianNLL() if self.probabilistic else usual)
+        self.equal_loss_weight_batch = equal_loss_weight_batch
+        self.mask_by_target = mask_by_target
+
+    # ------------------------------------------------------------ training
+
+    def forward(self, x: Float[Tensor, 'b n d'], rollout_steps: int = 1, **kwargs: Any) -> Float[Tensor, '']:
+        """The mean loss of predicting ``x[:, 1:]``.
+
+        Args:
+            rollout_steps: with more than one, the net goes on from its own predictions: ``forward_rollout``.
+            kwargs: for the net; ``mask`` (b n) or (b n-1), or ``lens`` (b), say which frames count.
+        """
+        if rollout_steps != 1:
+            return self.forward_rollout(x, rollout_steps, **kwargs)
+        self._check_frames(x, kwargs, 2)
+        inputs, targets = shifted_mask(self._whole_mask(x, kwargs), x.shape[1])
+        if inputs is not None and targets is None and self.mask_by_target:
+            raise ValueError(f'mask_by_target=True needs a mask over all {x.shape[1]} frames, the last target among them')
+        predicted = self.net(x[:, :-1], mask=inputs, **kwargs)
+        if not isinstance(predicted, Tensor):
+            raise TypeError(f'the net must return its outputs alone, got {type(predicted).__name__}; leave out return_*')
+        return self._reduced(self.loss_fn(predicted, x[:, 1:]), targets if self.mask_by_target else inputs)
+
+    def _reduced(self, loss: Float[Tensor, 'b n ...'], counts: Bool[Tensor, 'b n'] | None) -> Float[Tensor, '']:
+        if loss.ndim == 0:
+            if counts is not None or self.equal_loss_weight_batch:
+                raise ValueError("loss_fn must return unreduced losses (reduction='none') where frames weigh differently")
+            return loss
+        if not self.equal_loss_weight_batch:
+            return masked_mean(loss, counts)
+        each = loss if loss.ndim == 2 else loss.flatten(2).sum(dim=-1)
+        if counts is None:
+            return each.mean()
+        return (each.masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1)).mean()
+
+    def _check_frames(self, x: Tensor, kwargs: dict[str, Any], least: int) -> None:
+        check_frames(x, getattr(self.net, 'width_in', None))
+        if x.shape[1] < least:
+            raise ValueError(f'x must hold at least {least} frames per row, to read and to predict; got {x.shape[1]}')
+        if kwargs.get('prepend_embeds') is not None:
+            raise ValueError('prepend_embeds cannot be given in training: the outputs for them have no target')
+
+    def _whole_mask(self, x: Tensor, kwargs: dict[str, Any]) -> Bool[Tensor, 'b n'] | None:
+        """Takes ``mask`` or ``lens`` out of the net's keywords."""
+        mask: Tensor | None = kwargs.pop('mask', None)
+        lens = kwargs.pop('lens', None)
+        if lens is None:
+            return mask
+        if mask is not None:
+            raise ValueError('lens and mask both say which frames count; give one of them')
+        lens = torch.as_tensor(lens, device=x.device)
+        if lens.shape != x.shape[:1]:
+            raise ValueError(f'lens must have one entry for each of the {x.shape[0]} rows, got shape {tuple(lens.shape)}')
+        return Rows(new=x.shape[1]).before(lens)
+
+    # ------------------------------------------------------------ training on its own predictions
+
+    def forward_rollout(self, x: Float[Tensor, 'b n d'], rollout_steps: int = 2, **kwargs: Any) -> Float[Tensor, '']:
+        """The mean loss of ``rollout_steps`` predictions, each of which is fed back (https://ai.meta.com/vjepa/).
+
+        Of every row with more than that many frames, a context of random length is read, at least one frame; then the net
+        predicts frame after frame, with everything before in view. Gradients flow through what is fed back. Shorter rows do not
+        count; if all are shorter the loss is 0.
+        """
+        if rollout_steps < 2:
+            raise ValueError(f'rollout_steps must be at least 1, and 2 for a rollout; got {rollout_steps}')
+        self._check_frames(x, kwargs, rollout_steps + 1)
+        if moved := [name for name in OF_FRAMES if kwargs.get(name) is not None]:
+            raise ValueError(f'{", ".join(moved)}: a rollout moves frames, so arguments for single frames cannot be given')
+        lens = self._lengths(x, kwargs)
+        enough = lens > rollout_steps
+        x = x.masked_fill(~enough[:, None, None], 0.0)
+        context = self._context_lengths(lens - rollout_steps)
+        most = int(context.max())
+        pads = most - context
+        frames = Tokens(align_right(x[:, :most], context), 0)
+        widest = int(pads.max())
+        reader = Reader(
+            self._view(),  # type: ignore[arg-type]
+            window=False,
+            start=pads if widest else None,
+            most_pads=widest,
+            keywords=Keywords(kwargs, most, most + rollout_steps - 1),
+        )
+        said: list[Tensor] = []
+        for step in range(rollout_steps):
+            if step:
+                frames.append(self._frame(said[-1]))
+            said.append(reader.read(frames)[:, -1])
+        place = context[:, None] + torch.arange(rollout_steps, device=x.device)
+        target = x[torch.arange(x.shape[0], device=x.device)[:, None], place.clamp(max=x.shape[1] - 1)]
+        return self._rollout_loss(self._parts(torch.stack(said, dim=1)), target, enough)
+
+    def _lengths(self, x: Tensor, kwargs: dict[str, Any]) -> Int[Tensor, ' b']:
+        mask = self._whole_mask(x, kwargs)
+        if mask is None:
+            return torch.full(x.shape[:1], x.shape[1], device=x.device)
+        shifted_mask(mask, x.shape[1])
+        lens = mask.sum(dim=-1)
+        if bool((mask != (torch.arange(mask.shape[1], device=x.device) < lens[:, None])).any()):
+            raise ValueError('mask: a rollout needs padding on the right only; the mask has gaps, or begins with padding')
+        return lens
+
+    def _context_lengths(self, most: Int[Tensor, ' b']) -> Int[Tensor, ' b']:
+        """Uniform in 1 … most; 1 where there is no room."""
+        most = most.clamp(min=1)
+        drawn = (torch.rand(most.shape, device=most.device) * most).long()
+        return torch.minimum(drawn, most - 1) + 1
+
+    def _rollout_loss(self, predicted: Tensor, target: Tensor, enough: Bool[Tensor, ' b']) -> Float[Tensor, '']:
+        loss: Tensor = self.loss_fn(predicted, target)
+        if loss.ndim == 0:
+            if bool(enough.all()):
+                return loss
+            raise ValueError("loss_fn must return unreduced losses (reduction='none') where rows differ in length")
+        each = loss.flatten(1).mean(dim=1)
+        return each.masked_fill(~enough, 0.0).sum() / enough.sum().clamp(min=1)
+
+    # ------------------------------------------------------------ generation
+
+    def generate(
+        self,
+        start_tokens: Float[Tensor, 'b t d'] | Float[Tensor, 't d'],
+        seq_len: int,
+        temperature: float = 1.0,
+        cache_kv: bool = True,
+        *,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        include_prompt: bool = False,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, 'b s d'] | Float[Tensor, 's d']:
+        """``seq_len`` frames after each prompt; only these, unless ``include_prompt``.
+
+        Args:
+            temperature: factor on the deviation of nets that are ``probabilistic``; 0 takes the mean.
+            cache_kv: remember keys and values, if the net can.
+            prompt_lens: the true lengths of prompts that are padded on the right.
+            include_prompt: return the prompt, right-aligned, in front of the new frames.
+            generator: makes sampling reproducible.
+            kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
+
+        Raises ValueError (GenerateError where the cache does not reach far enough) before anything is computed.
+        """
+        check_temperature(temperature)
+        steps, prompt = checked_length(seq_len), self._prompt(start_tokens, prompt_lens)
+        if kwargs.get('lens') is not None:
+            raise ValueError('lens would count generated frames too; the lengths of prompts are prompt_lens')
+        tokens = Tokens(prompt.tokens, steps)
+        reader = reader_for(
+            self._view(),  # type: ignore[arg-type]
+            kwargs,
+            prompt=prompt,
+            steps=steps,
+            cache=cache_kv,
+            window=True,
+        )
+        start = tokens.length
+        if steps:
+            reader.check_length(start + steps - 1)
+        with evaluating(self):
+            for _ in decode(reader, tokens, steps, lambda said: self._frame(said, temperature, generator)):
+                pass
+        return prompt.unpack(tokens.part(0 if include_prompt else start))
+
+    def _prompt(self, start: Tensor, lens: Tensor | Sequence[int] | None) -> Prompt:
+        net: Any = self.net
+        wide_in, wide_out = getattr(net, 'width_in', None), getattr(net, 'dim_out', None)
+        if wide_in is not None and wide_out is not None and wide_in != wide_out:
+            raise ValueError(
+                f'outputs of width {wide_out} cannot be read as inputs of width {wide_in}: generation needs both equal'
+            )
+        if isinstance(start, Tensor) and start.ndim not in (2, 3):
+            raise ValueError(f'start_tokens must be (n d) or (b n d), got shape {tuple(start.shape)}')
+        batch = start.detach()[None] if start.ndim == 2 else start.detach()
+        check_frames(batch, wide_in)
+        return right_aligned(batch, tuple(start.shape[:-2]), lens, 0.0)
+
+    def _view(self) -> VectorView:
+        """The net, its means and variances side by side."""
+        return VectorView(self.net, lambda out: torch.cat(tuple(out), dim=-1) if self.probabilistic else out)
+
+    def _parts(self, said: Float[Tensor, '... c']) -> Tensor:
+        """Means and variances as the net returns them."""
+        return torch.stack(said.chunk(2, dim=-1)) if self.probabilistic else said
+
+    def _frame(
+        self, said: Float[Tensor, 'b c'], temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Float[Tensor, 'b d']:
+        """The next frame."""
+        if not self.probabilistic:
+            return said
+        mean, variance = said.chunk(2, dim=-1)
+        return mean if temperature == 0 else sample_from_mean_variance(mean, variance, 1e-5, temperature, generator)

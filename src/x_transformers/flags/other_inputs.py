@@ -1,0 +1,152 @@
+"""The flags of models whose inputs are vectors, several ids per position, or numbers among tokens.
+
+What they share with ``TransformerWrapper`` is declared there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from x_transformers.flags.base import REQUIRED, Flags, default_of, flag
+from x_transformers.flags.rule import Rule
+from x_transformers.flags.wrapper import WrapperFlags
+
+STACK = 'The stack: Encoder, Decoder, PrefixDecoder or CrossAttender.'
+XVAL = 'https://arxiv.org/abs/2310.02989'
+
+
+def same(name: str) -> Any:
+    """The flag of this name of ``TransformerWrapper``."""
+    its_field = WrapperFlags.flag_fields()[name]
+    return dataclasses.field(default=default_of(its_field), metadata=its_field.metadata)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ContinuousFlags(Flags):
+    """Every keyword of ``ContinuousTransformerWrapper``."""
+
+    attn_layers: nn.Module = flag(REQUIRED, STACK)
+    max_seq_len: int | None = flag(
+        None, 'Longest sequence, for absolute positions; None or 0: no absolute positions, no window.', low=0
+    )
+    dim_in: int | None = flag(None, 'Width of the inputs, which are then projected; None: no projection.', low=1)
+    dim_out: int | None = flag(None, 'Width of the outputs; None: no projection.', low=1)
+    emb_dim: int | None = same('emb_dim')
+    max_mem_len: int = same('max_mem_len')
+    num_memory_tokens: int | None = same('num_memory_tokens')
+    post_emb_norm: bool = same('post_emb_norm')
+    emb_dropout: float = same('emb_dropout')
+    use_abs_pos_emb: bool = same('use_abs_pos_emb')
+    scaled_sinu_pos_emb: bool = same('scaled_sinu_pos_emb')
+    average_pool_embed: bool = flag(False, 'One output for a sequence, of the mean over time.')
+    probabilistic: bool = flag(False, 'The outputs are means and variances.')
+    project_in: nn.Module | None = flag(None, 'Your own projection of the inputs.')
+    project_out: nn.Module | None = flag(None, 'Your own projection to the outputs.')
+    extend_mems: bool = flag(
+        False,
+        'Memories that are returned go on from those given, as those of token models do; off: they are of this segment only.',
+        parent='max_mem_len',
+    )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MultiInputFlags(Flags):
+    """Every keyword of ``MultiInputTransformerWrapper``."""
+
+    num_tokens: Mapping[str, int] = flag({}, 'The inputs: name and size of the vocabulary of each.')
+    max_seq_len: int = same('max_seq_len')
+    attn_layers: nn.Module = flag(REQUIRED, STACK)
+    emb_dim: int | None = same('emb_dim')
+    max_mem_len: int = same('max_mem_len')
+    shift_mem_down: int = same('shift_mem_down')
+    emb_dropout: float = same('emb_dropout')
+    post_emb_norm: bool = same('post_emb_norm')
+    num_memory_tokens: int | None = same('num_memory_tokens')
+    memory_tokens_interspersed_every: int | None = same('memory_tokens_interspersed_every')
+    return_only_embed: bool = same('return_only_embed')
+    use_abs_pos_emb: bool = same('use_abs_pos_emb')
+    scaled_sinu_pos_emb: bool = same('scaled_sinu_pos_emb')
+    emb_frac_gradient: float = same('emb_frac_gradient')
+    attn_z_loss_weight: float = same('attn_z_loss_weight')
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class XValFlags(Flags):
+    """Every keyword of ``XValTransformerWrapper``."""
+
+    num_tokens: int = same('num_tokens')
+    max_seq_len: int = same('max_seq_len')
+    numerical_token_id: int = flag(REQUIRED, 'The token that stands for a number.', paper=XVAL, low=0)
+    attn_layers: nn.Module = flag(REQUIRED, STACK)
+    emb_dim: int | None = same('emb_dim')
+    logits_dim: int | None = same('logits_dim')
+    tie_embedding: bool = same('tie_embedding')
+    max_mem_len: int = same('max_mem_len')
+    num_memory_tokens: int | None = same('num_memory_tokens')
+    emb_dropout: float = same('emb_dropout')
+    use_abs_pos_emb: bool = same('use_abs_pos_emb')
+    scaled_sinu_pos_emb: bool = same('scaled_sinu_pos_emb')
+
+
+CONTINUOUS_RULES = (
+    Rule(
+        ('dim_in', 'project_in'),
+        lambda flags, dim: flags.dim_in is not None and flags.project_in is not None,
+        'each is a projection of the inputs',
+        {'dim_in': 3, 'project_in': nn.Identity()},
+    ),
+    Rule(
+        ('dim_out', 'project_out'),
+        lambda flags, dim: flags.dim_out is not None and flags.project_out is not None,
+        'each is a projection to the outputs',
+        {'dim_out': 3, 'project_out': nn.Identity()},
+    ),
+    Rule(
+        ('probabilistic', 'dim_out'),
+        lambda flags, dim: flags.probabilistic and flags.dim_out is None and flags.project_out is None and dim % 2 != 0,
+        'without a projection the {dim} channels of the stack are means and variances in turn, so they must be even',
+        {'probabilistic': True, 'dim': 7},
+        'Give `dim_out`.',
+    ),
+)
+
+
+def _bad_names(names: Mapping[str, Any]) -> list[str]:
+    taken = nn.ModuleDict()
+    return [name for name in names if not isinstance(name, str) or not name or '.' in name or hasattr(taken, name)]
+
+
+MULTI_INPUT_RULES = (
+    Rule(
+        ('num_tokens',),
+        lambda flags, dim: (
+            not flags.num_tokens
+            or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in flags.num_tokens.values())
+        ),
+        'there must be at least one input, and each name needs the size of its vocabulary, a whole number from 1',
+        {'num_tokens': {'note': 0}},
+        'Give names and sizes.',
+    ),
+    Rule(
+        ('num_tokens',),
+        lambda flags, dim: bool(_bad_names(flags.num_tokens)),
+        'a name must be a string without dots that is no method of a torch.nn.ModuleDict, such as keys or type',
+        {'num_tokens': {'note.pitch': 3}},
+        'Choose other names.',
+    ),
+)
+
+XVAL_RULES = (
+    Rule(
+        ('numerical_token_id', 'num_tokens'),
+        lambda flags, dim: flags.numerical_token_id >= flags.num_tokens,
+        'the number token must be one of the vocabulary, 0 … {num_tokens} - 1',
+        {'numerical_token_id': 50},
+        'Choose a smaller id or a larger vocabulary.',
+    ),
+)

@@ -1,0 +1,33 @@
+"""Nets that read or say more than one tensor of ids, as the decode loop sees them: a vector in, a vector out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class VectorView:
+    """A net as one from vectors (b n c) to vectors (b n k). Its attributes are the net's.
+
+    Args:
+        answer: from the net's output to one tensor (b n k).
+        ask: from vectors to the net's positional arguments; the vectors themselves unless given.
+    """
+
+    def __init__(
+        self, net: nn.Module, answer: Callable[[Any], Tensor], ask: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    ) -> None:
+        self.net = net
+        self.answer = answer
+        self.ask = ask
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
+    def __call__(self, x: Tensor, **given: Any) -> Any:
+        out = self.net(*((x,) if self.ask is None else self.ask(x)), **given)
+        if given.get('return_intermediates'):
+            return self.answer(out[0]), out[1]
+        return self.answer(out)

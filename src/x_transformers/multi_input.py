@@ -1,0 +1,145 @@
+"""MultiInputTransformerWrapper: several token ids at each position, and logits for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.cache.kv_cache import Cache
+from x_transformers.embedding.call import Call
+from x_transformers.embedding.rows import Rows
+from x_transformers.embedding.token import add_named, named_tables
+from x_transformers.flags.other_inputs import MULTI_INPUT_RULES, MultiInputFlags
+from x_transformers.flags.rules import check_wrapper
+from x_transformers.helpers import default
+from x_transformers.returns import Asked
+from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
+from x_transformers.tensor_types import Bool, Float, Int
+
+
+class MultiInputTransformerWrapper(StackWrapper):
+    """A stack whose positions each hold one token of every input, such as pitch and length of a note; their vectors are added.
+
+    The keywords are the fields of ``MultiInputFlags``; ``num_tokens`` (a vocabulary for each name), ``max_seq_len`` and
+    ``attn_layers`` must be given.
+
+    Raises:
+        FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
+    """
+
+    def __init__(
+        self, *, max_seq_len: int, attn_layers: nn.Module, num_tokens: Mapping[str, int] | None = None, **flags: Any
+    ) -> None:
+        super().__init__()
+        given = {'num_tokens': num_tokens or {}, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
+        own = MultiInputFlags.parse(given, where='MultiInputTransformerWrapper')
+        check_wrapper(own, stack_flags(attn_layers), MULTI_INPUT_RULES)
+        # kept for reading; the stack lives in its slot only
+        self.flags = replace(own, attn_layers=nn.Identity())
+        self.num_tokens = dict(own.num_tokens)
+        self._build_positions(own, attn_layers)
+        self.embeds = named_tables(own.num_tokens, self.emb_dim)
+        self._build_entrance(own)
+        self._build_memory_tokens(own)
+        self.to_logits: nn.ModuleDict | None = None
+        if not own.return_only_embed:
+            heads = {name: nn.Linear(self.dim, size, bias=False) for name, size in own.num_tokens.items()}
+            self.to_logits = nn.ModuleDict(heads)
+        self._build_stack(own, attn_layers)
+        self.init_own()
+
+    def forward(
+        self,
+        x: Mapping[str, Int[Tensor, 'b n']],
+        return_embeddings: bool = False,
+        return_logits_and_embeddings: bool = False,
+        return_intermediates: bool = False,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        return_mems: bool = False,
+        return_attn: bool = False,
+        mems: Memories | None = None,
+        mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None,
+        pos: Tensor | None = None,
+        prepend_embeds: Float[Tensor, 'b p e'] | None = None,
+        prepend_mask: Bool[Tensor, 'b p'] | None = None,
+        sum_embeds: Float[Tensor, 'b n e'] | None = None,
+        return_attn_z_loss: bool = False,
+        attn_z_loss_weight: float | None = None,
+        seq_start_pos: Int[Tensor, ' b'] | None = None,
+        cache: Cache = None,
+        *,
+        input_not_include_cache: bool | None = None,
+        logits_last: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits by name, each (b n v), or what the ``return_*`` arguments ask for.
+
+        Args:
+            x: ids for every name of ``num_tokens``, and for no other.
+            mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
+            pos: positions, (n,) or (b n); of floating dtype: their position embeddings themselves.
+            prepend_embeds, prepend_mask: embeddings in front; outputs for them are returned as well.
+            sum_embeds: embeddings to be added.
+            attn_z_loss_weight: unless given, that of the constructor.
+            seq_start_pos: where each row begins, for rows that are padded on the left.
+            cache: a ``KVCache``, or the intermediates of an earlier call. Then ``x`` may be new only, or the whole sequence,
+                whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
+            logits_last: logits for the last so many positions only.
+            kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
+
+        Returns:
+            The first that applies of: (logits, embeddings); embeddings; logits. Then, wrapped around it: memories,
+            intermediates, attention maps.
+        """
+        self._check(x)
+        asked = Asked(
+            embeddings=return_embeddings,
+            logits_and_embeddings=return_logits_and_embeddings,
+            intermediates=return_intermediates,
+            mems=return_mems,
+            attn=return_attn,
+            attn_z_loss=return_attn_z_loss,
+            z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
+        )
+        call = self._call(
+            next(iter(x.values())),
+            embed_ids=x,
+            mask=mask,
+            mems=mems,
+            mem_masks=mem_masks,
+            pos=pos,
+            prepend_embeds=prepend_embeds,
+            prepend_mask=prepend_mask,
+            sum_embeds=sum_embeds,
+            seq_start_pos=seq_start_pos,
+            cache=cache,
+            new_only=input_not_include_cache,
+            logits_last=logits_last,
+            more=kwargs,
+        )
+        return self.run(call, asked)
+
+    # ------------------------------------------------------------ what is special about several inputs
+
+    def _check(self, x: Any) -> None:
+        """Names and their like are checked where ids are looked up."""
+        if not isinstance(x, Mapping) or not x:
+            raise TypeError(f'x must be a dictionary of token ids for {", ".join(self.num_tokens)}, got {type(x).__name__}')
+        shapes = {name: tuple(ids.shape) for name, ids in x.items()}
+        if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+            raise ValueError(f'x: all inputs must be batches of sequences (b n) of one shape, got {shapes}')
+
+    @property
+    def has_head(self) -> bool:
+        return self.to_logits is not None
+
+    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+        return add_named(torch.zeros((), device=x.device), self.embeds, call.embed_ids, rows.newest, 'x', 'num_tokens')
+
+    def _read(self, h: Float[Tensor, 'b n d'], call: Call) -> dict[str, Float[Tensor, 'b n v']]:
+        heads: Any = self.to_logits
+        return {name: head(h) for name, head in heads.items()}
