@@ -12,7 +12,7 @@ from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.call import Call, check_prepended, last_positions
 from x_transformers.embedding.memory_tokens import MemoryTokens
-from x_transformers.embedding.rows import Rows
+from x_transformers.embedding.rows import Rows, Shuffle
 from x_transformers.embedding.token import scale_gradient
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
@@ -235,6 +235,9 @@ class StackWrapper(Module):
         if rows.memory:
             h, keys = rows.memory.insert(self.memory_tokens, h, keys)  # type: ignore[arg-type]
         given = self._for_stack(keys, call, rows)
+        shuffle = rows.padding_first(call.seq_start_pos)
+        if shuffle is not None:
+            h, given = shuffle.lay(h), shuffled(given, shuffle)
 
         def run(x: Tensor) -> tuple[Tensor, LayerIntermediates]:
             if asked.record:
@@ -243,6 +246,8 @@ class StackWrapper(Module):
             return self.attn_layers(x, **given), LayerIntermediates()
 
         h, record = self._rounds(run, h, call)
+        if shuffle is not None:
+            h = shuffle.restore(h)
         if rows.memory:
             h, record.memory_tokens = rows.memory.remove(h, length)
         if record.kv_cache is not None:
@@ -263,16 +268,12 @@ class StackWrapper(Module):
             'cache': call.cache,
             'mems': call.mems,
             'mem_masks': call.mem_masks,
-            'pos': rows.positions(call.pos_ids, call.seq_start_pos),
+            'pos': rows.positions(call.pos_ids),
             'seq_start_pos': call.seq_start_pos,
             **rows.stretched(call.more),
         }
         if rows.cached:
             given['input_not_include_cache'] = True
-        # those that have left the window count too: seq_start_pos counts from the first row ever seen
-        in_front = rows.front + rows.memory.count
-        if call.seq_start_pos is not None and in_front:
-            given['front_tokens'] = in_front
         return {name: value for name, value in given.items() if value is not None}
 
     def _shifted(self, mems: Memories | None) -> Memories | None:
@@ -307,6 +308,30 @@ class StackWrapper(Module):
         """(what the model says, for the last positions only if so asked; the embeddings)."""
         self._check_last(h, call.logits_last)
         return self._read(last_positions(h, call.logits_last), call), h
+
+
+def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
+    """The stack's keywords for rows that are laid in another order."""
+    given = dict(given)
+    rows = shuffle.there.shape[1]
+    for name in ('attn_mask', 'attn_bias'):
+        if name in given:
+            raise ValueError(
+                f'{name} with seq_start_pos behind rows in front (prepended, cls or memory): padding moves to the front, '
+                'so that every batch row would need one of its own; run prompts of different lengths one by one.'
+            )
+    for name in ('mask', 'self_attn_kv_mask', 'condition', 'in_attn_cond', 'pos'):
+        value = given.get(name)
+        if value is None:
+            continue
+        if name == 'pos' and value.ndim == 1:
+            value = value.unsqueeze(0)
+        if value.ndim > 1 and value.shape[1] == rows and (value.ndim == 3 or name not in ('condition', 'in_attn_cond')):
+            given[name] = shuffle.lay(value)
+    if 'deep_embeds_and_ids' in given:
+        table, ids = given['deep_embeds_and_ids']
+        given['deep_embeds_and_ids'] = table, shuffle.lay(ids)
+    return given
 
 
 def usual(flags: Flags, name: str) -> Any:

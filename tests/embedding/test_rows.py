@@ -76,22 +76,31 @@ def test_mask_with_a_cache(length: int) -> None:
 
 def test_positions_go_on_behind_the_front() -> None:
     rows = Rows.lay(3, 2)
-    got = rows.positions(torch.tensor([0, 5, 6]), None)
+    got = rows.positions(torch.tensor([0, 5, 6]))
     assert got is not None
     assert got.tolist() == [0, 1, 2, 7, 8]
-    assert rows.positions(None, None) is None
-    padded = rows.positions(None, torch.tensor([0, 1]))
-    assert padded is not None
-    assert padded.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 2, 3]]
-    assert Rows.lay(3, 0).positions(None, torch.tensor([0, 1])) is None
+    assert rows.positions(None) is None
+
+
+def test_padding_goes_in_front_of_everything() -> None:
+    laid = Rows.lay(3, 2).padding_first(torch.tensor([0, 2]))
+    assert laid is not None
+    names = torch.tensor([[10, 11, 0, 1, 2]])
+    there = laid.lay(names)
+    assert there.tolist() == [[10, 11, 0, 1, 2], [0, 1, 10, 11, 2]]
+    assert laid.restore(there).tolist() == [[10, 11, 0, 1, 2]] * 2
+    wide = torch.randn(2, 5, 3)
+    assert torch.equal(laid.restore(laid.lay(wide)), wide)
+    assert Rows.lay(3, 0).padding_first(torch.tensor([0, 1])) is None
+    assert Rows.lay(3, 2).padding_first(None) is None
 
 
 def test_positions_of_a_continued_sequence() -> None:
     rows = Rows.lay(1, 0, cache_of(5, front=2))
-    new = rows.positions(torch.tensor([3]), None)
+    new = rows.positions(torch.tensor([3]))
     assert new is not None
     assert new.tolist() == [5]
-    whole = rows.positions(torch.tensor([0, 1, 2, 3]), None)
+    whole = rows.positions(torch.tensor([0, 1, 2, 3]))
     assert whole is not None
     assert whole.tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -99,7 +108,7 @@ def test_positions_of_a_continued_sequence() -> None:
 def test_positions_between_windows_are_refused() -> None:
     rows = Rows.lay(4, 0, memory=MemoryTokens(1, 2))
     with pytest.raises(ValueError, match='interspersed'):
-        rows.positions(torch.arange(4), None)
+        rows.positions(torch.arange(4))
 
 
 def test_masks_of_the_stack_are_stretched() -> None:

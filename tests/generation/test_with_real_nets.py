@@ -106,9 +106,11 @@ def test_a_prefix_leaves_the_window_row_by_row() -> None:
     for step in range(9):
         logits = reader.read(tokens)
         rows = 3 + tokens.length
-        seen = torch.arange(rows) >= max(rows - 4 - 3, 0)
-        hidden = torch.arange(rows) - 3
-        padding = (hidden >= 0) & (hidden < prompt.start[:, None])
+        token = torch.arange(rows) - 3
+        padding = (token >= 0) & (token < prompt.start[:, None])
+        # padding stands in front of the prefix, and leaves first
+        place = torch.where(padding, token, torch.where(token < 0, token + 3 + prompt.start[:, None], token + 3))
+        seen = place >= max(rows - 4 - 3, 0)
         expected = model(
             tokens.value,
             prepend_embeds=prefix,

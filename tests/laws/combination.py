@@ -23,6 +23,7 @@ from tests.laws.groups import (
     LENGTH,
     TOKENS,
     Group,
+    Recurrent,
 )
 from x_transformers import Decoder, Encoder, TransformerWrapper
 
@@ -60,6 +61,8 @@ class Combination:
             flags.update(entry.flags)
             wrapper.update(entry.wrapper)
         flags = {'dim': DIM, 'heads': HEADS, 'attn_dim_head': DIM_HEAD, 'verbose': False} | flags
+        if 'attn_hybrid_module' in flags:
+            flags['attn_hybrid_module'] = Recurrent(HEADS * flags.get('attn_value_dim_head', DIM_HEAD))
         if 'custom_layers' not in flags:
             flags['depth'] = DEPTH
         if self.kind == CROSS:

@@ -47,9 +47,9 @@ def in_attn_cond(rows: int, generator: torch.Generator, dtype: torch.dtype) -> d
 class Recurrent(nn.Module):
     """A causal mixer that can go on from its hidden state."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.gru = nn.GRU(DIM, HEADS * DIM_HEAD, batch_first=True)
+        self.gru = nn.GRU(DIM, width, batch_first=True)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.gru(x, hidden)
@@ -101,9 +101,9 @@ ATTENTION = (
     group('latent_q', attn_use_latent_q=True, attn_dim_latent_q=6),
     group('latent_kv', attn_use_latent_kv=True, attn_dim_latent_kv=6),
     group('mla', attn_use_latent_kv=True, attn_dim_latent_kv=6, attn_latent_rope_subheads=2, rotary_pos_emb=True),
-    group('hybrid', CAUSAL, attn_hybrid_module=Recurrent()),
-    group('hybrid_mix', CAUSAL, attn_hybrid_module=Recurrent(), attn_hybrid_learned_mix=True),
-    group('hybrid_fold', CAUSAL, attn_hybrid_module=Recurrent(), attn_hybrid_fold_axial_dim=1),
+    group('hybrid', CAUSAL, attn_hybrid_module=Recurrent(HEADS * DIM_HEAD)),
+    group('hybrid_mix', CAUSAL, attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_learned_mix=True),
+    group('hybrid_fold', CAUSAL, attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_fold_axial_dim=1),
     group('zero_init', zero_init_branch_output=True),
     group('attn_dropout', attn_dropout=0.2, only_training=True),
     group('sublayer_dropout', attn_sublayer_dropout=0.2, ff_sublayer_dropout=0.2, only_training=True),
@@ -150,7 +150,7 @@ STACK = (
     group('par_ratio', frozenset({DECODER, ENCODER}), par_ratio=2),
     group('weight_tie', weight_tie_layers=True),
     group('custom_layers', frozenset({DECODER, ENCODER}), custom_layers=('a', 'f', 'a', 'f', 'f')),
-    group('execute_order', layers_execute_order=(0, 1, 0, 1, 2, 3)),
+    group('execute_order', frozenset({DECODER, ENCODER}), layers_execute_order=(0, 1, 0, 1, 2, 3)),
     group('gate_residual', gate_residual=True),
     group('scale_residual', scale_residual=True),
     group('scale_residual_constant', scale_residual_constant=0.7),

@@ -209,7 +209,7 @@ def test_signatures_are_the_flags() -> None:
     assert 'causal' not in inspect.signature(Decoder).parameters
     assert 'only_cross' not in inspect.signature(CrossAttender).parameters
     assert inspect.signature(Encoder).parameters['rotary_pos_emb'].default is False
-    assert len(inspect.signature(AttentionLayers.forward).parameters) == 1 + 31 + 1
+    assert len(inspect.signature(AttentionLayers.forward).parameters) == 1 + 31
 
     class Mine(Decoder):
         def __init__(self, width: int) -> None:
@@ -341,13 +341,6 @@ def test_left_padding_equals_no_padding() -> None:
         padded = torch.cat((drawn(2, 2, DIM), x), dim=1)
         starts = torch.tensor([2, 2])
         torch.testing.assert_close(stack(padded, seq_start_pos=starts)[:, 2:], stack(x), msg=str(flags))
-
-
-def test_tokens_in_front_are_no_padding() -> None:
-    stack, x, front = built(Decoder), drawn(1, 3, DIM), drawn(1, 2, DIM)
-    padded = torch.cat((front, drawn(1, 2, DIM), x), dim=1)
-    got = stack(padded, seq_start_pos=torch.tensor([2]), front_tokens=2)
-    torch.testing.assert_close(got[:, 4:], stack(torch.cat((front, x), dim=1))[:, 2:])
 
 
 def test_own_mask_zeroes_rows_and_key_mask_does_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -122,12 +123,16 @@ def test_adapted_to_a_call() -> None:
         assert torch.equal(bias.rows(where, 1, 3), out[:, :, 1:3])
 
 
-def test_given_positions_are_for_alibi_only() -> None:
+def test_given_positions() -> None:
     where = Where(queries=2, keys=4, front=1)
     pos = torch.tensor([7, 9, 20, 21])
     *others, alibi = modules()
     for module in others:
-        torch.testing.assert_close(RelativeBias(module, positions=pos).render(where), RelativeBias(module).render(where))
+        bias = RelativeBias(module, positions=pos).render(where)
+        for query, key in product(range(2), range(3)):
+            distance = pos[1 + key] - pos[2 + query]
+            torch.testing.assert_close(bias[0, :, query, 1 + key], module.of_distances(distance[None])[:, 0])
+        torch.testing.assert_close(module.forward_custom_pos(torch.arange(4)), module(4, 4))
     out = RelativeBias(alibi, positions=pos).render(where)
     torch.testing.assert_close(out[0, ..., 1:], alibi.forward_custom_pos(pos[2:], pos[1:]))
     batched = RelativeBias(alibi, positions=torch.stack((pos, pos * 2))).render(where)

@@ -251,7 +251,7 @@ class Attention(Module):
         """What is added to the scores; forget gates replace any other bias."""
         if self.data_dependent_alibi is None:
             return given.bias
-        return self.data_dependent_alibi.bias(seen.x, past=given.past, mem=given.mem)  # type: ignore[operator]
+        return self.data_dependent_alibi.bias(seen.x, past=given.past, mem=given.mem, keys=given.mask.keys)  # type: ignore[operator]
 
     def gated_heads(
         self, out: Float[Tensor, 'b h n e'], x: Float[Tensor, 'b n d'], given: BranchInputs

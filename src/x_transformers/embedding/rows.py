@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,28 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.token import check_mask
-from x_transformers.tensor_types import Bool, Int
+from x_transformers.tensor_types import Bool, Float, Int
 
 NO_MEMORY = MemoryTokens()
+
+
+class Shuffle(NamedTuple):
+    """For each batch row, which of its rows comes where, and the way back."""
+
+    there: Int[Tensor, 'b n']
+    back: Int[Tensor, 'b n']
+
+    def lay(self, t: Tensor) -> Tensor:
+        """``t`` (b n …) in the other order."""
+        return gathered(t, self.there)
+
+    def restore(self, t: Tensor) -> Tensor:
+        return gathered(t, self.back)
+
+
+def gathered(t: Float[Tensor, 'b n ...'], index: Int[Tensor, 'b n']) -> Float[Tensor, 'b n ...']:
+    index = index.view(*index.shape, *(1,) * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
+    return t.expand(index.shape[0], *t.shape[1:]).gather(1, index)
 
 
 @dataclass(frozen=True)
@@ -115,20 +134,10 @@ class Rows:
                 raise ValueError(f'lens range from {low} to {high}, but the sequence has {self.seen + self.new} tokens.')
         return torch.arange(self.seen - self.held, self.seen + self.new, device=lens.device) < lens.unsqueeze(-1)
 
-    def positions(self, pos: Int[Tensor, '...'] | None, seq_start_pos: Int[Tensor, ' b'] | None) -> Int[Tensor, '...'] | None:
-        """Positions for the stack; None: it counts by itself.
-
-        Positions given for the tokens go on behind those of the rows in front. Left-padded prompts behind such rows follow them
-        directly, as if there were no padding.
-        """
+    def positions(self, pos: Int[Tensor, '...'] | None) -> Int[Tensor, '...'] | None:
+        """Positions given for the tokens, behind those of the rows in front; None: the stack counts by itself."""
         offset = self.front + self.memory.count
-        if pos is None and (seq_start_pos is None or not offset):
-            return None
-        if pos is None:
-            start = seq_start_pos.unsqueeze(-1)  # type: ignore[union-attr]
-            pos = torch.arange(self.seen - self.held, self.seen + self.new, device=start.device)
-            pos = (pos - start).clamp(min=0)
-        if offset == 0 or pos.shape[-1] not in (self.tokens, self.new):
+        if pos is None or offset == 0 or pos.shape[-1] not in (self.tokens, self.new):
             return pos
         if self.memory.every:
             raise ValueError(
@@ -139,6 +148,20 @@ class Rows:
             return pos + offset
         front = torch.arange(offset - self.front_keys, offset, device=pos.device, dtype=pos.dtype)
         return torch.cat((front.expand(*pos.shape[:-1], -1), pos + offset), dim=-1)
+
+    def padding_first(self, seq_start_pos: Int[Tensor, ' b'] | None) -> Shuffle | None:
+        """How rows are to be laid so that padding on the left stands in front of everything; None if it does already.
+
+        Then the rows in front are as far from the tokens as without padding, whatever the stack does with distances.
+        """
+        front = self.front + self.memory.count
+        if seq_start_pos is None or self.cached or front == 0:
+            return None
+        start = seq_start_pos.unsqueeze(-1)
+        place = torch.arange(front + self.tokens, device=start.device)
+        there = torch.where(place < start, place + front, torch.where(place < start + front, place - start, place))
+        back = torch.where(place < front, place + start, torch.where(place - front < start, place - front, place))
+        return Shuffle(there, back)
 
     def stretched(self, more: dict[str, Any]) -> dict[str, Any]:
         """Masks and biases of the stack that were given for the tokens only, extended for the rows in front."""

@@ -65,6 +65,8 @@ SELF_ATTENTION_ONLY = (
     'data_dependent_alibi_per_row_dim_head',
     'data_dependent_alibi_kwargs',
     'max_attend_past',
+    'orthog_projected_values',
+    'orthog_projected_values_per_head',
 )
 
 
@@ -331,6 +333,14 @@ class StackFlags(Flags):
     @cached_property
     def rotary(self) -> bool:
         return self.rotary_pos_emb or self.rotary_xpos
+
+    @cached_property
+    def depends_on_places(self) -> bool:
+        """Whether a turned query meets something that is not turned: learned keys have no place, contextual positions neither.
+
+        Then it matters where a row begins; otherwise only distances do.
+        """
+        return self.attention.num_mem_kv > 0 or self.attention.use_cope
 
     @cached_property
     def rotary_dim(self) -> int:

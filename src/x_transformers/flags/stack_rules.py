@@ -42,6 +42,12 @@ STACK_RULES = (
         only_changed=True,
     ),
     Rule(
+        ('polar_pos_emb', 'attn_use_cope'),
+        lambda flags, dim: flags.polar and flags.attention.use_cope,
+        'contextual positions are asked by queries as wide as a head, and polar ones are twice as wide',
+        {'causal': True, 'polar_pos_emb': True, 'attn_use_cope': True},
+    ),
+    Rule(
         ('rotary_xpos', 'causal'),
         lambda flags, dim: flags.rotary_xpos and not flags.causal,
         'the decay with the distance would grow towards the right',

@@ -60,7 +60,6 @@ class Given:
     cross_attn_kv_residuals: Tensor | None = None
     flash_pack_seq_kwargs: Any = None
     flash_pack_seq_context_kwargs: Any = None
-    front_tokens: int = 0
     prefix_attn_len: int | Tensor | None = None
 
 

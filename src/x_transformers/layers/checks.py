@@ -245,6 +245,11 @@ def check_packing(stack: AttentionLayers, given: Given, batch: int) -> None:
 def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
     check_masks(stack, given, span)
+    if given.seq_start_pos is not None and stack.flags.attention.hybrid_module is not None:
+        raise ValueError(
+            'seq_start_pos says that there is padding on the left, which attn_hybrid_module would read: '
+            'run rows of different lengths one by one'
+        )
     check_context(stack, given, span.batch)
     check_mems(stack, given, steps, span.batch)
     check_packing(stack, given, span.batch)

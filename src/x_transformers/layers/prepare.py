@@ -19,7 +19,7 @@ from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span
 from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_bool, is_float, shape_of
 from x_transformers.layers.condition import read_condition
 from x_transformers.layers.plan import Step
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.layers.stack import AttentionLayers
@@ -40,7 +40,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     check_call(stack, given, span, steps)
     condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given)
     extra = external_keys(stack, given, steps, span.batch)
-    working = cache.fork() if cache is not None else KVCache(front=given.front_tokens) if given.return_hiddens else None
+    working = cache.fork() if cache is not None else KVCache() if given.return_hiddens else None
     x = span.newest(x) if span.new != span.given else x
     pos = custom_positions(stack, given, span, working)
     starts = start_mask(given, span)
@@ -121,12 +121,12 @@ def check_batch(cache: KVCache, batch: int) -> None:
 
 
 def start_mask(given: Given, span: Span) -> Bool[Tensor, 'b j'] | None:
-    """Left padding, over past and new tokens: what lies before each row's start, behind the tokens put in front, is padding."""
+    """Left padding, over past and new tokens: what lies before each row's start is padding."""
     start = given.seq_start_pos
     if start is None:
         return None
-    place = torch.arange(span.end - span.held, span.end, device=start.device) - given.front_tokens
-    return (place >= start.unsqueeze(-1)) | (place < 0)
+    place = torch.arange(span.end - span.held, span.end, device=start.device)
+    return place >= start.unsqueeze(-1)
 
 
 def held_mask(mask: Bool[Tensor, 'b n'] | None, span: Span, cache: KVCache | None) -> Bool[Tensor, 'b j'] | None:
@@ -226,12 +226,29 @@ def counted(span: Span, device: torch.device) -> Tensor:
     return torch.arange(span.end - span.held, span.end, device=device)
 
 
-def _table(stack: AttentionLayers, span: Span, pos: Tensor | None, only_new: bool) -> Tensor:
-    """Positions for a table of angles: of the new tokens, or of all keys."""
+def _table(
+    stack: AttentionLayers, span: Span, pos: Tensor | None, only_new: bool, begins: Int[Tensor, 'b 1'] | None = None
+) -> Tensor:
+    """Positions for a table of angles: of the new tokens, or of all keys; counted from where each row begins."""
     if pos is not None:
         return pos[..., pos.shape[-1] - span.new :] if only_new else pos
     device = next(stack.parameters()).device
-    return torch.arange(span.end - (span.new if only_new else span.whole), span.end, device=device)
+    count = torch.arange(span.end - (span.new if only_new else span.whole), span.end, device=device)
+    return count if begins is None else count - begins
+
+
+def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
+    """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
+    if given.seq_start_pos is None or not (stack.flags.depends_on_places or given.self_attn_additional_kv is not None):
+        return None
+    if cache is None:
+        return given.seq_start_pos[:, None]
+    own = cache.step(OWN_STEP)
+    known = own.get('begins')
+    if known is None:
+        known = given.seq_start_pos[:, None, None]
+        own.fixed('begins', known)
+    return known[:, 0]
 
 
 def rotates_only_new(stack: AttentionLayers, span: Span, cache: KVCache | None) -> bool:
@@ -256,8 +273,9 @@ def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | No
             return ready
     if rotary is None and polar is None:
         if stack.polar_pos_emb is not None:
-            return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, only_new=False)))
-        table = _table(stack, span, pos, rotates_only_new(stack, span, cache))
+            return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, False, row_begins(stack, given, cache))))
+        only_new = rotates_only_new(stack, span, cache)
+        table = _table(stack, span, pos, only_new, row_begins(stack, given, cache))
         return RotaryPositions(*stack.rotary_pos_emb(table))  # type: ignore[misc]
     name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
@@ -292,7 +310,7 @@ def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor 
             f'attn_bias was given to a stack whose scores already have a bias ({stack.flags.position_bias}): '
             'leave out one of them, or add your own to a bias module'
         )
-    return RelativeBias(stack.rel_pos, positions=pos if stack.bias_takes_positions else None)
+    return RelativeBias(stack.rel_pos, positions=pos)
 
 
 # ---------------------------------------------------------------- other layers, other models

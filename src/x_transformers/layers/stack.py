@@ -141,9 +141,7 @@ class AttentionLayers(Module):
     def _build_positions(self, flags: StackFlags) -> None:
         self.rotary_pos_emb, self.polar_pos_emb = choose_rotary(flags), choose_polar(flags)
         self.rel_pos = choose_position_bias(flags)
-        # only penalties on distance have a meaning at positions that are no consecutive numbers
-        self.bias_takes_positions = flags.alibi_pos_bias
-        self.uses_positions = flags.rotary or flags.polar or flags.alibi_pos_bias
+        self.uses_positions = flags.rotary or flags.polar or self.rel_pos is not None
 
     def init_own(self) -> None:
         if self.stream_emb is not None:
@@ -244,14 +242,12 @@ class AttentionLayers(Module):
         cross_attn_kv_residuals: Tensor | None = None,
         flash_pack_seq_kwargs: dict[str, Any] | None = None,
         flash_pack_seq_context_kwargs: dict[str, Any] | None = None,
-        *,
-        front_tokens: int = 0,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack. Every boolean mask: True is a token, or may be seen.
 
         - ``context`` (b j c): for cross attention; ``context_mask``: its tokens; ``context_pos``: its positions, if rotary.
         - ``mask``: the tokens of x; ``self_attn_kv_mask``: those that may be seen, in place of ``mask``; ``seq_start_pos``: how
-          many tokens each row is padded with on the left, behind ``front_tokens`` that someone put in front.
+          many tokens each row is padded with on the left.
         - ``attn_mask`` (n n), (h n n) or (b h n n): who sees whom; ``attn_bias``, likewise: added to the scores.
         - ``mems``, ``mem_masks``: per executed self attention, what an earlier segment left (b l d) and who of it may be seen.
         - ``cache``: what an earlier call returned. A longer x than the cache holds is the whole sequence, any other is new;
@@ -275,7 +271,7 @@ class AttentionLayers(Module):
             input_not_include_cache, cache_age, return_hiddens, rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias,
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
             condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
-            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, front_tokens,
+            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs,
         ))  # fmt: skip
 
     def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:

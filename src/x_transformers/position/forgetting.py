@@ -17,7 +17,7 @@ from x_transformers.attention.scores.base import Where
 from x_transformers.flags.base import FlagError
 from x_transformers.module import Module
 from x_transformers.position.relative import Bias, DenseBias
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import LayerCache
@@ -79,16 +79,26 @@ class DataDependentAlibi(Module):
         x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
         past: LayerCache | None = None,
         mem: Float[Tensor, 'b l d'] | None = None,
+        keys: Bool[Tensor, 'b j'] | None = None,
     ) -> Bias:
-        """For the new tokens ``x`` (of three views, the queries') behind the memories and the tokens of the cache."""
-        sums = self.gates(_first_view(x)).cumsum(dim=-2)
+        """For the new tokens ``x`` (of three views, the queries') behind the memories and the tokens of the cache.
+
+        Keys that nobody sees, where ``keys`` is False, stand in nobody's way: their gates are open.
+        """
+        new = self.gates(_first_view(x))
+        if keys is not None:
+            new = new.masked_fill(~keys[:, keys.shape[1] - new.shape[-2] :].unsqueeze(-1), 0.0)
+        sums = new.cumsum(dim=-2)
         if past is not None:
             # a running sum needs no more than its last value to go on
             before = past.get('forget')
             sums = sums if before is None else sums + before[..., -1:, :]
             (sums,) = past.extend(forget=sums)
         if mem is not None:
-            of_mem = self.gates(mem).cumsum(dim=-2)
+            of_mem = self.gates(mem)
+            if keys is not None:
+                of_mem = of_mem.masked_fill(~keys[:, : mem.shape[1]].unsqueeze(-1), 0.0)
+            of_mem = of_mem.cumsum(dim=-2)
             sums = torch.cat((of_mem - of_mem[..., -1:, :], sums), dim=-2)
         sums = sums.transpose(-1, -2)
         return ForgetBias(sums, None) if self.causal else ForgetBias(*sums.chunk(2, dim=-2))
@@ -124,8 +134,12 @@ class PerRowDataDependentAlibi(Module):
         x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
         past: LayerCache | None = None,
         mem: Float[Tensor, 'b l d'] | None = None,
+        keys: Bool[Tensor, 'b j'] | None = None,
     ) -> Bias:
-        """For the new tokens ``x`` (of three views, the queries') behind the memories and the tokens of the cache."""
+        """For the new tokens ``x`` (of three views, the queries') behind the memories and the tokens of the cache.
+
+        Keys that nobody sees, where ``keys`` is False, stand in nobody's way: their gates are open.
+        """
         q, k = self.heads_of(_first_view(x))
         if past is not None:
             (k,) = past.extend(forget=k)
@@ -136,6 +150,8 @@ class PerRowDataDependentAlibi(Module):
         logs = logs.to(torch.promote_types(logs.dtype, torch.float32))
         index = torch.arange(j, device=x.device)
         logs = logs.masked_fill(index >= index[j - i :].unsqueeze(-1), 0.0)
+        if keys is not None:
+            logs = logs.masked_fill(~keys[:, None, None, :], 0.0)
         # added up from the query back to the key
         return DenseBias(logs.flip(-1).cumsum(dim=-1).flip(-1))
 

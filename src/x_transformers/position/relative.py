@@ -95,14 +95,14 @@ class DenseBias(Bias):
 class RelativeBias(Bias):
     """ALiBi, T5 or dynamic bias for one call.
 
-    ``positions`` are those that the user gave, (j) or (b j), memories and cached keys included. ALiBi goes by them; the other
-    two count the keys. Raises ValueError if ALiBi's positions are fewer than the keys.
+    ``positions`` are those that the user gave, (j) or (b j), memories and cached keys included; without them keys are counted.
+    Raises ValueError if there are fewer positions than keys.
     """
 
     def __init__(self, module: nn.Module, positions: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None) -> None:
         super().__init__()
         self.module = cast('DistanceBias', module)
-        self.positions = positions if hasattr(module, 'forward_custom_pos') else None
+        self.positions = positions
 
     def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b h r j']:
         if self.positions is None:
@@ -116,7 +116,7 @@ class RelativeBias(Bias):
                 )
             keys = self.positions[..., given - where.own :]
             queries = keys[..., where.first + start : where.first + stop]
-            bias = cast(AlibiPositionalBias, self.module).forward_custom_pos(queries, keys)
+            bias = self.module.forward_custom_pos(queries, keys)
         return bias if bias.ndim == 4 else bias.unsqueeze(0)
 
 
@@ -143,6 +143,17 @@ class DistanceBias(Module):
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
         raise NotImplementedError
+
+    def forward_custom_pos(
+        self,
+        pos_i: Int[Tensor, 'i'] | Int[Tensor, 'b i'],
+        pos_j: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None,
+    ) -> Float[Tensor, 'h i j'] | Float[Tensor, 'b h i j']:
+        """The same for positions that are given; keys are at those of the queries unless told."""
+        pos_j = pos_i if pos_j is None else pos_j
+        distances = pos_j.unsqueeze(-2) - pos_i.unsqueeze(-1)
+        bias = self.of_distances(distances.flatten())
+        return bias.reshape(bias.shape[0], *distances.shape).movedim(0, -3)
 
     @property
     def device(self) -> torch.device:
@@ -253,13 +264,3 @@ class AlibiPositionalBias(DistanceBias):
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
         return -distances.abs() * self.slopes.squeeze(-1)
-
-    def forward_custom_pos(
-        self,
-        pos_i: Int[Tensor, 'i'] | Int[Tensor, 'b i'],
-        pos_j: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None,
-    ) -> Float[Tensor, 'h i j'] | Float[Tensor, 'b h i j']:
-        """The same for positions that are given; keys are at those of the queries unless told."""
-        pos_j = pos_i if pos_j is None else pos_j
-        distances = (pos_j.unsqueeze(-2) - pos_i.unsqueeze(-1)).abs()
-        return -distances.unsqueeze(-3) * self.slopes

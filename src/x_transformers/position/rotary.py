@@ -18,6 +18,9 @@ class RotaryEmbedding(Module):
     stretches the slow pairs for longer sequences (NTK-aware scaling), ``interpolation_factor`` all of them
     (https://arxiv.org/abs/2306.15595). ``use_xpos`` adds a decay with distance (https://arxiv.org/abs/2212.10554).
 
+    The decay is counted from the middle of the positions, which cancels out between queries and keys; where a query meets
+    what is not turned (learned keys), ``centred=False`` keeps it from depending on the length.
+
     forward: positions (n) or (b n) -> angles (1|b n dim), each twice, and the scale: 1.0, or with xpos (1|b n dim).
     Raises FlagError if ``interpolation_factor`` is less than 1 or ``dim`` less than 1.
     """
@@ -33,8 +36,11 @@ class RotaryEmbedding(Module):
         interpolation_factor: float = 1.0,
         base: float = 10000,
         base_rescale_factor: float = 1.0,
+        *,
+        centred: bool = True,
     ) -> None:
         super().__init__()
+        self.centred = centred
         if interpolation_factor < 1.0:
             raise FlagError(f'interpolation_factor shrinks the positions, so it must be at least 1, not {interpolation_factor}')
         if dim < 1:
@@ -77,7 +83,7 @@ class RotaryEmbedding(Module):
         angles = t.unsqueeze(-1) * self.inv_freq.to(dtype) / self.interpolation_factor
         if self.scale is None:
             return angles, 1.0
-        middle = ((t.max() + 1) / 2).floor()
+        middle = ((t.max() + 1) / 2).floor() if self.centred else 0.0
         return angles, self.scale.to(dtype) ** ((t - middle) / self.scale_base).unsqueeze(-1)
 
 

@@ -107,19 +107,27 @@ class AddContextualPositions(Rule):
 
 
 def selective_attn(
-    sim: Float[Tensor, 'b h i j'], sim_head_gate: Float[Tensor, 'b i j'] | None = None, no_mask_sos: bool = True
+    sim: Float[Tensor, 'b h i j'],
+    sim_head_gate: Float[Tensor, 'b i j'] | None = None,
+    no_mask_sos: bool = True,
+    tokens: Bool[Tensor, 'b i'] | None = None,
 ) -> Float[Tensor, 'b h i j']:
     """Scores less what earlier queries decided to forget of each key, https://arxiv.org/abs/2410.02703.
 
     A query's decisions are the positive scores of head 0 (or of ``sim_head_gate``), masked before. It never hides itself, nor
-    keys in front of the sequence, nor, with ``no_mask_sos``, the first token.
+    keys in front of the sequence, nor, with ``no_mask_sos``, the first token. ``tokens`` says which queries are no padding:
+    padding decides nothing, and the first token is the first that is none.
     """
     gate = (sim[:, 0] if sim_head_gate is None else sim_head_gate).relu()
     queries, keys = gate.shape[-2:]
     first = keys - queries
     key = torch.arange(keys, device=sim.device)
     query = torch.arange(first, keys, device=sim.device)[:, None]
-    may_hide = (key > first if no_mask_sos else key >= first) & (key != query)
+    # of equal numbers argmax takes the first
+    sos = first if tokens is None else first + tokens.long().argmax(dim=-1)[:, None, None]
+    may_hide = (key > sos if no_mask_sos else key >= first) & (key != query)
+    if tokens is not None:
+        may_hide = may_hide & tokens[:, :, None]
     forgotten = F.pad(gate.masked_fill(~may_hide, 0.0), (0, 0, 1, -1)).cumsum(dim=-2)
     return sim - forgotten[:, None]
 
@@ -131,4 +139,5 @@ class Forget(Rule):
     form = Form.WHOLE
 
     def apply(self, sheet: Sheet) -> None:
-        sheet.scores = selective_attn(sheet.scores)
+        seen = sheet.mask.keys
+        sheet.scores = selective_attn(sheet.scores, tokens=None if seen is None else seen[:, -sheet.where.queries :])
