@@ -25,7 +25,7 @@ class GenerateOptions:
     """Bytes to write after the prompt."""
     samples: int = 1
     """Number of texts, one after the other."""
-    temperature: float = 0.8
+    temperature: float = 1.0
     """Below 1: more of the likely; 0: always the likeliest."""
     top_k: int | None = None
     """Only the so many likeliest bytes."""

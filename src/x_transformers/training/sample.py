@@ -18,7 +18,7 @@ def sample_bytes(
     prompt: bytes,
     length: int,
     *,
-    temperature: float = 0.8,
+    temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = 0.05,
