@@ -100,6 +100,10 @@ def tokens(rows: int, length: int = LENGTH, seed: int = 2) -> Tensor:
     return torch.randint(0, TOKENS, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+# these say the same thing twice at the call, where it is refused
+CONTRADICTIONS = ({'in_attn_cond', 'reinject'}, {'in_attn_cond', 'reinject_gate'})
+
+
 def draw(count: int, seed: int, most: int = 6) -> list[Combination]:
     """``count`` distinct combinations of one to ``most`` groups."""
     source = random.Random(seed)
@@ -108,6 +112,8 @@ def draw(count: int, seed: int, most: int = 6) -> list[Combination]:
         kind = source.choice((DECODER, DECODER, ENCODER, CROSS))
         fitting = [entry.name for entry in GROUPS if kind in entry.kinds]
         names = source.sample(fitting, source.randint(1, most))
+        if any(pair <= set(names) for pair in CONTRADICTIONS):
+            continue
         found.setdefault(Combination(kind, tuple(sorted(names))))
     return list(found)
 
