@@ -118,3 +118,16 @@ def test_flags_that_cannot_be(flags: dict[str, Any], says: str) -> None:
 def test_missing_flags_are_named_together() -> None:
     with pytest.raises(UnknownFlag, match=r'(?s)enc_num_tokens.*dec_num_tokens'):
         XTransformer(dim=16, enc_depth=1, dec_depth=1)
+
+
+def test_generate_takes_what_is_prepended_to_the_source(src: Tensor) -> None:
+    model, front, start = build(), torch.randn(2, 3, 16), torch.ones(2, 1).long()
+    mask = torch.arange(7).expand(2, -1) < torch.tensor([[7], [4]])
+    got = model.generate(src, start, 4, mask=mask, src_prepend_embeds=front, temperature=0.0)
+    encoded = model.encoder(src, mask=mask, prepend_embeds=front, return_embeddings=True)
+    seen = torch.cat((torch.ones(2, 3, dtype=torch.bool), mask), dim=1)
+    seq = start
+    for _ in range(4):
+        logits = model.decoder.net(seq, context=encoded, context_mask=seen)
+        seq = torch.cat((seq, logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(got, seq[:, 1:])

@@ -152,3 +152,16 @@ def test_small_helpers(capsys):
     say('b')
     assert capsys.readouterr().out == 'a\n'
     assert set(table.__all__) <= set(dir(table))
+
+
+@pytest.mark.parametrize('flash', [False, True])
+def test_a_query_that_sees_nothing_gives_zero(flash):
+    """Its keys are padding or in the future. The original lets it see everything, unless flash is asked for."""
+    q, k, v = (torch.randn(2, 4, 5, 8, requires_grad=True) for _ in range(3))
+    seen = torch.tensor([[False, False, True, True, True], [True] * 5])
+    out, _ = Attend(causal=True, flash=flash)(q, k, v, mask=seen)
+    assert (out[0, :, :2] == 0).all()
+    assert (out[0, :, 2:] != 0).all()
+    assert (out[1] != 0).all()
+    out.sum().backward()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))

@@ -115,3 +115,12 @@ def test_orthogonal_values_need_the_tokens_own_values():
     attn = Attention(D, heads=2, dim_head=6, orthog_projected_values=True)
     with pytest.raises(ValueError, match='cross attention'):
         attn(torch.randn(B, N, D), context=torch.randn(B, N, D))
+
+
+def test_laser_of_a_row_that_sees_nothing():
+    """The logarithm is taken of 1e-20 at least."""
+    attn = Attention(D, heads=2, dim_head=6, laser=True)
+    seen = []
+    attn.to_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    attn(torch.randn(1, 2, D), context=torch.randn(1, 3, D), context_mask=torch.zeros(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(seen[0], torch.full_like(seen[0], -46.0517), atol=1e-3, rtol=0)

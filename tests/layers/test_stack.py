@@ -534,3 +534,25 @@ def test_an_old_cache_stays_valid() -> None:
         again, _ = stack(x[:, 4:6], cache=seen.kv_cache, return_hiddens=True)
     assert torch.equal(once, again)
     assert seen.kv_cache.length == 4
+
+
+def test_shifted_feed_forwards_read_what_is_padded() -> None:
+    """Attention is told what is padding, feed-forward layers are told of padding on the left only."""
+    x, mask = drawn(1, 5, DIM), torch.tensor([[True] * 3 + [False] * 2])
+    other = torch.cat((x[:, :3], drawn(1, 2, DIM)), dim=1)
+    for custom, same in ((('a',), True), (('a', 'f'), False)):
+        stack = built(Encoder, custom_layers=custom, depth=None, shift_tokens=1)
+        assert torch.allclose(stack(x, mask=mask)[:, :3], stack(other, mask=mask)[:, :3]) == same
+
+
+def test_scores_that_are_handed_on_hold_the_bias_already() -> None:
+    stack, x = built(Encoder, residual_attn=True, rel_pos_bias=True), drawn(2, 5, DIM)
+    _, seen = stack(x, return_hiddens=True)
+    bias = stack.rel_pos(5, 5)
+    first, second = seen.attn_intermediates
+    torch.testing.assert_close(first.pre_softmax_attn, first.qk_similarities + bias)
+    torch.testing.assert_close(second.pre_softmax_attn, second.qk_similarities + bias)
+    own = stack.layers[2].inside
+    normed = stack.layers[2].norm_before(seen.hiddens[1], None)
+    q, k = ((normed @ to.weight.t()).unflatten(-1, (2, 6)).transpose(1, 2) for to in (own.to_q, own.to_k))
+    torch.testing.assert_close(second.qk_similarities, q @ k.mT * 6**-0.5 + first.qk_similarities + bias)
