@@ -371,6 +371,7 @@ class ContinuousAutoregressiveWrapper(Module):
         """``seq_len`` frames after each prompt; only these, unless ``include_prompt``.
 
         Args:
+            start_tokens: the prompts (b t d), or one (t d).
             temperature: factor on the deviation of nets that are ``probabilistic``; 0 takes the mean.
             cache_kv: remember keys and values, if the net can.
             prompt_lens: the true lengths of prompts that are padded on the right.

@@ -98,7 +98,16 @@ class XTransformer(Module):
         src_prepend_embeds: Float[Tensor, 'b p d'] | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, 'b s']:
-        """The continuation of ``seq_out_start`` by ``seq_len`` tokens; ``kwargs`` go to ``AutoregressiveWrapper.generate``."""
+        """The continuation of ``seq_out_start`` by ``seq_len`` tokens.
+
+        Args:
+            seq_in: the source.
+            seq_out_start: what the target begins with, such as a start token.
+            mask: True for the source's tokens, False for its padding.
+            attn_mask: who may look at whom in the encoder.
+            src_prepend_embeds: embeddings in front of the source.
+            kwargs: for ``AutoregressiveWrapper.generate``.
+        """
         training = self.encoder.training
         self.encoder.eval()
         try:

@@ -118,8 +118,9 @@ class NonAutoregressiveWrapper(Module):
         schedule: 'linear', 'cosine' or a differentiable function from time (0 to 1) to the masked share (1 to 0).
         can_mask_prev_unmasked: whether a token once accepted may be hidden again.
         token_critic: a net from tokens to ``b n 1`` that judges which tokens are not real
-            (https://aclanthology.org/2021.naacl-main.409/); self_token_critic: the generator itself with one linear map.
-        critic_loss_weight: its weight.
+            (https://aclanthology.org/2021.naacl-main.409/).
+        self_token_critic: the critic is the generator itself with one linear map.
+        critic_loss_weight: weight of the critic's loss.
         use_simple_mdlm_loss_weight: weight by ``-schedule'(t) / schedule(t)``, the bound of masked diffusion.
         mdlm_weight_of_the_original: weight by ``schedule'(t) / (1 - schedule(t))`` instead, which is negative: only to
             reproduce the original's numbers; minimising it unlearns.
