@@ -556,3 +556,16 @@ def test_scores_that_are_handed_on_hold_the_bias_already() -> None:
     normed = stack.layers[2].norm_before(seen.hiddens[1], None)
     q, k = ((normed @ to.weight.t()).unflatten(-1, (2, 6)).transpose(1, 2) for to in (own.to_q, own.to_k))
     torch.testing.assert_close(second.qk_similarities, q @ k.mT * 6**-0.5 + first.qk_similarities + bias)
+
+
+@pytest.mark.parametrize('flags', [{'rotary_pos_emb': True}, {'rotary_xpos': True}, {'polar_pos_emb': True}])
+def test_left_padding_is_not_noticed_by_learned_keys(flags: dict[str, Any]) -> None:
+    """Learned keys have no place: to them it matters from where the positions of the queries are counted."""
+    stack, x = built(Decoder, attn_num_mem_kv=2, **flags), drawn(2, 5, DIM)
+    padded = torch.cat((drawn(2, 3, DIM), x), dim=1)
+    torch.testing.assert_close(stack(padded, seq_start_pos=torch.tensor([3, 3]))[:, 3:], stack(x))
+
+
+def test_the_decay_of_xpos_does_not_depend_on_what_follows() -> None:
+    stack, x = built(Decoder, attn_num_mem_kv=2, rotary_xpos=True), drawn(2, 7, DIM)
+    torch.testing.assert_close(stack(x)[:, :3], stack(x[:, :3]))
