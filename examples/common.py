@@ -59,29 +59,43 @@ class Run:
         share: float = 1.0,
         lr: float = 3e-3,
         weight_decay: float = 0.01,
+        muon: Iterable[nn.Parameter] = (),
         says: str = 'training',
         after_step: Callable[[], Any] | None = None,
     ) -> list[float]:
         """``share`` of the run's steps of AdamW on ``loss_of()``, warmed up and cooled down; the losses.
 
-        A model is in training mode meanwhile and in evaluation mode afterwards.
+        The matrices in ``muon``, such as ``net.muon_parameters()``, are moved by Muon instead. A model is in training mode
+        meanwhile and in evaluation mode afterwards.
         """
         steps = max(1, round(self.steps * share))
         parameters = list(model.parameters() if isinstance(model, nn.Module) else model)
         parameters = [p for p in parameters if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+        matrices = set(muon)
+        rest = [p for p in parameters if p not in matrices]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+        ]
+        if matrices:
+            moved = [p for p in parameters if p in matrices]
+            optimizers.append(
+                torch.optim.Muon(moved, lr=3 * lr, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')
+            )  # fmt: skip
+        peaks = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
         warmup = max(1, steps // 20)
         if isinstance(model, nn.Module):
             model.train()
         losses = []
         with tqdm(range(steps), desc=f'{self.name}: {says}', leave=False, mininterval=0.5) as bar:
             for step in bar:
-                optimizer.param_groups[0]['lr'] = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+                height = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
                 loss = loss_of()
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer, peak in zip(optimizers, peaks, strict=True):
+                    optimizer.param_groups[0]['lr'] = peak * height
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 if after_step is not None:
                     after_step()
                 losses.append(loss.item())
