@@ -129,13 +129,6 @@ ON_STACK_RULES = (
         {'max_mem_len': 4, 'stack': {'integrate_layers': True}},
         only_changed=True,
     ),
-    Rule(
-        ('scaled_sinu_pos_emb', 'disable_abs_pos_emb'),
-        lambda both, dim: both.scaled_sinu_pos_emb and both.stack.disables_abs_pos_emb,
-        'the stack turns absolute positions off, as it does by itself with T5 bias, rotary or polar positions',
-        {'scaled_sinu_pos_emb': True, 'stack': {'rotary_pos_emb': True}},
-        'Leave out the sinusoids, or give the stack `disable_abs_pos_emb=False`.',
-    ),
 )
 
 VISION_RULES = (
