@@ -194,8 +194,14 @@ class BeliefStateWrapper(Module):
 
         Args:
             prompts: ids ``(..., n)``, or a list of ids of different lengths.
+            seq_len: how many tokens to write.
+            temperature: 0 takes the most likely token, without any filter.
+            cache_kv: remember keys and values, if the decoder can; the same tokens, sooner.
             suffix: ids, the same for all prompts or one row for each; nothing is known of the end without it.
+            filter_logits_fn, filter_kwargs: a name of ``FILTER_LOGITS_FN`` or a callable, and its keywords.
+            decode_backwards: write what stands before the prompts.
             include_prompt: return the prompt in front of the new tokens, as it was read (backwards, if so decoded).
+            generator: makes sampling reproducible.
             kwargs: for the decoders.
         """
         if suffix is not None and decode_backwards:

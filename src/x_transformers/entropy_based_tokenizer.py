@@ -56,7 +56,14 @@ class EntropyBasedTokenizer(Module):
         return_segmented_seq: bool = False,
         decoder_forward_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Lengths of the segments, ``(b, segments)`` padded with 0, or the segments themselves (a tuple of tensors per row)."""
+        """Lengths of the segments, ``(b, segments)`` padded with 0, or the segments themselves (a tuple of tensors per row).
+
+        Args:
+            seq: ids, ``n`` or ``b n``.
+            lens: how much of each row counts; what comes behind is in no segment.
+            return_segmented_seq: return the segments in place of their lengths.
+            decoder_forward_kwargs: for the decoder.
+        """
         check(seq, lens)
         batch = seq if seq.ndim == 2 else seq[None]
         logits = self.decoder(batch, **(decoder_forward_kwargs or {}))

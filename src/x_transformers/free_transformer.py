@@ -89,7 +89,8 @@ class FreeTransformer(Module):
         max_seq_len: kept for callers that read it.
         enc_depth: cross-attention layers that find the latent.
         dim_latent: kept for callers that pass it; the code's width is ``2 ** latent_bits``.
-        attn_dim_head, heads: of all stacks; further keywords go to all, ``enc_kwargs`` and ``dec_kwargs`` to one kind.
+        attn_dim_head, heads: of all stacks.
+        kwargs: further keywords of all stacks; ``enc_kwargs`` and ``dec_kwargs`` are those of one kind.
         latent_bits, per_token_latents, kl_loss_threshold, binary_mapper_kwargs: of the codes.
         kl_loss_weight, latent_dropout_prob: of training.
         pad_id: targets to ignore; such inputs are embedded as token 0.

@@ -23,7 +23,8 @@ class GPTVAE(Module):
     Args:
         num_tokens, dim, depth, enc_depth, max_seq_len: of the model; ``enc_depth`` layers encode, ``depth`` decode.
         dim_latent: width of the latent; ``dim`` by default.
-        attn_dim_head, heads: of both stacks; further keywords go to both, ``enc_kwargs`` and ``dec_kwargs`` to one.
+        attn_dim_head, heads: of both stacks.
+        kwargs: further keywords of both stacks; ``enc_kwargs`` and ``dec_kwargs`` are those of one.
         vae_kl_loss_weight: weight of the divergence from the standard normal.
         vae_kl_div_floor: what a latent dimension may cost for free.
         latents_dropout_prob: share of rows, in training, that must do without their prefix.
@@ -129,7 +130,13 @@ class GPTVAE(Module):
     ) -> Int[Tensor, '... s']:
         """New tokens behind given latents, those of a sequence, or none; all else is ``AutoregressiveWrapper.generate``.
 
-        Latents are one ``(z,)`` for all prompts or one for each ``(b, z)``; ``seq_for_latents`` has one row or ``b``.
+        Args:
+            prompts: ids ``(..., n)``, or a list of ids of different lengths.
+            seq_len: how many tokens to write.
+            latents: one ``(z,)`` for all prompts, or one for each ``(b, z)``.
+            seq_for_latents: a sequence to take the latents from, one row or ``b``; not beside ``latents``.
+            generator: makes sampling reproducible, that of the latents too.
+            generate_kwargs: of ``AutoregressiveWrapper.generate``.
         """
         if latents is not None and seq_for_latents is not None:
             raise ValueError('give either latents or seq_for_latents, not both: each decides the prefix')
