@@ -17,6 +17,7 @@ from x_transformers.embedding.rows import Rows
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.other_inputs import CONTINUOUS_RULES, ContinuousFlags
 from x_transformers.flags.rules import check_wrapper
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
@@ -84,6 +85,8 @@ class ContinuousTransformerWrapper(StackWrapper):
     Raises:
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
+
+    __signature__: Any = ClassSignature(ContinuousFlags)
 
     def __init__(self, *, attn_layers: nn.Module, max_seq_len: int | None = None, **flags: Any) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import Sequential
 from x_transformers.module import ConstantLinear, Module, empty_parameter
 from x_transformers.norms import LayerNorm
@@ -79,6 +80,8 @@ class FeedForward(Module):
     forward: (… n dim) -> (… n dim_out), times ``deep_embed`` (b n dim_out) if there is one.
     Raises ValueError if the last axis of the input is not ``dim``.
     """
+
+    __signature__: Any = ClassSignature(FeedForwardFlags)
 
     def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **flags: Any) -> None:
         super().__init__()

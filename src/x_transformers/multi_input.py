@@ -15,6 +15,7 @@ from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import add_named, named_tables
 from x_transformers.flags.other_inputs import MULTI_INPUT_RULES, MultiInputFlags
 from x_transformers.flags.rules import check_wrapper
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import default
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
@@ -30,6 +31,8 @@ class MultiInputTransformerWrapper(StackWrapper):
     Raises:
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
+
+    __signature__: Any = ClassSignature(MultiInputFlags)
 
     def __init__(
         self, *, max_seq_len: int, attn_layers: nn.Module, num_tokens: Mapping[str, int] | None = None, **flags: Any

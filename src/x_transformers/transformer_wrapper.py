@@ -17,6 +17,7 @@ from x_transformers.embedding.recycle import recycle, rounds
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding, add_named, named_tables
 from x_transformers.flags.rules import check_wrapper
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.heads import HeadForm, Logits, TiedHead, choose_head, mixture_modules, next_embedding_head
 from x_transformers.helpers import default
@@ -34,6 +35,8 @@ class TransformerWrapper(StackWrapper):
     Raises:
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
+
+    __signature__: Any = ClassSignature(WrapperFlags)
 
     def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: nn.Module, **flags: Any) -> None:
         super().__init__()

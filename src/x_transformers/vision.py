@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.flags.rules import check_vision
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.wrapper import VisionFlags
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import LayerNorm
@@ -25,6 +26,8 @@ class ViTransformerWrapper(Module):
     Raises:
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another.
     """
+
+    __signature__: Any = ClassSignature(VisionFlags)
 
     def __init__(self, *, image_size: int, patch_size: int, attn_layers: nn.Module, **flags: Any) -> None:
         super().__init__()

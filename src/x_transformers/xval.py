@@ -15,6 +15,7 @@ from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding, check_ids
 from x_transformers.flags.other_inputs import XVAL_RULES, XValFlags
 from x_transformers.flags.rules import check_wrapper
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Tokens, decode, reader_for
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import Prompt, checked_length, right_aligned
@@ -76,6 +77,8 @@ class XValTransformerWrapper(StackWrapper):
     Raises:
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
+
+    __signature__: Any = ClassSignature(XValFlags)
 
     def __init__(
         self, *, num_tokens: int, max_seq_len: int, numerical_token_id: int, attn_layers: nn.Module, **flags: Any
@@ -241,6 +244,7 @@ class XValAutoregressiveWrapper(Module):
         """``seq_len`` tokens and numbers after each prompt; only these, unless ``include_prompt``.
 
         Args:
+            start_tokens, start_numbers: the prompts.
             filter_logits_fn: a name of ``FILTER_LOGITS_FN`` or a callable (logits, **filter_kwargs).
             temperature: 0 takes the most likely token, without any filter.
             cache_kv: remember keys and values, if the net can and the sequence stays within ``max_seq_len``; beyond that the

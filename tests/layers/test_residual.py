@@ -158,3 +158,8 @@ def test_scale_of_resi_dual_changes_nothing_but_the_range() -> None:
     # large, so that the epsilon of the final norm does not count
     x = 100 * torch.randn(2, 5, 8)
     torch.testing.assert_close(one(x), tenth(x), atol=1e-4, rtol=0)
+
+
+def test_further_keywords_of_the_residual_reach_it() -> None:
+    stack = Decoder(dim=8, depth=1, heads=2, attn_dim_head=4, residual_fn_kwargs={'scale_residual': True})
+    assert stack.layers[0].residual.residual_scale.shape == (8,)

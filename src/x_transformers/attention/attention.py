@@ -23,6 +23,7 @@ from x_transformers.attention.scores.base import Where
 from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values, tiled_heads, without_component
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rules import check_attention
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import MultiheadRMSNorm
 from x_transformers.tensor_types import Bool, Float, Int
@@ -37,6 +38,8 @@ class Attention(Module):
 
     Raises FlagError for flags that exclude each other and UnknownFlag for a name that no flag has.
     """
+
+    __signature__: Any = ClassSignature(AttentionFlags)
 
     def __init__(self, dim: int, **flags: Any) -> None:
         parsed = AttentionFlags.parse(flags, where='Attention')

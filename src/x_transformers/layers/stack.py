@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -18,6 +17,7 @@ from x_transformers.cache.kv_cache import Cache
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.rules import check_stack
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
@@ -38,21 +38,6 @@ if TYPE_CHECKING:
     from x_transformers.flags.keywords import CrossAttenderKeywords, EncoderKeywords, StackKeywords
 
 
-class ClassSignature:
-    """What ``inspect.signature`` and ``help`` show of a stack's constructor: its flags. Its instances have a forward's."""
-
-    def __init__(self, *fixed: str) -> None:
-        # the flags that the class sets by itself
-        self.fixed = fixed
-
-    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
-        if instance is not None or owner.__module__ != __name__:
-            raise AttributeError('__signature__')
-        signature = StackFlags.signature()
-        kept = [parameter for name, parameter in signature.parameters.items() if name not in self.fixed]
-        return signature.replace(parameters=kept)
-
-
 class AttentionLayers(Module):
     """A transformer without embedding and head: (b n dim) -> (b n dim).
 
@@ -65,7 +50,7 @@ class AttentionLayers(Module):
     # whether tokens see no later token; PrefixDecoder's layers do not, but its mask does
     is_causal: bool
 
-    __signature__: Any = ClassSignature()
+    __signature__: Any = ClassSignature(StackFlags)
 
     def __init__(
         self, dim: int, depth: int | None = None, heads: int = 8, causal: bool = False, **flags: Unpack[StackKeywords]
@@ -332,7 +317,7 @@ def sets(name: str, given: Any, **fixed: bool) -> dict[str, Any]:
 class Encoder(AttentionLayers):
     """Every token sees every other."""
 
-    __signature__ = ClassSignature('causal')
+    __signature__ = ClassSignature(StackFlags, 'causal')
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
         super().__init__(**sets('Encoder', flags, causal=False))
@@ -341,7 +326,7 @@ class Encoder(AttentionLayers):
 class Decoder(AttentionLayers):
     """A token sees itself and those before it."""
 
-    __signature__ = ClassSignature('causal')
+    __signature__ = ClassSignature(StackFlags, 'causal')
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
         super().__init__(**sets('Decoder', flags, causal=True))
@@ -354,7 +339,7 @@ class PrefixDecoder(AttentionLayers):
     first token of x. ``causal`` is False as in the original; a cache may be used if the first call holds the whole prefix.
     """
 
-    __signature__ = ClassSignature('causal')
+    __signature__ = ClassSignature(StackFlags, 'causal')
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
         super().__init__(**sets('PrefixDecoder', flags, causal=False))
@@ -375,7 +360,7 @@ class PrefixDecoder(AttentionLayers):
 class CrossAttender(AttentionLayers):
     """Cross attention and feed-forwards, no self attention."""
 
-    __signature__ = ClassSignature('cross_attend', 'only_cross')
+    __signature__ = ClassSignature(StackFlags, 'cross_attend', 'only_cross')
 
     def __init__(self, **flags: Unpack[CrossAttenderKeywords]) -> None:
         super().__init__(**sets('CrossAttender', flags, cross_attend=True, only_cross=True))
