@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import Sequential
 from x_transformers.module import ConstantLinear, Module, empty_parameter
@@ -85,7 +86,9 @@ class FeedForward(Module):
 
     def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **flags: Any) -> None:
         super().__init__()
-        self._build(dim, FeedForwardFlags.parse({'dim_out': dim_out, 'mult': mult, **flags}, where='FeedForward'))
+        parsed = FeedForwardFlags.parse({'dim_out': dim_out, 'mult': mult, **flags}, where='FeedForward')
+        check_feedforward(parsed, dim)
+        self._build(dim, parsed)
 
     @classmethod
     def from_flags(cls, dim: int, flags: FeedForwardFlags) -> FeedForward:

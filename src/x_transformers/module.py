@@ -20,8 +20,8 @@ class Module(nn.Module):
     """A module whose ``reset_parameters`` fills everything below it, in any order and any number of times.
 
     A subclass with parameters or buffers of its own creates them with ``torch.empty``, fills them in ``init_own`` and calls
-    ``init_own`` at the end of its constructor. No parent changes what a child has filled: a child with an unusual start is of a
-    class that knows it (``ConstantLinear``). Hence ``to_empty(device=...)`` followed by ``reset_parameters()`` gives a new model.
+    ``init_own`` at the end of its constructor. No parent changes what a child has filled: a child with an unusual start is of
+    a class that knows it (``ConstantLinear``). Hence ``to_empty(device=...)``, then ``reset_parameters()``, gives a new model.
     """
 
     def init_own(self) -> None:
@@ -49,6 +49,16 @@ class ConstantLinear(nn.Linear):
         nn.init.constant_(self.weight, self.weight_value)
         if self.bias is not None:
             nn.init.constant_(self.bias, self.bias_value)
+
+
+class Dropout(nn.Dropout):
+    """Dropout that is no operation at all where nothing is dropped: it would be called for every token that is decoded."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return t
+        dropped: Tensor = super().forward(t)
+        return dropped
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:

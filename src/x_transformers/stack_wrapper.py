@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
-from x_transformers.embedding.call import Call, check_prepended, last_positions
+from x_transformers.embedding.call import Call, check_added, check_prepended, last_positions
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows, Shuffle
 from x_transformers.embedding.token import scale_gradient
@@ -18,8 +18,8 @@ from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import always, default
-from x_transformers.layers.checks import check_steps
-from x_transformers.module import Module, empty_parameter
+from x_transformers.layers.checks import check_names, check_steps
+from x_transformers.module import Dropout, Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
 from x_transformers.returns import Asked, next_memories
@@ -135,6 +135,8 @@ class StackWrapper(Module):
         self, x: Any, *, mems: Memories | None, cache: Cache, new_only: bool | None, more: dict[str, Any], **given: Any
     ) -> Call:
         """The arguments of a forward in one object; ``more`` is what goes to the stack as it is."""
+        if more:
+            check_names(self, more)
         return Call(
             x=x,
             mems=self._shifted(mems),
@@ -205,6 +207,7 @@ class StackWrapper(Module):
     def _embed(self, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         """Embeddings of what is new, behind those that are prepended."""
         x = rows.newest(call.x, 'x')
+        check_added(call, x.shape[0], self.emb_dim)
         embeds = self._vectors(x, call, rows)
         if call.pos is not None and call.pos_ids is None:
             embeds = embeds + rows.newest(call.pos, 'pos', axis=call.pos.ndim - 2)

@@ -3,8 +3,8 @@
 A type checker reads these as plain ``Tensor`` (they are ``Annotated``). At run time the annotation keeps the kind of number and
 the axes, so that the test suite can check every call (see ``tests/shapes.py``); an ordinary import pays nothing for it.
 
-Axes, everywhere: b batch, n sequence, d features, h heads, i and j query and key positions, s streams, l layers. ``#h`` may be 1
-(it broadcasts), ``...`` stands for any number of axes, a name in parentheses is a product such as ``(b s)``.
+Axes, everywhere: b batch, n sequence, d features, h heads, i and j query and key positions, s streams, l layers. ``#h`` may
+be 1 (it broadcasts), ``...`` stands for any number of axes, a name in parentheses is a product such as ``(b s)``.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ class TransformerWrapper(StackWrapper):
             z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
         )
         call = self._call(
-            ids_or_none(x, prepend_embeds),
+            ids_or_none(x, prepend_embeds, own_table=self._own_token_emb),
             mask=mask,
             mems=mems,
             mem_masks=mem_masks,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.call import Call
 from x_transformers.embedding.rows import Rows
-from x_transformers.embedding.token import TokenEmbedding, check_ids
+from x_transformers.embedding.token import TokenEmbedding
 from x_transformers.flags.other_inputs import XVAL_RULES, XValFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
@@ -25,6 +25,7 @@ from x_transformers.heads import TiedHead
 from x_transformers.helpers import default
 from x_transformers.losses import shifted_mask, token_cross_entropy
 from x_transformers.module import Module
+from x_transformers.position.absolute import check_ids
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int

@@ -108,8 +108,8 @@ def test_polar_memory_keys_are_magnitudes_at_angle_zero():
     ('k', 'v', 'mask', 'says'),
     [
         ((B, 3, 2, W), (B, 3, 2, W), None, 'must divide the 4 query heads'),
-        ((B, 4, 2, W - 1), (B, 4, 2, W), None, 'additional keys must have shape'),
-        ((B, 4, 2, W), (B, 4, 3, W), None, 'additional values must have shape'),
+        ((B, 4, 2, W - 1), (B, 4, 2, W), None, 'additional_key_values: keys must have shape'),
+        ((B, 4, 2, W), (B, 4, 3, W), None, 'additional_key_values: values must have shape'),
         ((B, 4, 2, W), (B, 4, 2, W), (B, 3), 'additional_key_value_mask must have shape'),
     ],
 )

@@ -203,9 +203,17 @@ def extra_keys(attn: Attention, given: Keywords, batch: int) -> ExtraKeys | None
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError('additional_key_values must be a pair: keys (b h m d) and values (b h m e)')
     keys, values = pair
-    shaped('additional keys', keys, batch, None, None, attn.dim_head, says='(batch, heads, m, dim_head)')
+    shaped('additional_key_values: keys', keys, batch, None, None, attn.dim_head, says='(batch, heads, m, dim_head)')
     heads, length = keys.shape[1], keys.shape[2]
-    shaped('additional values', values, batch, heads, length, attn.value_dim_head, says='(batch, heads, m, value_dim_head)')
+    shaped(
+        'additional_key_values: values',
+        values,
+        batch,
+        heads,
+        length,
+        attn.value_dim_head,
+        says='(batch, heads, m, value_dim_head)',
+    )
     if attn.heads % heads:
         raise ValueError(f'additional_key_values have {heads} heads, which must divide the {attn.heads} query heads')
     if mask is not None:

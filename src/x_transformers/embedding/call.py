@@ -52,15 +52,36 @@ def last_positions(t: Tensor, count: int | None) -> Tensor:
     return t if count is None or count >= t.shape[1] else t[:, t.shape[1] - count :]
 
 
-def ids_or_none(x: Tensor | None, prepend_embeds: Tensor | None) -> Int[Tensor, 'b n']:
-    """The token ids; no tokens at all where only embeddings were given."""
+def ids_or_none(x: Tensor | None, prepend_embeds: Tensor | None, *, own_table: bool = False) -> Int[Tensor, 'b n']:
+    """The token ids; no tokens at all where only embeddings were given. A table of the user's own may read more axes."""
     if x is None:
         if prepend_embeds is None:
             raise ValueError('x is None: without token ids there must be prepend_embeds.')
         return torch.empty(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
-    if x.ndim < 2:
+    if not isinstance(x, Tensor):
+        raise TypeError(f'x must be a tensor of token ids (b n), got a {type(x).__name__}; torch.tensor(...) makes one.')
+    if x.ndim < 2 or (x.ndim > 2 and not own_table):
         raise ValueError(f'x must be a batch of sequences (b n), got shape {tuple(x.shape)}; a single one is x.unsqueeze(0).')
     return x
+
+
+def check_added(call: Call, batch: int, dim: int) -> None:
+    """Positions, and what is added to the embeddings, fit batch and width. Lengths are checked where they are cut."""
+    start = call.seq_start_pos
+    if start is not None and (start.shape != (batch,) or start.is_floating_point() or start.dtype == torch.bool):
+        raise ValueError(
+            f'seq_start_pos must be one whole number per row, ({batch},), got {start.dtype} of shape {tuple(start.shape)}.'
+        )
+    if call.pos is not None:
+        axes = call.pos.shape[:-1] if call.pos_ids is not None else call.pos.shape[:-2]
+        if call.pos.ndim == 0 or tuple(axes) not in ((), (1,), (batch,)):
+            raise ValueError(
+                f'pos must be one position per token, (n) or ({batch} n), or their embeddings, (n e) or ({batch} n e), '
+                f'got {call.pos.dtype} of shape {tuple(call.pos.shape)}.'
+            )
+    added = call.sum_embeds
+    if added is not None and (added.ndim != 3 or added.shape[0] not in (1, batch) or added.shape[-1] not in (1, dim)):
+        raise ValueError(f'sum_embeds must have shape ({batch}, tokens, {dim}), got {tuple(added.shape)}.')
 
 
 def check_prepended(embeds: Tensor, mask: Tensor | None, batch: int, dim: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.helpers import default, l2norm
 from x_transformers.module import Module
-from x_transformers.position.absolute import Table
+from x_transformers.position.absolute import Table, look_up
 from x_transformers.tensor_types import Bool, Float, Int
 
 
@@ -34,33 +34,8 @@ class TokenEmbedding(Module):
 
     def forward(self, x: Int[Tensor, '...']) -> Float[Tensor, '... d']:
         """Raises TypeError for ids that are not integers, IndexError for ids beyond the table."""
-        found = look_up(self.emb, x, 'token ids')
+        found = look_up(self.emb, x, 'x: token ids')
         return l2norm(found) if self.l2norm_embed else found
-
-
-def look_up(table: nn.Embedding, ids: Int[Tensor, '...'], name: str) -> Float[Tensor, '... d']:
-    """Rows of a table, with errors that name the ids and their range."""
-    check_ids(ids, name)
-    if ids.dtype not in (torch.int64, torch.int32):
-        ids = ids.long()
-    if torch.compiler.is_compiling():
-        return F.embedding(ids, table.weight)
-    try:
-        found: Tensor = table(ids)
-    except IndexError:
-        low, high = int(ids.min()), int(ids.max())
-        raise IndexError(
-            f'{name} must lie in 0 … {table.num_embeddings - 1} (the table has {table.num_embeddings} rows), '
-            f'but they range from {low} to {high}. Is a padding or ignored index still among them?'
-        ) from None
-    return found
-
-
-def check_ids(ids: Tensor, name: str) -> None:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(
-            f'{name} must be integers, got a tensor of {ids.dtype}; continuous inputs go through ContinuousTransformerWrapper.'
-        )
 
 
 def check_mask(mask: Tensor | None, batch: int, length: int, name: str = 'mask', of: str = 'one entry per token') -> None:

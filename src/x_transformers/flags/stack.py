@@ -172,7 +172,11 @@ class StackFlags(Flags):
     softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output', above=0)
     zero_init_branch_output: bool = flag(False, 'All branches start at zero.')
     layer_dropout: float | tuple[float, ...] = flag(
-        0.0, 'In training, leave out layers with this probability; one or per layer.', paper='https://arxiv.org/abs/1603.09382'
+        0.0,
+        'In training, leave out layers with this probability; one or per layer.',
+        paper='https://arxiv.org/abs/1603.09382',
+        low=0.0,
+        high=1.0,
     )
     cross_attn_tokens_dropout: float = flag(
         0.0, 'In training, drop this fraction of the context.', parent='cross_attend', low=0.0, high=1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +61,10 @@ class Given:
     flash_pack_seq_kwargs: Any = None
     flash_pack_seq_context_kwargs: Any = None
     prefix_attn_len: int | Tensor | None = None
+
+
+# what may be handed on to any stack
+ARGUMENTS = tuple(field.name for field in fields(Given) if field.name != 'prefix_attn_len')
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,23 @@ def is_bool(value: Any, *dims: int) -> bool:
 def is_whole(value: Any, *dims: int) -> bool:
     numbers = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return numbers and value.ndim in dims
+
+
+def check_names(model: Any, names: Iterable[str]) -> None:
+    """Keywords that a model hands on to its stack are some that the stack has."""
+    from x_transformers.layers.call import ARGUMENTS
+
+    unknown = [name for name in names if name not in ARGUMENTS]
+    parameters = inspect.signature(model.attn_layers.forward).parameters.values() if unknown else ()
+    # a stack of the user's own may take what it likes
+    if not unknown or any(p.kind is p.VAR_KEYWORD or p.name in unknown for p in parameters):
+        return
+    known = [*inspect.signature(model.forward).parameters, *ARGUMENTS]
+    near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+    raise TypeError(
+        f'there is no argument {" or ".join(unknown)}; '
+        + (f'did you mean {" or ".join(near)}?' if near else f'those of the stack are {", ".join(ARGUMENTS)}.')
+    )
 
 
 def check_input(stack: AttentionLayers, x: Any) -> None:
@@ -97,6 +116,15 @@ def check_masks(stack: AttentionLayers, given: Given, span: Span) -> None:
         raise ValueError(
             f'seq_start_pos must be ({span.batch},) whole numbers, the number of padded tokens on the left of each row, '
             f'but is {shape_of(start)}'
+        )
+    prefix = given.prefix_attn_len
+    if (
+        prefix is not None
+        and not isinstance(prefix, int)
+        and not (is_whole(prefix, 0, 1) and prefix.numel() in (1, span.batch))
+    ):
+        raise ValueError(
+            f'prefix_attn_len must be a whole number, or ({span.batch},) of them, one per row, but is {shape_of(prefix)}'
         )
     external = given.self_attn_additional_kv is not None
     if given.attn_mask is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
@@ -34,6 +35,33 @@ class Table(nn.Embedding):
         nn.init.normal_(self.weight, std=self.std)
 
 
+def look_up(
+    table: Table, ids: Int[Tensor, '...'], name: str, hint: str = '. Is a padding or ignored index still among them?'
+) -> Float[Tensor, '... d']:
+    """Rows of a table, with errors that name the ids and their range."""
+    check_ids(ids, name)
+    if ids.dtype not in (torch.int64, torch.int32):
+        ids = ids.long()
+    if torch.compiler.is_compiling():
+        return F.embedding(ids, table.weight)
+    try:
+        found: Tensor = table(ids)
+    except IndexError:
+        low, high = int(ids.min()), int(ids.max())
+        raise IndexError(
+            f'{name} must lie in 0 … {table.num_embeddings - 1} (the table has {table.num_embeddings} rows), '
+            f'but they range from {low} to {high}{hint}'
+        ) from None
+    return found
+
+
+def check_ids(ids: Tensor, name: str) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(
+            f'{name} must be integers, got a tensor of {ids.dtype}; continuous inputs go through ContinuousTransformerWrapper.'
+        )
+
+
 class AbsolutePositionalEmbedding(Module):
     """A learned vector for each position up to ``max_seq_len``, times ``dim ** -0.5``, or of unit length with ``l2norm_embed``.
 
@@ -63,7 +91,8 @@ class AbsolutePositionalEmbedding(Module):
                 f'the sequence reaches position {last}, but there are absolute positions only up to max_seq_len = '
                 f'{self.max_seq_len}: shorten the sequence or raise max_seq_len'
             )
-        vectors: Tensor = self.emb(token_positions(n, pos, seq_start_pos, offset, x.device)) * self.scale
+        at = token_positions(n, pos, seq_start_pos, offset, x.device)
+        vectors = look_up(self.emb, at, 'pos', f': raise max_seq_len={self.max_seq_len}, or shorten the sequence') * self.scale
         return l2norm(vectors) if self.l2norm_embed else vectors
 
 

@@ -1,0 +1,297 @@
+"""Wrong arguments at the doors that users stand before: one sentence that names the argument, what was got and what was wanted.
+
+What is wrong inside a stack's own call is in ``layers/test_checks.py``, excluded flags are in ``flags/test_rules.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from x_transformers import (
+    DPO,
+    Attention,
+    AutoregressiveWrapper,
+    BeliefStateWrapper,
+    ContinuousAutoregressiveWrapper,
+    ContinuousTransformerWrapper,
+    Decoder,
+    Encoder,
+    FeedForward,
+    MultiInputTransformerWrapper,
+    NonAutoregressiveWrapper,
+    PrefixDecoder,
+    TransformerWrapper,
+    ViTransformerWrapper,
+    XLAutoregressiveWrapper,
+    XTransformer,
+    XValTransformerWrapper,
+)
+
+STACK: dict[str, Any] = {'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
+TOKENS, LENGTH, LONGEST = 11, 6, 8
+IDS = torch.randint(0, TOKENS, (2, LENGTH))
+ONES = torch.ones(2, LENGTH, dtype=torch.bool)
+VECTORS = torch.randn(2, LENGTH, 16)
+LATE = torch.zeros(2, LONGEST + 1, dtype=torch.long)
+
+Call = Callable[[], Any]
+
+
+def net(stack: type = Decoder, wrapper: dict[str, Any] | None = None, **flags: Any) -> TransformerWrapper:
+    return TransformerWrapper(
+        **{'num_tokens': TOKENS, 'max_seq_len': LONGEST, 'attn_layers': stack(**STACK, **flags)} | (wrapper or {})
+    )
+
+
+def refuses(call: Call, *words: str) -> None:
+    """A sentence, of the family that a caller expects, with these words and without the traces of torch."""
+    with pytest.raises((ValueError, TypeError, IndexError)) as caught:
+        call()
+    said = str(caught.value)
+    assert all(word in said for word in words), f'{words} in: {said}'
+    assert len(said) > 20
+    assert '\n\n' not in said
+    assert not any(trace in said for trace in ('size of tensor', 'mat1', 'expected scalar type', 'unexpected keyword')), said
+
+
+def case(name: str, call: Call, *words: str) -> Any:
+    return pytest.param(call, words, id=name)
+
+
+def attention(**flags: Any) -> Attention:
+    return Attention(16, **{'heads': 2, 'dim_head': 8} | flags)
+
+
+PAIR = (torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8))
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('float tokens', lambda: net()(IDS.float()), 'x', 'float32'),
+        case('boolean tokens', lambda: net()(ONES), 'x', 'bool'),
+        case('one sequence without batch', lambda: net()(IDS[0]), 'x', '(6,)', 'unsqueeze'),
+        case('three axes', lambda: net()(IDS[None]), 'x', '(1, 2, 6)'),
+        case('ids too large', lambda: net()(IDS + TOKENS), 'x', '11'),
+        case('ids negative', lambda: net()(IDS - TOKENS), 'x', '11'),
+        case('tokens as a list', lambda: net()([[1, 2]]), 'x', 'list'),
+        case('no tokens at all', lambda: net()(None), 'x', 'prepend_embeds'),
+        case('too long', lambda: net()(LATE), 'max_seq_len=8', '9'),
+        case('float mask', lambda: net()(IDS, mask=ONES.float()), 'mask', 'float32', 'bool'),
+        case('whole-number mask', lambda: net()(IDS, mask=ONES.long()), 'mask', 'int64', 'bool'),
+        case('mask too short', lambda: net()(IDS, mask=ONES[:, :4]), 'mask', '(2, 4)', '6'),
+        case('mask of another batch', lambda: net()(IDS, mask=ONES[:1]), 'mask', '(1, 6)', '2'),
+        case('mask with three axes', lambda: net()(IDS, mask=ONES[None]), 'mask', '(1, 2, 6)'),
+        case('attn_mask of numbers', lambda: net()(IDS, attn_mask=torch.ones(6, 6)), 'attn_mask', 'float32', 'boolean'),
+        case('attn_mask too small', lambda: net()(IDS, attn_mask=torch.ones(5, 5).bool()), 'attn_mask', '(5, 5)', '(6, 6)'),
+        case('context without cross attention', lambda: net()(IDS, context=VECTORS), 'context', 'cross_attend'),
+        case('cross attention without context', lambda: net(cross_attend=True)(IDS), 'context', 'missing'),
+        case('context of ids', lambda: net(cross_attend=True)(IDS, context=IDS), 'context', 'int64', '16'),
+        case('context of another width', lambda: net(cross_attend=True)(IDS, context=VECTORS[..., :9]), 'context', '9', '16'),
+        case('context of another batch', lambda: net(cross_attend=True)(IDS, context=VECTORS[:1]), 'context', '(1, 6, 16)'),
+        case(
+            'float context mask',
+            lambda: net(cross_attend=True)(IDS, context=VECTORS, context_mask=ONES.float()),
+            'context_mask', 'boolean', 'float32',
+        ),
+        case('context_mask alone', lambda: net()(IDS, context_mask=ONES), 'context_mask', 'context'),
+        case('misspelt argument', lambda: net()(IDS, retrun_mems=True), 'retrun_mems', 'return_mems'),
+        case('condition missing', lambda: net(use_adaptive_layernorm=True)(IDS), 'condition', 'needed'),
+        case(
+            'condition too narrow',
+            lambda: net(use_adaptive_layernorm=True, dim_condition=4)(IDS, condition=torch.randn(2, 5)),
+            'condition', '(2, 5)', '4',
+        ),
+        case('condition for nobody', lambda: net()(IDS, condition=torch.randn(2, 16)), 'condition', 'nothing'),
+        case('pos too short', lambda: net(rotary_pos_emb=True)(IDS, pos=torch.arange(4)), 'pos', '4', '6'),
+        case('pos beyond the table', lambda: net()(IDS, pos=torch.arange(6) + 4), 'pos', '8'),
+        case('pos of another batch', lambda: net()(IDS, pos=torch.zeros(3, 6, dtype=torch.long)), 'pos', '(3, 6)'),
+        case('order out of range', lambda: net()(IDS, layers_execute_order=(0, 9)), 'layers_execute_order', '9', '4'),
+        case('mems for too few layers', lambda: net()(IDS, mems=[VECTORS]), 'mems', '2', '1'),
+        case('mems of another batch', lambda: net()(IDS, mems=[VECTORS[:1]] * 2), 'mems[0]', '(1, 6, 16)'),
+        case('mems of another width', lambda: net()(IDS, mems=[VECTORS[..., :4]] * 2), 'mems[0]', '(2, 6, 4)'),
+        case(
+            'external heads that do not divide',
+            lambda: net()(IDS, self_attn_additional_kv=[(torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8))] * 2),
+            '3 heads', 'divide',
+        ),
+        case(
+            'external mask too long',
+            lambda: net()(IDS, self_attn_additional_kv=[PAIR] * 2, additional_kv_mask=ONES),
+            'additional_kv_mask', '(2, 3)', '(2, 6)',
+        ),
+        case('prepended embeddings too narrow', lambda: net()(IDS, prepend_embeds=VECTORS[..., :4]), 'prepend_embeds', '16'),
+        case(
+            'prepended mask of numbers',
+            lambda: net()(IDS, prepend_embeds=VECTORS, prepend_mask=ONES.float()),
+            'prepend_mask', 'bool',
+        ),
+        case('summed embeddings too short', lambda: net()(IDS, sum_embeds=VECTORS[:, :4]), 'sum_embeds', '6'),
+        case('summed embeddings too narrow', lambda: net()(IDS, sum_embeds=VECTORS[..., :4]), 'sum_embeds', '16'),
+        case('embed_ids nobody asked for', lambda: net()(IDS, embed_ids={'kind': IDS}), 'embed_ids', 'kind'),
+        case(
+            'embed_ids out of range',
+            lambda: net(wrapper={'embed_num_tokens': {'kind': 3}})(IDS, embed_ids={'kind': IDS + 3}),
+            'kind', '3',
+        ),
+        case('start of another batch', lambda: net()(IDS, seq_start_pos=torch.zeros(3, dtype=torch.long)), 'seq_start_pos'),
+        case('recycle steps without recycling', lambda: net()(IDS, recycle_steps=2), 'recycle_steps', 'recycling'),
+        case('prefix of floats', lambda: net(PrefixDecoder)(IDS, prefix_attn_len=torch.ones(2)), 'prefix_attn_len', 'float32'),
+        case('prefix of another batch', lambda: net(PrefixDecoder)(IDS, prefix_attn_len=IDS[0, :3]), 'prefix_attn_len'),
+        case('prefix of a decoder', lambda: net()(IDS, prefix_attn_len=3), 'prefix_attn_len'),
+        case('embeddings of what has none', lambda: net()(IDS, return_next_embed_pred=True), 'return_next_embed_pred'),
+    ],
+)  # fmt: skip
+def test_calls_of_a_token_model(call: Call, words: tuple[str, ...]) -> None:
+    refuses(call, *words)
+
+
+def test_decoding_past_the_end() -> None:
+    model = net()
+    _, seen = model(LATE[:, :LONGEST], return_intermediates=True)
+    refuses(lambda: model(LATE[:, :1], cache=seen), 'max_seq_len=8', '9')
+    refuses(lambda: model(IDS, cache='yes'), 'cache', 'str')
+    refuses(lambda: model(IDS[:1, :1], cache=net()(IDS, return_intermediates=True)[1]), 'cache', 'batch')
+    refuses(lambda: net(Encoder)(IDS[:, :1], cache=net()(IDS, return_intermediates=True)[1]), 'cache', 'causal')
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('ids', lambda: attention()(IDS), 'x', '(2, 6)', '16'),
+        case('whole numbers', lambda: attention()(VECTORS.long()), 'x', 'int64', 'floating'),
+        case('another width', lambda: attention()(VECTORS[..., :5]), 'x', '16', '(2, 6, 5)'),
+        case('no tensor', lambda: attention()([1.0]), 'x', 'list'),
+        case('float mask', lambda: attention()(VECTORS, mask=ONES.float()), 'mask', 'boolean', 'float32'),
+        case('short mask', lambda: attention()(VECTORS, mask=ONES[:, 1:]), 'mask', '(2, 5)', '6'),
+        case('context width', lambda: attention(dim_context=4)(VECTORS, context=VECTORS), 'context', '4', '(2, 6, 16)'),
+        case('context missing', lambda: attention(dim_context=4)(VECTORS), 'context', 'missing', '4'),
+        case('bias of another size', lambda: attention()(VECTORS, attn_bias=torch.zeros(5, 6)), 'attn_bias', '(5, 6)', '6'),
+        case('boolean bias', lambda: attention()(VECTORS, attn_bias=torch.ones(6, 6).bool()), 'attn_bias', 'bool'),
+        case('views missing', lambda: attention(qkv_receive_diff_residuals=True)(VECTORS), 'x', '3'),
+        case(
+            'external keys',
+            lambda: attention()(VECTORS, additional_key_values=(PAIR[0][:, :, :, :4], PAIR[1])),
+            'additional_key_values', '8',
+        ),
+        case(
+            'external heads',
+            lambda: attention(heads=4, dim_head=4)(VECTORS, additional_key_values=(torch.randn(2, 3, 2, 4),) * 2),
+            '3 heads', '4',
+        ),
+        case('memories too narrow', lambda: attention()(VECTORS, mem=VECTORS[..., :3]), 'mem', '16', '(2, 6, 3)'),
+        case('mem_mask alone', lambda: attention()(VECTORS, mem_mask=ONES), 'mem_mask', 'mem'),
+        case('too few angles', lambda: attention()(VECTORS, rotary_pos_emb=(torch.randn(1, 4, 4), 1.0)), 'rotary', '4', '6'),
+        case('feed-forward width', lambda: FeedForward(16)(VECTORS[..., :3]), 'x', '16', '(2, 6, 3)'),
+    ],
+)  # fmt: skip
+def test_calls_of_parts(call: Call, words: tuple[str, ...]) -> None:
+    refuses(call, *words)
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('misspelt', lambda: Decoder(**STACK, rotary_pos_em=True), 'rotary_pos_em`', 'rotary_pos_emb`'),
+        case('of a part', lambda: Decoder(**STACK, ff_gluu=True), 'ff_gluu', 'ff_glu'),
+        case('part of nobody', lambda: Decoder(**STACK, cross_attn_qk_norm=True), 'cross_attn_', 'cross_attend'),
+        case('sub-option alone', lambda: Decoder(**STACK, attn_qk_norm_groups=2), 'qk_norm_groups', 'qk_norm'),
+        case('sub-option of a bias', lambda: Decoder(**STACK, rel_pos_num_buckets=4), 'rel_pos_num_buckets', 'rel_pos_bias'),
+        case('sub-option of a feed-forward', lambda: FeedForward(8, glu_mult_bias=True), 'glu_mult_bias', 'glu'),
+        case('heads that do not divide', lambda: Decoder(**STACK | {'heads': 3}, attn_kv_heads=2), 'kv_heads', '3', '2'),
+        case('wrong kind', lambda: Decoder(**STACK, rotary_pos_emb='yes'), 'rotary_pos_emb', 'yes'),
+        case('wrong range', lambda: Decoder(**STACK, layer_dropout=1.5), 'layer_dropout', '1.5'),
+        case('no depth', lambda: Decoder(dim=16), 'depth'),
+        case('no stack', lambda: TransformerWrapper(num_tokens=3, max_seq_len=4, attn_layers=3), 'attn_layers'),
+        case('no tokens', lambda: net(wrapper={'num_tokens': 0}), 'num_tokens', '0'),
+        case('tied to another width', lambda: net(wrapper={'tie_embedding': True, 'emb_dim': 4}), 'tie_embedding', 'emb_dim'),
+        case('wrapper sub-option', lambda: net(wrapper={'num_cls_tokens': 2}), 'num_cls_tokens', 'use_cls_token'),
+        case(
+            'image not divisible',
+            lambda: ViTransformerWrapper(image_size=9, patch_size=2, attn_layers=Encoder(**STACK)),
+            'patch_size', '9', '2',
+        ),
+        case('order beyond layers', lambda: Decoder(**STACK, layers_execute_order=(0, 7)), 'layers_execute_order', '7'),
+        case('unknown layer kind', lambda: Decoder(**STACK | {'depth': None}, custom_layers=('a', 'x')), 'custom_layers', 'x'),
+    ],
+)  # fmt: skip
+def test_flags(call: Call, words: tuple[str, ...]) -> None:
+    refuses(call, *words)
+
+
+def gpt(**flags: Any) -> AutoregressiveWrapper:
+    return AutoregressiveWrapper(net(**flags))
+
+
+def frames(**flags: Any) -> ContinuousTransformerWrapper:
+    return ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=LONGEST, attn_layers=Decoder(**STACK), **flags)
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('empty prompt', lambda: gpt().generate(IDS[:, :0], 2), 'prompt'),
+        case('nothing to generate', lambda: gpt().generate(IDS, -1), 'seq_len', '-1'),
+        case('negative temperature', lambda: gpt().generate(IDS, 1, temperature=-1.0), 'temperature', '-1'),
+        case('unknown filter', lambda: gpt().generate(IDS, 1, filter_logits_fn='top_q'), 'top_q', 'top_k'),
+        case('too long to learn', lambda: gpt()(torch.zeros(1, 20, dtype=torch.long)), 'max_seq_len=8', '20'),
+        case('one token', lambda: gpt()(IDS[:, :1]), '1'),
+        case('float tokens', lambda: gpt()(VECTORS), 'x'),
+        case('frames too wide', lambda: frames()(torch.randn(2, 5, 4)), '3', '(2, 5, 4)'),
+        case('frames as ids', lambda: frames()(IDS), 'x'),
+        case('lens too long', lambda: frames()(torch.randn(2, 5, 3), lens=torch.tensor([5, 6])), 'lens', '6', '5'),
+        case(
+            'lens and mask',
+            lambda: frames()(torch.randn(2, 6, 3), lens=torch.tensor([5, 6]), mask=ONES),
+            'lens', 'mask',
+        ),
+        case(
+            'roll-out longer than the sequence',
+            lambda: ContinuousAutoregressiveWrapper(frames())(torch.randn(2, 5, 3), rollout_steps=9),
+            'at least 10 frames', '5',
+        ),
+        case('image of another size', lambda: ViTransformerWrapper(
+            image_size=4, patch_size=2, attn_layers=Encoder(**STACK))(torch.randn(1, 3, 6, 6)), '4', '6'),
+        case('image with another depth', lambda: ViTransformerWrapper(
+            image_size=4, patch_size=2, attn_layers=Encoder(**STACK))(torch.randn(1, 1, 4, 4)), '3', '1'),
+        case(
+            'inputs with other names',
+            lambda: MultiInputTransformerWrapper(
+                num_tokens={'note': 5}, max_seq_len=8, attn_layers=Decoder(**STACK))({'pitch': IDS % 5}),
+            'note', 'pitch',
+        ),
+        case(
+            'numbers missing',
+            lambda: XValTransformerWrapper(
+                num_tokens=5, numerical_token_id=4, max_seq_len=8, attn_layers=Decoder(**STACK))(IDS % 5, torch.randn(2, 4)),
+            'x_num', '(2, 4)',
+        ),
+        case('mask beyond the table', lambda: NonAutoregressiveWrapper(net(Encoder), mask_id=TOKENS), 'mask_id', '11'),
+        case('segments of nothing', lambda: XLAutoregressiveWrapper(net(wrapper={'max_mem_len': 4}))(IDS[:, :1]), '1'),
+        case('preferences of two lengths', lambda: DPO(net())(IDS, IDS[:, :4], prompt_mask=ONES), 'unpreferred_seq', '(2, 4)'),
+        case(
+            'two directions of other vocabularies',
+            lambda: BeliefStateWrapper(net(), net(wrapper={'num_tokens': 5})),
+            'num_tokens', '5', '11',
+        ),
+        case('encoder without a size', lambda: XTransformer(dim=16, dec_num_tokens=5, dec_max_seq_len=4), 'enc_num_tokens'),
+    ],
+)  # fmt: skip
+def test_objectives(call: Call, words: tuple[str, ...]) -> None:
+    refuses(call, *words)
+
+
+def test_a_refused_call_leaves_the_model_as_it_was() -> None:
+    model = gpt().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for bad in (IDS.float(), IDS + TOKENS, LATE[:, :0]):
+        with pytest.raises((ValueError, TypeError, IndexError)):
+            model.generate(bad, 2)
+        assert model.training
+    after: dict[str, Tensor] = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
