@@ -6,6 +6,7 @@ inside a round, so a machine that changes its speed changes both. The figure is 
     --only 'train/*,decode/*'     workloads by pattern
     --other PATH                  an interpreter with another x_transformers installed, to be compared too
     --rounds N                    at least 5 for figures that are to be quoted
+    --out FOLDER                  bench.json and bench.png; workloads that are measured again replace their rows
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ MAIN = (
     'encoder/plain',
     'vit/plain',
     'encdec/plain',
+    'xl/modern',
 )
 FEATURES = tuple(
     f'feature/{name}'
@@ -88,7 +90,7 @@ def measure(workers: list[Worker], workload: str, rounds: int) -> dict[str, Any]
         for worker in turned:
             seconds[worker.label].append(worker.ask(workload, 'time')['seconds'])
     base = seconds[workers[-1].label]
-    row: dict[str, Any] = {'workload': workload}
+    row: dict[str, Any] = {'workload': workload, 'rounds': rounds, 'load': os.getloadavg()[0]}
     for worker in workers:
         ratios = sorted(own / floor for own, floor in zip(seconds[worker.label], base, strict=True))
         row[worker.label] = {
@@ -154,14 +156,17 @@ def main() -> None:
         if any(fnmatch.fnmatch(name, pattern) for pattern in options.only.split(','))
     ]
     labels = [worker.label for worker in workers]
-    rows = []
-    for workload in wanted:
-        rows.append(measure(workers, workload, options.rounds))
-        print(table(rows[-1:], labels).splitlines()[-len(labels) :][0], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / 'bench.json'
+    # rows of earlier runs stay, so that a table can be made piece by piece
+    held = {row['workload']: row for row in json.loads(kept.read_text())} if kept.exists() else {}
+    for workload in wanted:
+        row = held[workload] = measure(workers, workload, options.rounds)
+        print('\n'.join(table([row], labels).splitlines()[2:]), flush=True)
+        kept.write_text(json.dumps(list(held.values()), indent=1) + '\n')
+    rows = [held[name] for name in MAIN + FEATURES if name in held and all(label in held[name] for label in labels)]
     print('\n' + table(rows, labels))
-    print(f'\n{platform.processor() or platform.machine()}, Python {platform.python_version()}, {options.rounds} rounds')
-    (options.out / 'bench.json').write_text(json.dumps(rows, indent=1) + '\n')
+    print(f'\n{platform.machine()}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f} at the end')
     draw(rows, labels, options.out / 'bench.png')
 
 

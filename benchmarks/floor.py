@@ -91,6 +91,16 @@ class Block(nn.Module):
             x = x + self.cross(self.norm_cross(x), None, None, 0, context=context)
         return x + self.ff(self.norm2(x))
 
+    def with_memory(self, x: Tensor, mem: Tensor | None, angles: Tensor, mask: Tensor | None) -> Tensor:
+        attn, seen = self.attn, self.norm1(x)
+        keys = seen if mem is None else torch.cat((self.norm1(mem), seen), dim=1)
+        q = rotate(attn.to_q(seen).unflatten(-1, (attn.heads, -1)).transpose(1, 2), angles[-x.shape[1] :])
+        k = rotate(attn.to_k(keys).unflatten(-1, (attn.kv_heads, -1)).transpose(1, 2), angles)
+        v = attn.to_v(keys).unflatten(-1, (attn.kv_heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        x = x + attn.to_out(out.transpose(1, 2).flatten(2))
+        return x + self.ff(self.norm2(x))
+
 
 class Floor(nn.Module):
     """Tokens in, logits out."""
@@ -134,6 +144,22 @@ class Floor(nn.Module):
     def loss(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
         logits = self(ids, context=context)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    def segments_loss(self, ids: Tensor, length: int) -> Tensor:
+        """Transformer-XL, modern recipe: each segment also looks at what entered the layers in the one before."""
+        inputs, wanted = ids[:, :-1], ids[:, 1:]
+        total, mems = ids.new_zeros((), dtype=torch.float32), [None] * len(self.blocks)
+        for start in range(0, inputs.shape[1], length):
+            x, heard = self.embed(inputs[:, start : start + length]), []
+            n, held = x.shape[1], 0 if mems[0] is None else mems[0].shape[1]
+            mask = torch.ones(n, held + n, dtype=torch.bool).tril(held) if held else None
+            for block, mem in zip(self.blocks, mems, strict=True):
+                heard.append(x.detach())
+                x = block.with_memory(x, mem, self.angles[: held + n], mask)
+            mems = heard
+            logits = self.head(self.norm(x)).flatten(0, 1)
+            total = total + F.cross_entropy(logits, wanted[:, start : start + length].flatten(), reduction='sum')
+        return total / wanted.numel()
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, steps: int) -> Tensor:

@@ -5,6 +5,7 @@ python benchmarks/worker.py ours|floor      (driven by benchmarks/bench.py over 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -102,7 +103,18 @@ class Ours:
             sides = {f'{side}_{key}': value for side in ('enc', 'dec') for key, value in shape.items()}
             model, x = XTransformer(dim=512, **sides), ids(2, LENGTH)
             return training(lambda: model(x, x), model), model
+        if kind == 'xl':
+            return self.memories()
         raise ValueError(f'unknown workload {name}')
+
+    def memories(self) -> tuple[Step, torch.nn.Module]:
+        from x_transformers import Decoder, TransformerWrapper, XLAutoregressiveWrapper
+
+        segment = {'max_seq_len': LENGTH // 2, 'max_mem_len': LENGTH // 2}
+        stack = Decoder(dim=512, depth=6, heads=8, **MODERN)
+        model = XLAutoregressiveWrapper(TransformerWrapper(num_tokens=VOCABULARY, attn_layers=stack, **segment))
+        x = ids(2, LENGTH + 1)
+        return training(lambda: model(x), model), model
 
 
 class TheFloor:
@@ -134,6 +146,9 @@ class TheFloor:
             decoder = Floor(vocabulary=VOCABULARY, length=LENGTH, cross=True, depth=3)
             both, x = torch.nn.ModuleList((encoder, decoder)), ids(2, LENGTH)
             return training(lambda: decoder.loss(x, context=encoder.hidden(x)), both), both
+        if kind == 'xl':
+            model, x = Floor(vocabulary=VOCABULARY, length=LENGTH, modern=True), ids(2, LENGTH + 1)
+            return training(lambda: model.segments_loss(x, LENGTH // 2), model), model
         raise ValueError(f'unknown workload {name}')
 
 
@@ -153,16 +168,19 @@ def saved_megabytes(step: Step, model: torch.nn.Module) -> float:
     return sum(seen.values()) / 2**20
 
 
-def peak_megabytes(step: Step) -> float | None:
+def peak_megabytes(step: Step, model: torch.nn.Module) -> float | None:
     """How far one step goes above what is held before it; None where the system does not tell."""
     status = Path('/proc/self/status')
     try:
+        model.zero_grad(set_to_none=True)
         gc.collect()
+        # memory that earlier steps have given back, but the allocator has not, would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
         Path('/proc/self/clear_refs').write_text('5')
         before = resident(status, 'VmRSS')
         step()
         return (resident(status, 'VmHWM') - before) / 1024
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
@@ -189,7 +207,7 @@ def main() -> None:
             step()
             answer['seconds'] = time.thread_time() - start
         else:
-            answer['peak_mb'] = peak_megabytes(step)
+            answer['peak_mb'] = peak_megabytes(step, model)
             if name.split('/')[0] not in ('decode', 'prefill'):
                 answer['saved_mb'] = saved_megabytes(step, model)
         print(json.dumps(answer), flush=True)

@@ -13,7 +13,7 @@ from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import Sequential
-from x_transformers.module import ConstantLinear, Module, empty_parameter
+from x_transformers.module import ConstantLinear, Dropout, Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
 
@@ -112,9 +112,9 @@ class FeedForward(Module):
         self.ff = Sequential(
             first,
             LayerNorm(dim_inner) if flags.post_act_ln else None,
-            nn.Dropout(flags.dropout),
+            Dropout(flags.dropout),
             last(dim_inner, dim_out, bias=not flags.no_bias),
-            nn.Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
+            Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
         )
 
     def muon_parameters(self) -> list[Tensor]:

@@ -67,7 +67,7 @@ class StackWrapper(Module):
         """From the embeddings to the stack's width."""
         self.emb_frac_gradient: float = usual(flags, 'emb_frac_gradient')
         self.post_emb_norm = LayerNorm(self.emb_dim) if usual(flags, 'post_emb_norm') else nn.Identity()
-        self.emb_dropout = nn.Dropout(usual(flags, 'emb_dropout'))
+        self.emb_dropout = Dropout(usual(flags, 'emb_dropout'))
         self.project_emb = nn.Linear(self.emb_dim, self.dim) if self.emb_dim != self.dim else nn.Identity()
 
     def _build_memory_tokens(self, flags: Flags) -> None:

@@ -35,8 +35,8 @@ class KeysValues(NamedTuple):
 
 
 def split_heads(t: Float[Tensor, 'b n (h d)'], heads: int) -> Float[Tensor, 'b h n d']:
-    heads_first: Tensor = t.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return heads_first
+    batch, n, channels = t.shape
+    return t.view(batch, n, heads, channels // heads).transpose(1, 2)
 
 
 def merge_heads(t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n (h d)']:

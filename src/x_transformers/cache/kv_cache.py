@@ -40,7 +40,11 @@ class LayerCache:
     @property
     def length(self) -> int:
         """Rows of the longest growing tape."""
-        return max([0, *[tape.length for tape in self.tapes.values() if not tape.fixed]])
+        most = 0
+        for tape in self.tapes.values():
+            if tape.length > most and not tape.fixed:
+                most = tape.length
+        return most
 
     @property
     def can_rollback(self) -> bool:
@@ -57,10 +61,12 @@ class LayerCache:
 
     def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
         """Append to each named tape, making those that are missing; the full values, in the order given."""
+        tapes, whole = self.tapes, []
         for name, rows in new.items():
-            tape = self.tapes.get(name)
-            self.tapes[name] = Tape.of(rows) if tape is None else tape.append(rows)
-        return tuple(self.tapes[name].value for name in new)
+            tape = tapes.get(name)
+            tapes[name] = tape = Tape.of(rows) if tape is None else tape.append(rows)
+            whole.append(tape.value)
+        return tuple(whole)
 
     def replace(self, **whole: Float[Tensor, '... n d']) -> None:
         """Exchange the whole contents of growing tapes."""
@@ -86,11 +92,11 @@ class LayerCache:
 
     def fork(self) -> LayerCache:
         """A snapshot that can be continued independently; tapes are shared until one of the two is written."""
-        twin = LayerCache()
-        twin.tapes = dict(self.tapes)
-        twin.states = dict(self.states)
-        twin.carry = dict(self.carry)
-        twin.carry_axis = dict(self.carry_axis)
+        twin = LayerCache.__new__(LayerCache)
+        twin.tapes = self.tapes.copy()
+        twin.states = self.states.copy()
+        twin.carry = self.carry.copy()
+        twin.carry_axis = self.carry_axis.copy()
         return twin
 
     def changed(self, change: Callable[[Tape], Tape]) -> LayerCache:
@@ -178,7 +184,8 @@ class KVCache:
             (index, inter)
             for index, inter in zip(steps or range(len(attentions or ())), attentions or (), strict=False)
             # the caller made these, or put them in place of what the cache holds
-            if inter is not None and inter.cached_kv is not None and (held is None or inter.cache is None)
+            # asked last: of a cache, it would take the rotation off all keys
+            if inter is not None and (held is None or inter.cache is None) and inter.cached_kv is not None
         ]
         if held is not None and not by_hand:
             return cast(KVCache, held)
@@ -190,7 +197,13 @@ class KVCache:
     @property
     def retained(self) -> int:
         """Rows that self attention still holds."""
-        return max([0, *[layer.length for layer in self.steps.values()]])
+        # asked several times for every token that is decoded: no property of a layer is called
+        most = 0
+        for layer in self.steps.values():
+            for tape in layer.tapes.values():
+                if tape.length > most and not tape.fixed:
+                    most = tape.length
+        return most
 
     @property
     def can_rollback(self) -> bool:

@@ -178,9 +178,14 @@ class Inputs:
         past = None if self.cache is None else self.cache.step(step.index)
         if step.kind == 'f':
             return BranchInputs(
-                deep_embed=self.deep_embed(step.nth), padding=self.start_padding, past=past, condition=self.condition
+                mask=self.masks.base,
+                deep_embed=self.deep_embed(step.nth),
+                padding=self.start_padding,
+                past=past,
+                condition=self.condition,
             )
         given = BranchInputs(
+            mask=self.masks.base,
             rows=self.rows,
             previous=carry.previous.get(step.kind),
             first_values=carry.first_values.get(step.kind),
@@ -197,13 +202,14 @@ class Inputs:
         return given
 
     def _for_self(self, given: BranchInputs, step: Step, norm: Callable[[Tensor], Tensor]) -> None:
-        mem = _at(self.mems, step.nth)
-        given.mask = self.masks.of(step.nth)
+        mem = _at(self.mems, step.nth) if self.mems else None
+        if mem is not None:
+            given.mask = self.masks.of(step.nth)
         given.bias = self.bias
         given.positions = self.positions
         given.mem = None if mem is None else norm(mem)
-        given.extra = _at(self.extra, step.nth)
-        given.kv_shift = _at(self.self_kv_shift, step.nth)
+        given.extra = _at(self.extra, step.nth) if self.extra else None
+        given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
         given.packed = self.packed
 
     def _for_cross(self, given: BranchInputs, step: Step, dropout: float) -> None:
@@ -259,14 +265,15 @@ class Record:
     layer_hiddens: list[Tensor] = field(default_factory=list)
     cache: KVCache | None = None
 
-    def enter(self, step: Step, h: Tensor) -> None:
-        """``h`` is about to enter the layer: (b n d), or one each for queries, keys and values."""
+    def enter(self, step: Step, h: Tensor, injected: Tensor | None) -> None:
+        """``h`` is about to enter the layer: (b n d), or one each for queries, keys and values; ``injected`` is added to it."""
         if not self.wanted:
             return
         self.layer_hiddens.append(h)
         if step.kind == 'a':
-            # a memory is looked at through keys and values
-            self.hiddens.append(h if h.ndim == 3 else h[1:].mean(dim=0))
+            # a memory is looked at through keys and values, as the tokens were
+            h = h if h.ndim == 3 else h[1:].mean(dim=0)
+            self.hiddens.append(h if injected is None else h + injected)
 
     def leave(self, step: Step, seen: Intermediates | None) -> None:
         if not self.wanted or step.kind == 'f':

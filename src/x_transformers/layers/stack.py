@@ -141,11 +141,12 @@ class AttentionLayers(Module):
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
         streams = self.streams.open(x, self.stream_emb)
+        layers: list[Layer] = list(self.layers)  # type: ignore[arg-type]
         for step in call.steps:
-            layer: Layer = self.layers[step.layer]  # type: ignore[assignment]
+            layer = layers[step.layer]
             streams = self._join(step, streams, carry)
             h, rest = layer.residual.read(streams)
-            record.enter(step, h)
+            record.enter(step, h, call.injected)
             h = self._mix(step, h, carry)
             drop = self._drops(step, call, x.device)
             if drop is True:

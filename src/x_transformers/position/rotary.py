@@ -131,12 +131,14 @@ def as_turns(angles: Float[Tensor, '... p'], scale: Float[Tensor, '... p'] | flo
 
 def turn(t: Float[Tensor, '... n d'], turns: Tensor) -> Float[Tensor, '... n d']:
     """Multiply the pairs of ``t``, as complex numbers, by ``turns`` (… n d/2): the fastest rotation without a compiler."""
-    dtype = torch.promote_types(t.dtype, turns.real.dtype)
-    wide = t.to(dtype)
+    dtype = turns.dtype.to_real()
+    dtype = dtype if t.dtype == dtype else torch.promote_types(t.dtype, dtype)
+    wide = t if t.dtype == dtype else t.to(dtype)
     if wide.stride(-1) != 1 or any(stride % 2 for stride in wide.stride()[:-1]) or wide.storage_offset() % 2:
         wide = wide.contiguous()
-    pairs = torch.view_as_complex(torch.unflatten(wide, -1, (-1, 2)))
-    return torch.view_as_real(pairs * turns.to(pairs.dtype)).flatten(-2).to(t.dtype)
+    pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], wide.shape[-1] // 2, 2))
+    turned = torch.view_as_real(pairs * (turns if turns.dtype == pairs.dtype else turns.to(pairs.dtype))).flatten(-2)
+    return turned if turned.dtype == t.dtype else turned.to(t.dtype)
 
 
 def turn_by_cos_sin(

@@ -1,0 +1,196 @@
+"""What may not get worse: bytes kept for the backward, operations per decoded token, graphs, what an import brings along."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
+from x_transformers.attention.kernels.choose import use_kernel
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+HEADS = {'heads': 8}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f'benchmarks_{name}', BENCHMARKS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def floor():
+    return load('floor')
+
+
+@pytest.fixture(scope='module')
+def worker():
+    path = list(sys.path)
+    yield load('worker')
+    sys.path[:] = path
+
+
+def model(*, length=64, depth=2, **flags):
+    torch.manual_seed(0)
+    stack = Decoder(dim=64, depth=depth, **HEADS, **flags)
+    return AutoregressiveWrapper(TransformerWrapper(num_tokens=32, max_seq_len=length, attn_layers=stack))
+
+
+def ids(rows, length):
+    return torch.randint(0, 32, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize('recipe', ['plain', 'modern'])
+def test_no_more_is_kept_for_the_backward_than_by_the_hand_written_model(floor, worker, recipe):
+    x = ids(2, 64)
+    ours = model(**(worker.MODERN if recipe == 'modern' else {}))
+    theirs = floor.Floor(vocabulary=32, length=64, modern=recipe == 'modern', dim=64, depth=2, **HEADS)
+    kept = worker.saved_megabytes(worker.training(lambda: ours(x), ours), ours)
+    least = worker.saved_megabytes(worker.training(lambda: theirs.loss(x), theirs), theirs)
+    assert least > 0
+    assert kept <= 1.05 * least
+
+
+class Fresh(TorchDispatchMode):
+    """Calls by operation, and the bytes of what they allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[str(func)] += 1
+        out = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in old:
+                self.bytes += t.untyped_storage().nbytes()
+        return out
+
+
+def watch_tokens(generate, first, last):
+    """What the tokens after the ``first`` cost, up to the ``last``: each on the average."""
+    with Fresh() as few:
+        generate(first)
+    with Fresh() as many:
+        generate(last)
+    count = last - first
+    return (many.calls.total() - few.calls.total()) / count, (many.bytes - few.bytes) / count
+
+
+@pytest.mark.parametrize('recipe', ['plain', 'modern'])
+def test_a_decoded_token_takes_few_operations(floor, worker, recipe):
+    ours = model(depth=6, **(worker.MODERN if recipe == 'modern' else {}))
+    theirs = floor.Floor(vocabulary=32, length=64, modern=recipe == 'modern', dim=64, depth=6, **HEADS)
+    prompt = ids(1, 8)
+    calls, _ = watch_tokens(lambda n: ours.generate(prompt, n, temperature=0.0), 4, 12)
+    least, _ = watch_tokens(lambda n: theirs.generate(prompt, n), 4, 12)
+    assert calls <= 1.25 * least
+
+
+def test_a_decoded_token_takes_at_most_1200_operations_those_made_of_others_counted_too():
+    ours, prompt = model(depth=6), ids(1, 8)
+
+    def count(steps):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            ours.generate(prompt, steps, temperature=0.0)
+        return sum(event.count for event in profile.key_averages() if event.key.startswith('aten::'))
+
+    assert 100 < (count(12) - count(4)) / 8 <= 1200
+
+
+@pytest.mark.parametrize('flags', [{}, {'rotary_pos_emb': True, 'attn_kv_heads': 2, 'use_rmsnorm': True}])
+def test_what_a_token_allocates_does_not_grow_with_the_context(flags):
+    ours = model(length=512, depth=2, **flags)
+
+    def allocated_after(context):
+        prompt = ids(1, context)
+        # the first token moves the prompt's keys to where there is room; those after it only add theirs
+        return watch_tokens(lambda n: ours.generate(prompt, n, temperature=0.0, filter_kwargs={}), 34, 36)[1]
+
+    room = 4 * 64 * 2 * 8  # keys and values of two layers: what one more row of room takes, at 8 heads of 64 channels
+    assert abs(allocated_after(400) - allocated_after(40)) <= 2 * room
+
+
+# ---------------------------------------------------------------- graphs
+
+
+def graphs_of(run, *given):
+    """(what the compiled function returns, how many graphs it was made of)."""
+    made = []
+
+    def backend(graph, example):
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    try:
+        return torch.compile(run, fullgraph=True, backend=backend)(*given), len(made)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('name', ['plain', 'modern', 'window', 'padding', 'window and padding', 'encoder with padding'])
+def test_a_compiled_model_is_one_graph(worker, name):
+    torch.manual_seed(0)
+    flags = worker.MODERN if name == 'modern' else {'attn_max_attend_past': 4} if 'window' in name else {}
+    kind = Encoder if 'encoder' in name else Decoder
+    stack = kind(dim=64, depth=2, **HEADS, **flags)
+    net = TransformerWrapper(num_tokens=32, max_seq_len=16, attn_layers=stack)
+    given = {'mask': torch.arange(16) < torch.tensor([[16], [9]])} if 'padding' in name else {}
+    run = net if kind is Encoder else AutoregressiveWrapper(net)
+    x = ids(2, 16)
+    out, count = graphs_of(lambda t: run(t, **given), x)
+    assert count == 1
+    torch.testing.assert_close(out, run(x, **given))
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize('kernel', ['sdpa', 'blocks', 'flex'])
+@pytest.mark.parametrize('flags', [{}, {'attn_max_attend_past': 4}, {'alibi_pos_bias': True}, {'attn_kv_heads': 2}])
+def test_the_first_loss_is_the_same_on_every_kernel(kernel, flags):
+    # flex has no double precision
+    ours, x = model(length=16, **flags).to(torch.float32 if kernel == 'flex' else torch.float64), ids(2, 16)
+    with use_kernel('reference'):
+        expected = ours(x)
+    expected.backward()
+    grads = {name: p.grad for name, p in ours.named_parameters()}
+    ours.zero_grad(set_to_none=True)
+    with torch.set_grad_enabled(kernel != 'flex'), use_kernel(kernel):
+        loss = ours(x)
+    torch.testing.assert_close(loss, expected)
+    if kernel != 'flex':
+        # flex has no backward on a CPU
+        loss.backward()
+        for name, p in ours.named_parameters():
+            torch.testing.assert_close(p.grad, grads[name], msg=lambda text, name=name: f'{name}: {text}')
+
+
+# ---------------------------------------------------------------- start
+
+
+def test_an_import_brings_nothing_heavy_along():
+    heavy = ['torch._dynamo', 'torch._inductor', 'torch.nn.attention.flex_attention', 'matplotlib', 'einops', 'tyro', 'tqdm']
+    code = (
+        'import sys, torch; before = set(sys.modules); import x_transformers; '
+        'x_transformers.Decoder(dim=8, depth=1, heads=1); print(*(set(sys.modules) - before))'
+    )
+    new = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert 'x_transformers' in new
+    assert [name for name in heavy if name in new] == []
+    assert [name for name in new if name.split('.')[0] == 'sympy'] == []
