@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.laws.arguments import Arguments, Draw
 from tests.laws.groups import (
     BY_NAME,
+    CAUSAL,
+    CONTEXT_LENGTH,
     CROSS,
+    CROSSER,
     DECODER,
     DEPTH,
     DIM,
@@ -21,13 +25,16 @@ from tests.laws.groups import (
     GROUPS,
     HEADS,
     LENGTH,
+    PREFIX,
     TOKENS,
     Group,
     Recurrent,
 )
-from x_transformers import Decoder, Encoder, TransformerWrapper
+from x_transformers import CrossAttender, Decoder, Encoder, PrefixDecoder, TransformerWrapper
+from x_transformers.layers.checks import check_steps
 
-CONTEXT_LENGTH = 5
+STACKS = {DECODER: Decoder, CROSS: Decoder, ENCODER: Encoder, PREFIX: PrefixDecoder, CROSSER: CrossAttender}
+LONGEST_PREFIX = 3
 
 
 @dataclass(frozen=True)
@@ -53,39 +60,99 @@ class Combination:
     def random(self) -> bool:
         return any(entry.random for entry in self.groups)
 
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-        """The model in eval mode, every parameter moved off its start so that zero-initialised parts are active."""
+    @cached_property
+    def flags(self) -> dict[str, Any]:
         flags: dict[str, Any] = {}
-        wrapper: dict[str, Any] = {}
         for entry in self.groups:
             flags.update(entry.flags)
-            wrapper.update(entry.wrapper)
         flags = {'dim': DIM, 'heads': HEADS, 'attn_dim_head': DIM_HEAD, 'verbose': False} | flags
-        if 'attn_hybrid_module' in flags:
-            flags['attn_hybrid_module'] = Recurrent(HEADS * flags.get('attn_value_dim_head', DIM_HEAD))
         if 'custom_layers' not in flags:
             flags['depth'] = DEPTH
         if self.kind == CROSS:
             flags['cross_attend'] = True
-        stack = Encoder(**flags) if self.kind == ENCODER else Decoder(**flags)
-        model = TransformerWrapper(num_tokens=TOKENS, max_seq_len=2 * LENGTH, attn_layers=stack, **wrapper)
-        return shaken(model, seed).to(dtype).eval()
+        return flags
 
-    def inputs(self, rows: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Every per-row argument of the call but the tokens."""
+    @cached_property
+    def wrapper(self) -> dict[str, Any]:
+        return {name: value for entry in self.groups for name, value in entry.wrapper.items()}
+
+    def build(self, seed: int = 0, dtype: torch.dtype = torch.float64, **wrapper: Any) -> nn.Module:
+        """The model in eval mode, every parameter moved off its start so that zero-initialised parts are active."""
+        return shaken(self.fresh(**wrapper), seed).to(dtype).eval()
+
+    def fresh(self, leave_out: str | None = None, **wrapper: Any) -> nn.Module:
+        """The model as it is born; without one of its keywords."""
+        flags = {name: value for name, value in self.flags.items() if name != leave_out}
+        wrapper = {name: value for name, value in (self.wrapper | wrapper).items() if name != leave_out}
+        if 'depth' not in flags and 'custom_layers' not in flags:
+            flags['depth'] = DEPTH
+        if 'attn_hybrid_module' in flags:
+            flags['attn_hybrid_module'] = Recurrent(HEADS * flags.get('attn_value_dim_head', DIM_HEAD))
+        stack = STACKS[self.kind](**flags)
+        return TransformerWrapper(num_tokens=TOKENS, max_seq_len=2 * LENGTH, attn_layers=stack, **wrapper)
+
+    @cached_property
+    def attentions(self) -> int:
+        """How many self attentions a forward executes."""
+        stack: Any = self.build(dtype=torch.float32).attn_layers
+        return sum(step.kind == 'a' for step in check_steps(stack, None))
+
+    def inputs(self, rows: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Arguments:
+        """Every argument of the call but the tokens."""
         generator = torch.Generator().manual_seed(seed)
-        given: dict[str, Tensor] = {}
+        draw = Draw(rows, generator, dtype, self.flags, self.wrapper, self.attentions if self.counts else 0)
+        given: dict[str, Any] = {}
         for entry in self.groups:
-            given.update(entry.inputs(rows, generator, dtype))
-        if self.kind == CROSS:
-            given['context'] = torch.randn(rows, CONTEXT_LENGTH, DIM, generator=generator, dtype=dtype)
-            lengths = torch.randint(2, CONTEXT_LENGTH + 1, (rows,), generator=generator)
-            given['context_mask'] = torch.arange(CONTEXT_LENGTH) < lengths[:, None]
-        return given
+            given.update(entry.inputs(draw))
+        if self.kind in (CROSS, CROSSER):
+            given['context'] = draw.normal(rows, CONTEXT_LENGTH, DIM)
+            given['context_mask'] = torch.arange(CONTEXT_LENGTH) < draw.whole(2, CONTEXT_LENGTH + 1, rows)[:, None]
+        if self.kind == PREFIX:
+            given['prefix_attn_len'] = draw.whole(1, LONGEST_PREFIX + 1, rows)
+        return Arguments(given, LENGTH)
+
+    @property
+    def counts(self) -> bool:
+        return bool({'mems', 'kv_shift'} & set(self.names))
+
+    def call(self, model: nn.Module, x: Tensor, given: dict[str, Any], **more: Any) -> Any:
+        """The model's answer about the tokens ``x``, as one tensor; with its intermediates if these are asked for."""
+        ask = {'return_next_embed_pred': True} if 'add_continuous_pred_head' in self.wrapper else {}
+        out = model(x, **given, **ask, **more)
+        return (self.read(out[0], x), out[1]) if more.get('return_intermediates') else self.read(out, x)
+
+    def read(self, out: Any, x: Tensor) -> Tensor:
+        if 'add_continuous_pred_head' in self.wrapper:
+            logits, (predicted, _) = out
+            return torch.cat((self.read_logits(logits, x).flatten(2), self.read_tokens(predicted, x)), dim=-1)
+        return self.read_logits(out, x)
+
+    def read_logits(self, out: Any, x: Tensor) -> Tensor:
+        if self.wrapper.get('num_output_heads', 1) > 1:
+            out = torch.stack(out, dim=-1)
+        return out if self.pooled else self.read_tokens(out, x)
+
+    @staticmethod
+    def read_tokens(out: Tensor, x: Tensor) -> Tensor:
+        """Without what was prepended."""
+        return out[:, max(out.shape[1] - x.shape[1], 0) :]
+
+    @property
+    def pooled(self) -> bool:
+        """One answer for the whole sequence."""
+        return bool({'average_pool_embed', 'use_cls_token', 'attn_pool'} & set(self.wrapper))
 
     @property
     def causal(self) -> bool:
-        return self.kind != ENCODER
+        return self.kind in CAUSAL and not self.pooled
+
+    @property
+    def free_from(self) -> int:
+        """Tokens before it may see each other."""
+        return LONGEST_PREFIX if self.kind == PREFIX else 0
+
+    def has(self, *names: str) -> bool:
+        return bool(set(names) & set(self.names))
 
 
 def shaken(model: nn.Module, seed: int) -> nn.Module:
@@ -100,8 +167,26 @@ def tokens(rows: int, length: int = LENGTH, seed: int = 2) -> Tensor:
     return torch.randint(0, TOKENS, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# these say the same thing twice at the call, where it is refused
-CONTRADICTIONS = ({'in_attn_cond', 'reinject'}, {'in_attn_cond', 'reinject_gate'})
+BIASES = {name for name, entry in BY_NAME.items() if {'alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias'} & set(entry.flags)}
+OWN_BIASES = {'attn_bias', 'attn_bias_heads', 'attn_bias_whole'}
+
+
+PER_TOKEN = {'condition_per_token', 'in_attn_cond_per_token', 'kv_shift'}
+FRONT = {'memory_tokens', 'interspersed', 'prepend', 'cls', 'cls_two'}
+
+
+def contradicts(names: set[str]) -> bool:
+    """Whether two arguments of the call say the same thing twice, which is refused there."""
+    injected = names & {'in_attn_cond', 'in_attn_cond_per_token'}
+    return (
+        bool(injected and names & {'reinject', 'reinject_gate'})
+        or bool(names & OWN_BIASES and names & BIASES)
+        or len(names & OWN_BIASES) > 1
+        # rows in front would need entries too
+        or bool(names & PER_TOKEN and names & FRONT)
+        # positions must then be given for the memories too
+        or bool('mems' in names and names & {'pos', 'pos_rows'})
+    )
 
 
 def draw(count: int, seed: int, most: int = 6) -> list[Combination]:
@@ -109,15 +194,27 @@ def draw(count: int, seed: int, most: int = 6) -> list[Combination]:
     source = random.Random(seed)
     found: dict[Combination, None] = {}
     while len(found) < count:
-        kind = source.choice((DECODER, DECODER, ENCODER, CROSS))
+        kind = source.choice((DECODER, DECODER, DECODER, ENCODER, ENCODER, CROSS, CROSS, PREFIX, CROSSER))
         fitting = [entry.name for entry in GROUPS if kind in entry.kinds]
         names = source.sample(fitting, source.randint(1, most))
-        if any(pair <= set(names) for pair in CONTRADICTIONS):
+        if contradicts(set(names)):
             continue
         found.setdefault(Combination(kind, tuple(sorted(names))))
     return list(found)
 
 
-def singles() -> list[Combination]:
-    """Every group alone, in every kind of model that it fits."""
-    return [Combination(kind, (entry.name,)) for entry in GROUPS for kind in sorted(entry.kinds)]
+def rotated() -> list[Combination]:
+    """Every group alone in a decoder, or else in the first kind that it fits, and in one more kind, which goes round."""
+    cases: dict[Combination, None] = {}
+    for index, entry in enumerate(GROUPS):
+        kinds = sorted(entry.kinds - {DECODER}) or [DECODER]
+        for kind in (DECODER if DECODER in entry.kinds else kinds[0], kinds[index % len(kinds)]):
+            cases[Combination(kind, (entry.name,))] = None
+    return list(cases)
+
+
+def singles(part: str | None = None) -> list[Combination]:
+    """Every group alone, in every kind of model that it fits; or only these kinds or groups, separated by commas."""
+    every = [Combination(kind, (entry.name,)) for entry in GROUPS for kind in sorted(entry.kinds)]
+    wanted = set(part.split(',')) if part else set()
+    return [case for case in every if not wanted or {case.kind, *case.names} & wanted]

@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DECODER, ENCODER, CROSS = 'decoder', 'encoder', 'cross'
-EVERYWHERE = frozenset({DECODER, ENCODER, CROSS})
-CAUSAL = frozenset({DECODER, CROSS})
+from tests.laws.arguments import Along, Draw
+
+DECODER, ENCODER, CROSS, PREFIX, CROSSER = 'decoder', 'encoder', 'cross', 'prefix', 'crosser'
+EVERYWHERE = frozenset({DECODER, ENCODER, CROSS, PREFIX, CROSSER})
+SELF = EVERYWHERE - {CROSSER}  # has self attention
+CAUSAL = frozenset({DECODER, CROSS, PREFIX})
+STRICT = frozenset({DECODER, CROSS})  # nobody sees anything later
+WHOLE = frozenset({DECODER, ENCODER})  # blocks are self attention and feed-forward
 
 DIM, HEADS, DIM_HEAD, DEPTH = 16, 4, 8, 2
-TOKENS, LENGTH = 24, 9
+TOKENS, LENGTH, MEMORIES, CONTEXT_LENGTH = 24, 9, 3, 5
 
-Inputs = Callable[[int, torch.Generator, torch.dtype], dict[str, Tensor]]
+Inputs = Callable[[Draw], dict[str, Tensor | Along]]
 
 
-def no_inputs(rows: int, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
+def no_inputs(draw: Draw) -> dict[str, Tensor | Along]:
     return {}
 
 
@@ -34,14 +39,112 @@ class Group:
     inputs: Inputs = no_inputs
     random: bool = False  # draws random numbers in eval mode too: equalities are not tested
     only_training: bool = False  # changes nothing in eval mode
+    same: bool = False  # another way to the same numbers
 
 
-def condition(rows: int, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {'condition': torch.randn(rows, DIM, generator=generator, dtype=dtype)}
+def condition(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'condition': draw.normal(draw.rows, draw.flags.get('dim_condition', DIM))}
 
 
-def in_attn_cond(rows: int, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {'in_attn_cond': torch.randn(rows, DIM, generator=generator, dtype=dtype)}
+def condition_per_token(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'condition': Along(draw.normal(draw.rows, LENGTH, DIM), tokens=(1,), like_x=True)}
+
+
+def in_attn_cond(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'in_attn_cond': draw.normal(draw.rows, DIM)}
+
+
+def in_attn_cond_per_token(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'in_attn_cond': Along(draw.normal(draw.rows, LENGTH, DIM), tokens=(1,), like_x=True)}
+
+
+def who_sees_whom(*leading: int) -> Inputs:
+    """A random mask in which every token sees itself; -1 stands for the batch."""
+
+    def make(draw: Draw) -> dict[str, Tensor | Along]:
+        shape = [draw.rows if size < 0 else size for size in leading]
+        allowed = draw.chance(*shape, LENGTH, LENGTH) | torch.eye(LENGTH, dtype=torch.bool)
+        axes = (len(shape), len(shape) + 1)
+        return {'attn_mask': Along(allowed, rows=0 if -1 in leading else None, tokens=axes)}
+
+    return make
+
+
+def own_bias(*leading: int) -> Inputs:
+    def make(draw: Draw) -> dict[str, Tensor | Along]:
+        shape = [draw.rows if size < 0 else size for size in leading]
+        axes = (len(shape), len(shape) + 1)
+        bias = draw.normal(*shape, LENGTH, LENGTH)
+        return {'attn_bias': Along(bias, rows=0 if -1 in leading else None, tokens=axes)}
+
+    return make
+
+
+def own_positions(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'pos': Along(draw.whole(1, 3, LENGTH).cumsum(dim=-1) - 1, rows=None, tokens=(0,))}
+
+
+def own_positions_per_row(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'pos': Along(draw.whole(1, 3, draw.rows, LENGTH).cumsum(dim=-1) - 1, tokens=(1,))}
+
+
+def context_positions(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'context_pos': Along(draw.whole(1, 3, CONTEXT_LENGTH).cumsum(dim=-1), rows=None)}
+
+
+def keys_of_another(draw: Draw) -> dict[str, Tensor | Along]:
+    """Keys and values for the top layer, of which some rows have fewer."""
+    heads, width = draw.flags.get('attn_kv_heads', 2), draw.flags.get('attn_value_dim_head', DIM_HEAD)
+    pairs = [(draw.normal(draw.rows, heads, 4, DIM_HEAD), draw.normal(draw.rows, heads, 4, width))]
+    mask = torch.arange(4) >= draw.whole(0, 3, draw.rows)[:, None]
+    return {'self_attn_additional_kv': Along(pairs), 'additional_kv_mask': mask}
+
+
+def cache_of_another(draw: Draw) -> dict[str, Tensor | Along]:
+    """What another stack has cached."""
+    from x_transformers import Decoder
+
+    stack = Decoder(
+        dim=DIM,
+        depth=2,
+        heads=HEADS,
+        attn_dim_head=DIM_HEAD,
+        attn_value_dim_head=draw.flags.get('attn_value_dim_head', DIM_HEAD),
+    )
+    with torch.no_grad():
+        _, record = stack.to(draw.dtype)(draw.normal(draw.rows, 4, DIM), return_hiddens=True)
+    return {'self_attn_additional_kv': Along(record.kv_cache)}
+
+
+def memories(draw: Draw) -> dict[str, Tensor | Along]:
+    mems = [draw.normal(draw.rows, MEMORIES, DIM) for _ in range(draw.attentions)]
+    mask = torch.arange(MEMORIES) >= draw.whole(0, 3, draw.rows)[:, None]
+    return {'mems': Along(mems), 'mem_masks': Along([mask] * draw.attentions)}
+
+
+def prepended(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'prepend_embeds': draw.normal(draw.rows, 2, draw.wrapper.get('emb_dim', DIM))}
+
+
+def more_ids(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'embed_ids': Along({'kind': draw.whole(0, 5, draw.rows, LENGTH)}, tokens=(1,))}
+
+
+def summed(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'sum_embeds': Along(draw.normal(draw.rows, LENGTH, draw.wrapper.get('emb_dim', DIM)), tokens=(1,))}
+
+
+def key_shifts(draw: Draw) -> dict[str, Tensor | Along]:
+    shifts = draw.normal(draw.attentions, draw.rows, LENGTH, DIM)
+    return {'self_attn_kv_residuals': Along(shifts, rows=1, tokens=(2,), like_x=True)}
+
+
+def context_shifts(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'cross_attn_kv_residuals': Along(draw.normal(1, draw.rows, CONTEXT_LENGTH, DIM), rows=1)}
+
+
+def twice(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'recycle_steps': Along(2, rows=None)}
 
 
 class Recurrent(nn.Module):
@@ -51,13 +154,13 @@ class Recurrent(nn.Module):
         super().__init__()
         self.gru = nn.GRU(DIM, width, batch_first=True)
 
-    def forward(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.gru(x, hidden)
+    def forward(self, x: Tensor, hidden: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.gru(x if mask is None else x * mask.unsqueeze(-1), hidden)
 
 
 def group(name: str, kinds: frozenset[str] = EVERYWHERE, *, wrapper: dict[str, Any] | None = None, inputs: Inputs = no_inputs,
-          random: bool = False, only_training: bool = False, **flags: Any) -> Group:  # fmt: skip
-    return Group(name, flags, wrapper or {}, kinds, inputs, random, only_training)
+          random: bool = False, only_training: bool = False, same: bool = False, **flags: Any) -> Group:  # fmt: skip
+    return Group(name, flags, wrapper or {}, kinds, inputs, random, only_training, same)
 
 
 ATTENTION = (
@@ -81,10 +184,10 @@ ATTENTION = (
     group('pre_scale_post_talking', attn_pre_scale_post_talking_heads=True),
     group('softclamp', attn_softclamp_logits=True, attn_logit_softclamp_value=3.0),
     group('cog', attn_cog_signed=True),
-    group('cope', CAUSAL, attn_use_cope=True, attn_cope_max_pos=4),
-    group('cope_talking', CAUSAL, attn_use_cope=True, attn_cope_max_pos=4, attn_cope_talking_heads=True),
-    group('cope_onehot', CAUSAL, attn_use_cope=True, attn_cope_max_pos=4, attn_cope_soft_onehot_pos=True),
-    group('selective', CAUSAL, attn_selective=True),
+    group('cope', STRICT, attn_use_cope=True, attn_cope_max_pos=4),
+    group('cope_talking', STRICT, attn_use_cope=True, attn_cope_max_pos=4, attn_cope_talking_heads=True),
+    group('cope_onehot', STRICT, attn_use_cope=True, attn_cope_max_pos=4, attn_cope_soft_onehot_pos=True),
+    group('selective', STRICT, attn_selective=True),
     group('sink', attn_head_learned_sink=True),
     group('sigmoid', attn_sigmoid=True),
     group('hard', attn_hard=True),
@@ -92,12 +195,12 @@ ATTENTION = (
     group('sparse_topk', attn_sparse_topk=3),
     group('sparse_topk_through', attn_sparse_topk=3, attn_sparse_topk_straight_through=True),
     group('custom_fn', attn_custom_attn_fn=lambda scores: scores.softmax(dim=-1) * 0.5),
-    group('window', attn_max_attend_past=3),
+    group('window', SELF, attn_max_attend_past=3),
     group('laser', attn_laser=True),
     group('laser_clamp', attn_laser=True, attn_laser_softclamp_value=4.0),
-    group('orthog', attn_orthog_projected_values=True),
-    group('orthog_heads', attn_orthog_projected_values_per_head=True),
-    group('orthog_both', attn_orthog_projected_values=True, attn_orthog_projected_values_per_head=True),
+    group('orthog', SELF, attn_orthog_projected_values=True),
+    group('orthog_heads', SELF, attn_orthog_projected_values_per_head=True),
+    group('orthog_both', SELF, attn_orthog_projected_values=True, attn_orthog_projected_values_per_head=True),
     group('latent_q', attn_use_latent_q=True, attn_dim_latent_q=6),
     group('latent_kv', attn_use_latent_kv=True, attn_dim_latent_kv=6),
     group('mla', attn_use_latent_kv=True, attn_dim_latent_kv=6, attn_latent_rope_subheads=2, rotary_pos_emb=True),
@@ -107,25 +210,39 @@ ATTENTION = (
     group('zero_init', zero_init_branch_output=True),
     group('attn_dropout', attn_dropout=0.2, only_training=True),
     group('sublayer_dropout', attn_sublayer_dropout=0.2, ff_sublayer_dropout=0.2, only_training=True),
-    group('onnxable', attn_onnxable=True),
-    group('no_causal_flash', attn_flash=True),
+    group('onnxable', attn_onnxable=True, same=True),
+    group('zero_output', attn_zero_init_output=True, ff_zero_init_output=True),
+    group('gumbel_soft', attn_gumbel_softmax=True, attn_gumbel_softmax_hard=False, attn_gumbel_softmax_temp=2.0, random=True),
+    group('hybrid_mask', CAUSAL, attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_mask_kwarg='mask'),
+    group('no_causal_flash', attn_flash=True, same=True),
 )
 
 POSITIONS = (
-    group('rotary', rotary_pos_emb=True),
-    group('rotary_dim', rotary_pos_emb=True, rotary_emb_dim=2),
-    group('rotary_xpos', CAUSAL, rotary_xpos=True),
-    group('rotary_scaled', rotary_pos_emb=True, rotary_interpolation_factor=2.0, rotary_base_rescale_factor=2.0),
-    group('rotate_num_heads', rotary_pos_emb=True, rotate_num_heads=2),
-    group('polar', polar_pos_emb=True),
-    group('polar_uniform', polar_pos_emb=True, polar_bias_uniform_init=True),
-    group('alibi', alibi_pos_bias=True),
-    group('alibi_heads', alibi_pos_bias=True, alibi_num_heads=2),
-    group('t5', rel_pos_bias=True, rel_pos_num_buckets=8, rel_pos_max_distance=16),
-    group('dynamic', dynamic_pos_bias=True),
-    group('dynamic_norm', dynamic_pos_bias=True, dynamic_pos_bias_log_distance=True, dynamic_pos_bias_norm=True),
-    group('forgetting', attn_data_dependent_alibi=True),
-    group('forgetting_row', CAUSAL, attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=True),
+    group('rotary', SELF, rotary_pos_emb=True),
+    group('rotary_dim', SELF, rotary_pos_emb=True, rotary_emb_dim=2),
+    group('rotary_xpos', STRICT, rotary_xpos=True),
+    group('rotary_scaled', SELF, rotary_pos_emb=True, rotary_interpolation_factor=2.0, rotary_base_rescale_factor=2.0),
+    group('rotate_num_heads', SELF, rotary_pos_emb=True, rotate_num_heads=2),
+    group('polar', SELF, polar_pos_emb=True),
+    group('polar_uniform', SELF, polar_pos_emb=True, polar_bias_uniform_init=True),
+    group('alibi', SELF, alibi_pos_bias=True),
+    group('alibi_heads', SELF, alibi_pos_bias=True, alibi_num_heads=2),
+    group('t5', SELF, rel_pos_bias=True, rel_pos_num_buckets=8, rel_pos_max_distance=16),
+    group('dynamic', SELF, dynamic_pos_bias=True),
+    group('dynamic_norm', SELF, dynamic_pos_bias=True, dynamic_pos_bias_log_distance=True, dynamic_pos_bias_norm=True),
+    group('forgetting', SELF, attn_data_dependent_alibi=True),
+    group('forgetting_row', STRICT, attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=True),
+    group('dynamic_deep', SELF, dynamic_pos_bias=True, dynamic_pos_bias_mlp_depth=3),
+    group('forgetting_kwargs', SELF, attn_data_dependent_alibi=True, attn_data_dependent_alibi_kwargs={'bias_init': 1.0}),
+    group(
+        'forgetting_row_dim',
+        STRICT,
+        attn_data_dependent_alibi=True,
+        attn_data_dependent_alibi_per_row=True,
+        attn_data_dependent_alibi_per_row_dim_head=4,
+    ),
+    group('xpos_base', STRICT, rotary_xpos=True, rotary_xpos_scale_base=8),
+    group('no_stack_abs', disable_abs_pos_emb=True),
     group('sinusoidal', wrapper={'scaled_sinu_pos_emb': True}),
     group('no_abs', wrapper={'use_abs_pos_emb': False}),
 )
@@ -147,10 +264,10 @@ STACK = (
     group('sandwich_norm', sandwich_norm=True),
     group('macaron', macaron=True),
     group('sandwich_coef', sandwich_coef=1),
-    group('par_ratio', frozenset({DECODER, ENCODER}), par_ratio=2),
+    group('par_ratio', WHOLE, par_ratio=2),
     group('weight_tie', weight_tie_layers=True),
-    group('custom_layers', frozenset({DECODER, ENCODER}), custom_layers=('a', 'f', 'a', 'f', 'f')),
-    group('execute_order', frozenset({DECODER, ENCODER}), layers_execute_order=(0, 1, 0, 1, 2, 3)),
+    group('custom_layers', WHOLE, custom_layers=('a', 'f', 'a', 'f', 'f')),
+    group('execute_order', WHOLE, layers_execute_order=(0, 1, 0, 1, 2, 3)),
     group('gate_residual', gate_residual=True),
     group('scale_residual', scale_residual=True),
     group('scale_residual_constant', scale_residual_constant=0.7),
@@ -169,9 +286,23 @@ STACK = (
     group('cross_residual_attn', frozenset({CROSS}), cross_residual_attn=True),
     group('shift', shift_tokens=1),
     group('resi_dual', resi_dual=True),
+    group('resi_dual_scale', resi_dual=True, resi_dual_scale=0.5),
+    group('tanh_alpha', use_dynamic_tanh=True, dynamic_tanh_init_alpha=0.5),
+    group('dim_condition', use_adaptive_rmsnorm=True, dim_condition=6, inputs=condition),
+    group(
+        'mlp_expansion',
+        use_adaptive_rmsnorm=True,
+        adaptive_condition_mlp=True,
+        adaptive_condition_mlp_expansion=2,
+        inputs=condition,
+    ),
+    group('condition_per_token', use_adaptive_layernorm=True, inputs=condition_per_token),
+    group('in_attn_cond_per_token', inputs=in_attn_cond_per_token),
+    group('streams_sinkhorn', num_residual_streams=2, hyper_conn_doubly_stochastic=True, hyper_conn_sinkhorn_iters=2),
+    group('shift_two', WHOLE, shift_tokens=(0, 2, 1, 0)),
     group('softclamp_output', softclamp_output=True, softclamp_output_value=5.0),
     group('layer_dropout', layer_dropout=0.3, only_training=True),
-    group('cross_dropout', frozenset({CROSS}), cross_attn_tokens_dropout=0.3, only_training=True),
+    group('cross_dropout', frozenset({CROSS}), cross_attn_tokens_dropout=0.6, only_training=True),
 )
 
 FEEDFORWARD = (
@@ -183,6 +314,7 @@ FEEDFORWARD = (
     group('post_act_ln', ff_post_act_ln=True),
     group('no_bias', ff_no_bias=True),
     group('ff_mult', ff_mult=2),
+    group('ff_dropout', ff_dropout=0.2, only_training=True),
     group('custom_activation', ff_custom_activation=nn.Tanh()),
 )
 
@@ -197,8 +329,40 @@ WRAPPER = (
     group('mixture', wrapper={'mixture_of_softmax': True, 'mixture_of_softmax_k': 2}),
     group('sigsoftmax', wrapper={'sigsoftmax_logits': True}),
     group('deep_embed', wrapper={'ff_deep_embed': True}),
+    group('interspersed', STRICT, wrapper={'num_memory_tokens': 2, 'memory_tokens_interspersed_every': 4}),
+    group('output_heads', wrapper={'num_output_heads': 2}),
+    group('next_embed', wrapper={'add_continuous_pred_head': True}),
+    group('only_embed', wrapper={'return_only_embed': True}),
+    group('squeezed', wrapper={'logits_dim': 1, 'squeeze_out_last_dim': True}),
+    group('recycling', wrapper={'recycling': True}, inputs=twice),
+    group('embed_ids', wrapper={'embed_num_tokens': {'kind': 5}}, inputs=more_ids),
+    group('average', WHOLE, wrapper={'average_pool_embed': True}),
+    group('cls', WHOLE, wrapper={'use_cls_token': True}),
+    group('cls_two', frozenset({ENCODER}), wrapper={'use_cls_token': True, 'num_cls_tokens': 2}),
+    group('attn_pool', frozenset({ENCODER}), wrapper={'attn_pool': True, 'num_pooled_tokens': 2}),
+    group('attn_pool_deep', frozenset({ENCODER}), wrapper={'attn_pool': True, 'attn_pool_depth': 2, 'dim_pooled_tokens': 6}),
     group('emb_dropout', wrapper={'emb_dropout': 0.2}, only_training=True),
 )
 
-GROUPS: tuple[Group, ...] = ATTENTION + POSITIONS + STACK + FEEDFORWARD + WRAPPER
+CALLS = (
+    group('attn_mask', SELF, inputs=who_sees_whom()),
+    group('attn_mask_heads', SELF, inputs=who_sees_whom(HEADS)),
+    group('attn_mask_rows', SELF, inputs=who_sees_whom(-1, 1)),
+    group('attn_mask_whole', SELF, inputs=who_sees_whom(-1, HEADS)),
+    group('attn_bias', SELF, inputs=own_bias()),
+    group('attn_bias_heads', SELF, inputs=own_bias(HEADS)),
+    group('attn_bias_whole', SELF, inputs=own_bias(-1, HEADS)),
+    group('pos', inputs=own_positions),
+    group('pos_rows', inputs=own_positions_per_row),
+    group('context_pos', frozenset({CROSS, CROSSER}), rotary_pos_emb=True, inputs=context_positions),
+    group('additional_kv', SELF, inputs=keys_of_another),
+    group('additional_cache', SELF, inputs=cache_of_another),
+    group('mems', SELF, inputs=memories),
+    group('prepend', inputs=prepended),
+    group('sum_embeds', inputs=summed),
+    group('kv_shift', SELF, inputs=key_shifts),
+    group('context_shift', frozenset({CROSS, CROSSER}), inputs=context_shifts),
+)
+
+GROUPS: tuple[Group, ...] = ATTENTION + POSITIONS + STACK + FEEDFORWARD + WRAPPER + CALLS
 BY_NAME = {entry.name: entry for entry in GROUPS}

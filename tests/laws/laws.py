@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.laws.combination import Combination, tokens
 from tests.laws.groups import LENGTH, TOKENS
+from x_transformers.flags.base import FlagError
 
 ROWS = 3
 TOLERANCE = 1e-5
@@ -35,23 +36,25 @@ def must_equal(got: Tensor, want: Tensor, what: str) -> None:
     must(gap <= TOLERANCE * scale, f'{what}: differ by {gap:.2g} (values up to {scale:.2g})')
 
 
-def rows_of(given: dict[str, Any], rows: Any) -> dict[str, Any]:
-    return {name: value[rows] for name, value in given.items()}
+def row(index: int) -> slice:
+    return slice(index, index + 1)
 
 
 def finite(case: Combination) -> None:
     """Outputs and gradients are finite, in eval and in training mode, and every parameter gets a gradient."""
     model = case.build()
-    x, given = tokens(ROWS), case.inputs(ROWS)
+    x, given = tokens(ROWS), case.inputs(ROWS).part()
     for mode in (False, True):
         model.train(mode)
         torch.manual_seed(0)
-        out = model(x, **given)
+        out = case.call(model, x, given)
         must(bool(out.isfinite().all()), f'output not finite (training={mode})')
         model.zero_grad()
         (out * torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)).sum().backward()
         for name, parameter in model.named_parameters():
-            if not mode and 'execute_order' not in case.names:  # an order may leave layers out
+            if not mode and not case.has(
+                'execute_order', 'only_embed', 'attn_pool', 'attn_pool_deep'
+            ):  # an order may leave layers out
                 must(parameter.grad is not None, f'{name} gets no gradient')
             if parameter.grad is not None:
                 must(bool(parameter.grad.isfinite().all()), f'gradient of {name} not finite (training={mode})')
@@ -63,12 +66,12 @@ def causal(case: Combination) -> None:
     if not case.causal or case.random:
         return
     model = case.build()
-    x, given = tokens(ROWS), case.inputs(ROWS)
-    before = model(x, **given)
-    for cut in (1, 4, LENGTH - 1):
+    x, given = tokens(ROWS), case.inputs(ROWS).part()
+    before = case.call(model, x, given)
+    for cut in (max(1, case.free_from), 4, LENGTH - 1):
         changed = x.clone()
         changed[:, cut:] = (changed[:, cut:] + 7) % TOKENS
-        must_equal(model(changed, **given)[:, :cut], before[:, :cut], f'position {cut} and later are seen from before')
+        must_equal(case.call(model, changed, given)[:, :cut], before[:, :cut], f'position {cut} and later are seen from before')
 
 
 @torch.no_grad()
@@ -78,29 +81,31 @@ def row_independent(case: Combination) -> None:
         return
     model = case.build()
     x, given = tokens(ROWS), case.inputs(ROWS)
-    together = model(x, **given)
-    for row in range(ROWS):
-        alone = model(x[row : row + 1], **rows_of(given, slice(row, row + 1)))
-        must_equal(alone, together[row : row + 1], f'row {row} alone')
+    together = case.call(model, x, given.part())
+    for each in range(ROWS):
+        alone = case.call(model, x[row(each)], given.part(row(each)))
+        must_equal(alone, together[row(each)], f'row {each} alone')
 
 
 @torch.no_grad()
 def padding_blind(case: Combination) -> None:
     """Right padding under a mask: a row gives what it gives alone and cut, and what stands in the padding is not seen."""
-    if case.random or ('shift' in case.names and not case.causal):
+    if case.random or (case.has('shift', 'shift_two') and not case.causal):
         # kept as in the original: feed-forwards are not told of the mask, so the last token takes features of the first pad
         return
     model = case.build()
     x, given = tokens(ROWS), case.inputs(ROWS)
-    lengths = torch.tensor([LENGTH, 5, 2])
+    lengths = torch.tensor([LENGTH, 5, 3])
     mask = torch.arange(LENGTH) < lengths[:, None]
-    padded = model(x, mask=mask, **given)
-    must(bool(padded[mask].isfinite().all()), 'not finite under a mask')
+    padded = case.call(model, x, given.part(), mask=mask)
     noise = torch.where(mask, x, (x + 11) % TOKENS)
-    must_equal(model(noise, mask=mask, **given)[mask], padded[mask], 'the padding is seen')
-    for row, length in enumerate(lengths.tolist()):
-        alone = model(x[row : row + 1, :length], **rows_of(given, slice(row, row + 1)))
-        must_equal(padded[row : row + 1, :length], alone, f'row {row}, padded from {length} to {LENGTH}')
+    noisy = case.call(model, noise, given.part(), mask=mask)
+    for each, length in enumerate(lengths.tolist()):
+        alone = case.call(model, x[row(each), :length], given.part(row(each), 0, length))
+        within = slice(None) if case.pooled else slice(0, length)
+        must(bool(padded[each, within].isfinite().all()), 'not finite under a mask')
+        must_equal(noisy[each, within], padded[each, within], 'the padding is seen')
+        must_equal(padded[row(each), within], alone, f'row {each}, padded from {length} to {LENGTH}')
 
 
 @torch.no_grad()
@@ -109,19 +114,26 @@ def left_padding_blind(case: Combination) -> None:
     if case.random or not case.causal:
         return
     model = case.build()
-    x, given = tokens(ROWS), case.inputs(ROWS)
+    # a prefix is counted from the first column, and a caller's positions from where the caller says
+    x, given = tokens(ROWS), case.inputs(ROWS).without({'prefix_attn_len', 'pos'})
     starts = torch.tensor([0, 3, 6])
-    if has_hybrid(case):
-        # a module of the user's own would read the padding: refused before anything runs
+    if left_padding_refused(case):
         try:
-            model(x, seq_start_pos=starts, **given)
+            case.call(model, x, given.part(), seq_start_pos=starts)
         except ValueError:
             return
-        raise Broken('a hybrid module takes left padding')
-    padded = model(x, seq_start_pos=starts, **given)
-    for row, start in enumerate(starts.tolist()):
-        alone = model(x[row : row + 1, start:], **rows_of(given, slice(row, row + 1)))
-        must_equal(padded[row : row + 1, start:], alone, f'row {row}, {start} pads on the left')
+        raise Broken('left padding is taken, though it cannot be right')
+    padded = case.call(model, x, given.part(), seq_start_pos=starts)
+    for each, start in enumerate(starts.tolist()):
+        alone = case.call(model, x[row(each), start:], given.part(row(each), start))
+        must_equal(padded[row(each), start:], alone, f'row {each}, {start} pads on the left')
+
+
+def left_padding_refused(case: Combination) -> bool:
+    """A module of the user's own would read the padding; rows in front would move the entries of a dense mask."""
+    front = case.has('memory_tokens', 'interspersed', 'prepend')
+    dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
+    return has_hybrid(case) or (front and dense) or case.has('interspersed')
 
 
 def has_hybrid(case: Combination) -> bool:
@@ -140,19 +152,20 @@ def cached_is_full(case: Combination) -> None:
     model = case.build()
     x, given = tokens(ROWS), case.inputs(ROWS)
     if not can_cache(model):
-        _, cache = model(x[:, :4], return_intermediates=True, **given)
+        _, cache = case.call(model, x[:, :4], given.part(stop=4), return_intermediates=True)
         try:
-            model(x[:, :5], cache=cache, return_intermediates=True, **given)
+            case.call(model, x[:, :5], given.part(stop=5), cache=cache, return_intermediates=True)
         except ValueError:
             return
         raise Broken('says that it cannot be cached, and yet takes a cache')
-    full = model(x, **given)
+    full = case.call(model, x, given.part())
     for whole in (False, True):
         cache, done = None, 0
         for upto in (4, 5, 6, LENGTH):
             piece = x[:, :upto] if whole or cache is None else x[:, done:upto]
             extra = {} if cache is None else {'cache': cache, 'input_not_include_cache': not whole}
-            out, cache = model(piece, return_intermediates=True, **extra, **given)
+            part = given.part(stop=upto, new=upto - piece.shape[1])
+            out, cache = case.call(model, piece, part, return_intermediates=True, **extra)
             must_equal(out[:, done - upto :], full[:, done:upto], f'tokens {done} to {upto} with a cache (whole={whole})')
             done = upto
 
@@ -166,27 +179,75 @@ def cache_operations(case: Combination) -> None:
     if not can_cache(model):
         return
     x, given = tokens(ROWS), case.inputs(ROWS)
-    _, first = model(x[:, :4], return_intermediates=True, **given)
+    _, first = case.call(model, x[:, :4], given.part(stop=4), return_intermediates=True)
     new = {'return_intermediates': True, 'input_not_include_cache': True}
-    want, _ = model(x[:, 4:6], cache=first, **new, **given)
-    again, _ = model(x[:, 4:6], cache=first, **new, **given)
+    want, _ = case.call(model, x[:, 4:6], given.part(stop=6, new=4), cache=first, **new)
+    again, _ = case.call(model, x[:, 4:6], given.part(stop=6, new=4), cache=first, **new)
     must_equal(again, want, 'an old cache continued a second time')
+    front = first.kv_cache.front
     if not has_hybrid(case):  # a recurrent state cannot be rolled back, and says so
         wrong = (x[:, 4:7] + 5) % TOKENS
-        _, longer = model(wrong, cache=first, **new, **given)
-        back, _ = model(x[:, 4:6], cache=longer.kv_cache.rollback(4), **new, **given)
+        _, longer = case.call(model, wrong, given.part(stop=7, new=4), cache=first, **new)
+        back, _ = case.call(model, x[:, 4:6], given.part(stop=6, new=4), cache=longer.kv_cache.rollback(front + 4), **new)
         must_equal(back, want, 'after a rollback')
     order = torch.tensor([2, 0, 0])
-    mixed, _ = model(x[order, 4:6], cache=first.kv_cache.reorder(order), **new, **rows_of(given, order))
+    mixed, _ = case.call(model, x[order, 4:6], given.part(order, stop=6, new=4), cache=first.kv_cache.reorder(order), **new)
     must_equal(mixed, want[order], 'after a reorder')
-    if has_hybrid(case):
+    if left_padding_refused(case):
         return
+    given = given.without({'prefix_attn_len', 'pos'})
     starts = torch.tensor([0, 2, 3])
-    full = model(x, seq_start_pos=starts, **given)
-    out, cache = model(x[:, :5], seq_start_pos=starts, return_intermediates=True, **given)
+    full = case.call(model, x, given.part(), seq_start_pos=starts)
+    out, cache = case.call(model, x[:, :5], given.part(stop=5), seq_start_pos=starts, return_intermediates=True)
     for step in range(5, LENGTH):
-        out, cache = model(x[:, step : step + 1], seq_start_pos=starts, cache=cache, **new, **given)
+        piece, part = x[:, step : step + 1], given.part(stop=step + 1, new=step)
+        out, cache = case.call(model, piece, part, seq_start_pos=starts, cache=cache, **new)
         must_equal(out, full[:, step : step + 1], f'step {step} of left-padded prompts with a cache')
+
+
+def segments_promised(case: Combination) -> bool:
+    """Whether memories carry all that later tokens need of earlier ones.
+
+    A memory is the input of a self attention (https://arxiv.org/abs/1901.02860), which is all that its keys and values are made
+    of. With every state kept, a segment gives what it gives as a part of the whole. Not so where earlier *queries*, or anything
+    but keys and values, matter to later tokens:
+
+    - selective attention masks keys by what earlier queries have selected;
+    - tokens that are shifted take features of their neighbour, and recurrent modules a state, which no memory holds;
+    - separate mixtures of the streams for keys and values: a memory is one state for both;
+    - memory tokens and what is prepended stand in front of every segment anew, and what is said about pairs of tokens, or about
+      keys in general, is said about one segment.
+    """
+    carried_otherwise = {'selective', 'shift', 'shift_two', 'streams_qkv', 'memory_tokens', 'interspersed', 'recycling'}
+    # memories are normed by the layer that reads them, which knows the condition of its own tokens only
+    carried_otherwise |= {'condition_per_token'}
+    said_of_one = {'mems', 'prepend', 'kv_shift', 'additional_kv', 'additional_cache'}
+    dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
+    return not (has_hybrid(case) or dense or case.has(*carried_otherwise, *said_of_one))
+
+
+@torch.no_grad()
+def segments_are_whole(case: Combination) -> None:
+    """Segments that are given the memories of those before them give what they give as parts of one sequence."""
+    if case.random or not case.causal or case.kind == 'crosser' or not segments_promised(case):
+        return
+    try:
+        model = case.build(max_mem_len=LENGTH)
+    except FlagError:
+        return  # mixtures over depth: keys and values have inputs of their own
+    x, given = tokens(ROWS), case.inputs(ROWS)
+    whole = case.call(model, x, given.part())
+    spread = given.given['pos'].value if 'pos' in given.given else torch.arange(LENGTH)
+    mems: Any = None
+    for start, stop in ((0, 4), (4, 7), (7, LENGTH)):
+        part = given.part(start=start, stop=stop)
+        if start:
+            part.pop('prefix_attn_len', None)  # it lies in the first segment
+        part['pos'] = spread[..., :stop]  # of the memories too: absolute positions begin anew otherwise
+        out, record = case.call(model, x[:, start:stop], part, mems=mems, return_mems=True, return_intermediates=True)
+        must_equal(out, whole[:, start:stop], f'tokens {start} to {stop}, with the memories of those before')
+        mems = record.mems
+        must(all(mem.shape[1] == stop for mem in mems), f'memories of {[mem.shape[1] for mem in mems]} states, not {stop}')
 
 
 def kernels_agree(case: Combination) -> None:
@@ -196,23 +257,23 @@ def kernels_agree(case: Combination) -> None:
     if case.random:
         return
     model = case.build()
-    x, given = tokens(ROWS), case.inputs(ROWS)
+    x, given = tokens(ROWS), case.inputs(ROWS).part()
     mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 6, 3])[:, None]
     for extra in ({}, {'mask': mask}):
         results = []
         for kernel in (None, 'reference'):
             model.zero_grad()
             if kernel is None:
-                out = model(x, **extra, **given)
+                out = case.call(model, x, given, **extra)
             else:
                 with use_kernel(kernel):
-                    out = model(x, **extra, **given)
+                    out = case.call(model, x, given, **extra)
             weights = torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)
-            if extra:
+            if extra and not case.pooled:
                 weights = weights * mask.view(*mask.shape, *(1,) * (out.ndim - 2))
             (out * weights).sum().backward()
             gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-            results.append((out.detach()[mask] if extra else out.detach(), gradients))
+            results.append((out.detach()[mask] if extra and not case.pooled else out.detach(), gradients))
         must_equal(results[0][0], results[1][0], f'output against the reference kernel ({"mask" if extra else "no mask"})')
         must_equal(results[0][1], results[1][1], f'gradients against the reference kernel ({"mask" if extra else "no mask"})')
 
@@ -223,13 +284,13 @@ def survives_copies(case: Combination) -> None:
     if case.random:
         return
     model = case.build()
-    x, given = tokens(ROWS), case.inputs(ROWS)
-    want = model(x, **given)
+    x, given = tokens(ROWS), case.inputs(ROWS).part()
+    want = case.call(model, x, given)
     other = case.build(seed=5)
     other.load_state_dict(model.state_dict(), strict=True)
-    must_equal(other(x, **given), want, 'after save and load')
-    must_equal(copy.deepcopy(model)(x, **given), want, 'after a deep copy')
-    if has_hybrid(case) or 'custom_activation' in case.names:
+    must_equal(case.call(other, x, given), want, 'after save and load')
+    must_equal(case.call(copy.deepcopy(model), x, given), want, 'after a deep copy')
+    if has_hybrid(case) or case.has('custom_activation'):
         return  # these bring modules of the user, which are not built on the meta device
     with torch.device('meta'):
         hollow = case.build()
@@ -237,17 +298,17 @@ def survives_copies(case: Combination) -> None:
     for tensor in (*hollow.parameters(), *hollow.buffers()):
         tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
     hollow.reset_parameters()
-    must(bool(hollow.double()(x, **given).isfinite().all()), 'built on the meta device and filled: not finite')
+    must(bool(case.call(hollow.double(), x, given).isfinite().all()), 'built on the meta device and filled: not finite')
     hollow.load_state_dict(model.state_dict(), strict=True)
-    must_equal(hollow(x, **given), want, 'built on the meta device, filled and loaded')
+    must_equal(case.call(hollow, x, given), want, 'built on the meta device, filled and loaded')
 
 
 def half_precision(case: Combination) -> None:
     """Finite in bf16 autocast, gradients too."""
     model = case.build(dtype=torch.float32)
-    x, given = tokens(ROWS), case.inputs(ROWS, dtype=torch.float32)
+    x, given = tokens(ROWS), case.inputs(ROWS, dtype=torch.float32).part()
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        out = model(x, **given)
+        out = case.call(model, x, given)
         out.float().square().mean().backward()
     must(bool(out.isfinite().all()), 'not finite under bf16 autocast')
     for name, parameter in model.named_parameters():
@@ -263,6 +324,7 @@ LAWS: tuple[Callable[[Combination], None], ...] = (
     left_padding_blind,
     cached_is_full,
     cache_operations,
+    segments_are_whole,
     kernels_agree,
     survives_copies,
     half_precision,
@@ -273,13 +335,14 @@ LAWS: tuple[Callable[[Combination], None], ...] = (
 def compiles(case: Combination) -> None:
     """One graph without a break, and the same result (deep sweep only: slow)."""
     model = case.build()
-    x, given = tokens(ROWS), case.inputs(ROWS)
+    x, given = tokens(ROWS), case.inputs(ROWS).part()
     mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 6, 3])[:, None]
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     torch.manual_seed(0)
-    got = compiled(x, mask=mask, **given)
+    got = case.call(compiled, x, given, mask=mask)
     if not case.random:
-        must_equal(got[mask], model(x, mask=mask, **given)[mask], 'compiled')
+        want = case.call(model, x, given, mask=mask)
+        must_equal(*((got, want) if case.pooled else (got[mask], want[mask])), 'compiled')
 
 
 DEEP_LAWS = (*LAWS, compiles)

@@ -1,4 +1,7 @@
-"""Every flag alone and random combinations of up to six, under every law."""
+"""Every flag alone and random combinations of up to six, under every law.
+
+``LAWS_COUNT``: how many random combinations, of the seed ``LAWS_SEED``; ``LAWS_EVERYWHERE``: every flag in every kind of model.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import os
 
 import pytest
 
-from tests.laws.combination import Combination, draw, singles
+from tests.laws.combination import Combination, draw, rotated, singles
 from tests.laws.laws import LAWS
 from x_transformers.flags.base import FlagError
 
 SEED = int(os.environ.get('LAWS_SEED', '2161'))
 COUNT = int(os.environ.get('LAWS_COUNT', '200'))
+ALONE = singles() if os.environ.get('LAWS_EVERYWHERE') else rotated()
 
 
 def build_or_refuse(case: Combination) -> bool:
@@ -19,11 +23,13 @@ def build_or_refuse(case: Combination) -> bool:
     try:
         case.build()
     except FlagError as refusal:
-        return len(str(refusal)) <= 20  # a refusal must say more than that
+        if len(str(refusal)) <= 20:
+            pytest.fail(f'{refusal}: a refusal must say more than that')
+        return False
     return True
 
 
-@pytest.mark.parametrize('case', singles(), ids=str)
+@pytest.mark.parametrize('case', ALONE, ids=str)
 def test_every_flag_alone(case: Combination) -> None:
     if not build_or_refuse(case):
         pytest.fail(f'{case} is refused, though it is one idea with all that it needs')

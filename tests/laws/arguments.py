@@ -1,0 +1,77 @@
+"""What a combination gives at the call, and how each argument is cut to some rows and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.cache.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Along:
+    """An argument that is no plain ``(rows, …)`` tensor: where its rows lie, and its tokens; lists are cut entry by entry."""
+
+    value: Any
+    rows: int | None = 0
+    tokens: tuple[int, ...] = ()
+    like_x: bool = False  # belongs to the tokens of x: where x is new tokens only, it is theirs only
+
+    def part(self, rows: slice | Tensor, start: int, stop: int) -> Any:
+        return self._cut(self.value, rows, start, stop)
+
+    def _cut(self, value: Any, rows: slice | Tensor, start: int, stop: int) -> Any:
+        if isinstance(value, dict):
+            return {name: self._cut(each, rows, start, stop) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._cut(each, rows, start, stop) for each in value)
+        if isinstance(value, KVCache):
+            return value.reorder(torch.arange(next(tape.batch for layer in value for tape in layer.tapes.values()))[rows])
+        if self.rows is not None:
+            value = value[(slice(None),) * self.rows + (rows,)]
+        for axis in self.tokens:
+            value = value.narrow(axis, start, stop - start)
+        return value
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What an argument is made from: the size of the batch, a seeded generator, and the flags of the combination."""
+
+    rows: int
+    generator: torch.Generator
+    dtype: torch.dtype
+    flags: dict[str, Any] = field(default_factory=dict)
+    wrapper: dict[str, Any] = field(default_factory=dict)
+    attentions: int = 0  # executed self attentions
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=self.dtype)
+
+    def whole(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def chance(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator) < 0.7
+
+
+class Arguments:
+    """The keywords of one call, over all rows and tokens."""
+
+    def __init__(self, given: dict[str, Tensor | Along], length: int) -> None:
+        self.given = {name: value if isinstance(value, Along) else Along(value) for name, value in given.items()}
+        self.length = length
+
+    def part(
+        self, rows: slice | Tensor = slice(None), start: int = 0, stop: int | None = None, *, new: int | None = None
+    ) -> dict[str, Any]:
+        """As for these rows alone, and for the tokens from ``start`` to ``stop``, of which x has those from ``new``."""
+        stop, new = self.length if stop is None else stop, start if new is None else new
+        return {name: value.part(rows, new if value.like_x else start, stop) for name, value in self.given.items()}
+
+    def without(self, names: Iterable[str]) -> Arguments:
+        return Arguments({name: value for name, value in self.given.items() if name not in set(names)}, self.length)
