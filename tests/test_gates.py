@@ -143,6 +143,7 @@ def graphs_of(run, *given):
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['plain', 'modern', 'window', 'padding', 'window and padding', 'encoder with padding'])
 def test_a_compiled_model_is_one_graph(worker, name):
     torch.manual_seed(0)
@@ -161,6 +162,7 @@ def test_a_compiled_model_is_one_graph(worker, name):
 # ---------------------------------------------------------------- kernels
 
 
+@pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
 @pytest.mark.parametrize('kernel', ['sdpa', 'blocks', 'flex'])
 @pytest.mark.parametrize('flags', [{}, {'attn_max_attend_past': 4}, {'alibi_pos_bias': True}, {'attn_kv_heads': 2}])
 def test_the_first_loss_is_the_same_on_every_kernel(kernel, flags):

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from x_transformers.cli.main import main
 
@@ -253,3 +254,30 @@ def test_info_shows_layers_parameters_operations_kernel_and_cache(capsys):
     assert 'reference could' in out
     assert main(['info', '--depth', '2', '--attn-sparse-topk', '4', '--device', 'cpu']) == 0
     assert 'sdpa cannot: ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('more', [(), ('--attn-kv-heads', '1', '--ff-glu'), ('--attn-max-attend-past', '8')])
+def test_info_knows_what_a_forward_keeps_for_its_backward(more):
+    from x_transformers.cli.info import kept_bytes, parse
+    from x_transformers.training.build import build_network
+
+    flags, options = parse(['--depth', '2', '--dim', '64', '--heads', '2', '--device', 'cpu', '--seq-len', '32', *more])
+    network, kept = build_network(flags).train(), {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.zeros(1, 32, dtype=torch.long))
+    expected = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    assert kept_bytes(flags, options, torch.device('cpu')) == expected > 0
+
+
+def test_bench_hands_its_options_on_or_says_where_the_benchmarks_are(tmp_path, monkeypatch, capfd):
+    assert main(['bench', '--help']) == 0
+    assert '--rounds' in capfd.readouterr().out
+    monkeypatch.setenv('X_TRANSFORMERS_BENCHMARKS', str(tmp_path))
+    assert main(['bench']) == 2
+    assert 'inside a clone of the repository' in capfd.readouterr().err

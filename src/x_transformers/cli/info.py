@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from x_transformers.attention import attend
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     with torch.device('meta'):
         network = build_network(flags).train(options.training)
     seen = look(network, options)
+    kept = kept_bytes(flags, options, device) if options.training else None
     parts = [
         layer_lines(plan_layers(network.attn_layers.flags)),  # type: ignore[union-attr, arg-type]
         parameter_lines(network),
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str]) -> int:
             f'  forward   {seen.flops / options.seq_len:>15,.0f} per byte',
             f'  training  {3 * seen.flops / options.seq_len:>15,.0f} per byte (forward and backward)',
         ],
+        *([] if kept is None else [kept_lines(kept, options)]),
         cache_lines(network, seen, options),
         kernel_lines(seen.calls, device),
     ]
@@ -127,6 +129,29 @@ def watched_choices() -> Iterator[list[tuple[Needs, Call]]]:
 
     with mock.patch.object(attend, 'choose_kernel', note):
         yield calls
+
+
+def kept_bytes(flags: dict[str, Any], options: InfoOptions, device: torch.device) -> int:
+    """What a forward keeps for its backward, beside the parameters: found out on tensors that have a device but no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, tuple[Tensor, int]] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        network = build_network(flags).train()
+        network = network.to(torch.bfloat16) if options.bf16 else network
+        own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                # the tensor is held, so that no other one takes its place
+                kept[storage._cdata] = tensor, storage.nbytes()
+            return tensor
+
+        ids = torch.zeros(1, options.seq_len, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(ids)
+    return sum(size for _, size in kept.values())
 
 
 # what is shown
@@ -182,6 +207,10 @@ def rooms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in network.named_children():
         yield {'token_emb': 'token embedding', 'to_logits': 'logits', 'pos_emb': 'position embedding'}.get(name, name), child
     yield 'rest', network
+
+
+def kept_lines(kept: int, options: InfoOptions) -> list[str]:
+    return [f'kept for the backward: {kept / options.seq_len:,.0f} bytes per byte of text, without those of the loss']
 
 
 def cache_lines(network: Any, seen: Seen, options: InfoOptions) -> list[str]:

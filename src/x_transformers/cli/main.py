@@ -10,7 +10,8 @@ from importlib import import_module
 COMMANDS = {
     'train': 'train a language model over bytes: your files, or the source of the standard library',
     'generate': 'write with a trained model',
-    'info': 'show what a set of flags builds: layers, parameters, operations, kernel, cache',
+    'info': 'show what a set of flags builds: layers, parameters, operations, kernel, memory, cache',
+    'bench': 'measure speed and memory against a minimal hand-written model (in a clone of the repository)',
 }
 BAD_INPUT = 2
 EXTRA = "the command line needs its extra: pip install 'x-transformers[cli]'"
