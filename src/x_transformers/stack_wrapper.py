@@ -23,7 +23,7 @@ from x_transformers.module import Dropout, Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
 from x_transformers.returns import Asked, next_memories
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Int
 
 Memories = Sequence[Float[Tensor, 'b l d']]
 
@@ -213,7 +213,7 @@ class StackWrapper(Module):
             embeds = embeds + rows.newest(call.pos, 'pos', axis=call.pos.ndim - 2)
         elif self.has_absolute_positions:
             pos = call.pos_ids
-            pos = pos if pos is None else rows.newest(pos, 'pos', axis=pos.ndim - 1)
+            pos = pos if pos is None else rows.newest(behind_mems(pos, call.mems, rows), 'pos', axis=pos.ndim - 1)
             embeds = embeds + self.pos_emb(x, pos=pos, seq_start_pos=call.seq_start_pos, offset=rows.seen)
         if call.sum_embeds is not None:
             embeds = embeds + rows.summand(call.sum_embeds, 'sum_embeds')
@@ -230,8 +230,8 @@ class StackWrapper(Module):
         return entering
 
     def _through_stack(
-        self, embeds: Float[Tensor, 'b n e'], keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows, asked: Asked
-    ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
+        self, embeds: Float[Tensor, 'b n e'], keys: Bool[Tensor, '#b m'] | None, call: Call, rows: Rows, asked: Asked
+    ) -> tuple[Float[Tensor, 'b r d'], LayerIntermediates]:
         """The stack, with memory tokens among its rows; they are taken out again."""
         h = self._enter(embeds)
         length = h.shape[1]
@@ -335,6 +335,12 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
         table, ids = given['deep_embeds_and_ids']
         given['deep_embeds_and_ids'] = table, shuffle.lay(ids)
     return given
+
+
+def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> Int[Tensor, '...']:
+    """Positions of the tokens, of some that may begin with those of the memories, which rotary positions need."""
+    length = max([0, *(mem.shape[1] for mem in mems or ())])
+    return pos[..., length:] if length and pos.shape[-1] == length + rows.tokens else pos
 
 
 def usual(flags: Flags, name: str) -> Any:

@@ -213,7 +213,7 @@ ATTENTION = (
     group('onnxable', attn_onnxable=True, same=True),
     group('zero_output', attn_zero_init_output=True, ff_zero_init_output=True),
     group('gumbel_soft', attn_gumbel_softmax=True, attn_gumbel_softmax_hard=False, attn_gumbel_softmax_temp=2.0, random=True),
-    group('hybrid_mask', CAUSAL, attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_mask_kwarg='mask'),
+    group('hybrid_mask', frozenset({ENCODER}), attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_mask_kwarg='mask'),
     group('no_causal_flash', attn_flash=True, same=True),
 )
 

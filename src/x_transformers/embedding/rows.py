@@ -164,7 +164,11 @@ class Rows:
         return Shuffle(there, back)
 
     def stretched(self, more: dict[str, Any]) -> dict[str, Any]:
-        """Masks and biases of the stack that were given for the tokens only, extended for the rows in front."""
+        """Masks and biases of the stack that were given for the tokens only, extended for the rows in front.
+
+        With a cache, what was given for each token of the whole sequence is cut to the new ones.
+        """
+        more = self._new_parts(more) if self.cached else more
         extra = self.front_keys
         if not extra:
             return more
@@ -181,6 +185,14 @@ class Rows:
                 raise ValueError(f'{name} with memory_tokens_interspersed_every must be given for the longer sequence.')
             top = 0 if self.cached else extra
             more[name] = F.pad(dense, (extra, 0, top, 0), value=value)
+        return more
+
+    def _new_parts(self, more: dict[str, Any]) -> dict[str, Any]:
+        more = dict(more)
+        for name, axis in (('condition', 1), ('in_attn_cond', 1), ('self_attn_kv_residuals', -2)):
+            value = more.get(name)
+            if isinstance(value, Tensor) and value.ndim > 2 and value.shape[axis] > self.new:
+                more[name] = value.narrow(axis, value.shape[axis] - self.new, self.new)
         return more
 
     def token_ids(self, ids: Int[Tensor, 'b n'], value: int) -> Int[Tensor, 'b m']:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from x_transformers.cache.kv_cache import KVCache
 from x_transformers.generation.prompts import GenerateError
 from x_transformers.helpers import pad_at_dim
 from x_transformers.tensor_types import Bool, Int
@@ -105,6 +106,8 @@ class Keywords:
                 batched = isinstance(t, Tensor) and t.ndim >= least and t.shape[0] == batch
                 return t.index_select(0, index.to(t.device)) if batched else t
 
+            if name == 'self_attn_additional_kv' and isinstance(source := getattr(value, 'kv_cache', value), KVCache):
+                return source.reorder(index)
             return tree_map(one, value)
 
         twin = Keywords({}, self.prompt, self.total)

@@ -86,7 +86,7 @@ def make_norm(flags: StackFlags) -> nn.Module:
     )
 
 
-def choose_branch(flags: StackFlags, spec: LayerSpec) -> nn.Module:
+def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module:
     """What the layer does, inside what scales its output and shifts its input."""
     branch: nn.Module
     if spec.kind == 'a':
@@ -98,7 +98,7 @@ def choose_branch(flags: StackFlags, spec: LayerSpec) -> nn.Module:
     if spec.half:
         branch = Scale(0.5, branch)
     if spec.shift > 0:
-        branch = ShiftTokens(range(0 if flags.causal else -spec.shift, spec.shift + 1), branch)
+        branch = ShiftTokens(range(0 if causal else -spec.shift, spec.shift + 1), branch)
     if flags.use_layerscale:
         branch = LayerScale(branch, flags.dim, flags.layerscale_init_value, unit_offset=flags.norm_add_unit_offset)
     elif flags.use_adaptive_layerscale:
@@ -135,13 +135,16 @@ def choose_residual(flags: StackFlags, spec: LayerSpec) -> ResidualPath:
     )
 
 
-def make_layer(flags: StackFlags, spec: LayerSpec) -> Layer:
-    """The modules of one layer. ResiDual brings a norm after each layer of its own accord."""
+def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:
+    """The modules of one layer. ResiDual brings a norm after each layer of its own accord.
+
+    A prefix decoder is ``causal`` whatever its flag says.
+    """
     before = flags.pre_norm and not flags.resi_dual
     return Layer(
         before=make_norm(flags) if before else None,
         behind=make_norm(flags) if before and flags.sandwich_norm else None,
         after=None if before else make_norm(flags),
-        branch=choose_branch(flags, spec),
+        branch=choose_branch(flags, spec, causal),
         residual=choose_residual(flags, spec),
     )

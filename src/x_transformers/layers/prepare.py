@@ -57,7 +57,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         start_padding=None if starts is None else span.newest(starts),
         bias=position_bias(stack, given, span, pos),
         positions=positions(stack, given, span, pos, working),
-        cross_positions=cross_positions(stack, given, span, pos),
+        cross_positions=cross_positions(stack, given, span, pos, working),
         mems=mems,
         extra=extra,
         self_kv_shift=kv_shifts(given.self_attn_kv_residuals, span),
@@ -239,7 +239,8 @@ def _table(
 
 def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
     """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
-    if given.seq_start_pos is None or not (stack.flags.depends_on_places or given.self_attn_additional_kv is not None):
+    from_outside = given.self_attn_additional_kv is not None or given.context_pos is not None
+    if given.seq_start_pos is None or not (stack.flags.depends_on_places or from_outside):
         return None
     if cache is None:
         return given.seq_start_pos[:, None]
@@ -283,14 +284,16 @@ def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | No
     return RotaryPositions(*pair) if polar is None else PolarPositions(*pair)
 
 
-def cross_positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Positions | None:
+def cross_positions(
+    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None
+) -> Positions | None:
     """Where queries and the context's keys are, if the caller says where the context is."""
     if given.context_pos is None:
         return None
     from x_transformers.position.positions import RotaryPositions
 
     rotary = stack.rotary_pos_emb
-    own = given.rotary_pos_emb or rotary(_table(stack, span, pos, only_new=False))  # type: ignore[misc]
+    own = given.rotary_pos_emb or rotary(_table(stack, span, pos, False, row_begins(stack, given, cache)))  # type: ignore[misc]
     return RotaryPositions(*own, context=rotary(given.context_pos))  # type: ignore[misc]
 
 

@@ -22,7 +22,7 @@ from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
 from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams
-from x_transformers.layers.branch import run_branch
+from x_transformers.layers.branch import run_branch, run_checkpointed
 from x_transformers.layers.call import Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
@@ -49,6 +49,8 @@ class AttentionLayers(Module):
 
     # whether tokens see no later token; PrefixDecoder's layers do not, but its mask does
     is_causal: bool
+    # left to right but for a prefix, though ``causal`` is False
+    has_prefix = False
 
     __signature__: Any = ClassSignature(StackFlags)
 
@@ -68,7 +70,7 @@ class AttentionLayers(Module):
         self.flags = flags
         self.plan = plan
         self._tell(flags, plan)
-        self.layers = nn.ModuleList([make_layer(flags, spec) for spec in plan.layers])
+        self.layers = nn.ModuleList([make_layer(flags, spec, self.is_causal) for spec in plan.layers])
         has_final = flags.resi_dual or (flags.pre_norm and flags.pre_norm_has_final_norm)
         self.final_norm = make_norm(flags) if has_final else Identity()
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
@@ -80,7 +82,7 @@ class AttentionLayers(Module):
     def _tell(self, flags: StackFlags, plan: LayerPlan) -> None:
         """Attributes that other code reads."""
         self.dim, self.depth, self.causal = flags.dim, plan.depth, flags.causal
-        self.is_causal = flags.causal
+        self.is_causal = flags.causal or self.has_prefix
         self.attn_heads, self.attn_dim_head = flags.heads, flags.attn_dim_head
         self.layer_types, self.layers_execute_order = plan.kinds, plan.order
         self.num_attn_layers = plan.count('a')
@@ -155,7 +157,7 @@ class AttentionLayers(Module):
             h = layer.norm_before(h if call.injected is None else h + call.injected, condition)
             norm_mem = partial(layer.norm_before, condition=condition)
             given = call.for_step(step, carry, norm_mem, self._lost_context())
-            out, seen = run_branch(layer.branch, h, given)
+            out, seen = run(layer.branch, h, given)
             written = layer.residual.write(layer.norm_behind(out, condition), rest)
             written = layer.norm_after(written, wide_condition)
             streams = torch.where(drop, streams, written) if isinstance(drop, Tensor) else written
@@ -342,9 +344,10 @@ class PrefixDecoder(AttentionLayers):
 
     __signature__ = ClassSignature(StackFlags, 'causal')
 
+    has_prefix = True
+
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
         super().__init__(**sets('PrefixDecoder', flags, causal=False))
-        self.is_causal = True
 
     def forward(
         self,
