@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart
 WORKERS ?= 2
-LAWS_COUNT ?= 500
+LAWS_COUNT ?= 2000
+LAWS_SEED := $(or $(LAWS_SEED),$(shell date +%s))
 
 # one thread per process: two test workers with two threads each wait for each other most of the time
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -27,16 +28,17 @@ train: $(STAMP)  ## train a byte-level GPT on the standard library's source: run
 	$(BIN)/x-transformers train --run-dir $(RUN_DIR) $(if $(wildcard $(RUN_DIR)/config.json),--resume)
 
 test: $(STAMP)  ## all tests but the deep ones
-	$(TEST) -n $(WORKERS)
+	$(TEST) -n $(WORKERS) --dist worksteal
 
 test-deep: $(STAMP)  ## more random combinations of flags, and every recorded case under CONFORMANCE=path
-	$(if $(CONFORMANCE),CONFORMANCE='$(abspath $(CONFORMANCE))') LAWS_COUNT=$(LAWS_COUNT) $(TEST) -n $(WORKERS)
+	@echo 'LAWS_SEED=$(LAWS_SEED) LAWS_COUNT=$(LAWS_COUNT)'
+	$(if $(CONFORMANCE),CONFORMANCE='$(abspath $(CONFORMANCE))') LAWS_COUNT=$(LAWS_COUNT) LAWS_SEED=$(LAWS_SEED) LAWS_EVERYWHERE=1 $(TEST) -n $(WORKERS) --dist worksteal
 
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(TEST) -n $(WORKERS) -m 'not slow'
+	$(TEST) -n $(WORKERS) --dist worksteal -m 'not slow'
 
 format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format .

@@ -142,7 +142,7 @@ def test_keywords_stand_in_their_order_and_ours_behind(thing: Any, names: str) -
 
 @pytest.mark.parametrize(('thing', 'names'), [(Attention, ATTENTION), (Attend, ATTEND)], ids=['Attention', 'Attend'])
 def test_keywords_that_can_only_be_named_are_all_there(thing: Any, names: str) -> None:
-    assert sorted(keywords(thing)) == sorted(names.split())
+    assert set(names.split()) <= set(keywords(thing))
 
 
 def test_signatures_of_subclasses_and_of_other_constructors() -> None:

@@ -184,7 +184,7 @@ class ContinuousTransformerWrapper(StackWrapper):
     ) -> tuple[Tensor, Tensor | None]:
         return average(h, keys) if self.average_pool_embed else h, None
 
-    def _read(self, h: Tensor, call: Call) -> Float[Tensor, 'b n o'] | Float[Tensor, '2 b n o']:
+    def _read(self, h: Tensor, call: Call) -> Float[Tensor, '... o']:
         out: Tensor = self.project_out(h)
         if not self.probabilistic:
             return out

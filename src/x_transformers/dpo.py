@@ -77,7 +77,7 @@ class DPO(Module):
         preferred_seq: Int[Tensor, 'b n'],
         unpreferred_seq: Int[Tensor, 'b n'],
         *,
-        prompt_mask: Bool[Tensor, 'b n'],
+        prompt_mask: Bool[Tensor, 'b m'],
         preferred_seq_mask: Bool[Tensor, 'b n'] | None = None,
         unpreferred_seq_mask: Bool[Tensor, 'b n'] | None = None,
     ) -> Float[Tensor, '']:

@@ -149,7 +149,7 @@ class TransformerWrapper(StackWrapper):
         return_embeddings_and_intermediates: bool = False,
         return_logit_entropies: bool = False,
         return_next_embed_pred: bool = False,
-        mask: Bool[Tensor, 'b n'] | None = None,
+        mask: Bool[Tensor, 'b t'] | None = None,
         return_mems: bool = False,
         return_attn: bool = False,
         mems: Sequence[Float[Tensor, 'b l d']] | None = None,

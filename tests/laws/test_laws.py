@@ -10,7 +10,7 @@ import os
 import pytest
 
 from tests.laws.combination import Combination, draw, rotated, singles
-from tests.laws.laws import LAWS
+from tests.laws.laws import LAWS, causal, left_padding_blind, segments_are_whole
 from x_transformers.flags.base import FlagError
 
 SEED = int(os.environ.get('LAWS_SEED', '2161'))
@@ -43,3 +43,16 @@ def test_random_combinations(case: Combination) -> None:
         return
     for law in LAWS:
         law(case)
+
+
+def test_a_prefix_decoder_shifts_to_the_right_only() -> None:
+    causal(Combination('prefix', ('shift',)))
+
+
+@pytest.mark.parametrize('name', ['reinject', 'reinject_gate', 'in_attn_cond', 'in_attn_cond_per_token'])
+def test_memories_hold_what_was_injected(name: str) -> None:
+    segments_are_whole(Combination('decoder', (name,)))
+
+
+def test_left_padding_does_not_move_tokens_away_from_the_positions_of_a_context() -> None:
+    left_padding_blind(Combination('cross', ('context_pos',)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype
-from x_transformers.attention.kernels.choose import choose_kernel, explain, fusable, needs_of
+from x_transformers.attention.kernels.choose import choose_kernel, explain, fusable, needs_of, with_rules
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
 from x_transformers.attention.mask import Mask, PackedSequences
@@ -106,7 +106,7 @@ class Attend(Module):
         self.pre_scale_post_talking_heads = HeadMixer(heads or 0) if pre_scale_post_talking_heads else None
         self.head_attn_sink = empty_parameter(heads or 0) if head_learned_sink else None
         self.cope = cope
-        self.needs: Needs = needs_of(settings)
+        self.needs: Needs = with_rules(needs_of(settings), self.rules(scale=1.0))
         self.init_own()
 
     @torch.no_grad()

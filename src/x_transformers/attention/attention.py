@@ -175,8 +175,8 @@ class Attention(Module):
         self,
         x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
         context: Float[Tensor, 'b j c'] | None = None,
-        mask: Bool[Tensor, 'b n'] | None = None,
-        context_mask: Bool[Tensor, 'b j'] | None = None,
+        mask: Bool[Tensor, 'b t'] | None = None,
+        context_mask: Bool[Tensor, 'b k'] | None = None,
         attn_mask: Bool[Tensor, '... n j'] | None = None,
         rel_pos: nn.Module | None = None,
         attn_bias: Float[Tensor, '... n j'] | None = None,
@@ -194,7 +194,7 @@ class Attention(Module):
         additional_key_value_mask: Bool[Tensor, 'b m'] | None = None,
         kv_input_residual: Float[Tensor, 'b j c'] | None = None,
         flash_pack_seq_kwargs: dict[str, Any] | None = None,
-    ) -> Float[Tensor, 'b n c'] | tuple[Float[Tensor, 'b n c'], Intermediates]:
+    ) -> Float[Tensor, 'b n o'] | tuple[Float[Tensor, 'b n o'], Intermediates]:
         """Attend. Every boolean mask: True is a token, or may be seen.
 
         - ``context``: attend over it instead of x; ``context_mask``: its tokens (without a context: the own keys, in place of

@@ -48,7 +48,7 @@ class FoldAxially(Module):
         self.fn = fn
         self.axial_dim = axial_dim
 
-    def fold(self, t: Float[Tensor, 'b n ...']) -> Tensor:
+    def fold(self, t: Tensor) -> Tensor:
         a = self.axial_dim
         t = pad_at_dim(t, (0, -t.shape[1] % a), dim=1)
         folded: Tensor = t.unflatten(1, (-1, a)).transpose(1, 2).flatten(0, 1)

@@ -119,7 +119,7 @@ class Mask:
     keys: Bool[Tensor, 'b j'] | None = None
     front: Bool[Tensor, 'b f'] | None = None
     prefix: int | Int[Tensor, 'b'] | None = None
-    dense: Bool[Tensor, '... i j'] | None = None
+    dense: Bool[Tensor, '... i k'] | None = None
     packed: PackedSequences | None = None
     memo: Memo = field(default_factory=list, init=False, repr=False)
 

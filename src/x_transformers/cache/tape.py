@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Int
 
 LEAST_ROOM = 64
 
@@ -46,7 +46,7 @@ class Tape:
         self.reserve = reserve
 
     @classmethod
-    def of(cls, tensor: Float[Tensor, '... n d'], fixed: bool = False, reserve: int = 0) -> Tape:
+    def of(cls, tensor: Tensor, fixed: bool = False, reserve: int = 0) -> Tape:
         """A tape that holds ``tensor`` itself: no copy, no spare room until the first append.
 
         ``reserve``: how many more rows are expected, which the first append makes room for.
@@ -55,7 +55,7 @@ class Tape:
         return cls(Room(tensor, length), 0, length, fixed, reserve)
 
     @property
-    def value(self) -> Float[Tensor, '... n d']:
+    def value(self) -> Tensor:
         buffer = self._room.buffer
         if self.length == buffer.shape[-2]:
             return buffer
@@ -70,7 +70,7 @@ class Tape:
         value = self.value
         return value.numel() * value.element_size()
 
-    def append(self, new: Float[Tensor, '... m d']) -> Tape:
+    def append(self, new: Tensor) -> Tape:
         """This tape with ``new`` behind it."""
         buffer = self._room.buffer
         if self.fixed:

@@ -32,7 +32,7 @@ class Call:
     prepend_embeds: Float[Tensor, 'b p e'] | None = None
     prepend_mask: Bool[Tensor, 'b p'] | None = None
     embed_ids: Mapping[str, Int[Tensor, 'b n']] = field(default_factory=dict)
-    sum_embeds: Float[Tensor, 'b n e'] | None = None
+    sum_embeds: Float[Tensor, '#b #n e'] | None = None
     seq_start_pos: Int[Tensor, ' b'] | None = None
     cache: KVCache | None = None
     new_only: bool = False

@@ -79,7 +79,9 @@ class AttentionPool(Module):
     def init_own(self) -> None:
         nn.init.normal_(self.queries, std=0.01)
 
-    def forward(self, context: Float[Tensor, 'b n c'], mask: Bool[Tensor, 'b n'] | None = None) -> Float[Tensor, 'b p d']:
+    def forward(
+        self, context: Float[Tensor, 'b n c'], mask: Bool[Tensor, 'b n'] | None = None
+    ) -> Float[Tensor, 'b p d'] | Float[Tensor, 'b d']:
         """Returns (b p d), or (b d) with ``squeeze_output``."""
         queries = self.queries.expand(context.shape[0], -1, -1)
         pooled: Tensor = self.pooler(queries, context, context_mask=mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.token import check_mask
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Int
 
 NO_MEMORY = MemoryTokens()
 
@@ -31,7 +31,7 @@ class Shuffle(NamedTuple):
         return gathered(t, self.back)
 
 
-def gathered(t: Float[Tensor, 'b n ...'], index: Int[Tensor, 'b n']) -> Float[Tensor, 'b n ...']:
+def gathered(t: Tensor, index: Int[Tensor, 'b n']) -> Tensor:
     index = index.view(*index.shape, *(1,) * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
     return t.expand(index.shape[0], *t.shape[1:]).gather(1, index)
 

@@ -61,7 +61,7 @@ def named_tables(sizes: Mapping[str, int], dim: int) -> nn.ModuleDict | None:
 
 
 def add_named(
-    x: Float[Tensor, 'b n d'],
+    x: Float[Tensor, '...'],
     tables: nn.ModuleDict | None,
     ids: Mapping[str, Int[Tensor, 'b m']],
     newest: Callable[[Tensor, str], Tensor],

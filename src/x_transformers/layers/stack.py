@@ -22,7 +22,7 @@ from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
 from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams
-from x_transformers.layers.branch import run_branch, run_checkpointed
+from x_transformers.layers.branch import run_branch
 from x_transformers.layers.call import Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
@@ -157,7 +157,7 @@ class AttentionLayers(Module):
             h = layer.norm_before(h if call.injected is None else h + call.injected, condition)
             norm_mem = partial(layer.norm_before, condition=condition)
             given = call.for_step(step, carry, norm_mem, self._lost_context())
-            out, seen = run(layer.branch, h, given)
+            out, seen = run_branch(layer.branch, h, given)
             written = layer.residual.write(layer.norm_behind(out, condition), rest)
             written = layer.norm_after(written, wide_condition)
             streams = torch.where(drop, streams, written) if isinstance(drop, Tensor) else written
@@ -201,10 +201,10 @@ class AttentionLayers(Module):
         self,
         x: Float[Tensor, 'b n d'],
         context: Float[Tensor, 'b j c'] | None = None,
-        mask: Bool[Tensor, 'b n'] | None = None,
+        mask: Bool[Tensor, 'b t'] | None = None,
         context_mask: Bool[Tensor, 'b j'] | None = None,
         attn_mask: Bool[Tensor, '... i j'] | None = None,
-        self_attn_kv_mask: Bool[Tensor, 'b n'] | None = None,
+        self_attn_kv_mask: Bool[Tensor, 'b k'] | None = None,
         mems: Sequence[Float[Tensor, 'b l d'] | None] | None = None,
         mem_masks: Sequence[Bool[Tensor, 'b l'] | None] | None = None,
         seq_start_pos: Int[Tensor, 'b'] | None = None,

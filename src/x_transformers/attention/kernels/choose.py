@@ -13,6 +13,7 @@ from x_transformers.attention.kernels.flex import Flex
 from x_transformers.attention.kernels.reference import Reference
 from x_transformers.attention.kernels.sdpa import Sdpa
 from x_transformers.attention.kernels.varlen import Varlen
+from x_transformers.attention.scores.base import Rules
 
 KERNELS: tuple[Kernel, ...] = (Varlen(), Sdpa(), Flex(), Blocks(), Reference())
 NAMES = tuple(kernel.name for kernel in KERNELS)
@@ -100,6 +101,19 @@ def needs_of(settings: Mapping[str, Any]) -> Needs:
         l2_distance=bool(settings.get('l2_distance')),
         onnxable=bool(settings.get('onnxable')),
     )
+
+
+# rules that needs_of speaks of, and those that kernels do in their own way
+KNOWN = frozenset({
+    'similarity', 'residual_attn', 'record', 'attn_bias', 'mask', 'softclamp_logits', 'head_learned_sink', 'weights', 'dropout',
+    'values', 'empty rows', 'pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads', 'cog_signed', 'use_cope',
+    'selective',
+})  # fmt: skip
+
+
+def with_rules(needs: Needs, rules: Rules) -> Needs:
+    """The same, with the rules that no kernel knows left to the reference."""
+    return needs._replace(whole=(*needs.whole, *(rule.name for rule in rules if rule.name not in KNOWN)))
 
 
 def fusable(settings: Mapping[str, Any]) -> list[str]:

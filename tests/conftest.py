@@ -1,0 +1,51 @@
+"""Options of the test run: ``--shapes`` checks annotated shapes in every test, ``--device cuda`` moves the tests there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.poison import poisoned
+from tests.shapes import shapes_checked
+
+# one file per room whose every call is checked for shapes, and whose fresh memory holds NaN
+REPRESENTATIVE = (
+    'attention/test_attention.py',
+    'cache/test_tape.py',
+    'embedding/test_pooling.py',
+    'generation/test_beam.py',
+    'layers/test_residual.py',
+    'position/test_rotary.py',
+    'test_feedforward.py',
+    'test_losses.py',
+    'test_norms.py',
+    'test_transformer_wrapper.py',
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--shapes', action='store_true', help='check the annotated shapes of every call, in all tests')
+    parser.addoption('--device', default='cpu', help='where tensors and modules are made, such as cuda')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption('--device')
+    if device != 'cpu':
+        torch.set_default_device(device)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def strict_room(request: pytest.FixtureRequest) -> Iterator[Any]:
+    path = request.path.relative_to(Path(__file__).parent).as_posix()
+    if path in REPRESENTATIVE:
+        with shapes_checked(), poisoned():
+            yield
+    elif request.config.getoption('--shapes'):
+        with shapes_checked():
+            yield
+    else:
+        yield
