@@ -7,12 +7,18 @@ import math
 import torch
 from torch import Tensor
 
+from x_transformers.position.relative import Bias
 
-class FixedBias:
+
+class FixedBias(Bias):
     """A bias given as a tensor over own keys; columns in front get 0."""
 
     def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
         self.tensor = tensor
+
+    def between(self, where, start, stop) -> Tensor:
+        return self.tensor if self.tensor.shape[-2] == 1 else self.tensor[..., start:stop, :]
 
     def render(self, where) -> Tensor:
         return torch.nn.functional.pad(self.tensor, (where.front, 0))

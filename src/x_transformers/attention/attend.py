@@ -258,7 +258,8 @@ def call_of(job: Job) -> Call:
         causal=mask.causal,
         packed=mask.packed is not None,
         biased=job.bias is not None,
-        learned_bias=job.bias is not None and recording and job.bias.render(where).requires_grad,
+        learned_bias=job.bias is not None and recording and job.bias.learns(where),
+        by_distance=job.bias is not None and job.bias.by_distance,
         previous=job.previous is not None,
         hand_on=job.hand_on,
     )

@@ -158,6 +158,11 @@ class Mask:
             self.prefix is not None and self.causal
         )
 
+    @property
+    def only_padding(self) -> bool:
+        """Whether it is about keys alone, beside causality."""
+        return self.past is None and all(part is None for part in (self.front, self.prefix, self.dense, self.packed))
+
     def limits_future(self, where: Where) -> bool:
         """Whether causality forbids anything: not for one query."""
         return self.causal and (where.queries > 1 or where.first < 0)
@@ -283,6 +288,9 @@ class Mask:
             return None
         key = ('open', where.queries, where.keys, where.front)
         found: Tensor | None = recall(self.memo, key)
+        if found is None and self.keys is not None and self.causal and self.only_padding and where.front == 0 <= where.first:
+            # something has come up to there
+            found = remember(self.memo, key, (self.keys.cumsum(dim=-1) > 0)[:, None, where.first :, None])
         if found is None:
             mask = self.rendered(where, device)
             if mask is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from math import log
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Bias(ABC):
     """
 
     def __init__(self) -> None:
-        self._rendered: dict[tuple[int, int, int, bool], Tensor] = {}
+        self._rendered: dict[tuple[int, ...], Tensor] = {}
 
     @abstractmethod
     def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
@@ -47,6 +48,33 @@ class Bias(ABC):
         if whole is not None:
             return whole if whole.shape[-2] == 1 else whole[..., start:stop, :]
         return _behind_front(self.between(where, start, stop), where)
+
+    def strip(self, where: Where, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
+        """The first ``rows`` rows over own keys, those from ``low`` to ``high``-1 keys behind the first of these rows.
+
+        Where only the distance counts, it is good for any block of so many rows. None where more counts.
+        """
+        return None
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether there is a strip."""
+        return False
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether something that it is made of learns."""
+        return True
+
+    def learns(self, where: Where) -> bool:
+        """Whether a gradient is wanted."""
+        return self.needs_gradient and self.render(where).requires_grad
+
+    def renewed(self) -> Self:
+        """The same, with nothing rendered."""
+        other = copy(self)
+        other._rendered = {}
+        return other
 
     @staticmethod
     def _key(where: Where) -> tuple[int, int, int, bool]:
@@ -71,6 +99,13 @@ class DenseBias(Bias):
         if not 2 <= bias.ndim <= 4:
             raise ValueError(f'attn_bias must be (i j), (h i j) or (b h i j), but its shape is {tuple(bias.shape)}')
         self.bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.bias.requires_grad
+
+    def learns(self, where: Where) -> bool:
+        return self.needs_gradient
 
     def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
         rows, columns = self.bias.shape[-2:]
@@ -119,6 +154,25 @@ class RelativeBias(Bias):
             bias = self.module.forward_custom_pos(queries, keys)
         return bias if bias.ndim == 4 else bias.unsqueeze(0)
 
+    def strip(self, where: Where, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
+        if not self.by_distance:
+            return None
+        key = (rows, low, high, int(torch.is_grad_enabled()), -1)
+        if key not in self._rendered:
+            self._rendered[key] = self.module.by_index(-low, rows, high - low).unsqueeze(0)
+        return self._rendered[key]
+
+    @property
+    def by_distance(self) -> bool:
+        return self.positions is None
+
+    @property
+    def needs_gradient(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
+    def learns(self, where: Where) -> bool:
+        return self.needs_gradient
+
 
 # ---------------------------------------------------------------- biases by distance
 
@@ -138,8 +192,9 @@ class DistanceBias(Module):
         There are i + j - 1 distances, so that many numbers are computed and laid out along the diagonals.
         """
         distances = torch.arange(i + j - 1, device=self.device) - (first + i - 1)
-        # row r begins where the distance is -(first + r): the later the row, the further left
-        return self.of_distances(distances).unfold(-1, j, 1).flip(-2)
+        # row r begins where the distance is -(first + r): the later the row, the further left. What comes of it has the
+        # strides of what goes in, and one with heads as its fastest axis would be slow to add
+        return self.of_distances(distances).contiguous().unfold(-1, j, 1).flip(-2)
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
         raise NotImplementedError

@@ -50,6 +50,7 @@ class Call(NamedTuple):
     packed: bool = False
     biased: bool = False
     learned_bias: bool = False
+    by_distance: bool = False
     previous: bool = False
     hand_on: bool = False
 

@@ -6,16 +6,17 @@ The backward computes the scores of a block again, from the log of its normalise
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import log
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from x_transformers.attention.kernels.base import Call, Job, Needs, tiled
 from x_transformers.attention.kernels.sdpa import unified
-from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where, rendered_bias
+from x_transformers.attention.scores.base import rendered_bias
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Bool, Float
 
@@ -52,13 +53,13 @@ class Blocks:
         if job.l2_distance:
             q, k = as_products(q, k, whole=job.sink is not None or job.softclamp is not None)
         mask, where = job.mask, job.where
-        bias = None if job.bias is None else rendered_bias(job.bias, where)
         # a prefix and causality belong together, so with a prefix all is rendered
         apart = mask if mask.prefix is not None else mask.apart_from_distance()
         allowed = apart.rendered(where, q.device)
         causal = mask.limits_future(where) and mask.prefix is None
         past = mask.past if mask.limits_past(where) and mask.prefix is None else None
-        shape = Shape(where.queries, where.keys, where.front, causal, past, job.scale, job.softclamp)
+        shape = Shape(where.queries, where.keys, where.front, causal, past, job.softclamp)
+        bias, shape = with_bias(job, shape)
         out: Tensor = InBlocks.apply(q * job.scale, k, v, bias, job.sink, allowed, shape)  # type: ignore[no-untyped-call]
         return out
 
@@ -71,8 +72,27 @@ class Shape(NamedTuple):
     front: int
     causal: bool
     past: int | None
-    scale: float
     softclamp: float | None
+    # where the bias is a strip, good for all blocks: the first of its columns, counted from the first query of a block
+    low: int | None = None
+
+    @property
+    def first(self) -> int:
+        """Index among the own keys of the first query."""
+        return self.keys - self.front - self.queries
+
+
+def with_bias(job: Job, shape: Shape) -> tuple[Tensor | None, Shape]:
+    """The bias, as a strip as high as one block if it depends on the distance alone."""
+    if job.bias is None:
+        return None, shape
+    blocks = list(blocks_of(shape))
+    low = min(block.left - shape.first - block.top for block in blocks)
+    high = max(block.right - shape.first - block.top for block in blocks)
+    strip = job.bias.strip(job.where, min(ROWS, shape.queries), low, max(high, low))
+    if strip is None:
+        return rendered_bias(job.bias, job.where), shape
+    return strip, shape._replace(low=low)
 
 
 class Block(NamedTuple):
@@ -85,8 +105,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(shape: Shape) -> Iterator[Block]:
-    own = shape.keys - shape.front
-    first = own - shape.queries
+    own, first = shape.keys - shape.front, shape.first
     for top in range(0, shape.queries, ROWS):
         bottom = min(top + ROWS, shape.queries)
         right = min(max(first + bottom, 0), own) if shape.causal else own
@@ -114,39 +133,61 @@ def rows(t: Tensor, block: Block) -> Tensor:
     return t if t.shape[-2] == 1 else t[..., block.top : block.bottom, :]
 
 
-def allowed_of(
-    allowed: Bool[Tensor, '#b #h i j'] | None, block: Block, shape: Shape, device: torch.device
-) -> Bool[Tensor, '#b #h i j'] | None:
-    mask = None if allowed is None else columns(rows(allowed, block), block, shape, -1)
-    near = Mask(shape.causal, shape.past)
-    first = shape.keys - shape.front - shape.queries
-    inside = shape.causal and block.right > first + block.top + 1
-    if inside or shape.past is not None or first < 0:
-        where = Where(shape.queries, shape.keys, shape.front)
-        distance = near.part(where, device, (block.top, block.bottom), (block.left, block.right))
-        if distance is not None:
-            mask = distance if mask is None else mask & distance
-    return mask
+def bias_of(bias: Tensor, block: Block, shape: Shape) -> tuple[Tensor, int]:
+    """(the block's part of a bias, or of its gradient; which of the block's columns it begins at)."""
+    if shape.low is None:
+        return rows(bias, block), 0
+    begin = block.left - shape.first - block.top - shape.low
+    return bias[..., : block.bottom - block.top, begin : begin + block.right - block.left], shape.front
+
+
+def forbid(scores: Tensor, allowed: Bool[Tensor, '#b #h #i j'] | None, block: Block, shape: Shape) -> None:
+    """-inf where nobody may look. Causality and the window are asked only of the columns where they matter."""
+    hidden = float('-inf')
+    if allowed is not None:
+        scores.masked_fill_(~columns(rows(allowed, block), block, shape, -1), hidden)
+    top, bottom = shape.first + block.top, shape.first + block.bottom
+    query = torch.arange(top, bottom, device=scores.device).unsqueeze(-1)
+    begin = min(max(top + 1, block.left), block.right)
+    if shape.causal and begin < block.right:
+        later = torch.arange(begin, block.right, device=scores.device) > query
+        scores[..., shape.front + begin - block.left :].masked_fill_(later, hidden)
+    if shape.past is None:
+        return
+    end = min(bottom - 1 - shape.past, block.right)
+    if end > block.left:
+        gone = torch.arange(block.left, end, device=scores.device) < query - shape.past
+        scores.narrow(-1, shape.front, end - block.left).masked_fill_(gone, hidden)
 
 
 def scores_of(
-    q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor | None, block: Block, shape: Shape
+    q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor | None, block: Block, shape: Shape, *, bent: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(scores of a block, -inf where forbidden; the soft clamp's slope)."""
+    """(scores of a block, -inf where forbidden; the soft clamp's slope, if ``bent``)."""
     scores = q @ k.transpose(-1, -2)
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     if bias is not None:
-        scores = scores + columns(rows(bias, block), block, shape, -1)
+        part, begin = bias_of(bias, block, shape)
+        if shape.low is None:
+            part = columns(part, block, shape, -1)
+        scores[..., begin:].add_(part)
     slope = None
     if shape.softclamp is not None:
-        bent = scores.div_(shape.softclamp).tanh_()
-        slope = 1 - bent.square()
-        scores = bent.mul_(shape.softclamp)
-    mask = allowed_of(allowed, block, shape, q.device)
-    if mask is not None:
-        scores.masked_fill_(~mask, float('-inf'))
+        scores.div_(shape.softclamp).tanh_()
+        slope = 1 - scores.square() if bent else None
+        scores.mul_(shape.softclamp)
+    forbid(scores, allowed, block, shape)
     return scores, slope
+
+
+def weights_of(logs: Tensor, bias: Tensor | None) -> Tensor:
+    """The exponential, in place. A bias makes many weights so small that processors take a hundred times as long over them,
+    and that no sum in this precision can tell them from 0, which they become.
+    """
+    if bias is not None:
+        F.threshold_(logs, 3 * log(torch.finfo(logs.dtype).eps), float('-inf'))
+    return logs.exp_()
 
 
 def summed_to(t: Tensor, like: Tensor) -> Tensor:
@@ -188,7 +229,7 @@ class InBlocks(torch.autograd.Function):
             if sink is not None:
                 column = sink.to(wide).view(1, -1, 1, 1)
                 top = torch.maximum(top, column)
-            weights = scores.sub_(top).exp_()
+            weights = weights_of(scores.sub_(top), bias)
             total = weights.sum(-1, keepdim=True)
             if sink is not None:
                 total = total + (column - top).exp()
@@ -213,16 +254,20 @@ class InBlocks(torch.autograd.Function):
         for block in blocks_of(shape):
             at = (..., slice(block.top, block.bottom), slice(None))
             kept_k, kept_v = (tiled(columns(t, block, shape, -2), heads) for t in (k, v))
-            scores, slope = scores_of(q[at], kept_k, bias, allowed, block, shape)
-            weights = scores.sub_(lse[at]).exp_()
+            scores, slope = scores_of(q[at], kept_k, bias, allowed, block, shape, bent=True)
+            weights = weights_of(scores.sub_(lse[at]), bias)
             block_v = weights.to(v.dtype).transpose(-1, -2) @ grad[at]
             add_columns(grad_v, to_kv_heads(block_v, v.shape[1]), block, shape, -2)
             change = (grad[at] @ kept_v.transpose(-1, -2)).to(weights.dtype).sub_(delta[at]).mul_(weights)
             if slope is not None:
                 change.mul_(slope)
             if grad_bias is not None:
-                target = rows(grad_bias, block)
-                add_columns(target, summed_to(change, target).to(target.dtype), block, shape, -1)
+                target, begin = bias_of(grad_bias, block, shape)
+                part = summed_to(change[..., begin:], target).to(target.dtype)
+                if shape.low is None:
+                    add_columns(target, part, block, shape, -1)
+                else:
+                    target.add_(part)
             change = change.to(q.dtype)
             grad_q[at] = change @ kept_k
             add_columns(grad_k, to_kv_heads(change.transpose(-1, -2) @ q[at], k.shape[1]), block, shape, -2)

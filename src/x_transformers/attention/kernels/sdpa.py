@@ -12,8 +12,8 @@ from x_transformers.tensor_types import Float
 
 # on CPU, a window that shows less than half of the keys, of at least so many queries, is faster in blocks
 BLOCKS_PAY_FROM = 256
-# numbers in a mask for each row of the batch, from which on blocks without one are preferred on CPU
-LARGE_MASK = 4096 * 4096
+# queries from which on it pays to copy queries and keys once, to do without a mask
+COPIES_PAY_FROM = 64
 
 
 class Sdpa:
@@ -41,8 +41,8 @@ class Sdpa:
                 reasons.append('with dropout it holds the whole score matrix on CPU, slower than the reference')
             if call.learned_bias or (needs.sink and call.gradients):
                 reasons.append('a bias that learns makes it hold the whole score matrix on CPU')
-            if call.masked and call.causal and call.where.queries * call.where.keys > LARGE_MASK:
-                reasons.append('padding and causality together would be a large mask')
+            if call.by_distance and call.where.queries >= BLOCKS_PAY_FROM:
+                reasons.append('a bias by distance would be written out for all pairs')
             if call.windowed and call.where.queries >= BLOCKS_PAY_FROM:
                 reasons.append('it looks at keys outside the window, too')
         return tuple(reasons)
@@ -51,6 +51,9 @@ class Sdpa:
         q, k, v = unified(job.q, job.k, job.v)
         if job.l2_distance:
             q, k = as_products(q, k, whole=job.sink is not None)
+        lead = lead_of(job)
+        if lead is not None:
+            return with_lead(q, k, v, job, lead)
         added, causal = job_mask(job, q)
         if job.sink is not None:
             k, v, added = with_sink(job, k, v, added, q)
@@ -79,6 +82,48 @@ def unified(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return q, k, v
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def lead_of(job: Job) -> int | None:
+    """How many queries to put in front, so that the kernel's own causality does what the mask asks; None if it cannot.
+
+    Keys in front and memories are seen by all queries: with as many queries in front, whose output is dropped, the rest is
+    causal. Padded keys are kept out by a channel of their own.
+    """
+    mask, where = job.mask, job.where
+    if not mask.limits_future(where) or mask.limits_past(where) or where.queries < COPIES_PAY_FROM:
+        return None
+    if job.bias is not None or job.sink is not None or job.backends is not None:
+        return None
+    if any(part is not None for part in (mask.front, mask.prefix, mask.dense, mask.packed)):
+        return None
+    lead = where.keys - where.queries
+    if lead < 0 or 4 * lead > where.queries:
+        return None
+    if mask.keys is None:
+        return lead or None
+    # other devices have kernels that take a small mask as it is, and prefer the width of heads as it is
+    return lead if job.q.device.type == 'cpu' else None
+
+
+def with_lead(q: Tensor, k: Tensor, v: Tensor, job: Job, lead: int) -> Float[Tensor, 'b h i e']:
+    """Causal attention behind ``lead`` more queries."""
+    width, keys = v.shape[-1], job.mask.keys
+    if keys is not None:
+        # a channel that is 1 in queries and, in keys that nobody may see, so low that nothing is left of them
+        lowest = torch.finfo(q.dtype).min / (8 * max(1.0, abs(job.scale)))
+        seen = F.pad(keys, (job.where.front, 0), value=True)[:, None, :, None]
+        channel = k.new_zeros(()).expand(seen.shape).masked_fill(~seen, lowest).expand(-1, k.shape[1], -1, -1)
+        # eight of them, for the kernels' sake
+        q, k = (
+            torch.cat((F.pad(q, (0, 7)), torch.ones_like(q[..., :1])), dim=-1),
+            torch.cat((F.pad(k, (0, 7)), channel), dim=-1),
+        )
+    q, k, v = of_one_width(q, k, v)
+    out = over_heads(F.pad(q, (0, 0, lead, 0)) if lead else q, k, v, None, True, job)
+    out = out[..., lead:, :width]
+    open_rows = job.mask.open_rows(job.where, q.device)
+    return out if open_rows is None else out.masked_fill(~open_rows, 0.0)
 
 
 def job_mask(job: Job, q: Tensor) -> tuple[Tensor | None, bool]:
