@@ -178,6 +178,7 @@ class StackKeywords(TypedDict, total=False):
     resi_dual: bool
     resi_dual_scale: float
     hyper_conn_doubly_stochastic: bool
+    gradient_checkpointing: bool
     attn_dim_head: int
     attn_dim_context: int | None
     attn_dim_out: int | None

@@ -209,6 +209,10 @@ class StackFlags(Flags):
         False, 'Streams are mixed by a doubly stochastic matrix; False: each stream carries their sum.', paper=HYPER,
         parent='num_residual_streams',
     )  # fmt: skip
+    gradient_checkpointing: bool = flag(
+        False, 'In training, branches keep only their input for the backward pass, and run again there: less memory, more time.',
+        paper='https://arxiv.org/abs/1604.06174',
+    )  # fmt: skip
 
     attention: AttentionFlags = field(default_factory=AttentionFlags)
     cross_attention: AttentionFlags = field(default_factory=AttentionFlags)

@@ -7,6 +7,7 @@ changes only the first of several outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,23 @@ def change_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def run_branch(branch: nn.Module, x: Tensor, given: BranchInputs) -> Result:
     out: Result = branch.run(x, given)  # type: ignore[operator]
+    return out
+
+
+def run_checkpointed(branch: nn.Module, x: Tensor, given: BranchInputs) -> Result:
+    """``run_branch`` that keeps x and runs again for its gradients (a compiler decides for itself what to keep)."""
+    if given.past is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return run_branch(branch, x, given)
+    from torch.utils.checkpoint import checkpoint
+
+    def run(x: Tensor) -> Result:
+        # what is made once for all layers has to be made again here, or the second run would differ from the first
+        bias = given.bias
+        bias = bias.renewed() if bias is not None and bias.needs_gradient else bias
+        positions = None if given.positions is None else given.positions.renewed()
+        return run_branch(branch, x, replace(given, bias=bias, positions=positions))
+
+    out: Result = checkpoint(run, x, use_reentrant=False)
     return out
 
 

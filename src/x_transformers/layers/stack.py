@@ -22,7 +22,7 @@ from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
 from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams
-from x_transformers.layers.branch import run_branch
+from x_transformers.layers.branch import run_branch, run_checkpointed
 from x_transformers.layers.call import Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
@@ -142,6 +142,7 @@ class AttentionLayers(Module):
         record = Record(wanted=call.keep, cache=call.cache)
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
+        run = run_checkpointed if self.flags.gradient_checkpointing and self.training else run_branch
         streams = self.streams.open(x, self.stream_emb)
         layers: list[Layer] = list(self.layers)  # type: ignore[arg-type]
         for step in call.steps:
@@ -157,7 +158,7 @@ class AttentionLayers(Module):
             h = layer.norm_before(h if call.injected is None else h + call.injected, condition)
             norm_mem = partial(layer.norm_before, condition=condition)
             given = call.for_step(step, carry, norm_mem, self._lost_context())
-            out, seen = run_branch(layer.branch, h, given)
+            out, seen = run(layer.branch, h, given)
             written = layer.residual.write(layer.norm_behind(out, condition), rest)
             written = layer.norm_after(written, wide_condition)
             streams = torch.where(drop, streams, written) if isinstance(drop, Tensor) else written

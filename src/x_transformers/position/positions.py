@@ -40,6 +40,10 @@ class Positions(ABC):
 
     cache_form: Literal['positioned', 'raw'] = 'raw'
 
+    def renewed(self) -> Positions:
+        """The same, with nothing made yet that needs a gradient."""
+        return self
+
     @abstractmethod
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
         """Queries with positions; of ``heads`` only the last ones (None: all)."""
@@ -190,6 +194,9 @@ class PolarPositions(Positions):
     @classmethod
     def at(cls, embedding: PolarEmbedding, pos: Position) -> PolarPositions:
         return cls(*embedding(pos))
+
+    def renewed(self) -> PolarPositions:
+        return PolarPositions(self.freqs.squeeze(1), self.bias)
 
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
         self._refuse(heads, q)

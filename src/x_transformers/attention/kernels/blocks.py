@@ -10,7 +10,6 @@ from math import log
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -186,7 +185,7 @@ def weights_of(logs: Tensor, bias: Tensor | None) -> Tensor:
     and that no sum in this precision can tell them from 0, which they become.
     """
     if bias is not None:
-        F.threshold_(logs, 3 * log(torch.finfo(logs.dtype).eps), float('-inf'))
+        torch.threshold_(logs, 3 * log(torch.finfo(logs.dtype).eps), float('-inf'))
     return logs.exp_()
 
 
