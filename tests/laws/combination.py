@@ -164,7 +164,9 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
 
 
 def tokens(rows: int, length: int = LENGTH, seed: int = 2) -> Tensor:
-    return torch.randint(0, TOKENS, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """Ids, none twice in a row: without positions equal tokens have equal scores, of which rounding picks one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(TOKENS, generator=generator)[:length] for _ in range(rows)])
 
 
 BIASES = {name for name, entry in BY_NAME.items() if {'alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias'} & set(entry.flags)}

@@ -102,17 +102,17 @@ def padding_blind(case: Combination) -> None:
     noisy = case.call(model, noise, given.part(), mask=mask)
     for each, length in enumerate(lengths.tolist()):
         alone = case.call(model, x[row(each), :length], given.part(row(each), 0, length))
-        within = slice(None) if case.pooled else slice(0, length)
-        must(bool(padded[each, within].isfinite().all()), 'not finite under a mask')
-        must_equal(noisy[each, within], padded[each, within], 'the padding is seen')
-        must_equal(padded[row(each), within], alone, f'row {each}, padded from {length} to {LENGTH}')
+        within = row(each) if case.pooled else (row(each), slice(0, length))
+        must(bool(padded[within].isfinite().all()), 'not finite under a mask')
+        must_equal(noisy[within], padded[within], 'the padding is seen')
+        must_equal(padded[within], alone, f'row {each}, padded from {length} to {LENGTH}')
 
 
 @torch.no_grad()
 def left_padding_blind(case: Combination) -> None:
     """Left padding under ``seq_start_pos``: a row gives what it gives alone."""
-    if case.random or not case.causal:
-        return
+    if case.random or not case.causal or case.has('mems'):
+        return  # padding stands between memories and tokens, and counts in their distance
     model = case.build()
     # a prefix is counted from the first column, and a caller's positions from where the caller says
     x, given = tokens(ROWS), case.inputs(ROWS).without({'prefix_attn_len', 'pos'})
@@ -193,7 +193,7 @@ def cache_operations(case: Combination) -> None:
     order = torch.tensor([2, 0, 0])
     mixed, _ = case.call(model, x[order, 4:6], given.part(order, stop=6, new=4), cache=first.kv_cache.reorder(order), **new)
     must_equal(mixed, want[order], 'after a reorder')
-    if left_padding_refused(case):
+    if left_padding_refused(case) or case.has('mems'):
         return
     given = given.without({'prefix_attn_len', 'pos'})
     starts = torch.tensor([0, 2, 3])
