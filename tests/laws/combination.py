@@ -186,6 +186,11 @@ def contradicts(names: set[str]) -> bool:
         or len(names & OWN_BIASES) > 1
         # rows in front would need entries too
         or bool(names & PER_TOKEN and names & FRONT)
+        # memory tokens between the tokens would need entries too
+        or (
+            'interspersed' in names
+            and any(name.startswith(('attn_mask', 'attn_bias')) or name in ('pos', 'pos_rows') for name in names)
+        )
         # positions must then be given for the memories too
         or bool('mems' in names and names & {'pos', 'pos_rows'})
     )
