@@ -53,7 +53,8 @@ def _by_hand(x: Tensor, gain: Tensor | None) -> bool:
 def _inverse_rms(x: Float[Tensor, '... d']) -> Float[Tensor, '... 1']:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
     # not sqrt(d) / length, which is the same operations behind two calls of Python
-    return length.reciprocal() * x.shape[-1] ** 0.5
+    scale: Tensor = length.reciprocal() * x.shape[-1] ** 0.5
+    return scale
 
 
 def _rms_formula(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -210,7 +210,7 @@ class StackFlags(Flags):
         parent='num_residual_streams',
     )  # fmt: skip
     gradient_checkpointing: bool = flag(
-        False, 'In training, branches keep only their input for the backward pass, and run again there: less memory, more time.',
+        False, 'In training, branches keep only their input for the backward pass and run again there: less memory, more time.',
         paper='https://arxiv.org/abs/1604.06174',
     )  # fmt: skip
 
