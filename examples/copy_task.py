@@ -1,43 +1,64 @@
-"""Encoder and decoder learn to copy a sequence of digits: a minute of reading, some seconds of training."""
+"""Encoder and decoder: copy a sequence of random digits, of any length up to 12, and stop where it ends.
+
+XTransformer reads the source with its encoder; the decoder learns to write it again and then an end token.
+"""
 
 from __future__ import annotations
 
 import torch
+from common import Run
+from torch import Tensor
 
 from x_transformers import XTransformer
 
-LENGTH, DIGITS, START = 8, 10, 10
+SYMBOLS, LENGTH = 10, 12
+PAD, START, END = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2
 
 
-def main(steps: int = 150) -> float:
-    torch.manual_seed(0)
+def batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sources (b 12), which of their places count (b 12), and targets (b 14): start, the same symbols, end, padding."""
+    source = torch.randint(SYMBOLS, (rows, LENGTH))
+    lens = torch.randint(1, LENGTH + 1, (rows, 1))
+    real = torch.arange(LENGTH) < lens
+    source = source.masked_fill(~real, PAD)
+    target = torch.full((rows, LENGTH + 2), PAD)
+    target[:, 0] = START
+    target[:, 1:-1] = source
+    return source, real, target.scatter(1, lens + 1, END)
+
+
+def main() -> None:
+    run = Run(__doc__, steps=900)
     model = XTransformer(
         dim=64,
-        enc_num_tokens=DIGITS,
-        enc_depth=1,
-        enc_heads=2,
+        tie_token_emb=True,
+        ignore_index=PAD,
+        pad_value=PAD,
+        enc_num_tokens=SYMBOLS + 3,
         enc_max_seq_len=LENGTH,
-        dec_num_tokens=DIGITS + 1,
-        dec_depth=1,
-        dec_heads=2,
-        dec_max_seq_len=LENGTH + 1,
+        enc_depth=1,
+        enc_heads=4,
+        enc_rotary_pos_emb=True,
+        dec_num_tokens=SYMBOLS + 3,
+        dec_max_seq_len=LENGTH + 2,
+        dec_depth=2,
+        dec_heads=4,
+        dec_rotary_pos_emb=True,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(steps):
-        source = torch.randint(DIGITS, (32, LENGTH))
-        target = torch.cat((torch.full((32, 1), START), source), dim=1)
-        loss = model(source, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0:
-            print(f'step {step}: loss {loss.item():.3f}')
 
-    source = torch.randint(DIGITS, (16, LENGTH))
-    copied = model.generate(source, torch.full((16, 1), START), LENGTH, temperature=0.0)
-    right = (copied == source).float().mean().item()
-    print(f'{100 * right:.0f} % of the digits are copied')
-    return right
+    def loss() -> Tensor:
+        source, real, target = batch(64)
+        return model(source, target, mask=real)
+
+    run.train(model, loss, lr=3e-3)
+
+    source, real, target = batch(200)
+    copied = model.generate(source, target[:, :1], LENGTH + 1, mask=real, eos_token=END, temperature=0.0)
+    wanted = target[:, 1 : 1 + copied.shape[1]]
+    right = (copied == wanted).all(dim=1).float().mean()
+    print('source', [int(s) for s in source[0][real[0]]])
+    print('copy  ', [int(s) for s in copied[0] if s != PAD])
+    run.check('share of sequences copied without a mistake', right, at_least=0.95, baseline='guessing reaches 0.00')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,67 @@
+"""Sequences of vectors: go on with a mixture of two sine waves whose periods, phases and sizes are new each time.
+
+A vector holds eight values of the wave. A decoder learns to predict the next one, then for a while over rollouts, in which it
+reads its own predictions. It has to find the two waves in 64 values and continues them for 64 more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from common import Run, figure
+from torch import Tensor
+
+from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder
+
+FRAME, FRAMES, PROMPT = 8, 16, 8
+
+
+def waves(rows: int) -> Tensor:
+    """Two sines of periods from 8 to 40 steps (b 16 8)."""
+    frequency = 2 * math.pi / torch.empty(rows, 1, 2).uniform_(8, 40)
+    phase = torch.rand(rows, 1, 2) * 2 * math.pi
+    size = torch.empty(rows, 1, 2).uniform_(0.3, 1.0)
+    time = torch.arange(FRAMES * FRAME)[None, :, None]
+    return (size * torch.sin(frequency * time + phase)).sum(dim=-1).unflatten(1, (FRAMES, FRAME))
+
+
+def error(model: ContinuousAutoregressiveWrapper, x: Tensor) -> tuple[float, Tensor]:
+    """(root mean square error of the second half as continued from the first, the continuation)."""
+    made = model.generate(x[:, :PROMPT], FRAMES - PROMPT)
+    return (made - x[:, PROMPT:]).square().mean().sqrt().item(), made
+
+
+def main() -> None:
+    run = Run(__doc__, steps=1000)
+    model = ContinuousAutoregressiveWrapper(
+        ContinuousTransformerWrapper(
+            dim_in=FRAME,
+            dim_out=FRAME,
+            max_seq_len=FRAMES,
+            attn_layers=Decoder(dim=96, depth=3, heads=4, rotary_pos_emb=True, use_rmsnorm=True),
+        )
+    )
+    x = waves(200)
+    run.train(model, lambda: model(waves(64)), share=0.8, lr=2e-3, says='next vector')
+    forced, _ = error(model, x)
+    run.train(model, lambda: model(waves(64), rollout_steps=6), share=0.2, lr=1e-3, says='rollouts')
+    rolled, made = error(model, x)
+    zero = x[:, PROMPT:].square().mean().sqrt()
+
+    drawn, axes = figure(3, 1, width=7.5, height=4.2)
+    for axis, real, said in zip(axes.flat, x, made, strict=False):
+        axis.plot(real.flatten().numpy(), color='0.75', linewidth=4)
+        axis.plot(range(PROMPT * FRAME, FRAMES * FRAME), said.flatten().numpy(), color='C3')
+        axis.axvline(PROMPT * FRAME - 0.5, color='0.5', linestyle=':')
+        axis.set_ylim(-2.1, 2.1)
+    axes[0, 0].legend(['the wave', 'continued by the model'], loc='upper left', fontsize=8)
+    run.picture(drawn)
+    run.check(
+        'root mean square error of 64 values', rolled, at_most=float(0.4 * zero),
+        baseline=f'before the rollouts {forced:.3f}, always saying zero {zero:.3f}',
+    )  # fmt: skip
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,29 @@
+"""What the pages in docs/ show works as written, with the shapes that their comments say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / 'docs'
+SNIPPETS = [
+    pytest.param(block, id=f'{page.stem}-{number}')
+    for page in sorted(DOCS.glob('*.md'))
+    for number, block in enumerate(
+        re.findall(r'^```python\n(.*?)^```', page.read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE), start=1
+    )
+]
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 6
+
+
+@pytest.mark.parametrize('block', SNIPPETS)
+def test_snippet_runs_and_shapes_are_as_its_comments_say(block):
+    names: dict[str, object] = {}
+    exec(compile(block, 'snippet', 'exec'), names)
+    for name, shape in re.findall(r'^(\w+) = .*# \(([\d, ]+)\)$', block, re.MULTILINE):
+        assert tuple(names[name].shape) == tuple(int(size) for size in shape.split(',') if size.strip()), name
