@@ -1,6 +1,7 @@
 """Encoder and decoder: copy a sequence of random digits, of any length up to 12, and stop where it ends.
 
-XTransformer reads the source with its encoder; the decoder learns to write it again and then an end token.
+XTransformer reads the source with its encoder; the decoder learns to write it again and then an end token. Both have sinusoidal
+positions, so that a place of the target finds the same place of the source.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main() -> None:
-    run = Run(__doc__, steps=900)
+    run = Run(__doc__, steps=400)
     model = XTransformer(
         dim=64,
         tie_token_emb=True,
@@ -38,12 +39,12 @@ def main() -> None:
         enc_max_seq_len=LENGTH,
         enc_depth=1,
         enc_heads=4,
-        enc_rotary_pos_emb=True,
+        enc_scaled_sinu_pos_emb=True,
         dec_num_tokens=SYMBOLS + 3,
         dec_max_seq_len=LENGTH + 2,
         dec_depth=2,
         dec_heads=4,
-        dec_rotary_pos_emb=True,
+        dec_scaled_sinu_pos_emb=True,
     )
 
     def loss() -> Tensor:
@@ -58,7 +59,7 @@ def main() -> None:
     right = (copied == wanted).all(dim=1).float().mean()
     print('source', [int(s) for s in source[0][real[0]]])
     print('copy  ', [int(s) for s in copied[0] if s != PAD])
-    run.check('share of sequences copied without a mistake', right, at_least=0.95, baseline='guessing reaches 0.00')
+    run.check('share of sequences copied without a mistake', right, at_least=0.98, baseline='guessing reaches 0.00')
 
 
 if __name__ == '__main__':
