@@ -28,7 +28,7 @@ train: $(STAMP)  ## train a byte-level GPT on the standard library's source: run
 	$(BIN)/x-transformers train --run-dir $(RUN_DIR) $(if $(wildcard $(RUN_DIR)/config.json),--resume)
 
 test: $(STAMP)  ## all tests but the deep ones
-	$(TEST) -n $(WORKERS) --dist worksteal
+	$(TEST) -n $(WORKERS) --dist worksteal -m 'not deep'
 
 test-deep: $(STAMP)  ## more random combinations of flags, and every recorded case under CONFORMANCE=path
 	@echo 'LAWS_SEED=$(LAWS_SEED) LAWS_COUNT=$(LAWS_COUNT)'
@@ -38,7 +38,7 @@ check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(TEST) -n $(WORKERS) --dist worksteal -m 'not slow'
+	$(TEST) -n $(WORKERS) --dist worksteal -m 'not slow and not deep'
 
 format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format .

@@ -12,7 +12,7 @@ from x_transformers import Decoder, Encoder, TransformerWrapper, ViTransformerWr
 
 ROWS = 2
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
+pytestmark = [pytest.mark.slow, pytest.mark.deep, pytest.mark.filterwarnings('ignore')]
 
 
 class Graphs(list):
