@@ -46,7 +46,7 @@ def test_every_default_is_of_its_own_kind_and_in_its_range(cls):
 def test_the_number_of_keywords_is_that_of_the_original_and_the_documented_additions():
     # ``dim`` comes on top for attention
     assert len(AttentionFlags.flag_fields()) + 1 == 70
-    added = {'resi_dual', 'resi_dual_scale', 'hyper_conn_doubly_stochastic'}
+    added = {'resi_dual', 'resi_dual_scale', 'hyper_conn_doubly_stochastic', 'gradient_checkpointing'}
     assert len(set(StackFlags.flag_fields()) - added) == 73
     assert len(WrapperFlags.flag_fields()) == 38
     assert len(FeedForwardFlags.flag_fields()) == 13
