@@ -12,7 +12,8 @@ import torch
 from tests.poison import poisoned
 from tests.shapes import shapes_checked
 
-# one file per room, none of which expects wrong shapes or compiles, whose every call is checked for shapes, and whose fresh memory holds NaN
+# one file per room whose every call is checked for shapes, and whose fresh memory holds NaN; none of them hands over wrong
+# shapes on purpose, or compiles
 REPRESENTATIVE = (
     'attention/test_latent.py',
     'cache/test_tape.py',

@@ -61,7 +61,7 @@ def test_scores(kv_heads: int, batched: bool) -> None:
 def test_unplaced_keys_have_angle_zero() -> None:
     emb = PolarEmbedding(3, heads=2)
     k = torch.randn(1, 2, 4, 3)
-    zero = PolarPositions.at(emb, torch.zeros(4))
+    zero = PolarPositions.at(emb, torch.zeros(4, dtype=torch.long))
     torch.testing.assert_close(zero.unplaced_keys(k), zero.keys(k))
 
 
