@@ -569,3 +569,13 @@ def test_left_padding_is_not_noticed_by_learned_keys(flags: dict[str, Any]) -> N
 def test_the_decay_of_xpos_does_not_depend_on_what_follows() -> None:
     stack, x = built(Decoder, attn_num_mem_kv=2, rotary_xpos=True), drawn(2, 7, DIM)
     torch.testing.assert_close(stack(x)[:, :3], stack(x[:, :3]))
+
+
+def test_scores_are_handed_on_between_layers_with_and_without_external_keys() -> None:
+    """External keys go to the top layer only: the layer below hands on fewer columns, and own keys stay in line."""
+    stack, x = built(Decoder, depth=2, residual_attn=True), drawn(2, 5, DIM)
+    heads, width = stack.attn_heads, stack.attn_dim_head
+    extra = [(drawn(2, heads, 3, width), drawn(2, heads, 3, width))]
+    nobody = torch.zeros(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(stack(x, self_attn_additional_kv=extra, additional_kv_mask=nobody), stack(x))
+    assert not torch.allclose(stack(x, self_attn_additional_kv=extra), stack(x))

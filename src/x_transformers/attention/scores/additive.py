@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.attention.scores.base import Form, Rule, Sheet
-from x_transformers.helpers import max_neg_value
+from x_transformers.helpers import max_neg_value, pad_at_dim
 
 
 class AddPrevious(Rule):
@@ -14,7 +14,9 @@ class AddPrevious(Rule):
 
     def apply(self, sheet: Sheet) -> None:
         if sheet.previous is not None:
-            scores = sheet.scores + sheet.previous
+            # a layer without another model's keys has fewer columns in front than one with them; own keys are right-aligned
+            missing = sheet.scores.shape[-1] - sheet.previous.shape[-1]
+            scores = sheet.scores + pad_at_dim(sheet.previous, (missing, 0))
             # what was forbidden there is the lowest number already: keep the sum a number
             sheet.scores = scores.clamp(min=max_neg_value(scores))
 
