@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call
+from x_transformers.embedding.call import Call, check_frames
 from x_transformers.embedding.pooling import average
 from x_transformers.embedding.rows import Rows
 from x_transformers.flags.base import FlagError
@@ -22,7 +22,7 @@ from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import Prompt, align_right, checked_length, right_aligned
-from x_transformers.generation.sampling import check_temperature
+from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
 from x_transformers.generation.views import VectorView
 from x_transformers.losses import shifted_mask
 from x_transformers.module import Module
@@ -48,22 +48,6 @@ def masked_mean(t: Float[Tensor, 'b n ...'], mask: Bool[Tensor, 'b n'] | None = 
         return t.mean()
     mask = mask.reshape(*mask.shape, *(1,) * (t.ndim - mask.ndim)).expand(t.shape)
     return t.masked_fill(~mask, 0.0).sum() / mask.sum()
-
-
-def sample_from_mean_variance(
-    mean: Float[Tensor, '...'],
-    variance: Float[Tensor, '...'],
-    eps: float = 1e-5,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, '...']:
-    """A sample of a normal distribution whose deviation is ``temperature`` times the root of ``max(variance, eps)``.
-
-    Gradients reach mean and variance (https://arxiv.org/abs/1312.6114).
-    """
-    check_temperature(temperature)
-    noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
-    return mean + noise * (variance.clamp(min=eps).sqrt() * temperature)
 
 
 class GaussianNLL(Module):
@@ -153,21 +137,9 @@ class ContinuousTransformerWrapper(StackWrapper):
             raise ValueError('lens and mask both say which frames count; give one of them')
         asked = Asked(embeddings=return_embeddings, intermediates=return_intermediates, mems=return_mems, attn=return_attn)
         call = self._call(
-            x,
-            mask=mask,
-            lens=None if lens is None else torch.as_tensor(lens, device=x.device),
-            mems=mems,
-            mem_masks=mem_masks,
-            pos=pos,
-            prepend_embeds=prepend_embeds,
-            prepend_mask=prepend_mask,
-            sum_embeds=sum_embeds,
-            seq_start_pos=seq_start_pos,
-            cache=cache,
-            new_only=input_not_include_cache,
-            logits_last=logits_last,
-            more=kwargs,
-        )
+            x, mask, mems, mem_masks, pos, prepend_embeds, prepend_mask, sum_embeds, seq_start_pos, cache,
+            input_not_include_cache, logits_last, kwargs, lens=None if lens is None else torch.as_tensor(lens, device=x.device),
+        )  # fmt: skip
         return self.run(call, asked)
 
     # ------------------------------------------------------------ what is special about vectors
@@ -194,17 +166,6 @@ class ContinuousTransformerWrapper(StackWrapper):
 
     def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
         return tuple(next_memories(record.hiddens or [], call.mems if self.flags.extend_mems else None, self.max_mem_len))
-
-
-def check_frames(x: Tensor, width: int | None = None) -> None:
-    """Frames are a batch of sequences of vectors."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f'x must be a tensor of floating dtype, got {kind}; token ids go through TransformerWrapper')
-    if x.ndim != 3:
-        raise ValueError(f'x must be a batch of sequences of vectors (b n d), got shape {tuple(x.shape)}')
-    if width is not None and x.shape[-1] != width:
-        raise ValueError(f'x must hold vectors of width {width}, got shape {tuple(x.shape)}')
 
 
 class ContinuousAutoregressiveWrapper(Module):

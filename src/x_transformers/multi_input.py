@@ -109,21 +109,9 @@ class MultiInputTransformerWrapper(StackWrapper):
             z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
         )
         call = self._call(
-            next(iter(x.values())),
-            embed_ids=x,
-            mask=mask,
-            mems=mems,
-            mem_masks=mem_masks,
-            pos=pos,
-            prepend_embeds=prepend_embeds,
-            prepend_mask=prepend_mask,
-            sum_embeds=sum_embeds,
-            seq_start_pos=seq_start_pos,
-            cache=cache,
-            new_only=input_not_include_cache,
-            logits_last=logits_last,
-            more=kwargs,
-        )
+            next(iter(x.values())), mask, mems, mem_masks, pos, prepend_embeds, prepend_mask, sum_embeds, seq_start_pos, cache,
+            input_not_include_cache, logits_last, kwargs, embed_ids=x,
+        )  # fmt: skip
         return self.run(call, asked)
 
     # ------------------------------------------------------------ what is special about several inputs

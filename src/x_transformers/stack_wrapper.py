@@ -132,19 +132,42 @@ class StackWrapper(Module):
         return [step.index for step in check_steps(self.attn_layers, order) if step.kind != 'f']
 
     def _call(
-        self, x: Any, *, mems: Memories | None, cache: Cache, new_only: bool | None, more: dict[str, Any], **given: Any
+        self,
+        x: Any,
+        mask: Bool[Tensor, 'b n'] | None,
+        mems: Memories | None,
+        mem_masks: Sequence[Bool[Tensor, 'b l']] | None,
+        pos: Tensor | None,
+        prepend_embeds: Float[Tensor, 'b p e'] | None,
+        prepend_mask: Bool[Tensor, 'b p'] | None,
+        sum_embeds: Float[Tensor, 'b n e'] | None,
+        seq_start_pos: Int[Tensor, ' b'] | None,
+        cache: Cache,
+        new_only: bool | None,
+        logits_last: int | None,
+        more: dict[str, Any],
+        **own: Any,
     ) -> Call:
-        """The arguments of a forward in one object; ``more`` is what goes to the stack as it is."""
+        """The arguments of a forward in one object: what every model takes, ``more``, which goes to the stack as it is, and
+        those that the model has of its own."""
         if more:
             check_names(self, more)
         return Call(
             x=x,
+            mask=mask,
             mems=self._shifted(mems),
+            mem_masks=mem_masks,
+            pos=pos,
+            prepend_embeds=prepend_embeds,
+            prepend_mask=prepend_mask,
+            sum_embeds=sum_embeds,
+            seq_start_pos=seq_start_pos,
             cache=KVCache.of(cache, self._attention_steps(cache, more.get('layers_execute_order'))),
             new_only=default(new_only, self.input_not_include_cache),
+            logits_last=logits_last,
             cache_age=more.pop('cache_age', None),
             more=more,
-            **given,
+            **own,
         )
 
     def run(self, call: Call, asked: Asked) -> Any:

@@ -145,21 +145,9 @@ class XValTransformerWrapper(StackWrapper):
         _, numbers = read_numbers(x, x_num, self.numerical_token_id, elsewhere=1.0)
         asked = Asked(embeddings=return_embeddings, intermediates=return_intermediates, mems=return_mems, attn=return_attn)
         call = self._call(
-            x,
-            numbers=numbers,
-            mask=mask,
-            mems=mems,
-            mem_masks=mem_masks,
-            pos=pos,
-            prepend_embeds=prepend_embeds,
-            prepend_mask=prepend_mask,
-            sum_embeds=sum_embeds,
-            seq_start_pos=seq_start_pos,
-            cache=cache,
-            new_only=input_not_include_cache,
-            logits_last=logits_last,
-            more=kwargs,
-        )
+            x, mask, mems, mem_masks, pos, prepend_embeds, prepend_mask, sum_embeds, seq_start_pos, cache,
+            input_not_include_cache, logits_last, kwargs, numbers=numbers,
+        )  # fmt: skip
         return self.run(call, asked)
 
     # ------------------------------------------------------------ what is special about numbers

@@ -88,3 +88,14 @@ def check_prepended(embeds: Tensor, mask: Tensor | None, batch: int, dim: int) -
     if embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[-1] != dim:
         raise ValueError(f'prepend_embeds must have shape ({batch}, length, {dim}), got {tuple(embeds.shape)}.')
     check_mask(mask, batch, embeds.shape[1], 'prepend_mask', 'one entry per prepended embedding')
+
+
+def check_frames(x: Tensor, width: int | None = None) -> None:
+    """Frames are a batch of sequences of vectors."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f'x must be a tensor of floating dtype, got {kind}; token ids go through TransformerWrapper')
+    if x.ndim != 3:
+        raise ValueError(f'x must be a batch of sequences of vectors (b n d), got shape {tuple(x.shape)}')
+    if width is not None and x.shape[-1] != width:
+        raise ValueError(f'x must hold vectors of width {width}, got shape {tuple(x.shape)}')

@@ -152,3 +152,19 @@ def pick_token(
 ) -> Int[Tensor, ' b']:
     """One token per row, by the rules of ``Sampler``."""
     return Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)(logits)
+
+
+def sample_from_mean_variance(
+    mean: Float[Tensor, '...'],
+    variance: Float[Tensor, '...'],
+    eps: float = 1e-5,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, '...']:
+    """A sample of a normal distribution whose deviation is ``temperature`` times the root of ``max(variance, eps)``.
+
+    Gradients reach mean and variance (https://arxiv.org/abs/1312.6114).
+    """
+    check_temperature(temperature)
+    noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    return mean + noise * (variance.clamp(min=eps).sqrt() * temperature)
