@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.objectives import builds_on_meta, encoder, ids, likely, saved_and_loaded, shaken
-from x_transformers import NonAutoregressiveWrapper, nonautoregressive_wrapper
+from x_transformers import Decoder, NonAutoregressiveWrapper, TransformerWrapper, nonautoregressive_wrapper
+from x_transformers.flags.base import FlagError
 from x_transformers.nonautoregressive_wrapper import (
     Losses,
     SelfCritic,
@@ -370,3 +371,14 @@ def test_bad_input_is_named() -> None:
     for given in ({'batch_size': 0}, {'start_temperature': -1.0}, {'filter_thres': 1.0}):
         with pytest.raises(ValueError, match=next(iter(given))):
             net.generate(**given)
+
+
+def test_what_would_do_nothing_is_refused() -> None:
+    net = TransformerWrapper(num_tokens=7, max_seq_len=6, attn_layers=Decoder(dim=8, depth=1, heads=2, attn_dim_head=4))
+    with pytest.raises(FlagError, match='`net` has a causal stack, Decoder'):
+        NonAutoregressiveWrapper(net, mask_id=MASK)
+    alone = model()
+    with pytest.raises(ValueError, match=r'noise_level_scale=2\.0 .* no critic'):
+        alone.generate(noise_level_scale=2.0)
+    assert alone.generate(noise_level_scale=0.0).shape == (6,)
+    assert model(self_token_critic=True).generate(noise_level_scale=2.0).shape == (6,)

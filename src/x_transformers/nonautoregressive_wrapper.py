@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
+from x_transformers.flags.base import FlagError
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.helpers import exists
 from x_transformers.losses import token_cross_entropy
@@ -152,6 +153,11 @@ class NonAutoregressiveWrapper(Module):
         super().__init__()
         if exists(token_critic) and self_token_critic:
             raise ValueError('token_critic and self_token_critic exclude each other: give one critic')
+        if getattr(net.attn_layers, 'causal', False):
+            raise FlagError(
+                f'`net` has a causal stack, {type(net.attn_layers).__name__}, in which a hidden token sees only what stands '
+                'before it: masked generation needs both sides. Build it around an Encoder.'
+            )
         check_shares(
             steps,
             self_cond_train_prob=self_cond_train_prob,
@@ -283,11 +289,17 @@ class NonAutoregressiveWrapper(Module):
             batch_size: rows ``(batch_size, n)``; one sequence ``(n,)`` without it.
             start_temperature: of the first round; it falls to 0 in the last.
             filter_thres: the share of the vocabulary that is never sampled, None: all may be.
-            noise_level_scale: how much chance decides, beside the critic, what is hidden again.
+            noise_level_scale: how much chance decides, beside the critic, what is hidden again; without a critic there is none,
+                and it must be left at its default, or 0.
             generator: makes sampling reproducible.
             kwargs: for the net.
         """
         check_generation(batch_size, start_temperature, filter_thres)
+        if self.token_critic is None and noise_level_scale not in (0.0, 1.0):
+            raise ValueError(
+                f'noise_level_scale={noise_level_scale} is the noise on what a critic says, and there is no critic: '
+                'leave it out, or build the wrapper with token_critic or self_token_critic=True'
+            )
         rows = 1 if batch_size is None else batch_size
         seq = torch.full((rows, self.max_seq_len), self.mask_id, device=self.device)
         hidden = torch.ones_like(seq, dtype=torch.bool)
