@@ -416,6 +416,16 @@ def test_continued_equals_whole(stack: dict[str, Any], flags: dict[str, Any], wh
     assert cache.cache_length == LENGTH + prefix
 
 
+@torch.no_grad()
+def test_left_padding_leaves_the_conditions_of_memories_where_they_are(x: Tensor) -> None:
+    model = decoder({'use_adaptive_rmsnorm': True}, num_memory_tokens=2)
+    mems, condition = [torch.randn(2, 3, DIM) for _ in range(2)], torch.randn(2, 3 + 2 + LENGTH, DIM)
+    padded = model(x, mems=mems, condition=condition, seq_start_pos=torch.tensor([0, 4]))
+    own = torch.cat((condition[1:, :5], condition[1:, 9:]), dim=1)
+    torch.testing.assert_close(padded[1:, 4:], model(x[1:, 4:], mems=[mem[1:] for mem in mems], condition=own))
+    torch.testing.assert_close(padded[:1], model(x[:1], mems=[mem[:1] for mem in mems], condition=condition[:1]))
+
+
 @pytest.mark.parametrize('stack', [{}, {'rotary_pos_emb': True}, {'alibi_pos_bias': True}], ids=str)
 @pytest.mark.parametrize('prefix', [0, 3])
 @torch.no_grad()

@@ -296,7 +296,7 @@ class StackWrapper(Module):
             'mem_masks': call.mem_masks,
             'pos': rows.positions(call.pos_ids),
             'seq_start_pos': call.seq_start_pos,
-            **rows.stretched(call.more),
+            **rows.stretched(call.more, longest(call.mems) if self.attn_layers.norm_need_condition else 0),
         }
         if rows.cached:
             given['input_not_include_cache'] = True
@@ -352,7 +352,7 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
             continue
         if name == 'pos' and value.ndim == 1:
             value = value.unsqueeze(0)
-        if value.ndim > 1 and value.shape[1] == rows and (value.ndim == 3 or name not in ('condition', 'in_attn_cond')):
+        if value.ndim > 1 and value.shape[1] >= rows and (value.ndim == 3 or name not in ('condition', 'in_attn_cond')):
             given[name] = shuffle.lay(value)
     if 'deep_embeds_and_ids' in given:
         table, ids = given['deep_embeds_and_ids']
@@ -362,8 +362,12 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
 
 def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> Int[Tensor, '...']:
     """Positions of the tokens, of some that may begin with those of the memories, which rotary positions need."""
-    length = max([0, *(mem.shape[1] for mem in mems or ())])
+    length = longest(mems)
     return pos[..., length:] if length and pos.shape[-1] == length + rows.tokens else pos
+
+
+def longest(mems: Memories | None) -> int:
+    return max([0, *(mem.shape[1] for mem in mems or ())])
 
 
 def usual(flags: Flags, name: str) -> Any:

@@ -20,6 +20,7 @@ class Along:
     rows: int | None = 0
     tokens: tuple[int, ...] = ()
     like_x: bool = False  # belongs to the tokens of x: where x is new tokens only, it is theirs only
+    front: int = 0  # so many entries in front of the tokens' are never cut off
 
     def part(self, rows: slice | Tensor, start: int, stop: int) -> Any:
         return self._cut(self.value, rows, start, stop)
@@ -34,7 +35,8 @@ class Along:
         if self.rows is not None:
             value = value[(slice(None),) * self.rows + (rows,)]
         for axis in self.tokens:
-            value = value.narrow(axis, start, stop - start)
+            cut = value.narrow(axis, self.front + start, stop - start)
+            value = torch.cat((value.narrow(axis, 0, self.front), cut), dim=axis) if self.front else cut
         return value
 
 
@@ -48,6 +50,7 @@ class Draw:
     flags: dict[str, Any] = field(default_factory=dict)
     wrapper: dict[str, Any] = field(default_factory=dict)
     attentions: int = 0  # executed self attentions
+    mems: int = 0  # how long memories are
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=self.dtype)

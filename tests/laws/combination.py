@@ -25,6 +25,7 @@ from tests.laws.groups import (
     GROUPS,
     HEADS,
     LENGTH,
+    MEMORIES,
     PREFIX,
     TOKENS,
     Group,
@@ -100,7 +101,8 @@ class Combination:
     def inputs(self, rows: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Arguments:
         """Every argument of the call but the tokens."""
         generator = torch.Generator().manual_seed(seed)
-        draw = Draw(rows, generator, dtype, self.flags, self.wrapper, self.attentions if self.counts else 0)
+        mems = MEMORIES if self.has('mems') else 0
+        draw = Draw(rows, generator, dtype, self.flags, self.wrapper, self.attentions if self.counts else 0, mems)
         given: dict[str, Any] = {}
         for entry in self.groups:
             given.update(entry.inputs(draw))
@@ -128,7 +130,7 @@ class Combination:
         return self.read_logits(out, x)
 
     def read_logits(self, out: Any, x: Tensor) -> Tensor:
-        if self.wrapper.get('num_output_heads', 1) > 1:
+        if isinstance(out, tuple):  # of several heads
             out = torch.stack(out, dim=-1)
         return out if self.pooled else self.read_tokens(out, x)
 

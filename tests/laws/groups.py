@@ -47,7 +47,9 @@ def condition(draw: Draw) -> dict[str, Tensor | Along]:
 
 
 def condition_per_token(draw: Draw) -> dict[str, Tensor | Along]:
-    return {'condition': Along(draw.normal(draw.rows, LENGTH, DIM), tokens=(1,), like_x=True)}
+    """With memories, theirs in front."""
+    made = draw.normal(draw.rows, draw.mems + LENGTH, DIM)
+    return {'condition': Along(made, tokens=(1,), like_x=True, front=draw.mems)}
 
 
 def in_attn_cond(draw: Draw) -> dict[str, Tensor | Along]:

@@ -219,8 +219,6 @@ def segments_promised(case: Combination) -> bool:
       keys in general, is said about one segment.
     """
     carried_otherwise = {'selective', 'shift', 'shift_two', 'streams_qkv', 'memory_tokens', 'interspersed', 'recycling'}
-    # memories are normed by the layer that reads them, which knows the condition of its own tokens only
-    carried_otherwise |= {'condition_per_token'}
     said_of_one = {'mems', 'prepend', 'kv_shift', 'additional_kv', 'additional_cache'}
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
     return not (has_hybrid(case) or dense or case.has(*carried_otherwise, *said_of_one))
@@ -243,7 +241,10 @@ def segments_are_whole(case: Combination) -> None:
         part = given.part(start=start, stop=stop)
         if start:
             part.pop('prefix_attn_len', None)  # it lies in the first segment
-        part['pos'] = spread[..., :stop]  # of the memories too: absolute positions begin anew otherwise
+        # what is said of the memories too: absolute positions begin anew otherwise, and memories are normed by who reads them
+        part['pos'] = spread[..., :stop]
+        if case.has('condition_per_token'):
+            part['condition'] = given.given['condition'].part(slice(None), 0, stop)
         out, record = case.call(model, x[:, start:stop], part, mems=mems, return_mems=True, return_intermediates=True)
         must_equal(out, whole[:, start:stop], f'tokens {start} to {stop}, with the memories of those before')
         mems = record.mems

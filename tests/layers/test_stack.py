@@ -324,6 +324,20 @@ def test_mems_are_what_came_before() -> None:
     torch.testing.assert_close(polar(x[:, 3:], mems=first.hiddens), polar(x)[:, 3:])
 
 
+@pytest.mark.parametrize(
+    'flags', [{'use_adaptive_layernorm': True}, {'use_adaptive_rmsnorm': True, 'adaptive_condition_mlp': True}]
+)
+def test_mems_are_normed_with_their_own_condition(flags: dict[str, Any]) -> None:
+    stack, x, condition = built(Decoder, **flags), drawn(2, 7, DIM), drawn(2, 7, DIM)
+    _, first = stack(x[:, :3], condition=condition[:, :3], return_hiddens=True)
+    want = stack(x, condition=condition)[:, 3:]
+    torch.testing.assert_close(stack(x[:, 3:], condition=condition, mems=first.hiddens), want)
+    shorter = [first.hiddens[0], first.hiddens[1][:, 1:]]
+    seen = torch.tensor([[False, True, True]]).expand(2, -1)
+    want = stack(x[:, 3:], condition=condition, mems=first.hiddens, mem_masks=[None, seen])
+    torch.testing.assert_close(stack(x[:, 3:], condition=condition, mems=shorter), want)
+
+
 def test_masked_mems_are_not_there() -> None:
     stack, x = built(Decoder), drawn(2, 4, DIM)
     mems, hidden = [drawn(2, 3, DIM)] * 2, torch.zeros(2, 3, dtype=torch.bool)

@@ -24,8 +24,10 @@ class Shuffle(NamedTuple):
     back: Int[Tensor, 'b n']
 
     def lay(self, t: Tensor) -> Tensor:
-        """``t`` (b n …) in the other order."""
-        return gathered(t, self.there)
+        """``t`` (b n …) in the other order; what stands before its last n rows, for memories, stays there."""
+        extra = t.shape[1] - self.there.shape[1]
+        laid = gathered(t[:, max(extra, 0) :], self.there)
+        return laid if extra <= 0 else torch.cat((t[:, :extra].expand(laid.shape[0], *t[:, :extra].shape[1:]), laid), dim=1)
 
     def restore(self, t: Tensor) -> Tensor:
         return gathered(t, self.back)
@@ -163,12 +165,13 @@ class Rows:
         back = torch.where(place < front, place + start, torch.where(place - front < start, place - front, place))
         return Shuffle(there, back)
 
-    def stretched(self, more: dict[str, Any]) -> dict[str, Any]:
+    def stretched(self, more: dict[str, Any], mems: int = 0) -> dict[str, Any]:
         """Masks and biases of the stack that were given for the tokens only, extended for the rows in front.
 
-        With a cache, what was given for each token of the whole sequence is cut to the new ones.
+        With a cache, what was given for each token of the whole sequence is cut to the new ones; a condition may begin with
+        that of ``mems`` memories.
         """
-        more = self._new_parts(more) if self.cached else more
+        more = self._new_parts(more, mems) if self.cached else more
         extra = self.front_keys
         if not extra:
             return more
@@ -187,12 +190,13 @@ class Rows:
             more[name] = F.pad(dense, (extra, 0, top, 0), value=value)
         return more
 
-    def _new_parts(self, more: dict[str, Any]) -> dict[str, Any]:
+    def _new_parts(self, more: dict[str, Any], mems: int) -> dict[str, Any]:
         more = dict(more)
         for name, axis in (('condition', 1), ('in_attn_cond', 1), ('self_attn_kv_residuals', -2)):
-            value = more.get(name)
-            if isinstance(value, Tensor) and value.ndim > 2 and value.shape[axis] > self.new:
-                more[name] = value.narrow(axis, value.shape[axis] - self.new, self.new)
+            value, first = more.get(name), mems if name == 'condition' else 0
+            if isinstance(value, Tensor) and value.ndim > 2 and value.shape[axis] > first + self.new:
+                newest = value.narrow(axis, value.shape[axis] - self.new, self.new)
+                more[name] = torch.cat((value.narrow(axis, 0, first), newest), dim=axis) if first else newest
         return more
 
     def token_ids(self, ids: Int[Tensor, 'b n'], value: int) -> Int[Tensor, 'b m']:

@@ -158,6 +158,7 @@ class Inputs:
     packed: PackedSequences | None = None
     cross_packed: PackedSequences | None = None
     condition: Float[Tensor, 'b #n c'] | None = None
+    mem_condition: Float[Tensor, 'b #m c'] | None = None
     injected: Float[Tensor, 'b #n d'] | None = None
     deep_table: Float[Tensor, 't l d'] | None = None
     deep_ids: Int[Tensor, 'b n'] | None = None
@@ -172,7 +173,7 @@ class Inputs:
         return F.embedding(self.deep_ids, self.deep_table[:, nth])
 
     def for_step(
-        self, step: Step, carry: Carry, norm: Callable[[Tensor], Tensor], context_dropout: float = 0.0
+        self, step: Step, carry: Carry, norm: Callable[[Tensor, Tensor | None], Tensor], context_dropout: float = 0.0
     ) -> BranchInputs:
         """What the branch of one step is given; ``norm`` is the layer's, for its memory."""
         past = None if self.cache is None else self.cache.step(step.index)
@@ -201,13 +202,16 @@ class Inputs:
             self._for_cross(given, step, context_dropout)
         return given
 
-    def _for_self(self, given: BranchInputs, step: Step, norm: Callable[[Tensor], Tensor]) -> None:
+    def _for_self(self, given: BranchInputs, step: Step, norm: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         mem = _at(self.mems, step.nth) if self.mems else None
         if mem is not None:
             given.mask = self.masks.of(step.nth)
         given.bias = self.bias
         given.positions = self.positions
-        given.mem = None if mem is None else norm(mem)
+        if mem is not None:
+            known = self.mem_condition
+            # a shorter memory ends where the others end
+            given.mem = norm(mem, known if known is None or known.shape[1] == 1 else known[:, self.span.mems - mem.shape[1] :])
         given.extra = _at(self.extra, step.nth) if self.extra else None
         given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
         given.packed = self.packed

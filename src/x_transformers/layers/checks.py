@@ -215,10 +215,6 @@ def check_mems(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], ba
             raise ValueError(f'mem_masks[{index}] must be {wanted}, but is {shape_of(mask)}')
     if len({mem.shape[1] for mem in given.mems if mem is not None}) > 1 and stack.flags.residual_attn:
         raise ValueError('mems must be equally long in all layers with residual_attn, which adds scores from layer to layer')
-    if given.condition is not None and stack.norm_need_condition and given.condition.ndim == 3 and given.condition.shape[1] > 1:
-        raise ValueError(
-            'mems cannot be normed with a condition per token, (b, n, c), of other tokens: pass one per row, (b, c)'
-        )
 
 
 def check_shifts(name: str, shifts: Any, kind: str, batch: int, length: int, width: int) -> None:

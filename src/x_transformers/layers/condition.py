@@ -13,9 +13,9 @@ def AdaptiveMLP(dim_condition: int, expansion: int) -> nn.Sequential:
 
 
 def read_condition(
-    condition: Tensor | None, needed: bool, dim_condition: int, batch: int, n: int
+    condition: Tensor | None, needed: bool, dim_condition: int, batch: int, n: int, mems: int = 0
 ) -> Float[Tensor, 'b #n c'] | None:
-    """The caller's condition with a sequence axis.
+    """The caller's condition with a sequence axis: of 1, of the ``n`` tokens, or of ``mems`` memories and the tokens.
 
     Raises ValueError if there is one and none is needed, or the other way round, or if it has the wrong shape.
     """
@@ -38,6 +38,19 @@ def read_condition(
             f'condition must be (batch, {dim_condition}) or (batch, sequence, {dim_condition}) with batch {batch}, '
             f'but is {shape}: the width is set by `dim_condition`'
         )
-    if wide.shape[1] not in (1, n):
-        raise ValueError(f'condition has one row for each of {wide.shape[1]} tokens, but x has {n} (condition is {shape})')
+    if mems and wide.shape[1] == n and n > 1:
+        raise ValueError(
+            f'condition is {shape}, one row for each token, and memories are normed with a condition too: with mems it must '
+            f'begin with theirs, ({batch}, {mems} + {n}, {dim_condition}), or be one for all, ({batch}, {dim_condition})'
+        )
+    if wide.shape[1] not in (1, mems + n):
+        behind = f' and mems {mems}' if mems else ''
+        raise ValueError(
+            f'condition has one row for each of {wide.shape[1]} tokens, but x has {n}{behind} (condition is {shape})'
+        )
     return wide
+
+
+def of_memories(condition: Float[Tensor, 'b #n c'], mems: int) -> Float[Tensor, 'b #m c']:
+    """The part about ``mems`` memories: a condition is one for all, or begins with theirs."""
+    return condition if condition.shape[1] == 1 else condition[:, :mems]

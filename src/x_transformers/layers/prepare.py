@@ -17,7 +17,7 @@ from x_transformers.helpers import detach_all, exists
 from x_transformers.layers.across_depth import injection
 from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span
 from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_bool, is_float, shape_of
-from x_transformers.layers.condition import read_condition
+from x_transformers.layers.condition import of_memories, read_condition
 from x_transformers.layers.plan import Step
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -38,7 +38,8 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     cache = KVCache.of(given.cache, [step.index for step in steps if step.kind != 'f'])
     span = read_span(x, given, cache)
     check_call(stack, given, span, steps)
-    condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given)
+    normed_mems = span.mems if stack.norm_need_condition else 0
+    condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given, normed_mems)
     extra = external_keys(stack, given, steps, span.batch)
     working = cache.fork() if cache is not None else KVCache() if given.return_hiddens else None
     x = span.newest(x) if span.new != span.given else x
@@ -46,6 +47,8 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     starts = start_mask(given, span)
     base = self_mask(stack, given, span, working, starts)
     mems = tuple(given.mems or ())
+    if condition is not None and stack.adaptive_mlp is not None:
+        condition = stack.adaptive_mlp(condition)
     inputs = Inputs(
         steps=steps,
         span=span,
@@ -64,7 +67,8 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals),
         packed=packed(given.flash_pack_seq_kwargs, stack.is_causal),
         cross_packed=packed(given.flash_pack_seq_context_kwargs, False),
-        condition=make_condition(stack, condition, span),
+        condition=None if condition is None else span.newest(condition),
+        mem_condition=None if condition is None or not normed_mems else of_memories(condition, normed_mems),
         injected=injection(x, in_attn_condition(given, span), stack.reinject_input_proj, stack.learned_reinject_input_gate),
         deep_table=given.deep_embeds_and_ids[0] if given.deep_embeds_and_ids else None,
         deep_ids=span.newest(given.deep_embeds_and_ids[1]) if given.deep_embeds_and_ids else None,
@@ -317,13 +321,6 @@ def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor 
 
 
 # ---------------------------------------------------------------- other layers, other models
-
-
-def make_condition(stack: AttentionLayers, condition: Tensor | None, span: Span) -> Tensor | None:
-    if condition is None:
-        return None
-    condition = span.newest(condition)
-    return condition if stack.adaptive_mlp is None else stack.adaptive_mlp(condition)
 
 
 def in_attn_condition(given: Given, span: Span) -> Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +155,7 @@ class AttentionLayers(Module):
                 record.leave_out(step)
                 continue
             h = layer.norm_before(h if call.injected is None else h + call.injected, condition)
-            norm_mem = partial(layer.norm_before, condition=condition)
-            given = call.for_step(step, carry, norm_mem, self._lost_context())
+            given = call.for_step(step, carry, layer.norm_before, self._lost_context())
             out, seen = run(layer.branch, h, given)
             written = layer.residual.write(layer.norm_behind(out, condition), rest)
             written = layer.norm_after(written, wide_condition)
@@ -246,7 +244,8 @@ class AttentionLayers(Module):
           ready-made angles.
         - ``self_attn_additional_kv``: keys and values of another model, a list of pairs or what its forward returned, with one
           ``additional_kv_mask``; fewer than layers go to the top ones, unless ``route_additional_kv_to_top`` is False.
-        - ``condition`` (b c) or (b n c): for adaptive parts; ``in_attn_cond`` (b d) or (b n d): added to every branch's input.
+        - ``condition`` (b c) or (b n c): for adaptive parts, with ``mems`` theirs in front; ``in_attn_cond`` (b d) or (b n d):
+          added to every branch's input.
         - ``self_attn_kv_residuals``, ``cross_attn_kv_residuals``: added to the keys' and values' input, (b n d) in the first
           layer or (layers b n d). ``deep_embeds_and_ids``: a table of factors for feed-forwards, and ids into it.
         - ``layers_execute_order``: indices of layers. ``flash_pack_seq_kwargs``, ``flash_pack_seq_context_kwargs``:
