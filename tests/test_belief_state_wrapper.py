@@ -118,6 +118,27 @@ def test_weights_by_pair_always_count(per_direction: bool) -> None:
     torch.testing.assert_close(net(seq, loss_weight_by_fb_indices=weigh), torch.stack(losses).mean())
 
 
+def test_pairs_of_weight_zero_are_not_computed() -> None:
+    net, seq = model(), ids(2, 6)
+
+    def late(pairs: Tensor) -> Tensor:
+        return (pairs[:, 0] >= 3).float()
+
+    losses = [
+        loss if i >= 3 else 0.0 * loss
+        for row in seq
+        for (i, j), (following, previous, _) in by_loops(net, row).items()
+        for loss in (following, previous)
+    ]
+    seen: list[int] = []
+    net.text_head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    loss = net(seq, loss_weight_by_fb_indices=late)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    # (3, 5), (3, 6), (4, 6) of 15 pairs, and the first, which always stays
+    assert seen == [4]
+    assert net(seq, loss_weight_by_fb_indices=lambda pairs: torch.zeros(len(pairs))) == 0
+
+
 def test_the_distance_that_is_told_matters() -> None:
     """In the original its parameters get no gradient."""
     net, seq = model(cond_on_distance=True, cond_on_distance_prob=0.999999), ids(1, 5)

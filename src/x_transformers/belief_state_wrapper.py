@@ -18,7 +18,7 @@ from x_transformers.generation.prompts import checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
 from x_transformers.module import Module, empty_parameter
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Float, Int
 
 # pairs of a prefix and a suffix whose logits exist at one time
 PAIRS_AT_ONCE = 4096
@@ -120,6 +120,18 @@ class BeliefStateWrapper(Module):
         kept = max(int(len(pairs) * self.train_frac_fb_pairs), 1)
         return pairs[torch.randperm(len(pairs), device=device)[:kept]]
 
+    def weighed(self, pairs: Int[Tensor, 'p 2'], weigh: PairWeights | None) -> tuple[Int[Tensor, 'q 2'], Float[Tensor, 'q 2']]:
+        """(the pairs that say something, the weights of their two losses): pairs of weight 0 need not be computed."""
+        weights = self.loss_weights.expand(len(pairs), 2)
+        if weigh is None or not len(pairs):
+            return pairs, weights
+        weights = weights * pair_weights(weigh, pairs)
+        if self.pred_distance or weights.requires_grad or torch.compiler.is_compiling():
+            return pairs, weights
+        # one always stays, so that there is a loss
+        used = (weights != 0).any(dim=-1).index_fill(0, torch.zeros(1, dtype=torch.long, device=pairs.device), True)
+        return pairs[used], weights[used]
+
     def pair_losses(
         self,
         ahead: Float[Tensor, 'b n d'],
@@ -157,6 +169,8 @@ class BeliefStateWrapper(Module):
         ahead = self.forward_decoder(seq, return_embeddings=True)
         behind = self.backward_embeds(seq, lengths)
         pairs = self.pairs(length)
+        total = (pairs[:, 1] <= lengths[:, None]).sum()
+        pairs, weights = self.weighed(pairs, loss_weight_by_fb_indices)
         told = self.cond_on_distance and self.training and random.random() < self.cond_on_distance_prob
 
         results = [
@@ -165,13 +179,13 @@ class BeliefStateWrapper(Module):
         ]
         text = torch.cat([result[0] for result in results], dim=1)
         counts = pairs[:, 1] <= lengths[:, None]
-        weights = self.loss_weights.to(text.dtype).expand(len(pairs), 2)
-        if loss_weight_by_fb_indices is not None:
-            weights = weights * pair_weights(loss_weight_by_fb_indices, pairs)
-        loss = mean_where(text * weights, counts[..., None].expand_as(text))
+        weighted = (text * weights.to(text.dtype)).masked_fill(~counts[..., None], 0.0)
+        # 0 where nothing counts: of a drawn share of the pairs all may lie beyond short rows
+        loss: Tensor = weighted.sum() / (2 * total).clamp(min=1)
         if results and results[0][1] is not None:
             off = torch.cat([result[1] for result in results], dim=1)
-            loss = loss + self.pred_distance_loss_weight * mean_where(off, counts)
+            off = off.masked_fill(~counts, 0.0).sum() / total.clamp(min=1)
+            loss = loss + self.pred_distance_loss_weight * off
         return loss
 
     @torch.no_grad()
@@ -261,11 +275,6 @@ def reversed_rows(length: int, lens: Int[Tensor, 'b']) -> Int[Tensor, 'b n']:
     seq = torch.arange(length, device=lens.device)
     back = lens[:, None] - 1 - seq
     return torch.where(back >= 0, back, seq)
-
-
-def mean_where(values: Tensor, counted: Bool[Tensor, '...']) -> Float[Tensor, '']:
-    """0 where nothing counts: of a drawn share of the pairs all may lie beyond short rows."""
-    return values.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def pair_weights(weigh: PairWeights, pairs: Int[Tensor, 'p 2']) -> Float[Tensor, 'p #w']:
