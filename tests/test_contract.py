@@ -349,7 +349,7 @@ NO_LAW = {
     'rel_pos_kwargs', 'residual_fn_kwargs',
     # about where it runs, not what it means: a choice of fused kernels, and a kernel that needs a GPU
     'attn_attend_sdp_kwargs', 'attn_flash_pack_seq',
-    # about memory, in training: layers/test_checkpointing.py
+    # the law laws.checkpoints_agree sets it, and layers/test_checkpointing.py
     'gradient_checkpointing',
 }  # fmt: skip
 

@@ -126,6 +126,14 @@ def test_masks_of_the_stack_are_stretched() -> None:
         Rows.lay(2, 0, memory=MemoryTokens(1, 1)).stretched({'attn_mask': dense})
 
 
+def test_pairs_of_all_tokens_are_cut_to_the_new_rows() -> None:
+    """Of a sequence that goes on from a cache with rows in front, what was said of pairs of tokens is said of all of them."""
+    rows = Rows(new=1, front=2, held=2, seen=2, front_held=2, cached=True)
+    bias = torch.arange(9.0).view(3, 3)
+    assert rows.stretched({'attn_bias': bias})['attn_bias'].tolist() == [[0, 0, 6, 7, 8]]
+    assert rows.stretched({'attn_bias': bias[2:]})['attn_bias'].tolist() == [[0, 0, 6, 7, 8]]
+
+
 def test_newest_part() -> None:
     rows = Rows.lay(1, 0, cache_of(3))
     t = torch.arange(4).view(1, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,20 +78,20 @@ class Combination:
     def wrapper(self) -> dict[str, Any]:
         return {name: value for entry in self.groups for name, value in entry.wrapper.items()}
 
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float64, **wrapper: Any) -> nn.Module:
+    def build(self, seed: int = 0, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
         """The model in eval mode, every parameter moved off its start so that zero-initialised parts are active."""
-        return shaken(self.fresh(**wrapper), seed).to(dtype).eval()
+        return shaken(self.fresh(**more), seed).to(dtype).eval()
 
-    def fresh(self, leave_out: str | None = None, **wrapper: Any) -> nn.Module:
-        """The model as it is born; without one of its keywords."""
-        flags = {name: value for name, value in self.flags.items() if name != leave_out}
+    def fresh(self, leave_out: str | None = None, stack: Mapping[str, Any] | None = None, **wrapper: Any) -> nn.Module:
+        """The model as it is born; without one of its keywords, or with more for its stack or its wrapper."""
+        flags = {name: value for name, value in {**self.flags, **(stack or {})}.items() if name != leave_out}
         wrapper = {name: value for name, value in (self.wrapper | wrapper).items() if name != leave_out}
         if 'depth' not in flags and 'custom_layers' not in flags:
             flags['depth'] = DEPTH
         if 'attn_hybrid_module' in flags:
             flags['attn_hybrid_module'] = Recurrent(HEADS * flags.get('attn_value_dim_head', DIM_HEAD))
-        stack = STACKS[self.kind](**flags)
-        return TransformerWrapper(num_tokens=TOKENS, max_seq_len=2 * LENGTH, attn_layers=stack, **wrapper)
+        layers = STACKS[self.kind](**flags)
+        return TransformerWrapper(num_tokens=TOKENS, max_seq_len=2 * LENGTH, attn_layers=layers, **wrapper)
 
     @cached_property
     def attentions(self) -> int:
@@ -126,7 +127,12 @@ class Combination:
     def read(self, out: Any, x: Tensor) -> Tensor:
         if 'add_continuous_pred_head' in self.wrapper:
             logits, (predicted, _) = out
-            return torch.cat((self.read_logits(logits, x).flatten(2), self.read_tokens(predicted, x)), dim=-1)
+            logits = self.read_logits(logits, x)
+            if 'attn_pool' in self.wrapper:
+                return logits  # attention pools for the logits, the next embedding is still predicted by each token
+            shape = (x.shape[0],) if self.pooled else x.shape
+            predicted = predicted if self.pooled else self.read_tokens(predicted, x)
+            return torch.cat((logits.reshape(*shape, -1), predicted.reshape(*shape, -1)), dim=-1)
         return self.read_logits(out, x)
 
     def read_logits(self, out: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ All run in double precision, so that a difference is a difference of meaning.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -279,6 +280,26 @@ def kernels_agree(case: Combination) -> None:
         must_equal(results[0][1], results[1][1], f'gradients against the reference kernel ({"mask" if extra else "no mask"})')
 
 
+def checkpoints_agree(case: Combination) -> None:
+    """Branches that run again in the backward pass, in training, change neither outputs nor gradients; what is drawn neither."""
+    x, given = tokens(ROWS), case.inputs(ROWS).part()
+    mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 6, 3])[:, None]
+    results = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = case.build(stack={'gradient_checkpointing': again}).train()
+        torch.manual_seed(0)
+        random.seed(0)
+        out = case.call(model, x, given, mask=mask)
+        (out * torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)).sum().backward()
+        results.append((out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (want, expected), (got, gradients) = results
+    must_equal(got, want, 'output with checkpoints')
+    must(gradients.keys() == expected.keys(), f'other parameters get gradients: {sorted(gradients.keys() ^ expected.keys())}')
+    for name, gradient in expected.items():
+        must_equal(gradients[name], gradient, f'gradient of {name} with checkpoints')
+
+
 @torch.no_grad()
 def survives_copies(case: Combination) -> None:
     """Saved and loaded, deep-copied, or built on the meta device and loaded: the same."""
@@ -327,6 +348,7 @@ LAWS: tuple[Callable[[Combination], None], ...] = (
     cache_operations,
     segments_are_whole,
     kernels_agree,
+    checkpoints_agree,
     survives_copies,
     half_precision,
 )

@@ -580,9 +580,21 @@ def test_left_padding_is_not_noticed_by_learned_keys(flags: dict[str, Any]) -> N
     torch.testing.assert_close(stack(padded, seq_start_pos=torch.tensor([3, 3]))[:, 3:], stack(x))
 
 
-def test_the_decay_of_xpos_does_not_depend_on_what_follows() -> None:
-    stack, x = built(Decoder, attn_num_mem_kv=2, rotary_xpos=True), drawn(2, 7, DIM)
+@pytest.mark.parametrize('flags', [{'attn_num_mem_kv': 2}, {'attn_l2_distance': True}], ids=str)
+def test_the_decay_of_xpos_does_not_depend_on_what_follows(flags: dict[str, Any]) -> None:
+    stack, x = built(Decoder, rotary_xpos=True, **flags), drawn(2, 7, DIM)
     torch.testing.assert_close(stack(x)[:, :3], stack(x[:, :3]))
+
+
+def test_the_decay_of_xpos_towards_another_sequence_does_not_depend_on_what_follows() -> None:
+    x, context = drawn(2, 7, DIM), drawn(2, 4, DIM)
+    places = {'context': context, 'context_pos': torch.arange(4)}
+    crossing = built(Decoder, rotary_xpos=True, cross_attend=True)
+    torch.testing.assert_close(crossing(x, **places)[:, :3], crossing(x[:, :3], **places))
+    stack = built(Decoder, rotary_xpos=True)
+    _, seen = stack(context, return_hiddens=True)
+    more = {'self_attn_additional_kv': seen}
+    torch.testing.assert_close(stack(x, **more)[:, :3], stack(x[:, :3], **more))
 
 
 def test_scores_are_handed_on_between_layers_with_and_without_external_keys() -> None:

@@ -186,6 +186,8 @@ class Rows:
                 continue
             if self.memory.every:
                 raise ValueError(f'{name} with memory_tokens_interspersed_every must be given for the longer sequence.')
+            if self.cached and dense.shape[-2] > self.new:
+                dense = dense[..., -self.new :, :]
             top = 0 if self.cached else extra
             more[name] = F.pad(dense, (extra, 0, top, 0), value=value)
         return more

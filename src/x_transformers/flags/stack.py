@@ -345,10 +345,12 @@ class StackFlags(Flags):
     @cached_property
     def depends_on_places(self) -> bool:
         """Whether a turned query meets something that is not turned: learned keys have no place, contextual positions neither.
+        Or whether scales that cancel in products, those of xpos, are compared by distance.
 
-        Then it matters where a row begins; otherwise only distances do.
+        Then it matters where a row begins; otherwise only distances between places do.
         """
-        return self.attention.num_mem_kv > 0 or self.attention.use_cope
+        attention = self.attention
+        return attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
 
     @cached_property
     def rotary_dim(self) -> int:

@@ -241,10 +241,14 @@ def _table(
     return count if begins is None else count - begins
 
 
+def from_outside(given: Given) -> bool:
+    """Whether queries meet keys whose places do not move along with theirs."""
+    return given.self_attn_additional_kv is not None or given.context_pos is not None
+
+
 def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
     """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
-    from_outside = given.self_attn_additional_kv is not None or given.context_pos is not None
-    if given.seq_start_pos is None or not (stack.flags.depends_on_places or from_outside):
+    if given.seq_start_pos is None or not (stack.flags.depends_on_places or from_outside(given)):
         return None
     if cache is None:
         return given.seq_start_pos[:, None]
@@ -281,7 +285,7 @@ def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | No
             return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, False, row_begins(stack, given, cache))))
         only_new = rotates_only_new(stack, span, cache)
         table = _table(stack, span, pos, only_new, row_begins(stack, given, cache))
-        return RotaryPositions(*stack.rotary_pos_emb(table))  # type: ignore[misc]
+        return RotaryPositions(*stack.rotary_pos_emb(table, centred=not from_outside(given)))  # type: ignore[misc]
     name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
         raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {shape_of(pair)}')
@@ -297,8 +301,9 @@ def cross_positions(
     from x_transformers.position.positions import RotaryPositions
 
     rotary = stack.rotary_pos_emb
-    own = given.rotary_pos_emb or rotary(_table(stack, span, pos, False, row_begins(stack, given, cache)))  # type: ignore[misc]
-    return RotaryPositions(*own, context=rotary(given.context_pos))  # type: ignore[misc]
+    table = _table(stack, span, pos, False, row_begins(stack, given, cache))
+    own = given.rotary_pos_emb or rotary(table, centred=False)  # type: ignore[misc]
+    return RotaryPositions(*own, context=rotary(given.context_pos, centred=False))  # type: ignore[misc]
 
 
 def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Bias | None:

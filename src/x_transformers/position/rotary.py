@@ -19,7 +19,7 @@ class RotaryEmbedding(Module):
     (https://arxiv.org/abs/2306.15595). ``use_xpos`` adds a decay with distance (https://arxiv.org/abs/2212.10554).
 
     The decay is counted from the middle of the positions, which cancels out between queries and keys; where a query meets
-    what is not turned (learned keys), ``centred=False`` keeps it from depending on the length.
+    what is not turned (learned keys), or places of another sequence, ``centred=False`` keeps it from depending on the length.
 
     forward: positions (n) or (b n) -> angles (1|b n dim), each twice, and the scale: 1.0, or with xpos (1|b n dim).
     Raises FlagError if ``interpolation_factor`` is less than 1 or ``dim`` less than 1.
@@ -65,17 +65,17 @@ class RotaryEmbedding(Module):
         return self.forward(torch.arange(seq_len, device=self.inv_freq.device))
 
     def forward(
-        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n'], offset: int = 0
+        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n'], offset: int = 0, *, centred: bool = True
     ) -> tuple[Float[Tensor, '#b n r'], Float[Tensor, '#b n r'] | float]:
         """``offset`` is accepted for the signature's sake and changes nothing, as in the original."""
-        angles, scale = self.halves(t)
+        angles, scale = self.halves(t, centred=centred)
         return (
             angles.repeat_interleave(2, dim=-1),
             scale.repeat_interleave(2, dim=-1) if isinstance(scale, Tensor) else scale,
         )
 
     def halves(
-        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n']
+        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n'], *, centred: bool = True
     ) -> tuple[Float[Tensor, '#b n p'], Float[Tensor, '#b n p'] | float]:
         """Angle and scale of each pair once. Never less exact than float32: half precision cannot count to 4096."""
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
@@ -83,7 +83,7 @@ class RotaryEmbedding(Module):
         angles = t.unsqueeze(-1) * self.inv_freq.to(dtype) / self.interpolation_factor
         if self.scale is None:
             return angles, 1.0
-        middle = ((t.max() + 1) / 2).floor() if self.centred else 0.0
+        middle = ((t.max() + 1) / 2).floor() if self.centred and centred else 0.0
         return angles, self.scale.to(dtype) ** ((t - middle) / self.scale_base).unsqueeze(-1)
 
 
