@@ -101,6 +101,11 @@ def segment_ids(starts: Int[Tensor, 's'], length: int) -> Int[Tensor, '1 n']:
     return torch.searchsorted(starts[1:].contiguous(), positions, right=True)[None]
 
 
+def places(starts: Int[Tensor, 's'], length: int) -> Int[Tensor, '1 n']:
+    """The position of each token in its own sequence."""
+    return torch.arange(length, device=starts.device) - starts[segment_ids(starts, length)]
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Who may look at whom: the fields combine by *and*.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from x_transformers.attention.mask import PackedSequences
 from x_transformers.layers.plan import KINDS, Step, check_order
 
 if TYPE_CHECKING:
@@ -250,12 +251,13 @@ def check_cache(stack: AttentionLayers, given: Given) -> None:
         raise ValueError('a cache was given, but selective attention cannot continue from one: pass the whole sequence')
 
 
-def check_packing(stack: AttentionLayers, given: Given, batch: int) -> None:
+def check_packing(stack: AttentionLayers, given: Given, batch: int, n: int) -> None:
     for kwargs, names, part in (
         ('flash_pack_seq_kwargs', ('mask', 'attn_mask', 'self_attn_kv_mask', 'seq_start_pos'), 'attention'),
         ('flash_pack_seq_context_kwargs', ('context_mask',), 'cross_attention'),
     ):
-        if getattr(given, kwargs) is None:
+        packing = getattr(given, kwargs)
+        if packing is None:
             continue
         if not getattr(stack.flags, part).flash_pack_seq:
             raise ValueError(f'{kwargs} was given, but this stack was built without attn_flash_pack_seq=True')
@@ -264,6 +266,26 @@ def check_packing(stack: AttentionLayers, given: Given, batch: int) -> None:
         also = [name for name in names if getattr(given, name) is not None]
         if also:
             raise ValueError(f'{kwargs} already says who sees whom: leave out {", ".join(also)}')
+        before = [name for name in ('mems', 'cache') if getattr(given, name) is not None and part == 'attention']
+        if before:
+            raise ValueError(
+                f'{kwargs}: {" and ".join(before)} would have to say which sequence they belong to: run them alone'
+            )
+        keys = n if part == 'attention' or given.context is None else given.context.shape[1]
+        check_whole(kwargs, PackedSequences.of(packing), n, keys)
+
+
+def check_whole(kwargs: str, packed: PackedSequences, queries: int, keys: int) -> None:
+    """Whether packed sequences fill their row; known only where tensors may be read."""
+    if torch.compiler.is_compiling():
+        return
+    for name, starts, length in (('cu_seqlens_q', packed.starts_q, queries), ('cu_seqlens_k', packed.starts_k, keys)):
+        if starts.is_meta or (int(starts[0]), int(starts[-1])) == (0, length):
+            continue
+        raise ValueError(
+            f'{kwargs}: {name} must begin with 0 and end with the {length} tokens of its row, but is {starts.tolist()}; '
+            'rows in front of the tokens count, and padding is a sequence of its own'
+        )
 
 
 def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
@@ -276,7 +298,7 @@ def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[St
         )
     check_context(stack, given, span.batch)
     check_mems(stack, given, steps, span.batch)
-    check_packing(stack, given, span.batch)
+    check_packing(stack, given, span.batch, span.given)
     if given.deep_embeds_and_ids is not None:
         check_deep_embeds(stack, given.deep_embeds_and_ids, span)
     check_shifts('self_attn_kv_residuals', given.self_attn_kv_residuals, 'a', span.batch, span.given, stack.dim)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.inputs import ExtraKeys
-from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.mask import Mask, PackedSequences, places
 from x_transformers.cache.intermediates import self_attention_kvs
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.helpers import detach_all, exists
@@ -241,6 +241,12 @@ def _table(
     return count if begins is None else count - begins
 
 
+def packed_positions(given: Given, span: Span) -> Int[Tensor, '1 n'] | None:
+    """Every packed sequence begins anew."""
+    sequences = packed(given.flash_pack_seq_kwargs, False)
+    return None if sequences is None else places(sequences.starts_q, span.given)
+
+
 def from_outside(given: Given) -> bool:
     """Whether queries meet keys whose places do not move along with theirs."""
     return given.self_attn_additional_kv is not None or given.context_pos is not None
@@ -281,6 +287,7 @@ def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | No
         if isinstance(ready, Positions):
             return ready
     if rotary is None and polar is None:
+        pos = packed_positions(given, span) if pos is None else pos
         if stack.polar_pos_emb is not None:
             return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, False, row_begins(stack, given, cache))))
         only_new = rotates_only_new(stack, span, cache)
@@ -301,6 +308,7 @@ def cross_positions(
     from x_transformers.position.positions import RotaryPositions
 
     rotary = stack.rotary_pos_emb
+    pos = packed_positions(given, span) if pos is None else pos
     table = _table(stack, span, pos, False, row_begins(stack, given, cache))
     own = given.rotary_pos_emb or rotary(table, centred=False)  # type: ignore[misc]
     return RotaryPositions(*own, context=rotary(given.context_pos, centred=False))  # type: ignore[misc]
