@@ -18,11 +18,13 @@ from tests.laws.groups import CROSS, DECODER, DIM, GROUPS, LENGTH, MEMORIES, PRE
 from tests.laws.laws import ROWS, Broken, must, must_equal, row
 from x_transformers import (
     AutoregressiveWrapper,
+    ContinuousAutoregressiveWrapper,
     ContinuousTransformerWrapper,
     Decoder,
     Encoder,
     MultiInputTransformerWrapper,
     TransformerWrapper,
+    XValAutoregressiveWrapper,
     XValTransformerWrapper,
 )
 
@@ -42,7 +44,7 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
     'value_residual': {'add_value_residual': True},
     'streams': {'num_residual_streams': 2},
 }
-CALL_OPTIONS = ('mems', 'prepend', 'prepend_mask', 'sum_embeds', 'pos', 'self_attn_kv_mask')
+CALL_OPTIONS = ('mems', 'mem_masks', 'prepend', 'prepend_mask', 'sum_embeds', 'pos', 'self_attn_kv_mask')
 KINDS = ('tokens', 'vectors', 'likelihoods', 'numbers', 'several')
 
 
@@ -88,6 +90,9 @@ class Wrapped:
         given: dict[str, Any] = {}
         if self.has('mems'):
             given['mems'] = Along([normal(ROWS, MEMORIES, DIM) for _ in range(2)])
+        if self.has('mem_masks'):
+            shown = torch.arange(MEMORIES) >= torch.tensor([0, 1, MEMORIES])[:, None]
+            given['mem_masks'] = Along([shown, shown])
         if self.has('prepend', 'prepend_mask'):
             given['prepend_embeds'] = normal(ROWS, 2, width)
         if self.has('prepend_mask'):
@@ -124,7 +129,7 @@ class Wrapped:
 
 def continuous(probabilistic: bool) -> Callable[..., nn.Module]:
     def build(**flags: Any) -> nn.Module:
-        return ContinuousTransformerWrapper(dim_in=DIM_IN, dim_out=3, probabilistic=probabilistic, **flags)
+        return ContinuousTransformerWrapper(**{'dim_in': DIM_IN, 'dim_out': 3, 'probabilistic': probabilistic} | flags)
 
     return build
 
@@ -145,6 +150,7 @@ def draw_wrapped(count: int, seed: int) -> list[Wrapped]:
     found = {Wrapped(kind, causal, ()): None for kind in KINDS for causal in (True, False)}
     while len(found) < count + 2 * len(KINDS):
         names = set(source.sample(options, source.randint(1, 5)))
+        names |= {'mems'} if 'mem_masks' in names else set()
         if names >= {'mems', 'pos'} or names >= {'no_abs', 'sinusoidal'}:
             continue
         kind = source.choice(KINDS)
@@ -314,6 +320,41 @@ def survives_copies(case: Wrapped) -> None:
     must_equal(case.call(hollow, x.part(), given.part()), want, 'built on the meta device, filled and loaded')
 
 
+GENERATING: dict[str, Callable[..., Any]] = {
+    'tokens': AutoregressiveWrapper,
+    'vectors': ContinuousAutoregressiveWrapper,
+    'likelihoods': ContinuousAutoregressiveWrapper,
+    'numbers': XValAutoregressiveWrapper,
+}
+
+
+@torch.no_grad()
+def generates_alike(case: Wrapped) -> None:
+    """With a cache what comes without; a ragged prompt gives what its row gives alone."""
+    if not case.causal or case.kind not in GENERATING or case.has('pos', 'sum_embeds', 'self_attn_kv_mask'):
+        return
+    # frames are as wide as what is read of them
+    wide = {'dim_out': DIM_IN} if case.kind in ('vectors', 'likelihoods') else {}
+    model = GENERATING[case.kind](case.build(**wide))
+    x, given = case.inputs()
+
+    def made(rows: slice = slice(None), length: int = 5, **more: Any) -> Tensor:
+        prompts = (value[rows, :length] for value in x.part(stop=5).values())
+        out = model.generate(*prompts, seq_len=4, temperature=0.0, **given.part(rows), **more)
+        if isinstance(out, Tensor):
+            return out.double()
+        return torch.cat((out.sampled_token_ids.double(), out.sampled_numbers.double().nan_to_num()), dim=1)
+
+    cached = made()
+    must_equal(made(cache_kv=False), cached, 'with a cache')
+    if case.has('mems', 'prepend', 'prepend_mask'):
+        return
+    lengths = [5, 2, 3]
+    ragged = made(prompt_lens=torch.tensor(lengths))
+    for each, length in enumerate(lengths):
+        must_equal(ragged[row(each)], made(row(each), length), f'prompt {each} of {length} tokens')
+
+
 WRAPPER_LAWS = (
     finite,
     causal,
@@ -321,6 +362,7 @@ WRAPPER_LAWS = (
     cached_is_full,
     segments_are_whole,
     every_return,
+    generates_alike,
     survives_copies,
 )
 
