@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import x_transformers
+from tests.citations import missing
 from tests.laws import groups
 from x_transformers import (
     Attention,
@@ -35,7 +36,7 @@ from x_transformers.attend import Attend
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
-from x_transformers.flags.stack import PARTS, StackFlags
+from x_transformers.flags.stack import PARTS, SET_BY_STACK, StackFlags
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding, apply_rotary_pos_emb
 
@@ -337,27 +338,40 @@ def test_every_flag_has_a_sentence_and_a_test(cls: Any) -> None:
         assert any(prefix + name in used for prefix in PREFIXES.get(cls, ('',))), f'no test names {cls.__name__}.{name}'
 
 
-# flags of a stack that no law group sets
+# flags of a stack that no law group sets, and where they are tested
 NO_LAW = {
     # the laws build their stacks with these
-    'dim', 'depth', 'heads', 'causal', 'cross_attend', 'only_cross', 'attn_heads', 'attn_causal', 'attn_dim_head', 'verbose',
-    # other ways to say what a group says of the stack
-    'attn_rotate_num_heads', 'attn_learned_value_residual_mix', 'attn_qkv_receive_diff_residuals',
+    'dim': 'tests/laws/combination.py::flags',
+    'depth': 'tests/laws/combination.py::flags',
+    'heads': 'tests/laws/combination.py::flags',
+    'cross_attend': 'tests/laws/combination.py::flags',
+    'attn_dim_head': 'tests/laws/combination.py::flags',
+    'verbose': 'tests/laws/combination.py::flags',
+    # fixed by the classes of which laws are checked
+    'causal': 'tests/layers/test_stack.py::test_attributes_that_others_read',
+    'only_cross': 'tests/layers/test_plan.py::test_layouts',
     # widths that a stack does not allow to differ
-    'attn_dim_out', 'ff_dim_out', 'attn_dim_context',
+    'attn_dim_out': 'tests/flags/test_rules.py::test_widths_of_branches_are_those_of_the_stack',
+    'ff_dim_out': 'tests/flags/test_rules.py::test_widths_of_branches_are_those_of_the_stack',
+    'attn_dim_context': 'tests/flags/test_rules.py::test_widths_of_branches_are_those_of_the_stack',
     # whatever the chosen part takes
-    'rel_pos_kwargs', 'residual_fn_kwargs',
-    # about where it runs, not what it means: a choice of fused kernels, and a kernel that needs a GPU
-    'attn_attend_sdp_kwargs', 'attn_flash_pack_seq',
-    # the law laws.checkpoints_agree sets it, and layers/test_checkpointing.py
-    'gradient_checkpointing',
-}  # fmt: skip
+    'residual_fn_kwargs': 'tests/layers/test_residual.py::test_further_keywords_of_the_residual_reach_it',
+    # laws of their own
+    'attn_flash_pack_seq': 'tests/layers/test_packing.py::test_packed_sequences_are_alone_under_every_flag',
+    'gradient_checkpointing': 'tests/laws/laws.py::checkpoints_agree',
+}
 
 
 def test_every_flag_of_a_stack_has_a_law() -> None:
     ruled = {name for group in groups.GROUPS for name in group.flags}
-    flags = set(StackFlags.flag_fields()) | {part + name for part in ('attn_', 'ff_') for name in PARTS[part].flag_fields()}
-    assert flags - ruled == NO_LAW & flags, 'a new flag belongs into a group of tests/laws/groups.py'
+    flags = set(StackFlags.flag_fields())
+    flags |= {part + name for part in ('attn_', 'ff_') for name in PARTS[part].flag_fields() if name not in SET_BY_STACK}
+    assert flags - ruled == set(NO_LAW), 'a new flag belongs into a group of tests/laws/groups.py'
+
+
+@pytest.mark.parametrize(('name', 'citation'), NO_LAW.items())
+def test_what_has_no_law_has_the_test_that_is_named(name: str, citation: str) -> None:
+    assert not missing(citation, name)
 
 
 # ---------------------------------------------------------------- sources

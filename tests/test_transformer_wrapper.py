@@ -359,6 +359,20 @@ def test_recycling_feeds_the_output_back(x: Tensor) -> None:
         decoder()(x, recycle_steps=2)
 
 
+def test_rounds_of_recycling_are_drawn_in_training(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def last(low: int, high: int) -> int:
+        asked.append((low, high))
+        return high
+
+    monkeypatch.setattr('random.randint', last)
+    for longest in (1, 3):
+        model = encoder(recycling=True, train_max_recycle_steps=longest)
+        torch.testing.assert_close(model.train()(x), model(x, recycle_steps=longest))
+    assert asked == [(1, 1), (1, 3)]
+
+
 # ---------------------------------------------------------------- memories
 
 

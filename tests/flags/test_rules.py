@@ -276,6 +276,12 @@ def test_combinations_that_work(flags):
     check_stack(stack(**flags))
 
 
+@pytest.mark.parametrize('name', ['attn_dim_out', 'ff_dim_out', 'attn_dim_context'])
+def test_widths_of_branches_are_those_of_the_stack(name):
+    check_stack(stack(**{name: DIM}))
+    assert f'`{name}=3`' in str(refused(check_stack, stack(**{name: 3})))
+
+
 def test_models_that_work():
     check_wrapper(wrapper(l2norm_embed=True, scaled_sinu_pos_emb=True), stack())
     check_wrapper(wrapper(sigsoftmax_logits=True, num_output_heads=2), stack())

@@ -217,6 +217,11 @@ ATTENTION = (
     group('gumbel_soft', attn_gumbel_softmax=True, attn_gumbel_softmax_hard=False, attn_gumbel_softmax_temp=2.0, random=True),
     group('hybrid_mask', frozenset({ENCODER}), attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_mask_kwarg='mask'),
     group('no_causal_flash', attn_flash=True, same=True),
+    group(
+        'math_only',
+        attn_attend_sdp_kwargs={'enable_flash': False, 'enable_math': True, 'enable_mem_efficient': False},
+        same=True,
+    ),
 )
 
 POSITIONS = (
@@ -229,6 +234,7 @@ POSITIONS = (
     group('polar_uniform', SELF, polar_pos_emb=True, polar_bias_uniform_init=True),
     group('alibi', SELF, alibi_pos_bias=True),
     group('alibi_heads', SELF, alibi_pos_bias=True, alibi_num_heads=2),
+    group('alibi_slopes', SELF, alibi_pos_bias=True, rel_pos_kwargs={'slopes': [0.9, 0.6, 0.3, 0.1]}),
     group('t5', SELF, rel_pos_bias=True, rel_pos_num_buckets=8, rel_pos_max_distance=16),
     group('dynamic', SELF, dynamic_pos_bias=True),
     group('dynamic_norm', SELF, dynamic_pos_bias=True, dynamic_pos_bias_log_distance=True, dynamic_pos_bias_norm=True),

@@ -281,7 +281,7 @@ def kernels_agree(case: Combination) -> None:
 
 
 def checkpoints_agree(case: Combination) -> None:
-    """Branches that run again in the backward pass, in training, change neither outputs nor gradients; what is drawn neither."""
+    """Branches that run again in the backward pass, in training, change neither outputs nor gradients, nor what is drawn."""
     x, given = tokens(ROWS), case.inputs(ROWS).part()
     mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 6, 3])[:, None]
     results = []

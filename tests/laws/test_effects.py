@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.citations import missing
 from tests.laws.combination import Combination, shaken, tokens
 from tests.laws.groups import DECODER, GROUPS, LENGTH, TOKENS, Group
 from tests.laws.laws import ROWS
@@ -16,24 +17,31 @@ from x_transformers import Decoder, TransformerWrapper
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.wrapper import WrapperFlags
 
-# keywords of TransformerWrapper that no group draws, and where they are tested
+# keywords of TransformerWrapper that no group draws, and the tests of them
+WRAPPED = 'tests/test_transformer_wrapper.py::'
 NOT_DRAWN = {
-    'num_tokens': 'every combination has it',
-    'max_seq_len': 'every combination has it',
-    'attn_layers': 'every combination has it',
-    'max_mem_len': 'laws.segments_are_whole',
-    'shift_mem_down': 'test_memories_are_shifted_down',
-    'attn_z_loss_weight': 'tests/test_transformer_wrapper.py',
-    'train_max_recycle_steps': 'tests/test_transformer_wrapper.py',
-    'input_not_include_cache': 'tests/test_transformer_wrapper.py',
-    'token_emb': 'tests/test_transformer_wrapper.py',
-    'to_logits': 'tests/test_transformer_wrapper.py',
+    # every combination has these
+    'num_tokens': 'tests/laws/combination.py::fresh',
+    'max_seq_len': 'tests/laws/combination.py::fresh',
+    'attn_layers': 'tests/laws/combination.py::fresh',
+    'max_mem_len': 'tests/laws/laws.py::segments_are_whole',
+    'shift_mem_down': 'tests/laws/test_effects.py::test_memories_are_shifted_down',
+    'attn_z_loss_weight': WRAPPED + 'test_z_loss_weight_of_the_constructor_is_the_default',
+    'train_max_recycle_steps': WRAPPED + 'test_rounds_of_recycling_are_drawn_in_training',
+    'input_not_include_cache': WRAPPED + 'test_all_is_new_if_the_caller_says_so',
+    'token_emb': WRAPPED + 'test_your_own_embedding_is_started_too',
+    'to_logits': WRAPPED + 'test_linear_head_gives_the_loss_without_logits',
 }
 
 
 def test_every_flag_of_the_wrapper_is_drawn_or_named() -> None:
     drawn = {name for entry in GROUPS for name in entry.wrapper}
     assert set(WrapperFlags.flag_fields()) - drawn == set(NOT_DRAWN)
+
+
+@pytest.mark.parametrize(('name', 'citation'), NOT_DRAWN.items())
+def test_what_is_not_drawn_has_the_test_that_is_named(name: str, citation: str) -> None:
+    assert not missing(citation, name)
 
 
 def test_names_of_groups_are_unique() -> None:
