@@ -31,6 +31,8 @@ from x_transformers import (
     XTransformer,
     XValTransformerWrapper,
 )
+from x_transformers.free_transformer import FreeTransformer
+from x_transformers.gpt_vae import GPTVAE
 
 STACK: dict[str, Any] = {'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
 TOKENS, LENGTH, LONGEST = 11, 6, 8
@@ -232,6 +234,22 @@ def frames(**flags: Any) -> ContinuousTransformerWrapper:
     return ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=LONGEST, attn_layers=Decoder(**STACK), **flags)
 
 
+def vae() -> GPTVAE:
+    return GPTVAE(num_tokens=TOKENS, enc_depth=1, max_seq_len=LONGEST, dim_latent=2, **STACK)
+
+
+def free() -> FreeTransformer:
+    small = {name: value for name, value in STACK.items() if name != 'depth'}
+    return FreeTransformer(
+        num_tokens=TOKENS, dec_head_depth=1, dec_tail_depth=1, max_seq_len=LONGEST, latent_bits=2, **small
+    )  # fmt: skip
+
+
+def pair() -> XTransformer:
+    sizes = {'num_tokens': TOKENS, 'max_seq_len': LONGEST, 'depth': 1, 'heads': 2, 'verbose': False}
+    return XTransformer(dim=16, **{f'{side}_{name}': size for side in ('enc', 'dec') for name, size in sizes.items()})
+
+
 @pytest.mark.parametrize(
     ('call', 'words'),
     [
@@ -239,6 +257,36 @@ def frames(**flags: Any) -> ContinuousTransformerWrapper:
         case('nothing to generate', lambda: gpt().generate(IDS, -1), 'seq_len', '-1'),
         case('negative temperature', lambda: gpt().generate(IDS, 1, temperature=-1.0), 'temperature', '-1'),
         case('unknown filter', lambda: gpt().generate(IDS, 1, filter_logits_fn='top_q'), 'top_q', 'top_k'),
+        case('half a token', lambda: gpt().generate(IDS, 2.5), 'seq_len', '2.5'),
+        case('temperature in words', lambda: gpt().generate(IDS, 1, temperature='hot'), 'temperature', 'hot'),
+        case('lengths beyond the prompts', lambda: gpt().generate(IDS, 2, prompt_lens=[7, 6]), 'prompt_lens', '7', '6'),
+        case('ends as a list', lambda: gpt().generate(IDS, 1, eos_token=[1, 2]), 'eos_token', '[1, 2]', 'afterwards'),
+        case('ends of beams', lambda: gpt().beam_search(IDS, 1, eos_token=[1, 2]), 'eos_token', '[1, 2]'),
+        case('end below all tokens', lambda: gpt().generate(IDS, 1, eos_token=-1), 'eos_token', '-1'),
+        case(
+            'end of segments',
+            lambda: XLAutoregressiveWrapper(net(wrapper={'max_mem_len': 4})).generate(IDS, 1, eos_token=1.5),
+            'eos_token', '1.5',
+        ),
+        case('keywords of another filter', lambda: gpt().generate(IDS, 1, filter_kwargs={'q': 1}), 'filter_kwargs', 'top_k'),
+        case(
+            'amateur of another vocabulary',
+            lambda: gpt().generate(IDS, 1, amateur_model=net(wrapper={'num_tokens': 5})),
+            'amateur', '5', '11',
+        ),
+        case(
+            'keywords of no contrast',
+            lambda: gpt().generate(IDS, 1, amateur_model=net(), contrastive_decode_kwargs={'gamma': 1}),
+            'contrastive_decode_kwargs', 'gamma', 'alpha',
+        ),
+        case('mask over half of a prompt', lambda: gpt().generate(IDS, 1, mask=ONES[:, :3]), 'mask', '3', '6'),
+        case('prompt beyond the window', lambda: gpt().generate(LATE, 2), 'max_seq_len (8)', '10'),
+        case('memories of no list', lambda: net()(IDS, mems='all'), 'mems', 'str'),
+        case(
+            'memories of another model',
+            lambda: XLAutoregressiveWrapper(net(wrapper={'max_mem_len': 4})).generate(IDS, 1, mems=[VECTORS[..., :9]] * 2),
+            'mems[0]', '16', '(2, 6, 9)',
+        ),
         case('too long to learn', lambda: gpt()(torch.zeros(1, 20, dtype=torch.long)), 'max_seq_len=8', '20'),
         case('one token', lambda: gpt()(IDS[:, :1]), '1'),
         case('float tokens', lambda: gpt()(VECTORS), 'x'),
@@ -255,6 +303,31 @@ def frames(**flags: Any) -> ContinuousTransformerWrapper:
             lambda: ContinuousAutoregressiveWrapper(frames())(torch.randn(2, 5, 3), rollout_steps=9),
             'at least 10 frames', '5',
         ),
+        case(
+            'half a step of a roll-out',
+            lambda: ContinuousAutoregressiveWrapper(frames())(torch.randn(2, 5, 3), rollout_steps=2.5),
+            'rollout_steps', '2.5',
+        ),
+        case(
+            'lengths beyond the first frames',
+            lambda: ContinuousAutoregressiveWrapper(frames()).generate(torch.randn(2, 5, 3), 1, prompt_lens=[6, 5]),
+            'prompt_lens', '6', '5',
+        ),
+        case('latents of another width', lambda: vae().generate(IDS, 1, latents=[1.0, 2.0, 3.0]), 'latents', '(2,)', '(3,)'),
+        case('codes of another width', lambda: free().generate(IDS, 8, latents=torch.zeros(2, 5)), 'latents', '4', '(2, 5)'),
+        case(
+            'numbers that are none',
+            lambda: XValTransformerWrapper(
+                num_tokens=5, numerical_token_id=4, max_seq_len=8, attn_layers=Decoder(**STACK))(
+                torch.full((2, 4), 4), torch.full((2, 4), torch.nan)),
+            'x_num', 'NaN', '8',
+        ),
+        case(
+            'suffix of nothing',
+            lambda: BeliefStateWrapper(net(), net()).generate_with_suffix_cond(IDS, 1, suffix=IDS[:, :0]),
+            'suffix', 'empty',
+        ),
+        case('source of nothing', lambda: pair().generate(IDS[:, :0], IDS, 1), 'source', '(2, 0)'),
         case('image of another size', lambda: ViTransformerWrapper(
             image_size=4, patch_size=2, attn_layers=Encoder(**STACK))(torch.randn(1, 3, 6, 6)), '4', '6'),
         case('image with another depth', lambda: ViTransformerWrapper(

@@ -13,7 +13,7 @@ from x_transformers.generation import beam
 from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
 from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
-from x_transformers.generation.prompts import GenerateError, Prompt, align_right, checked_length, prepare
+from x_transformers.generation.prompts import GenerateError, Prompt, align_right, checked_eos, checked_length, prepare
 from x_transformers.generation.sampling import (
     FILTER_LOGITS_FN,
     Filter,
@@ -239,7 +239,7 @@ class AutoregressiveWrapper(Module):
             return reader_for(net, kwargs, prompt=prompt, steps=steps, cache=cache_kv, window=restrict_to_max_seq_len)
 
         main = reader(self.net)
-        rest: dict[str, Any] = {'eos': eos_token, 'pad': self.pad_value}
+        rest: dict[str, Any] = {'eos': checked_eos(eos_token), 'pad': self.pad_value}
         for net, _ in nets:
             check_vocabulary(self.net, net, 'amateur')
         if draft_model is not None or prompt_lookup is not None:
@@ -302,7 +302,7 @@ class AutoregressiveWrapper(Module):
         reader = reader_for(self.net, kwargs, prompt=prompt, steps=steps, cache=cache_kv, window=restrict_to_max_seq_len)
         if eos_token is None and steps > 0:
             reader.check_length(prompt.tokens.shape[1] + steps - 1)
-        rules = beam.BeamRules(beams, sampler if stochastic else None, eos_token, self.pad_value, length_penalty)
+        rules = beam.BeamRules(beams, sampler if stochastic else None, checked_eos(eos_token), self.pad_value, length_penalty)
         with evaluating(self):
             found, scores = beam.search(reader, Tokens(prompt.tokens, steps), steps, rules)
         if include_prompt:

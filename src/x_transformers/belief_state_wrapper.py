@@ -262,6 +262,8 @@ def suffix_rows(suffix: Tensor | None, prompts: Int[Tensor, 'b n']) -> Int[Tenso
     """The suffix of each row; an empty one if there is none."""
     if suffix is None:
         return prompts[:, :0]
+    if suffix.ndim and not suffix.shape[-1]:
+        raise ValueError('suffix is empty; leave it out where nothing is known of the end')
     rows = suffix.reshape(-1, suffix.shape[-1]) if suffix.ndim else suffix
     if rows.ndim != 2 or len(rows) not in (1, len(prompts)):
         raise ValueError(

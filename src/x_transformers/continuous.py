@@ -21,7 +21,7 @@ from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import Prompt, align_right, checked_length, right_aligned
+from x_transformers.generation.prompts import Prompt, align_right, checked_length, right_aligned, whole_number
 from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
 from x_transformers.generation.views import VectorView
 from x_transformers.losses import shifted_mask
@@ -264,7 +264,7 @@ class ContinuousAutoregressiveWrapper(Module):
         predicts frame after frame, with everything before in view. Gradients flow through what is fed back. Shorter rows do not
         count; if all are shorter the loss is 0.
         """
-        if rollout_steps < 2:
+        if whole_number(rollout_steps, 'rollout_steps') < 2:
             raise ValueError(f'rollout_steps must be at least 1, and 2 for a rollout; got {rollout_steps}')
         self._check_frames(x, kwargs, rollout_steps + 1)
         if moved := [name for name in OF_FRAMES if kwargs.get(name) is not None]:

@@ -304,6 +304,8 @@ class StackWrapper(Module):
 
     def _shifted(self, mems: Memories | None) -> Memories | None:
         """Memories as the layers see them: moved down by ``shift_mem_down``; None if there is nothing in them."""
+        if mems is not None and not isinstance(mems, (list, tuple)):
+            raise TypeError(f'mems must be a list with one tensor for each self attention, got {type(mems).__name__}')
         if mems is None or not any(mem.shape[1] for mem in mems):
             return None
         shift = self.shift_mem_down

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from x_transformers.generation.decode import Reader, Tokens, decode
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import prepare
+from x_transformers.generation.prompts import checked_eos, checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
@@ -118,15 +118,14 @@ class XLAutoregressiveWrapper(Module):
         Each token is predicted from the memories of the complete segments and the tokens since then; segments are counted
         from the start of the prompt. Other arguments as in ``AutoregressiveWrapper.generate``.
         """
-        if seq_len < 0:
-            raise ValueError(f'seq_len is the number of tokens to generate, 0 or more; got {seq_len}')
+        steps, eos = checked_length(seq_len), checked_eos(eos_token)
         prompt = prepare(start_tokens, None, self.pad_value)
         if prompt.start is not None:
             raise ValueError('prompts of different lengths do not share their segments; generate from them one by one')
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
-        tokens = Tokens(prompt.tokens, seq_len)
+        tokens = Tokens(prompt.tokens, steps)
         with evaluating(self):
             reader = SegmentReader(self.net, self.max_seq_len, mems, kwargs)
-            for _ in decode(reader, tokens, seq_len, sampler, eos=eos_token, pad=self.pad_value):
+            for _ in decode(reader, tokens, steps, sampler, eos=eos, pad=self.pad_value):
                 pass
         return prompt.unpack(tokens.value if include_prompt else tokens.part(prompt.tokens.shape[1]))

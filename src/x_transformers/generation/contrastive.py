@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.generation.decode import Reader, Tokens
 from x_transformers.generation.prompts import GenerateError
-from x_transformers.generation.sampling import contrastive_decode_fn
+from x_transformers.generation.sampling import check_options, contrastive_decode_fn
 from x_transformers.tensor_types import Float, Int
 
 Options = Mapping[str, Any]
@@ -37,6 +37,8 @@ def amateur_nets(
         raise GenerateError(
             f'there are {len(nets)} amateurs and {len(settings)} contrastive_decode_kwargs; give one dict for each amateur'
         )
+    for setting in settings:
+        check_options(contrastive_decode_fn, 2, setting, 'contrastive_decode_kwargs')
     return [(unwrapped(net), setting) for net, setting in zip(nets, settings, strict=True)]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +19,31 @@ class GenerateError(ValueError, AssertionError):
     """Generation cannot go on as asked. (Also an AssertionError, for callers that catch one.)"""
 
 
+def whole_number(value: Any, name: str) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f'{name} must be a whole number, got {value!r}')
+
+
 def checked_length(seq_len: int) -> int:
-    if seq_len < 0:
+    steps = whole_number(seq_len, 'seq_len')
+    if steps < 0:
         raise ValueError(f'seq_len is the number of tokens to generate, 0 or more; got {seq_len}')
-    return int(seq_len)
+    return steps
+
+
+def checked_eos(eos_token: int | None) -> int | None:
+    if eos_token is None:
+        return None
+    if isinstance(eos_token, (list, tuple)):
+        raise TypeError(f'eos_token must be one token id, got {eos_token!r}; for several, cut what was generated afterwards')
+    token = whole_number(eos_token, 'eos_token')
+    if token < 0:
+        raise ValueError(f'eos_token must be a token id, 0 or more; got {token}')
+    return token
 
 
 def align_right(t: Tensor, lens: Int[Tensor, ' b'], pad_id: float = 0) -> Tensor:

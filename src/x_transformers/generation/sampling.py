@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -108,8 +109,27 @@ def gumbel_sample(
     return (logits / max(temperature, eps) + gumbel_noise(logits, generator)).argmax(dim=-1)
 
 
+def check_options(fn: Callable[..., Tensor], tensors: int, options: Mapping[str, Any], name: str) -> None:
+    """Raise unless ``fn`` can be called with so many tensors and these keywords."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return  # written in another language: it will say itself what it does not take
+    try:
+        signature.bind(*[None] * tensors, **options)
+    except TypeError:
+        takes = ', '.join(list(signature.parameters)[tensors:]) or 'none'
+        raise TypeError(
+            f'{name} {dict(options)} do not fit {getattr(fn, "__name__", fn)}, whose keywords are {takes}'
+        ) from None
+
+
 def check_temperature(temperature: float) -> None:
-    if not temperature >= 0:
+    try:
+        fits = bool(temperature >= 0)
+    except (TypeError, RuntimeError):
+        raise TypeError(f'temperature must be a number, got {temperature!r}') from None
+    if not fits:
         raise ValueError(f'temperature must be 0 (greedy) or positive, got {temperature}')
 
 
@@ -127,6 +147,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        check_options(self.filter_fn, 1, self.filter_kwargs, 'filter_kwargs')
 
     def probs(self, logits: Float[Tensor, '... v']) -> Float[Tensor, '... v']:
         """The distribution that is sampled; with temperature 0 all mass is on the most likely token."""
