@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from x_transformers.attention.attend import Attend
-from x_transformers.attention.kernels import blocks
+from x_transformers.attention.kernels import block_steps
 from x_transformers.attention.kernels.base import Call, Needs
 from x_transformers.attention.kernels.choose import NAMES, choose_kernel, explain, fusable, use_kernel
 from x_transformers.attention.mask import Mask
@@ -49,7 +49,7 @@ def draw(seed: int) -> tuple[Where, int, int, dict, dict, torch.Tensor | None]:
 
 @pytest.mark.parametrize('seed', range(60))
 def test_kernels_agree(seed, monkeypatch):
-    monkeypatch.setattr(blocks, 'ROWS', 4)
+    monkeypatch.setattr(block_steps, 'ROWS', 4)
     where, kv_heads, width, settings, fields, bias = draw(seed)
     attend = Attend(heads=H, logit_softclamp_value=2.0, scale=SCALE, **settings).double()
     sink = attend.head_attn_sink
@@ -84,6 +84,45 @@ def test_kernels_agree(seed, monkeypatch):
         expected = grads if expected is None else expected
         for grad, other in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad, other, atol=1e-9, rtol=0, msg=lambda m, name=name: f'{name}: {m}')
+
+
+MIXERS = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads')
+
+
+@pytest.mark.parametrize('seed', range(60))
+def test_rules_on_whole_rows_and_all_heads_in_blocks(seed, monkeypatch):
+    """Outputs and gradients of the reference, those of everything that learns."""
+    monkeypatch.setattr(block_steps, 'ROWS', 4)
+    where, kv_heads, width, settings, fields, bias = draw(seed)
+    rng = random.Random(seed)
+    settings |= {'l2_distance': False, **rng.choice([{}, {'sparse_topk': 2}, {'sigmoid': True}])}
+    mixing = [name for name in MIXERS if rng.random() < 0.5] if rng.random() < 0.8 else []
+    if mixing and 'dense' in fields and fields['dense'].ndim > 2:
+        fields['dense'] = fields['dense'][..., :1, :, :]
+    attend = Attend(heads=H, logit_softclamp_value=2.0, scale=SCALE, **settings, **dict.fromkeys(mixing, True)).double()
+    for parameter in attend.parameters():
+        torch.nn.init.normal_(parameter)
+    shapes = (H, where.queries, D), (kv_heads, where.keys, D), (kv_heads, where.keys, width)
+    given = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes] + ([] if bias is None else [bias])
+    found = {}
+    for name in ('reference', 'blocks'):
+        leaves = [t.clone().requires_grad_() for t in given]
+        with use_kernel(name):
+            added = FixedBias(leaves[3]) if bias is not None else None
+            out, _ = attend.run(*leaves[:3], mask=Mask(**fields), where=where, bias=added)
+        leaves += attend.parameters()
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        found[name] = [out, *torch.autograd.grad(out, leaves, weight, allow_unused=True, materialize_grads=True)]
+    for number, (got, want) in enumerate(zip(found['blocks'], found['reference'], strict=True)):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=0, msg=lambda m, number=number: f'{number}: {m}')
+
+
+def test_heads_that_see_different_keys_are_mixed_by_the_reference():
+    q = torch.randn(B, H, 3, D)
+    attend, mask = Attend(heads=H, post_talking_heads=True), torch.rand(B, H, 3, 3) > 0.5
+    with use_kernel('blocks'), pytest.raises(ValueError, match='heads are mixed that see different keys'):
+        attend(q, q, q, mask=mask)
+    assert attend(q, q, q, mask=mask)[0].shape == q.shape
 
 
 @pytest.mark.parametrize('name', ['sdpa', 'blocks', 'reference'])
@@ -171,7 +210,11 @@ def call(**facts) -> Call:
         (Needs(pointwise=('softclamp_logits',)), {'where': Where(1, 9)}, 'reference'),
         (Needs(sink=True), {}, 'blocks'),
         (Needs(whole=('selective',)), {}, 'reference'),
-        (Needs(weights='sigmoid'), {'device': 'cuda'}, 'reference'),
+        (Needs(weights='sigmoid'), {}, 'blocks'),
+        (Needs(weights='sparse_topk'), {}, 'blocks'),
+        (Needs(weights='hard'), {'device': 'cuda'}, 'reference'),
+        (Needs(whole=('post_talking_heads',)), {}, 'blocks'),
+        (Needs(whole=('post_talking_heads',)), {'masked_heads': True}, 'reference'),
         (Needs(onnxable=True), {}, 'reference'),
     ],
 )
@@ -208,12 +251,22 @@ def test_fusable():
     assert 'dropout' in fusable({'softclamp_logits': True, 'dropout': 0.1})[0]
 
 
-SETTINGS = [{}, {'softclamp_logits': True}, {'head_learned_sink': True}, {'pre_talking_heads': True}, {'selective': True}]
+SETTINGS = [
+    {},
+    {'softclamp_logits': True},
+    {'head_learned_sink': True},
+    {'pre_talking_heads': True},
+    {'post_talking_heads': True, 'pre_scale_post_talking_heads': True},
+    {'sparse_topk': 2},
+    {'sigmoid': True},
+    {'selective': True},
+]
 
 
 @pytest.mark.filterwarnings('ignore:.*should not be instantiated')
 @pytest.mark.parametrize('settings', SETTINGS, ids=str)
-def test_one_graph(settings):
+def test_one_graph(settings, monkeypatch):
+    monkeypatch.setattr(block_steps, 'ROWS', 4)
     torch._dynamo.reset()
     torch.manual_seed(0)
     attend = Attend(heads=H, causal=True, **settings)

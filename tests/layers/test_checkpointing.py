@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from x_transformers import Decoder, Encoder, TransformerWrapper
-from x_transformers.attention.kernels import blocks
+from x_transformers.attention.kernels import block_steps
 
 FLAGS = [
     {},
@@ -52,7 +52,7 @@ def step(stack: type, flags: dict, again: bool) -> tuple[torch.Tensor, dict[str,
 @pytest.mark.parametrize('flags', FLAGS, ids=str)
 @pytest.mark.parametrize('stack', [Decoder, Encoder])
 def test_equal_gradients(stack, flags, monkeypatch):
-    monkeypatch.setattr(blocks, 'ROWS', 4)
+    monkeypatch.setattr(block_steps, 'ROWS', 4)
     loss, gradients, kept = step(stack, flags, False)
     loss_again, gradients_again, kept_again = step(stack, flags, True)
     assert loss == loss_again

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype
+from x_transformers.attention.kernels.base import Call, Job, Mixers, Needs, autocast_dtype
 from x_transformers.attention.kernels.choose import choose_kernel, explain, fusable, needs_of, with_rules
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
@@ -90,6 +90,7 @@ class Attend(Module):
         self.softclamp = logit_softclamp_value if softclamp_logits else None
         self.selective, self.flash_pack_seq = selective, flash_pack_seq
         self.backends = allowed_backends(sdp_kwargs)
+        self.sigmoid, self.sparse_topk = sigmoid, sparse_topk
         self.weight_function = choose_weights(
             qk_norm=qk_norm,
             sigmoid=sigmoid,
@@ -179,6 +180,9 @@ class Attend(Module):
             previous=previous,
             sink=self.head_attn_sink,
             softclamp=self.softclamp,
+            sigmoid=self.sigmoid,
+            topk=self.sparse_topk,
+            mixers=self.mixers(),
             l2_distance=self.l2_distance,
             dropout=self.dropout if self.training else 0.0,
             backends=self.backends,
@@ -187,6 +191,16 @@ class Attend(Module):
         )
         out = choose_kernel(self.needs, call_of(job))(job)
         return out, self.maps(job)
+
+    def mixers(self) -> Mixers:
+        """The matrices that mix heads, for kernels that know them."""
+        before, after, around = (
+            None if mixer is None else mixer.weight.flatten(1)
+            for mixer in (self.pre_softmax_talking_heads, self.post_softmax_talking_heads, self.pre_scale_post_talking_heads)
+        )
+        # as in the rule the mixed scores are added to the scores
+        before = None if before is None else before + torch.eye(before.shape[0], dtype=before.dtype, device=before.device)
+        return before, after, around
 
     def maps(self, job: Job) -> Maps:
         sink = self.head_attn_sink is not None
@@ -262,6 +276,7 @@ def call_of(job: Job) -> Call:
         by_distance=job.bias is not None and job.bias.by_distance,
         previous=job.previous is not None,
         hand_on=job.hand_on,
+        masked_heads=mask.dense is not None and mask.dense.ndim > 2 and mask.dense.shape[-3] != 1,
     )
 
 

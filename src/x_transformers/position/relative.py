@@ -192,9 +192,9 @@ class DistanceBias(Module):
         There are i + j - 1 distances, so that many numbers are computed and laid out along the diagonals.
         """
         distances = torch.arange(i + j - 1, device=self.device) - (first + i - 1)
-        # row r begins where the distance is -(first + r): the later the row, the further left. What comes of it has the
-        # strides of what goes in, and one with heads as its fastest axis would be slow to add
-        return self.of_distances(distances).contiguous().unfold(-1, j, 1).flip(-2)
+        # row r begins where the distance is -(first + r): the later the row, the further left. What comes of it takes after the
+        # strides of what goes in, and one with heads or rows as its fastest axis would be slow to add
+        return self.of_distances(distances).contiguous().unfold(-1, j, 1).flip(-2).contiguous()
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
         raise NotImplementedError

@@ -53,6 +53,11 @@ class Call(NamedTuple):
     by_distance: bool = False
     previous: bool = False
     hand_on: bool = False
+    masked_heads: bool = False
+
+
+# what mixes heads: scores before the softmax, weights behind it, scores that weights are multiplied by
+Mixers = tuple[Float[Tensor, 'h h'] | None, Float[Tensor, 'h h'] | None, Float[Tensor, 'h h'] | None]
 
 
 @dataclass
@@ -70,6 +75,9 @@ class Job:
     previous: Float[Tensor, 'b h i j'] | None = None
     sink: Float[Tensor, 'h'] | None = None
     softclamp: float | None = None
+    sigmoid: bool = False
+    topk: int | None = None
+    mixers: Mixers = (None, None, None)
     l2_distance: bool = False
     dropout: float = 0.0
     backends: tuple[str, ...] | None = None

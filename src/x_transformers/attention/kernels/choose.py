@@ -92,6 +92,8 @@ def needs_of(settings: Mapping[str, Any]) -> Needs:
         return tuple(name for name in names if settings.get(name))
 
     weights = on('custom_attn_fn', 'sigmoid', 'hard', 'sparse_topk', 'gumbel_softmax')
+    if weights[:1] == ('sparse_topk',):
+        weights = on('sparse_topk_straight_through') or weights
     heads = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads')
     return Needs(
         weights=weights[0] if weights else 'softmax',
