@@ -130,8 +130,8 @@ class Combination:
             logits = self.read_logits(logits, x)
             if 'attn_pool' in self.wrapper:
                 return logits  # attention pools for the logits, the next embedding is still predicted by each token
-            shape = (x.shape[0],) if self.pooled else x.shape
             predicted = predicted if self.pooled else self.read_tokens(predicted, x)
+            shape = predicted.shape[:1] if self.pooled else predicted.shape[:2]
             return torch.cat((logits.reshape(*shape, -1), predicted.reshape(*shape, -1)), dim=-1)
         return self.read_logits(out, x)
 
