@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED
+from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED, NOT_FUSED_WITH_DROPOUT
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, shown
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import (
@@ -99,6 +99,7 @@ def generated() -> str:
                 f'- `flash`, `{name}`: {why}, which no fused kernel does. Leave out one of them.'
                 for name, why in NOT_FUSED.items()
             ]
+            lines.append(f'- `flash`, `dropout` and one of {listed(NOT_FUSED_WITH_DROPOUT)}: no fused kernel has both.')
     return '\n'.join(lines) + '\n'
 
 

@@ -77,10 +77,13 @@ def test_ways_to_compare_exclude_each_other(one, other):
     ('settings', 'says'),
     [
         ({'selective': True}, 'selective needs causal=True'),
-        ({'flash': True, 'sigmoid': True}, 'flash=True cannot be had: sigmoid is not a softmax'),
-        ({'flash': True, 'gumbel_softmax': True}, 'gumbel_softmax is not a softmax'),
-        ({'flash': True, 'custom_attn_fn': torch.relu}, 'custom_attn_fn is not a softmax'),
-        ({'flash': True, 'post_talking_heads': True, 'heads': 2}, 'needs whole rows or all heads'),
+        ({'flash': True, 'hard': True}, 'flash=True cannot be had: `hard` needs the score matrix'),
+        ({'flash': True, 'gumbel_softmax': True}, '`gumbel_softmax` needs the score matrix'),
+        ({'flash': True, 'custom_attn_fn': torch.relu}, '`custom_attn_fn` needs the score matrix'),
+        (
+            {'flash': True, 'post_talking_heads': True, 'heads': 2, 'dropout': 0.1},
+            '`post_talking_heads` together with `dropout`',
+        ),
         ({'logit_softclamp_value': 0.0}, 'must be above 0'),
         ({'head_learned_sink': True}, 'give heads, too'),
         ({'sparse_topk': 0}, 'at least 1 key'),

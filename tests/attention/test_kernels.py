@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 
 import pytest
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from x_transformers.attention.attend import Attend
 from x_transformers.attention.kernels import block_steps
 from x_transformers.attention.kernels.base import Call, Needs
-from x_transformers.attention.kernels.choose import NAMES, choose_kernel, explain, fusable, use_kernel
+from x_transformers.attention.kernels.choose import KERNELS, NAMES, choose_kernel, explain, needs_of, use_kernel
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Where
+from x_transformers.flags.attention_rules import fused_refusals
 
 from .formula import FixedBias, attention
 
@@ -201,6 +203,9 @@ def call(**facts) -> Call:
         (Needs(), {'dropout': True, 'device': 'cuda'}, 'sdpa'),
         (Needs(), {'windowed': True}, 'blocks'),
         (Needs(), {'learned_bias': True}, 'blocks'),
+        (Needs(), {'by_distance': True}, 'blocks'),
+        (Needs(), {'by_distance': True, 'where': Where(128, 128)}, 'sdpa'),
+        (Needs(), {'by_distance': True, 'device': 'cuda'}, 'sdpa'),
         (Needs(), {'previous': True}, 'reference'),
         (Needs(), {'hand_on': True}, 'reference'),
         (Needs(), {'packed': True}, 'sdpa'),
@@ -234,21 +239,26 @@ def test_forcing_a_kernel_that_cannot():
     assert Attend(sigmoid=True)(q, q, q)[0].shape == q.shape
 
 
-def test_fusable():
-    assert fusable({}) == []
-    assert fusable({'softclamp_logits': True, 'head_learned_sink': True, 'l2_distance': True}) == []
-    for refused in (
-        'sigmoid',
-        'hard',
-        'sparse_topk',
-        'gumbel_softmax',
-        'custom_attn_fn',
-        'selective',
-        'use_cope',
-        'cog_signed',
-    ):
-        assert len(fusable({refused: True})) == 1
-    assert 'dropout' in fusable({'softclamp_logits': True, 'dropout': 0.1})[0]
+# what stands in Attend's signature and is no rule on scores, or depends on another setting
+NO_RULES = {
+    'dropout', 'causal', 'heads', 'scale', 'qk_norm', 'gumbel_softmax_temp', 'gumbel_softmax_hard', 'flash',
+    'logit_softclamp_value', 'onnxable', 'sdp_kwargs', 'flash_pack_seq',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', sorted(set(inspect.signature(Attend).parameters) - NO_RULES))
+def test_flags_that_demand_a_fused_kernel_are_refused_where_there_is_none(name):
+    """The table of the flags says what the kernels say, alone and with dropout."""
+    flag = {'cope': 'use_cope'}.get(name, name)
+    needs = needs_of({name: True, **({'sparse_topk': 3} if name == 'sparse_topk_straight_through' else {})})
+    for dropout in (False, True):
+        calls = [
+            call(dropout=dropout),
+            *(call(dropout=dropout, device='cuda', dtype=t) for t in (torch.float32, torch.bfloat16)),
+        ]
+        carried = any(not kernel.refusals(needs, facts) for kernel in KERNELS[:-1] for facts in calls)
+        asked = {flag, 'dropout'} if dropout else {flag}
+        assert carried == (not fused_refusals(lambda one, asked=asked: one in asked))
 
 
 SETTINGS = [

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED, fused_refusals
+from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED, NOT_FUSED_WITH_DROPOUT
 from x_transformers.flags.base import FlagError, Flags, as_tuple, default_of
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rules import check_attention, check_feedforward, check_stack, check_vision, check_wrapper
@@ -81,19 +81,26 @@ def test_rules_of_an_image_model(rule):
 
 @pytest.mark.parametrize('name', NOT_FUSED)
 def test_what_a_fused_kernel_cannot_do(name):
-    value = {'sparse_topk': 3, 'custom_attn_fn': abs}.get(name, True)
-    flags = AttentionFlags(flash=True, causal=True, **{name: value})
-    error = refused(check_attention, flags, DIM, 'attn_')
+    given = {name: {'custom_attn_fn': abs}.get(name, True)}
+    given |= {'sparse_topk': 3} if name == 'sparse_topk_straight_through' else {}
+    error = refused(check_attention, AttentionFlags(flash=True, causal=True, **given), DIM, 'attn_')
     assert f'`attn_flash=True`: `attn_{name}` needs the score matrix' in str(error)
-    check_attention(AttentionFlags(causal=True, **{name: value}), DIM)
+    check_attention(AttentionFlags(causal=True, **given), DIM)
+
+
+@pytest.mark.parametrize('name', NOT_FUSED_WITH_DROPOUT)
+def test_what_a_fused_kernel_cannot_do_with_dropout(name):
+    given = {name: {'sparse_topk': 3}.get(name, True)}
+    error = refused(check_attention, AttentionFlags(flash=True, dropout=0.1, **given), DIM, 'attn_')
+    assert f'`attn_flash=True`: `attn_{name}` together with `attn_dropout` needs the score matrix' in str(error)
+    check_attention(AttentionFlags(flash=True, **given), DIM)
+    check_attention(AttentionFlags(dropout=0.1, **given), DIM)
 
 
 def test_what_a_fused_kernel_can_do():
     flags = AttentionFlags(
         flash=True, l2_distance=True, num_mem_kv=2, add_zero_kv=True, kv_heads=2, laser=True, max_attend_past=3
     )
-    assert fused_refusals(flags, learned_bias=True, residual_attn=False) == []
-    assert len(fused_refusals(flags, learned_bias=False, residual_attn=True)) == 1
     check_attention(flags, DIM)
     check_stack(stack(rel_pos_bias=True, attn_flash=True))
     check_stack(stack(dynamic_pos_bias=True, attn_flash=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.attention.kernels.base import Call, Job, Mixers, Needs, autocast_dtype
-from x_transformers.attention.kernels.choose import choose_kernel, explain, fusable, needs_of, with_rules
+from x_transformers.attention.kernels.choose import choose_kernel, explain, needs_of, with_rules
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
 from x_transformers.attention.mask import Mask, PackedSequences
@@ -24,6 +24,7 @@ from x_transformers.attention.scores.similarity import Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
 from x_transformers.attention.weights import Dropout, LookUp, SilenceEmptyRows, Weigh, WeightFunction, choose_weights
+from x_transformers.flags.attention_rules import fused_refusals
 from x_transformers.flags.base import FlagError
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float
@@ -312,7 +313,9 @@ def check(settings: Mapping[str, Any]) -> None:
             'selective needs causal=True: what earlier queries forget is an order in time. Leave it out, or set causal.'
         )
     if settings['flash']:
-        wrong += [f'flash=True cannot be had: {reason}. Leave one of the two out.' for reason in fusable(settings)]
+        known = {**settings, 'use_cope': settings['cope'] is not None}
+        reasons = fused_refusals(lambda flag: bool(known[flag]))
+        wrong += [f'flash=True cannot be had: {reason}. Leave one of the two out.' for reason in reasons]
     if settings['logit_softclamp_value'] <= 0:
         wrong.append(f'logit_softclamp_value must be above 0, got {settings["logit_softclamp_value"]}.')
     if settings['heads'] is None:

@@ -6,42 +6,38 @@ from collections.abc import Callable
 
 from torch import nn
 
-from x_transformers.flags.attention import SDP_KWARGS, AttentionFlags
-from x_transformers.flags.rule import Rule, how_many, is_on
+from x_transformers.flags.attention import SDP_KWARGS
+from x_transformers.flags.rule import Rule, how_many
 
 WEIGHTS = ('sigmoid', 'hard', 'gumbel_softmax', 'sparse_topk')
 ACTIVATIONS = ('relu_squared', 'solu', 'swish')
 BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
 
-# what no fused kernel computes, and why
+# what no fused kernel computes, and why; a test compares this with the kernels' own refusals
 NOT_FUSED = {
-    'sigmoid': 'its weights are no softmax',
-    'hard': 'its weights are no softmax',
-    'sparse_topk': 'the highest scores are only known when all scores of a row are there',
+    'hard': 'one key is chosen by the scores of all',
+    'sparse_topk_straight_through': 'the gradient is that of all scores',
     'gumbel_softmax': 'the noise belongs to every single score',
     'custom_attn_fn': 'a function of your own needs all scores',
-    'pre_talking_heads': 'it mixes the scores of all heads',
-    'post_talking_heads': 'it mixes the weights of all heads',
-    'pre_scale_post_talking_heads': 'it mixes the scores of all heads',
     'selective': 'what earlier rows see changes the scores of later rows',
     'cog_signed': 'its weights are no softmax of the scores',
-    'head_learned_sink': 'the learned score belongs to no key',
-    'softclamp_logits': 'the scores go through tanh',
     'use_cope': 'positions are counted from the scores',
 }
+# what only those fused kernels compute that have no dropout
+NOT_FUSED_WITH_DROPOUT = (
+    'sigmoid', 'sparse_topk', 'pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads', 'softclamp_logits',
+)  # fmt: skip
 
 
-def fused_refusals(
-    flags: AttentionFlags, *, learned_bias: bool, residual_attn: bool, name: Callable[[str], str] = lambda flag: flag
-) -> list[str]:
-    """Why no fused kernel can do what these flags ask for; empty if one can.
+def fused_refusals(asked: Callable[[str], bool], name: Callable[[str], str] = lambda flag: flag) -> list[str]:
+    """Why no fused kernel can do what the flags of attention ask for, those for which ``asked`` says so; empty if one can.
 
-    A learned position bias (``learned_bias``) is no reason: it is added to the scores as a mask is. Scores handed on to the
-    next layer (``residual_attn``) are one.
+    A position bias is no reason, learned or not: it is added to the scores as a mask is.
     """
-    reasons = [f'`{name(flag)}` needs the score matrix ({why})' for flag, why in NOT_FUSED.items() if is_on(flags, flag)]
-    if residual_attn:
-        reasons.append('residual attention hands the scores on to the next layer')
+    reasons = [f'`{name(flag)}` needs the score matrix ({why})' for flag, why in NOT_FUSED.items() if asked(flag)]
+    if asked('dropout'):
+        together = [f'`{name(flag)}`' for flag in NOT_FUSED_WITH_DROPOUT if asked(flag)]
+        reasons += [f'{flag} together with `{name("dropout")}` needs the score matrix' for flag in together]
     return reasons
 
 

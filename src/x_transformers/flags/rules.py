@@ -84,8 +84,8 @@ def broken_attention(
         *broken_rules(ATTENTION_RULES, flags, dim, name),
     ]
     if flags.flash:
-        # the scores that residual attention hands on are the stack's affair, and so is its learned bias
-        reasons = fused_refusals(flags, learned_bias=False, residual_attn=False, name=name)
+        # the scores that residual attention hands on are the stack's affair
+        reasons = fused_refusals(lambda flag: is_on(flags, flag), name)
         broken += [f'`{name("flash")}=True`: {reason}. Leave out one of them.' for reason in reasons]
     return broken
 

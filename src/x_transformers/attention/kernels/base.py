@@ -98,6 +98,20 @@ class Kernel(Protocol):
     def __call__(self, job: Job) -> Float[Tensor, 'b h i e']: ...
 
 
+def usual_refusals(
+    needs: Needs, call: Call, *, weights: tuple[str, ...] = ('softmax',), whole: tuple[str, ...] = ()
+) -> list[str]:
+    """What a fused kernel cannot do unless it says so: other weights than ``weights``, rules on whole rows but ``whole``."""
+    reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole if rule not in whole]
+    if needs.weights not in weights:
+        reasons.append(f'{needs.weights} is not {"a softmax" if len(weights) == 1 else "one of " + ", ".join(weights)}')
+    if needs.onnxable:
+        reasons.append('onnxable asks for plain operations')
+    if call.previous:
+        reasons.append('the scores of the layer before are added')
+    return reasons
+
+
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The precision that autocast wants, where it is on (it is not defined on the meta device)."""
     kind = t.device.type

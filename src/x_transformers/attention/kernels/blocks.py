@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.kernels import block_steps
-from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype, regrouped
+from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype, regrouped, usual_refusals
 from x_transformers.attention.kernels.block_steps import Extra, InBlocks, Shape, blocks_of
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.scores.base import rendered_bias
@@ -33,15 +33,7 @@ class Blocks:
     name = 'blocks'
 
     def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
-        reasons = [
-            f'{rule} needs more of the score matrix than a block of queries' for rule in needs.whole if rule not in MIXERS
-        ]
-        if needs.weights not in WEIGHTS:
-            reasons.append(f'{needs.weights} is not one of {", ".join(WEIGHTS)}')
-        if needs.onnxable:
-            reasons.append('onnxable asks for plain operations')
-        if call.previous:
-            reasons.append('the scores of the layer before are added')
+        reasons = usual_refusals(needs, call, weights=WEIGHTS, whole=MIXERS)
         if call.dropout:
             reasons.append('dropout would have to forget the same weights again in the backward')
         if call.masked_heads and any(rule in MIXERS for rule in needs.whole):

@@ -116,14 +116,3 @@ KNOWN = frozenset({
 def with_rules(needs: Needs, rules: Rules) -> Needs:
     """The same, with the rules that no kernel knows left to the reference."""
     return needs._replace(whole=(*needs.whole, *(rule.name for rule in rules if rule.name not in KNOWN)))
-
-
-def fusable(settings: Mapping[str, Any]) -> list[str]:
-    """Why no fused kernel can carry these settings (names of ``Attend``'s or ``Attention``'s keywords); empty: one can."""
-    needs = needs_of(settings)
-    reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
-    if needs.weights != 'softmax':
-        reasons.append(f'{needs.weights} is not a softmax')
-    if needs.pointwise and settings.get('dropout'):
-        reasons.append(f'{needs.pointwise[0]} together with dropout is carried by no fused kernel')
-    return reasons

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs
+from x_transformers.attention.kernels.base import Call, Job, Needs, usual_refusals
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.mask import recall, remember
 from x_transformers.attention.scores.base import rendered_bias
@@ -25,13 +25,7 @@ class Flex:
     name = 'flex'
 
     def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
-        reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
-        if needs.weights != 'softmax':
-            reasons.append(f'{needs.weights} is not a softmax')
-        if needs.onnxable:
-            reasons.append('onnxable asks for plain operations')
-        if call.previous:
-            reasons.append('the scores of the layer before are added')
+        reasons = usual_refusals(needs, call)
         if call.dropout:
             reasons.append('it has no dropout')
         if call.dtype == torch.float64:

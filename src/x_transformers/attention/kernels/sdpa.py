@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype, regrouped, tiled
+from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype, regrouped, tiled, usual_refusals
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Float
 
@@ -22,15 +22,8 @@ class Sdpa:
     name = 'sdpa'
 
     def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
-        reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
-        reasons += [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
-        if needs.weights != 'softmax':
-            reasons.append(f'{needs.weights} is not a softmax')
-        if needs.onnxable:
-            reasons.append('onnxable asks for plain operations')
-        if call.previous:
-            reasons.append('the scores of the layer before are added')
-        return tuple(reasons)
+        reasons = [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
+        return (*usual_refusals(needs, call), *reasons)
 
     def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
         reasons = []

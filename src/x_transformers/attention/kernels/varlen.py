@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped
+from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped, usual_refusals
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.tensor_types import Float
 
@@ -20,15 +20,13 @@ class Varlen:
     def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
         if not call.packed:
             return ('no packed sequences',)
-        reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole]
+        reasons = usual_refusals(needs, call)
         reasons += [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
-        if needs.weights != 'softmax':
-            reasons.append(f'{needs.weights} is not a softmax')
         if call.device != 'cuda' or call.dtype not in (torch.float16, torch.bfloat16):
             reasons.append(f'it runs in half precision on CUDA, not in {call.dtype} on {call.device}')
         if call.masked:
             reasons.append('it knows no mask but causality')
-        if call.biased or needs.sink or needs.l2_distance or call.previous:
+        if call.biased or needs.sink or needs.l2_distance:
             reasons.append('it knows products of queries and keys only')
         if call.where.front:
             reasons.append('keys were put in front of the sequence')
