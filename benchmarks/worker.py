@@ -36,9 +36,13 @@ FEATURES: dict[str, dict[str, Any]] = {
     'streams4': {'num_residual_streams': 4},
     'window128': {'attn_max_attend_past': 128},
     'softclamp': {'attn_softclamp_logits': True},
+    'head_sink': {'attn_head_learned_sink': True},
+    'sigmoid': {'attn_sigmoid': True},
     'talking_heads': {'attn_pre_talking_heads': True},
     'sparse_topk8': {'attn_sparse_topk': 8},
 }
+# beside what a feature is timed, where that is not the plain model: one with as many layers
+BESIDE: dict[str, dict[str, Any]] = {'macaron': {'custom_layers': ('f', 'a', 'f') * 6}}
 Step = Callable[[], Any]
 
 
@@ -79,7 +83,8 @@ class Ours:
             model, x = self.decoder(WIDE), ids(2, LENGTH, WIDE)
             return training(lambda: model(x), model), model
         if kind == 'feature':
-            model, x = self.decoder(**FEATURES[rest[0]]), ids(1, LENGTH)
+            chosen = BESIDE.get(rest[1], {}) if rest[0] == 'beside' else FEATURES[rest[0]]
+            model, x = self.decoder(**chosen), ids(1, LENGTH)
             return training(lambda: model(x), model), model
         if kind == 'prefill':
             model, x = self.decoder(length=2048, **flags).eval(), ids(1, 2048)
@@ -123,9 +128,9 @@ class TheFloor:
 
         kind, *rest = name.split('/')
         modern = 'modern' in rest
-        if kind in ('train', 'vocab', 'feature'):
-            vocabulary, rows = WIDE if kind == 'vocab' else VOCABULARY, 1 if kind == 'feature' else 2
-            model, x = Floor(vocabulary=vocabulary, length=LENGTH, modern=modern), ids(rows, LENGTH, vocabulary)
+        if kind in ('train', 'vocab'):
+            vocabulary = WIDE if kind == 'vocab' else VOCABULARY
+            model, x = Floor(vocabulary=vocabulary, length=LENGTH, modern=modern), ids(2, LENGTH, vocabulary)
             return training(lambda: model.loss(x), model), model
         if kind == 'prefill':
             model, x = Floor(vocabulary=VOCABULARY, length=2048, modern=modern), ids(1, 2048)
@@ -184,6 +189,44 @@ def peak_megabytes(step: Step, model: torch.nn.Module) -> float | None:
         return None
 
 
+def beside_plain(maker: Any, name: str) -> Callable[[str], dict[str, Any]]:
+    """A feature and, in turn with it in the same process, the model without it."""
+    (step, model), (plain, plain_model) = maker.prepare(name), maker.prepare(name.replace('/', '/beside/'))
+    step()
+    plain()
+    turns = [0]
+
+    def answer(action: str) -> dict[str, Any]:
+        if action == 'memory':
+            megabytes = {'saved_mb': saved_megabytes(step, model), 'plain_saved_mb': saved_megabytes(plain, plain_model)}
+            return {'peak_mb': peak_megabytes(step, model), **megabytes}
+        turns[0] += 1
+        order = (step, plain) if turns[0] % 2 else (plain, step)
+        times = {each: seconds_of(each) for each in order}
+        return {'seconds': times[step], 'plain_seconds': times[plain]}
+
+    return answer
+
+
+def alone(maker: Any, name: str) -> Callable[[str], dict[str, Any]]:
+    step, model = maker.prepare(name)
+    step()
+
+    def answer(action: str) -> dict[str, Any]:
+        if action == 'time':
+            return {'seconds': seconds_of(step)}
+        saved = {} if name.split('/')[0] in ('decode', 'prefill') else {'saved_mb': saved_megabytes(step, model)}
+        return {'peak_mb': peak_megabytes(step, model), **saved}
+
+    return answer
+
+
+def seconds_of(step: Step) -> float:
+    start = time.thread_time()
+    step()
+    return time.thread_time() - start
+
+
 def resident(status: Path, name: str) -> int:
     return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
 
@@ -193,24 +236,14 @@ def main() -> None:
     torch.manual_seed(0)
     warnings.filterwarnings('ignore')
     maker = {'ours': Ours, 'floor': TheFloor}[sys.argv[1]]()
-    name, step, model = None, None, None
+    name, answer = None, None
     for line in sys.stdin:
         wanted, action = line.split()
-        if wanted != name:
-            step = model = None
+        if wanted != name or answer is None:
+            answer = None
             gc.collect()
-            name, (step, model) = wanted, maker.prepare(wanted)
-            step()
-        answer: dict[str, Any] = {}
-        if action == 'time':
-            start = time.thread_time()
-            step()
-            answer['seconds'] = time.thread_time() - start
-        else:
-            answer['peak_mb'] = peak_megabytes(step, model)
-            if name.split('/')[0] not in ('decode', 'prefill'):
-                answer['saved_mb'] = saved_megabytes(step, model)
-        print(json.dumps(answer), flush=True)
+            name, answer = wanted, (beside_plain if wanted.startswith('feature/') else alone)(maker, wanted)
+        print(json.dumps(answer(action)), flush=True)
 
 
 if __name__ == '__main__':

@@ -63,6 +63,47 @@ def test_no_more_is_kept_for_the_backward_than_by_the_hand_written_model(floor, 
     assert kept <= 1.05 * least
 
 
+# what a training step may keep for its backward, in shares of what it keeps without the feature: the feature's own tensors
+# (unit queries and keys, four streams), nothing for each pair of tokens
+SHARES = {
+    'alibi': 1.0,
+    't5_bias': 1.0,
+    'dynamic_bias': 1.02,
+    'mem_kv16': 1.2,
+    'value_residual': 1.10,
+    'shift_tokens': 1.02,
+    'macaron': 1.10,
+    'sandwich_norm': 1.15,
+    'qk_norm': 1.37,
+    'streams4': 2.0,
+    'window128': 1.0,
+    'softclamp': 1.0,
+    'head_sink': 1.0,
+    'sigmoid': 1.0,
+    'talking_heads': 1.0,
+    'sparse_topk8': 1.0,
+}
+
+
+def test_every_feature_of_the_benchmarks_has_a_gate(worker):
+    assert {'plain', *SHARES} == set(worker.FEATURES)
+
+
+@pytest.mark.parametrize('feature', SHARES)
+def test_what_a_feature_keeps_for_the_backward(worker, feature):
+    flags, length = worker.FEATURES[feature], 512
+
+    def kept(**flags):
+        net = model(length=length, **flags)
+        x = ids(1, length)
+        return worker.saved_megabytes(worker.training(lambda: net(x), net), net)
+
+    without = kept(**dict.fromkeys(worker.BESIDE.get(feature, {}), ('f', 'a', 'f') * 2))
+    # a bias by distance is kept once for all layers, for the queries of one block
+    strip = 8 * 128 * (length + 127) * 4 / 2**20 if feature in ('alibi', 't5_bias', 'dynamic_bias') else 0.0
+    assert kept(**flags) <= 1.001 * SHARES[feature] * without + strip
+
+
 class Fresh(TorchDispatchMode):
     """Calls by operation, and the bytes of what they allocate."""
 

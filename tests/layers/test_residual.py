@@ -9,6 +9,7 @@ from torch import Tensor
 from x_transformers.layers.hyper_connections import HyperConnection, sinkhorn
 from x_transformers.layers.residual import DualStreams, GRUGating, ParallelStreams, ResiDual, Residual
 from x_transformers.layers.stack import Decoder
+from x_transformers.layers.stream_steps import read_formula, read_streams
 
 B, N, D, S = 2, 3, 4, 3
 
@@ -163,3 +164,84 @@ def test_scale_of_resi_dual_changes_nothing_but_the_range() -> None:
 def test_further_keywords_of_the_residual_reach_it() -> None:
     stack = Decoder(dim=8, depth=1, heads=2, attn_dim_head=4, residual_fn_kwargs={'scale_residual': True})
     assert stack.layers[0].residual.residual_scale.shape == (8,)
+
+
+def paths() -> list[HyperConnection]:
+    return [
+        drawn(HyperConnection(D, layer_index=1, num_residual_streams=S, num_input_views=views, doubly_stochastic=stochastic))
+        for views in (1, 3)
+        for stochastic in (False, True)
+    ]
+
+
+@pytest.mark.parametrize('path', paths(), ids=lambda path: f'{path.num_input_views} {path.doubly_stochastic}')
+def test_gradients_of_streams_are_those_of_the_formulas(path: HyperConnection, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = path.double()
+    streams, out = (torch.randn(*shape, N, D, dtype=torch.float64, requires_grad=True) for shape in ((B * S,), (B,)))
+
+    def step() -> list[Tensor]:
+        seen, rest = path.read(streams)
+        written = path.write(out, rest)
+        weights = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in (seen, written)]
+        leaves = [streams, out, *path.parameters()]
+        loss = (seen * weights[0]).sum() + (written * weights[1]).sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        # and once more: the gradient of the gradients' size
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        return [
+            seen,
+            written,
+            *first,
+            *second,
+            *torch.autograd.grad(step_loss(path, streams, out), leaves, materialize_grads=True),
+        ]
+
+    got = step()
+    monkeypatch.setattr('x_transformers.layers.stream_steps.by_hand', lambda *tensors: False)
+    for number, (one, other) in enumerate(zip(got, step(), strict=True)):
+        torch.testing.assert_close(one, other, msg=lambda m, number=number: f'{number}: {m}')
+
+
+class Step(torch.nn.Module):
+    def __init__(self, path: HyperConnection) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, streams: Tensor, out: Tensor) -> Tensor:
+        return step_loss(self.path, streams, out)
+
+
+def step_loss(path: HyperConnection, streams: Tensor, out: Tensor) -> Tensor:
+    seen, rest = path.read(streams)
+    return seen.square().sum() + path.write(out, rest).cos().sum()
+
+
+@pytest.mark.parametrize('wanted', [0, 1])
+def test_streams_of_which_one_half_is_used(wanted: int) -> None:
+    path = drawn(HyperConnection(D, layer_index=0, num_residual_streams=S))
+    streams = torch.randn(B * S, N, D, requires_grad=True)
+    separate, share = streams.unflatten(0, (-1, S)), torch.rand(B, S, N, requires_grad=True)
+    for leaf in (streams, share):
+        one = torch.autograd.grad(
+            read_streams(separate, share)[wanted].cos().sum(), leaf, allow_unused=True, materialize_grads=True
+        )
+        other = torch.autograd.grad(
+            read_formula(separate, share)[wanted].cos().sum(), leaf, allow_unused=True, materialize_grads=True
+        )
+        torch.testing.assert_close(one, other)
+    assert path.read(streams)[0].requires_grad
+
+
+def test_gradients_of_each_sample_by_vmap() -> None:
+    path = drawn(HyperConnection(D, layer_index=0, num_residual_streams=S))
+    streams, out = torch.randn(4, S, N, D), torch.randn(4, 1, N, D)
+
+    def loss(parameters: dict[str, Tensor], streams: Tensor, out: Tensor) -> Tensor:
+        return torch.func.functional_call(Step(path), parameters, (streams, out))
+
+    parameters = {name: p.detach() for name, p in Step(path).named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, streams, out)
+    for row in range(4):
+        alone = torch.func.grad(loss)(parameters, streams[row], out[row])
+        for name, gradient in alone.items():
+            torch.testing.assert_close(each[name][row], gradient, msg=lambda m, name=name: f'{name}: {m}')

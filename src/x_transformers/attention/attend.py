@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.kernels.base import Call, Job, Mixers, Needs, autocast_dtype
+from x_transformers.attention.kernels.base import NO_MIXERS, Call, Job, Mixers, Needs, autocast_dtype
 from x_transformers.attention.kernels.choose import choose_kernel, explain, needs_of, with_rules
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
@@ -183,7 +183,7 @@ class Attend(Module):
             softclamp=self.softclamp,
             sigmoid=self.sigmoid,
             topk=self.sparse_topk,
-            mixers=self.mixers(),
+            mixers=self.mixers() if self.needs.whole else NO_MIXERS,
             l2_distance=self.l2_distance,
             dropout=self.dropout if self.training else 0.0,
             backends=self.backends,

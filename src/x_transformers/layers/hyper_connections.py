@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.layers.residual import ResidualPath
+from x_transformers.layers.stream_steps import normed_products, read_streams, write_streams
 from x_transformers.module import empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -80,12 +81,20 @@ class HyperConnection(ResidualPath):
     def read(self, streams: Float[Tensor, '(b s) n d']) -> tuple[Tensor, Rest]:
         views = self.num_input_views
         separate = streams.unflatten(0, (-1, self.num_residual_streams))
-        normed = self.norm(separate)
-        alpha = self.static_alpha.unsqueeze(1) + self.dynamic_alpha_scale * (normed @ self.dynamic_alpha_fn)
-        read = torch.einsum('b s n v, b s n d -> v b n d', alpha[..., :views].sigmoid(), separate)
-        dynamic_beta = self.dynamic_beta_scale * 2 * (normed @ self.dynamic_beta_fn).sigmoid()
-        beta = 2 * (self.static_beta.unsqueeze(-1) + dynamic_beta).sigmoid()
-        return (read[0] if views == 1 else read), (self._mixed(separate, alpha[..., views:]), beta)
+        # the columns that mix streams are only computed where they are used; then the last one, of what is written
+        used = self.dynamic_alpha_fn if self.doubly_stochastic else self.dynamic_alpha_fn[:, :views]
+        weights = torch.cat((used, self.dynamic_beta_fn.unsqueeze(-1)), dim=-1)
+        products = normed_products(separate, self.norm.weight, weights, self.norm.eps)
+        static = self.static_alpha[:, : used.shape[1]].unsqueeze(1)
+        alpha = static + self.dynamic_alpha_scale * products[..., :-1]
+        beta = 2 * (self.static_beta.unsqueeze(-1) + self.dynamic_beta_scale * 2 * products[..., -1].sigmoid()).sigmoid()
+        shares = alpha[..., :views].sigmoid()
+        if views == 1 and not self.doubly_stochastic:
+            read, total = read_streams(separate, shares.squeeze(-1))
+            return read, (total.unsqueeze(1), beta)
+        read = torch.einsum('b s n v, b s n d -> v b n d', shares, separate)
+        carried = self._mixed(separate, alpha[..., views:])
+        return (read[0] if views == 1 else read), (carried, beta)
 
     def _mixed(self, separate: Float[Tensor, 'b s n d'], alpha: Float[Tensor, 'b s n t']) -> Float[Tensor, 'b #s n d']:
         """What each stream carries on."""
@@ -96,7 +105,7 @@ class HyperConnection(ResidualPath):
 
     def write(self, out: Float[Tensor, 'b n d'], rest: Rest) -> Float[Tensor, '(b s) n d']:
         mixed, beta = rest
-        return (mixed + beta.unsqueeze(-1) * out.unsqueeze(1)).flatten(0, 1)
+        return write_streams(mixed, beta, out).flatten(0, 1)
 
     def prepare(self, residual: Float[Tensor, '(b s) n d']) -> tuple[Tensor, Tensor, dict[str, Any]]:
         branch_input, (mixed, beta) = self.read(residual)

@@ -58,6 +58,7 @@ class Call(NamedTuple):
 
 # what mixes heads: scores before the softmax, weights behind it, scores that weights are multiplied by
 Mixers = tuple[Float[Tensor, 'h h'] | None, Float[Tensor, 'h h'] | None, Float[Tensor, 'h h'] | None]
+NO_MIXERS: Mixers = (None, None, None)
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Job:
     softclamp: float | None = None
     sigmoid: bool = False
     topk: int | None = None
-    mixers: Mixers = (None, None, None)
+    mixers: Mixers = NO_MIXERS
     l2_distance: bool = False
     dropout: float = 0.0
     backends: tuple[str, ...] | None = None
