@@ -22,7 +22,7 @@ def tool(name: str):
     return module
 
 
-@pytest.mark.parametrize('name', ['generate_keywords', 'generate_features'])
+@pytest.mark.parametrize('name', ['generate_keywords', 'generate_features', 'generate_kernels'])
 def test_generated_files_are_current(name):
     module = tool(name)
     assert module.PATH.read_text(encoding='utf-8') == module.generated(), 'run `make docs`'
