@@ -1,0 +1,64 @@
+"""Write the pictures in docs/masks.md: each is drawn from the mask that attention itself would use."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.scores.base import Where
+
+PATH = Path(__file__).parent.parent / 'docs/masks.md'
+N = 6
+FULL = Where(N, N)
+STARTS = torch.tensor([0, 2, 6])
+
+
+def padding(*lengths: int) -> Tensor:
+    return torch.arange(N) < torch.tensor(lengths)[:, None]
+
+
+# name of the picture: (mask, geometry)
+PICTURES: dict[str, tuple[Mask, Where]] = {
+    'encoder': (Mask(), FULL),
+    'causal': (Mask(causal=True), FULL),
+    'padding': (Mask(causal=True, keys=padding(6, 4)), FULL),
+    'left padding': (Mask(causal=True, keys=torch.arange(N) >= torch.tensor([[0], [2]])), FULL),
+    'window': (Mask(causal=True, past=2), FULL),
+    'window in an encoder': (Mask(past=2), FULL),
+    'prefix': (Mask(causal=True, prefix=torch.tensor([2, 4])), FULL),
+    'dense': (Mask(causal=True, dense=torch.eye(N, dtype=torch.bool) | (torch.arange(N) % 2 == 0)), FULL),
+    'packed': (Mask(causal=True, packed=PackedSequences(STARTS, STARTS)), FULL),
+    'memory keys': (Mask(causal=True), Where(N, N + 2, 2)),
+    'mems': (Mask(causal=True), Where(N, N + 3)),
+    'cache': (Mask(causal=True), Where(2, N)),
+}
+
+
+def drawn(mask: Mask, where: Where) -> str:
+    """One grid per row of the batch, side by side: queries go down, keys to the right."""
+    allowed = mask.rendered(where)
+    if allowed is None:
+        allowed = torch.ones(1, 1, where.queries, where.keys, dtype=torch.bool)
+    grids = [row[0].expand(where.queries, where.keys) for row in allowed]
+    return '\n'.join(
+        '     '.join(' '.join('■' if seen else '·' for seen in grid[query].tolist()) for grid in grids)
+        for query in range(where.queries)
+    )
+
+
+def generated() -> str:
+    """The text of the file, with its pictures drawn anew."""
+
+    def picture(found: re.Match[str]) -> str:
+        return f'<!-- picture: {found[1]} -->\n```text\n{drawn(*PICTURES[found[1]])}\n```'
+
+    return re.sub(r'<!-- picture: ([\w ]+) -->\n```text\n.*?```', picture, PATH.read_text(encoding='utf-8'), flags=re.DOTALL)
+
+
+if __name__ == '__main__':
+    PATH.write_text(generated(), encoding='utf-8')
+    print(f'wrote {PATH}')
