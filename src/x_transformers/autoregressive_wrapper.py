@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from x_transformers.helpers import default, exists, identity, log, pad_at_dim
 from x_transformers.losses import linear_cross_entropy, token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from x_transformers.stepping.model import Programs
 
 # from so many logits on, a loss that is all that is wanted is computed without holding them
 LARGE_LOGITS = 2**24
@@ -103,6 +106,7 @@ class AutoregressiveWrapper(Module):
         self.add_attn_z_loss = add_attn_z_loss
         self.add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
         self.next_embed_loss_weight = next_embed_loss_weight
+        self._programs: Programs | None = None
 
     # ------------------------------------------------------------ training
 
@@ -203,6 +207,7 @@ class AutoregressiveWrapper(Module):
         draft_model: nn.Module | None = None,
         prompt_lookup: int | None = None,
         lookahead: int = 4,
+        compile: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Sample ``seq_len`` tokens after each prompt; the new tokens (..., s), s <= seq_len.
@@ -224,6 +229,8 @@ class AutoregressiveWrapper(Module):
             draft_model, prompt_lookup: speculative decoding (https://arxiv.org/abs/2211.17192) with a smaller model, or with
                 what followed the newest ``prompt_lookup`` tokens before; ``lookahead`` guesses at a time. The distribution
                 stays exactly that of plain sampling.
+            compile: read with one compiled program, in memory of fixed shape. The first call compiles, for a minute or so;
+                later ones use the program again as long as the batch is the same and the text is about as long.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
@@ -235,14 +242,25 @@ class AutoregressiveWrapper(Module):
         tokens = Tokens(prompt.tokens, steps + max(lookahead, 0))
         models: list[nn.Module] = [self, *(net for net, _ in nets)]
 
+        speculative = draft_model is not None or prompt_lookup is not None
+
         def reader(net: nn.Module) -> Reader:
-            return reader_for(net, kwargs, prompt=prompt, steps=steps, cache=cache_kv, window=restrict_to_max_seq_len)
+            return reader_for(
+                net,
+                kwargs,
+                prompt=prompt,
+                steps=steps,
+                cache=cache_kv,
+                window=restrict_to_max_seq_len,
+                one_by_one=not speculative,
+                programs=self._compiled_steppers(cached=cache_kv, one_by_one=not speculative) if compile else None,
+            )
 
         main = reader(self.net)
         rest: dict[str, Any] = {'eos': checked_eos(eos_token), 'pad': self.pad_value}
         for net, _ in nets:
             check_vocabulary(self.net, net, 'amateur')
-        if draft_model is not None or prompt_lookup is not None:
+        if speculative:
             _check_speculative(draft_model, prompt_lookup, nets, lookahead)
             if draft_model is not None:
                 small = unwrapped(draft_model)
@@ -262,6 +280,20 @@ class AutoregressiveWrapper(Module):
         if stream:
             return run
         return _collected(run, prompt, include_prompt)
+
+    def _compiled_steppers(self, *, cached: bool, one_by_one: bool) -> Programs:
+        """The programs made so far; they are not copied or pickled with the model."""
+        from x_transformers.stepping.model import Programs
+
+        if not cached or not one_by_one:
+            other = 'cache_kv=False' if not cached else 'speculative decoding'
+            raise GenerateError(f'compile=True reads one token at a time behind a cache, which {other} does not; leave one out')
+        if self._programs is None:
+            self._programs = Programs()
+        return self._programs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_programs': None}
 
     def stream(self, prompts: Tensor | list[Tensor], seq_len: int, *args: Any, **kwargs: Any) -> Iterator[Int[Tensor, '...']]:
         """``generate`` as an iterator over single tokens, each of the prompts' leading shape."""

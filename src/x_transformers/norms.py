@@ -131,8 +131,12 @@ class LayerNorm(Module):
     def init_own(self) -> None:
         nn.init.constant_(self.gamma, 1.0 - self.unit_offset)
 
+    @property
+    def gain(self) -> Float[Tensor, 'd']:
+        return self.gamma + 1.0 if self.unit_offset else self.gamma
+
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return layer_norm(x, self.gamma + 1.0 if self.unit_offset else self.gamma)
+        return layer_norm(x, self.gain)
 
 
 class AdaptiveLayerNorm(Module):
@@ -186,8 +190,12 @@ class RMSNorm(Module):
     def init_own(self) -> None:
         nn.init.constant_(self.g, 1.0 - self.unit_offset)
 
+    @property
+    def gain(self) -> Float[Tensor, 'd']:
+        return self.g + 1.0 if self.unit_offset else self.g
+
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return rms_norm(x, self.g + 1.0 if self.unit_offset else self.g)
+        return rms_norm(x, self.gain)
 
 
 class AdaptiveRMSNorm(Module):

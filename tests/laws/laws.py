@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tests.laws.combination import Combination, tokens
 from tests.laws.groups import LENGTH, TOKENS
 from x_transformers.flags.base import FlagError
+from x_transformers.stepping.model import Stepper
+from x_transformers.stepping.refusals import cache_refusals, refusals
 
 ROWS = 3
 TOLERANCE = 1e-5
@@ -206,6 +208,27 @@ def cache_operations(case: Combination) -> None:
         must_equal(out, full[:, step : step + 1], f'step {step} of left-padded prompts with a cache')
 
 
+@torch.no_grad()
+def steps_are_full(case: Combination) -> None:
+    """Token by token through a stepper, where it takes the model: the full forward, with padding on the left too."""
+    if case.random or not case.causal:
+        return
+    model, x, given = case.build(), tokens(ROWS), case.inputs(ROWS)
+    if refusals(model, given.part()):
+        return
+    for starts in (None, torch.tensor([0, 2, 3])):
+        left = {} if starts is None else {'seq_start_pos': starts}
+        full = case.read_logits(model(x, **given.part(), **left), x)
+        cache = model(x[:, :4], return_intermediates=True, **given.part(stop=4), **left)[1].kv_cache
+        if cache_refusals(model, cache, None, LENGTH, starts is not None):
+            continue
+        # room for two tokens, so that it has to be widened
+        stepper = Stepper(model, cache, room=2, start=starts, context_mask=given.part().get('context_mask'))  # type: ignore[arg-type]
+        for at in range(4, LENGTH):
+            new = x[:, at : at + 1]
+            must_equal(case.read_logits(stepper.read(new), new), full[:, at : at + 1], f'step {at} of a stepper ({left})')
+
+
 def segments_promised(case: Combination) -> bool:
     """Whether memories carry all that later tokens need of earlier ones.
 
@@ -346,6 +369,7 @@ LAWS: tuple[Callable[[Combination], None], ...] = (
     left_padding_blind,
     cached_is_full,
     cache_operations,
+    steps_are_full,
     segments_are_whole,
     kernels_agree,
     checkpoints_agree,

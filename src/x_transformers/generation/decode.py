@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,12 @@ from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import GenerateError
 from x_transformers.tensor_types import Float, Int
 
+if TYPE_CHECKING:
+    from x_transformers.stepping.model import Programs, TokenReader
+
 LEAST_ROOM = 64
+# so few tokens are not worth the preparation
+STEPS_PAY_FROM = 8
 
 __all__ = ['Reader', 'Tokens', 'decode', 'evaluating', 'modify_cached_kv', 'reader_for', 'reads_new_tokens']
 
@@ -101,6 +106,8 @@ class Reader:
         start: pads in front of each row; ``most_pads`` is the largest of them.
         expected: about how many tokens will follow, to make room for them once.
         origin: the first token that this reader reads.
+        one_by_one: after the first call every call adds one token, and none is taken back; a stepper may take over then.
+        programs: compiled steppers, one of which must take over.
     """
 
     def __init__(
@@ -114,6 +121,8 @@ class Reader:
         keywords: Keywords | None = None,
         expected: int = 0,
         origin: int = 0,
+        one_by_one: bool = False,
+        programs: Programs | None = None,
     ) -> None:
         self.net = net
         self.own_net = reads_new_tokens(net)
@@ -127,6 +136,9 @@ class Reader:
         self.origin = origin
         self.seen = origin
         self.cache: Any = None
+        self.one_by_one = one_by_one
+        self.programs = programs
+        self.stepper: TokenReader | None = None
         self._skipped = 0
 
     def check_length(self, total: int, name: str = 'the net') -> None:
@@ -141,6 +153,9 @@ class Reader:
 
     def read(self, tokens: Tokens, last: int = 1) -> Float[Tensor, 'b k v']:
         """What the net expects after each of the ``last`` newest tokens."""
+        if self.stepper is not None:
+            self.seen = tokens.length
+            return self.stepper.read(tokens.part(tokens.length - 1))
         if self.caching and self.own_net:
             return self._read_new(tokens, last)
         return self._read_window(tokens, last)
@@ -167,7 +182,31 @@ class Reader:
         made = KVCache.of(intermediates)
         self.cache = made.reserve(self._room()) if cache is None and made is not None else made
         self.seen = high
+        if self.one_by_one and cache is None and made is not None:
+            self._step_from(made, high)
         return self._newest(out, last)
+
+    def _step_from(self, cache: KVCache, high: int) -> None:
+        """Let a stepper read the rest, if it can; then the cache is not needed any more."""
+        compiled = self.programs is not None
+        if not compiled and (self.expected < STEPS_PAY_FROM or not self.own_net):
+            return
+        from x_transformers.stepping.model import Stepper
+        from x_transformers.stepping.refusals import cache_refusals, refusals
+
+        net: Any = self.net
+        given = [name for name, value in self.keywords.given.items() if value is not None]
+        start = self._start_of(cache).get('seq_start_pos')
+        reasons = refusals(net, given, fixed=compiled)
+        reasons = reasons or cache_refusals(net, cache, self.limit, high + self.expected, start is not None)
+        if self.programs is not None:
+            if reasons:
+                raise GenerateError(f'compile=True cannot be had with: {"; ".join(reasons)}; leave it out')
+            self.stepper = self.programs.stepper(net, cache, room=self.expected, limit=self.limit, start=start)
+        elif not reasons:
+            context_mask = self.keywords.given.get('context_mask')
+            self.stepper = Stepper(net, cache, room=self._room(), limit=self.limit, start=start, context_mask=context_mask)
+        self.cache = None if self.stepper is not None else self.cache
 
     def _read_window(self, tokens: Tokens, last: int) -> Tensor:
         low, high = self._window_from(tokens.length), tokens.length
@@ -279,6 +318,8 @@ def reader_for(
     steps: int | None,
     cache: bool,
     window: bool,
+    one_by_one: bool = False,
+    programs: Programs | None = None,
 ) -> Reader:
     """A reader of ``prompt`` (a ``Prompt``) that expects ``steps`` tokens to be generated."""
     length = prompt.tokens.shape[1]
@@ -291,4 +332,6 @@ def reader_for(
         most_pads=prompt.most_pads,
         keywords=Keywords(given, length, total),
         expected=LEAST_ROOM if steps is None else steps,
+        one_by_one=one_by_one,
+        programs=programs,
     )
