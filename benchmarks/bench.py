@@ -192,15 +192,17 @@ def main() -> None:
     workers = [Worker('ours', sys.executable, 'ours')]
     if options.other:
         workers.append(Worker('other', options.other, 'ours'))
-    workers.append(Worker('floor', sys.executable, 'floor'))
-    wanted, labels = wanted_of(options), [worker.label for worker in workers]
+    wanted, competitors = wanted_of(options), list(workers)
+    if any(name in MAIN for name in wanted):
+        workers.append(Worker('floor', sys.executable, 'floor'))
+    labels = [*(worker.label for worker in competitors), 'floor']
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / 'bench.json'
     # rows of earlier runs stay, so that a table can be made piece by piece
     held = {row['workload']: row for row in json.loads(kept.read_text())} if kept.exists() else {}
     for workload in wanted:
         if workload in FEATURES:
-            row = held[workload] = measure_feature(workers[:-1], workload, options.rounds)
+            row = held[workload] = measure_feature(competitors, workload, options.rounds)
             lines = feature_table([row])
         else:
             row = held[workload] = measure(workers, workload, options.rounds)

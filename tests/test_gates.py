@@ -12,9 +12,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
+from x_transformers.attention.attend import Attend
 from x_transformers.attention.kernels.choose import use_kernel
+from x_transformers.attention.mask import Mask
+from x_transformers.attention.scores.base import Where
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 HEADS = {'heads': 8}
@@ -102,6 +106,22 @@ def test_what_a_feature_keeps_for_the_backward(worker, feature):
     # a bias by distance is kept once for all layers, for the queries of one block
     strip = 8 * 128 * (length + 127) * 4 / 2**20 if feature in ('alibi', 't5_bias', 'dynamic_bias') else 0.0
     assert kept(**flags) <= 1.001 * SHARES[feature] * without + strip
+
+
+def test_a_window_costs_as_much_as_it_shows():
+    """Attention's products: in proportion to the length, where without a window they grow with its square."""
+    attend, mask = Attend(causal=True), Mask(causal=True, past=128)
+
+    def products(length):
+        q = torch.randn(1, 2, length, 8, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            attend.run(q, q, q, mask=mask, where=Where(length, length))[0].sum().backward()
+        return counter.get_total_flops()
+
+    # but for the first queries, which have fewer keys behind them
+    assert products(4096) <= 2.1 * products(2048)
+    # seven products of 8 channels for each query and the keys of its block: 64 and 128 before
+    assert products(4096) <= 7 * 2 * 2 * 8 * 4096 * (64 + 128)
 
 
 class Fresh(TorchDispatchMode):

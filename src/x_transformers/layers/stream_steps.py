@@ -82,16 +82,17 @@ class NormedProducts(torch.autograd.Function):
         if torch.is_grad_enabled():
             formula = partial(normed_products_formula, eps=ctx.eps)
             return *by_formula(formula, (x, gain, weight), (grad,)), None
-        shape, whole = x.shape[-1:], gain.unsqueeze(-1) * weight
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad @ whole.t(), x.contiguous(), shape, mean, inverse, None, None, [True, False, False]
-        )
-        # normed^T grad, without what is normed: (x - mean) * inverse
-        shares, rows = (grad * inverse).flatten(0, -2), x.flatten(0, -2).t()
-        # one by one, because a product with few columns takes longer than its columns do
-        products = torch.stack([rows @ share.contiguous() for share in shares.unbind(-1)], dim=-1)
-        grad_whole = products - (mean.flatten(0, -2) * shares).sum(0)
-        return grad_x, (grad_whole * weight).sum(-1), gain.unsqueeze(-1) * grad_whole, None
+        with torch.autocast(x.device.type, enabled=False):
+            shape, whole = x.shape[-1:], gain.unsqueeze(-1) * weight
+            grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                grad @ whole.t(), x.contiguous(), shape, mean, inverse, None, None, [True, False, False]
+            )
+            # normed^T grad, without what is normed: (x - mean) * inverse
+            shares, rows = (grad * inverse).flatten(0, -2), x.flatten(0, -2).t()
+            # one by one, because a product with few columns takes longer than its columns do
+            products = torch.stack([rows @ share.contiguous() for share in shares.unbind(-1)], dim=-1)
+            grad_whole = products - (mean.flatten(0, -2) * shares).sum(0)
+            return grad_x, (grad_whole * weight).sum(-1), gain.unsqueeze(-1) * grad_whole, None
 
 
 # ---------------------------------------------------------------- reading

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from x_transformers.attention.kernels.base import autocast_dtype
 from x_transformers.tensor_types import Bool, Float
 
 # queries in a block, and in one of a narrow window, where less of what is computed is outside it
@@ -285,6 +287,11 @@ class Gradients:
             target.add_(part)
 
 
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """Precisions are ours to choose, on the way back too, which may run with autocast or without."""
+    return nullcontext() if autocast_dtype(t) is None else torch.autocast(t.device.type, enabled=False)
+
+
 def laid_out(t: Float[Tensor, 'b k j d']) -> Float[Tensor, '(b k) j d']:
     return t.flatten(0, 1).contiguous()
 
@@ -324,24 +331,30 @@ class InBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *extra = ctx.saved_tensors
-        shape, more, (batch, heads, _, width), kv_heads = ctx.shape, Extra(*extra), q.shape, k.shape[1]
-        gradients = Gradients(more, ctx.needs_input_grad[4:])
-        keys, values = laid_out(k), laid_out(v)
-        queried, grad = (q * shape.scale).contiguous(), grads[0].contiguous()
-        grad_q, grad_k, grad_v = torch.empty_like(queried), torch.zeros_like(keys), torch.zeros_like(values)
-        rooms = Room(keys, batch * heads, shape), Room(keys, batch * heads, shape)
-        for block in blocks_of(shape):
-            size = (batch, heads, block.bottom - block.top)
-            rows_q, rows_grad = stacked(queried, block, kv_heads), stacked(grad, block, kv_heads)
-            kept_k, kept_v = columns(keys, block, shape, 1), columns(values, block, shape, 1)
-            scores = rooms[0].product(rows_q, kept_k.transpose(1, 2))
-            found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, back=True)
-            weights = spread(found, more).to(v.dtype).view(scores.shape)
-            add_columns(grad_v, torch.bmm(weights.transpose(1, 2), rows_grad), block, shape, 1)
-            change = single(rooms[1].product(rows_grad, kept_v.transpose(1, 2))).view_as(found.weights)
-            change = gradients.through(change, found, more, block, shape).to(q.dtype).view(scores.shape)
-            grad_q[:, :, block.top : block.bottom] = torch.bmm(change, kept_k).view(*size, width)
-            add_columns(grad_k, torch.bmm(change.transpose(1, 2), rows_q), block, shape, 1)
-        of_extra = (gradients.bias, gradients.sink, gradients.before, gradients.after, gradients.around, None, None)
-        return None, grad_q.mul_(shape.scale), grad_k.view(k.shape), grad_v.view(v.shape), *of_extra
+        with without_autocast(grads[0]):
+            return way_back(ctx, grads[0])
+
+
+def way_back(ctx: Any, grad: Float[Tensor, 'b h i e']) -> tuple[Tensor | None, ...]:
+    """The gradients of what ``InBlocks.forward`` was given."""
+    q, k, v, *extra = ctx.saved_tensors
+    shape, more, (batch, heads, _, width), kv_heads = ctx.shape, Extra(*extra), q.shape, k.shape[1]
+    gradients = Gradients(more, ctx.needs_input_grad[4:])
+    keys, values = laid_out(k), laid_out(v)
+    queried, grad = (q * shape.scale).contiguous(), grad.contiguous()
+    grad_q, grad_k, grad_v = torch.empty_like(queried), torch.zeros_like(keys), torch.zeros_like(values)
+    rooms = Room(keys, batch * heads, shape), Room(keys, batch * heads, shape)
+    for block in blocks_of(shape):
+        size = (batch, heads, block.bottom - block.top)
+        rows_q, rows_grad = stacked(queried, block, kv_heads), stacked(grad, block, kv_heads)
+        kept_k, kept_v = columns(keys, block, shape, 1), columns(values, block, shape, 1)
+        scores = rooms[0].product(rows_q, kept_k.transpose(1, 2))
+        found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, back=True)
+        weights = spread(found, more).to(v.dtype).view(scores.shape)
+        add_columns(grad_v, torch.bmm(weights.transpose(1, 2), rows_grad), block, shape, 1)
+        change = single(rooms[1].product(rows_grad, kept_v.transpose(1, 2))).view_as(found.weights)
+        change = gradients.through(change, found, more, block, shape).to(q.dtype).view(scores.shape)
+        grad_q[:, :, block.top : block.bottom] = torch.bmm(change, kept_k).view(*size, width)
+        add_columns(grad_k, torch.bmm(change.transpose(1, 2), rows_q), block, shape, 1)
+    of_extra = (gradients.bias, gradients.sink, gradients.before, gradients.after, gradients.around, None, None)
+    return None, grad_q.mul_(shape.scale), grad_k.view(k.shape), grad_v.view(v.shape), *of_extra

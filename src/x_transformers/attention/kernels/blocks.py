@@ -6,15 +6,12 @@ that rules on these fit as well.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.kernels import block_steps
-from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype, regrouped, usual_refusals
-from x_transformers.attention.kernels.block_steps import Extra, InBlocks, Shape, blocks_of
+from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped, usual_refusals
+from x_transformers.attention.kernels.block_steps import Extra, InBlocks, Shape, blocks_of, without_autocast
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.scores.base import rendered_bias
 from x_transformers.attention.scores.similarity import as_products
@@ -67,8 +64,7 @@ class Blocks:
             q, extra = regrouped(q, groups), heads_regrouped(extra, q.shape[1], groups)
         # a compiler wants no tensor twice
         k, v = k if k is not q else k.view_as(k), v if v is not q and v is not k else v.view_as(v)
-        plain = nullcontext() if autocast_dtype(q) is None else torch.autocast(q.device.type, enabled=False)
-        with plain:
+        with without_autocast(q):
             out: Tensor = InBlocks.apply(shape, q, k, v, *extra)  # type: ignore[no-untyped-call]
         return regrouped(out, k.shape[1]) if apart else out
 
