@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.feedforward import GLU, FeedForward, ReluSquared, SoLU
+from x_transformers.feedforward import GLU, PIECE, FeedForward, ReluSquared, SoLU
 from x_transformers.flags.feedforward import FeedForwardFlags
 
 
@@ -154,3 +155,24 @@ def test_parts_alone() -> None:
     torch.testing.assert_close(ReluSquared()(x), ACTIVATIONS['relu_squared'](x))
     torch.testing.assert_close(SoLU(4)(x), solu(x))
     assert shapes(GLU(4, 3, nn.SiLU())) == {'proj.weight': (6, 4), 'proj.bias': (6,)}
+
+
+@pytest.mark.parametrize('flags', [{}, {'glu': True, 'dim_out': 6}])
+def test_without_gradient_tokens_are_taken_in_pieces(flags: dict[str, Any]) -> None:
+    feedforward, x = FeedForward(8, **flags).eval(), torch.randn(2, PIECE, 8)
+    rows: list[int] = []
+    inner, want = feedforward.ff.forward, feedforward(x)
+
+    def watched(t: torch.Tensor) -> torch.Tensor:
+        rows.append(t.shape[0])
+        return inner(t)
+
+    with torch.no_grad():
+        feedforward.ff.forward = watched  # type: ignore[method-assign]
+        torch.testing.assert_close(feedforward(x), want)
+        assert rows == [PIECE, PIECE]
+        # whoever listens hears all tokens at once
+        heard: list[torch.Size] = []
+        feedforward.ff[0].register_forward_hook(lambda module, given, out: heard.append(out.shape))
+        torch.testing.assert_close(feedforward(x), want)
+    assert [shape[:2] for shape in heard] == [(2, PIECE)]

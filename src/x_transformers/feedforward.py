@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,10 @@ from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
+
+
+# tokens at a time where no gradient is wanted: in larger pieces the inner features only leave the processor's cache
+PIECE = 512
 
 
 class ReluSquared(Module):
@@ -129,8 +134,19 @@ class FeedForward(Module):
                 f'the feed-forward takes inputs of {self.dim} features, but x has {x.shape[-1]} in its last axis '
                 f'(shape {tuple(x.shape)}): project it first, or build FeedForward(dim={x.shape[-1]})'
             )
-        out: Tensor = self.ff(x)
+        out = self._in_pieces(x) if self._takes_pieces(x) else self.ff(x)
         return out if deep_embed is None else out * deep_embed
+
+    def _takes_pieces(self, x: Float[Tensor, '... n d']) -> bool:
+        """Whether the inner features of all tokens need not be there at once: no gradient keeps them, nobody else sees them."""
+        if torch.is_grad_enabled() or x.numel() <= PIECE * self.dim or self.training or torch.compiler.is_compiling():
+            return False
+        heard = any(module._forward_hooks or module._forward_pre_hooks for module in self.ff.modules())
+        return self.flags.custom_activation is None and not heard
+
+    def _in_pieces(self, x: Float[Tensor, '... n d']) -> Float[Tensor, '... n e']:
+        pieces = x.reshape(-1, self.dim).split(PIECE)
+        return torch.cat([self.ff(piece) for piece in pieces]).view(*x.shape[:-1], -1)
 
     def run(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, '... n e'], None]:
         """The branch as the stack calls it; a feed-forward has no intermediates."""
