@@ -134,10 +134,10 @@ class ReadStreams(torch.autograd.Function):
             return by_formula(read_formula, (x, share), (of_read, of_sum))
         if of_read is None:
             return of_sum.unsqueeze(1).expand_as(x) if of_sum is not None else None, None
-        shares = [part.unsqueeze(-1) for part in share.unbind(1)]
-        parts = [of_read * part if of_sum is None else torch.addcmul(of_sum, of_read, part) for part in shares]
+        shares, each = share.unsqueeze(-1), of_read.unsqueeze(1)
+        grad_x = shares * each if of_sum is None else torch.addcmul(of_sum.unsqueeze(1), shares, each)
         of_shares = [(stream * of_read).sum(-1) for stream in x.unbind(1)]
-        return torch.stack(parts, dim=1), torch.stack(of_shares, dim=1)
+        return grad_x, torch.stack(of_shares, dim=1)
 
 
 # ---------------------------------------------------------------- writing
