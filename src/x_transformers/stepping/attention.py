@@ -120,7 +120,7 @@ class SelfStep(AttentionStep):
             raise ValueError('the cache holds no keys and values of this attention')
         self.rotates = held.get('angles') is not None
         shape = (*k.shape[:2], self.front + room)
-        self.keys, self.values = k.new_zeros((*shape, k.shape[-1])), v.new_zeros((*shape, v.shape[-1]))
+        self.keys, self.values = k.new_empty((*shape, k.shape[-1])), v.new_empty((*shape, v.shape[-1]))
         self.fill(k, v)
 
     def fill(self, k: Float[Tensor, 'b kh n d'], v: Float[Tensor, 'b kh n e']) -> None:
@@ -128,6 +128,11 @@ class SelfStep(AttentionStep):
         if front:
             self.keys[:, :, :front], self.values[:, :, :front] = self._fronts(k, v)
         self.keys[:, :, front:end], self.values[:, :, front:end] = k, self._stored(v)
+
+    def silence(self, tokens: int) -> None:
+        """Zeros behind so many tokens: what is masked must still be numbers."""
+        for memory in (self.keys, self.values):
+            memory[:, :, self.front + tokens :] = 0.0
 
     def widen(self, rows: int) -> None:
         """Room for ``rows`` rows in all."""

@@ -163,13 +163,14 @@ class StackStep:
         return branch
 
     def take(self, cache: KVCache) -> None:
-        """Another text of the same shape: its keys and values into the same memory."""
+        """Another text: its keys and values into the same memory, zeros behind them."""
         steps = [step for step in self.stack.plan.steps() if step.kind == 'a']
         for step, attention in zip(steps, self.attentions, strict=True):
             held = cache.step(step.index)
             k, v = held.get('k'), held.get('v')
             if k is not None and v is not None:
                 attention.fill(k, v)
+                attention.silence(k.shape[2])
 
     @property
     def rows(self) -> int:
