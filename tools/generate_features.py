@@ -26,8 +26,9 @@ from x_transformers.flags.other_inputs import (
     MultiInputFlags,
     XValFlags,
 )
+from x_transformers.flags.parts import SELF_ATTENTION_ONLY, SET_BY_STACK
 from x_transformers.flags.rule import Rule
-from x_transformers.flags.stack import SELF_ATTENTION_ONLY, SET_BY_STACK, StackFlags
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
 from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES

@@ -8,7 +8,8 @@ from pathlib import Path
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.stack import PARTS, StackFlags, keyword_names
+from x_transformers.flags.parts import PARTS, keyword_names
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
 
 PATH = Path(__file__).parent.parent / 'src/x_transformers/flags/keywords.py'

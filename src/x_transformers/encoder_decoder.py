@@ -10,7 +10,8 @@ from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, UnknownFlag, unknown_flags
-from x_transformers.flags.stack import PARTS, StackFlags, keyword_names
+from x_transformers.flags.parts import PARTS, keyword_names
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import groupby_prefix_and_trim
 from x_transformers.layers.drop import dropout_seq

@@ -9,7 +9,8 @@ from typing import get_type_hints
 import pytest
 
 from x_transformers.flags import keywords
-from x_transformers.flags.stack import PARTS, StackFlags, keyword_names
+from x_transformers.flags.parts import PARTS, keyword_names
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 
 ROOT = Path(__file__).parent.parent.parent

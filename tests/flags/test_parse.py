@@ -12,7 +12,8 @@ from torch import nn
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import REQUIRED, FlagError, Flags, MissingFlag, UnknownFlag, as_tuple, default_of, type_hints
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.stack import SELF_ATTENTION_ONLY, SET_BY_STACK, StackFlags, keyword_names
+from x_transformers.flags.parts import SELF_ATTENTION_ONLY, SET_BY_STACK, keyword_names
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
 
 ALL = (AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags, VisionFlags)

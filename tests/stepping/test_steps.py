@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, XTransformer
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.generation import decode
+from x_transformers.profiling import annotate
 from x_transformers.stepping.model import CompiledStepper, Programs, Stepper
 from x_transformers.stepping.refusals import refusals
 from x_transformers.stepping.stack import COLUMNS_PAY, FeedForwardStep
@@ -146,6 +147,13 @@ def test_whoever_listens_hears_the_general_way() -> None:
     made.net.attn_layers.register_forward_hook(lambda *_: heard.append(1))
     made.generate(prompts(1, 3), 12)
     assert len(heard) == 12
+
+
+def test_a_profile_shows_the_rooms_of_the_general_way() -> None:
+    net = model().net
+    with annotate(net):
+        assert len(refusals(net)) == 1
+    assert refusals(net) == []
 
 
 def test_a_part_of_the_users_own_is_not_bypassed() -> None:

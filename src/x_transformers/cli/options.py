@@ -14,7 +14,8 @@ from typing import Annotated, Any, Union, get_origin
 import tyro
 
 from x_transformers.flags.base import Flags, as_tuple, default_of, kinds_of, type_hints
-from x_transformers.flags.stack import PARTS, StackFlags, keyword_names
+from x_transformers.flags.parts import PARTS, keyword_names
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.training.build import QUICKSTART
 

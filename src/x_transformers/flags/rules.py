@@ -12,8 +12,9 @@ from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, fused_refusals
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.parts import SET_BY_STACK
 from x_transformers.flags.rule import Name, Rule, broken_rules, is_on, orphans, out_of_range
-from x_transformers.flags.stack import SET_BY_STACK, StackFlags
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags
 from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack

@@ -19,8 +19,9 @@ from functools import cached_property
 from typing import Any, Self
 
 from x_transformers.flags.attention import VALUE_RESIDUAL, AttentionFlags
-from x_transformers.flags.base import REQUIRED, FlagError, Flags, UnknownFlag, flag, unknown_flags
+from x_transformers.flags.base import REQUIRED, FlagError, Flags, flag
 from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.parts import PARTS, cross_inherits, split
 
 ADAPTIVE_SCALE = 'https://arxiv.org/abs/2212.09748'
 DYNAMIC = 'https://arxiv.org/abs/2108.00154'
@@ -48,26 +49,6 @@ NORMS = {
 ADAPTIVE = ('use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'use_adaptive_layerscale')
 ANY_ROTARY = ('rotary_pos_emb', 'rotary_xpos')
 ANY_POSITION_BIAS = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias')
-
-# what the stack itself tells its attention layers, so it has no name with a prefix
-SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals', 'learned_value_residual_mix', 'rotate_num_heads')
-CROSS_SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals')
-
-# these need the order of one sequence, so cross attention does not take them over from attn_
-SELF_ATTENTION_ONLY = (
-    'selective',
-    'use_cope',
-    'cope_max_pos',
-    'cope_soft_onehot_pos',
-    'cope_talking_heads',
-    'data_dependent_alibi',
-    'data_dependent_alibi_per_row',
-    'data_dependent_alibi_per_row_dim_head',
-    'data_dependent_alibi_kwargs',
-    'max_attend_past',
-    'orthog_projected_values',
-    'orthog_projected_values_per_head',
-)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -227,7 +208,7 @@ class StackFlags(Flags):
         """Flags of a stack and its parts from flat keywords: ``attn_`` for attention, ``cross_attn_`` laid over it for cross
         attention, ``ff_`` for feed-forwards. Errors as ``Flags.parse``; a name that only the stack may set
         (``attn_heads``) is unknown."""
-        own, parts = cls.split(given, where=where, prefix=prefix)
+        own, parts = split(given, cls.flag_fields(), where=where, prefix=prefix)
         cls.check_complete(own, where=where, prefix=prefix)
         values, wrong = cls.read(own, where=where, prefix=prefix)
         read: dict[str, dict[str, Any]] = {}
@@ -248,31 +229,6 @@ class StackFlags(Flags):
             feedforward=FeedForwardFlags(**read['ff_']),
             cross_given=frozenset(parts['cross_attn_']),
         )
-
-    @classmethod
-    def split(cls, given: Mapping[str, Any], *, where: str, prefix: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """(the stack's own keywords, the parts' keywords by prefix); raises UnknownFlag for all others."""
-        own: dict[str, Any] = {}
-        parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
-        unknown, reserved = [], []
-        for name, value in given.items():
-            part = first_prefix(name)
-            if name in cls.flag_fields():
-                own[name] = value
-            elif part is not None and name in keyword_names(part):
-                parts[part][name.removeprefix(part)] = value
-            elif part is not None and name.removeprefix(part) in SET_BY_STACK:
-                reserved.append(
-                    f'{where}: unrecognized kwargs: `{prefix}{name}` is set by the stack; '
-                    f'use `{prefix}{name.removeprefix(part)}` without `{part}`.'
-                )
-            else:
-                unknown.append(name)
-        if reserved or unknown:
-            known = [*cls.flag_fields(), *(name for part in PARTS for name in keyword_names(part))]
-            near = unknown_flags([prefix + name for name in unknown], where=where, known=[prefix + name for name in known])
-            raise UnknownFlag(*reserved, *near.sentences)
-        return own, parts
 
     @classmethod
     def signature(cls) -> inspect.Signature:
@@ -392,26 +348,3 @@ class StackFlags(Flags):
     @cached_property
     def streams(self) -> int:
         return self.num_residual_streams
-
-
-PARTS: dict[str, type[Flags]] = {'attn_': AttentionFlags, 'cross_attn_': AttentionFlags, 'ff_': FeedForwardFlags}
-
-
-def cross_inherits(name: str, given: Mapping[str, Any]) -> bool:
-    """Does cross attention take this attn_ flag over? Not what needs the order of one sequence, and not the other way to choose
-    the key heads than the one ``given`` with cross_attn_."""
-    other_way = {'kv_heads': 'one_kv_head', 'one_kv_head': 'kv_heads'}
-    return name not in SELF_ATTENTION_ONLY and not given.get(other_way.get(name, ''))
-
-
-def first_prefix(name: str) -> str | None:
-    return next((part for part in PARTS if name.startswith(part)), None)
-
-
-def keyword_names(part: str) -> list[str]:
-    """The keywords of one part, with its prefix: those that the stack does not set itself."""
-    reserved = {'attn_': SET_BY_STACK, 'cross_attn_': CROSS_SET_BY_STACK, 'ff_': ()}[part]
-    return [part + name for name in PARTS[part].flag_fields() if name not in reserved]
-
-
-__all__ = ['ADAPTIVE', 'NORMS', 'PARTS', 'SELF_ATTENTION_ONLY', 'StackFlags', 'first_prefix', 'keyword_names']

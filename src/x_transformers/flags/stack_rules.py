@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from x_transformers.flags.parts import SELF_ATTENTION_ONLY
 from x_transformers.flags.rule import Rule, how_many, is_on
-from x_transformers.flags.stack import NORMS, SELF_ATTENTION_ONLY, StackFlags
+from x_transformers.flags.stack import NORMS, StackFlags
 
 POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
 LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio')

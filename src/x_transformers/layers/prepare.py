@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.inputs import ExtraKeys
 from x_transformers.attention.mask import Mask, PackedSequences, places
-from x_transformers.cache.intermediates import self_attention_kvs
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.helpers import detach_all, exists
+from x_transformers.helpers import exists
 from x_transformers.layers.across_depth import injection
 from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span
-from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_bool, is_float, shape_of
+from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_float, shape_of
 from x_transformers.layers.condition import of_memories, read_condition
-from x_transformers.layers.plan import Step
+from x_transformers.layers.external import external_keys
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -333,7 +330,7 @@ def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor 
     return RelativeBias(stack.rel_pos, positions=pos)
 
 
-# ---------------------------------------------------------------- other layers, other models
+# ---------------------------------------------------------------- conditions, what is added
 
 
 def in_attn_condition(given: Given, span: Span) -> Tensor | None:
@@ -351,67 +348,3 @@ def kv_shifts(shifts: Tensor | None, span: Span | None = None) -> tuple[Tensor, 
     if span is not None and shifts.shape[2] != 1:
         shifts = span.newest(shifts, axis=2)
     return tuple(shifts.unbind(0))
-
-
-def external_keys(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], batch: int) -> tuple[ExtraKeys | None, ...]:
-    """Keys and values of another model, one entry per executed self attention; fewer go to the top layers."""
-    mask = given.additional_kv_mask
-    if given.self_attn_additional_kv is None:
-        if mask is not None:
-            raise ValueError('additional_kv_mask was given without self_attn_additional_kv')
-        return ()
-    pairs = list(key_value_pairs(given.self_attn_additional_kv))
-    if given.detach_additional_kv:
-        pairs = detach_all(pairs)
-    layers = sum(step.kind == 'a' for step in steps)
-    if given.route_additional_kv_to_top:
-        pairs = pairs[max(0, len(pairs) - layers) :]
-        pairs = [None] * (layers - len(pairs)) + pairs
-    flags = stack.flags.attention
-    for pair in pairs:
-        if pair is not None:
-            check_pair(pair, batch, stack.flags.heads, flags.dim_head, flags.value_dim, mask)
-    return tuple(None if pair is None else ExtraKeys(pair[0], pair[1], mask) for pair in pairs)
-
-
-def key_value_pairs(source: Any) -> Sequence[Any]:
-    """From a list, from what another model's forward returned, or from its cache."""
-    if hasattr(source, 'attn_intermediates'):
-        return self_attention_kvs(source)
-    if isinstance(source, KVCache):
-        from x_transformers.attention.inputs import cached_keys
-
-        held = [layer for layer in source if not any(tape.fixed for tape in layer.tapes.values())]
-        return [pair for pair in map(cached_keys, held) if pair is not None]
-    if not isinstance(source, (list, tuple)):
-        raise TypeError(
-            'self_attn_additional_kv must be a list of (keys, values), or the LayerIntermediates or KVCache of another model, '
-            f'but is {shape_of(source)}'
-        )
-    return source
-
-
-def check_pair(pair: Any, batch: int, heads: int, dim_head: int, value_dim: int, mask: Tensor | None) -> None:
-    """Raise a ValueError unless keys (b h m d) and values (b h m e) fit the heads here."""
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(is_float(t, 4) for t in pair):
-        raise ValueError(
-            'an entry of self_attn_additional_kv must be a pair of keys (b, h, m, d) and values (b, h, m, e); '
-            'those of a model with latent keys and values are of another kind'
-        )
-    keys, values = pair
-    if keys.shape[0] != batch or keys.shape[:3] != values.shape[:3]:
-        raise ValueError(
-            f'keys {tuple(keys.shape)} and values {tuple(values.shape)} of self_attn_additional_kv must agree in batch '
-            f'({batch}), heads and length'
-        )
-    if heads % keys.shape[1]:
-        raise ValueError(
-            f'keys of self_attn_additional_kv have {keys.shape[1]} heads, which do not divide the {heads} heads here'
-        )
-    if keys.shape[-1] != dim_head or values.shape[-1] != value_dim:
-        raise ValueError(
-            f'heads of self_attn_additional_kv must be {dim_head} (keys) and {value_dim} (values) wide, '
-            f'but are {keys.shape[-1]} and {values.shape[-1]}'
-        )
-    if mask is not None and (not is_bool(mask, 2) or mask.shape != (batch, keys.shape[2])):
-        raise ValueError(f'additional_kv_mask must be boolean and ({batch}, {keys.shape[2]}), but is {shape_of(mask)}')

@@ -54,6 +54,8 @@ CROSS = ATTENTION - {
     'max_attend_past',
     'learned_value_residual_mix',
 }
+# methods that somebody may have put in the place of a module's own, such as a profiler
+ENTRANCES = ('run', 'forward')
 KEYWORDS = frozenset({'context', 'context_mask'})
 
 
@@ -75,7 +77,7 @@ def plain_parts(net: nn.Module) -> bool:
                 return False
         if isinstance(module, AttentionLayers) and type(module).run is not AttentionLayers.run:
             return False
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or not vars(module).keys().isdisjoint(ENTRANCES):
             return False
     return True
 

@@ -1,0 +1,76 @@
+"""The parts of a stack: whose keywords they are, by the prefix of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.base import Flags, UnknownFlag, unknown_flags
+from x_transformers.flags.feedforward import FeedForwardFlags
+
+PARTS: dict[str, type[Flags]] = {'attn_': AttentionFlags, 'cross_attn_': AttentionFlags, 'ff_': FeedForwardFlags}
+
+# what the stack itself tells its attention layers, so it has no name with a prefix
+SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals', 'learned_value_residual_mix', 'rotate_num_heads')
+CROSS_SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals')
+
+# these need the order of one sequence, so cross attention does not take them over from attn_
+SELF_ATTENTION_ONLY = (
+    'selective',
+    'use_cope',
+    'cope_max_pos',
+    'cope_soft_onehot_pos',
+    'cope_talking_heads',
+    'data_dependent_alibi',
+    'data_dependent_alibi_per_row',
+    'data_dependent_alibi_per_row_dim_head',
+    'data_dependent_alibi_kwargs',
+    'max_attend_past',
+    'orthog_projected_values',
+    'orthog_projected_values_per_head',
+)
+
+
+def split(
+    given: Mapping[str, Any], own_names: Collection[str], *, where: str, prefix: str
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(the stack's own keywords, the parts' keywords by prefix); raises UnknownFlag for all others."""
+    own: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    unknown, reserved = [], []
+    for name, value in given.items():
+        part = first_prefix(name)
+        if name in own_names:
+            own[name] = value
+        elif part is not None and name in keyword_names(part):
+            parts[part][name.removeprefix(part)] = value
+        elif part is not None and name.removeprefix(part) in SET_BY_STACK:
+            reserved.append(
+                f'{where}: unrecognized kwargs: `{prefix}{name}` is set by the stack; '
+                f'use `{prefix}{name.removeprefix(part)}` without `{part}`.'
+            )
+        else:
+            unknown.append(name)
+    if reserved or unknown:
+        known = [*own_names, *(name for part in PARTS for name in keyword_names(part))]
+        near = unknown_flags([prefix + name for name in unknown], where=where, known=[prefix + name for name in known])
+        raise UnknownFlag(*reserved, *near.sentences)
+    return own, parts
+
+
+def cross_inherits(name: str, given: Mapping[str, Any]) -> bool:
+    """Does cross attention take this attn_ flag over? Not what needs the order of one sequence, and not the other way to choose
+    the key heads than the one ``given`` with cross_attn_."""
+    other_way = {'kv_heads': 'one_kv_head', 'one_kv_head': 'kv_heads'}
+    return name not in SELF_ATTENTION_ONLY and not given.get(other_way.get(name, ''))
+
+
+def first_prefix(name: str) -> str | None:
+    return next((part for part in PARTS if name.startswith(part)), None)
+
+
+def keyword_names(part: str) -> list[str]:
+    """The keywords of one part, with its prefix: those that the stack does not set itself."""
+    reserved = {'attn_': SET_BY_STACK, 'cross_attn_': CROSS_SET_BY_STACK, 'ff_': ()}[part]
+    return [part + name for name in PARTS[part].flag_fields() if name not in reserved]
