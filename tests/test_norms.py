@@ -207,3 +207,16 @@ def test_rms_norm_under_export() -> None:
     x = torch.randn(2, 5, 6)
     exported = torch.export.export(norm, (x,), strict=False).module()
     torch.testing.assert_close(exported(x), norm(x))
+
+
+def test_heads_that_give_nothing_get_no_gradient() -> None:
+    norm = MultiheadRMSNorm(4, 2)
+    x = torch.randn(1, 2, 3, 4)
+    x[0, 1, 2] = 0
+    x.requires_grad_()
+    out = norm(x)
+    out.sum().backward()
+    assert (out[0, 1, 2] == 0).all()
+    assert (x.grad[0, 1, 2] == 0).all()
+    assert x.grad.isfinite().all()
+    assert (x.grad[0, 0] != 0).all()

@@ -228,7 +228,10 @@ class SimpleRMSNorm(Module):
 
 
 class MultiheadRMSNorm(Module):
-    """RMS norm of every head, each with a gain of its own that starts at 1. forward: (b h n d) -> (b h n d)."""
+    """RMS norm of every head, each with a gain of its own that starts at 1. forward: (b h n d) -> (b h n d).
+
+    A head that gives exactly nothing (its row sees nobody, or chose a sink) has no gradient: the norm's slope is 1e12 there.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -240,6 +243,7 @@ class MultiheadRMSNorm(Module):
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+        x = x.masked_fill((x == 0).all(dim=-1, keepdim=True), 0.0)
         out: Tensor = self.rmsnorm(x) * (self.gamma + 1.0)
         return out
 
