@@ -75,12 +75,13 @@ def batch(images: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    run = Run(__doc__, steps=900)
+    run = Run(__doc__, steps=400)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32) / 16
     labels = torch.tensor(digits.target)
     model = Captioner()
-    run.train(model, lambda: model(*batch(images[:TRAINING], labels[:TRAINING], 64)), lr=1.5e-3)
+    matrices = [*model.eye.attn_layers.muon_parameters(), *model.mouth.net.muon_parameters()]
+    run.train(model, lambda: model(*batch(images[:TRAINING], labels[:TRAINING], 64)), lr=2e-3, muon=matrices)
 
     pictures, captions = batch(images[TRAINING:], labels[TRAINING:], 500)
     said = model.describe(pictures)

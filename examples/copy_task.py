@@ -7,7 +7,7 @@ positions, so that a place of the target finds the same place of the source.
 from __future__ import annotations
 
 import torch
-from common import Run
+from common import Run, figure
 from torch import Tensor
 
 from x_transformers import XTransformer
@@ -57,6 +57,17 @@ def main() -> None:
     copied = model.generate(source, target[:, :1], LENGTH + 1, mask=real, eos_token=END, temperature=0.0)
     wanted = target[:, 1 : 1 + copied.shape[1]]
     right = (copied == wanted).all(dim=1).float().mean()
+    drawn, axes = figure(1, 3, width=8.0, height=2.8)
+    with torch.no_grad():
+        encoded, _ = model.encode(source[:3], mask=real[:3])
+        _, inside = model.decoder.net(target[:3, :-1], context=encoded, context_mask=real[:3], return_intermediates=True)
+    # the last cross attention, all heads together
+    looked = [each for each in inside.attn_intermediates if each.layer_type == 'c'][-1].post_softmax_attn.mean(dim=1)
+    for axis, weights, length in zip(axes[0], looked, real.sum(dim=1).tolist(), strict=False):
+        axis.imshow(weights[: length + 1, :length].numpy(), vmin=0, vmax=1, cmap='Blues')
+        axis.set(xlabel='source', ylabel='target', xticks=[], yticks=[])
+    run.picture(drawn)
+
     print('source', [int(s) for s in source[0][real[0]]])
     print('copy  ', [int(s) for s in copied[0] if s != PAD])
     run.check('share of sequences copied without a mistake', right, at_least=0.98, baseline='guessing reaches 0.00')

@@ -21,13 +21,13 @@ LENGTH, HELD_OUT = 256, 100_000
 
 
 def main() -> None:
-    run = Run(__doc__, steps=300)
+    run = Run(__doc__, steps=230)
     corpus = load_corpus(window=LENGTH)
     net = TransformerWrapper(
         num_tokens=256,
         max_seq_len=LENGTH,
         use_abs_pos_emb=False,
-        attn_layers=Decoder(dim=128, depth=4, heads=4, rotary_pos_emb=True, use_rmsnorm=True, ff_glu=True, shift_tokens=1),
+        attn_layers=Decoder(dim=96, depth=3, heads=3, rotary_pos_emb=True, use_rmsnorm=True, ff_glu=True, shift_tokens=1),
     )
     model = AutoregressiveWrapper(net)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
-from common import Run
+import torch.nn.functional as F
+from common import Run, figure
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, XLAutoregressiveWrapper
@@ -33,6 +34,16 @@ def network(max_mem_len: int) -> TransformerWrapper:
     )
 
 
+@torch.no_grad()
+def bits_by_place(net: TransformerWrapper, x: Tensor) -> Tensor:
+    """Bits per token at each place of the sequence, memories handed on if the net keeps any."""
+    mems, bits = None, []
+    for read, wanted in zip(x[:, :-1].split(SEGMENT, dim=1), x[:, 1:].split(SEGMENT, dim=1), strict=True):
+        logits, mems = net(read, mems=mems, return_mems=True)
+        bits.append(F.cross_entropy(logits.transpose(1, 2), wanted, reduction='none').mean(dim=0) / math.log(2))
+    return torch.cat(bits)
+
+
 def main() -> None:
     run = Run(__doc__, steps=600)
     plain = AutoregressiveWrapper(network(0))
@@ -49,6 +60,15 @@ def main() -> None:
     with torch.no_grad():
         alone, remembered = (loss.item() / math.log(2) for loss in (segment_loss(x), xl(x)))
     floor = math.log2(SYMBOLS) * (PERIOD - 1) / (SEGMENT * SEGMENTS)  # the first period cannot be known
+
+    drawn, axes = figure(1, 1, width=7.0, height=2.6)
+    for label, net in (('segments alone', plain.net), ('with memories', xl.net)):
+        axes[0][0].plot(bits_by_place(net, x).numpy(), label=label)
+    for border in range(SEGMENT, SEGMENT * SEGMENTS, SEGMENT):
+        axes[0][0].axvline(border - 0.5, color='grey', linewidth=0.6, linestyle=':')
+    axes[0][0].set(xlabel='place in the sequence (dotted: where segments begin)', ylabel='bits per token')
+    axes[0][0].legend(fontsize=8, loc='center right')
+    run.picture(drawn)
 
     prompt, wanted = x[:, : 2 * PERIOD], x[:, 2 * PERIOD :]
     right = (xl.generate(prompt, wanted.shape[1], temperature=0.0) == wanted).float().mean()

@@ -68,11 +68,3 @@ def test_an_argument_without_a_word_is_refused(monkeypatch):
     monkeypatch.setattr(made, 'find', lambda path: Silent)
     with pytest.raises(made.Undocumented, match='does not mention other'):
         made.table('Silent')
-
-
-def test_links_and_pictures_are_there():
-    import re
-
-    for page in PAGES:
-        for target in re.findall(r'\]\(([^)#]+)\)', page.read_text(encoding='utf-8')):
-            assert '://' in target or (page.parent / target).exists(), f'{page.name}: {target}'

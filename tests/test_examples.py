@@ -36,7 +36,7 @@ def test_examples_are_short_and_hide_no_module_of_python():
 
 
 def test_every_trained_example_asserts_a_figure():
-    assert len(TRAINED) >= 9
+    assert len(TRAINED) >= 23
     for path in TRAINED:
         assert 'run.check(' in path.read_text(encoding='utf-8'), path.stem
 
