@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -50,6 +51,7 @@ class Run:
         self.started = time.perf_counter()
         self.losses: list[float] = []
         torch.manual_seed(given.seed)
+        random.seed(given.seed)
 
     def train(
         self,
