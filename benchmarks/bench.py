@@ -6,6 +6,7 @@ timed beside our own model without them, in turn in one process, and told with t
 
     --only 'train/*,decode/*'     workloads by pattern
     --other PATH                  an interpreter with another x_transformers installed, to be compared too
+    --hf PATH                     an interpreter with Hugging Face transformers installed: models of the same shape
     --rounds N                    at least 5 for figures that are to be quoted
     --out FOLDER                  bench.json and bench.png; workloads that are measured again replace their rows
 """
@@ -60,6 +61,9 @@ FEATURES = {
     'feature/sigmoid': 1.5,
     'feature/talking_heads': 1.95,
     'feature/sparse_topk8': 1.84,
+    # one compiled program beside the eager steps of the same model
+    'compiled/plain/b1': 0.87,
+    'compiled/modern/b1': 0.87,
 }
 
 
@@ -89,10 +93,14 @@ def measure(workers: list[Worker], workload: str, rounds: int) -> dict[str, Any]
     for number in range(rounds):
         turned = workers[number % len(workers) :] + workers[: number % len(workers)]
         for worker in turned:
-            seconds[worker.label].append(worker.ask(workload, 'time')['seconds'])
+            answer = worker.ask(workload, 'time')
+            if 'seconds' in answer:
+                seconds[worker.label].append(answer['seconds'])
     base = seconds[workers[-1].label]
     row: dict[str, Any] = {'workload': workload, 'rounds': rounds, 'load': os.getloadavg()[0]}
     for worker in workers:
+        if not seconds[worker.label]:
+            continue
         ratios = sorted(own / floor for own, floor in zip(seconds[worker.label], base, strict=True))
         row[worker.label] = {
             'seconds': statistics.median(seconds[worker.label]),
@@ -133,7 +141,8 @@ def feature_table(rows: list[dict[str, Any]]) -> str:
             if not isinstance(cell, dict):
                 continue
             spread = f'{cell["ratio"]:.2f} ({cell["low"]:.2f}-{cell["high"]:.2f})'
-            saved, peak = f'{cell["saved_mb"]:.0f} ({cell["plain_saved_mb"]:.0f})', cell.get('peak_mb')
+            saved = f'{cell["saved_mb"]:.0f} ({cell["plain_saved_mb"]:.0f})' if 'saved_mb' in cell else ''
+            peak = cell.get('peak_mb')
             told = f'{row["limit"]:.2f}{"" if cell["ratio"] <= row["limit"] else " MISSED"}' if label == 'ours' else ''
             feature = row['workload'].removeprefix('feature/')
             peak = '' if peak is None else f'{peak:.0f}'
@@ -148,7 +157,9 @@ def table(rows: list[dict[str, Any]], labels: list[str]) -> str:
     ]
     for row in rows:
         for label in labels:
-            cell = row[label]
+            cell = row.get(label)
+            if cell is None:
+                continue
             saved, peak = (f'{cell[key]:.0f}' if cell.get(key) is not None else '' for key in ('saved_mb', 'peak_mb'))
             spread = f'{cell["ratio"]:.2f} ({cell["low"]:.2f}-{cell["high"]:.2f})'
             lines.append(f'| {row["workload"]} | {label} | {cell["seconds"]:.3f} | {spread} | {saved} | {peak} |')
@@ -164,8 +175,9 @@ def draw(rows: list[dict[str, Any]], labels: list[str], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.5))
     names = [row['workload'] for row in rows]
     for number, label in enumerate(labels[:-1]):
+        known = [index for index, row in enumerate(rows) if label in row]
         axes.barh(
-            [index + 0.3 * number for index in range(len(rows))], [row[label]['ratio'] for row in rows], 0.28, label=label
+            [index + 0.3 * number for index in known], [rows[index][label]['ratio'] for index in known], 0.28, label=label
         )
     axes.axvline(1.0, color='black', linewidth=1, label=labels[-1])
     axes.set_yticks(range(len(rows)), names)
@@ -188,14 +200,17 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--other', help='an interpreter with another x_transformers')
     parser.add_argument('--out', type=Path, default=Path('runs/bench'))
+    parser.add_argument('--hf', help='an interpreter with Hugging Face transformers')
     options = parser.parse_args()
     workers = [Worker('ours', sys.executable, 'ours')]
     if options.other:
         workers.append(Worker('other', options.other, 'ours'))
     wanted, competitors = wanted_of(options), list(workers)
     if any(name in MAIN for name in wanted):
+        if options.hf:
+            workers.append(Worker('transformers', options.hf, 'hf'))
         workers.append(Worker('floor', sys.executable, 'floor'))
-    labels = [*(worker.label for worker in competitors), 'floor']
+    labels = list(dict.fromkeys([*(worker.label for worker in competitors), *(worker.label for worker in workers), 'floor']))
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / 'bench.json'
     # rows of earlier runs stay, so that a table can be made piece by piece
@@ -209,7 +224,7 @@ def main() -> None:
             lines = table([row], labels)
         print('\n'.join(lines.splitlines()[2:]), flush=True)
         kept.write_text(json.dumps(list(held.values()), indent=1) + '\n')
-    rows = [held[name] for name in MAIN if name in held and all(label in held[name] for label in labels)]
+    rows = [held[name] for name in MAIN if name in held and {'ours', 'floor'} <= held[name].keys()]
     features = [held[name] for name in FEATURES if name in held and 'limit' in held[name]]
     if rows:
         print('\n' + table(rows, labels))

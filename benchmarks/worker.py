@@ -1,6 +1,6 @@
 """One implementation in one process: reads workload names, runs one step of each, answers with what it cost.
 
-python benchmarks/worker.py ours|floor      (driven by benchmarks/bench.py over its standard input)
+python benchmarks/worker.py ours|floor|hf      (driven by benchmarks/bench.py over its standard input)
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ class Ours:
             chosen = BESIDE.get(rest[1], {}) if rest[0] == 'beside' else FEATURES[rest[0]]
             model, x = self.decoder(**chosen), ids(1, LENGTH)
             return training(lambda: model(x), model), model
+        if kind == 'compiled':
+            model, prompt, compiles = self.decoder(length=4096, **flags).eval(), ids(1, 32), rest[0] != 'beside'
+            return lambda: model.generate(prompt, 256, temperature=0.0, compile=compiles), model
         if kind == 'prefill':
             model, x = self.decoder(length=2048, **flags).eval(), ids(1, 2048)
             return torch.no_grad()(lambda: model.net(x)), model
@@ -198,6 +201,8 @@ def beside_plain(maker: Any, name: str) -> Callable[[str], dict[str, Any]]:
 
     def answer(action: str) -> dict[str, Any]:
         if action == 'memory':
+            if not name.startswith('feature/'):
+                return {'peak_mb': peak_megabytes(step, model)}
             megabytes = {'saved_mb': saved_megabytes(step, model), 'plain_saved_mb': saved_megabytes(plain, plain_model)}
             return {'peak_mb': peak_megabytes(step, model), **megabytes}
         turns[0] += 1
@@ -235,14 +240,25 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings('ignore')
-    maker = {'ours': Ours, 'floor': TheFloor}[sys.argv[1]]()
+    if sys.argv[1] == 'hf':
+        # this file is loaded a second time under its own name, for what both use
+        from hugging_face import HuggingFace
+
+        maker: Any = HuggingFace()
+    else:
+        maker = {'ours': Ours, 'floor': TheFloor}[sys.argv[1]]()
     name, answer = None, None
     for line in sys.stdin:
         wanted, action = line.split()
         if wanted != name or answer is None:
             answer = None
             gc.collect()
-            name, answer = wanted, (beside_plain if wanted.startswith('feature/') else alone)(maker, wanted)
+            beside = wanted.startswith(('feature/', 'compiled/'))
+            try:
+                name, answer = wanted, (beside_plain if beside else alone)(maker, wanted)
+            except NotImplementedError as missing:
+                print(json.dumps({'missing': str(missing)}), flush=True)
+                continue
         print(json.dumps(answer(action)), flush=True)
 
 

@@ -145,8 +145,13 @@ class FeedForward(Module):
         return self.flags.custom_activation is None and not heard
 
     def _in_pieces(self, x: Float[Tensor, '... n d']) -> Float[Tensor, '... n e']:
-        pieces = x.reshape(-1, self.dim).split(PIECE)
-        return torch.cat([self.ff(piece) for piece in pieces]).view(*x.shape[:-1], -1)
+        first, *rest = x.reshape(-1, self.dim).split(PIECE)
+        out: Tensor = self.ff(first)
+        whole = out.new_empty(x.numel() // self.dim, out.shape[-1])
+        whole[:PIECE] = out
+        for number, piece in enumerate(rest, start=1):
+            whole[number * PIECE : number * PIECE + piece.shape[0]] = self.ff(piece)
+        return whole.view(*x.shape[:-1], -1)
 
     def run(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, '... n e'], None]:
         """The branch as the stack calls it; a feed-forward has no intermediates."""
