@@ -86,6 +86,9 @@ class AutoregressiveWrapper(Module):
         next_embed_loss_weight: weight of the loss on the next embedding, for nets with ``add_continuous_pred_head``.
     """
 
+    # compiled programs that read tokens, made when first asked for
+    _programs: Programs | None = None
+
     def __init__(
         self,
         net: nn.Module,
@@ -106,7 +109,6 @@ class AutoregressiveWrapper(Module):
         self.add_attn_z_loss = add_attn_z_loss
         self.add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
         self.next_embed_loss_weight = next_embed_loss_weight
-        self._programs: Programs | None = None
 
     # ------------------------------------------------------------ training
 
