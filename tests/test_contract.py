@@ -36,7 +36,8 @@ from x_transformers.attend import Attend
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
-from x_transformers.flags.stack import PARTS, SET_BY_STACK, StackFlags
+from x_transformers.flags.parts import PARTS, SET_BY_STACK
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding, apply_rotary_pos_emb
 
