@@ -96,23 +96,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_weight = torch.zeros_like(weight) if needs[1] else None
         to_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
         total = shares.new_zeros(())
+        logits_of = Logits(matrix, offset, min(chunk, hidden.shape[0]), shares.dtype)
         for start in range(0, hidden.shape[0], chunk):
             here = slice(start, start + chunk)
             rows, wanted, share = hidden[here].to(dtype), targets[here].unsqueeze(-1), shares[here].unsqueeze(-1)
-            log_probs = F.linear(rows, matrix, offset).to(shares.dtype).log_softmax(dim=-1)
+            log_probs = logits_of.log_softmax(rows)
             total -= (log_probs.gather(-1, wanted) * share).sum()
             if not any(needs):
                 continue
-            # the slope of the loss in the logits: probabilities, minus one at the target
+            # the slope of a token's loss in its logits: probabilities, minus one at the target
             slope = log_probs.exp_()
-            slope.scatter_add_(-1, wanted, slope.new_full((), -1.0).expand(wanted.shape))
-            slope = slope.mul_(share).to(dtype)
+            slope = slope.scatter_add_(-1, wanted, slope.new_full((), -1.0).expand(wanted.shape)).to(dtype)
+            # each token's share is put on what is narrow
             if to_hidden is not None:
-                to_hidden[here] = slope @ matrix
+                to_hidden[here] = (slope @ matrix).mul_(share)
             if to_weight is not None:
-                _add_product(to_weight, slope.t(), rows)
+                _add_product(to_weight, slope.t(), (rows * share).to(dtype))
             if to_bias is not None:
-                to_bias += slope.sum(dim=0)
+                to_bias += slope.t() @ share.squeeze(-1).to(dtype)
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
         return total
 
@@ -121,6 +122,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, '']) -> tuple[Tensor | None, ...]:
         slopes = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
         return (*slopes, None, None, None, None, None)
+
+
+class Logits:
+    """Log probabilities of one chunk after the other, on a CPU in the same memory: new memory of this size costs time."""
+
+    def __init__(self, matrix: Float[Tensor, 'v d'], offset: Float[Tensor, ' v'] | None, rows: int, dtype: torch.dtype) -> None:
+        self.matrix, self.offset, self.dtype = matrix, offset, dtype
+        reuses = matrix.device.type == 'cpu' and matrix.dtype == dtype and not torch.compiler.is_compiling()
+        self.room = matrix.new_empty(rows, matrix.shape[0]) if reuses else None
+
+    def log_softmax(self, rows: Float[Tensor, 'n d']) -> Float[Tensor, 'n v']:
+        if self.room is None:
+            return F.linear(rows, self.matrix, self.offset).to(self.dtype).log_softmax(dim=-1)
+        room = self.room[: rows.shape[0]]
+        torch.mm(rows, self.matrix.t(), out=room)
+        if self.offset is not None:
+            room += self.offset
+        return torch.log_softmax(room, -1, out=room)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
