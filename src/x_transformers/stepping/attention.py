@@ -185,6 +185,9 @@ class CrossStep(AttentionStep):
             k, v = torch.cat((front_k, k), dim=2), torch.cat((front_v, v), dim=2)
         self.keys, self.values = k, v
         self.mask = None if context_mask is None else F.pad(context_mask, (self.front, 0), value=True)[:, None, None]
+        if self.mask is not None and k.device.type != 'cpu':
+            # a context may hide all of its keys, which fused kernels elsewhere do not answer with 0
+            self.direct = False
 
     def __call__(self, x: Float[Tensor, 'b 1 d'], place: Place) -> Float[Tensor, 'b 1 c']:
         attn = self.attn
