@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from x_transformers.flags.base import FlagError
 from x_transformers.generation import beam
 from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
-from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, reader_for
+from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, no_program, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
 from x_transformers.generation.prompts import GenerateError, Prompt, align_right, checked_eos, checked_length, prepare
 from x_transformers.generation.sampling import (
@@ -255,7 +255,7 @@ class AutoregressiveWrapper(Module):
                 cache=cache_kv,
                 window=restrict_to_max_seq_len,
                 one_by_one=not speculative,
-                programs=self._compiled_steppers(cached=cache_kv, one_by_one=not speculative) if compile else None,
+                programs=self._compiled_steppers(net, kwargs, cached=cache_kv, one_by_one=not speculative) if compile else None,
             )
 
         main = reader(self.net)
@@ -283,13 +283,16 @@ class AutoregressiveWrapper(Module):
             return run
         return _collected(run, prompt, include_prompt)
 
-    def _compiled_steppers(self, *, cached: bool, one_by_one: bool) -> Programs:
-        """The programs made so far; they are not copied or pickled with the model."""
+    def _compiled_steppers(self, net: nn.Module, given: Mapping[str, Any], *, cached: bool, one_by_one: bool) -> Programs:
+        """The programs made so far; they are not copied or pickled with the model. Refused before anything is computed."""
         from x_transformers.stepping.model import Programs
+        from x_transformers.stepping.refusals import model_refusals
 
         if not cached or not one_by_one:
             other = 'cache_kv=False' if not cached else 'speculative decoding'
             raise GenerateError(f'compile=True reads one token at a time behind a cache, which {other} does not; leave one out')
+        if reasons := model_refusals(net, given, fixed=True):
+            raise no_program(reasons)
         if self._programs is None:
             self._programs = Programs()
         return self._programs

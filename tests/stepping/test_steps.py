@@ -133,7 +133,7 @@ def test_refusals_name_the_flag(flags: dict[str, Any], named: str) -> None:
 def test_what_is_so_now_is_asked_too() -> None:
     net = model().net
     assert refusals(net) == []
-    assert refusals(net, ['mask']) == ['mask was given']
+    assert refusals(net, {'mask': torch.ones(1, 3, dtype=torch.bool)}) == ['mask was given']
     with use_kernel('reference'):
         assert refusals(net) == ['a kernel is forced']
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -221,6 +221,24 @@ def test_a_program_for_padded_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     for lens in ([9, 4], [2, 9]):
         given = {'prompt_lens': torch.tensor(lens), 'temperature': 0.0}
         assert torch.equal(made.generate(prompts(2, 9), 20, compile=True, **given), made.generate(prompts(2, 9), 20, **given))
+
+
+def test_a_program_sees_weights_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager(monkeypatch)
+    made, prompt = model(depth=1), prompts(2, 6)
+    made.generate(prompt, 20, temperature=0.0, compile=True)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += torch.randn_like(parameter)
+    assert torch.equal(made.generate(prompt, 20, temperature=0.0, compile=True), made.generate(prompt, 20, temperature=0.0))
+    assert made._programs is not None
+    assert len(made._programs.kept) == 1
+
+
+@pytest.mark.parametrize('wrapper', [{'num_memory_tokens': 2}, {'use_cls_token': True}])
+def test_a_model_without_a_cache_cannot_be_compiled_for_steps(wrapper: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f'compile=True cannot be had with: {next(iter(wrapper))}'):
+        model(wrapper).generate(prompts(1, 3), 4, compile=True)
 
 
 def test_programs_do_not_crowd_each_other_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +80,10 @@ class Tokens:
 
     def reorder(self, index: Int[Tensor, ' r']) -> None:
         self._data = self._data.index_select(0, index)
+
+
+def no_program(reasons: Iterable[str]) -> GenerateError:
+    return GenerateError(f'compile=True cannot be had with: {"; ".join(reasons)}; leave it out')
 
 
 def reads_new_tokens(net: nn.Module) -> bool:
@@ -188,20 +192,19 @@ class Reader:
 
     def _step_from(self, cache: KVCache, high: int) -> None:
         """Let a stepper read the rest, if it can; then the cache is not needed any more."""
-        compiled = self.programs is not None
-        if not compiled and (self.expected < STEPS_PAY_FROM or not self.own_net):
+        if self.programs is None and (self.expected < STEPS_PAY_FROM or not self.own_net):
             return
         from x_transformers.stepping.model import Stepper
-        from x_transformers.stepping.refusals import cache_refusals, refusals
+        from x_transformers.stepping.refusals import cache_refusals, refusals, state_refusals
 
         net: Any = self.net
-        given = [name for name, value in self.keywords.given.items() if value is not None]
         start = self._start_of(cache).get('seq_start_pos')
-        reasons = refusals(net, given, fixed=compiled)
+        # what the model is was asked before a program was promised
+        reasons = refusals(net, self.keywords.given) if self.programs is None else list(state_refusals(net))
         reasons = reasons or cache_refusals(net, cache, self.limit, high + self.expected, start is not None)
         if self.programs is not None:
             if reasons:
-                raise GenerateError(f'compile=True cannot be had with: {"; ".join(reasons)}; leave it out')
+                raise no_program(reasons)
             self.stepper = self.programs.stepper(net, cache, room=self.expected, limit=self.limit, start=start)
         elif not reasons:
             context_mask = self.keywords.given.get('context_mask')

@@ -32,21 +32,28 @@ class TokenReader:
 
     Args:
         room: about how many tokens will follow.
+        limit: how many tokens are visible at most, the newest included.
         start: how many tokens of each row are padding on the left.
     """
+
+    # whether it is used for other texts later, when weights may have changed
+    lasting = False
 
     def __init__(
         self,
         net: TransformerWrapper,
         cache: KVCache,
+        *,
         room: int,
+        limit: int | None = None,
         start: Int[Tensor, ' b'] | None = None,
         context_mask: Bool[Tensor, 'b j'] | None = None,
     ) -> None:
         self.net: Any = net
         self.start = start
-        self.stack = StackStep(net.attn_layers, cache, cache.retained + room, context_mask)
+        self.stack = StackStep(net.attn_layers, cache, cache.retained + room, context_mask, self.lasting)
         self.at = cache.length
+        self.geometry = geometry(self.stack, cache, limit) | {'padding': padding_of(cache, start)}
         self.head = net.to_logits if net.linear_head is not None else None
         self.enters = [part for part in (net.post_emb_norm, net.project_emb) if not isinstance(part, nn.Identity)]
 
@@ -64,20 +71,11 @@ class TokenReader:
 
 
 class Stepper(TokenReader):
-    """Reads as it goes: its memory grows, and what is looked at is cut out of it. ``limit``: tokens visible at most."""
+    """Reads as it goes: its memory grows, and what is looked at is cut out of it."""
 
-    def __init__(
-        self,
-        net: TransformerWrapper,
-        cache: KVCache,
-        *,
-        room: int,
-        limit: int | None = None,
-        start: Int[Tensor, ' b'] | None = None,
-        context_mask: Bool[Tensor, 'b j'] | None = None,
-    ) -> None:
-        super().__init__(net, cache, room, start, context_mask)
-        self.place = NextRow(**geometry(self.stack, cache, limit), padding=padding_of(cache, start))
+    def __init__(self, net: TransformerWrapper, cache: KVCache, **beginning: Any) -> None:
+        super().__init__(net, cache, **beginning)
+        self.place = NextRow(**self.geometry)
         self._positions: Tensor | None = None
         self._positions_from = 0
 
@@ -114,22 +112,16 @@ class CompiledStepper(TokenReader):
     ``begin`` puts another text into the same memory, for which nothing is compiled anew.
     """
 
-    def __init__(
-        self,
-        net: TransformerWrapper,
-        cache: KVCache,
-        *,
-        room: int,
-        limit: int | None = None,
-        start: Int[Tensor, ' b'] | None = None,
-    ) -> None:
-        super().__init__(net, cache, room, start)
-        stack, device = self.stack, next(net.parameters()).device
-        self.place = AnyRow(stack.rows, device, **geometry(stack, cache, limit), padding=padding_of(cache, start))
+    lasting = True
+
+    def __init__(self, net: TransformerWrapper, cache: KVCache, **beginning: Any) -> None:
+        super().__init__(net, cache, **beginning)
+        device = next(net.parameters()).device
+        self.place = AnyRow(self.stack.rows, device, **self.geometry)
         self._table: Tensor | None = None
         options: dict[str, Any] | None = {'cpp_wrapper': True} if device.type == 'cpu' else None
         self.program = torch.compile(own_copy(self._step), fullgraph=True, dynamic=False, options=options)
-        self.begin(cache, start)
+        self.begin(cache, self.start)
 
     def begin(self, cache: KVCache, start: Int[Tensor, ' b'] | None) -> None:
         """Go on where another cache ends, of no more tokens than there are rows."""

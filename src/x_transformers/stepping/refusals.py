@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,16 +58,23 @@ CROSS = ATTENTION - {
 # methods that somebody may have put in the place of a module's own, such as a profiler
 ENTRANCES = ('run', 'forward')
 KEYWORDS = frozenset({'context', 'context_mask'})
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def refusals(net: nn.Module, given: Iterable[str] = (), *, fixed: bool = False) -> list[str]:
-    """Why single tokens must take the general way; empty: a stepper can read them.
+def refusals(net: nn.Module, given: Mapping[str, Any] = NOTHING) -> list[str]:
+    """Why single tokens must take the general way just now; empty: a stepper can read them.
 
-    ``given``: keywords that the net is called with. ``fixed``: in a memory of fixed shape, for a compiler.
+    ``given``: keywords that the net is called with.
     """
+    return [*model_refusals(net, given), *state_refusals(net)]
+
+
+def model_refusals(net: nn.Module, given: Mapping[str, Any] = NOTHING, *, fixed: bool = False) -> list[str]:
+    """The same, for what is so at any time. ``fixed``: in a memory of fixed shape, for a compiler."""
     if type(net) is not TransformerWrapper or not plain_parts(net):
         return [f'{type(net).__name__} is not a TransformerWrapper of the library, or parts of it have been exchanged']
-    return [*flag_refusals(net, fixed), *(f'{name} was given' for name in given if name not in KEYWORDS), *state_refusals(net)]
+    named = [name for name, value in given.items() if value is not None and name not in KEYWORDS]
+    return [*flag_refusals(net, fixed), *(f'{name} was given' for name in named)]
 
 
 def plain_parts(net: nn.Module) -> bool:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.feedforward import GLU, ReluSquared
-from x_transformers.helpers import softclamp
+from x_transformers.helpers import identity, softclamp
 from x_transformers.layers.branch import LayerScale, Scale
 from x_transformers.layers.layer import Layer
-from x_transformers.layers.residual import Residual
+from x_transformers.layers.residual import Norm, Residual
 from x_transformers.module import ConstantLinear
 from x_transformers.norms import MIN_LENGTH, LayerNorm, RMSNorm
 from x_transformers.stepping.attention import AttentionStep, CrossStep, SelfStep
@@ -88,16 +88,15 @@ def flattened(sequential: nn.Module) -> list[nn.Module]:
     return found
 
 
-def norm_step(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def norm_step(norm: nn.Module) -> Norm:
     """A norm whose gain is made once, in one kernel; for norms of other kinds the module itself."""
-    if not isinstance(norm, (LayerNorm, RMSNorm)) or norm.gain.dtype not in (torch.float32, torch.float64):
+    gain = norm.gain.detach() if isinstance(norm, (LayerNorm, RMSNorm)) else None
+    if gain is None or gain.dtype not in (torch.float32, torch.float64):
         return norm
-    gain = norm.gain.detach()
-    shape = gain.shape
     if isinstance(norm, LayerNorm):
-        return partial(F.layer_norm, normalized_shape=shape, weight=gain)
+        return partial(F.layer_norm, normalized_shape=gain.shape, weight=gain)
     # the square of the least length is added where the definition takes the larger of the two: no difference in these numbers
-    return partial(F.rms_norm, normalized_shape=shape, weight=gain, eps=MIN_LENGTH**2 / shape[0])
+    return partial(F.rms_norm, normalized_shape=gain.shape, weight=gain, eps=MIN_LENGTH**2 / len(gain))
 
 
 class Scaled:
@@ -114,10 +113,10 @@ class Scaled:
 class LayerStep:
     """Norms, branch and residual path of one execution step."""
 
-    def __init__(self, layer: Layer, branch: Branch) -> None:
+    def __init__(self, layer: Layer, branch: Branch, norm: Callable[[nn.Module], Norm]) -> None:
         self.layer, self.branch = layer, branch
         norms = layer.norms._modules
-        self.before = None if norms['0'] is None else norm_step(norms['0'])
+        self.before = None if norms['0'] is None else norm(norms['0'])
         residual = layer.residual
         sums = type(residual) is Residual and residual.residual_scale is None and residual.scale_residual_constant == 1.0
         self.plain = sums and self.before is not None and norms['1'] is None and norms['2'] is None
@@ -132,14 +131,25 @@ class LayerStep:
 
 
 class StackStep:
-    """``AttentionLayers.run`` for one token that continues a cache."""
+    """``AttentionLayers.run`` for one token that continues a cache.
 
-    def __init__(self, stack: AttentionLayers, cache: KVCache, room: int, context_mask: Bool[Tensor, 'b j'] | None) -> None:
+    ``lasting``: it will be used again after the weights have changed, so that nothing may be made of them in advance.
+    """
+
+    def __init__(
+        self,
+        stack: AttentionLayers,
+        cache: KVCache,
+        room: int,
+        context_mask: Bool[Tensor, 'b j'] | None = None,
+        lasting: bool = False,
+    ) -> None:
         self.stack = stack
-        self.final_norm = norm_step(stack.final_norm)
+        norm: Callable[[nn.Module], Norm] = identity if lasting else norm_step
+        self.final_norm = norm(stack.final_norm)
         self.attentions: list[SelfStep] = []
         self.layers = [
-            LayerStep(stack.layers[step.layer], self._branch(step, cache, room, context_mask))  # type: ignore[arg-type]
+            LayerStep(stack.layers[step.layer], self._branch(step, cache, room, context_mask), norm)  # type: ignore[arg-type]
             for step in stack.plan.steps()
         ]
 
