@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kept import kept_by
 from x_transformers import Decoder, TransformerWrapper
 
 pytestmark = pytest.mark.slow
@@ -31,21 +32,12 @@ def step(padded: bool, **flags) -> tuple[int, int]:
     torch.manual_seed(0)
     stack = Decoder(dim=256, depth=1, heads=HEADS, attn_dim_head=64, **flags)
     model = TransformerWrapper(num_tokens=8, max_seq_len=N, attn_layers=stack)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     mask = torch.arange(N) < torch.tensor([N, N - 300])[:, None] if padded else None
     with Largest() as largest:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with kept_by(model) as kept:
             loss = model(torch.randint(0, 8, (2, N)), mask=mask).square().mean()
         loss.backward()
-    return sum(kept.values()), largest.bytes
+    return kept.bytes, largest.bytes
 
 
 def test_padding_beside_causality_costs_little():

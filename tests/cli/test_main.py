@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from tests.kept import kept_by
 from x_transformers.cli.main import main
 
 SMALL = [
@@ -262,17 +263,10 @@ def test_info_knows_what_a_forward_keeps_for_its_backward(more):
     from x_transformers.training.build import build_network
 
     flags, options = parse(['--depth', '2', '--dim', '64', '--heads', '2', '--device', 'cpu', '--seq-len', '32', *more])
-    network, kept = build_network(flags).train(), {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    network = build_network(flags).train()
+    with kept_by(network) as kept:
         network(torch.zeros(1, 32, dtype=torch.long))
-    expected = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    assert kept_bytes(flags, options, torch.device('cpu')) == expected > 0
+    assert kept_bytes(flags, options, torch.device('cpu')) == kept.bytes > 0
 
 
 def test_bench_hands_its_options_on_or_says_where_the_benchmarks_are(tmp_path, monkeypatch, capfd):

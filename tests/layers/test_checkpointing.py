@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from tests.kept import kept_by
 from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.attention.kernels import block_steps
 
@@ -31,22 +32,13 @@ def step(stack: type, flags: dict, again: bool) -> tuple[torch.Tensor, dict[str,
     layers = stack(dim=16, depth=3, heads=4, attn_dim_head=8, gradient_checkpointing=again, **flags)
     model = TransformerWrapper(num_tokens=11, max_seq_len=16, attn_layers=layers)
     given = {'context': torch.randn(2, 5, 16)} if flags.get('cross_attend') else {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     mask = torch.arange(12) < torch.tensor([12, 7])[:, None]
     torch.manual_seed(1)
     random.seed(0)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_by(model) as kept:
         loss = model(torch.randint(0, 11, (2, 12)), mask=mask, **given)[mask].square().mean()
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept.bytes
 
 
 @pytest.mark.parametrize('flags', FLAGS, ids=str)
