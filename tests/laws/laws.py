@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tests.laws.combination import Combination, tokens
 from tests.laws.groups import LENGTH, TOKENS
 from x_transformers.flags.base import FlagError
-from x_transformers.stepping.model import Stepper
-from x_transformers.stepping.refusals import cache_refusals, refusals
+from x_transformers.stepping.model import CompiledStepper, Stepper, own_copy
+from x_transformers.stepping.refusals import cache_refusals, model_refusals, refusals
 
 ROWS = 3
 TOLERANCE = 1e-5
@@ -229,6 +229,28 @@ def steps_are_full(case: Combination) -> None:
             must_equal(case.read_logits(stepper.read(new), new), full[:, at : at + 1], f'step {at} of a stepper ({left})')
 
 
+@torch.no_grad()
+def programs_are_full(case: Combination, compiled: bool = False) -> None:
+    """The same through the program that is compiled for steps, here run as it stands: one row alone, and several."""
+    if case.random or not case.causal:
+        return
+    model = case.build()
+    if model_refusals(model, case.inputs(ROWS).part(), fixed=True):
+        return
+    for rows in (slice(1), slice(ROWS)):
+        x = tokens(ROWS)[rows]
+        full = case.read_logits(model(x), x)
+        cache = model(x[:, :4], return_intermediates=True)[1].kv_cache
+        if cache_refusals(model, cache, None, LENGTH, False):
+            continue
+        stepper = CompiledStepper(model, cache, room=LENGTH - 4)  # type: ignore[arg-type]
+        step = own_copy(stepper._step)
+        stepper.program = torch.compile(step, fullgraph=True, dynamic=False, backend='eager') if compiled else step
+        for at in range(4, LENGTH):
+            new = x[:, at : at + 1]
+            must_equal(case.read_logits(stepper.read(new), new), full[:, at : at + 1], f'step {at} of a program, {len(x)} rows')
+
+
 def segments_promised(case: Combination) -> bool:
     """Whether memories carry all that later tokens need of earlier ones.
 
@@ -370,6 +392,7 @@ LAWS: tuple[Callable[[Combination], None], ...] = (
     cached_is_full,
     cache_operations,
     steps_are_full,
+    programs_are_full,
     segments_are_whole,
     kernels_agree,
     checkpoints_agree,
@@ -392,4 +415,8 @@ def compiles(case: Combination) -> None:
         must_equal(*((got, want) if case.pooled else (got[mask], want[mask])), 'compiled')
 
 
-DEEP_LAWS = (*LAWS, compiles)
+def program_compiles(case: Combination) -> None:
+    programs_are_full(case, compiled=True)
+
+
+DEEP_LAWS = (*LAWS, compiles, program_compiles)

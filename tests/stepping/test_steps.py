@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, XTransformer
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.generation import decode
 from x_transformers.profiling import annotate
 from x_transformers.stepping.model import CompiledStepper, Programs, Stepper
+from x_transformers.stepping.one_row import OneRow
 from x_transformers.stepping.refusals import refusals
 from x_transformers.stepping.stack import COLUMNS_PAY, FeedForwardStep
 
@@ -205,14 +208,37 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_one_program_serves_many_texts(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('rows', [1, 2])
+def test_one_program_serves_many_texts(flags: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     eager(monkeypatch)
     made = model(depth=1, **flags)
     for length in (5, 9):
-        prompt = prompts(2, length)
+        prompt = prompts(rows, length)
         assert torch.equal(made.generate(prompt, 20, temperature=0.0, compile=True), made.generate(prompt, 20, temperature=0.0))
     assert made._programs is not None
     assert len(made._programs.kept) == 1
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('width', [1, 3, 8, 11])
+@pytest.mark.parametrize('shape', [(1, 1, 6), (6,), (2, 1, 6)])
+def test_a_linear_map_of_one_row_is_a_sum_over_rows_of_the_weights(bias: bool, width: int, shape: tuple[int, ...]) -> None:
+    linear, x = nn.Linear(6, width, bias=bias), torch.randn(*shape)
+    products = Counter()
+    with torch.no_grad(), products, OneRow():
+        out = linear(x)
+    assert products.matrix == (0 if x.numel() == 6 else 1)
+    torch.testing.assert_close(out, linear(x))
+
+
+class Counter(TorchDispatchMode):
+    """How many matrix products the library is asked for."""
+
+    matrix = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.matrix += func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.linear)
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_program_for_padded_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,11 +289,11 @@ def test_programs_are_not_copied_with_the_model(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.deep
 @pytest.mark.filterwarnings('ignore')
 def test_compiled_code_reads_the_same() -> None:
-    for flags in ({}, MODERN):
+    for flags, rows in itertools.product(({}, MODERN), (1, 2)):
         made = model(depth=1, **flags)
-        cache = made.net(prompts(2, 6), return_intermediates=True)[1].kv_cache
+        cache = made.net(prompts(rows, 6), return_intermediates=True)[1].kv_cache
         with torch.no_grad():
             compiled, plain = CompiledStepper(made.net, cache, room=58), Stepper(made.net, cache, room=58)
             for at in range(8):
-                new = prompts(2, 20)[:, at : at + 1]
+                new = prompts(rows, 20)[:, at : at + 1]
                 torch.testing.assert_close(compiled.read(new), plain.read(new), atol=1e-5, rtol=1e-5)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.embedding.call import Call
 from x_transformers.position.relative import RelativeBias
+from x_transformers.stepping.one_row import OneRow
 from x_transformers.stepping.place import AnyRow, NextRow
 from x_transformers.stepping.stack import StackStep
 from x_transformers.tensor_types import Bool, Float, Int
@@ -159,7 +160,8 @@ class CompiledStepper(TokenReader):
         x = self.net.token_emb(ids)
         if self._table is not None:
             x = x + self._table.index_select(1, row)
-        logits = self._through(x, place)
+        with OneRow():
+            logits = self._through(x, place)
         place.leave()
         return logits
 
