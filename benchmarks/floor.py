@@ -102,6 +102,51 @@ class Block(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
+class Streams(nn.Module):
+    """How one branch reads and writes several residual streams (hyper-connections), as its formulas stand in the paper.
+
+    Every stream carries on the sum of all, as in x-transformers 2.16.1.
+    """
+
+    def __init__(self, dim: int, streams: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, bias=False)
+        self.dynamic = nn.Linear(dim, 2, bias=False)
+        self.static_alpha, self.static_beta = nn.Parameter(torch.zeros(streams, 1)), nn.Parameter(torch.ones(streams, 1))
+        self.scale_alpha, self.scale_beta = nn.Parameter(torch.tensor(0.01)), nn.Parameter(torch.tensor(0.01))
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b s n d): (what the branch is given, how much of its output each stream takes)."""
+        alpha, beta = self.dynamic(self.norm(x)).unbind(-1)
+        share = (self.static_alpha + self.scale_alpha * alpha).sigmoid()
+        return (x * share[..., None]).sum(1), 2 * (self.static_beta + self.scale_beta * 2 * beta.sigmoid()).sigmoid()
+
+    def write(self, x: Tensor, out: Tensor, beta: Tensor) -> Tensor:
+        return x.sum(1, keepdim=True) + beta[..., None] * out[:, None]
+
+
+class FloorStreams(nn.Module):
+    """The plain recipe with several residual streams."""
+
+    def __init__(self, *, vocabulary: int, length: int, streams: int = 4) -> None:
+        super().__init__()
+        self.floor, self.count = Floor(vocabulary=vocabulary, length=length), streams
+        self.streams = nn.ModuleList(Streams(512, streams) for _ in range(2 * len(self.floor.blocks)))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        floor = self.floor
+        x = floor.embed(ids) + floor.positions.weight[: ids.shape[1]]
+        x = x[:, None].expand(-1, self.count, -1, -1)
+        steps = iter(self.streams)
+        for block in floor.blocks:
+            h, beta = (streams := next(steps)).read(x)
+            x = streams.write(x, block.attn(block.norm1(h), None, None, 0), beta)
+            h, beta = (streams := next(steps)).read(x)
+            x = streams.write(x, block.ff(block.norm2(h)), beta)
+        logits = floor.head(floor.norm(x.sum(1)))[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
 class Floor(nn.Module):
     """Tokens in, logits out."""
 

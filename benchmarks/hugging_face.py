@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from worker import LENGTH, VOCABULARY, WIDE, Step, ids, training
+from torch import Tensor
+from worker import LENGTH, VOCABULARY, WIDE, Growth, Step, ids, training
 
 SHAPE: dict[str, Any] = {'hidden_size': 512, 'num_hidden_layers': 6, 'num_attention_heads': 8, 'intermediate_size': 2048}
 
@@ -38,11 +39,17 @@ class HuggingFace:
         if kind == 'prefill':
             model, x = self.decoder(modern, length=2048).eval(), ids(1, 2048)
             return torch.no_grad()(lambda: model(x, use_cache=False)), model
-        if kind == 'decode':
-            model, rows = self.decoder(modern, length=4096).eval(), int(rest[1][1:])
-            prompt, steps = ids(rows, int(rest[2]) if len(rest) > 2 else 32), 32 if len(rest) > 2 else 256
-            given = {'max_new_tokens': steps, 'do_sample': False, 'eos_token_id': None, 'pad_token_id': 0}
-            return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **given), model
+        if kind in ('decode', 'growth'):
+            model = self.decoder(modern, length=4096).eval()
+            given = {'do_sample': False, 'eos_token_id': None, 'pad_token_id': 0}
+
+            def generate(prompt: Tensor, steps: int) -> Tensor:
+                return model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, **given)
+
+            if kind == 'growth':
+                return Growth(generate), model
+            prompt = ids(int(rest[1][1:]), 32)
+            return lambda: generate(prompt, 256), model
         if kind in ('encoder', 'vit', 'encdec'):
             return getattr(self, kind)()
         raise NotImplementedError(f'transformers has no counterpart of {name}')

@@ -60,6 +60,21 @@ def training(loss: Callable[[], Tensor], model: torch.nn.Module) -> Step:
     return step
 
 
+class Growth:
+    """How many times as long a token takes behind 2,016 others as behind 224, the reading of those aside."""
+
+    def __init__(self, generate: Callable[[Tensor, int], Any], tokens: int = 160) -> None:
+        self.generate, self.tokens = generate, tokens
+
+    def __call__(self) -> float:
+        near, far = (self.seconds(ids(1, length)) for length in (224, 2016))
+        return far / near
+
+    def seconds(self, prompt: Tensor) -> float:
+        first = seconds_of(lambda: self.generate(prompt, 1))
+        return seconds_of(lambda: self.generate(prompt, 1 + self.tokens)) - first
+
+
 class Ours:
     """Whatever ``x_transformers`` this interpreter imports."""
 
@@ -79,6 +94,9 @@ class Ours:
         if kind == 'train':
             model, x = self.decoder(**flags), ids(2, LENGTH)
             return training(lambda: model(x), model), model
+        if kind == 'streams':
+            model, x = self.decoder(num_residual_streams=4), ids(1, LENGTH)
+            return training(lambda: model(x), model), model
         if kind == 'vocab':
             model, x = self.decoder(WIDE), ids(2, LENGTH, WIDE)
             return training(lambda: model(x), model), model
@@ -93,9 +111,11 @@ class Ours:
             model, x = self.decoder(length=2048, **flags).eval(), ids(1, 2048)
             return torch.no_grad()(lambda: model.net(x)), model
         if kind == 'decode':
-            model, rows = self.decoder(length=4096, **flags).eval(), int(rest[1][1:])
-            prompt, steps = ids(rows, int(rest[2]) if len(rest) > 2 else 32), 32 if len(rest) > 2 else 256
-            return lambda: model.generate(prompt, steps, temperature=0.0), model
+            model, prompt = self.decoder(length=4096, **flags).eval(), ids(int(rest[1][1:]), 32)
+            return lambda: model.generate(prompt, 256, temperature=0.0), model
+        if kind == 'growth':
+            model = self.decoder(length=4096, **flags).eval()
+            return Growth(lambda prompt, steps: model.generate(prompt, steps, temperature=0.0)), model
         if kind == 'encoder':
             stack = Encoder(dim=512, depth=6, heads=8)
             model, x = TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=LENGTH, attn_layers=stack), ids(2, LENGTH)
@@ -127,7 +147,7 @@ class Ours:
 
 class TheFloor:
     def prepare(self, name: str) -> tuple[Step, torch.nn.Module]:
-        from floor import Floor, FloorVision
+        from floor import Floor, FloorStreams, FloorVision
 
         kind, *rest = name.split('/')
         modern = 'modern' in rest
@@ -135,13 +155,18 @@ class TheFloor:
             vocabulary = WIDE if kind == 'vocab' else VOCABULARY
             model, x = Floor(vocabulary=vocabulary, length=LENGTH, modern=modern), ids(2, LENGTH, vocabulary)
             return training(lambda: model.loss(x), model), model
+        if kind == 'streams':
+            model, x = FloorStreams(vocabulary=VOCABULARY, length=LENGTH), ids(1, LENGTH)
+            return training(lambda: model.loss(x), model), model
         if kind == 'prefill':
             model, x = Floor(vocabulary=VOCABULARY, length=2048, modern=modern), ids(1, 2048)
             return torch.no_grad()(lambda: model(x)), model
         if kind == 'decode':
-            model, rows = Floor(vocabulary=VOCABULARY, length=4096, modern=modern), int(rest[1][1:])
-            prompt, steps = ids(rows, int(rest[2]) if len(rest) > 2 else 32), 32 if len(rest) > 2 else 256
-            return lambda: model.generate(prompt, steps), model
+            model, prompt = Floor(vocabulary=VOCABULARY, length=4096, modern=modern), ids(int(rest[1][1:]), 32)
+            return lambda: model.generate(prompt, 256), model
+        if kind == 'growth':
+            model = Floor(vocabulary=VOCABULARY, length=4096, modern=modern)
+            return Growth(model.generate), model
         if kind == 'encoder':
             model, x = Floor(vocabulary=VOCABULARY, length=LENGTH, causal=False), ids(2, LENGTH)
             mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [700]])
@@ -218,6 +243,8 @@ def alone(maker: Any, name: str) -> Callable[[str], dict[str, Any]]:
     step()
 
     def answer(action: str) -> dict[str, Any]:
+        if name.startswith('growth/'):
+            return {'seconds': step()} if action == 'time' else {}
         if action == 'time':
             return {'seconds': seconds_of(step)}
         saved = {} if name.split('/')[0] in ('decode', 'prefill') else {'saved_mb': saved_megabytes(step, model)}

@@ -1,12 +1,16 @@
-"""How much a forward keeps for its backward, counted on real tensors."""
+"""How much a forward keeps for its backward, and how much it holds at once, counted on real tensors."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Kept:
@@ -32,3 +36,22 @@ def kept_by(model: nn.Module) -> Iterator[Kept]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield kept
+
+
+class Alive(TorchDispatchMode):
+    """The bytes of the tensors that were made inside and were there at the same time: ``most`` of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage()).data_ptr() not in given:
+                self._bytes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._bytes.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self._bytes.values()))
+        return out

@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kept import Alive
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.attention.attend import Attend
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Where
+from x_transformers.feedforward import PIECE
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 HEADS = {'heads': 8}
@@ -65,6 +67,17 @@ def test_no_more_is_kept_for_the_backward_than_by_the_hand_written_model(floor, 
     least = worker.saved_megabytes(worker.training(lambda: theirs.loss(x), theirs), theirs)
     assert least > 0
     assert kept <= 1.05 * least
+
+
+# tensors of all tokens that are there at once: the streams twice, their norm, queries, keys, values and what is seen; in the
+# modern recipe two streams, norm and output of a gated feed-forward, and the inner features of the tokens of one piece
+@pytest.mark.parametrize(('recipe', 'tensors'), [('plain', 7.2), ('modern', 4.0 + 4.5)])
+def test_what_a_prefill_holds_at_once(worker, recipe, tensors):
+    length = 4 * PIECE
+    x, ours = ids(1, length), model(length=length, attn_dim_head=8, **(worker.MODERN if recipe == 'modern' else {})).eval()
+    with torch.no_grad(), Alive() as alive:
+        ours.net(x)
+    assert 4 * length * 64 * 4 < alive.most <= tensors * length * 64 * 4
 
 
 # what a training step may keep for its backward, in shares of what it keeps without the feature: the feature's own tensors

@@ -160,6 +160,8 @@ class Attention(Module):
             keep=given.keep,
             hand_on=given.hand_on,
         )
+        # where nobody keeps them, their room is free for what follows
+        del q, k, v
         if self.laser_clamp is not None:
             out = laser_out(out)
         out, hidden = self.gated_heads(out, seen.x, given)

@@ -162,6 +162,8 @@ class AttentionLayers(Module):
             streams = torch.where(drop, streams, written) if isinstance(drop, Tensor) else written
             carry.take(step, seen)
             record.leave(step, seen)
+            # the next layer runs without these, unless somebody keeps them
+            del h, out, rest, written, seen
         if record.wanted:
             record.layer_hiddens.append(self.streams.last(streams))
         if self.softclamp_value is not None:
