@@ -284,6 +284,8 @@ def test_eval_decorator() -> None:
         (TypeError, 'integer dtype', torch.randn(1, 3), {}),
         (TypeError, 'list', 'abc', {}),
         (ValueError, 'mask covers 2 tokens', ids(1, 3), {'mask': torch.ones(1, 2, dtype=torch.bool)}),
+        (ValueError, 'pos covers 3 tokens, but 6', ids(1, 3), {'pos': torch.arange(3)}),
+        (ValueError, 'condition covers 3 tokens, but 6', ids(1, 3), {'condition': torch.zeros(1, 3, 8)}),
         (ValueError, 'sum_embeds covers 3 tokens, but 6', ids(1, 3), {'sum_embeds': torch.zeros(1, 3, 8)}),
         (ValueError, 'attn_mask covers 3', ids(1, 3), {'attn_mask': torch.ones(3, 3, dtype=torch.bool)}),
         (ValueError, 'draft_model and prompt_lookup', ids(1, 3), {'draft_model': Toy(), 'prompt_lookup': 1}),
@@ -408,6 +410,19 @@ def test_forgetful_mask(front: int) -> None:
     # each of the nine positions is hidden at the same rate, 4 / 9, within five standard deviations
     n = 30 * 64
     assert ((counts[1:] - n * 4 / 9).abs() < 5 * (n * 4 / 9 * 5 / 9) ** 0.5).all()
+
+
+def test_forgetful_mask_shows_nothing_that_the_callers_masks_hide() -> None:
+    model, x = AutoregressiveWrapper(Language(), mask_prob=0.4), ids(2, 6)
+    real, front = torch.arange(6) >= torch.tensor([[0], [3]]), torch.tensor([[True, False]]).expand(2, -1)
+    given = {'prepend_embeds': torch.zeros(2, 2, 5), 'prepend_mask': front}
+    for name in ('mask', 'self_attn_kv_mask'):
+        torch.manual_seed(0)
+        model(x, prepend_embeds=given['prepend_embeds'])
+        alone = model.net.given['self_attn_kv_mask']
+        torch.manual_seed(0)
+        model(x, **given, **{name: real})
+        assert torch.equal(model.net.given['self_attn_kv_mask'], alone & torch.cat((front, real), dim=1))
 
 
 def test_forgetful_mask_draws_in_upstream_order() -> None:

@@ -631,3 +631,13 @@ def test_one_graph_when_compiled(flags: dict[str, Any], x: Tensor) -> None:
     mask[1, 5:] = False
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(x, mask=mask), model(x, mask=mask))
+
+
+def test_a_mask_of_what_is_prepended_may_be_the_same_for_all_rows() -> None:
+    torch.manual_seed(0)
+    model = TransformerWrapper(
+        num_tokens=8, max_seq_len=16, attn_layers=Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    ).eval()
+    x, embeds, shown = torch.randint(8, (2, 5)), torch.randn(2, 2, 16), torch.tensor([[False, True]])
+    one = model(x, prepend_embeds=embeds, prepend_mask=shown)
+    torch.testing.assert_close(one, model(x, prepend_embeds=embeds, prepend_mask=shown.expand(2, -1)))

@@ -124,7 +124,7 @@ class AutoregressiveWrapper(Module):
         front = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         inputs = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0.0:
-            kwargs['self_attn_kv_mask'] = self._forgetful_mask(inputs, front)
+            kwargs['self_attn_kv_mask'] = self._forgetful_mask(inputs, front, kwargs)
         if self.add_continuous_pred_head:
             kwargs['return_next_embed_pred'] = True
         if self.add_attn_z_loss:
@@ -141,14 +141,18 @@ class AutoregressiveWrapper(Module):
             loss = loss + self.next_embed_loss_weight * self._embed_loss(predicted, embedded, x[:, 1:])
         return (loss, (logits[:, front:-1], intermediates)) if return_outputs else loss
 
-    def _forgetful_mask(self, inputs: Int[Tensor, 'b n'], front: int) -> Bool[Tensor, 'b m']:
-        """Which keys may be seen; what is prepended always may."""
+    def _forgetful_mask(self, inputs: Int[Tensor, 'b n'], front: int, given: Mapping[str, Any]) -> Bool[Tensor, 'b m']:
+        """Which keys may be seen: of those that the caller's masks show, which this one would hide from the net."""
         n = inputs.shape[1]
         rand = torch.randn(inputs.shape, device=inputs.device)
         rand[:, 0] = -torch.finfo(rand.dtype).max
         hidden = rand.topk(min(int(n * self.mask_prob), n - 1), dim=-1).indices
         visible = torch.ones_like(inputs, dtype=torch.bool).scatter(1, hidden, False)
-        return pad_at_dim(visible, (front, 0), value=True)
+        visible, before = pad_at_dim(visible, (front, 0), value=True), given.get('prepend_mask')
+        shown = default(given.get('self_attn_kv_mask'), given.get('mask'))
+        if shown is not None:
+            visible = visible & pad_at_dim(shown, (visible.shape[1] - shown.shape[1], 0), value=True)
+        return visible if before is None else visible & pad_at_dim(before, (0, inputs.shape[1]), value=True)
 
     def _token_loss(self, logits: Any, x: Int[Tensor, 'b n'], front: int) -> Float[Tensor, '']:
         if not isinstance(logits, Tensor):
@@ -216,10 +220,14 @@ class AutoregressiveWrapper(Module):
 
         Args:
             prompts: ids (..., t) with any leading axes, or a list of ids (t) of different lengths.
+            seq_len: how many tokens to sample.
             eos_token: a row that has produced it is padded from there on; all rows done: generation ends.
             temperature: 0 takes the most likely token, without any filter.
             prompt_lens: the true lengths of right-padded prompts.
-            filter_logits_fn: a name of ``FILTER_LOGITS_FN`` or a callable (logits, **filter_kwargs).
+            filter_logits_fn, filter_kwargs: which tokens may be sampled: ``'top_k'`` (``frac_num_tokens=0.1``, or ``k``),
+                ``'top_p'`` (``thres=0.9``), ``'min_p'`` (``min_p=0.1``), ``'top_a'`` (``min_p_pow=2.0``, ``min_p_ratio=0.02``),
+                or a function (logits, **filter_kwargs). It sees the logits before the temperature divides them. The default
+                keeps the likeliest tenth of the vocabulary; ``lambda logits: logits`` keeps all.
             restrict_to_max_seq_len: show the net only its last ``max_seq_len`` tokens.
             amateur_model: one or several models for contrastive decoding (https://arxiv.org/abs/2210.15097), with
                 ``contrastive_decode_kwargs`` for each (alpha, beta); the filter is not used then.
@@ -331,6 +339,22 @@ class AutoregressiveWrapper(Module):
         A score is the sum of the log probabilities of the generated tokens, without filter and temperature, divided by
         ``length ** length_penalty``. ``stochastic`` draws the proposals by ``filter(logits) / temperature`` with Gumbel noise
         instead of taking the best. A hypothesis that has produced ``eos_token`` is complete and padded.
+
+        Args:
+            prompts: ids (..., t) with any leading axes, or a list of ids (t) of different lengths.
+            seq_len: how many tokens to find.
+            beams: how many hypotheses are kept for each prompt.
+            return_beams_and_scores: all of them and their scores, not only the best.
+            eos_token: ends a hypothesis.
+            temperature, filter_logits_fn, filter_kwargs: as in ``generate``, for proposals that are drawn.
+            stochastic: draw the proposals.
+            prompt_lens: the true lengths of right-padded prompts.
+            restrict_to_max_seq_len: show the net only its last ``max_seq_len`` tokens.
+            cache_kv: remember keys and values, if the net can.
+            length_penalty: 0 compares sums of log probabilities, 1 means.
+            include_prompt: return the prompt, right-aligned, in front of the new tokens.
+            generator: makes what is drawn reproducible.
+            kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
         """
         prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
         if beams < 1:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # tokens at a time where no gradient is wanted: in larger pieces the inner features only leave the processor's cache
-PIECE = 384
+PIECE = 512
 
 
 class ReluSquared(Module):

@@ -174,6 +174,13 @@ class TransformerWrapper(StackWrapper):
 
         Args:
             x: token ids; None: there are only ``prepend_embeds``.
+            return_embeddings: what the logits are made of (b n d), in their place; ``return_logits_and_embeddings``: both.
+            return_intermediates: also a ``LayerIntermediates``: hidden states, scores and weights, the cache.
+            return_embeddings_and_intermediates: that beside the embeddings, without logits.
+            return_logit_entropies: the entropies of the logits (b n), in ``intermediates.logit_entropies``.
+            return_next_embed_pred: also the prediction of the next embedding, with ``add_continuous_pred_head``.
+            return_mems, return_attn: also the memories for the next segment; the attention maps, one per attention.
+            return_attn_z_loss: the attention z-loss, in the intermediates.
             mask: True for tokens, False for padding.
             mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
             recycle_steps: how often the output is fed back, with ``recycling``.
@@ -184,6 +191,7 @@ class TransformerWrapper(StackWrapper):
             seq_start_pos: where each row's tokens begin, for prompts that are padded on the left.
             cache: a ``KVCache``, or the intermediates of an earlier call. Then ``x`` may be the new tokens only, or the whole
                 sequence, whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
+            token_emb_kwargs, to_logits_kwargs: keywords for a ``token_emb`` or ``to_logits`` of one's own.
             logits_last: logits for the last so many positions only.
             kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
 

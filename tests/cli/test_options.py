@@ -65,6 +65,12 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path):
     assert (options.lr, options.steps, options.data) == (1, 11, ('x',))
 
 
+def test_a_single_source_in_a_file_needs_no_list(tmp_path):
+    path = tmp_path / 'run.toml'
+    path.write_text('data = "books/*.txt"\n')
+    assert train.parse(['--config', str(path)])[1].data == ('books/*.txt',)
+
+
 @pytest.mark.parametrize(
     ('text', 'error', 'sentence'),
     [

@@ -409,7 +409,9 @@ def compiles(case: Combination) -> None:
     mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 6, 3])[:, None]
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     torch.manual_seed(0)
-    got = case.call(compiled, x, given, mask=mask)
+    # the hybrid modules here are recurrent, at which torch breaks the graph unless told otherwise
+    with torch._dynamo.config.patch(allow_rnn=True):
+        got = case.call(compiled, x, given, mask=mask)
     if not case.random:
         want = case.call(model, x, given, mask=mask)
         must_equal(*((got, want) if case.pooled else (got[mask], want[mask])), 'compiled')

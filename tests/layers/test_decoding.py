@@ -164,3 +164,11 @@ def test_conditions_and_pair_masks_step_by_step() -> None:
         torch.testing.assert_close(
             stack(x[:, 3:], condition=condition[:, 3:], attn_mask=mask, cache=cache, cache_age=0), whole[:, 3:]
         )
+
+
+def test_where_rows_begin_is_remembered_when_their_padding_is_out_of_sight() -> None:
+    """Keys were turned by places that are counted from there, and learned keys stand still."""
+    stack, x, starts = built(Decoder, rotary_pos_emb=True, attn_num_mem_kv=2), drawn(2, 7, DIM), torch.tensor([0, 3])
+    _, before = stack(x[:, :6], seq_start_pos=starts, return_hiddens=True)
+    given = {'cache': before.kv_cache.window(3), 'input_not_include_cache': True}
+    torch.testing.assert_close(stack(x[:, 6:], **given), stack(x[:, 6:], seq_start_pos=starts, **given))

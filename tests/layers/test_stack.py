@@ -392,6 +392,10 @@ def test_positions_of_the_caller() -> None:
     assert bool(both(x).isfinite().all())
     rotary = built(Decoder, rotary_pos_emb=True)
     torch.testing.assert_close(rotary(x, seq_pos_offset=9), rotary(x))
+    # an offset moves positions, and not what is padding
+    starts = torch.tensor([0, 3])
+    moved, still = (rotary(x, seq_start_pos=starts, seq_pos_offset=offset) for offset in (9, None))
+    torch.testing.assert_close(moved[1, 3:], still[1, 3:])
     torch.testing.assert_close(rotary(x, rotary_pos_emb=rotary.rotary_pos_emb(pos)), rotary(x, pos=pos))
 
 

@@ -297,3 +297,28 @@ def test_compiled_code_reads_the_same() -> None:
             for at in range(8):
                 new = prompts(rows, 20)[:, at : at + 1]
                 torch.testing.assert_close(compiled.read(new), plain.read(new), atol=1e-5, rtol=1e-5)
+
+
+def test_texts_that_are_written_at_the_same_time_have_a_program_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager(monkeypatch)
+    made, one, other = model(depth=1), prompts(1, 5), prompts(2, 5)[1:]
+    given: dict[str, Any] = {'temperature': 0.0, 'compile': True}
+    stream = made.stream(one, 12, **given)
+    tokens = [next(stream)]
+    second = made.generate(other, 12, **given)
+    tokens += list(stream)
+    assert torch.equal(torch.stack(tokens, -1), made.generate(one, 12, temperature=0.0))
+    assert torch.equal(second, made.generate(other, 12, temperature=0.0))
+
+
+def test_a_program_made_in_inference_mode_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager(monkeypatch)
+    made, prompt = model(depth=1), prompts(1, 5)
+    with torch.inference_mode():
+        inside = made.generate(prompt, 12, temperature=0.0, compile=True)
+    assert torch.equal(made.generate(prompt, 12, temperature=0.0, compile=True), inside)
+
+
+def test_a_zero_key_beside_a_bias_of_positions_takes_the_general_way() -> None:
+    net = model(attn_add_zero_kv=True, alibi_pos_bias=True).net
+    assert refusals(net) == ['attn_add_zero_kv with cross attention or a bias of positions']

@@ -26,9 +26,9 @@ class GenerateOptions:
     samples: int = 1
     """Number of texts, one after the other."""
     temperature: float = 1.0
-    """Below 1: more of the likely; 0: always the likeliest."""
+    """Below 1 favours likely bytes; 0 always takes the likeliest."""
     top_k: int | None = None
-    """Only the so many likeliest bytes."""
+    """Sample only from this many of the likeliest bytes."""
     top_p: float | None = None
     """Only the likeliest bytes that together have this probability."""
     min_p: float | None = 0.05

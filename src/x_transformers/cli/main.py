@@ -14,7 +14,7 @@ COMMANDS = {
     'bench': 'measure speed and memory against a minimal hand-written model (in a clone of the repository)',
 }
 BAD_INPUT = 2
-EXTRA = "the command line needs its extra: pip install 'x-transformers[cli]'"
+EXTRA = "the command line needs its extra: pip install '.[cli]' in a clone of the repository"
 
 
 def usage() -> str:

@@ -72,7 +72,7 @@ def from_file(path: str | None, own: type | None = None) -> FileValues:
     for name in own_fields:
         if name in values:
             hint = type_hints(own)[name] if own is not None else Any
-            result.own[name] = tidied(values[name], hint)
+            result.own[name] = tidied(listed(values[name], hint), hint)
             if not fits(result.own[name], hint):
                 wrong.append(
                     f'--config {path}: `{name}` cannot be {shown(values[name])} (of type {type(values[name]).__name__}).'
@@ -80,6 +80,12 @@ def from_file(path: str | None, own: type | None = None) -> FileValues:
     if wrong:
         raise FlagError(*wrong)
     return result
+
+
+def listed(value: Any, hint: Any) -> Any:
+    """A word for an option that takes several is one of them."""
+    takes_several = any(get_origin(kind) is tuple for kind in kinds_of(hint))
+    return [value] if takes_several and isinstance(value, str) else value
 
 
 def fits(value: Any, hint: Any) -> bool:

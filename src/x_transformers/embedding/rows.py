@@ -123,7 +123,8 @@ class Rows:
         )
         tokens = mask if mask is not None else torch.ones(batch, self.tokens, dtype=torch.bool, device=device)
         if prepend_mask is not None:
-            tokens = torch.cat((prepend_mask[:, max(prepend_mask.shape[1] - front, 0) :], tokens), dim=1)
+            shown = prepend_mask[:, max(prepend_mask.shape[1] - front, 0) :]
+            tokens = torch.cat((shown.expand(batch, -1), tokens.expand(batch, -1)), dim=1)
         return F.pad(tokens, (front + self.tokens - tokens.shape[1], 0), value=True)
 
     def before(self, lens: Int[Tensor, ' b']) -> Bool[Tensor, 'b n']:

@@ -205,7 +205,7 @@ class Reader:
         if self.programs is not None:
             if reasons:
                 raise no_program(reasons)
-            self.stepper = self.programs.stepper(net, cache, room=self.expected, limit=self.limit, start=start)
+            self.stepper = self.programs.stepper(net, cache, room=self.expected, limit=self.limit, start=start, reader=self)
         elif not reasons:
             context_mask = self.keywords.given.get('context_mask')
             self.stepper = Stepper(net, cache, room=self._room(), limit=self.limit, start=start, context_mask=context_mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from x_transformers.tensor_types import Bool, Int
 
 # True beyond the prompt: a new token is never padding
 EXTENDED = ('mask', 'self_attn_kv_mask')
-# one entry per token along axis 1: must cover everything that will be fed
-COVERING = ('embed_ids', 'sum_embeds')
+# one entry per token: must cover everything that will be fed
+COVERING = ('embed_ids', 'sum_embeds', 'pos', 'condition', 'in_attn_cond')
 FRONT = ('prepend_embeds', 'prepend_mask')
 # have a batch axis only from this many axes on
 BATCHED_FROM = {'pos': 2, 'context_pos': 2, 'attn_mask': 4, 'attn_bias': 4}
@@ -48,8 +49,9 @@ class Keywords:
                 )
         for name in COVERING:
             for t in _tensors(self.given.get(name)):
-                if t.shape[1] != 1:
-                    self._covers(name, t.shape[1])
+                axis = token_axis(name, t)
+                if axis is not None and t.shape[axis] != 1:
+                    self._covers(name, t.shape[axis])
         attn_mask = self.given.get('attn_mask')
         if attn_mask is not None:
             self._covers('attn_mask', min(attn_mask.shape[-2:]))
@@ -91,7 +93,7 @@ class Keywords:
                 made[name] = _extended(made[name], high)[..., seen_from:high]
         for name in COVERING:
             if made.get(name) is not None:
-                made[name] = tree_map(lambda t: t if t.shape[1] == 1 else t[:, low:high], made[name])
+                made[name] = tree_map(partial(_part, name, low, high), made[name])
         if made.get('attn_mask') is not None:
             made['attn_mask'] = made['attn_mask'][..., low:high, seen_from:high]
         return made
@@ -113,6 +115,20 @@ class Keywords:
         twin = Keywords({}, self.prompt, self.total)
         twin.given = {name: gather(name, value) for name, value in self.given.items()}
         return twin
+
+
+def token_axis(name: str, t: Tensor) -> int | None:
+    """The axis of ``t`` along which each token has an entry; None: it is the same for all tokens."""
+    if name == 'pos':
+        return -2 if t.is_floating_point() else -1
+    if name in ('condition', 'in_attn_cond') and t.ndim < 3:
+        return None
+    return 1
+
+
+def _part(name: str, low: int, high: int, t: Any) -> Any:
+    axis = token_axis(name, t) if isinstance(t, Tensor) else None
+    return t if axis is None or t.shape[axis] == 1 else t.narrow(axis, low, high - low)
 
 
 def _extended(mask: Bool[Tensor, 'b n'], length: int) -> Bool[Tensor, 'b m']:

@@ -72,7 +72,7 @@ class Span:
     """Where the tokens of this call lie.
 
     ``given`` tokens came in, of which ``new`` are unseen; the cache holds ``past`` rows before them, memories ``mems`` rows
-    before those. ``end`` is the position behind the last token.
+    before those. ``end`` is the position behind the last token; ``dropped`` rows have left the window of the cache.
     """
 
     batch: int
@@ -81,6 +81,7 @@ class Span:
     past: int
     mems: int
     end: int
+    dropped: int = 0
 
     @property
     def held(self) -> int:

@@ -91,7 +91,8 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
         end = length + given.seq_pos_offset
     entries = () if given.mems is None or isinstance(given.mems, Tensor) else given.mems
     mems = max([0, *[mem.shape[1] for mem in entries if isinstance(mem, Tensor) and mem.ndim == 3]])
-    return Span(batch=batch, given=length, new=new, past=past, mems=mems, end=end)
+    dropped = 0 if cache is None else cache.length - past
+    return Span(batch=batch, given=length, new=new, past=past, mems=mems, end=end, dropped=dropped)
 
 
 def unseen(length: int, past: int, given: Given) -> int:
@@ -126,7 +127,7 @@ def start_mask(given: Given, span: Span) -> Bool[Tensor, 'b j'] | None:
     start = given.seq_start_pos
     if start is None:
         return None
-    place = torch.arange(span.end - span.held, span.end, device=start.device)
+    place = torch.arange(span.dropped, span.dropped + span.held, device=start.device)
     return place >= start.unsqueeze(-1)
 
 
@@ -155,9 +156,9 @@ def self_mask(
     if dense is not None:
         dense = span.newest(dense, axis=dense.ndim - 2)
     prefix = given.prefix_attn_len
-    if prefix is not None and span.end != span.held:
+    if prefix is not None:
         # rows that have left the cache's window are counted too
-        prefix = prefix - (span.end - span.held)
+        prefix = prefix - span.dropped
     return Mask(causal=stack.is_causal and not stack.causal, keys=keys, prefix=prefix, dense=dense)
 
 
@@ -251,15 +252,16 @@ def from_outside(given: Given) -> bool:
 
 def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
     """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
-    if given.seq_start_pos is None or not (stack.flags.depends_on_places or from_outside(given)):
+    if not (stack.flags.depends_on_places or from_outside(given)):
         return None
-    if cache is None:
-        return given.seq_start_pos[:, None]
-    own = cache.step(OWN_STEP)
-    known = own.get('begins')
+    # also where the padding is out of sight, and nobody speaks of it any more
+    known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('begins')
     if known is None:
+        if given.seq_start_pos is None:
+            return None
         known = given.seq_start_pos[:, None, None]
-        own.fixed('begins', known)
+        if cache is not None:
+            cache.step(OWN_STEP).fixed('begins', known)
     return known[:, 0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,8 @@ class CompiledStepper(TokenReader):
     """
 
     lasting = True
+    # who reads with it now
+    reader: weakref.ref[object] | None = None
 
     def __init__(self, net: TransformerWrapper, cache: KVCache, **beginning: Any) -> None:
         super().__init__(net, cache, **beginning)
@@ -135,6 +138,9 @@ class CompiledStepper(TokenReader):
             if self._table is None:
                 self._table = made.clone()
             self._table.copy_(made)
+
+    def is_read(self) -> bool:
+        return self.reader is not None and self.reader() is not None
 
     def _positions_of_rows(self, rows: int) -> Float[Tensor, '#b r d']:
         net = self.net
@@ -175,18 +181,31 @@ class Programs:
         self.kept: dict[tuple[Any, ...], CompiledStepper] = {}
 
     def stepper(
-        self, net: TransformerWrapper, cache: KVCache, *, room: int, limit: int | None, start: Int[Tensor, ' b'] | None
+        self,
+        net: TransformerWrapper,
+        cache: KVCache,
+        *,
+        room: int,
+        limit: int | None,
+        start: Int[Tensor, ' b'] | None,
+        reader: object,
     ) -> CompiledStepper:
-        """One that goes on where the cache ends, compiled anew only for a new batch size or for longer texts."""
+        """One that goes on where the cache ends, compiled anew only for a new batch size or for longer texts.
+
+        It belongs to ``reader`` for as long as that one is there: texts that are written at the same time have one each.
+        """
         rows = -(-(cache.retained + room) // ROWS) * ROWS
         weight = next(net.parameters())
         batch = next(tape.batch for layer in cache for tape in layer.tapes.values())
-        key = (id(net), batch, rows, limit, start is None, weight.dtype, weight.device)
+        # memory that was made in inference mode cannot be written outside of it
+        inference = torch.is_inference_mode_enabled()
+        key = (id(net), batch, rows, limit, start is None, weight.dtype, weight.device, inference)
         stepper = self.kept.pop(key, None)
-        if stepper is None:
+        if stepper is None or stepper.is_read():
             stepper = CompiledStepper(net, cache, room=rows - cache.retained, limit=limit, start=start)
         else:
             stepper.begin(cache, start)
+        stepper.reader = weakref.ref(reader)
         self.kept[key] = stepper
         while len(self.kept) > self.KEPT:
             del self.kept[next(iter(self.kept))]

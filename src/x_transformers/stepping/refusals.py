@@ -102,6 +102,9 @@ def flag_refusals(net: Any, fixed: bool) -> list[str]:
         cross = step.kind == 'c'
         found += unlisted(inside.flags, CROSS if cross else ATTENTION, 'cross_attn_' if cross else 'attn_')
         found += attention_refusals(inside, fixed)
+        if inside.attend.add_zero_kv and (cross or stack.rel_pos is not None):
+            # where more than one call of a kernel is needed, the definition puts the zero key there itself
+            found.append('attn_add_zero_kv with cross attention or a bias of positions')
     if fixed:
         parts = {'a bias of positions': stack.rel_pos is not None, 'cross_attend': stack.flags.cross_attend}
         found += [name for name, is_there in parts.items() if is_there]

@@ -17,7 +17,7 @@ FREE_ON_RESUME = {
 @dataclass(frozen=True)
 class TrainOptions:
     data: tuple[str, ...] = ()
-    """Files, folders or globs to learn from, as bytes; .gz is unpacked. None: the source of Python's standard library."""
+    """Files, folders or globs to learn from, as bytes; .gz is unpacked. Not given: the source of Python's standard library."""
     run_dir: str = 'runs/quickstart'
     """Folder for what the run writes; one that already holds a run is only touched with --resume."""
     resume: bool = False
@@ -76,7 +76,7 @@ class TrainOptions:
     sample_length: int = 400
     """Bytes of that sample; 0: none."""
     tensorboard: bool = False
-    """Log for TensorBoard too (extra: pip install 'x-transformers[tensorboard]')."""
+    """Log for TensorBoard too (it needs the extra `tensorboard`)."""
 
     def check(self) -> None:
         """Refuse numbers that make no sense, naming the first."""

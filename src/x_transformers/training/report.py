@@ -60,7 +60,7 @@ def tensorboard_writer(run: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise TrainingError("--tensorboard needs the extra: pip install 'x-transformers[tensorboard]'") from error
+        raise TrainingError("--tensorboard needs its extra: pip install '.[tensorboard]' in a clone") from error
     return SummaryWriter(str(run / 'tensorboard'))
 
 
