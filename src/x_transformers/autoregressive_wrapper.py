@@ -142,7 +142,7 @@ class AutoregressiveWrapper(Module):
         return (loss, (logits[:, front:-1], intermediates)) if return_outputs else loss
 
     def _forgetful_mask(self, inputs: Int[Tensor, 'b n'], front: int, given: Mapping[str, Any]) -> Bool[Tensor, 'b m']:
-        """Which keys may be seen: of those that the caller's masks show, which this one would hide from the net."""
+        """Which keys may be seen, of those that the caller's masks show: for the net this mask takes their place."""
         n = inputs.shape[1]
         rand = torch.randn(inputs.shape, device=inputs.device)
         rand[:, 0] = -torch.finfo(rand.dtype).max

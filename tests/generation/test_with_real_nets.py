@@ -228,3 +228,22 @@ def test_intermediates_put_together_by_hand_continue_a_sequence() -> None:
     given = {'input_not_include_cache': True, 'context': context}
     expected = model(ids(2, 1), cache=seen, **given)
     assert torch.allclose(model(ids(2, 1), cache=made, **given), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('front', [0, 3])
+@pytest.mark.parametrize('flags', [{'condition': {'use_adaptive_rmsnorm': True, 'dim_condition': 16}}, {'in_attn_cond': {}}])
+def test_what_is_given_per_token_belongs_to_its_token_with_and_without_a_cache(front: int, flags: dict[str, Any]) -> None:
+    ((name, stack),) = flags.items()
+    torch.manual_seed(0)
+    layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False, **stack)
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=16, max_seq_len=64, attn_layers=layers)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    prompt, steps = torch.randint(16, (2, 5)), 12
+    given: dict[str, Any] = {name: torch.randn(2, front + 5 + steps - 1, 16)}
+    if front:
+        given['prepend_embeds'] = torch.randn(2, front, 16)
+    made = model.generate(prompt, steps, temperature=0.0, **given)
+    assert torch.equal(model.generate(prompt, steps, temperature=0.0, cache_kv=False, **given), made)
+    told = model.net(torch.cat((prompt, made[:, :-1]), dim=1), **given)
+    assert torch.equal(told[:, front + 4 :].argmax(-1), made)

@@ -20,6 +20,8 @@ EXTENDED = ('mask', 'self_attn_kv_mask')
 # one entry per token: must cover everything that will be fed
 COVERING = ('embed_ids', 'sum_embeds', 'pos', 'condition', 'in_attn_cond')
 FRONT = ('prepend_embeds', 'prepend_mask')
+# of these, the ones that have entries for what is prepended, too
+WITH_FRONT = ('condition', 'in_attn_cond')
 # have a batch axis only from this many axes on
 BATCHED_FROM = {'pos': 2, 'context_pos': 2, 'attn_mask': 4, 'attn_bias': 4}
 
@@ -51,13 +53,18 @@ class Keywords:
             for t in _tensors(self.given.get(name)):
                 axis = token_axis(name, t)
                 if axis is not None and t.shape[axis] != 1:
-                    self._covers(name, t.shape[axis])
+                    self._covers(name, t.shape[axis], self._front_of(name))
         attn_mask = self.given.get('attn_mask')
         if attn_mask is not None:
             self._covers('attn_mask', min(attn_mask.shape[-2:]))
 
-    def _covers(self, name: str, length: int) -> None:
-        needed = self.prompt if self.total is None else self.total
+    def _front_of(self, name: str) -> int:
+        """How many entries stand in front of those for tokens."""
+        prepended = self.given.get('prepend_embeds')
+        return prepended.shape[1] if name in WITH_FRONT and prepended is not None else 0
+
+    def _covers(self, name: str, length: int, front: int = 0) -> None:
+        needed = front + (self.prompt if self.total is None else self.total)
         if length < needed:
             raise GenerateError(
                 f'{name} covers {length} tokens, but {needed} will be fed to the net; give it for the prompt and for all '
@@ -66,14 +73,14 @@ class Keywords:
 
     def whole(self, low: int, high: int) -> dict[str, Any]:
         """For a call that is fed tokens ``low`` to ``high``, with nothing remembered."""
-        return self._cut(low, high, low)
+        return self._cut(low, high, low, fronted=True)
 
     def continued(self, low: int, high: int, rows: int, front: int) -> dict[str, Any]:
         """For a call that is fed tokens ``low`` to ``high`` and sees ``rows`` rows, those fed and those remembered.
 
         What was prepended, ``front`` rows, is remembered already.
         """
-        made = self._cut(low, high, max(high - rows, 0))
+        made = self._cut(low, high, max(high - rows, 0), fronted=False)
         prefix = made.pop('prepend_mask', None)
         made.pop('prepend_embeds', None)
         for name in EXTENDED:
@@ -86,14 +93,16 @@ class Keywords:
             made[name] = mask[..., -rows:]
         return made
 
-    def _cut(self, low: int, high: int, seen_from: int) -> dict[str, Any]:
+    def _cut(self, low: int, high: int, seen_from: int, *, fronted: bool) -> dict[str, Any]:
         made = dict(self.given)
         for name in EXTENDED:
             if made.get(name) is not None:
                 made[name] = _extended(made[name], high)[..., seen_from:high]
         for name in COVERING:
             if made.get(name) is not None:
-                made[name] = tree_map(partial(_part, name, low, high), made[name])
+                front = self._front_of(name)
+                part = partial(_part, name, front + low, front + high, front if fronted else 0)
+                made[name] = tree_map(part, made[name])
         if made.get('attn_mask') is not None:
             made['attn_mask'] = made['attn_mask'][..., low:high, seen_from:high]
         return made
@@ -126,9 +135,13 @@ def token_axis(name: str, t: Tensor) -> int | None:
     return 1
 
 
-def _part(name: str, low: int, high: int, t: Any) -> Any:
+def _part(name: str, low: int, high: int, front: int, t: Any) -> Any:
+    """Entries ``low`` to ``high``, behind the first ``front`` ones."""
     axis = token_axis(name, t) if isinstance(t, Tensor) else None
-    return t if axis is None or t.shape[axis] == 1 else t.narrow(axis, low, high - low)
+    if axis is None or t.shape[axis] == 1:
+        return t
+    part = t.narrow(axis, low, high - low)
+    return torch.cat((t.narrow(axis, 0, front), part), dim=axis) if front else part
 
 
 def _extended(mask: Bool[Tensor, 'b n'], length: int) -> Bool[Tensor, 'b m']:
