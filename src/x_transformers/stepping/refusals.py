@@ -101,10 +101,7 @@ def flag_refusals(net: Any, fixed: bool) -> list[str]:
             continue
         cross = step.kind == 'c'
         found += unlisted(inside.flags, CROSS if cross else ATTENTION, 'cross_attn_' if cross else 'attn_')
-        found += attention_refusals(inside, fixed)
-        if inside.attend.add_zero_kv and (cross or stack.rel_pos is not None):
-            # where more than one call of a kernel is needed, the definition puts the zero key there itself
-            found.append('attn_add_zero_kv with cross attention or a bias of positions')
+        found += attention_refusals(inside, fixed, beside=cross or stack.rel_pos is not None)
     if fixed:
         parts = {'a bias of positions': stack.rel_pos is not None, 'cross_attend': stack.flags.cross_attend}
         found += [name for name, is_there in parts.items() if is_there]
@@ -113,12 +110,16 @@ def flag_refusals(net: Any, fixed: bool) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def attention_refusals(attn: Attention, fixed: bool) -> Iterator[str]:
+def attention_refusals(attn: Attention, fixed: bool, beside: bool) -> Iterator[str]:
+    """``beside``: it attends to a context, or positions are added to its scores."""
     front = front_rows(attn) > 0
     if front and attn.max_attend_past is not None:
         yield 'keys in front together with attn_max_attend_past'
+    # where more than one call of a kernel is needed, the definition puts the zero key there itself
     if attn.attend.add_zero_kv and not runs_directly(attn.attend):
         yield 'attn_add_zero_kv with changed scores or weights'
+    if attn.attend.add_zero_kv and beside:
+        yield 'attn_add_zero_kv with cross attention or a bias of positions'
     if attn.dim_head % 2:
         yield 'heads of odd width'
     if fixed and not runs_directly(attn.attend):
