@@ -11,7 +11,7 @@ LAWS_SEED := $(or $(LAWS_SEED),$(shell date +%s))
 # one thread per process: two test workers with two threads each wait for each other most of the time
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install train test test-deep check format examples bench docs clean
+.PHONY: help install train test test-deep check format examples bench docs site clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -54,6 +54,10 @@ bench: $(STAMP)  ## speed against a minimal hand-written GPT
 
 docs: $(STAMP)  ## write what is generated from the flags
 	@for script in tools/generate_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+site: $(STAMP)  ## build the documentation site: build/site/index.html; fails on a warning or a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'open build/site/index.html'
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
