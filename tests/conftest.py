@@ -1,7 +1,11 @@
-"""Options of the test run: ``--shapes`` checks annotated shapes in every test, ``--device cuda`` moves the tests there."""
+"""Options of the test run: ``--shapes`` checks annotated shapes in every test, ``--device cuda`` moves the tests there,
+``--seed`` draws other random numbers.
+"""
 
 from __future__ import annotations
 
+import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ REPRESENTATIVE = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption('--shapes', action='store_true', help='check the annotated shapes of every call, in all tests')
+    parser.addoption('--seed', default='0', help='random numbers of every test follow from this and from its name')
     parser.addoption('--device', default='cpu', help='where tensors and modules are made, such as cuda')
 
 
@@ -37,6 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption('--device')
     if device != 'cpu':
         torch.set_default_device(device)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """The same numbers in every run, alone or in company, so that a failure can be repeated."""
+    seed = zlib.crc32(f'{request.config.getoption("--seed")} {request.node.nodeid}'.encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture(scope='module', autouse=True)
