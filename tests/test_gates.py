@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.kept import Alive
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.attention.attend import Attend
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
 from x_transformers.feedforward import PIECE
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
@@ -128,7 +128,7 @@ def test_a_window_costs_as_much_as_it_shows():
     def products(length):
         q = torch.randn(1, 2, length, 8, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
-            attend.run(q, q, q, mask=mask, where=Where(length, length))[0].sum().backward()
+            attend.run(q, q, q, mask=mask, geometry=ScoreShape(length, length))[0].sum().backward()
         return counter.get_total_flops()
 
     # but for the first queries, which have fewer keys behind them

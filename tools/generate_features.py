@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from x_transformers.attention.kernels.base import Call
+from x_transformers.attention.geometry import ScoreShape
+from x_transformers.attention.kernels.base import CallFacts
 from x_transformers.attention.kernels.choose import KERNELS, needs_of
-from x_transformers.attention.scores.base import Where
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED, NOT_FUSED_WITH_DROPOUT
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, shown
@@ -26,7 +26,7 @@ from x_transformers.flags.other_inputs import (
     MultiInputFlags,
     XValFlags,
 )
-from x_transformers.flags.parts import SELF_ATTENTION_ONLY, SET_BY_STACK
+from x_transformers.flags.parts import SET_BY_STACK
 from x_transformers.flags.rule import Rule
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
@@ -97,7 +97,7 @@ def without(cls: type[Flags], name: str, entry: Group) -> str:
     missing = [f'`{part}`' if part in ('pos', 'mems') else part for part, works in verdict.items() if works is False]
     if cls is AttentionFlags:
         needs = needs_of({flag.removeprefix('attn_'): value for flag, value in entry.flags.items()})
-        best = Call(
+        best = CallFacts(
             'cuda',
             torch.bfloat16,
             True,
@@ -106,7 +106,7 @@ def without(cls: type[Flags], name: str, entry: Group) -> str:
             8,
             64,
             64,
-            Where(1024, 1024),
+            ScoreShape(1024, 1024),
             plain_causal=True,
             causal=True,
         )
@@ -177,7 +177,7 @@ def generated() -> str:
         lines += [row(cls, name) for name in cls.flag_fields()]
         if cls is AttentionFlags:
             lines += ['', f'Set by the stack, so without a prefix there: {listed(SET_BY_STACK)}.']
-            lines += [f'Not taken over by cross attention: {listed(SELF_ATTENTION_ONLY)}.']
+            lines += [f'Not taken over by cross attention: {listed(AttentionFlags.self_only())}.']
         lines += ['', 'What does not go together:', '', *map(rule_line, rules)]
         if cls is AttentionFlags:
             lines += [

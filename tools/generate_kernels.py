@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from x_transformers.attention.kernels.base import Call
+from x_transformers.attention.geometry import ScoreShape
+from x_transformers.attention.kernels.base import CallFacts
 from x_transformers.attention.kernels.choose import KERNELS, choose_kernel, needs_of
-from x_transformers.attention.scores.base import Where
 
 PATH = Path(__file__).parent.parent / 'docs/kernels.md'
 
@@ -20,7 +20,7 @@ ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ('a padding mask', {}, {'plain_causal': False, 'masked': True}),
     ('`attn_mask` with a head axis', {}, {'plain_causal': False, 'masked': True, 'masked_heads': True}),
     ('`attn_max_attend_past`', {}, {'plain_causal': False, 'masked': True, 'windowed': True}),
-    ('`attn_num_mem_kv`, `attn_add_zero_kv`', {}, {'plain_causal': False, 'where': Where(1024, 1028, 4)}),
+    ('`attn_num_mem_kv`, `attn_add_zero_kv`', {}, {'plain_causal': False, 'geometry': ScoreShape(1024, 1028, 4)}),
     ('`attn_kv_heads`, `attn_one_kv_head`', {}, {'kv_heads': 2}),
     ('`attn_value_dim_head`', {}, {'value_dim': 48}),
     ('`alibi_pos_bias`', {}, {'plain_causal': False, 'biased': True, 'by_distance': True}),
@@ -48,7 +48,7 @@ ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ('`attn_cog_signed`', {'cog_signed': True}, {}),
     ('`attn_use_cope`', {'use_cope': True}, {}),
     ('`attn_selective`', {'selective': True}, {}),
-    ('`residual_attn`: scores of the layer before', {}, {'previous': True, 'hand_on': True}),
+    ('`residual_attn`: scores of the layer before', {}, {'previous': True, 'return_scores': True}),
     ('`attn_onnxable`', {'onnxable': True}, {}),
 )
 GPU: dict[str, Any] = {'device': 'cuda', 'dtype': torch.bfloat16}
@@ -78,14 +78,14 @@ prefers. A number is a reason.
 """
 
 
-def facts(place: dict[str, Any], changed: dict[str, Any], *, gradients: bool = True) -> Call:
-    plain = {'gradients': gradients, 'dropout': False, 'where': Where(1024, 1024), 'plain_causal': True, 'causal': True}
-    return Call(**{**place, **HEADS, **plain, **changed})
+def facts(place: dict[str, Any], changed: dict[str, Any], *, gradients: bool = True) -> CallFacts:
+    plain = {'gradients': gradients, 'dropout': False, 'geometry': ScoreShape(1024, 1024), 'plain_causal': True, 'causal': True}
+    return CallFacts(**{**place, **HEADS, **plain, **changed})
 
 
-def alone(where: Where) -> Where:
+def alone(geometry: ScoreShape) -> ScoreShape:
     """The same for one query, as in decoding."""
-    return Where(1, where.keys, where.front)
+    return ScoreShape(1, geometry.keys, geometry.front)
 
 
 def told(refusals: tuple[str, ...], settings: dict[str, Any]) -> list[str]:
@@ -117,7 +117,12 @@ def generated() -> str:
         cells = []
         for place in (GPU, CPU):
             cells.append(choose_kernel(needs_of(settings), facts(place, changed)).name)
-            one = {**changed, 'where': alone(changed.get('where', Where(1024, 1024))), 'plain_causal': False, 'dropout': False}
+            one = {
+                **changed,
+                'geometry': alone(changed.get('geometry', ScoreShape(1024, 1024))),
+                'plain_causal': False,
+                'dropout': False,
+            }
             one['learned_bias'] = False
             cells.append(choose_kernel(needs_of(settings), facts(place, one, gradients=False)).name)
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')

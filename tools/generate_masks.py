@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask, PackedSequences
-from x_transformers.attention.scores.base import Where
 
 PATH = Path(__file__).parent.parent / 'docs/masks.md'
 N = 6
-FULL = Where(N, N)
+FULL = ScoreShape(N, N)
 STARTS = torch.tensor([0, 2, 6])
 
 
@@ -22,7 +22,7 @@ def padding(*lengths: int) -> Tensor:
 
 
 # name of the picture: (mask, geometry)
-PICTURES: dict[str, tuple[Mask, Where]] = {
+PICTURES: dict[str, tuple[Mask, ScoreShape]] = {
     'encoder': (Mask(), FULL),
     'causal': (Mask(causal=True), FULL),
     'padding': (Mask(causal=True, keys=padding(6, 4)), FULL),
@@ -32,21 +32,21 @@ PICTURES: dict[str, tuple[Mask, Where]] = {
     'prefix': (Mask(causal=True, prefix=torch.tensor([2, 4])), FULL),
     'dense': (Mask(causal=True, dense=torch.eye(N, dtype=torch.bool) | (torch.arange(N) % 2 == 0)), FULL),
     'packed': (Mask(causal=True, packed=PackedSequences(STARTS, STARTS)), FULL),
-    'memory keys': (Mask(causal=True), Where(N, N + 2, 2)),
-    'mems': (Mask(causal=True), Where(N, N + 3)),
-    'cache': (Mask(causal=True), Where(2, N)),
+    'memory keys': (Mask(causal=True), ScoreShape(N, N + 2, 2)),
+    'mems': (Mask(causal=True), ScoreShape(N, N + 3)),
+    'cache': (Mask(causal=True), ScoreShape(2, N)),
 }
 
 
-def drawn(mask: Mask, where: Where) -> str:
+def drawn(mask: Mask, geometry: ScoreShape) -> str:
     """One grid per row of the batch, side by side: queries go down, keys to the right."""
-    allowed = mask.rendered(where)
+    allowed = mask.rendered(geometry)
     if allowed is None:
-        allowed = torch.ones(1, 1, where.queries, where.keys, dtype=torch.bool)
-    grids = [row[0].expand(where.queries, where.keys) for row in allowed]
+        allowed = torch.ones(1, 1, geometry.queries, geometry.keys, dtype=torch.bool)
+    grids = [row[0].expand(geometry.queries, geometry.keys) for row in allowed]
     return '\n'.join(
         '     '.join(' '.join('■' if seen else '·' for seen in grid[query].tolist()) for grid in grids)
-        for query in range(where.queries)
+        for query in range(geometry.queries)
     )
 
 

@@ -17,17 +17,17 @@ class FixedBias(Bias):
         super().__init__()
         self.tensor = tensor
 
-    def between(self, where, start, stop) -> Tensor:
+    def between(self, geometry, start, stop) -> Tensor:
         return self.tensor if self.tensor.shape[-2] == 1 else self.tensor[..., start:stop, :]
 
-    def render(self, where) -> Tensor:
-        return torch.nn.functional.pad(self.tensor, (where.front, 0))
+    def render(self, geometry) -> Tensor:
+        return torch.nn.functional.pad(self.tensor, (geometry.front, 0))
 
 
-def may_look(b, h, i, j, where, *, causal=False, past=None, keys=None, dense=None, front=None, prefix=None) -> bool:
-    own, query = j - where.front, i + where.first
+def may_look(b, h, i, j, geometry, *, causal=False, past=None, keys=None, dense=None, front=None, prefix=None) -> bool:
+    own, query = j - geometry.front, i + geometry.first
     if dense is not None:
-        full = torch.nn.functional.pad(dense, (where.keys - dense.shape[-1], 0), value=True)
+        full = torch.nn.functional.pad(dense, (geometry.keys - dense.shape[-1], 0), value=True)
         full = full[(None,) * (4 - full.ndim)]
         if not full[b % full.shape[0], h % full.shape[1], i, j]:
             return False
@@ -40,17 +40,17 @@ def may_look(b, h, i, j, where, *, causal=False, past=None, keys=None, dense=Non
     return not causal or own <= query or (prefix is not None and own < (prefix if isinstance(prefix, int) else int(prefix[b])))
 
 
-def attention(q, k, v, where, *, scale, bias=None, clamp=None, sink=None, l2=False, **mask) -> Tensor:
+def attention(q, k, v, geometry, *, scale, bias=None, clamp=None, sink=None, l2=False, **mask) -> Tensor:
     """Softmax attention over what may be seen; 0 where nothing may."""
     (batch, heads, queries, _), kv_heads = q.shape, k.shape[1]
     out = torch.zeros(batch, heads, queries, v.shape[-1], dtype=torch.float64)
-    added = None if bias is None else bias.render(where).expand(batch, heads, queries, where.keys)
+    added = None if bias is None else bias.render(geometry).expand(batch, heads, queries, geometry.keys)
     for b in range(batch):
         for h in range(heads):
             for i in range(queries):
                 scores = {}
-                for j in range(where.keys):
-                    if may_look(b, h, i, j, where, **mask):
+                for j in range(geometry.keys):
+                    if may_look(b, h, i, j, geometry, **mask):
                         one, other = q[b, h, i].double(), k[b, h % kv_heads, j].double()
                         score = (-(one - other).square().sum() if l2 else one @ other) * scale
                         score = score + (0 if added is None else added[b, h, i, j].double())

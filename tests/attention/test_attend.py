@@ -9,7 +9,7 @@ import torch
 import x_transformers.attend as table
 from x_transformers.attend import Attend, compact, once, pack_one, unpack_one
 from x_transformers.attention.attend import ONE_OF
-from x_transformers.attention.scores.base import Where
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.scores.contextual import CoPE
 from x_transformers.flags.base import FlagError
 
@@ -44,8 +44,8 @@ def test_forward(kv_heads, queries, keys, zero):
     attend = Attend(causal=True, add_zero_kv=zero)
     pad = (0, 0, int(zero), 0)
     padded = [torch.nn.functional.pad(t, pad) for t in (k, v)]
-    where = Where(queries, keys + zero, int(zero))
-    want = attention(q, *padded, where, scale=8**-0.5, bias=FixedBias(bias[None]), causal=True, keys=seen)
+    geometry = ScoreShape(queries, keys + zero, int(zero))
+    want = attention(q, *padded, geometry, scale=8**-0.5, bias=FixedBias(bias[None]), causal=True, keys=seen)
     out, maps = attend(q, k, v, mask=seen, attn_bias=bias)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
     assert maps.post_softmax_attn.shape == (2, 4, queries, keys + zero)

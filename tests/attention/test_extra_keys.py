@@ -6,9 +6,9 @@ from torch.nn.functional import softplus
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.extra_keys import put_in_front
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import ExtraKeys
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
 
 B, N, D, H, W = 2, 5, 12, 4, 6
 
@@ -76,7 +76,7 @@ def test_order_and_mask_of_the_front():
     expected = [2.0, 2.0, 1.0, 1.0, 1.0, 1.0, *[0.0] * N]
     assert k[0, 0, :, 0].tolist() == expected
     assert v[0, 0, :, 0].tolist() == expected
-    seen = mask.rendered(Where(queries=N, keys=6 + N, front=6))
+    seen = mask.rendered(ScoreShape(queries=N, keys=6 + N, front=6))
     assert seen.expand(B, 1, N, -1)[0, 0, 0].tolist() == [False, *[True] * (5 + N)]
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from x_transformers.attention.attend import Attend
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels import block_steps
-from x_transformers.attention.kernels.base import Call, Needs
+from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import KERNELS, NAMES, choose_kernel, explain, needs_of, use_kernel
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
 from x_transformers.flags.attention_rules import fused_refusals
 
 from .formula import FixedBias, attention
@@ -22,13 +22,13 @@ from .formula import FixedBias, attention
 SCALE, B, H, D = 0.4, 2, 4, 4
 
 
-def draw(seed: int) -> tuple[Where, int, int, dict, dict, torch.Tensor | None]:
+def draw(seed: int) -> tuple[ScoreShape, int, int, dict, dict, torch.Tensor | None]:
     """(geometry, kv heads, value width, settings of Attend, fields of Mask, bias over own keys)."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     n, front = rng.choice([1, 2, 7]), rng.choice([0, 0, 1, 2])
     own = max(n - 2, 1) if rng.random() < 0.1 else n + rng.choice([0, 0, 3])
-    where = Where(n, own + front, front)
+    geometry = ScoreShape(n, own + front, front)
     settings = {
         'l2_distance': rng.random() < 0.2,
         'head_learned_sink': rng.random() < 0.25,
@@ -46,18 +46,18 @@ def draw(seed: int) -> tuple[Where, int, int, dict, dict, torch.Tensor | None]:
         mask['prefix'] = rng.choice([2, torch.tensor([1, 3])])
     shape = rng.choice([None, None, (1, H, n, own), (B, 1, n, own), (1, H, 1, own)])
     bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
-    return where, rng.choice([1, 2, 4]), rng.choice([D, D + 2, 2]), settings, mask, bias
+    return geometry, rng.choice([1, 2, 4]), rng.choice([D, D + 2, 2]), settings, mask, bias
 
 
 @pytest.mark.parametrize('seed', range(60))
 def test_kernels_agree(seed, monkeypatch):
     monkeypatch.setattr(block_steps, 'ROWS', 4)
-    where, kv_heads, width, settings, fields, bias = draw(seed)
+    geometry, kv_heads, width, settings, fields, bias = draw(seed)
     attend = Attend(heads=H, logit_softclamp_value=2.0, scale=SCALE, **settings).double()
     sink = attend.head_attn_sink
     if sink is not None:
         torch.nn.init.normal_(sink)
-    shapes = (H, where.queries, D), (kv_heads, where.keys, D), (kv_heads, where.keys, width)
+    shapes = (H, geometry.queries, D), (kv_heads, geometry.keys, D), (kv_heads, geometry.keys, width)
     given = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes] + ([] if bias is None else [bias])
     q, k, v = given[:3]
     zero = settings['add_zero_kv']
@@ -65,7 +65,7 @@ def test_kernels_agree(seed, monkeypatch):
         q,
         F.pad(k, (0, 0, 1, 0)) if zero else k,
         F.pad(v, (0, 0, 1, 0)) if zero else v,
-        where.with_front(1) if zero else where,
+        geometry.with_front(1) if zero else geometry,
         scale=SCALE,
         bias=None if bias is None else FixedBias(bias),
         clamp=2.0 if settings['softclamp_logits'] else None,
@@ -79,7 +79,7 @@ def test_kernels_agree(seed, monkeypatch):
         leaves = [t.clone().requires_grad_() for t in given]
         with use_kernel(name):
             added = FixedBias(leaves[3]) if bias is not None else None
-            out, _ = attend.run(*leaves[:3], mask=Mask(**fields), where=where, bias=added)
+            out, _ = attend.run(*leaves[:3], mask=Mask(**fields), geometry=geometry, bias=added)
         torch.testing.assert_close(out, want, atol=1e-9, rtol=0, msg=lambda m, name=name: f'{name}: {m}')
         leaves += [] if sink is None else [sink]
         grads = torch.autograd.grad(out, leaves, weight, allow_unused=True, materialize_grads=True)
@@ -95,7 +95,7 @@ MIXERS = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_hea
 def test_rules_on_whole_rows_and_all_heads_in_blocks(seed, monkeypatch):
     """Outputs and gradients of the reference, those of everything that learns."""
     monkeypatch.setattr(block_steps, 'ROWS', 4)
-    where, kv_heads, width, settings, fields, bias = draw(seed)
+    geometry, kv_heads, width, settings, fields, bias = draw(seed)
     rng = random.Random(seed)
     settings |= {'l2_distance': False, **rng.choice([{}, {'sparse_topk': 2}, {'sigmoid': True}])}
     mixing = [name for name in MIXERS if rng.random() < 0.5] if rng.random() < 0.8 else []
@@ -104,14 +104,14 @@ def test_rules_on_whole_rows_and_all_heads_in_blocks(seed, monkeypatch):
     attend = Attend(heads=H, logit_softclamp_value=2.0, scale=SCALE, **settings, **dict.fromkeys(mixing, True)).double()
     for parameter in attend.parameters():
         torch.nn.init.normal_(parameter)
-    shapes = (H, where.queries, D), (kv_heads, where.keys, D), (kv_heads, where.keys, width)
+    shapes = (H, geometry.queries, D), (kv_heads, geometry.keys, D), (kv_heads, geometry.keys, width)
     given = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes] + ([] if bias is None else [bias])
     found = {}
     for name in ('reference', 'blocks'):
         leaves = [t.clone().requires_grad_() for t in given]
         with use_kernel(name):
             added = FixedBias(leaves[3]) if bias is not None else None
-            out, _ = attend.run(*leaves[:3], mask=Mask(**fields), where=where, bias=added)
+            out, _ = attend.run(*leaves[:3], mask=Mask(**fields), geometry=geometry, bias=added)
         leaves += attend.parameters()
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         found[name] = [out, *torch.autograd.grad(out, leaves, weight, allow_unused=True, materialize_grads=True)]
@@ -135,13 +135,13 @@ def test_autocast_and_single_precision(name, kv_heads):
     keys = torch.rand(B, 9) > 0.4
     keys[0, :3] = False
     mask = Mask(keys=keys, causal=True)
-    want = attention(q, k, v, Where(9, 9), scale=8**-0.5, causal=True, keys=keys)
+    want = attention(q, k, v, ScoreShape(9, 9), scale=8**-0.5, causal=True, keys=keys)
     for leaf in (q, k, v):
         leaf.requires_grad_()
     with use_kernel(name):
-        single, _ = Attend().run(q, k, v, mask=mask, where=Where(9, 9))
+        single, _ = Attend().run(q, k, v, mask=mask, geometry=ScoreShape(9, 9))
         with torch.autocast('cpu', torch.bfloat16):
-            half, _ = Attend().run(q, k, v, mask=mask, where=Where(9, 9))
+            half, _ = Attend().run(q, k, v, mask=mask, geometry=ScoreShape(9, 9))
     torch.testing.assert_close(single.double(), want, atol=1e-5, rtol=0)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), want, atol=0.05, rtol=0)
@@ -157,13 +157,13 @@ def test_flex_in_the_eager_form():
     keys = torch.rand(B, 6) > 0.4
     attend = Attend(heads=H, softclamp_logits=True, logit_softclamp_value=2.0, head_learned_sink=True)
     torch.nn.init.normal_(attend.head_attn_sink)
-    bias, where = torch.randn(1, H, 5, 6), Where(5, 7, 1)
+    bias, geometry = torch.randn(1, H, 5, 6), ScoreShape(5, 7, 1)
     fields = {'causal': True, 'past': 3, 'keys': keys}
     sink = attend.head_attn_sink.tolist()
-    want = attention(q, k, v, where, scale=0.25, bias=FixedBias(bias), clamp=2.0, sink=sink, **fields)
+    want = attention(q, k, v, geometry, scale=0.25, bias=FixedBias(bias), clamp=2.0, sink=sink, **fields)
     # not compiled here: torch says so once
     with torch.no_grad(), use_kernel('flex'), pytest.warns(UserWarning, match='flex_attention called without torch.compile'):
-        out, _ = attend.run(q, k, v, mask=Mask(**fields), where=where, bias=FixedBias(bias))
+        out, _ = attend.run(q, k, v, mask=Mask(**fields), geometry=geometry, bias=FixedBias(bias))
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
 
 
@@ -187,12 +187,12 @@ def test_backends_can_be_restricted():
     torch.testing.assert_close(math_only(q, k, v)[0], Attend(causal=True)(q, k, v)[0])
 
 
-def call(**facts) -> Call:
+def call(**facts) -> CallFacts:
     plain = {
         'device': 'cpu', 'dtype': torch.float32, 'gradients': True, 'dropout': False, 'heads': 8, 'kv_heads': 8,
-        'key_dim': 64, 'value_dim': 64, 'where': Where(1024, 1024), 'plain_causal': True, 'causal': True,
+        'key_dim': 64, 'value_dim': 64, 'geometry': ScoreShape(1024, 1024), 'plain_causal': True, 'causal': True,
     }  # fmt: skip
-    return Call(**{**plain, **facts})
+    return CallFacts(**{**plain, **facts})
 
 
 @pytest.mark.parametrize(
@@ -204,15 +204,15 @@ def call(**facts) -> Call:
         (Needs(), {'windowed': True}, 'blocks'),
         (Needs(), {'learned_bias': True}, 'blocks'),
         (Needs(), {'by_distance': True}, 'blocks'),
-        (Needs(), {'by_distance': True, 'where': Where(128, 128)}, 'sdpa'),
+        (Needs(), {'by_distance': True, 'geometry': ScoreShape(128, 128)}, 'sdpa'),
         (Needs(), {'by_distance': True, 'device': 'cuda'}, 'sdpa'),
         (Needs(), {'previous': True}, 'reference'),
-        (Needs(), {'hand_on': True}, 'reference'),
+        (Needs(), {'return_scores': True}, 'reference'),
         (Needs(), {'packed': True}, 'sdpa'),
         (Needs(), {'packed': True, 'device': 'cuda', 'dtype': torch.bfloat16}, 'varlen'),
         (Needs(pointwise=('softclamp_logits',)), {}, 'blocks'),
         (Needs(pointwise=('softclamp_logits',)), {'device': 'cuda'}, 'flex'),
-        (Needs(pointwise=('softclamp_logits',)), {'where': Where(1, 9)}, 'reference'),
+        (Needs(pointwise=('softclamp_logits',)), {'geometry': ScoreShape(1, 9)}, 'reference'),
         (Needs(sink=True), {}, 'blocks'),
         (Needs(whole=('selective',)), {}, 'reference'),
         (Needs(weights='sigmoid'), {}, 'blocks'),
@@ -282,7 +282,7 @@ def test_one_graph(settings, monkeypatch):
     attend = Attend(heads=H, causal=True, **settings)
 
     def attention_with_padding(q, keys):
-        return attend.run(q, q, q, mask=Mask(keys=keys).narrowed(True, 3), where=Where(6, 6))[0]
+        return attend.run(q, q, q, mask=Mask(keys=keys).narrowed(True, 3), geometry=ScoreShape(6, 6))[0]
 
     q, keys = torch.randn(B, H, 6, 8), torch.rand(B, 6) > 0.3
     compiled = torch.compile(attention_with_padding, fullgraph=True, backend='eager')

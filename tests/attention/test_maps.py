@@ -5,10 +5,10 @@ import torch
 
 from x_transformers.attend import log_prob_from_hard_attend
 from x_transformers.attention.attend import Attend
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
 
 from .formula import FixedBias
 
@@ -21,14 +21,14 @@ def qkv():
 
 @pytest.mark.parametrize('settings', [{}, {'head_learned_sink': True}, {'add_zero_kv': True}, {'l2_distance': True}], ids=str)
 def test_fused_maps_are_the_reference_s(qkv, settings):
-    attend, where = Attend(heads=4, **settings), Where(5, 5)
+    attend, geometry = Attend(heads=4, **settings), ScoreShape(5, 5)
     mask, bias = Mask(causal=True, keys=torch.rand(2, 5) > 0.3), FixedBias(torch.randn(1, 4, 5, 5))
     with use_kernel('sdpa'):
-        _, lazy = attend.run(*qkv, mask=mask, where=where, bias=bias, keep=True)
+        _, lazy = attend.run(*qkv, mask=mask, geometry=geometry, bias=bias, return_attn=True)
     with use_kernel('reference'):
-        _, eager = attend.run(*qkv, mask=mask, where=where, bias=bias, keep=True)
+        _, eager = attend.run(*qkv, mask=mask, geometry=geometry, bias=bias, return_attn=True)
     assert lazy.records == {}
-    for name in ('qk_similarities', 'pre_softmax', 'post_softmax', 'handed_on'):
+    for name in ('qk_similarities', 'pre_softmax', 'post_softmax', 'next_layer_scores'):
         torch.testing.assert_close(getattr(lazy, name), getattr(eager, name), atol=0, rtol=0)
     (gradient,) = torch.autograd.grad(lazy.post_softmax.square().sum(), qkv[0])
     (expected,) = torch.autograd.grad(eager.post_softmax.square().sum(), qkv[0])
@@ -39,22 +39,22 @@ def test_fused_maps_are_the_reference_s(qkv, settings):
 def test_nothing_is_kept_unless_asked(qkv):
     for kernel in ('sdpa', 'reference'):
         with use_kernel(kernel):
-            _, maps = Attend().run(*qkv, mask=Mask(), where=Where(5, 5))
+            _, maps = Attend().run(*qkv, mask=Mask(), geometry=ScoreShape(5, 5))
         assert maps.qk_similarities is None
         assert maps.post_softmax is None
-        assert maps.handed_on is None
+        assert maps.next_layer_scores is None
 
 
 def test_maps_in_the_precision_of_the_run(qkv):
     with torch.autocast('cpu', torch.bfloat16):
-        _, maps = Attend().run(*qkv, mask=Mask(), where=Where(5, 5), keep=True)
+        _, maps = Attend().run(*qkv, mask=Mask(), geometry=ScoreShape(5, 5), return_attn=True)
     assert maps.post_softmax.dtype == torch.bfloat16
 
 
 def test_handing_on_computes_scores_once(qkv):
-    _, maps = Attend(causal=True).run(*qkv, mask=Mask(causal=True), where=Where(5, 5), hand_on=True)
+    _, maps = Attend(causal=True).run(*qkv, mask=Mask(causal=True), geometry=ScoreShape(5, 5), return_scores=True)
     assert list(maps.records) == ['scores']
-    assert maps.handed_on is maps.pre_softmax
+    assert maps.next_layer_scores is maps.pre_softmax
 
 
 def test_log_prob_of_hard_attention(qkv):

@@ -9,8 +9,8 @@ import torch
 
 from x_transformers.attend import create_causal_mask, onnx_create_causal_mask, qk_l2_dist_squared, selective_attn
 from x_transformers.attention.attend import Attend
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
 from x_transformers.attention.scores.contextual import CoPE
 from x_transformers.attention.scores.similarity import as_products
 
@@ -93,9 +93,9 @@ def test_previous_scores_never_overflow(qkv):
     attend = Attend(heads=H, causal=True, **dict.fromkeys(names, True))
     for weight in attend.parameters():
         torch.nn.init.normal_(weight, std=3.0)
-    mask, where = Mask(causal=True), Where(N, N)
-    _, maps = attend.run(q, k, v, mask=mask, where=where, keep=True)
-    out, second = attend.run(q, k, v, mask=mask, where=where, previous=maps.handed_on, keep=True)
+    mask, geometry = Mask(causal=True), ScoreShape(N, N)
+    _, maps = attend.run(q, k, v, mask=mask, geometry=geometry, return_attn=True)
+    out, second = attend.run(q, k, v, mask=mask, geometry=geometry, previous=maps.next_layer_scores, return_attn=True)
     torch.testing.assert_close(second.qk_similarities.tril(), (q @ k.mT * D**-0.5 + maps.pre_softmax).tril())
     out.sum().backward()
     assert out.isfinite().all()
@@ -106,11 +106,11 @@ def test_previous_scores_without_the_sink(qkv):
     q, k, v = qkv
     attend = Attend(heads=H, causal=True, head_learned_sink=True).double()
     torch.nn.init.normal_(attend.head_attn_sink)
-    where, mask = Where(N, N), Mask(causal=True)
-    _, maps = attend.run(q, k, v, mask=mask, where=where, keep=True)
+    geometry, mask = ScoreShape(N, N), Mask(causal=True)
+    _, maps = attend.run(q, k, v, mask=mask, geometry=geometry, return_attn=True)
     assert maps.pre_softmax.shape == (B, H, N, N + 1)
-    assert maps.handed_on.shape == (B, H, N, N)
-    out, _ = attend.run(q, k, v, mask=mask, where=where, previous=maps.handed_on)
+    assert maps.next_layer_scores.shape == (B, H, N, N)
+    out, _ = attend.run(q, k, v, mask=mask, geometry=geometry, previous=maps.next_layer_scores)
     scores = causal_scores(q, k) * 2
     column = attend.head_attn_sink.view(1, H, 1, 1).expand(B, H, N, 1)
     weights = torch.cat((column, scores), -1).softmax(-1)[..., 1:]
@@ -213,6 +213,6 @@ def test_causal_masks(i, j):
 def test_bias_leaves_the_front_alone(qkv):
     q, k, v = qkv
     bias = torch.randn(1, H, N, N - 1, dtype=torch.float64)
-    out, _ = Attend().run(q, k, v, mask=Mask(), where=Where(N, N, 1), bias=FixedBias(bias))
+    out, _ = Attend().run(q, k, v, mask=Mask(), geometry=ScoreShape(N, N, 1), bias=FixedBias(bias))
     added = torch.cat((torch.zeros(1, H, N, 1), bias), -1)
     torch.testing.assert_close(out, (q @ k.mT * D**-0.5 + added).softmax(-1) @ v)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.attend import Attend
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels import sdpa
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
 
 B, H, D = 3, 4, 8
 
@@ -31,41 +31,41 @@ def holes(own: int) -> Tensor:
 
 # (geometry, fields of the mask, settings of attention, kv heads, width of the values)
 CASES = {
-    'padding': (Where(9, 9), {'keys': padded(9)}, {}, H, D),
-    'left padding': (Where(9, 9), {'keys': padded(9, left=True)}, {}, H, D),
-    'holes': (Where(9, 9), {'keys': holes(9)}, {}, H, D),
-    'memory keys': (Where(9, 11, 2), {}, {}, H, D),
-    'memory keys and padding': (Where(9, 11, 2), {'keys': padded(9)}, {}, H, D),
-    'zero key': (Where(9, 9), {}, {'add_zero_kv': True}, H, D),
-    'zero key and left padding': (Where(9, 9), {'keys': padded(9, left=True)}, {'add_zero_kv': True}, H, D),
-    'memories before the tokens': (Where(9, 11), {'keys': holes(11)}, {}, H, D),
-    'memories, memory keys and a zero key': (Where(12, 14, 1), {'keys': holes(13)}, {'add_zero_kv': True}, H, D),
-    'one kv head': (Where(9, 10, 1), {'keys': padded(9)}, {}, 1, D),
-    'grouped kv heads': (Where(9, 10, 1), {'keys': padded(9, left=True)}, {}, 2, D),
-    'narrow values': (Where(9, 10, 1), {'keys': holes(9)}, {}, H, 3),
-    'wide values': (Where(9, 9), {'keys': holes(9)}, {}, 2, 21),
-    'distances': (Where(9, 9), {'keys': padded(9)}, {'l2_distance': True}, H, D),
-    'a window that shows all': (Where(9, 9), {'keys': padded(9), 'past': 8}, {}, H, D),
-    'large scale': (Where(9, 9), {'keys': padded(9)}, {'scale': 30.0}, H, D),
+    'padding': (ScoreShape(9, 9), {'keys': padded(9)}, {}, H, D),
+    'left padding': (ScoreShape(9, 9), {'keys': padded(9, left=True)}, {}, H, D),
+    'holes': (ScoreShape(9, 9), {'keys': holes(9)}, {}, H, D),
+    'memory keys': (ScoreShape(9, 11, 2), {}, {}, H, D),
+    'memory keys and padding': (ScoreShape(9, 11, 2), {'keys': padded(9)}, {}, H, D),
+    'zero key': (ScoreShape(9, 9), {}, {'add_zero_kv': True}, H, D),
+    'zero key and left padding': (ScoreShape(9, 9), {'keys': padded(9, left=True)}, {'add_zero_kv': True}, H, D),
+    'memories before the tokens': (ScoreShape(9, 11), {'keys': holes(11)}, {}, H, D),
+    'memories, memory keys and a zero key': (ScoreShape(12, 14, 1), {'keys': holes(13)}, {'add_zero_kv': True}, H, D),
+    'one kv head': (ScoreShape(9, 10, 1), {'keys': padded(9)}, {}, 1, D),
+    'grouped kv heads': (ScoreShape(9, 10, 1), {'keys': padded(9, left=True)}, {}, 2, D),
+    'narrow values': (ScoreShape(9, 10, 1), {'keys': holes(9)}, {}, H, 3),
+    'wide values': (ScoreShape(9, 9), {'keys': holes(9)}, {}, 2, 21),
+    'distances': (ScoreShape(9, 9), {'keys': padded(9)}, {'l2_distance': True}, H, D),
+    'a window that shows all': (ScoreShape(9, 9), {'keys': padded(9), 'past': 8}, {}, H, D),
+    'large scale': (ScoreShape(9, 9), {'keys': padded(9)}, {'scale': 30.0}, H, D),
 }
 
 
 def both(monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], int]:
     """(output and gradients of this kernel, those of the reference, how often the trick was used)."""
-    where, fields, settings, kv_heads, width = CASES[case]
+    geometry, fields, settings, kv_heads, width = CASES[case]
     used: list[Any] = []
     trick = sdpa.with_lead
     monkeypatch.setattr(sdpa, 'COPIES_PAY_FROM', 4)
     monkeypatch.setattr(sdpa, 'with_lead', lambda *args: used.append(args) or trick(*args))
     torch.manual_seed(0)
-    shapes = (H, where.queries, D), (kv_heads, where.keys, D), (kv_heads, where.keys, width)
+    shapes = (H, geometry.queries, D), (kv_heads, geometry.keys, D), (kv_heads, geometry.keys, width)
     given = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes]
-    weight = torch.randn(B, H, where.queries, width, dtype=torch.float64)
+    weight = torch.randn(B, H, geometry.queries, width, dtype=torch.float64)
     found = []
     for name in ('sdpa', 'reference'):
         leaves = [t.to(dtype if name == 'sdpa' else torch.float64).requires_grad_() for t in (t.clone() for t in given)]
         with use_kernel(name):
-            out, _ = Attend(heads=H, **settings).run(*leaves, mask=Mask(causal=True, **fields), where=where)
+            out, _ = Attend(heads=H, **settings).run(*leaves, mask=Mask(causal=True, **fields), geometry=geometry)
         found.append([out, *torch.autograd.grad(out, leaves, weight.to(out.dtype))])
     return found[0], found[1], len(used)
 
@@ -81,29 +81,29 @@ def test_queries_in_front_and_channels_of_padding_give_what_a_mask_gives(case, m
 @pytest.mark.parametrize(('dtype', 'close'), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize('case', ['padding', 'left padding', 'memory keys and padding', 'zero key and left padding', 'holes'])
 def test_no_precision_lets_padding_through(case, dtype, close, monkeypatch):
-    where, fields, *_ = CASES[case]
+    geometry, fields, *_ = CASES[case]
     got, want, used = both(monkeypatch, case, dtype)
     assert used == 1
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one.double(), other, atol=close, rtol=close)
     hidden = ~fields['keys'][:, None, :, None].expand(-1, H, -1, D)
     for gradient in got[2:]:
-        assert (gradient[:, :, where.front :][hidden] == 0).all()
+        assert (gradient[:, :, geometry.front :][hidden] == 0).all()
 
 
 @pytest.mark.parametrize(
-    ('where', 'fields'),
+    ('geometry', 'fields'),
     [
-        (Where(9, 9), {'keys': padded(9), 'past': 3}),
-        (Where(9, 9), {'keys': padded(9), 'prefix': 2}),
-        (Where(9, 11, 2), {'keys': padded(9), 'front': torch.tensor([[True, False]]).expand(B, -1)}),
-        (Where(9, 9), {'dense': torch.ones(9, 9, dtype=torch.bool).tril(-1)}),
-        (Where(9, 20), {'keys': holes(20)}),
-        (Where(9, 7), {'keys': holes(7)}),
+        (ScoreShape(9, 9), {'keys': padded(9), 'past': 3}),
+        (ScoreShape(9, 9), {'keys': padded(9), 'prefix': 2}),
+        (ScoreShape(9, 11, 2), {'keys': padded(9), 'front': torch.tensor([[True, False]]).expand(B, -1)}),
+        (ScoreShape(9, 9), {'dense': torch.ones(9, 9, dtype=torch.bool).tril(-1)}),
+        (ScoreShape(9, 20), {'keys': holes(20)}),
+        (ScoreShape(9, 7), {'keys': holes(7)}),
     ],
 )
-def test_what_the_trick_cannot_say_is_masked(where, fields, monkeypatch):
-    monkeypatch.setitem(CASES, 'this', (where, fields, {}, 2, D))
+def test_what_the_trick_cannot_say_is_masked(geometry, fields, monkeypatch):
+    monkeypatch.setitem(CASES, 'this', (geometry, fields, {}, 2, D))
     got, want, used = both(monkeypatch, 'this', torch.float64)
     assert used == 0
     for one, other in zip(got, want, strict=True):

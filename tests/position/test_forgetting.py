@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from x_transformers.attention.scores.base import Where
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.cache.kv_cache import LayerCache
 from x_transformers.flags.base import FlagError
 from x_transformers.position.forgetting import DataDependentAlibi, PerRowDataDependentAlibi
@@ -75,7 +75,7 @@ def test_in_steps_with_a_cache(kind: str) -> None:
     for step in (3, 1, 4, 1):
         bias = module.bias(x[:, seen : seen + step], past=past)
         seen += step
-        out = bias.render(Where(queries=step, keys=seen + 2, front=2))
+        out = bias.render(ScoreShape(queries=step, keys=seen + 2, front=2))
         assert (out[..., :2] == 0).all()
         torch.testing.assert_close(visible(out[..., 2:], kind), visible(whole[..., seen - step : seen, :seen], kind))
 
@@ -85,9 +85,9 @@ def test_behind_memories(kind: str) -> None:
     module, x = build(kind), torch.randn(2, 9, 4)
     whole = module(x)
     bias = module.bias(x[:, 4:], mem=x[:, :4])
-    torch.testing.assert_close(visible(bias.render(Where(5, 9)), kind), visible(whole[..., 4:, :], kind))
-    rows = module.bias(x[:, 4:], mem=x[:, :4]).rows(Where(5, 9), 1, 3)
-    torch.testing.assert_close(rows, bias.render(Where(5, 9))[..., 1:3, :])
+    torch.testing.assert_close(visible(bias.render(ScoreShape(5, 9)), kind), visible(whole[..., 4:, :], kind))
+    rows = module.bias(x[:, 4:], mem=x[:, :4]).rows(ScoreShape(5, 9), 1, 3)
+    torch.testing.assert_close(rows, bias.render(ScoreShape(5, 9))[..., 1:3, :])
 
 
 @pytest.mark.parametrize('kind', ['causal', 'row'])
@@ -98,15 +98,15 @@ def test_cache_behind_memories(kind: str) -> None:
     for step in (2, 1, 2):
         bias = module.bias(x[:, seen : seen + step], past=past, mem=x[:, :4])
         seen += step
-        out = bias.render(Where(step, seen))
+        out = bias.render(ScoreShape(step, seen))
         torch.testing.assert_close(visible(out, kind), visible(whole[..., seen - step : seen, :seen], kind))
 
 
 @pytest.mark.parametrize('kind', ['causal', 'both', 'row'])
 def test_views_gradients_and_precision(kind: str) -> None:
     module, x = build(kind), torch.randn(3, 2, 5, 4)
-    where = Where(5, 5)
-    torch.testing.assert_close(module.bias(x).render(where), module(x[0]))
+    geometry = ScoreShape(5, 5)
+    torch.testing.assert_close(module.bias(x).render(geometry), module(x[0]))
     module(x[0]).tril().sum().backward()
     assert (module.to_forget_gates[0].weight.grad[0] != 0).any()
     with torch.autocast('cpu', dtype=torch.bfloat16):

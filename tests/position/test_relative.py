@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.scores.base import Where
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.flags.base import FlagError
 from x_transformers.position.relative import (
     AlibiPositionalBias,
@@ -113,44 +113,44 @@ def test_alibi_at_given_positions() -> None:
 def test_adapted_to_a_call() -> None:
     for module in modules():
         bias = RelativeBias(module)
-        where = Where(queries=3, keys=7, front=2)
-        out = bias.render(where)
+        geometry = ScoreShape(queries=3, keys=7, front=2)
+        out = bias.render(geometry)
         assert out.shape == (1, 3, 3, 7)
         assert (out[..., :2] == 0).all()
         torch.testing.assert_close(out[0, ..., 2:], module(3, 5))
-        assert bias.render(where) is out
-        torch.testing.assert_close(RelativeBias(module).rows(where, 1, 3), out[:, :, 1:3])
-        assert torch.equal(bias.rows(where, 1, 3), out[:, :, 1:3])
+        assert bias.render(geometry) is out
+        torch.testing.assert_close(RelativeBias(module).rows(geometry, 1, 3), out[:, :, 1:3])
+        assert torch.equal(bias.rows(geometry, 1, 3), out[:, :, 1:3])
 
 
 def test_given_positions() -> None:
-    where = Where(queries=2, keys=4, front=1)
+    geometry = ScoreShape(queries=2, keys=4, front=1)
     pos = torch.tensor([7, 9, 20, 21])
     *others, alibi = modules()
     for module in others:
-        bias = RelativeBias(module, positions=pos).render(where)
+        bias = RelativeBias(module, positions=pos).render(geometry)
         for query, key in product(range(2), range(3)):
             distance = pos[1 + key] - pos[2 + query]
             torch.testing.assert_close(bias[0, :, query, 1 + key], module.of_distances(distance[None])[:, 0])
         torch.testing.assert_close(module.forward_custom_pos(torch.arange(4)), module(4, 4))
-    out = RelativeBias(alibi, positions=pos).render(where)
+    out = RelativeBias(alibi, positions=pos).render(geometry)
     torch.testing.assert_close(out[0, ..., 1:], alibi.forward_custom_pos(pos[2:], pos[1:]))
-    batched = RelativeBias(alibi, positions=torch.stack((pos, pos * 2))).render(where)
+    batched = RelativeBias(alibi, positions=torch.stack((pos, pos * 2))).render(geometry)
     assert batched.shape == (2, 3, 2, 4)
     torch.testing.assert_close(batched[:1], out)
     torch.testing.assert_close(batched[1:], out * 2)
-    torch.testing.assert_close(RelativeBias(alibi, positions=pos).rows(where, 1, 2), out[:, :, 1:2])
+    torch.testing.assert_close(RelativeBias(alibi, positions=pos).rows(geometry, 1, 2), out[:, :, 1:2])
     with pytest.raises(ValueError, match='pos gives 4 positions, but there are 5 keys'):
-        RelativeBias(alibi, positions=pos).render(Where(2, 5))
+        RelativeBias(alibi, positions=pos).render(ScoreShape(2, 5))
 
 
 def test_rendered_without_gradients_is_not_used_with_them() -> None:
     module = modules()[0]
     bias = RelativeBias(module)
-    where = Where(2, 3)
+    geometry = ScoreShape(2, 3)
     with torch.no_grad():
-        assert not bias.render(where).requires_grad
-    assert bias.render(where).requires_grad
+        assert not bias.render(geometry).requires_grad
+    assert bias.render(geometry).requires_grad
 
 
 def test_gradient_reaches_the_table() -> None:
@@ -164,33 +164,33 @@ def test_gradient_reaches_the_table() -> None:
 
 @pytest.mark.parametrize('front', [0, 2])
 def test_dense(front: int) -> None:
-    where = Where(queries=3, keys=4 + front, front=front)
+    geometry = ScoreShape(queries=3, keys=4 + front, front=front)
     for shape in ((3, 4), (2, 3, 4), (5, 2, 3, 4), (5, 1, 1, 4)):
         given = torch.randn(shape)
-        out = DenseBias(given).render(where)
+        out = DenseBias(given).render(geometry)
         assert out.shape[-1] == 4 + front
         assert (out[..., :front] == 0).all()
         torch.testing.assert_close(out[..., front:].expand(5, 2, 3, 4), given.expand(5, 2, 3, 4))
     whole = torch.randn(3, 4 + front)
-    torch.testing.assert_close(DenseBias(whole).render(where)[0, 0], whole)
-    constant = DenseBias(torch.randn(2, 1, 1)).render(where)
+    torch.testing.assert_close(DenseBias(whole).render(geometry)[0, 0], whole)
+    constant = DenseBias(torch.randn(2, 1, 1)).render(geometry)
     assert (constant[..., :front] == 0).all()
     assert (constant[..., front:] == constant[..., -1:]).all()
-    single = DenseBias(torch.ones(1, 1)).render(Where(1, 1 + front, front))
+    single = DenseBias(torch.ones(1, 1)).render(ScoreShape(1, 1 + front, front))
     assert single.flatten().tolist() == [0.0] * front + [1.0]
     # while decoding only the last rows are asked for
     square = torch.randn(4, 4)
-    torch.testing.assert_close(DenseBias(square).render(Where(1, 4))[0, 0], square[-1:])
-    torch.testing.assert_close(DenseBias(square).rows(Where(3, 4), 1, 3)[0, 0], square[2:])
+    torch.testing.assert_close(DenseBias(square).render(ScoreShape(1, 4))[0, 0], square[-1:])
+    torch.testing.assert_close(DenseBias(square).rows(ScoreShape(3, 4), 1, 3)[0, 0], square[2:])
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match='its shape is'):
         DenseBias(torch.randn(3))
     with pytest.raises(ValueError, match='is for 3 queries and 4 keys, but there are 3 queries and 5 keys'):
-        DenseBias(torch.randn(3, 4)).render(Where(3, 5))
+        DenseBias(torch.randn(3, 4)).render(ScoreShape(3, 5))
     with pytest.raises(ValueError, match='is for 2 queries'):
-        DenseBias(torch.randn(2, 4)).render(Where(3, 4))
+        DenseBias(torch.randn(2, 4)).render(ScoreShape(3, 4))
     with pytest.raises(FlagError, match='at least 1 layer'):
         DynamicPositionBias(4, heads=2, depth=0)
     with pytest.raises(FlagError, match='3 heads of 2'):

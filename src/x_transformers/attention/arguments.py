@@ -282,5 +282,5 @@ def branch_inputs(attn: Attention, x: Tensor, *, return_intermediates: bool, **g
         past=past,
         packed=None if packed is None else PackedSequences.of(packed, causal=attn.causal),
         padding=given['mask'],
-        keep=return_intermediates,
+        return_attn=return_intermediates,
     )

@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.kernels.base import NO_MIXERS, Call, Job, Mixers, Needs, autocast_dtype
+from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, KernelArgs, Mixers, Needs, autocast_dtype
 from x_transformers.attention.kernels.choose import choose_kernel, explain, needs_of, with_rules
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
 from x_transformers.attention.mask import Mask, PackedSequences
-from x_transformers.attention.scores.additive import AddBias, AddPrevious, ApplyMask, Record
-from x_transformers.attention.scores.base import Rule, Rules, Where
+from x_transformers.attention.scores.additive import AddBias, AddPrevious, ApplyMask, RecordMap
+from x_transformers.attention.scores.base import ScoreRule, ScoreRules
 from x_transformers.attention.scores.contextual import AddContextualPositions, Forget
-from x_transformers.attention.scores.pointwise import GiveSignBack, SetSignAside, SoftClamp
+from x_transformers.attention.scores.pointwise import RestoreSign, SoftClamp, SplitSign
 from x_transformers.attention.scores.similarity import Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
-from x_transformers.attention.weights import Dropout, LookUp, SilenceEmptyRows, Weigh, WeightFunction, choose_weights
+from x_transformers.attention.weights import Dropout, Normalize, WeightedSum, WeightFunction, ZeroMaskedRows, choose_weights
 from x_transformers.flags.attention_rules import fused_refusals
 from x_transformers.flags.base import FlagError
 from x_transformers.module import Module, empty_parameter
@@ -116,36 +117,36 @@ class Attend(Module):
         if self.head_attn_sink is not None:
             nn.init.zeros_(self.head_attn_sink)
 
-    def rules(self, scale: float) -> Rules:
+    def rules(self, scale: float) -> ScoreRules:
         """The definition: what happens to the scores, in this order, until they are an output."""
         before, after, around = (
             self.pre_softmax_talking_heads,
             self.post_softmax_talking_heads,
             self.pre_scale_post_talking_heads,
         )
-        rules: tuple[Rule | None, ...] = (
+        rules: tuple[ScoreRule | None, ...] = (
             Similarity(scale, self.l2_distance),
             AddPrevious(),
-            Record('similarities'),
+            RecordMap('similarities'),
             BranchOffScale(around) if around is not None else None,
             MixScores(before) if before is not None else None,
             AddBias(),
             SoftClamp(self.softclamp) if self.softclamp is not None else None,
-            SetSignAside() if self.cog_signed else None,
+            SplitSign() if self.cog_signed else None,
             ApplyMask(),
             AddContextualPositions(self.cope) if self.cope is not None else None,
             Forget() if self.selective else None,
             PutSink(self.head_attn_sink) if self.head_attn_sink is not None else None,
-            Record('scores'),
-            Weigh(self.weight_function),
-            GiveSignBack() if self.cog_signed else None,
-            Record('weights'),
+            RecordMap('scores'),
+            Normalize(self.weight_function),
+            RestoreSign() if self.cog_signed else None,
+            RecordMap('weights'),
             DropSink() if self.head_attn_sink is not None else None,
             Dropout(self.dropout) if self.dropout > 0 and self.training else None,
             MixWeights(after) if after is not None else None,
             ScaleWeights() if around is not None else None,
-            LookUp(),
-            SilenceEmptyRows(),
+            WeightedSum(),
+            ZeroMaskedRows(),
         )
         return tuple(rule for rule in rules if rule is not None)
 
@@ -156,25 +157,26 @@ class Attend(Module):
         v: Float[Tensor, 'b kh j e'],
         *,
         mask: Mask,
-        where: Where,
+        geometry: ScoreShape,
         bias: Bias | None = None,
         previous: Float[Tensor, 'b h i j'] | None = None,
         packed: PackedSequences | Mapping[str, Any] | None = None,
-        keep: bool = False,
-        hand_on: bool = False,
+        return_attn: bool = False,
+        return_scores: bool = False,
     ) -> tuple[Float[Tensor, 'b h i e'], Maps]:
-        """(output, maps). Causality is in the mask. ``keep``: somebody may read the maps; ``hand_on``: the next layer will."""
+        """(output, maps). Causality is in the mask. ``return_attn``: the caller may read the maps; ``return_scores``: the next
+        layer will."""
         if self.add_zero_kv:
-            k, v, where = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), where.with_front(1)
-            previous = previous if previous is None or previous.shape[-1] == where.keys else F.pad(previous, (1, 0))
+            k, v, geometry = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), geometry.with_front(1)
+            previous = previous if previous is None or previous.shape[-1] == geometry.keys else F.pad(previous, (1, 0))
         if packed is not None:
             mask = mask.within(PackedSequences.of(packed, causal=mask.causal))
-        job = Job(
+        args = KernelArgs(
             q,
             k,
             v,
             mask,
-            where,
+            geometry,
             self.rules,
             scale=q.shape[-1] ** -0.5 if self.scale is None else self.scale,
             bias=bias,
@@ -187,11 +189,11 @@ class Attend(Module):
             l2_distance=self.l2_distance,
             dropout=self.dropout if self.training else 0.0,
             backends=self.backends,
-            keep=keep,
-            hand_on=hand_on,
+            return_attn=return_attn,
+            return_scores=return_scores,
         )
-        out = choose_kernel(self.needs, call_of(job))(job)
-        return out, self.maps(job)
+        out = choose_kernel(self.needs, facts_of(args))(args)
+        return out, self.maps(args)
 
     def mixers(self) -> Mixers:
         """The matrices that mix heads, for kernels that know them."""
@@ -203,11 +205,11 @@ class Attend(Module):
         before = None if before is None else before + torch.eye(before.shape[0], dtype=before.dtype, device=before.device)
         return before, after, around
 
-    def maps(self, job: Job) -> Maps:
+    def maps(self, args: KernelArgs) -> Maps:
         sink = self.head_attn_sink is not None
-        if job.records or not (job.keep or job.hand_on):
-            return Maps(job.records, sink=sink)
-        return Maps(remake=partial(remade, job, autocast_dtype(job.q)), sink=sink)
+        if args.records or not (args.return_attn or args.return_scores):
+            return Maps(args.records, sink=sink)
+        return Maps(remake=partial(remade, args, autocast_dtype(args.q)), sink=sink)
 
     def forward(
         self,
@@ -237,56 +239,58 @@ class Attend(Module):
             k,
             v,
             mask=may_look.narrowed(self.causal, None),
-            where=Where(q.shape[-2], k.shape[-2]),
+            geometry=ScoreShape(q.shape[-2], k.shape[-2]),
             bias=bias,
             previous=prev_attn,
             packed=flash_pack_seq_kwargs,
-            keep=True,
+            return_attn=True,
         )
         return out, Intermediates(maps=maps)
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> str:
         """Which kernel a call would use, and why not another. Takes what ``run`` takes."""
-        where = given.pop('where', None) or Where(q.shape[-2], k.shape[-2])
+        geometry = given.pop('geometry', None) or ScoreShape(q.shape[-2], k.shape[-2])
         mask = given.pop('mask', None) or Mask().narrowed(self.causal, None)
-        job = Job(q, k, v, mask, where, self.rules, scale=1.0, dropout=self.dropout if self.training else 0.0, **given)
-        return explain(self.needs, call_of(job))
+        args = KernelArgs(
+            q, k, v, mask, geometry, self.rules, scale=1.0, dropout=self.dropout if self.training else 0.0, **given
+        )
+        return explain(self.needs, facts_of(args))
 
 
-def call_of(job: Job) -> Call:
+def facts_of(args: KernelArgs) -> CallFacts:
     """The facts of a job that kernels are chosen by."""
-    q, k, v, mask, where = job.q, job.k, job.v, job.mask, job.where
-    recording, limits_past = torch.is_grad_enabled(), mask.limits_past(where)
-    return Call(
+    q, k, v, mask, geometry = args.q, args.k, args.v, args.mask, args.geometry
+    recording, limits_past = torch.is_grad_enabled(), mask.limits_past(geometry)
+    return CallFacts(
         device=q.device.type,
         dtype=autocast_dtype(q) or q.dtype,
         gradients=recording and (q.requires_grad or k.requires_grad or v.requires_grad),
-        dropout=job.dropout > 0,
+        dropout=args.dropout > 0,
         heads=q.shape[1],
         kv_heads=k.shape[1],
         key_dim=q.shape[-1],
         value_dim=v.shape[-1],
-        where=where,
-        plain_causal=mask.plain_causal(where),
+        geometry=geometry,
+        plain_causal=mask.plain_causal(geometry),
         masked=mask.keys is not None or mask.dense is not None or mask.prefix is not None or limits_past,
-        windowed=limits_past and mask.past is not None and 2 * mask.past < where.own,
+        windowed=limits_past and mask.past is not None and 2 * mask.past < geometry.own,
         causal=mask.causal,
         packed=mask.packed is not None,
-        biased=job.bias is not None,
-        learned_bias=job.bias is not None and recording and job.bias.learns(where),
-        by_distance=job.bias is not None and job.bias.by_distance,
-        previous=job.previous is not None,
-        hand_on=job.hand_on,
+        biased=args.bias is not None,
+        learned_bias=args.bias is not None and recording and args.bias.learns(geometry),
+        by_distance=args.bias is not None and args.bias.by_distance,
+        previous=args.previous is not None,
+        return_scores=args.return_scores,
         masked_heads=mask.dense is not None and mask.dense.ndim > 2 and mask.dense.shape[-3] != 1,
     )
 
 
-def remade(job: Job, dtype: torch.dtype | None) -> Records:
+def remade(args: KernelArgs, dtype: torch.dtype | None) -> Records:
     """The maps, in the precision in which attention ran."""
-    if dtype is None and autocast_dtype(job.q) is None:
-        return maps_of(job)
-    with torch.autocast(job.q.device.type, dtype=dtype, enabled=dtype is not None):
-        return maps_of(job)
+    if dtype is None and autocast_dtype(args.q) is None:
+        return maps_of(args)
+    with torch.autocast(args.q.device.type, dtype=dtype, enabled=dtype is not None):
+        return maps_of(args)
 
 
 def allowed_backends(sdp_kwargs: Mapping[str, bool]) -> tuple[str, ...] | None:

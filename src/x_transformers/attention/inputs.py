@@ -33,8 +33,8 @@ class BranchInputs:
     """What the stack hands to one branch: attention, cross attention or feed-forward. Everything is optional.
 
     ``mask`` says who may look over the branch's own keys: memories, past, new. ``past`` is the cache of this
-    execution step; without one nothing is kept. ``keep``: somebody may read the attention maps;
-    ``hand_on``: the next layer will, for residual attention.
+    execution step; without one nothing is kept. ``return_attn``: somebody may read the attention maps;
+    ``return_scores``: the next layer will, for residual attention.
     """
 
     context: Float[Tensor, 'b j c'] | None = None
@@ -52,8 +52,8 @@ class BranchInputs:
     padding: Bool[Tensor, 'b n'] | None = None
     condition: Tensor | None = None
     deep_embed: Float[Tensor, 'b n d'] | None = None
-    keep: bool = False
-    hand_on: bool = False
+    return_attn: bool = False
+    return_scores: bool = False
 
 
 class Intermediates:

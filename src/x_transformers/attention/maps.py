@@ -47,7 +47,7 @@ class Maps:
         return self.read('weights')
 
     @property
-    def handed_on(self) -> Float[Tensor, 'b h i j'] | None:
+    def next_layer_scores(self) -> Float[Tensor, 'b h i j'] | None:
         """The scores that residual attention adds in the next layer: without the sink."""
         scores = self.pre_softmax
         return scores[..., 1:] if self.sink and scores is not None else scores

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.scores.base import Where, rendered_bias
+from x_transformers.attention.geometry import ScoreShape
+from x_transformers.attention.scores.base import rendered_bias
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -71,12 +72,14 @@ class PackedSequences:
             check_starts(starts_q, starts_k, causal)
         return cls(starts_q, starts_k, given.get('max_seqlen_q'), given.get('max_seqlen_k'))
 
-    def segments(self, where: Where) -> tuple[Int[Tensor, '1 i'], Int[Tensor, '1 j']]:
+    def segments(self, geometry: ScoreShape) -> tuple[Int[Tensor, '1 i'], Int[Tensor, '1 j']]:
         """The number of the sequence that each query, and each own key, belongs to."""
-        key = (where.queries, where.own)
+        key = (geometry.queries, geometry.own)
         found = recall(self.memo, key)
         if found is None:
-            found = remember(self.memo, key, (segment_ids(self.starts_q, where.queries), segment_ids(self.starts_k, where.own)))
+            found = remember(
+                self.memo, key, (segment_ids(self.starts_q, geometry.queries), segment_ids(self.starts_k, geometry.own))
+            )
         queries, keys = found
         return queries, keys
 
@@ -168,37 +171,44 @@ class Mask:
         """Whether it is about keys alone, beside causality."""
         return self.past is None and all(part is None for part in (self.front, self.prefix, self.dense, self.packed))
 
-    def limits_future(self, where: Where) -> bool:
+    def limits_future(self, geometry: ScoreShape) -> bool:
         """Whether causality forbids anything: not for one query."""
-        return self.causal and (where.queries > 1 or where.first < 0)
+        return self.causal and (geometry.queries > 1 or geometry.first < 0)
 
-    def limits_past(self, where: Where) -> bool:
+    def limits_past(self, geometry: ScoreShape) -> bool:
         """Whether the window forbids anything."""
-        return self.past is not None and self.past < where.own - 1
+        return self.past is not None and self.past < geometry.own - 1
 
-    def plain_causal(self, where: Where) -> bool:
+    def plain_causal(self, geometry: ScoreShape) -> bool:
         """Only causality is asked, of as many queries as keys."""
-        return self.limits_future(where) and not self.limits_past(where) and not self.per_token and where.queries == where.keys
+        return (
+            self.limits_future(geometry)
+            and not self.limits_past(geometry)
+            and not self.per_token
+            and geometry.queries == geometry.keys
+        )
 
-    def may_hide_all(self, where: Where) -> bool:
+    def may_hide_all(self, geometry: ScoreShape) -> bool:
         """Whether some query may have nothing to look at."""
         closable = 0 if self.front is None else self.front.shape[-1]
-        if where.front > closable and (self.dense is None or self.dense.shape[-1] != where.keys):
+        if geometry.front > closable and (self.dense is None or self.dense.shape[-1] != geometry.keys):
             return False
         hides = any(part is not None for part in (self.keys, self.dense, self.packed))
-        return hides or where.own == 0 or (self.causal and where.first < 0)
+        return hides or geometry.own == 0 or (self.causal and geometry.first < 0)
 
     # ------------------------------------------------------------ the same as tensors
 
-    def rendered(self, where: Where, device: torch.device | str | None = None) -> Bool[Tensor, '#b #h i j'] | None:
+    def rendered(self, geometry: ScoreShape, device: torch.device | str | None = None) -> Bool[Tensor, '#b #h i j'] | None:
         """The mask as one tensor that broadcasts to (b h i j); None where everything is allowed.
 
         Never larger than what it depends on: padding alone is (b 1 1 j), padding and causality (b 1 i j). Made once.
         """
-        key = ('rendered', where.queries, where.keys, where.front)
+        key = ('rendered', geometry.queries, geometry.keys, geometry.front)
         found: tuple[Tensor | None] | None = recall(self.memo, key)
         if found is None:
-            found = remember(self.memo, key, (self.part(where, self.device_or(device), (0, where.queries), (0, where.own)),))
+            found = remember(
+                self.memo, key, (self.part(geometry, self.device_or(device), (0, geometry.queries), (0, geometry.own)),)
+            )
         return found[0]
 
     def apart_from_distance(self) -> Mask:
@@ -215,36 +225,36 @@ class Mask:
         return device
 
     def part(
-        self, where: Where, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
+        self, geometry: ScoreShape, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
     ) -> Bool[Tensor, '#b #h i j'] | None:
         """The mask of some rows over the front and over some of the own columns."""
         own = columns[1] - columns[0]
-        pieces = [piece for piece in self.over_own(where, device, rows, columns) if piece is not None]
+        pieces = [piece for piece in self.over_own(geometry, device, rows, columns) if piece is not None]
         mask = reduce(torch.logical_and, pieces) if pieces else None
-        if self.front is not None or (mask is not None and where.front):
-            mask = self.put_front(mask, where.front, own, device)
+        if self.front is not None or (mask is not None and geometry.front):
+            mask = self.put_front(mask, geometry.front, own, device)
         if self.dense is not None:
-            dense = self.over_all(self.dense, where, rows, columns)
+            dense = self.over_all(self.dense, geometry, rows, columns)
             mask = dense if mask is None else mask & dense
         return mask
 
     def over_own(
-        self, where: Where, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
+        self, geometry: ScoreShape, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
     ) -> tuple[Tensor | None, ...]:
         seen = None if self.keys is None else self.keys[:, None, None, columns[0] : columns[1]]
         same = None
         if self.packed is not None:
-            queries, keys = self.packed.segments(where)
+            queries, keys = self.packed.segments(geometry)
             same = (queries[:, slice(*rows), None] == keys[:, None, slice(*columns)])[:, None]
-        return seen, same, self.by_distance(where, device, rows, columns)
+        return seen, same, self.by_distance(geometry, device, rows, columns)
 
     def by_distance(
-        self, where: Where, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
+        self, geometry: ScoreShape, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
     ) -> Tensor | None:
-        limits_future, limits_past = self.limits_future(where), self.limits_past(where)
+        limits_future, limits_past = self.limits_future(geometry), self.limits_past(geometry)
         if not limits_future and not limits_past:
             return None
-        query = torch.arange(where.first + rows[0], where.first + rows[1], device=device)[:, None]
+        query = torch.arange(geometry.first + rows[0], geometry.first + rows[1], device=device)[:, None]
         key = torch.arange(columns[0], columns[1], device=device)
         mask = None
         if limits_future:
@@ -273,52 +283,60 @@ class Mask:
         return torch.cat((opened.expand(rows, 1, queries, front), mask.expand(rows, -1, -1, -1)), dim=-1)
 
     @staticmethod
-    def over_all(dense: Tensor, where: Where, rows: tuple[int, int], columns: tuple[int, int]) -> Bool[Tensor, '#b #h i j']:
+    def over_all(
+        dense: Tensor, geometry: ScoreShape, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Bool[Tensor, '#b #h i j']:
         """Some rows and columns of the user's mask, whose missing columns on the left are open."""
         dense = dense[(None,) * (4 - dense.ndim)]
-        if dense.shape[-1] == 1 and where.keys != 1:
-            dense = dense.expand(*dense.shape[:-1], where.own)
-        if dense.shape[-1] != where.keys:
-            dense = F.pad(dense, (where.keys - dense.shape[-1], 0), value=True)
+        if dense.shape[-1] == 1 and geometry.keys != 1:
+            dense = dense.expand(*dense.shape[:-1], geometry.own)
+        if dense.shape[-1] != geometry.keys:
+            dense = F.pad(dense, (geometry.keys - dense.shape[-1], 0), value=True)
         if dense.shape[-2] != 1 and rows != (0, dense.shape[-2]):
             dense = dense[..., rows[0] : rows[1], :]
-        if columns == (0, where.own):
+        if columns == (0, geometry.own):
             return dense
-        own = dense[..., where.front + columns[0] : where.front + columns[1]]
-        return torch.cat((dense[..., : where.front], own), dim=-1) if where.front else own
+        own = dense[..., geometry.front + columns[0] : geometry.front + columns[1]]
+        return torch.cat((dense[..., : geometry.front], own), dim=-1) if geometry.front else own
 
-    def open_rows(self, where: Where, device: torch.device | str | None = None) -> Bool[Tensor, '#b #h i 1'] | None:
+    def open_rows(self, geometry: ScoreShape, device: torch.device | str | None = None) -> Bool[Tensor, '#b #h i 1'] | None:
         """Which queries have something to look at; None where all have, as the mask's kind alone tells."""
-        if not self.may_hide_all(where):
+        if not self.may_hide_all(geometry):
             return None
-        key = ('open', where.queries, where.keys, where.front)
+        key = ('open', geometry.queries, geometry.keys, geometry.front)
         found: Tensor | None = recall(self.memo, key)
-        if found is None and self.keys is not None and self.causal and self.only_padding and where.front == 0 <= where.first:
+        if (
+            found is None
+            and self.keys is not None
+            and self.causal
+            and self.only_padding
+            and geometry.front == 0 <= geometry.first
+        ):
             # something has come up to there
-            found = remember(self.memo, key, (self.keys.cumsum(dim=-1) > 0)[:, None, where.first :, None])
+            found = remember(self.memo, key, (self.keys.cumsum(dim=-1) > 0)[:, None, geometry.first :, None])
         if found is None:
-            mask = self.rendered(where, device)
+            mask = self.rendered(geometry, device)
             if mask is None:
-                mask = torch.full((1, 1, 1, where.keys), True, device=self.device_or(device))
+                mask = torch.full((1, 1, 1, geometry.keys), True, device=self.device_or(device))
             found = remember(self.memo, key, mask.any(dim=-1, keepdim=True))
         return found
 
     def merged(
-        self, bias: Bias | None, where: Where, *, dtype: torch.dtype, device: torch.device, hidden: float
+        self, bias: Bias | None, geometry: ScoreShape, *, dtype: torch.dtype, device: torch.device, mask_value: float
     ) -> Float[Tensor, '#b #h i j'] | None:
-        """Bias and mask as one tensor to add, ``hidden`` where nobody may look; None where there is neither.
+        """Bias and mask as one tensor to add, ``mask_value`` where nobody may look; None where there is neither.
 
         Made once for all layers; one that needs a gradient is made anew, so that checkpointed layers may run it again.
         """
-        key = ('merged', where.queries, where.keys, where.front, dtype, hidden, torch.is_grad_enabled())
+        key = ('merged', geometry.queries, geometry.keys, geometry.front, dtype, mask_value, torch.is_grad_enabled())
         found: tuple[Tensor | None] | None = recall(self.memo, key, bias)
         if found is not None:
             return found[0]
-        mask = self.rendered(where, device)
-        added = None if bias is None else rendered_bias(bias, where).to(dtype)
+        mask = self.rendered(geometry, device)
+        added = None if bias is None else rendered_bias(bias, geometry).to(dtype)
         if mask is not None:
             added = torch.zeros((), dtype=dtype, device=device) if added is None else added
-            added = added.masked_fill(~mask, hidden) if added.ndim else torch.where(mask, added, hidden)
+            added = added.masked_fill(~mask, mask_value) if added.ndim else torch.where(mask, added, mask_value)
         if added is None or not added.requires_grad:
             remember(self.memo, key, (added,), bias)
         return added

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.scores.base import Form, Rule, Sheet
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.helpers import max_neg_value
 from x_transformers.tensor_types import Float
 
@@ -77,7 +77,7 @@ def choose_weights(
     return 'softmax', partial(softmax, wide=not qk_norm)
 
 
-class Weigh(Rule):
+class Normalize(ScoreRule):
     """Scores become weights, in the scores' precision."""
 
     name = 'weights'
@@ -86,11 +86,11 @@ class Weigh(Rule):
     def __init__(self, function: WeightFunction) -> None:
         self.function = function
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.scores = self.function(sheet.scores).to(sheet.scores.dtype)
+    def apply(self, state: ScoreState) -> None:
+        state.scores = self.function(state.scores).to(state.scores.dtype)
 
 
-class Dropout(Rule):
+class Dropout(ScoreRule):
     """While training, forget some weights."""
 
     name = 'dropout'
@@ -99,32 +99,32 @@ class Dropout(Rule):
     def __init__(self, probability: float) -> None:
         self.probability = probability
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.scores = F.dropout(sheet.scores, self.probability)
+    def apply(self, state: ScoreState) -> None:
+        state.scores = F.dropout(state.scores, self.probability)
 
 
-class LookUp(Rule):
+class WeightedSum(ScoreRule):
     """The output: values, each as much as its weight."""
 
     name = 'values'
     form = Form.WEIGHTS
 
-    def apply(self, sheet: Sheet) -> None:
-        weights, heads, kv_heads = sheet.scores, sheet.q.shape[1], sheet.v.shape[1]
-        v = sheet.v if kv_heads in (1, heads) else sheet.v.repeat(1, heads // kv_heads, 1, 1)
-        sheet.out = weights.to(v.dtype) @ v
+    def apply(self, state: ScoreState) -> None:
+        weights, heads, kv_heads = state.scores, state.q.shape[1], state.v.shape[1]
+        v = state.v if kv_heads in (1, heads) else state.v.repeat(1, heads // kv_heads, 1, 1)
+        state.out = weights.to(v.dtype) @ v
 
 
-class SilenceEmptyRows(Rule):
+class ZeroMaskedRows(ScoreRule):
     """A query with nothing to look at gives 0."""
 
     name = 'empty rows'
     form = Form.MASK
 
-    def apply(self, sheet: Sheet) -> None:
-        open_rows = sheet.mask.open_rows(sheet.where, sheet.q.device)
+    def apply(self, state: ScoreState) -> None:
+        open_rows = state.mask.open_rows(state.geometry, state.q.device)
         if open_rows is not None:
-            sheet.out = sheet.out.masked_fill(~open_rows, 0.0)
+            state.out = state.out.masked_fill(~open_rows, 0.0)
 
 
 def log_prob_from_hard_attend(intermeds: Intermediates) -> Float[Tensor, 'b h i']:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from x_transformers.attention import attend
-from x_transformers.attention.kernels.base import Call, Needs
+from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import choose_kernel, explain
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.cli.options import GROUPS, ModelOptions, model_fields
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
 class Seen:
     flops: int
     cache_bytes: int
-    calls: list[tuple[Needs, Call]]
+    calls: list[tuple[Needs, CallFacts]]
 
 
 def look(network: nn.Module, options: InfoOptions) -> Seen:
@@ -119,11 +119,11 @@ def look(network: nn.Module, options: InfoOptions) -> Seen:
 
 
 @contextmanager
-def watched_choices() -> Iterator[list[tuple[Needs, Call]]]:
+def watched_choices() -> Iterator[list[tuple[Needs, CallFacts]]]:
     """What every attention asks of a kernel."""
-    calls: list[tuple[Needs, Call]] = []
+    calls: list[tuple[Needs, CallFacts]] = []
 
-    def note(needs: Needs, call: Call) -> Any:
+    def note(needs: Needs, call: CallFacts) -> Any:
         calls.append((needs, call))
         return choose_kernel(needs, call)
 
@@ -219,7 +219,7 @@ def cache_lines(network: Any, seen: Seen, options: InfoOptions) -> list[str]:
     return [f'cache: {seen.cache_bytes / options.seq_len:,.0f} bytes per byte of text and sequence']
 
 
-def kernel_lines(calls: list[tuple[Needs, Call]], device: torch.device) -> list[str]:
+def kernel_lines(calls: list[tuple[Needs, CallFacts]], device: torch.device) -> list[str]:
     """One paragraph per different demand; on the meta device nothing runs, so the choice is asked for on the real one."""
     found: dict[str, int] = {}
     for needs, call in calls:

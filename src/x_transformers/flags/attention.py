@@ -67,8 +67,7 @@ class AttentionFlags(Flags):
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
     selective: bool = flag(
         False, 'Tokens, through the first head, lower what later tokens may see of earlier ones.',
-        paper='https://arxiv.org/abs/2410.02703',
-    )  # fmt: skip
+        paper='https://arxiv.org/abs/2410.02703', self_only=True)  # fmt: skip
     cog_signed: bool = flag(False, 'Softmax of the absolute scores, with the sign of the scores.', paper=COG)
     custom_attn_fn: Callable[..., Any] | None = flag(None, 'Your own function from scores to weights.')
     add_zero_kv: bool = flag(False, 'One key and value of zeros, so that a head can look at nothing.',
@@ -109,34 +108,44 @@ class AttentionFlags(Flags):
     )
     zero_init_output: bool = flag(False, 'The output projection starts at zero.')
     sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
-    max_attend_past: int | None = flag(None, 'A query sees at most this many positions back.', low=0)
+    max_attend_past: int | None = flag(None, 'A query sees at most this many positions back.', low=0, self_only=True)
     rotate_num_heads: int | None = flag(None, 'Only this many of the heads, the last ones, get rotary positions.', low=1)
     data_dependent_alibi: bool = flag(
-        False, 'Forgetting attention: a distance penalty from learned gates of the tokens between.', paper=FORGETTING
+        False,
+        'Forgetting attention: a distance penalty from learned gates of the tokens between.',
+        paper=FORGETTING,
+        self_only=True,
     )
     data_dependent_alibi_per_row: bool = flag(
-        False, 'The gates depend on the query too.', paper=FORGETTING, parent='data_dependent_alibi'
+        False, 'The gates depend on the query too.', paper=FORGETTING, parent='data_dependent_alibi', self_only=True
     )
     data_dependent_alibi_per_row_dim_head: int = flag(
-        8, 'Width of the small queries and keys of these gates.', parent='data_dependent_alibi_per_row', low=1
+        8, 'Width of the small queries and keys of these gates.', parent='data_dependent_alibi_per_row', low=1, self_only=True
     )
     data_dependent_alibi_kwargs: Mapping[str, Any] = flag(
-        {}, 'More keywords for the forgetting bias: bias_init, post_log_scale.', parent='data_dependent_alibi'
+        {}, 'More keywords for the forgetting bias: bias_init, post_log_scale.', parent='data_dependent_alibi', self_only=True
     )
-    use_cope: bool = flag(False, 'Contextual positions: each query counts the keys it opens a gate for.', paper=COPE)
-    cope_max_pos: int = flag(16, 'Number of contextual positions.', paper=COPE, parent='use_cope', low=1)
+    use_cope: bool = flag(
+        False, 'Contextual positions: each query counts the keys it opens a gate for.', paper=COPE, self_only=True
+    )
+    cope_max_pos: int = flag(16, 'Number of contextual positions.', paper=COPE, parent='use_cope', low=1, self_only=True)
     cope_soft_onehot_pos: bool = flag(
-        False, 'Contextual positions mix all position embeddings by nearness.', paper=COPE, parent='use_cope'
+        False, 'Contextual positions mix all position embeddings by nearness.', paper=COPE, parent='use_cope', self_only=True
     )
-    cope_talking_heads: bool = flag(False, 'Mix the heads before contextual positions are counted.', parent='use_cope')
+    cope_talking_heads: bool = flag(
+        False, 'Mix the heads before contextual positions are counted.', parent='use_cope', self_only=True
+    )
     learned_value_residual_mix: bool = flag(
         False, "How much of the first layer's values is mixed in is learned, per token and head.", paper=VALUE_RESIDUAL
     )
     orthog_projected_values: bool = flag(
-        False, "Give the output without its component along the token's own values.", paper=BELIEF
+        False, "Give the output without its component along the token's own values.", paper=BELIEF, self_only=True
     )
     orthog_projected_values_per_head: bool = flag(
-        False, 'The same, and as in 2.16.1 over all heads too; with both flags the output is given twice.', paper=BELIEF
+        False,
+        'The same, and as in 2.16.1 over all heads too; with both flags the output is given twice.',
+        paper=BELIEF,
+        self_only=True,
     )
     laser: bool = flag(False, 'Attend over the exponentials of the values and take the logarithm.', paper=LASER)
     laser_softclamp_value: float = flag(

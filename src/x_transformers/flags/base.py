@@ -50,13 +50,26 @@ def flag(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    since: str = '2.16.1',
+    self_only: bool = False,
 ) -> Any:
     """One flag, as a dataclass field.
 
     ``says`` is its sentence, ``paper`` where the idea comes from. ``parent`` names the flag, or flags of which one is enough,
     without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` is not included.
+    ``since`` is the release of x-transformers that has this keyword first, or 'here' for one that it never had. ``self_only``:
+    it needs the order of one sequence, so that cross attention does not inherit it.
     """
-    metadata = {'says': says, 'paper': paper, 'parent': parent, 'low': low, 'high': high, 'above': above}
+    metadata = {
+        'says': says,
+        'paper': paper,
+        'parent': parent,
+        'low': low,
+        'high': high,
+        'above': above,
+        'since': since,
+        'self_only': self_only,
+    }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -152,6 +165,11 @@ class Flags:
     def flag_fields(cls) -> dict[str, dataclasses.Field[Any]]:
         """The flags among the fields, by name, in the order of the signature."""
         return flag_fields(cls)
+
+    @classmethod
+    def self_only(cls) -> tuple[str, ...]:
+        """The flags that need the order of one sequence, so that cross attention has none of them."""
+        return tuple(name for name, field in cls.flag_fields().items() if field.metadata['self_only'])
 
     @classmethod
     def default(cls, name: str) -> Any:

@@ -15,22 +15,6 @@ PARTS: dict[str, type[Flags]] = {'attn_': AttentionFlags, 'cross_attn_': Attenti
 SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals', 'learned_value_residual_mix', 'rotate_num_heads')
 CROSS_SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals')
 
-# these need the order of one sequence, so cross attention does not take them over from attn_
-SELF_ATTENTION_ONLY = (
-    'selective',
-    'use_cope',
-    'cope_max_pos',
-    'cope_soft_onehot_pos',
-    'cope_talking_heads',
-    'data_dependent_alibi',
-    'data_dependent_alibi_per_row',
-    'data_dependent_alibi_per_row_dim_head',
-    'data_dependent_alibi_kwargs',
-    'max_attend_past',
-    'orthog_projected_values',
-    'orthog_projected_values_per_head',
-)
-
 
 def split(
     given: Mapping[str, Any], own_names: Collection[str], *, where: str, prefix: str
@@ -63,7 +47,7 @@ def cross_inherits(name: str, given: Mapping[str, Any]) -> bool:
     """Does cross attention take this attn_ flag over? Not what needs the order of one sequence, and not the other way to choose
     the key heads than the one ``given`` with cross_attn_."""
     other_way = {'kv_heads': 'one_kv_head', 'one_kv_head': 'kv_heads'}
-    return name not in SELF_ATTENTION_ONLY and not given.get(other_way.get(name, ''))
+    return not AttentionFlags.flag_fields()[name].metadata['self_only'] and not given.get(other_way.get(name, ''))
 
 
 def first_prefix(name: str) -> str | None:

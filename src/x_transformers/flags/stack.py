@@ -183,16 +183,16 @@ class StackFlags(Flags):
     learned_value_residual_mix: bool = flag(True, 'How much is learned per token and head.', paper=VALUE_RESIDUAL)
     verbose: bool = flag(True, 'Warn about doubtful settings.')
     resi_dual: bool = flag(
-        False, 'ResiDual: post-norm layers, and the sum of all branches is added at the end.', paper=RESI_DUAL
+        False, 'ResiDual: post-norm layers, and the sum of all branches is added at the end.', paper=RESI_DUAL, since='here'
     )
-    resi_dual_scale: float = flag(1.0, 'Factor of the second residual.', paper=RESI_DUAL, parent='resi_dual')
+    resi_dual_scale: float = flag(1.0, 'Factor of the second residual.', paper=RESI_DUAL, parent='resi_dual', since='here')
     hyper_conn_doubly_stochastic: bool = flag(
         False, 'Streams are mixed by a doubly stochastic matrix; False: each stream carries their sum.', paper=HYPER,
-        parent='num_residual_streams',
+        parent='num_residual_streams', since='here',
     )  # fmt: skip
     gradient_checkpointing: bool = flag(
         False, 'In training, branches keep only their input for the backward pass and run again there: less memory, more time.',
-        paper='https://arxiv.org/abs/1604.06174',
+        paper='https://arxiv.org/abs/1604.06174', since='here',
     )  # fmt: skip
 
     attention: AttentionFlags = field(default_factory=AttentionFlags)

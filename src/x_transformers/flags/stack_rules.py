@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from x_transformers.flags.parts import SELF_ATTENTION_ONLY
+from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rule import Rule, how_many, is_on
 from x_transformers.flags.stack import NORMS, StackFlags
 
@@ -17,7 +17,7 @@ def rotated_channels(flags: StackFlags) -> int:
 
 
 def self_only(flags: StackFlags, part: str) -> list[str]:
-    return [f'{part}{name}' for name in SELF_ATTENTION_ONLY if is_on(flags, f'{part}{name}')]
+    return [f'{part}{name}' for name in AttentionFlags.self_only() if is_on(flags, f'{part}{name}')]
 
 
 STACK_RULES = (
@@ -275,7 +275,7 @@ STACK_RULES = (
         'Leave out [ff_dim_out].',
     ),
     Rule(
-        tuple(f'cross_attn_{name}' for name in SELF_ATTENTION_ONLY),
+        tuple(f'cross_attn_{name}' for name in AttentionFlags.self_only()),
         lambda flags, dim: bool(self_only(flags, 'cross_attn_')),
         'this needs the order of one sequence, and cross attention looks at another one',
         {'cross_attend': True, 'cross_attn_selective': True},
@@ -283,7 +283,7 @@ STACK_RULES = (
         only_changed=True,
     ),
     Rule(
-        tuple(f'attn_{name}' for name in SELF_ATTENTION_ONLY),
+        tuple(f'attn_{name}' for name in AttentionFlags.self_only()),
         lambda flags, dim: bool(self_only(flags, 'attn_')) and not flags.has_self_attention and flags.has_cross_attention,
         'this needs the order of one sequence, and this stack has no self attention',
         {'cross_attend': True, 'only_cross': True, 'causal': True, 'attn_selective': True},

@@ -165,7 +165,7 @@ class Inputs:
     deep_ids: Int[Tensor, 'b n'] | None = None
     cache: KVCache | None = None
     continues: bool = False
-    keep: bool = False
+    return_attn: bool = False
 
     def deep_embed(self, nth: int) -> Float[Tensor, 'b n d'] | None:
         """The factor of the ``nth`` feed-forward; there may be fewer than feed-forwards."""
@@ -194,8 +194,8 @@ class Inputs:
             padding=self.padding,
             past=past,
             condition=self.condition,
-            keep=self.keep,
-            hand_on=step.kind in carry.hands_on_scores,
+            return_attn=self.return_attn,
+            return_scores=step.kind in carry.hands_on_scores,
         )
         if step.kind == 'a':
             self._for_self(given, step, norm)
@@ -255,7 +255,7 @@ class Carry:
             return
         if self.hands_on_values and step.kind not in self.first_values and seen.values is not None:
             self.first_values[step.kind] = seen.values
-        scores = None if seen.maps is None or step.kind not in self.hands_on_scores else seen.maps.handed_on
+        scores = None if seen.maps is None or step.kind not in self.hands_on_scores else seen.maps.next_layer_scores
         if scores is not None:
             self.previous[step.kind] = scores
 

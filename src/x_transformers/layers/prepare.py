@@ -71,7 +71,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         deep_ids=span.newest(given.deep_embeds_and_ids[1]) if given.deep_embeds_and_ids else None,
         cache=working,
         continues=cache is not None and span.past > 0,
-        keep=given.return_hiddens,
+        return_attn=given.return_hiddens,
     )
     return x, inputs
 

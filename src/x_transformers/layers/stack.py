@@ -138,7 +138,7 @@ class AttentionLayers(Module):
     def run(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
         """All steps on x. ``call`` comes from ``prepare``; what was asked for is in the record."""
         carry = Carry(hands_on_scores=self.hands_on_scores, hands_on_values=self.add_value_residual)
-        record = Record(wanted=call.keep, cache=call.cache)
+        record = Record(wanted=call.return_attn, cache=call.cache)
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
         run = run_checkpointed if self.flags.gradient_checkpointing and self.training else run_branch

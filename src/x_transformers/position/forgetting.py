@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.scores.base import Where
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.flags.base import FlagError
 from x_transformers.module import Module
 from x_transformers.position.relative import Bias, DenseBias
@@ -47,13 +47,13 @@ class ForgetBias(Bias):
         self.sums = sums
         self.later = later
 
-    def between(self, where: Where, start: int, stop: int) -> Float[Tensor, 'b h r j']:
-        top, bottom = where.first + start, where.first + stop
+    def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, 'b h r j']:
+        top, bottom = geometry.first + start, geometry.first + stop
         bias = self.sums[..., top:bottom].unsqueeze(-1) - self.sums.unsqueeze(-2)
         if self.later is None:
             return bias
         ahead = self.later.unsqueeze(-2) - self.later[..., top:bottom].unsqueeze(-1)
-        index = torch.arange(where.own, device=bias.device)
+        index = torch.arange(geometry.own, device=bias.device)
         return torch.where(index <= index[top:bottom].unsqueeze(-1), bias, ahead)
 
 
@@ -72,7 +72,7 @@ class DataDependentAlibi(Module):
         self.to_forget_gates = nn.Sequential(GateLinear(dim, heads if causal else heads * 2, bias_init), nn.LogSigmoid())
 
     def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n n']:
-        return self.bias(x).render(Where(x.shape[-2], x.shape[-2]))
+        return self.bias(x).render(ScoreShape(x.shape[-2], x.shape[-2]))
 
     def bias(
         self,
@@ -127,7 +127,7 @@ class PerRowDataDependentAlibi(Module):
         self.to_forget_gates = nn.Sequential(nn.Linear(dim, heads * dim_head * 2, bias=False))
 
     def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n n']:
-        return self.bias(x).render(Where(x.shape[-2], x.shape[-2]))
+        return self.bias(x).render(ScoreShape(x.shape[-2], x.shape[-2]))
 
     def bias(
         self,

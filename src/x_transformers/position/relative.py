@@ -18,7 +18,7 @@ from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float, Int
 
 if TYPE_CHECKING:
-    from x_transformers.attention.scores.base import Where
+    from x_transformers.attention.geometry import ScoreShape
 
 # ---------------------------------------------------------------- what attention is given
 
@@ -33,23 +33,23 @@ class Bias(ABC):
         self._rendered: dict[tuple[int, ...], Tensor] = {}
 
     @abstractmethod
-    def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
+    def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
         """Rows start … stop-1 of the queries over the own keys, or over all keys."""
 
-    def render(self, where: Where) -> Float[Tensor, '#b #h i j']:
-        key = self._key(where)
+    def render(self, geometry: ScoreShape) -> Float[Tensor, '#b #h i j']:
+        key = self._key(geometry)
         if key not in self._rendered:
-            self._rendered[key] = _behind_front(self.between(where, 0, where.queries), where)
+            self._rendered[key] = _behind_front(self.between(geometry, 0, geometry.queries), geometry)
         return self._rendered[key]
 
-    def rows(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
+    def rows(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
         """Some rows of ``render``, for kernels that never hold the whole matrix."""
-        whole = self._rendered.get(self._key(where))
+        whole = self._rendered.get(self._key(geometry))
         if whole is not None:
             return whole if whole.shape[-2] == 1 else whole[..., start:stop, :]
-        return _behind_front(self.between(where, start, stop), where)
+        return _behind_front(self.between(geometry, start, stop), geometry)
 
-    def strip(self, where: Where, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
+    def strip(self, geometry: ScoreShape, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
         """The first ``rows`` rows over own keys, those from ``low`` to ``high``-1 keys behind the first of these rows.
 
         Where only the distance counts, it is good for any block of so many rows. None where more counts.
@@ -66,9 +66,9 @@ class Bias(ABC):
         """Whether something that it is made of learns."""
         return True
 
-    def learns(self, where: Where) -> bool:
+    def learns(self, geometry: ScoreShape) -> bool:
         """Whether a gradient is wanted."""
-        return self.needs_gradient and self.render(where).requires_grad
+        return self.needs_gradient and self.render(geometry).requires_grad
 
     def renewed(self) -> Self:
         """The same, with nothing rendered."""
@@ -77,13 +77,13 @@ class Bias(ABC):
         return other
 
     @staticmethod
-    def _key(where: Where) -> tuple[int, int, int, bool]:
+    def _key(geometry: ScoreShape) -> tuple[int, int, int, bool]:
         # what was rendered without gradients is of no use to a layer that is run again for its gradients
-        return where.queries, where.keys, where.front, torch.is_grad_enabled()
+        return geometry.queries, geometry.keys, geometry.front, torch.is_grad_enabled()
 
 
-def _behind_front(bias: Tensor, where: Where) -> Tensor:
-    missing = where.keys - bias.shape[-1]
+def _behind_front(bias: Tensor, geometry: ScoreShape) -> Tensor:
+    missing = geometry.keys - bias.shape[-1]
     return F.pad(bias, (missing, 0)) if missing > 0 else bias
 
 
@@ -104,26 +104,26 @@ class DenseBias(Bias):
     def needs_gradient(self) -> bool:
         return self.bias.requires_grad
 
-    def learns(self, where: Where) -> bool:
+    def learns(self, geometry: ScoreShape) -> bool:
         return self.needs_gradient
 
-    def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
+    def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
         rows, columns = self.bias.shape[-2:]
         # compared one by one: the compiler takes symbolic lengths in a tuple for different ones
-        fits = columns == 1 or columns == where.own or columns == where.keys
-        if not fits or (rows != 1 and rows < where.queries):
+        fits = columns == 1 or columns == geometry.own or columns == geometry.keys
+        if not fits or (rows != 1 and rows < geometry.queries):
             raise ValueError(
                 f'attn_bias is for {rows} queries and {columns} keys, '
-                f'but there are {where.queries} queries and {where.own} keys'
-                + (f' ({where.keys} with those in front)' if where.front else '')
+                f'but there are {geometry.queries} queries and {geometry.own} keys'
+                + (f' ({geometry.keys} with those in front)' if geometry.front else '')
             )
         bias = self.bias
         if columns == 1:
             # the same for all own keys; the columns in front still get none
-            bias = bias.expand(-1, -1, -1, where.own)
+            bias = bias.expand(-1, -1, -1, geometry.own)
         if rows == 1:
             return bias
-        skipped = rows - where.queries
+        skipped = rows - geometry.queries
         return bias[..., skipped + start : skipped + stop, :]
 
 
@@ -139,22 +139,22 @@ class RelativeBias(Bias):
         self.module = cast('DistanceBias', module)
         self.positions = positions
 
-    def between(self, where: Where, start: int, stop: int) -> Float[Tensor, '#b h r j']:
+    def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b h r j']:
         if self.positions is None:
-            bias: Tensor = self.module.by_index(where.first + start, stop - start, where.own)
+            bias: Tensor = self.module.by_index(geometry.first + start, stop - start, geometry.own)
         else:
             given = self.positions.shape[-1]
-            if given < where.own:
+            if given < geometry.own:
                 raise ValueError(
-                    f'pos gives {given} positions, but there are {where.own} keys: '
+                    f'pos gives {given} positions, but there are {geometry.own} keys: '
                     'give positions for memories and cached tokens, too'
                 )
-            keys = self.positions[..., given - where.own :]
-            queries = keys[..., where.first + start : where.first + stop]
+            keys = self.positions[..., given - geometry.own :]
+            queries = keys[..., geometry.first + start : geometry.first + stop]
             bias = self.module.forward_custom_pos(queries, keys)
         return bias if bias.ndim == 4 else bias.unsqueeze(0)
 
-    def strip(self, where: Where, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
+    def strip(self, geometry: ScoreShape, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
         if not self.by_distance:
             return None
         key = (rows, low, high, int(torch.is_grad_enabled()), -1)
@@ -170,7 +170,7 @@ class RelativeBias(Bias):
     def needs_gradient(self) -> bool:
         return any(parameter.requires_grad for parameter in self.module.parameters())
 
-    def learns(self, where: Where) -> bool:
+    def learns(self, geometry: ScoreShape) -> bool:
         return self.needs_gradient
 
 

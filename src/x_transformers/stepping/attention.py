@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.gates import gate_channels, gate_heads
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Where
 from x_transformers.attention.values import laser_in, laser_out, mix_values
 from x_transformers.tensor_types import Bool, Float
 
@@ -78,8 +78,8 @@ class AttentionStep:
         batch, kv_heads = q.shape[0], self.kv_heads
         if not self.direct:
             own = None if mask is None else mask[:, 0, 0, self.front :].expand(batch, -1)
-            where = Where(queries=1, keys=k.shape[2], front=self.front)
-            out: Tensor = self.attn.attend.run(q, k, v, mask=Mask(keys=own), where=where, bias=bias)[0]
+            geometry = ScoreShape(queries=1, keys=k.shape[2], front=self.front)
+            out: Tensor = self.attn.attend.run(q, k, v, mask=Mask(keys=own), geometry=geometry, bias=bias)[0]
             return out
         if kv_heads == self.heads:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Rules, Where
+from x_transformers.attention.scores.base import ScoreRules
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Needs(NamedTuple):
     onnxable: bool = False
 
 
-class Call(NamedTuple):
+class CallFacts(NamedTuple):
     """What one call asks of a kernel: no tensor's values, only facts known beforehand."""
 
     device: str
@@ -42,7 +43,7 @@ class Call(NamedTuple):
     kv_heads: int
     key_dim: int
     value_dim: int
-    where: Where
+    geometry: ScoreShape
     plain_causal: bool = False
     masked: bool = False
     windowed: bool = False
@@ -52,7 +53,7 @@ class Call(NamedTuple):
     learned_bias: bool = False
     by_distance: bool = False
     previous: bool = False
-    hand_on: bool = False
+    return_scores: bool = False
     masked_heads: bool = False
 
 
@@ -62,15 +63,15 @@ NO_MIXERS: Mixers = (None, None, None)
 
 
 @dataclass
-class Job:
+class KernelArgs:
     """Everything a kernel works on. Zero keys are already in front; causality is in the mask."""
 
     q: Float[Tensor, 'b h i d']
     k: Float[Tensor, 'b kh j d']
     v: Float[Tensor, 'b kh j e']
     mask: Mask
-    where: Where
-    rules: Callable[[float], Rules]
+    geometry: ScoreShape
+    rules: Callable[[float], ScoreRules]
     scale: float
     bias: Bias | None = None
     previous: Float[Tensor, 'b h i j'] | None = None
@@ -82,8 +83,8 @@ class Job:
     l2_distance: bool = False
     dropout: float = 0.0
     backends: tuple[str, ...] | None = None
-    keep: bool = False
-    hand_on: bool = False
+    return_attn: bool = False
+    return_scores: bool = False
     records: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -92,15 +93,15 @@ class Kernel(Protocol):
 
     name: str
 
-    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]: ...
+    def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]: ...
 
-    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]: ...
+    def reservations(self, needs: Needs, call: CallFacts) -> tuple[str, ...]: ...
 
-    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']: ...
+    def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']: ...
 
 
 def usual_refusals(
-    needs: Needs, call: Call, *, weights: tuple[str, ...] = ('softmax',), whole: tuple[str, ...] = ()
+    needs: Needs, call: CallFacts, *, weights: tuple[str, ...] = ('softmax',), whole: tuple[str, ...] = ()
 ) -> list[str]:
     """What a fused kernel cannot do unless it says so: other weights than ``weights``, rules on whole rows but ``whole``."""
     reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole if rule not in whole]

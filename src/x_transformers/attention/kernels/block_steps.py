@@ -18,7 +18,7 @@ ROWS = 128
 NARROW = 64
 
 
-class Shape(NamedTuple):
+class BlockShape(NamedTuple):
     """What is fixed before any number is known."""
 
     queries: int
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
         return min(ROWS, NARROW, self.queries) if narrow else min(ROWS, self.queries)
 
 
-class Extra(NamedTuple):
+class BlockExtras(NamedTuple):
     """What else plays a part beside queries, keys and values. Heads lie as in the queries; any of it may be missing.
 
     ``before`` mixes scores, ``after`` weights, ``around`` the scores that weights are multiplied by in the end.
@@ -74,7 +74,7 @@ class Block(NamedTuple):
     right: int
 
 
-def blocks_of(shape: Shape) -> Iterator[Block]:
+def blocks_of(shape: BlockShape) -> Iterator[Block]:
     own, first = shape.own, shape.first
     for top in range(0, shape.queries, max(shape.rows, 1)):
         bottom = min(top + shape.rows, shape.queries)
@@ -86,7 +86,7 @@ def blocks_of(shape: Shape) -> Iterator[Block]:
 # ---------------------------------------------------------------- which part of a tensor a block is about
 
 
-def columns(t: Tensor, block: Block, shape: Shape, dim: int) -> Tensor:
+def columns(t: Tensor, block: Block, shape: BlockShape, dim: int) -> Tensor:
     """The front and the block's own columns, along one axis."""
     front = shape.front
     if block.left == 0 or front == 0:
@@ -95,7 +95,7 @@ def columns(t: Tensor, block: Block, shape: Shape, dim: int) -> Tensor:
     return torch.cat((t.narrow(dim, 0, front), t.narrow(dim, front + block.left, block.right - block.left)), dim=dim)
 
 
-def add_columns(total: Tensor, part: Tensor, block: Block, shape: Shape, dim: int) -> None:
+def add_columns(total: Tensor, part: Tensor, block: Block, shape: BlockShape, dim: int) -> None:
     """The reverse: add a part to the columns that it is about."""
     front, width = shape.front, block.right - block.left
     total.narrow(dim, front + block.left, width).add_(part.narrow(dim, front, width))
@@ -108,7 +108,7 @@ def rows(t: Tensor, block: Block) -> Tensor:
     return t if t.shape[-2] == 1 else t[..., block.top : block.bottom, :]
 
 
-def bias_of(bias: Tensor, block: Block, shape: Shape) -> tuple[Tensor, int]:
+def bias_of(bias: Tensor, block: Block, shape: BlockShape) -> tuple[Tensor, int]:
     """(the block's part of a bias, or of its gradient; which of the block's columns it begins at)."""
     if shape.low is None:
         return rows(bias, block), 0
@@ -125,10 +125,10 @@ def summed_to(t: Tensor, like: Tensor) -> Tensor:
 # ---------------------------------------------------------------- products and functions of a block
 
 
-class Room:
+class Scratch:
     """Memory that one block after the other writes its numbers on. A compiler finds its own."""
 
-    def __init__(self, like: Tensor, heads: int, shape: Shape) -> None:
+    def __init__(self, like: Tensor, heads: int, shape: BlockShape) -> None:
         size = heads * shape.rows * shape.keys
         self.memory = None if torch.compiler.is_compiling() else like.new_empty(size)
 
@@ -168,29 +168,29 @@ def softmax_backward_(grad: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def forbid(scores: Tensor, allowed: Bool[Tensor, '#b #h #i j'] | None, block: Block, shape: Shape) -> None:
+def mask_scores_(scores: Tensor, allowed: Bool[Tensor, '#b #h #i j'] | None, block: Block, shape: BlockShape) -> None:
     """-inf where nobody may look. Causality and the window are asked only of the columns where they matter.
 
     It is added: to fill places of a mask takes many times as long.
     """
-    hidden = float('-inf')
+    mask_value = float('-inf')
     if allowed is not None:
         part = columns(rows(allowed, block), block, shape, -1)
-        scores.add_(scores.new_zeros(part.shape).masked_fill_(~part, hidden))
+        scores.add_(scores.new_zeros(part.shape).masked_fill_(~part, mask_value))
     top, bottom = shape.first + block.top, shape.first + block.bottom
     begin = min(max(top + 1, block.left), block.right)
     if shape.causal and begin < block.right:
-        later = scores.new_full((bottom - top, block.right - begin), hidden).triu(top - begin + 1)
+        later = scores.new_full((bottom - top, block.right - begin), mask_value).triu(top - begin + 1)
         scores[..., shape.front + begin - block.left :].add_(later)
     if shape.past is None:
         return
     end = min(bottom - 1 - shape.past, block.right)
     if end > block.left:
-        gone = scores.new_full((bottom - top, end - block.left), hidden).tril(top - shape.past - block.left - 1)
+        gone = scores.new_full((bottom - top, end - block.left), mask_value).tril(top - shape.past - block.left - 1)
         scores.narrow(-1, shape.front, end - block.left).add_(gone)
 
 
-class Found(NamedTuple):
+class BlockWeights(NamedTuple):
     """Of a block: the scores before they were mixed, the soft clamp's slope, the weights, and what these are multiplied by."""
 
     raw: Tensor | None
@@ -199,8 +199,10 @@ class Found(NamedTuple):
     factor: Tensor | None
 
 
-def weigh(scores: Float[Tensor, 'b h i j'], extra: Extra, block: Block, shape: Shape, *, back: bool) -> Found:
-    """From products to weights, in place where that hurts nobody. ``back``: this is for the way back."""
+def weigh(
+    scores: Float[Tensor, 'b h i j'], extra: BlockExtras, block: Block, shape: BlockShape, *, backward: bool
+) -> BlockWeights:
+    """From products to weights, in place where that hurts nobody. ``backward``: this is for the backward pass."""
     raw = slope = factor = None
     if extra.around is not None:
         raw, factor = scores, mixed(extra.around, scores)
@@ -213,9 +215,9 @@ def weigh(scores: Float[Tensor, 'b h i j'], extra: Extra, block: Block, shape: S
         scores[..., begin:].add_(columns(part, block, shape, -1) if shape.low is None else part)
     if shape.softclamp is not None:
         scores.div_(shape.softclamp).tanh_()
-        slope = 1 - scores.square() if back else None
+        slope = 1 - scores.square() if backward else None
         scores.mul_(shape.softclamp)
-    forbid(scores, extra.allowed, block, shape)
+    mask_scores_(scores, extra.allowed, block, shape)
     if extra.sink is not None:
         scores[..., 0] = extra.sink.to(scores.dtype).unsqueeze(-1)
     if shape.topk is not None and shape.topk < scores.shape[-1]:
@@ -228,10 +230,10 @@ def weigh(scores: Float[Tensor, 'b h i j'], extra: Extra, block: Block, shape: S
         torch.threshold_(weights, torch.finfo(weights.dtype).eps ** 3, 0.0)
     if extra.opened is not None:
         weights.masked_fill_(~rows(extra.opened, block), 0.0)
-    return Found(raw, slope, weights, factor)
+    return BlockWeights(raw, slope, weights, factor)
 
 
-def spread(found: Found, extra: Extra) -> Float[Tensor, 'b h i j']:
+def spread(found: BlockWeights, extra: BlockExtras) -> Float[Tensor, 'b h i j']:
     """The weights that values are looked up with."""
     weights = found.weights if extra.after is None else mixed(extra.after, found.weights)
     return weights if found.factor is None else weights * found.factor
@@ -240,11 +242,13 @@ def spread(found: Found, extra: Extra) -> Float[Tensor, 'b h i j']:
 class Gradients:
     """What has been found of the gradients of ``Extra``, added up over blocks; None where none is wanted."""
 
-    def __init__(self, extra: Extra, wanted: tuple[bool, ...]) -> None:
+    def __init__(self, extra: BlockExtras, wanted: tuple[bool, ...]) -> None:
         found = [torch.zeros_like(t) if t is not None and want else None for t, want in zip(extra, wanted, strict=True)]
         self.bias, self.sink, self.before, self.after, self.around = found[:5]
 
-    def through(self, grad: Tensor, found: Found, extra: Extra, block: Block, shape: Shape) -> Float[Tensor, 'b h i j']:
+    def through(
+        self, grad: Tensor, found: BlockWeights, extra: BlockExtras, block: Block, shape: BlockShape
+    ) -> Float[Tensor, 'b h i j']:
         """From the gradient of ``spread`` to that of the products."""
         of_factor = None
         if found.factor is not None:
@@ -276,7 +280,7 @@ class Gradients:
             grad = grad + mixed(extra.around.t(), of_factor)
         return grad
 
-    def add_bias(self, grad: Tensor, block: Block, shape: Shape) -> None:
+    def add_bias(self, grad: Tensor, block: Block, shape: BlockShape) -> None:
         if self.bias is None:
             return
         target, begin = bias_of(self.bias, block, shape)
@@ -307,23 +311,23 @@ class InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        shape: Shape,
+        shape: BlockShape,
         q: Float[Tensor, 'b h i d'],
         k: Float[Tensor, 'b kh j d'],
         v: Float[Tensor, 'b kh j e'],
         *extra: Tensor | None,
     ) -> Float[Tensor, 'b h i e']:
-        more, (batch, heads, queries, _), kv_heads = Extra(*extra), q.shape, k.shape[1]
+        more, (batch, heads, queries, _), kv_heads = BlockExtras(*extra), q.shape, k.shape[1]
         ctx.save_for_backward(q, k, v, *extra)
         ctx.shape = shape
         # the heads of a token lie next to each other, as the projection behind wants them
         out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-        keys, values, room = laid_out(k).transpose(1, 2), laid_out(v), Room(k, batch * heads, shape)
+        keys, values, scratch = laid_out(k).transpose(1, 2), laid_out(v), Scratch(k, batch * heads, shape)
         queried = (q * shape.scale).contiguous()
         for block in blocks_of(shape):
             size = (batch, heads, block.bottom - block.top)
-            scores = room.product(stacked(queried, block, kv_heads), columns(keys, block, shape, 2))
-            found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, back=False)
+            scores = scratch.product(stacked(queried, block, kv_heads), columns(keys, block, shape, 2))
+            found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=False)
             weights = spread(found, more).to(v.dtype).view(scores.shape)
             out[:, :, block.top : block.bottom] = torch.bmm(weights, columns(values, block, shape, 1)).view(*size, v.shape[-1])
         return out
@@ -332,27 +336,27 @@ class InBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grads[0]):
-            return way_back(ctx, grads[0])
+            return blocks_backward(ctx, grads[0])
 
 
-def way_back(ctx: Any, grad: Float[Tensor, 'b h i e']) -> tuple[Tensor | None, ...]:
+def blocks_backward(ctx: Any, grad: Float[Tensor, 'b h i e']) -> tuple[Tensor | None, ...]:
     """The gradients of what ``InBlocks.forward`` was given."""
     q, k, v, *extra = ctx.saved_tensors
-    shape, more, (batch, heads, _, width), kv_heads = ctx.shape, Extra(*extra), q.shape, k.shape[1]
+    shape, more, (batch, heads, _, width), kv_heads = ctx.shape, BlockExtras(*extra), q.shape, k.shape[1]
     gradients = Gradients(more, ctx.needs_input_grad[4:])
     keys, values = laid_out(k), laid_out(v)
     queried, grad = (q * shape.scale).contiguous(), grad.contiguous()
     grad_q, grad_k, grad_v = torch.empty_like(queried), torch.zeros_like(keys), torch.zeros_like(values)
-    rooms = Room(keys, batch * heads, shape), Room(keys, batch * heads, shape)
+    scratches = Scratch(keys, batch * heads, shape), Scratch(keys, batch * heads, shape)
     for block in blocks_of(shape):
         size = (batch, heads, block.bottom - block.top)
         rows_q, rows_grad = stacked(queried, block, kv_heads), stacked(grad, block, kv_heads)
         kept_k, kept_v = columns(keys, block, shape, 1), columns(values, block, shape, 1)
-        scores = rooms[0].product(rows_q, kept_k.transpose(1, 2))
-        found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, back=True)
+        scores = scratches[0].product(rows_q, kept_k.transpose(1, 2))
+        found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=True)
         weights = spread(found, more).to(v.dtype).view(scores.shape)
         add_columns(grad_v, torch.bmm(weights.transpose(1, 2), rows_grad), block, shape, 1)
-        change = single(rooms[1].product(rows_grad, kept_v.transpose(1, 2))).view_as(found.weights)
+        change = single(scratches[1].product(rows_grad, kept_v.transpose(1, 2))).view_as(found.weights)
         change = gradients.through(change, found, more, block, shape).to(q.dtype).view(scores.shape)
         grad_q[:, :, block.top : block.bottom] = torch.bmm(change, kept_k).view(*size, width)
         add_columns(grad_k, torch.bmm(change.transpose(1, 2), rows_q), block, shape, 1)

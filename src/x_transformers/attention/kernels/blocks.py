@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.kernels import block_steps
-from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped, usual_refusals
-from x_transformers.attention.kernels.block_steps import Extra, InBlocks, Shape, blocks_of, without_autocast
+from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, regrouped, usual_refusals
+from x_transformers.attention.kernels.block_steps import BlockExtras, BlockShape, InBlocks, blocks_of, without_autocast
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.scores.base import rendered_bias
 from x_transformers.attention.scores.similarity import as_products
@@ -29,7 +29,7 @@ class Blocks:
 
     name = 'blocks'
 
-    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         reasons = usual_refusals(needs, call, weights=WEIGHTS, whole=MIXERS)
         if call.dropout:
             reasons.append('dropout would have to forget the same weights again in the backward')
@@ -37,25 +37,27 @@ class Blocks:
             reasons.append('heads are mixed that see different keys')
         return tuple(reasons)
 
-    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def reservations(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         reasons = []
-        if call.hand_on:
+        if call.return_scores:
             reasons.append('the next layer wants the scores, which would be computed a second time')
-        if call.where.queries < block_steps.ROWS:
+        if call.geometry.queries < block_steps.ROWS:
             reasons.append('there is less than one block of queries')
         return tuple(reasons)
 
-    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
-        q, k, v = unified(job.q, job.k, job.v)
-        if job.l2_distance:
+    def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
+        q, k, v = unified(args.q, args.k, args.v)
+        if args.l2_distance:
             # a softmax does not see what is the same in a whole row; all that stands in front of it, or in its place, does
-            whole = job.sink is not None or job.softclamp is not None or job.sigmoid or any(m is not None for m in job.mixers)
+            whole = (
+                args.sink is not None or args.softclamp is not None or args.sigmoid or any(m is not None for m in args.mixers)
+            )
             q, k = as_products(q, k, whole=whole)
-        shape = shape_of(job)
-        bias, shape = with_bias(job, shape)
-        allowed, opened = masks(job, q)
-        extra = Extra(bias, job.sink, *job.mixers, allowed, opened)
-        if job.sink is not None:
+        shape = shape_of(args)
+        bias, shape = with_bias(args, shape)
+        allowed, opened = masks(args, q)
+        extra = BlockExtras(bias, args.sink, *args.mixers, allowed, opened)
+        if args.sink is not None:
             # the sink is the score of one more key, which has no value
             k, v, extra, shape = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), behind_sink(extra, shape), more_front(shape)
         groups = q.shape[1] // k.shape[1]
@@ -69,38 +71,40 @@ class Blocks:
         return regrouped(out, k.shape[1]) if apart else out
 
 
-def shape_of(job: Job) -> Shape:
-    mask, where = job.mask, job.where
-    causal = mask.limits_future(where) and mask.prefix is None
-    past = mask.past if mask.limits_past(where) and mask.prefix is None else None
-    return Shape(where.queries, where.keys, where.front, causal, past, job.scale, job.softclamp, job.sigmoid, job.topk)
+def shape_of(args: KernelArgs) -> BlockShape:
+    mask, geometry = args.mask, args.geometry
+    causal = mask.limits_future(geometry) and mask.prefix is None
+    past = mask.past if mask.limits_past(geometry) and mask.prefix is None else None
+    return BlockShape(
+        geometry.queries, geometry.keys, geometry.front, causal, past, args.scale, args.softclamp, args.sigmoid, args.topk
+    )
 
 
-def masks(job: Job, q: Tensor) -> tuple[Bool[Tensor, '#b #h #i j'] | None, Bool[Tensor, '#b #h #i 1'] | None]:
+def masks(args: KernelArgs, q: Tensor) -> tuple[Bool[Tensor, '#b #h #i j'] | None, Bool[Tensor, '#b #h #i 1'] | None]:
     """(who may look at whom, causality and window aside; who may look at anybody)."""
     # a prefix and causality belong together, so with a prefix all is rendered
-    apart = job.mask if job.mask.prefix is not None else job.mask.apart_from_distance()
-    return apart.rendered(job.where, q.device), job.mask.open_rows(job.where, q.device)
+    apart = args.mask if args.mask.prefix is not None else args.mask.apart_from_distance()
+    return apart.rendered(args.geometry, q.device), args.mask.open_rows(args.geometry, q.device)
 
 
-def with_bias(job: Job, shape: Shape) -> tuple[Tensor | None, Shape]:
+def with_bias(args: KernelArgs, shape: BlockShape) -> tuple[Tensor | None, BlockShape]:
     """The bias, as a strip as high as one block if it depends on the distance alone."""
-    if job.bias is None:
+    if args.bias is None:
         return None, shape
     blocks = list(blocks_of(shape))
     low = min(block.left - shape.first - block.top for block in blocks)
     high = max(block.right - shape.first - block.top for block in blocks)
-    strip = job.bias.strip(job.where, shape.rows, low, max(high, low))
+    strip = args.bias.strip(args.geometry, shape.rows, low, max(high, low))
     if strip is None:
-        return rendered_bias(job.bias, job.where), shape
+        return rendered_bias(args.bias, args.geometry), shape
     return strip, shape._replace(low=low)
 
 
-def more_front(shape: Shape) -> Shape:
+def more_front(shape: BlockShape) -> BlockShape:
     return shape._replace(keys=shape.keys + 1, front=shape.front + 1)
 
 
-def behind_sink(extra: Extra, shape: Shape) -> Extra:
+def behind_sink(extra: BlockExtras, shape: BlockShape) -> BlockExtras:
     """One column more in front of what is written out for all keys."""
     allowed, bias = extra.allowed, extra.bias
     if bias is not None and shape.low is None:
@@ -108,7 +112,7 @@ def behind_sink(extra: Extra, shape: Shape) -> Extra:
     return extra._replace(bias=bias, allowed=None if allowed is None else F.pad(allowed, (1, 0), value=True))
 
 
-def heads_regrouped(extra: Extra, heads: int, groups: int) -> Extra:
+def heads_regrouped(extra: BlockExtras, heads: int, groups: int) -> BlockExtras:
     """The same for heads in the other order."""
 
     def axis(t: Tensor | None) -> Tensor | None:
@@ -117,7 +121,7 @@ def heads_regrouped(extra: Extra, heads: int, groups: int) -> Extra:
     def matrix(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.view(groups, -1, groups, heads // groups).permute(1, 0, 3, 2).reshape(heads, heads)
 
-    return Extra(
+    return BlockExtras(
         axis(extra.bias),
         None if extra.sink is None else extra.sink.view(groups, -1).t().flatten(),
         matrix(extra.before),

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from x_transformers.attention.kernels.base import Call, Kernel, Needs
+from x_transformers.attention.kernels.base import CallFacts, Kernel, Needs
 from x_transformers.attention.kernels.blocks import Blocks
 from x_transformers.attention.kernels.flex import Flex
 from x_transformers.attention.kernels.reference import Reference
 from x_transformers.attention.kernels.sdpa import Sdpa
 from x_transformers.attention.kernels.varlen import Varlen
-from x_transformers.attention.scores.base import Rules
+from x_transformers.attention.scores.base import ScoreRules
 
 KERNELS: tuple[Kernel, ...] = (Varlen(), Sdpa(), Flex(), Blocks(), Reference())
 NAMES = tuple(kernel.name for kernel in KERNELS)
@@ -49,7 +49,7 @@ def forced_name() -> str | None:
 forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose_kernel(needs: Needs, call: Call) -> Kernel:
+def choose_kernel(needs: Needs, call: CallFacts) -> Kernel:
     """The kernel for this call. Nothing but facts known before any number is looked at."""
     name = forced_name() if any_forced else None
     if name is not None:
@@ -68,7 +68,7 @@ def choose_kernel(needs: Needs, call: Call) -> Kernel:
     return fallback or KERNELS[-1]
 
 
-def explain(needs: Needs, call: Call) -> str:
+def explain(needs: Needs, call: CallFacts) -> str:
     """Which kernel would run, and what each other one has against it."""
     chosen = choose_kernel(needs, call)
     lines = [f'{chosen.name} runs this attention']
@@ -113,6 +113,6 @@ KNOWN = frozenset({
 })  # fmt: skip
 
 
-def with_rules(needs: Needs, rules: Rules) -> Needs:
+def with_rules(needs: Needs, rules: ScoreRules) -> Needs:
     """The same, with the rules that no kernel knows left to the reference."""
     return needs._replace(whole=(*needs.whole, *(rule.name for rule in rules if rule.name not in KNOWN)))

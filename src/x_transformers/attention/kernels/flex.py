@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs, usual_refusals
+from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, usual_refusals
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.mask import recall, remember
 from x_transformers.attention.scores.base import rendered_bias
@@ -24,7 +24,7 @@ class Flex:
 
     name = 'flex'
 
-    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         reasons = usual_refusals(needs, call)
         if call.dropout:
             reasons.append('it has no dropout')
@@ -36,24 +36,24 @@ class Flex:
             reasons.append('heads are narrower than 16')
         return tuple(reasons)
 
-    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def reservations(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         reasons = []
         if call.device == 'cpu':
             reasons.append('on CPU it is not worth compiling')
-        if call.hand_on:
+        if call.return_scores:
             reasons.append('the next layer wants the scores, which would be computed a second time')
-        if call.where.queries < BLOCK:
+        if call.geometry.queries < BLOCK:
             reasons.append('there is less than one block of queries')
         if call.learned_bias:
             reasons.append('a bias that learns is read and written number by number')
         return tuple(reasons)
 
-    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
+    def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
         from torch.nn.attention.flex_attention import AuxRequest
 
-        q, k, v = unified(job.q, job.k, job.v)
-        if job.l2_distance:
-            q, k = as_products(q, k, whole=job.sink is not None or job.softclamp is not None)
+        q, k, v = unified(args.q, args.k, args.v)
+        if args.l2_distance:
+            q, k = as_products(q, k, whole=args.sink is not None or args.softclamp is not None)
             missing = -q.shape[-1] % 16
             q, k = torch.nn.functional.pad(q, (0, missing)), torch.nn.functional.pad(k, (0, missing))
         heads, kv_heads = q.shape[1], k.shape[1]
@@ -63,19 +63,19 @@ class Flex:
             q if order is None else q[:, order],
             k,
             v,
-            score_mod=score_mod(job, order),
-            block_mask=block_mask(job, q, order),
-            scale=job.scale,
+            score_mod=score_mod(args, order),
+            block_mask=block_mask(args, q, order),
+            scale=args.scale,
             enable_gqa=heads != kv_heads,
-            return_aux=AuxRequest(lse=job.sink is not None),
+            return_aux=AuxRequest(lse=args.sink is not None),
         )
         if order is not None:
             back = order.argsort()
             out = out[:, back]
-        if job.sink is not None:
+        if args.sink is not None:
             lse = aux.lse if order is None else aux.lse[:, back]
-            out = out * (lse - job.sink.view(1, -1, 1)).sigmoid()[..., None].to(out.dtype)
-        open_rows = job.mask.open_rows(job.where, q.device)
+            out = out * (lse - args.sink.view(1, -1, 1)).sigmoid()[..., None].to(out.dtype)
+        open_rows = args.mask.open_rows(args.geometry, q.device)
         if open_rows is not None:
             out = out.masked_fill(~open_rows, 0.0)
         return cast(Tensor, out)
@@ -97,10 +97,10 @@ def paired_heads(heads: int, kv_heads: int, device: torch.device) -> Tensor | No
     return torch.arange(heads, device=device).view(-1, kv_heads).t().flatten()
 
 
-def score_mod(job: Job, order: Tensor | None) -> Callable[..., Tensor] | None:
+def score_mod(args: KernelArgs, order: Tensor | None) -> Callable[..., Tensor] | None:
     """Bias, then soft clamp."""
-    bias = None if job.bias is None else rendered_bias(job.bias, job.where)
-    clamp = job.softclamp
+    bias = None if args.bias is None else rendered_bias(args.bias, args.geometry)
+    clamp = args.softclamp
     if bias is None and clamp is None:
         return None
     sizes = None if bias is None else bias.shape
@@ -116,22 +116,22 @@ def score_mod(job: Job, order: Tensor | None) -> Callable[..., Tensor] | None:
     return change
 
 
-def block_mask(job: Job, q: Tensor, order: Tensor | None) -> Any:
+def block_mask(args: KernelArgs, q: Tensor, order: Tensor | None) -> Any:
     """Who may look at whom, and which blocks can be skipped; made once for the layers of a call."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    mask, where = job.mask, job.where
+    mask, geometry = args.mask, args.geometry
     if mask.trivial:
         return None
-    key = ('flex', where.queries, where.keys, where.front, q.shape[1])
+    key = ('flex', geometry.queries, geometry.keys, geometry.front, q.shape[1])
     found = recall(mask.memo, key)
     if found is not None:
         return found
     apart = mask if mask.prefix is not None else mask.apart_from_distance()
-    allowed = apart.rendered(where, q.device)
-    causal = mask.limits_future(where) and mask.prefix is None
-    past = mask.past if mask.limits_past(where) and mask.prefix is None else None
-    front, first = where.front, where.first
+    allowed = apart.rendered(geometry, q.device)
+    causal = mask.limits_future(geometry) and mask.prefix is None
+    past = mask.past if mask.limits_past(geometry) and mask.prefix is None else None
+    front, first = geometry.front, geometry.first
     sizes = (1, 1, 1, 1) if allowed is None else allowed.shape
 
     def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -148,5 +148,5 @@ def block_mask(job: Job, q: Tensor, order: Tensor | None) -> Any:
         return seen
 
     batch, heads = (sizes[0] if sizes[0] > 1 else None), (sizes[1] if sizes[1] > 1 else None)
-    made = create_block_mask(may_look, batch, heads, where.queries, where.keys, device=str(q.device))
+    made = create_block_mask(may_look, batch, heads, geometry.queries, geometry.keys, device=str(q.device))
     return remember(mask.memo, key, made)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs
-from x_transformers.attention.scores.base import Sheet
+from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs
+from x_transformers.attention.scores.base import ScoreState
 from x_transformers.tensor_types import Float
 
 ALL_MAPS = ('similarities', 'scores', 'weights')
@@ -16,31 +16,31 @@ class Reference:
 
     name = 'reference'
 
-    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         return ()
 
-    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def reservations(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         return ()
 
-    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
-        sheet = sheet_of(job)
-        for rule in job.rules(job.scale):
-            rule.apply(sheet)
-        job.records.update(sheet.records)
-        return sheet.out
+    def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
+        state = state_of(args)
+        for rule in args.rules(args.scale):
+            rule.apply(state)
+        args.records.update(state.records)
+        return state.out
 
 
-def sheet_of(job: Job) -> Sheet:
-    wanted = ALL_MAPS if job.keep else ('scores',) if job.hand_on else ()
-    return Sheet(job.q, job.k, job.v, job.mask, job.where, job.bias, job.previous, wanted=wanted)
+def state_of(args: KernelArgs) -> ScoreState:
+    wanted = ALL_MAPS if args.return_attn else ('scores',) if args.return_scores else ()
+    return ScoreState(args.q, args.k, args.v, args.mask, args.geometry, args.bias, args.previous, wanted=wanted)
 
 
-def maps_of(job: Job) -> dict[str, Tensor]:
+def maps_of(args: KernelArgs) -> dict[str, Tensor]:
     """All maps of a job that another kernel has done."""
-    sheet = sheet_of(job)
-    sheet.wanted = ALL_MAPS
-    for rule in job.rules(job.scale):
-        rule.apply(sheet)
-        if 'weights' in sheet.records:
+    state = state_of(args)
+    state.wanted = ALL_MAPS
+    for rule in args.rules(args.scale):
+        rule.apply(state)
+        if 'weights' in state.records:
             break
-    return sheet.records
+    return state.records

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs, autocast_dtype, regrouped, tiled, usual_refusals
+from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, autocast_dtype, regrouped, tiled, usual_refusals
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Float
 
@@ -21,48 +21,48 @@ class Sdpa:
 
     name = 'sdpa'
 
-    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         reasons = [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
         return (*usual_refusals(needs, call), *reasons)
 
-    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def reservations(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         reasons = []
-        if call.hand_on:
+        if call.return_scores:
             reasons.append('the next layer wants the scores, which would be computed a second time')
         if call.device == 'cpu':
             if call.dropout:
                 reasons.append('with dropout it holds the whole score matrix on CPU, slower than the reference')
             if call.learned_bias or (needs.sink and call.gradients):
                 reasons.append('a bias that learns makes it hold the whole score matrix on CPU')
-            if call.by_distance and call.where.queries >= BLOCKS_PAY_FROM:
+            if call.by_distance and call.geometry.queries >= BLOCKS_PAY_FROM:
                 reasons.append('a bias by distance would be written out for all pairs')
-            if call.windowed and call.where.queries >= BLOCKS_PAY_FROM:
+            if call.windowed and call.geometry.queries >= BLOCKS_PAY_FROM:
                 reasons.append('it looks at keys outside the window, too')
         return tuple(reasons)
 
-    def __call__(self, job: Job) -> Float[Tensor, 'b h i e']:
-        q, k, v = unified(job.q, job.k, job.v)
-        if job.l2_distance:
-            q, k = as_products(q, k, whole=job.sink is not None)
-        lead = lead_of(job)
+    def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
+        q, k, v = unified(args.q, args.k, args.v)
+        if args.l2_distance:
+            q, k = as_products(q, k, whole=args.sink is not None)
+        lead = lead_of(args)
         if lead is not None:
-            return with_lead(q, k, v, job, lead)
-        added, causal = job_mask(job, q)
-        if job.sink is not None:
-            k, v, added = with_sink(job, k, v, added, q)
+            return with_lead(q, k, v, args, lead)
+        added, causal = additive_mask(args, q)
+        if args.sink is not None:
+            k, v, added = with_sink(args, k, v, added, q)
         width = v.shape[-1]
-        if job.where.queries > 1:
+        if args.geometry.queries > 1:
             q, k, v = of_one_width(q, k, v)
-        if job.backends is None:
-            out = over_heads(q, k, v, added, causal, job)
+        if args.backends is None:
+            out = over_heads(q, k, v, added, causal, args)
         else:
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
-            with sdpa_kernel([getattr(SDPBackend, name) for name in job.backends]):
-                out = over_heads(q, k, v, added, causal, job)
+            with sdpa_kernel([getattr(SDPBackend, name) for name in args.backends]):
+                out = over_heads(q, k, v, added, causal, args)
         out = out if out.shape[-1] == width else out[..., :width]
         if added is not None and q.device.type != 'cpu':
-            open_rows = job.mask.open_rows(job.where, q.device)
+            open_rows = args.mask.open_rows(args.geometry, q.device)
             out = out if open_rows is None else out.masked_fill(~open_rows, 0.0)
         return out
 
@@ -77,35 +77,35 @@ def unified(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def lead_of(job: Job) -> int | None:
+def lead_of(args: KernelArgs) -> int | None:
     """How many queries to put in front, so that the kernel's own causality does what the mask asks; None if it cannot.
 
     Keys in front and memories are seen by all queries: with as many queries in front, whose output is dropped, the rest is
     causal. Padded keys are kept out by a channel of their own.
     """
-    mask, where = job.mask, job.where
-    if not mask.limits_future(where) or mask.limits_past(where) or where.queries < COPIES_PAY_FROM:
+    mask, geometry = args.mask, args.geometry
+    if not mask.limits_future(geometry) or mask.limits_past(geometry) or geometry.queries < COPIES_PAY_FROM:
         return None
-    if job.bias is not None or job.sink is not None or job.backends is not None:
+    if args.bias is not None or args.sink is not None or args.backends is not None:
         return None
     if any(part is not None for part in (mask.front, mask.prefix, mask.dense, mask.packed)):
         return None
-    lead = where.keys - where.queries
-    if lead < 0 or 4 * lead > where.queries:
+    lead = geometry.keys - geometry.queries
+    if lead < 0 or 4 * lead > geometry.queries:
         return None
     if mask.keys is None:
         return lead or None
     # other devices have kernels that take a small mask as it is, and prefer the width of heads as it is
-    return lead if job.q.device.type == 'cpu' else None
+    return lead if args.q.device.type == 'cpu' else None
 
 
-def with_lead(q: Tensor, k: Tensor, v: Tensor, job: Job, lead: int) -> Float[Tensor, 'b h i e']:
+def with_lead(q: Tensor, k: Tensor, v: Tensor, args: KernelArgs, lead: int) -> Float[Tensor, 'b h i e']:
     """Causal attention behind ``lead`` more queries."""
-    width, keys = v.shape[-1], job.mask.keys
+    width, keys = v.shape[-1], args.mask.keys
     if keys is not None:
         # a channel that is 1 in queries and, in keys that nobody may see, so low that nothing is left of them
-        lowest = torch.finfo(q.dtype).min / (8 * max(1.0, abs(job.scale)))
-        seen = F.pad(keys, (job.where.front, 0), value=True)[:, None, :, None]
+        lowest = torch.finfo(q.dtype).min / (8 * max(1.0, abs(args.scale)))
+        seen = F.pad(keys, (args.geometry.front, 0), value=True)[:, None, :, None]
         channel = k.new_zeros(()).expand(seen.shape).masked_fill(~seen, lowest).expand(-1, k.shape[1], -1, -1)
         # eight of them, for the kernels' sake
         q, k = (
@@ -113,26 +113,26 @@ def with_lead(q: Tensor, k: Tensor, v: Tensor, job: Job, lead: int) -> Float[Ten
             torch.cat((F.pad(k, (0, 7)), channel), dim=-1),
         )
     q, k, v = of_one_width(q, k, v)
-    out = over_heads(F.pad(q, (0, 0, lead, 0)) if lead else q, k, v, None, True, job)
+    out = over_heads(F.pad(q, (0, 0, lead, 0)) if lead else q, k, v, None, True, args)
     out = out[..., lead:, :width]
-    open_rows = job.mask.open_rows(job.where, q.device)
+    open_rows = args.mask.open_rows(args.geometry, q.device)
     return out if open_rows is None else out.masked_fill(~open_rows, 0.0)
 
 
-def job_mask(job: Job, q: Tensor) -> tuple[Tensor | None, bool]:
+def additive_mask(args: KernelArgs, q: Tensor) -> tuple[Tensor | None, bool]:
     """(what is added to the scores, whether the kernel's own causality is asked)."""
-    if job.bias is None and job.sink is None and job.mask.plain_causal(job.where):
+    if args.bias is None and args.sink is None and args.mask.plain_causal(args.geometry):
         return None, True
     # a row of -inf gives exactly 0 on CPU. Elsewhere kernels differ, so there rows are zeroed afterwards
-    hidden = float('-inf') if q.device.type == 'cpu' else torch.finfo(q.dtype).min / 2
-    return job.mask.merged(job.bias, job.where, dtype=q.dtype, device=q.device, hidden=hidden), False
+    mask_value = float('-inf') if q.device.type == 'cpu' else torch.finfo(q.dtype).min / 2
+    return args.mask.merged(args.bias, args.geometry, dtype=q.dtype, device=q.device, mask_value=mask_value), False
 
 
-def with_sink(job: Job, k: Tensor, v: Tensor, added: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_sink(args: KernelArgs, k: Tensor, v: Tensor, added: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One zero key with no value in front, whose score is the sink."""
-    if job.sink is None:
+    if args.sink is None:
         raise ValueError('there is no sink to put in front')
-    column = job.sink.to(q.dtype).view(1, -1, 1, 1)
+    column = args.sink.to(q.dtype).view(1, -1, 1, 1)
     if added is None:
         added = torch.zeros(1, 1, 1, k.shape[-2], dtype=q.dtype, device=q.device)
     rows = max(added.shape[0], 1), column.shape[1], added.shape[2]
@@ -148,30 +148,34 @@ def of_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, (F.pad(v, (0, -more)) if more < 0 else v)
 
 
-def over_heads(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, job: Job) -> Float[Tensor, 'b h i e']:
+def over_heads(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, args: KernelArgs
+) -> Float[Tensor, 'b h i e']:
     """Run it, with query head h looking at key head h mod kv_heads."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads == kv_heads:
-        return run(q, k, v, added, causal, job)
+        return run(q, k, v, added, causal, args)
     groups = heads // kv_heads
     if q.shape[2] == 1:
         # the queries of a group are the rows of one key head: nothing is repeated
         rows = q.view(q.shape[0], groups, kv_heads, -1).transpose(1, 2)
         if added is not None and added.shape[1] != 1:
             added = added.view(added.shape[0], groups, kv_heads, -1).transpose(1, 2)
-        return run(rows, k, v, added, False, job).transpose(1, 2).reshape(q.shape[0], heads, 1, -1)
+        return run(rows, k, v, added, False, args).transpose(1, 2).reshape(q.shape[0], heads, 1, -1)
     if added is None or (added.shape[1] == 1 and q.device.type == 'cpu'):
         # torch pairs query head h with key head h // group: bring ours into that order and back
         if kv_heads == 1:
-            return run(q, k, v, added, causal, job, enable_gqa=True)
-        out = run(regrouped(q, groups), k, v, added, causal, job, enable_gqa=True)
+            return run(q, k, v, added, causal, args, enable_gqa=True)
+        out = run(regrouped(q, groups), k, v, added, causal, args, enable_gqa=True)
         return regrouped(out, kv_heads)
     if kv_heads == 1:
-        return run(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), added, causal, job)
-    return run(q, tiled(k, heads), tiled(v, heads), added, causal, job)
+        return run(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), added, causal, args)
+    return run(q, tiled(k, heads), tiled(v, heads), added, causal, args)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, job: Job, enable_gqa: bool = False) -> Tensor:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, args: KernelArgs, enable_gqa: bool = False
+) -> Tensor:
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=added, dropout_p=job.dropout, is_causal=causal, scale=job.scale, enable_gqa=enable_gqa
+        q, k, v, attn_mask=added, dropout_p=args.dropout, is_causal=causal, scale=args.scale, enable_gqa=enable_gqa
     )

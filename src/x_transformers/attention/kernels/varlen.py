@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import Call, Job, Needs, regrouped, usual_refusals
+from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, regrouped, usual_refusals
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.tensor_types import Float
 
@@ -17,7 +17,7 @@ class Varlen:
 
     name = 'varlen'
 
-    def refusals(self, needs: Needs, call: Call) -> tuple[str, ...]:
+    def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         if not call.packed:
             return ('no packed sequences',)
         reasons = usual_refusals(needs, call)
@@ -28,7 +28,7 @@ class Varlen:
             reasons.append('it knows no mask but causality')
         if call.biased or needs.sink or needs.l2_distance:
             reasons.append('it knows products of queries and keys only')
-        if call.where.front:
+        if call.geometry.front:
             reasons.append('keys were put in front of the sequence')
         if call.key_dim != call.value_dim:
             reasons.append('keys and values differ in width')
@@ -36,16 +36,16 @@ class Varlen:
             reasons.append('it has no dropout')
         return tuple(reasons)
 
-    def reservations(self, needs: Needs, call: Call) -> tuple[str, ...]:
-        return ('the next layer wants the scores, which would be computed a second time',) if call.hand_on else ()
+    def reservations(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
+        return ('the next layer wants the scores, which would be computed a second time',) if call.return_scores else ()
 
-    def __call__(self, job: Job) -> Float[Tensor, '1 h i e']:
+    def __call__(self, args: KernelArgs) -> Float[Tensor, '1 h i e']:
         from torch.nn.attention.varlen import varlen_attn
 
-        packed = job.mask.packed
+        packed = args.mask.packed
         if packed is None:
             raise ValueError('the varlen kernel was asked to run without packed sequences')
-        q, k, v = unified(job.q, job.k, job.v)
+        q, k, v = unified(args.q, args.k, args.v)
         heads, kv_heads = q.shape[1], k.shape[1]
         if 1 < kv_heads < heads:
             q = regrouped(q, heads // kv_heads)
@@ -55,10 +55,10 @@ class Varlen:
             v[0].transpose(0, 1),
             packed.starts_q.int(),
             packed.starts_k.int(),
-            packed.longest_q or job.where.queries,
-            packed.longest_k or job.where.own,
-            scale=job.scale,
-            window_size=(-1, 0) if job.mask.causal else (-1, -1),
+            packed.longest_q or args.geometry.queries,
+            packed.longest_k or args.geometry.own,
+            scale=args.scale,
+            window_size=(-1, 0) if args.mask.causal else (-1, -1),
             enable_gqa=heads != kv_heads,
         )
         out: Tensor = found.transpose(0, 1)[None]

@@ -2,53 +2,53 @@
 
 from __future__ import annotations
 
-from x_transformers.attention.scores.base import Form, Rule, Sheet
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.helpers import max_neg_value, pad_at_dim
 
 
-class AddPrevious(Rule):
+class AddPrevious(ScoreRule):
     """Residual attention: add the scores of the layer before, https://arxiv.org/abs/2012.11747."""
 
     name = 'residual_attn'
     form = Form.WHOLE
 
-    def apply(self, sheet: Sheet) -> None:
-        if sheet.previous is not None:
+    def apply(self, state: ScoreState) -> None:
+        if state.previous is not None:
             # a layer without another model's keys has fewer columns in front than one with them; own keys are right-aligned
-            missing = sheet.scores.shape[-1] - sheet.previous.shape[-1]
-            scores = sheet.scores + pad_at_dim(sheet.previous, (missing, 0))
+            missing = state.scores.shape[-1] - state.previous.shape[-1]
+            scores = state.scores + pad_at_dim(state.previous, (missing, 0))
             # what was forbidden there is the lowest number already: keep the sum a number
-            sheet.scores = scores.clamp(min=max_neg_value(scores))
+            state.scores = scores.clamp(min=max_neg_value(scores))
 
 
-class AddBias(Rule):
+class AddBias(ScoreRule):
     """Add the positional or the user's bias."""
 
     name = 'attn_bias'
     form = Form.BIAS
 
-    def apply(self, sheet: Sheet) -> None:
-        if sheet.bias is not None:
-            sheet.scores = sheet.scores + sheet.bias.render(sheet.where)
+    def apply(self, state: ScoreState) -> None:
+        if state.bias is not None:
+            state.scores = state.scores + state.bias.render(state.geometry)
 
 
-class ApplyMask(Rule):
+class ApplyMask(ScoreRule):
     """Forbidden scores become the lowest number there is."""
 
     name = 'mask'
     form = Form.MASK
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.allowed = sheet.mask.rendered(sheet.where, sheet.q.device)
-        if sheet.allowed is None:
+    def apply(self, state: ScoreState) -> None:
+        state.allowed = state.mask.rendered(state.geometry, state.q.device)
+        if state.allowed is None:
             return
-        scores, lowest = sheet.scores, max_neg_value(sheet.scores)
-        sheet.scores = (
-            scores.masked_fill(~sheet.allowed, lowest) if sheet.shared else scores.masked_fill_(~sheet.allowed, lowest)
+        scores, lowest = state.scores, max_neg_value(state.scores)
+        state.scores = (
+            scores.masked_fill(~state.allowed, lowest) if state.shared else scores.masked_fill_(~state.allowed, lowest)
         )
 
 
-class Record(Rule):
+class RecordMap(ScoreRule):
     """Keep the scores as they are now, if somebody wants to see them."""
 
     name = 'record'
@@ -57,7 +57,7 @@ class Record(Rule):
     def __init__(self, what: str) -> None:
         self.what = what
 
-    def apply(self, sheet: Sheet) -> None:
-        if self.what in sheet.wanted:
-            sheet.records[self.what] = sheet.scores
-            sheet.shared = True
+    def apply(self, state: ScoreState) -> None:
+        if self.what in state.wanted:
+            state.records[self.what] = state.scores
+            state.shared = True

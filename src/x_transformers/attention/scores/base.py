@@ -1,4 +1,4 @@
-"""The score matrix: its geometry, the sheet that the rules write on, and what a rule is."""
+"""What a score rule is, and the state that the rules change."""
 
 from __future__ import annotations
 
@@ -8,37 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.mask import Mask
     from x_transformers.position.relative import Bias
-
-
-@dataclass(frozen=True)
-class Where:
-    """Geometry of a score matrix.
-
-    ``keys`` counts all columns. The first ``front`` of them were put in front of the sequence (zero, external and memory
-    keys): positional rules and causality leave them alone. Queries are right-aligned with the remaining, own keys.
-    """
-
-    queries: int
-    keys: int
-    front: int = 0
-
-    @property
-    def own(self) -> int:
-        return self.keys - self.front
-
-    @property
-    def first(self) -> int:
-        """Index among the own keys of the first query."""
-        return self.keys - self.front - self.queries
-
-    def with_front(self, columns: int) -> Where:
-        """The same after ``columns`` more keys were put in front."""
-        return Where(self.queries, self.keys + columns, self.front + columns)
 
 
 class Form(Enum):
@@ -54,7 +29,7 @@ class Form(Enum):
 
 
 @dataclass
-class Sheet:
+class ScoreState:
     """What one run of the reference works on: every rule reads it and writes on it, in order.
 
     ``scores`` become weights along the way, and these ``out``. ``wanted`` names the maps to record. ``shared`` says that
@@ -65,7 +40,7 @@ class Sheet:
     k: Float[Tensor, 'b kh j d']
     v: Float[Tensor, 'b kh j e']
     mask: Mask
-    where: Where
+    geometry: ScoreShape
     bias: Bias | None = None
     previous: Float[Tensor, 'b h i j'] | None = None
     wanted: tuple[str, ...] = ()
@@ -99,20 +74,20 @@ class Sheet:
         self._out = out
 
 
-class Rule:
-    """One line of the definition of attention: ``apply`` changes the sheet. Its form says which kernels can carry it."""
+class ScoreRule:
+    """One line of the definition of attention: ``apply`` changes the state. Its form says which kernels can carry it."""
 
     name: ClassVar[str]
     form: ClassVar[Form]
 
-    def apply(self, sheet: Sheet) -> None:
+    def apply(self, state: ScoreState) -> None:
         raise NotImplementedError
 
 
-Rules = tuple[Rule, ...]
+ScoreRules = tuple[ScoreRule, ...]
 
 
-def rendered_bias(bias: Bias, where: Where) -> Float[Tensor, '#b #h #i j']:
+def rendered_bias(bias: Bias, geometry: ScoreShape) -> Float[Tensor, '#b #h #i j']:
     """A bias over all columns, one that is the same for all of them too."""
-    rendered = bias.render(where)
-    return rendered.expand(*rendered.shape[:-1], where.keys) if rendered.shape[-1] != where.keys else rendered
+    rendered = bias.render(geometry)
+    return rendered.expand(*rendered.shape[:-1], geometry.keys) if rendered.shape[-1] != geometry.keys else rendered

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import Form, Rule, Sheet, Where
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.scores.talking_heads import kept_finite, mix_heads
 from x_transformers.helpers import max_neg_value
 from x_transformers.module import Module, empty_parameter
@@ -69,7 +70,7 @@ class CoPE(Module):
         counted = attn_logits
         if self.talking_heads is not None:
             if allowed is None:
-                allowed = Mask(causal=True).rendered(Where(*attn_logits.shape[-2:]), attn_logits.device)
+                allowed = Mask(causal=True).rendered(ScoreShape(*attn_logits.shape[-2:]), attn_logits.device)
             counted = self.talking_heads(kept_finite(counted))
             if allowed is not None:
                 counted = counted.masked_fill(~allowed, max_neg_value(counted))
@@ -90,7 +91,7 @@ class CoPE(Module):
         return (share.to(by_position.dtype) @ by_position[..., None]).squeeze(-1)
 
 
-class AddContextualPositions(Rule):
+class AddContextualPositions(ScoreRule):
     """CoPE on the masked scores."""
 
     name = 'use_cope'
@@ -99,11 +100,11 @@ class AddContextualPositions(Rule):
     def __init__(self, cope: nn.Module) -> None:
         self.cope = cope
 
-    def apply(self, sheet: Sheet) -> None:
+    def apply(self, state: ScoreState) -> None:
         added = (
-            self.cope(sheet.q, sheet.scores, sheet.allowed) if isinstance(self.cope, CoPE) else self.cope(sheet.q, sheet.scores)
+            self.cope(state.q, state.scores, state.allowed) if isinstance(self.cope, CoPE) else self.cope(state.q, state.scores)
         )
-        sheet.scores = sheet.scores + added
+        state.scores = state.scores + added
 
 
 def selective_attn(
@@ -132,12 +133,12 @@ def selective_attn(
     return sim - forgotten[:, None]
 
 
-class Forget(Rule):
+class Forget(ScoreRule):
     """Selective attention."""
 
     name = 'selective'
     form = Form.WHOLE
 
-    def apply(self, sheet: Sheet) -> None:
-        seen = sheet.mask.keys
-        sheet.scores = selective_attn(sheet.scores, tokens=None if seen is None else seen[:, -sheet.where.queries :])
+    def apply(self, state: ScoreState) -> None:
+        seen = state.mask.keys
+        state.scores = selective_attn(state.scores, tokens=None if seen is None else seen[:, -state.geometry.queries :])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from x_transformers.attention.scores.base import Form, Rule, Sheet
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.helpers import softclamp
 
 
-class SoftClamp(Rule):
+class SoftClamp(ScoreRule):
     """No score beyond ``value``: value * tanh(score / value), https://arxiv.org/abs/2408.00118."""
 
     name = 'softclamp_logits'
@@ -15,27 +15,27 @@ class SoftClamp(Rule):
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.scores = softclamp(sheet.scores, self.value)
+    def apply(self, state: ScoreState) -> None:
+        state.scores = softclamp(state.scores, self.value)
 
 
-class SetSignAside(Rule):
+class SplitSign(ScoreRule):
     """Signed attention (cog), first half: weights are made of the sizes of scores. https://openreview.net/forum?id=ezRrwwbxd0"""
 
     name = 'cog_signed'
     form = Form.WHOLE
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.sign = sheet.scores.sign()
-        sheet.scores = sheet.scores.abs()
+    def apply(self, state: ScoreState) -> None:
+        state.sign = state.scores.sign()
+        state.scores = state.scores.abs()
 
 
-class GiveSignBack(Rule):
+class RestoreSign(ScoreRule):
     """Signed attention, second half: a weight gets the sign of its score."""
 
     name = 'cog_signed'
     form = Form.WHOLE
 
-    def apply(self, sheet: Sheet) -> None:
-        if sheet.sign is not None:
-            sheet.scores = sheet.scores * sheet.sign
+    def apply(self, state: ScoreState) -> None:
+        if state.sign is not None:
+            state.scores = state.scores * state.sign

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.scores.base import Form, Rule, Sheet
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.tensor_types import Float
 
 
@@ -47,7 +47,7 @@ def minus_square(t: Tensor) -> list[Tensor]:
     return [high, (square - high.float()).to(t.dtype)]
 
 
-class Similarity(Rule):
+class Similarity(ScoreRule):
     """Scores: queries times keys, or minus their squared distance, times the scale."""
 
     name = 'similarity'
@@ -57,11 +57,11 @@ class Similarity(Rule):
         self.scale = scale
         self.l2_distance = l2_distance
 
-    def apply(self, sheet: Sheet) -> None:
-        heads, kv_heads = sheet.q.shape[1], sheet.k.shape[1]
+    def apply(self, state: ScoreState) -> None:
+        heads, kv_heads = state.q.shape[1], state.k.shape[1]
         # query head h looks at key head h mod kv_heads; a single key head broadcasts
-        k = sheet.k if kv_heads in (1, heads) else sheet.k.repeat(1, heads // kv_heads, 1, 1)
+        k = state.k if kv_heads in (1, heads) else state.k.repeat(1, heads // kv_heads, 1, 1)
         if self.l2_distance:
-            sheet.scores = qk_l2_dist_squared(sheet.q, k) * -self.scale
+            state.scores = qk_l2_dist_squared(state.q, k) * -self.scale
         else:
-            sheet.scores = (sheet.q * self.scale) @ k.transpose(-1, -2)
+            state.scores = (state.q * self.scale) @ k.transpose(-1, -2)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from x_transformers.attention.scores.base import Form, Rule, Sheet
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.tensor_types import Float
 
 
-class PutSink(Rule):
+class PutSink(ScoreRule):
     """A column in front, the same learned number for every row of a head."""
 
     name = 'head_learned_sink'
@@ -18,20 +18,20 @@ class PutSink(Rule):
     def __init__(self, sink: Float[Tensor, 'h']) -> None:
         self.sink = sink
 
-    def apply(self, sheet: Sheet) -> None:
-        batch, heads, queries, _ = sheet.scores.shape
-        column = self.sink.to(sheet.scores.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
-        if sheet.sign is not None:
-            sheet.sign = torch.cat((column.sign(), sheet.sign), dim=-1)
+    def apply(self, state: ScoreState) -> None:
+        batch, heads, queries, _ = state.scores.shape
+        column = self.sink.to(state.scores.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        if state.sign is not None:
+            state.sign = torch.cat((column.sign(), state.sign), dim=-1)
             column = column.abs()
-        sheet.scores = torch.cat((column, sheet.scores), dim=-1)
+        state.scores = torch.cat((column, state.scores), dim=-1)
 
 
-class DropSink(Rule):
+class DropSink(ScoreRule):
     """What went to the sink is lost."""
 
     name = 'head_learned_sink'
     form = Form.SINK
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.scores = sheet.scores[..., 1:]
+    def apply(self, state: ScoreState) -> None:
+        state.scores = state.scores[..., 1:]

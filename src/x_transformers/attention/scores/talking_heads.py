@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.scores.base import Form, Rule, Sheet
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -36,7 +36,7 @@ def mix_heads(weight: Float[Tensor, 'g h 1 1'], t: Float[Tensor, 'b h i j']) -> 
     return torch.einsum('gh,bhij->bgij', weight.flatten(1), t)
 
 
-class MixScores(Rule):
+class MixScores(ScoreRule):
     """Before the softmax. The mixed scores are added to the scores, as in the original, which doubles them at the start."""
 
     name = 'pre_talking_heads'
@@ -45,12 +45,12 @@ class MixScores(Rule):
     def __init__(self, mixer: HeadMixer) -> None:
         self.mixer = mixer
 
-    def apply(self, sheet: Sheet) -> None:
-        scores = sheet.scores if sheet.previous is None else kept_finite(sheet.scores)
-        sheet.scores = sheet.scores + self.mixer(scores)
+    def apply(self, state: ScoreState) -> None:
+        scores = state.scores if state.previous is None else kept_finite(state.scores)
+        state.scores = state.scores + self.mixer(scores)
 
 
-class BranchOffScale(Rule):
+class BranchOffScale(ScoreRule):
     """Before-scales-after, first half: mix the scores, and keep the result for later."""
 
     name = 'pre_scale_post_talking_heads'
@@ -59,12 +59,12 @@ class BranchOffScale(Rule):
     def __init__(self, mixer: HeadMixer) -> None:
         self.mixer = mixer
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.gamma = self.mixer(sheet.scores if sheet.previous is None else kept_finite(sheet.scores))
-        sheet.shared = True
+    def apply(self, state: ScoreState) -> None:
+        state.gamma = self.mixer(state.scores if state.previous is None else kept_finite(state.scores))
+        state.shared = True
 
 
-class MixWeights(Rule):
+class MixWeights(ScoreRule):
     """After the softmax."""
 
     name = 'post_talking_heads'
@@ -73,16 +73,16 @@ class MixWeights(Rule):
     def __init__(self, mixer: HeadMixer) -> None:
         self.mixer = mixer
 
-    def apply(self, sheet: Sheet) -> None:
-        sheet.scores = self.mixer(sheet.scores)
+    def apply(self, state: ScoreState) -> None:
+        state.scores = self.mixer(state.scores)
 
 
-class ScaleWeights(Rule):
+class ScaleWeights(ScoreRule):
     """Before-scales-after, second half: weights times what was kept."""
 
     name = 'pre_scale_post_talking_heads'
     form = Form.WHOLE
 
-    def apply(self, sheet: Sheet) -> None:
-        if sheet.gamma is not None:
-            sheet.scores = sheet.scores * sheet.gamma
+    def apply(self, state: ScoreState) -> None:
+        if state.gamma is not None:
+            state.scores = state.scores * state.gamma

@@ -1,0 +1,31 @@
+"""The shape of a score matrix: which columns are whose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScoreShape:
+    """Geometry of a score matrix.
+
+    ``keys`` counts all columns. The first ``front`` of them were put in front of the sequence (zero, external and memory
+    keys): positional rules and causality leave them alone. Queries are right-aligned with the remaining, own keys.
+    """
+
+    queries: int
+    keys: int
+    front: int = 0
+
+    @property
+    def own(self) -> int:
+        return self.keys - self.front
+
+    @property
+    def first(self) -> int:
+        """Index among the own keys of the first query."""
+        return self.keys - self.front - self.queries
+
+    def with_front(self, columns: int) -> ScoreShape:
+        """The same after ``columns`` more keys were put in front."""
+        return ScoreShape(self.queries, self.keys + columns, self.front + columns)
