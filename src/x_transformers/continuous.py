@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.call import Call, check_frames
+from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.pooling import average
 from x_transformers.embedding.rows import Rows
 from x_transformers.flags.base import FlagError
@@ -253,7 +254,7 @@ class ContinuousAutoregressiveWrapper(Module):
         lens = torch.as_tensor(lens, device=x.device)
         if lens.shape != x.shape[:1]:
             raise ValueError(f'lens must have one entry for each of the {x.shape[0]} rows, got shape {tuple(lens.shape)}')
-        return Rows(new=x.shape[1]).before(lens)
+        return Rows(new=x.shape[1], memory=MemoryTokens()).before(lens)
 
     # ------------------------------------------------------------ training on its own predictions
 

@@ -15,6 +15,25 @@ from x_transformers.tensor_types import Bool, Float
 
 T = TypeVar('T')
 
+# ---------------------------------------------------------------- made once
+
+# a list and not a dictionary: sizes that a compiler or an exporter keeps open can be compared, but have no hash
+Memo = list[tuple[tuple[Any, ...], Any, Any]]
+
+
+def recall(memo: Memo, key: tuple[Any, ...], owner: Any = None) -> Any:
+    """What was made before for the same plain numbers and the same object: once for a call, shared by all its layers."""
+    for have, belongs_to, value in memo:
+        if belongs_to is owner and have == key:
+            return value
+    return None
+
+
+def remember(memo: Memo, key: tuple[Any, ...], value: Any, owner: Any = None) -> Any:
+    memo.append((key, owner, value))
+    return value
+
+
 # ---------------------------------------------------------------- presence
 
 

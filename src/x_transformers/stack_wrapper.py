@@ -206,7 +206,7 @@ class StackWrapper(Module):
     def _rows(self, call: Call) -> Rows:
         memory = MemoryTokens(self.num_memory_tokens, self.memory_tokens_interspersed_every)
         front, given = self._front(call), call.x.shape[1]
-        rows = Rows.lay(given, front, call.cache, new_only=call.new_only, cache_age=call.cache_age, memory=memory)
+        rows = Rows.lay(given, front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
         if rows.cached and (reasons := self._why_no_cache()):
             raise ValueError(
                 f'cache: a model with {", ".join(reasons)} cannot go on from a cache; give the whole sequence instead.'

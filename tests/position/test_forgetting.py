@@ -86,7 +86,7 @@ def test_behind_memories(kind: str) -> None:
     whole = module(x)
     bias = module.bias(x[:, 4:], mem=x[:, :4])
     torch.testing.assert_close(visible(bias.render(ScoreShape(5, 9)), kind), visible(whole[..., 4:, :], kind))
-    rows = module.bias(x[:, 4:], mem=x[:, :4]).rows(ScoreShape(5, 9), 1, 3)
+    rows = module.bias(x[:, 4:], mem=x[:, :4]).between(ScoreShape(5, 9), 1, 3)
     torch.testing.assert_close(rows, bias.render(ScoreShape(5, 9))[..., 1:3, :])
 
 

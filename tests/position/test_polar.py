@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from x_transformers.position.polar import PolarEmbedding, apply_polar_pos_emb
-from x_transformers.position.positions import PolarPositions, positions_for
+from x_transformers.position.positions import PolarPositions
 
 
 def test_embedding() -> None:
@@ -35,7 +35,7 @@ def test_scores(kv_heads: int, batched: bool) -> None:
     heads, d = 4, 3
     emb = PolarEmbedding(d, heads, bias_uniform_init=True)
     pos = torch.stack([torch.arange(5), torch.arange(5) * 2 + 1]) if batched else torch.arange(5)
-    positions = PolarPositions.at(emb, pos)
+    positions = PolarPositions(*emb(pos))
     q, k = torch.randn(2, heads, 3, d), torch.randn(2, kv_heads, 5, d)
     placed_q, placed_k = positions.queries(q), positions.keys(k)
     assert placed_k.shape == (2, kv_heads, 5, 2 * d)
@@ -61,13 +61,13 @@ def test_scores(kv_heads: int, batched: bool) -> None:
 def test_unplaced_keys_have_angle_zero() -> None:
     emb = PolarEmbedding(3, heads=2)
     k = torch.randn(1, 2, 4, 3)
-    zero = PolarPositions.at(emb, torch.zeros(4, dtype=torch.long))
+    zero = PolarPositions(*emb(torch.zeros(4, dtype=torch.long)))
     torch.testing.assert_close(zero.unplaced_keys(k), zero.keys(k))
 
 
 def test_alignment_and_refusals() -> None:
     emb = PolarEmbedding(3, heads=2)
-    positions = PolarPositions.at(emb, torch.arange(-2, 4))
+    positions = PolarPositions(*emb(torch.arange(-2, 4)))
     k = torch.randn(1, 2, 6, 3)
     whole = positions.keys(k)
     torch.testing.assert_close(positions.keys(k[:, :, :2], before=4), whole[:, :, :2])
@@ -83,7 +83,7 @@ def test_alignment_and_refusals() -> None:
 
 def test_bias_learns_and_builds_without_memory() -> None:
     emb = PolarEmbedding(3, heads=2, bias_uniform_init=True)
-    positions = PolarPositions.at(emb, torch.arange(4))
+    positions = PolarPositions(*emb(torch.arange(4)))
     t = torch.randn(1, 2, 4, 3)
     (positions.queries(t) * positions.keys(t)).sum().backward()
     assert (emb.learned_bias.grad != 0).any()
@@ -93,12 +93,3 @@ def test_bias_learns_and_builds_without_memory() -> None:
     empty.reset_parameters()
     assert torch.equal(empty.inv_freq, emb.inv_freq)
     assert (empty.learned_bias == 0).all()
-
-
-def test_positions_for() -> None:
-    assert positions_for(3).tolist() == [0, 1, 2]
-    assert positions_for(2, mems=2, offset=3).tolist() == [-2, -1, 0, 1, 2, 3, 4]
-    given = torch.tensor([5, 6, 7])
-    assert positions_for(2, offset=1, pos=given) is given
-    with pytest.raises(ValueError, match='pos gives 3 positions for 4 tokens'):
-        positions_for(4, pos=given)

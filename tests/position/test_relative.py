@@ -17,6 +17,7 @@ from x_transformers.position.relative import (
     DynamicPositionBias,
     RelativeBias,
     RelativePositionBias,
+    along_diagonals,
 )
 
 
@@ -119,8 +120,7 @@ def test_adapted_to_a_call() -> None:
         assert (out[..., :2] == 0).all()
         torch.testing.assert_close(out[0, ..., 2:], module(3, 5))
         assert bias.render(geometry) is out
-        torch.testing.assert_close(RelativeBias(module).rows(geometry, 1, 3), out[:, :, 1:3])
-        assert torch.equal(bias.rows(geometry, 1, 3), out[:, :, 1:3])
+        torch.testing.assert_close(RelativeBias(module).between(geometry, 1, 3), out[:, :, 1:3, 2:])
 
 
 def test_given_positions() -> None:
@@ -139,7 +139,7 @@ def test_given_positions() -> None:
     assert batched.shape == (2, 3, 2, 4)
     torch.testing.assert_close(batched[:1], out)
     torch.testing.assert_close(batched[1:], out * 2)
-    torch.testing.assert_close(RelativeBias(alibi, positions=pos).rows(geometry, 1, 2), out[:, :, 1:2])
+    torch.testing.assert_close(RelativeBias(alibi, positions=pos).between(geometry, 1, 2), out[:, :, 1:2, 1:])
     with pytest.raises(ValueError, match='pos gives 4 positions, but there are 5 keys'):
         RelativeBias(alibi, positions=pos).render(ScoreShape(2, 5))
 
@@ -181,7 +181,7 @@ def test_dense(front: int) -> None:
     # while decoding only the last rows are asked for
     square = torch.randn(4, 4)
     torch.testing.assert_close(DenseBias(square).render(ScoreShape(1, 4))[0, 0], square[-1:])
-    torch.testing.assert_close(DenseBias(square).rows(ScoreShape(3, 4), 1, 3)[0, 0], square[2:])
+    torch.testing.assert_close(DenseBias(square).between(ScoreShape(3, 4), 1, 3)[0, 0], square[2:])
 
 
 def test_refusals() -> None:
@@ -210,3 +210,12 @@ def test_builds_without_memory() -> None:
         if isinstance(module, AlibiPositionalBias):
             torch.testing.assert_close(module(2, 3), fresh(2, 3))
         assert module.double()(2, 3).dtype == torch.double
+
+
+@pytest.mark.parametrize(('i', 'j'), [(1, 1), (1, 5), (4, 1), (3, 5), (5, 5), (6, 2)])
+def test_compiled_diagonals_are_the_same(i: int, j: int) -> None:
+    values = torch.randn(2, i + j - 1)
+    want = torch.stack([torch.stack([values[:, c - r + i - 1] for c in range(j)], -1) for r in range(i)], -2)
+    assert torch.equal(along_diagonals(values, i, j), want)
+    compiled = torch.compile(along_diagonals, backend='eager', fullgraph=True)
+    assert torch.equal(compiled(values, i, j), want)

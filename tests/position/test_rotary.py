@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from x_transformers.flags.base import FlagError
-from x_transformers.position.positions import RotaryPositions
+from x_transformers.position.positions import RotaryPositions, RotaryTable
 from x_transformers.position.rotary import RotaryEmbedding, apply_rotary_pos_emb, rotate_half
+
+
+def placed(emb: RotaryEmbedding, pos: Tensor) -> RotaryPositions:
+    return RotaryPositions(*emb(pos))
 
 
 def rotated(t: Tensor, angle_of: callable, scale_of: callable = lambda b, n, k: 1.0) -> Tensor:
@@ -46,13 +50,14 @@ def test_rotation(dim: int) -> None:
 
     expected = rotated(t, angle)
     torch.testing.assert_close(apply_rotary_pos_emb(t, freqs, scale), expected, atol=1e-5, rtol=1e-5)
-    for positions in (RotaryPositions(freqs, scale), RotaryPositions.at(emb, torch.arange(7))):
-        torch.testing.assert_close(positions.queries(t), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(positions.keys(t), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(positions.unrotate_keys(positions.keys(t)), t, atol=1e-5, rtol=1e-5)
-        assert positions.cache_form == 'positioned'
-        some = positions.queries(t, heads=2)
-        torch.testing.assert_close(some, torch.cat((t[:, :1], expected[:, 1:]), dim=1), atol=1e-5, rtol=1e-5)
+    positions = RotaryPositions(freqs, scale)
+    torch.testing.assert_close(positions.queries(t), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(positions.keys(t), expected, atol=1e-5, rtol=1e-5)
+    back = RotaryTable(positions.key_angles(5)).rotated(positions.keys(t), None, back=True)
+    torch.testing.assert_close(back, t, atol=1e-5, rtol=1e-5)
+    assert positions.cache_form == 'positioned'
+    some = positions.queries(t, heads=2)
+    torch.testing.assert_close(some, torch.cat((t[:, :1], expected[:, 1:]), dim=1), atol=1e-5, rtol=1e-5)
 
 
 def test_xpos() -> None:
@@ -76,13 +81,11 @@ def test_xpos() -> None:
     torch.testing.assert_close(positions.queries(t), queries, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(positions.keys(t), keys, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(apply_rotary_pos_emb(t, freqs, scale), queries, atol=1e-5, rtol=1e-5)
-    with pytest.raises(NotImplementedError, match='keeps keys without positions'):
-        positions.unrotate_keys(t)
 
 
 def test_tables_are_aligned_on_the_right() -> None:
     emb = RotaryEmbedding(4)
-    positions = RotaryPositions.at(emb, torch.arange(-3, 6))
+    positions = placed(emb, torch.arange(-3, 6))
     k = torch.randn(2, 2, 9, 4)
     whole = positions.keys(k)
     torch.testing.assert_close(positions.keys(k[:, :, -2:]), whole[:, :, -2:])
@@ -99,18 +102,16 @@ def test_tables_are_aligned_on_the_right() -> None:
 def test_cross_attention_takes_keys_from_the_context() -> None:
     emb = RotaryEmbedding(4)
     own = RotaryPositions(*emb(torch.arange(5)))
-    cross = own.cross(*emb(torch.arange(10, 17)))
+    cross = RotaryPositions(*emb(torch.arange(5)), context=emb(torch.arange(10, 17)))
     q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4)
     torch.testing.assert_close(cross.queries(q), own.queries(q))
     torch.testing.assert_close(cross.keys(k), apply_rotary_pos_emb(k, emb(torch.arange(10, 17))[0]))
-    other = RotaryPositions(*emb(torch.arange(5)), context=emb(torch.arange(10, 17)))
-    torch.testing.assert_close(other.keys(k), cross.keys(k))
 
 
 def test_scores_depend_on_distance_only() -> None:
     emb = RotaryEmbedding(8)
     q, k = torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
-    near, far = RotaryPositions.at(emb, torch.arange(6)), RotaryPositions.at(emb, torch.arange(50, 56))
+    near, far = placed(emb, torch.arange(6)), placed(emb, torch.arange(50, 56))
     scores = [p.queries(q) @ p.keys(k).transpose(-1, -2) for p in (near, far)]
     torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
 
@@ -150,9 +151,9 @@ def test_odd_widths() -> None:
 def test_half_precision_keeps_exact_angles() -> None:
     t = torch.randn(1, 1, 3, 8)
     pos = torch.tensor([4001, 4002, 4003])
-    full = RotaryPositions.at(RotaryEmbedding(8), pos).queries(t)
+    full = placed(RotaryEmbedding(8), pos).queries(t)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        half = RotaryPositions.at(RotaryEmbedding(8), pos).queries(t.bfloat16())
+        half = placed(RotaryEmbedding(8), pos).queries(t.bfloat16())
         alone = apply_rotary_pos_emb(t.bfloat16(), RotaryEmbedding(8)(pos)[0])
     assert half.dtype == alone.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), full, atol=0.03, rtol=0.03)
@@ -163,7 +164,7 @@ def test_compiled_is_the_same() -> None:
     emb = RotaryEmbedding(4, use_xpos=True)
 
     def run(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        positions = RotaryPositions.at(emb, torch.arange(5))
+        positions = placed(emb, torch.arange(5))
         return positions.queries(q, heads=1), positions.keys(k)
 
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)

@@ -13,26 +13,11 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.scores.base import rendered_bias
+from x_transformers.helpers import Memo, recall, remember
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.position.relative import Bias
-
-
-Memo = list[tuple[tuple[Any, ...], Any, Any]]
-
-
-def recall(memo: Memo, key: tuple[Any, ...], owner: Any = None) -> Any:
-    """What was made before for the same plain numbers and the same object: once for a call, shared by all its layers."""
-    for have, belongs_to, value in memo:
-        if belongs_to is owner and have == key:
-            return value
-    return None
-
-
-def remember(memo: Memo, key: tuple[Any, ...], value: Any, owner: Any = None) -> Any:
-    memo.append((key, owner, value))
-    return value
 
 
 @dataclass(frozen=True, eq=False)

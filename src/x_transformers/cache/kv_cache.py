@@ -179,7 +179,9 @@ class KVCache:
                 f'got {type(given).__name__}'
             )
         if held is not None:
-            steps = [index for index in sorted(held.steps) if not held.steps[index].tapes.keys().isdisjoint(('v', 'latent'))]
+            steps = [
+                index for index in sorted(held.steps) if 'v' in held.steps[index].tapes or 'latent' in held.steps[index].tapes
+            ]
         by_hand = [
             (index, inter)
             for index, inter in zip(steps or range(len(attentions or ())), attentions or (), strict=False)

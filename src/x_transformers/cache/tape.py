@@ -80,7 +80,9 @@ class Tape:
                 f'the cache holds rows of shape {_but_length(buffer)} and the new ones are {_but_length(new)}; they must agree '
                 '(batch, heads, features): use the cache with the batch it was made for, or reorder its rows first'
             )
-        if torch.is_grad_enabled() or new.dtype != buffer.dtype or new.device != buffer.device:
+        # a compiler is shown no memory that tapes share: who may write where is not a question about tensors
+        functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if functional or new.dtype != buffer.dtype or new.device != buffer.device:
             return Tape.of(torch.cat((self.value, new), dim=-2), reserve=self.reserve)
         more = new.shape[-2]
         end = self._start + self.length

@@ -14,8 +14,6 @@ from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.token import check_mask
 from x_transformers.tensor_types import Bool, Int
 
-NO_MEMORY = MemoryTokens()
-
 
 class Shuffle(NamedTuple):
     """For each batch row, which of its rows comes where, and the way back."""
@@ -48,23 +46,24 @@ class Rows:
     """
 
     new: int
+    # no default: a compiler does not follow an object that is one
+    memory: MemoryTokens
     front: int = 0
     held: int = 0
     seen: int = 0
     front_held: int = 0
     cached: bool = False
-    memory: MemoryTokens = NO_MEMORY
 
     @classmethod
     def lay(
         cls,
         given: int,
         front: int,
+        memory: MemoryTokens,
         cache: KVCache | None = None,
         *,
         new_only: bool = False,
         cache_age: int | None = None,
-        memory: MemoryTokens | None = None,
     ) -> Rows:
         """Tell new tokens from seen ones.
 
@@ -72,7 +71,7 @@ class Rows:
         new. ``new_only`` says that everything is new, ``cache_age`` how many of the last tokens are (0: all; 1 says nothing).
         """
         if cache is None or cache.length == 0:
-            return cls(new=given, front=front, memory=memory or NO_MEMORY)
+            return cls(new=given, front=front, memory=memory)
         front = cache.front or front
         front_held = max(front - (cache.length - cache.retained), 0)
         held = cache.retained - front_held
@@ -82,7 +81,9 @@ class Rows:
             new = min(cache_age, given)
         else:
             new = given if given <= held else given - held
-        return cls(new=new, front=front, held=held, seen=cache.length - front, front_held=front_held, cached=True)
+        return cls(
+            new=new, front=front, held=held, seen=cache.length - front, front_held=front_held, cached=True, memory=memory
+        )
 
     @property
     def tokens(self) -> int:

@@ -252,7 +252,7 @@ def from_outside(given: Given) -> bool:
 
 def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
     """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
-    if not (stack.flags.depends_on_places or from_outside(given)):
+    if not (stack.depends_on_places or from_outside(given)):
         return None
     # also where the padding is out of sight, and nobody speaks of it any more
     known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('begins')

@@ -128,6 +128,7 @@ class AttentionLayers(Module):
         self.rotary_pos_emb, self.polar_pos_emb = choose_rotary(flags), choose_polar(flags)
         self.rel_pos = choose_position_bias(flags)
         self.uses_positions = flags.rotary or flags.polar or self.rel_pos is not None
+        self.depends_on_places = flags.depends_on_places
 
     def init_own(self) -> None:
         if self.stream_emb is not None:

@@ -8,27 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from x_transformers.helpers import Memo, recall, remember
 from x_transformers.module import last_rows
-from x_transformers.position.polar import PolarEmbedding, place
-from x_transformers.position.rotary import RotaryEmbedding, as_turns, check_table, turn, turn_by_cos_sin
-from x_transformers.tensor_types import Float, Int
-
-Position = Int[Tensor, 'n'] | Int[Tensor, 'b n']
-
-
-def positions_for(
-    n: int, mems: int = 0, offset: int = 0, pos: Tensor | None = None, device: torch.device | None = None
-) -> Tensor:
-    """The positions of memories, cached tokens (``offset`` of them) and ``n`` new tokens, in this order.
-
-    Memories lie before 0. The user's ``pos`` (n) or (b n) is taken as it is.
-    Raises ValueError if it is shorter than the new tokens.
-    """
-    if pos is None:
-        return torch.arange(-mems, offset + n, device=device)
-    if pos.shape[-1] < n:
-        raise ValueError(f'pos gives {pos.shape[-1]} positions for {n} tokens: it needs one for each, memories included')
-    return pos
+from x_transformers.position.polar import place
+from x_transformers.position.rotary import as_turns, check_table, turn, turn_by_cos_sin
+from x_transformers.tensor_types import Float
 
 
 class Positions(ABC):
@@ -52,10 +36,6 @@ class Positions(ABC):
     def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m e']:
         """Keys with positions; ``before``: rows of the table that come after the keys' last one."""
 
-    def unrotate_keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None) -> Float[Tensor, 'b kh m d']:
-        """What ``keys`` was given, from what it returned. Only for the form 'positioned'."""
-        raise NotImplementedError(f'{type(self).__name__} keeps keys without positions, so there is nothing to take off')
-
     def unplaced_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m e']:
         """Keys that have no position (memory keys, another model's), in the same width as those of ``keys``."""
         return k
@@ -73,7 +53,7 @@ class RotaryTable:
     def __init__(self, angles: Float[Tensor, '#b n p'], scale: Float[Tensor, '#b n p'] | float = 1.0) -> None:
         self.angles = angles
         self.scale = scale
-        self._made: dict[tuple[int, int, int, bool], tuple[Tensor, ...]] = {}
+        self._made: Memo = []
 
     @classmethod
     def of(cls, freqs: Float[Tensor, '... n r'], scale: Float[Tensor, '... n r'] | float = 1.0) -> RotaryTable:
@@ -94,7 +74,7 @@ class RotaryTable:
             width = cos.shape[-1]
             turned = turn_by_cos_sin(t[..., :width], cos, -sin if back else sin)
             return turned if width == dim else torch.cat((turned, t[..., width:]), dim=-1)
-        (turns,) = self._turns(n, dim, before, inverse)
+        turns = self._turns(n, dim, before, inverse)
         return turn(t, turns.conj() if back else turns)
 
     def _pairs(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, Tensor | float]:
@@ -105,19 +85,20 @@ class RotaryTable:
         scale = last_rows(self.scale, n + before)[..., :n, :].unsqueeze(1)
         return angles, scale.reciprocal() if inverse else scale
 
-    def _turns(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, ...]:
+    def _turns(self, n: int, dim: int, before: int, inverse: bool) -> Tensor:
         """Complex numbers for a whole head: 1 for the pairs that don't turn."""
-        key = (n, dim, before, inverse)
-        if key not in self._made:
-            self._made[key] = (as_turns(*self._pairs(n, dim, before, inverse), dim),)
-        return self._made[key]
+        key = ('turns', n, dim, before, inverse)
+        turns: Tensor | None = recall(self._made, key)
+        return remember(self._made, key, as_turns(*self._pairs(n, dim, before, inverse), dim)) if turns is None else turns
 
-    def _cos_sin(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, ...]:
-        key = (n, dim, before, inverse)
-        if key not in self._made:
+    def _cos_sin(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, Tensor]:
+        key = ('cos_sin', n, dim, before, inverse)
+        found: tuple[Tensor, Tensor] | None = recall(self._made, key)
+        if found is None:
             angles, scale = self._pairs(n, dim, before, inverse)
-            self._made[key] = tuple((table * scale).repeat_interleave(2, dim=-1) for table in (angles.cos(), angles.sin()))
-        return self._made[key]
+            cos, sin = ((table * scale).repeat_interleave(2, dim=-1) for table in (angles.cos(), angles.sin()))
+            found = remember(self._made, key, (cos, sin))
+        return found
 
 
 def _one_of_each_pair(table: Float[Tensor, '... n r']) -> Float[Tensor, '#b n p']:
@@ -127,7 +108,7 @@ def _one_of_each_pair(table: Float[Tensor, '... n r']) -> Float[Tensor, '#b n p'
 class RotaryPositions(Positions):
     """Rotary positions of one call, from what ``RotaryEmbedding`` returns: ``RotaryPositions(*embedding(pos))``.
 
-    ``context``: (freqs, scale) of the keys, where they come from another sequence (see ``cross``).
+    ``context``: (freqs, scale) of the keys, where they come from another sequence.
     Raises ValueError when queries or keys are longer than their positions.
     """
 
@@ -137,36 +118,16 @@ class RotaryPositions(Positions):
         scale: Float[Tensor, '#b n r'] | float = 1.0,
         context: tuple[Tensor, Tensor | float] | None = None,
     ) -> None:
-        table = RotaryTable.of(freqs, scale)
-        self._take(table, table if context is None else RotaryTable.of(*context))
-
-    def _take(self, of_queries: RotaryTable, of_keys: RotaryTable) -> RotaryPositions:
-        self._of_queries = of_queries
-        self._of_keys = of_keys
+        self._of_queries = RotaryTable.of(freqs, scale)
+        self._of_keys = self._of_queries if context is None else RotaryTable.of(*context)
         # the scale of xpos is centred on the whole sequence, so it changes as the sequence grows
-        self.cache_form = 'raw' if isinstance(of_keys.scale, Tensor) else 'positioned'
-        return self
-
-    @classmethod
-    def at(cls, embedding: RotaryEmbedding, pos: Position) -> RotaryPositions:
-        """The positions ``pos``, without first writing every angle twice."""
-        table = RotaryTable(*embedding.halves(pos))
-        return cls.__new__(cls)._take(table, table)
-
-    def cross(self, freqs: Float[Tensor, '#b j r'], scale: Float[Tensor, '#b j r'] | float = 1.0) -> RotaryPositions:
-        """For cross attention: the same queries (their tables are shared), keys at the context's positions."""
-        return RotaryPositions.__new__(RotaryPositions)._take(self._of_queries, RotaryTable.of(freqs, scale))
+        self.cache_form = 'raw' if isinstance(self._of_keys.scale, Tensor) else 'positioned'
 
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n d']:
         return self._of_queries.rotated(q, heads)
 
     def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m d']:
         return self._of_keys.rotated(k, heads, before, inverse=True)
-
-    def unrotate_keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None) -> Float[Tensor, 'b kh m d']:
-        if self.cache_form == 'raw':
-            return super().unrotate_keys(k, heads)
-        return self._of_keys.rotated(k, heads, back=True)
 
     def key_angles(self, n: int) -> Float[Tensor, '#b n p']:
         """The angles of the last n keys, one for each pair of channels."""
@@ -189,11 +150,7 @@ class PolarPositions(Positions):
     def __init__(self, freqs: Float[Tensor, '#b n d'], bias: Float[Tensor, 'h 1 d']) -> None:
         self.freqs = (freqs if freqs.ndim == 3 else freqs.unsqueeze(0)).unsqueeze(1)
         self.bias = bias
-        self._made: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
-
-    @classmethod
-    def at(cls, embedding: PolarEmbedding, pos: Position) -> PolarPositions:
-        return cls(*embedding(pos))
+        self._made: Memo = []
 
     def renewed(self) -> PolarPositions:
         return PolarPositions(self.freqs.squeeze(1), self.bias)
@@ -213,7 +170,8 @@ class PolarPositions(Positions):
 
     def _cos_sin(self, side: str, n: int, before: int = 0) -> tuple[Tensor, Tensor]:
         key = (side, n, before)
-        if key not in self._made:
+        found: tuple[Tensor, Tensor] | None = recall(self._made, key)
+        if found is None:
             if self.freqs.shape[-2] < n + before:
                 raise ValueError(
                     f'polar positions are given for {self.freqs.shape[-2]} tokens, but {side} reach over {n + before}: '
@@ -221,8 +179,8 @@ class PolarPositions(Positions):
                 )
             angles = last_rows(self.freqs, n + before)[..., :n, :]
             angles = angles - self.bias if side == 'queries' else angles
-            self._made[key] = angles.cos(), angles.sin()
-        return self._made[key]
+            found = remember(self._made, key, (angles.cos(), angles.sin()))
+        return found
 
     @staticmethod
     def _refuse(heads: int | None, t: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
+from x_transformers.helpers import Memo, recall, remember
 from x_transformers.module import Module
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float, Int
@@ -30,24 +31,19 @@ class Bias(ABC):
     """
 
     def __init__(self) -> None:
-        self._rendered: dict[tuple[int, ...], Tensor] = {}
+        self._rendered: Memo = []
 
     @abstractmethod
     def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
         """Rows start … stop-1 of the queries over the own keys, or over all keys."""
 
     def render(self, geometry: ScoreShape) -> Float[Tensor, '#b #h i j']:
-        key = self._key(geometry)
-        if key not in self._rendered:
-            self._rendered[key] = _behind_front(self.between(geometry, 0, geometry.queries), geometry)
-        return self._rendered[key]
-
-    def rows(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
-        """Some rows of ``render``, for kernels that never hold the whole matrix."""
-        whole = self._rendered.get(self._key(geometry))
-        if whole is not None:
-            return whole if whole.shape[-2] == 1 else whole[..., start:stop, :]
-        return _behind_front(self.between(geometry, start, stop), geometry)
+        # what was rendered without gradients is of no use to a layer that is run again for its gradients
+        key = (geometry.queries, geometry.keys, geometry.front, torch.is_grad_enabled())
+        found: Tensor | None = recall(self._rendered, key)
+        if found is None:
+            found = remember(self._rendered, key, _behind_front(self.between(geometry, 0, geometry.queries), geometry))
+        return found
 
     def strip(self, geometry: ScoreShape, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
         """The first ``rows`` rows over own keys, those from ``low`` to ``high``-1 keys behind the first of these rows.
@@ -73,13 +69,8 @@ class Bias(ABC):
     def renewed(self) -> Self:
         """The same, with nothing rendered."""
         other = copy(self)
-        other._rendered = {}
+        other._rendered = []
         return other
-
-    @staticmethod
-    def _key(geometry: ScoreShape) -> tuple[int, int, int, bool]:
-        # what was rendered without gradients is of no use to a layer that is run again for its gradients
-        return geometry.queries, geometry.keys, geometry.front, torch.is_grad_enabled()
 
 
 def _behind_front(bias: Tensor, geometry: ScoreShape) -> Tensor:
@@ -157,10 +148,11 @@ class RelativeBias(Bias):
     def strip(self, geometry: ScoreShape, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
         if not self.by_distance:
             return None
-        key = (rows, low, high, int(torch.is_grad_enabled()), -1)
-        if key not in self._rendered:
-            self._rendered[key] = self.module.by_index(-low, rows, high - low).unsqueeze(0)
-        return self._rendered[key]
+        key = ('strip', rows, low, high, torch.is_grad_enabled())
+        found: Tensor | None = recall(self._rendered, key)
+        if found is None:
+            found = remember(self._rendered, key, self.module.by_index(-low, rows, high - low).unsqueeze(0))
+        return found
 
     @property
     def by_distance(self) -> bool:
@@ -175,6 +167,22 @@ class RelativeBias(Bias):
 
 
 # ---------------------------------------------------------------- biases by distance
+
+
+def along_diagonals(values: Float[Tensor, 'h m'], i: int, j: int) -> Float[Tensor, 'h i j']:
+    """``values[c - r + i - 1]`` at row r and column c, of i + j - 1 values.
+
+    Row 0 begins with value number i - 1, and every later row one value further left.
+    """
+    if not torch.compiler.is_compiling():
+        # what comes of it takes after the strides of what goes in, and one with heads or rows as its fastest axis would be slow
+        return values.unfold(-1, j, 1).flip(-2).contiguous()
+    # the window of ``unfold`` has one size for ever; so here rows of i + j values are written one after the other and read in
+    # rows of i + j - 1, by which each begins one value earlier
+    numbers = (torch.arange(i + j, device=values.device) + (i - 1)) % (i + j)
+    turned = values.index_select(-1, numbers.clamp(max=i + j - 2))
+    flat = turned.unsqueeze(-2).expand(-1, i, -1).reshape(values.shape[0], i * (i + j))
+    return flat[:, : i * (i + j - 1)].view(values.shape[0], i, i + j - 1)[..., :j].contiguous()
 
 
 class DistanceBias(Module):
@@ -192,9 +200,7 @@ class DistanceBias(Module):
         There are i + j - 1 distances, so that many numbers are computed and laid out along the diagonals.
         """
         distances = torch.arange(i + j - 1, device=self.device) - (first + i - 1)
-        # row r begins where the distance is -(first + r): the later the row, the further left. What comes of it takes after the
-        # strides of what goes in, and one with heads or rows as its fastest axis would be slow to add
-        return self.of_distances(distances).contiguous().unfold(-1, j, 1).flip(-2).contiguous()
+        return along_diagonals(self.of_distances(distances).contiguous(), i, j)
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
         raise NotImplementedError
