@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from x_transformers.layers.stack import PrefixDecoder as PrefixDecoder
     from x_transformers.multi_input import MultiInputTransformerWrapper as MultiInputTransformerWrapper
     from x_transformers.neo_mlp import NeoMLP as NeoMLP
+    from x_transformers.next_latent_wrapper import NextLatentWrapper as NextLatentWrapper
     from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper as NonAutoregressiveWrapper
     from x_transformers.norms import AdaptiveRMSNorm as AdaptiveRMSNorm
     from x_transformers.norms import RMSNorm as RMSNorm
@@ -48,6 +49,7 @@ _HOME = {
     'FeedForward': 'feedforward',
     'MultiInputTransformerWrapper': 'multi_input',
     'NeoMLP': 'neo_mlp',
+    'NextLatentWrapper': 'next_latent_wrapper',
     'NonAutoregressiveWrapper': 'nonautoregressive_wrapper',
     'PrefixDecoder': 'layers.stack',
     'RMSNorm': 'norms',

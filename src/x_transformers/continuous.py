@@ -84,13 +84,18 @@ class ContinuousTransformerWrapper(StackWrapper):
         self.probabilistic, self.average_pool_embed = own.probabilistic, own.average_pool_embed
         self.dim_in, self.dim_out = own.dim_in, own.dim_out
         self.width_in = None if own.project_in is not None else own.dim_in or self.emb_dim
+        skips = own.use_identity_if_same_dim
+        projects_in = own.dim_in is not None and not (skips and own.dim_in == self.emb_dim)
         self.project_in: nn.Module = own.project_in or (
-            nn.Linear(own.dim_in, self.emb_dim, bias=False) if own.dim_in else nn.Identity()
+            nn.Linear(own.dim_in, self.emb_dim, bias=False) if projects_in else nn.Identity()  # type: ignore[arg-type]
         )
         self._build_entrance(own)
         self._build_memory_tokens(own)
         width = (own.dim_out or 0) * (2 if own.probabilistic else 1)
-        self.project_out: nn.Module = own.project_out or (nn.Linear(self.dim, width, bias=False) if width else nn.Identity())
+        projects_out = width > 0 and not (skips and width == self.dim)
+        self.project_out: nn.Module = own.project_out or (
+            nn.Linear(self.dim, width, bias=False) if projects_out else nn.Identity()
+        )
         self._build_stack(own, attn_layers)
         self.init_own()
 

@@ -47,6 +47,9 @@ class ContinuousFlags(Flags):
     probabilistic: bool = flag(False, 'The outputs are means and variances.')
     project_in: nn.Module | None = flag(None, 'Your own projection of the inputs.')
     project_out: nn.Module | None = flag(None, 'Your own projection to the outputs.')
+    use_identity_if_same_dim: bool = flag(
+        False, 'No projection where the width of inputs or outputs is that of the embeddings.', since='2.31.10'
+    )
     extend_mems: bool = flag(
         False,
         'Memories that are returned go on from those given, as those of token models do; off: they are of this segment only.',
