@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from x_transformers.attention.attend import ORDER, not_with_dropout
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.attention.kernels.base import CallFacts
-from x_transformers.attention.kernels.choose import KERNELS, needs_of
+from x_transformers.attention.kernels.base import CallFacts, Needs
+from x_transformers.attention.kernels.choose import KERNELS
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED, NOT_FUSED_WITH_DROPOUT
+from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, shown
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import (
@@ -96,7 +97,10 @@ def without(cls: type[Flags], name: str, entry: Group) -> str:
     verdict = json.loads(SUPPORT.read_text(encoding='utf-8'))[entry.name]
     missing = [f'`{part}`' if part in ('pos', 'mems') else part for part, works in verdict.items() if works is False]
     if cls is AttentionFlags:
-        needs = needs_of({flag.removeprefix('attn_'): value for flag, value in entry.flags.items()})
+        given = {flag.removeprefix('attn_'): value for flag, value in entry.flags.items()}
+        known = {name: value for name, value in given.items() if name in AttentionFlags.flag_fields()}
+        flags = AttentionFlags(**known)
+        needs = Needs.of(rule for rule in ORDER if rule.is_on(flags))
         best = CallFacts(
             'cuda',
             torch.bfloat16,
@@ -182,9 +186,10 @@ def generated() -> str:
         if cls is AttentionFlags:
             lines += [
                 f'- `flash`, `{name}`: {why}, which no fused kernel does. Leave out one of them.'
-                for name, why in NOT_FUSED.items()
+                for name, why in dict.fromkeys((rule.name, rule.unfused) for rule in ORDER if rule.unfused is not None)
             ]
-            lines.append(f'- `flash`, `dropout` and one of {listed(NOT_FUSED_WITH_DROPOUT)}: no fused kernel has both.')
+            apart = dict.fromkeys(rule.name for rule in ORDER if rule.unfused is None and not_with_dropout(rule))
+            lines.append(f'- `flash`, `dropout` and one of {listed(apart)}: no fused kernel has both.')
     return '\n'.join(lines) + '\n'
 
 

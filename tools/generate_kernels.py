@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from x_transformers.attention.attend import ORDER
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.attention.kernels.base import CallFacts
-from x_transformers.attention.kernels.choose import KERNELS, choose_kernel, needs_of
+from x_transformers.attention.kernels.base import CallFacts, Needs
+from x_transformers.attention.kernels.choose import KERNELS, choose_kernel
+from x_transformers.flags.attention import AttentionFlags
 
 PATH = Path(__file__).parent.parent / 'docs/kernels.md'
 
@@ -41,7 +43,7 @@ ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ('`attn_sparse_topk_straight_through`', {'sparse_topk': 8, 'sparse_topk_straight_through': True}, {}),
     ('`attn_hard`', {'hard': True}, {}),
     ('`attn_gumbel_softmax`', {'gumbel_softmax': True}, {}),
-    ('`attn_custom_attn_fn`', {'custom_attn_fn': True}, {}),
+    ('`attn_custom_attn_fn`', {'custom_attn_fn': torch.relu}, {}),
     ('`attn_pre_talking_heads`', {'pre_talking_heads': True}, {}),
     ('`attn_post_talking_heads`', {'post_talking_heads': True}, {}),
     ('`attn_pre_scale_post_talking_heads`', {'pre_scale_post_talking_heads': True}, {}),
@@ -78,6 +80,11 @@ prefers. A number is a reason.
 """
 
 
+def needs(settings: dict[str, Any]) -> Needs:
+    flags = AttentionFlags(**settings)
+    return Needs.of((rule for rule in ORDER if rule.is_on(flags)), onnxable=flags.onnxable)
+
+
 def facts(place: dict[str, Any], changed: dict[str, Any], *, gradients: bool = True) -> CallFacts:
     plain = {'gradients': gradients, 'dropout': False, 'geometry': ScoreShape(1024, 1024), 'plain_causal': True, 'causal': True}
     return CallFacts(**{**place, **HEADS, **plain, **changed})
@@ -103,7 +110,7 @@ def generated() -> str:
         for kernel in fused:
             # varlen is about packed sequences: otherwise it has nothing to say
             more = {**changed, 'packed': True} if kernel.name == 'varlen' else changed
-            found = [told(kernel.refusals(needs_of(settings), facts(place, more)), settings) for place in (GPU, CPU)]
+            found = [told(kernel.refusals(needs(settings), facts(place, more)), settings) for place in (GPU, CPU)]
             if not all(found):
                 cells.append('yes')
                 continue
@@ -116,7 +123,7 @@ def generated() -> str:
     for title, settings, changed in ROWS:
         cells = []
         for place in (GPU, CPU):
-            cells.append(choose_kernel(needs_of(settings), facts(place, changed)).name)
+            cells.append(choose_kernel(needs(settings), facts(place, changed)).name)
             one = {
                 **changed,
                 'geometry': alone(changed.get('geometry', ScoreShape(1024, 1024))),
@@ -124,7 +131,7 @@ def generated() -> str:
                 'dropout': False,
             }
             one['learned_bias'] = False
-            cells.append(choose_kernel(needs_of(settings), facts(place, one, gradients=False)).name)
+            cells.append(choose_kernel(needs(settings), facts(place, one, gradients=False)).name)
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.attention import AttendFlags, AttentionFlags
 from x_transformers.flags.base import Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import PARTS, keyword_names
@@ -48,9 +48,11 @@ def generated() -> str:
     for part, cls in PARTS.items():
         stack += entries(cls, [name.removeprefix(part) for name in keyword_names(part)], part)
     attention = entries(AttentionFlags, AttentionFlags.flag_fields())
+    attend = entries(AttendFlags, AttendFlags.flag_fields())
     feedforward = entries(FeedForwardFlags, FeedForwardFlags.flag_fields())
     cross = entries(StackFlags, BY_POSITION[3:])
     blocks = (
+        typed_dict('AttendKeywords', 'Of ``Attend``.', attend),
         typed_dict('AttentionKeywords', 'Of ``Attention``, after ``dim``.', attention),
         typed_dict('FeedForwardKeywords', 'Of ``FeedForward``, after ``dim``.', feedforward),
         typed_dict('StackKeywords', 'Of ``AttentionLayers``, after its first four arguments.', stack),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from x_transformers.position.relative import Bias
+from x_transformers.position.bias import Bias
 
 
 class FixedBias(Bias):

@@ -8,16 +8,16 @@ import torch
 
 import x_transformers.attend as table
 from x_transformers.attend import Attend, compact, once, pack_one, unpack_one
-from x_transformers.attention.attend import ONE_OF
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.scores.contextual import CoPE
+from x_transformers.flags.attention import ScoreFlags
 from x_transformers.flags.base import FlagError
 
 from .formula import FixedBias, attention
 
 ORDER = [
     'similarity', 'residual_attn', 'record', 'pre_scale_post_talking_heads', 'pre_talking_heads', 'attn_bias',
-    'softclamp_logits', 'cog_signed', 'mask', 'use_cope', 'selective', 'head_learned_sink', 'record', 'weights', 'cog_signed',
+    'softclamp_logits', 'cog_signed', 'mask', 'use_cope', 'selective', 'head_learned_sink', 'record', 'softmax', 'cog_signed',
     'record', 'head_learned_sink', 'dropout', 'post_talking_heads', 'pre_scale_post_talking_heads', 'values', 'empty rows',
 ]  # fmt: skip
 
@@ -28,9 +28,9 @@ def test_the_order_of_rules():
     attend = Attend(
         heads=2, causal=True, selective=True, softclamp_logits=True, dropout=0.1, cope=cope, **dict.fromkeys(on, True)
     )
-    assert [rule.name for rule in attend.rules(1.0)] == ORDER
-    assert [rule.name for rule in Attend().rules(1.0)] == [
-        'similarity', 'residual_attn', 'record', 'attn_bias', 'mask', 'record', 'weights', 'record', 'values', 'empty rows',
+    assert [rule.name for rule in attend.rules()] == ORDER
+    assert [rule.name for rule in Attend().rules()] == [
+        'similarity', 'residual_attn', 'record', 'attn_bias', 'mask', 'record', 'softmax', 'record', 'values', 'empty rows',
     ]  # fmt: skip
 
 
@@ -64,30 +64,33 @@ def test_query_head_h_looks_at_key_head_h_mod_kv_heads():
         torch.testing.assert_close(out[:, h : h + 1], alone)
 
 
+ONE_OF = (*ScoreFlags.one_of('weights'), 'l2_distance')
+
+
 @pytest.mark.parametrize('one', ONE_OF)
 @pytest.mark.parametrize('other', ONE_OF)
 def test_ways_to_compare_exclude_each_other(one, other):
     if one == other:
         return
-    with pytest.raises(FlagError, match='exclude each other'):
+    with pytest.raises(FlagError, match='only one of them can be had'):
         Attend(**{one: 2 if one == 'sparse_topk' else True, other: 2 if other == 'sparse_topk' else True})
 
 
 @pytest.mark.parametrize(
     ('settings', 'says'),
     [
-        ({'selective': True}, 'selective needs causal=True'),
-        ({'flash': True, 'hard': True}, 'flash=True cannot be had: `hard` needs the score matrix'),
+        ({'selective': True}, '`selective=True` with `causal=False`'),
+        ({'flash': True, 'hard': True}, '`flash=True` is not available: `hard` needs the score matrix'),
         ({'flash': True, 'gumbel_softmax': True}, '`gumbel_softmax` needs the score matrix'),
         ({'flash': True, 'custom_attn_fn': torch.relu}, '`custom_attn_fn` needs the score matrix'),
         (
             {'flash': True, 'post_talking_heads': True, 'heads': 2, 'dropout': 0.1},
             '`post_talking_heads` together with `dropout`',
         ),
-        ({'logit_softclamp_value': 0.0}, 'must be above 0'),
-        ({'head_learned_sink': True}, 'give heads, too'),
-        ({'sparse_topk': 0}, 'at least 1 key'),
-        ({'dropout': 1.0}, 'below 1'),
+        ({'logit_softclamp_value': 0.0}, 'must be greater than 0'),
+        ({'head_learned_sink': True}, 'Give `heads`, too'),
+        ({'sparse_topk': 0}, 'must be at least 1'),
+        ({'dropout': 1.5}, 'must be at most 1'),
         ({'sdp_kwargs': {'enable_flsh': True}}, 'not enable_flsh'),
         ({'sdp_kwargs': dict.fromkeys(('enable_flash', 'enable_math', 'enable_mem_efficient'), False)}, 'every backend off'),
     ],
@@ -118,7 +121,7 @@ def test_bad_calls():
 
 
 def test_keyword_only_copyable_and_rebuildable():
-    kinds = {p.kind for p in list(inspect.signature(Attend.__init__).parameters.values())[1:]}
+    kinds = {p.kind for p in inspect.signature(Attend).parameters.values()}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
     torch.manual_seed(0)
     attend = Attend(heads=2, pre_talking_heads=True, head_learned_sink=True, causal=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from x_transformers.attention.attend import Attend
+from x_transformers.attention.attend import ORDER, Attend, fused_refusals
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels import block_steps
 from x_transformers.attention.kernels.base import CallFacts, Needs
-from x_transformers.attention.kernels.choose import KERNELS, NAMES, choose_kernel, explain, needs_of, use_kernel
+from x_transformers.attention.kernels.choose import KERNELS, NAMES, choose_kernel, explain, use_kernel
 from x_transformers.attention.mask import Mask
-from x_transformers.flags.attention_rules import fused_refusals
+from x_transformers.attention.scores.base import Form, ScoreRule
+from x_transformers.flags.attention import AttendFlags
 
 from .formula import FixedBias, attention
 
@@ -98,6 +98,7 @@ def test_rules_on_whole_rows_and_all_heads_in_blocks(seed, monkeypatch):
     geometry, kv_heads, width, settings, fields, bias = draw(seed)
     rng = random.Random(seed)
     settings |= {'l2_distance': False, **rng.choice([{}, {'sparse_topk': 2}, {'sigmoid': True}])}
+    settings['head_learned_sink'] &= not settings.get('sigmoid')
     mixing = [name for name in MIXERS if rng.random() < 0.5] if rng.random() < 0.8 else []
     if mixing and 'dense' in fields and fields['dense'].ndim > 2:
         fields['dense'] = fields['dense'][..., :1, :, :]
@@ -214,7 +215,7 @@ def call(**facts) -> CallFacts:
         (Needs(pointwise=('softclamp_logits',)), {'device': 'cuda'}, 'flex'),
         (Needs(pointwise=('softclamp_logits',)), {'geometry': ScoreShape(1, 9)}, 'reference'),
         (Needs(sink=True), {}, 'blocks'),
-        (Needs(whole=('selective',)), {}, 'reference'),
+        (Needs(unfused=(('selective', 'rows meet'),)), {}, 'reference'),
         (Needs(weights='sigmoid'), {}, 'blocks'),
         (Needs(weights='sparse_topk'), {}, 'blocks'),
         (Needs(weights='hard'), {'device': 'cuda'}, 'reference'),
@@ -239,26 +240,29 @@ def test_forcing_a_kernel_that_cannot():
     assert Attend(sigmoid=True)(q, q, q)[0].shape == q.shape
 
 
-# what stands in Attend's signature and is no rule on scores, or depends on another setting
-NO_RULES = {
-    'dropout', 'causal', 'heads', 'scale', 'qk_norm', 'gumbel_softmax_temp', 'gumbel_softmax_hard', 'flash',
-    'logit_softclamp_value', 'onnxable', 'sdp_kwargs', 'flash_pack_seq',
-}  # fmt: skip
-
-
-@pytest.mark.parametrize('name', sorted(set(inspect.signature(Attend).parameters) - NO_RULES))
+@pytest.mark.parametrize('name', sorted({rule.name for rule in ORDER} & set(AttendFlags.flag_fields()) - {'dropout'}))
 def test_flags_that_demand_a_fused_kernel_are_refused_where_there_is_none(name):
-    """The table of the flags says what the kernels say, alone and with dropout."""
-    flag = {'cope': 'use_cope'}.get(name, name)
-    needs = needs_of({name: True, **({'sparse_topk': 3} if name == 'sparse_topk_straight_through' else {})})
-    for dropout in (False, True):
+    """What a rule says of fused kernels is what the kernels say, alone and with dropout."""
+    settings = {name: {'sparse_topk': 3, 'custom_attn_fn': torch.relu}.get(name, True)}
+    settings |= {'sparse_topk': 3} if name == 'sparse_topk_straight_through' else {}
+    needs = Attend(heads=H, causal=True, **settings).needs
+    for dropout in (0.0, 0.1):
         calls = [
-            call(dropout=dropout),
-            *(call(dropout=dropout, device='cuda', dtype=t) for t in (torch.float32, torch.bfloat16)),
+            call(dropout=dropout > 0),
+            *(call(dropout=dropout > 0, device='cuda', dtype=t) for t in (torch.float32, torch.bfloat16)),
         ]
         carried = any(not kernel.refusals(needs, facts) for kernel in KERNELS[:-1] for facts in calls)
-        asked = {flag, 'dropout'} if dropout else {flag}
-        assert carried == (not fused_refusals(lambda one, asked=asked: one in asked))
+        assert carried == (not fused_refusals(AttendFlags(flash=True, dropout=dropout, **settings)))
+
+
+def test_a_rule_that_says_nothing_of_kernels_is_left_to_the_reference():
+    class Halve(ScoreRule):
+        name, form = 'halve', Form.POINTWISE
+
+    needs = Needs.of((Halve,))
+    assert needs.unfused == (('halve', 'no fused kernel knows it'),)
+    for device in ('cpu', 'cuda'):
+        assert choose_kernel(needs, call(device=device)).name == 'reference'
 
 
 SETTINGS = [

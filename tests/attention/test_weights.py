@@ -5,7 +5,7 @@ import torch
 
 from x_transformers.attend import one_hot_straight_through, sparse_topk_attn
 from x_transformers.attention.attend import Attend
-from x_transformers.attention.weights import choose_weights, softmax
+from x_transformers.attention.weights import NORMALIZERS, softmax
 
 LOWEST = -torch.finfo(torch.float32).max
 
@@ -53,14 +53,15 @@ def test_softmax_is_wide_in_half_precision():
     [
         ({}, 'softmax'),
         ({'gumbel_softmax': True}, 'gumbel_softmax'),
-        ({'sparse_topk': 2, 'gumbel_softmax': True}, 'sparse_topk'),
-        ({'hard': True, 'sparse_topk': 2}, 'hard'),
-        ({'sigmoid': True, 'hard': True}, 'sigmoid'),
-        ({'custom_attn_fn': torch.relu, 'sigmoid': True}, 'custom_attn_fn'),
+        ({'sparse_topk': 2}, 'sparse_topk'),
+        ({'sparse_topk': 2, 'sparse_topk_straight_through': True}, 'sparse_topk_straight_through'),
+        ({'hard': True}, 'hard'),
+        ({'sigmoid': True}, 'sigmoid'),
+        ({'custom_attn_fn': torch.relu}, 'custom_attn_fn'),
     ],
 )
-def test_precedence(settings, name):
-    assert choose_weights(**settings)[0] == name
+def test_one_way_from_scores_to_weights_is_on(settings, name):
+    assert [rule.name for rule in Attend(**settings).rule_types if rule in NORMALIZERS] == [name]
 
 
 def rows(**settings):

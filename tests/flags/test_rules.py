@@ -7,8 +7,9 @@ import re
 import pytest
 from torch import nn
 
+from x_transformers.attention.attend import ORDER, not_with_dropout
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, NOT_FUSED, NOT_FUSED_WITH_DROPOUT
+from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES
 from x_transformers.flags.base import FlagError, Flags, as_tuple, default_of
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rules import check_attention, check_feedforward, check_stack, check_vision, check_wrapper
@@ -79,20 +80,24 @@ def test_rules_of_an_image_model(rule):
     sentence_of(rule, refused(check_vision, flags, stack()))
 
 
+NOT_FUSED = sorted({rule.name for rule in ORDER if rule.unfused is not None})
+WITHOUT_DROPOUT = sorted({rule.name for rule in ORDER if rule.unfused is None and not_with_dropout(rule)})
+
+
 @pytest.mark.parametrize('name', NOT_FUSED)
 def test_what_a_fused_kernel_cannot_do(name):
     given = {name: {'custom_attn_fn': abs}.get(name, True)}
     given |= {'sparse_topk': 3} if name == 'sparse_topk_straight_through' else {}
     error = refused(check_attention, AttentionFlags(flash=True, causal=True, **given), DIM, 'attn_')
-    assert f'`attn_flash=True`: `attn_{name}` needs the score matrix' in str(error)
+    assert f'`attn_flash=True` is not available: `attn_{name}` needs the score matrix' in str(error)
     check_attention(AttentionFlags(causal=True, **given), DIM)
 
 
-@pytest.mark.parametrize('name', NOT_FUSED_WITH_DROPOUT)
+@pytest.mark.parametrize('name', WITHOUT_DROPOUT)
 def test_what_a_fused_kernel_cannot_do_with_dropout(name):
     given = {name: {'sparse_topk': 3}.get(name, True)}
     error = refused(check_attention, AttentionFlags(flash=True, dropout=0.1, **given), DIM, 'attn_')
-    assert f'`attn_flash=True`: `attn_{name}` together with `attn_dropout` needs the score matrix' in str(error)
+    assert f'not available: `attn_{name}` together with `attn_dropout` needs the score matrix' in str(error)
     check_attention(AttentionFlags(flash=True, **given), DIM)
     check_attention(AttentionFlags(dropout=0.1, **given), DIM)
 
@@ -133,7 +138,7 @@ def test_names_in_sentences_are_those_that_the_user_wrote():
     text = str(refused(check_stack, stack(heads=4, attn_kv_heads=3)))
     assert '`heads=4` with `attn_kv_heads=3`' in text
     text = str(refused(check_stack, stack(heads=4, cross_attend=True, attn_hard=True, cross_attn_sigmoid=True)))
-    assert '`cross_attn_sigmoid=True` with `attn_hard=True`' in text
+    assert '`attn_hard=True` with `cross_attn_sigmoid=True`' in text
     text = str(refused(check_attention, AttentionFlags(heads=4, kv_heads=3), DIM))
     assert '`heads=4` with `kv_heads=3`' in text
 

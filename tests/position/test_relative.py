@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.flags.base import FlagError
+from x_transformers.position.bias import DenseBias
 from x_transformers.position.relative import (
     AlibiPositionalBias,
-    DenseBias,
     DynamicPositionBias,
     RelativeBias,
     RelativePositionBias,

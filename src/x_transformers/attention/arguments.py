@@ -15,8 +15,8 @@ from x_transformers.attention.project import held_rows
 if TYPE_CHECKING:
     from x_transformers.attention.attention import Attention
     from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions
-    from x_transformers.position.relative import Bias
 
 Keywords = dict[str, Any]
 
@@ -178,7 +178,8 @@ def bias_of(attn: Attention, given: Keywords, sizes: tuple[int, int, int], own: 
     rel_pos, attn_bias, pos = given['rel_pos'], given['attn_bias'], given['pos']
     if rel_pos is not None and attn_bias is not None:
         raise ValueError('rel_pos and attn_bias exclude each other: both are added to the scores; add them up yourself')
-    from x_transformers.position.relative import DenseBias, DistanceBias, RelativeBias
+    from x_transformers.position.bias import DenseBias
+    from x_transformers.position.relative import DistanceBias, RelativeBias
 
     if rel_pos is not None:
         if not isinstance(rel_pos, DistanceBias):

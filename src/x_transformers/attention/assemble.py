@@ -9,27 +9,14 @@ from torch import nn
 from x_transformers.attention.attend import Attend
 from x_transformers.attention.gates import attention_on_attention, output_projection
 from x_transformers.attention.hybrid import FoldAxially
-from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.attention import AttendFlags, AttentionFlags, ScoreFlags
 
 
 def build_attend(flags: AttentionFlags) -> Attend:
     """Scores, weights and output, with contextual positions inside if there are any."""
-    return Attend(
-        heads=flags.heads,
-        causal=flags.causal,
-        scale=flags.scale,
-        cope=build_contextual_positions(flags),
-        sdp_kwargs=dict(flags.attend_sdp_kwargs),
-        **{name: getattr(flags, name) for name in ATTEND_FLAGS},
-    )
-
-
-ATTEND_FLAGS = (
-    'dropout', 'pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads', 'sparse_topk',
-    'sparse_topk_straight_through', 'qk_norm', 'l2_distance', 'sigmoid', 'hard', 'gumbel_softmax', 'gumbel_softmax_temp',
-    'gumbel_softmax_hard', 'cog_signed', 'custom_attn_fn', 'flash', 'softclamp_logits', 'logit_softclamp_value', 'add_zero_kv',
-    'head_learned_sink', 'selective', 'onnxable', 'flash_pack_seq',
-)  # fmt: skip
+    shared = {name: getattr(flags, name) for name in ScoreFlags.flag_fields()}
+    cope = build_contextual_positions(flags)
+    return Attend.from_flags(AttendFlags(scale=flags.scale, cope=cope, sdp_kwargs=flags.attend_sdp_kwargs, **shared))
 
 
 def build_contextual_positions(flags: AttentionFlags) -> nn.Module | None:

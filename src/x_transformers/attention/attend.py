@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, KernelArgs, Mixers, Needs, autocast_dtype
-from x_transformers.attention.kernels.choose import choose_kernel, explain, needs_of, with_rules
+from x_transformers.attention.kernels.choose import choose_kernel, explain
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
 from x_transformers.attention.mask import Mask, PackedSequences
-from x_transformers.attention.scores.additive import AddBias, AddPrevious, ApplyMask, RecordMap
-from x_transformers.attention.scores.base import ScoreRule, ScoreRules
+from x_transformers.attention.scores.additive import (
+    AddBias,
+    AddPrevious,
+    ApplyMask,
+    RecordScores,
+    RecordSimilarities,
+    RecordWeights,
+)
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
 from x_transformers.attention.scores.contextual import AddContextualPositions, Forget
 from x_transformers.attention.scores.pointwise import RestoreSign, SoftClamp, SplitSign
-from x_transformers.attention.scores.similarity import Similarity
+from x_transformers.attention.scores.similarity import Distance, Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
-from x_transformers.attention.weights import Dropout, Normalize, WeightedSum, WeightFunction, ZeroMaskedRows, choose_weights
-from x_transformers.flags.attention_rules import fused_refusals
+from x_transformers.attention.weights import NORMALIZERS, Dropout, Softmax, WeightedSum, ZeroMaskedRows
+from x_transformers.flags.attention import AttendFlags, ScoreFlags
+from x_transformers.flags.attention_rules import ATTENTION_RULES
 from x_transformers.flags.base import FlagError
-from x_transformers.module import Module, empty_parameter
+from x_transformers.flags.keywords import AttendKeywords
+from x_transformers.flags.rule import broken_rules, out_of_range
+from x_transformers.flags.signature import ClassSignature
+from x_transformers.module import Module
+from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float
-
-if TYPE_CHECKING:
-    from x_transformers.position.relative import Bias
 
 BACKENDS = {
     'enable_flash': 'FLASH_ATTENTION',
@@ -39,115 +48,89 @@ BACKENDS = {
     'enable_mem_efficient': 'EFFICIENT_ATTENTION',
     'enable_cudnn': 'CUDNN_ATTENTION',
 }
-ALL_BACKENDS = {'enable_flash': True, 'enable_math': True, 'enable_mem_efficient': True}
-ONE_OF = ('sigmoid', 'hard', 'l2_distance', 'gumbel_softmax', 'sparse_topk')
-NEED_HEADS = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads', 'head_learned_sink')
+# the definition: what happens to the scores, in this order, until they are an output
+ORDER: tuple[type[ScoreRule], ...] = (
+    Similarity,
+    Distance,
+    AddPrevious,
+    RecordSimilarities,
+    BranchOffScale,
+    MixScores,
+    AddBias,
+    SoftClamp,
+    SplitSign,
+    ApplyMask,
+    AddContextualPositions,
+    Forget,
+    PutSink,
+    RecordScores,
+    *NORMALIZERS,
+    RestoreSign,
+    RecordWeights,
+    DropSink,
+    Dropout,
+    MixWeights,
+    ScaleWeights,
+    WeightedSum,
+    ZeroMaskedRows,
+)
 
 
 class Attend(Module):
     """out = weights(scores(q, k)) v. Query head h looks at key head h mod kv_heads.
 
-    ``flash=True`` demands a fused kernel, one that never holds the score matrix, and refuses settings that none can carry;
-    otherwise the best kernel for each call is chosen (``explain`` tells which, and why). A query with nothing to look at
-    gives 0. Raises FlagError for settings that contradict each other.
+    ``Attend(**flags)``; the flags are those of ``AttendFlags``. ``flash=True`` demands a fused kernel, one that never holds the
+    score matrix, and refuses settings that none can carry; otherwise the best kernel for each call is chosen (``explain`` tells
+    which, and why). A query with nothing to look at gives 0. Raises FlagError for settings that contradict each other.
     """
 
-    def __init__(
-        self,
-        *,
-        dropout: float = 0.0,
-        causal: bool = False,
-        heads: int | None = None,
-        pre_talking_heads: bool = False,
-        post_talking_heads: bool = False,
-        pre_scale_post_talking_heads: bool = False,
-        sparse_topk: int | None = None,
-        sparse_topk_straight_through: bool = False,
-        scale: float | None = None,
-        qk_norm: bool = False,
-        l2_distance: bool = False,
-        sigmoid: bool = False,
-        gumbel_softmax: bool = False,
-        gumbel_softmax_temp: float = 1.0,
-        gumbel_softmax_hard: bool = True,
-        cog_signed: bool = False,
-        custom_attn_fn: WeightFunction | None = None,
-        flash: bool = False,
-        softclamp_logits: bool = False,
-        logit_softclamp_value: float = 50.0,
-        add_zero_kv: bool = False,
-        head_learned_sink: bool = False,
-        selective: bool = False,
-        hard: bool = False,
-        cope: nn.Module | None = None,
-        onnxable: bool = False,
-        sdp_kwargs: Mapping[str, bool] = ALL_BACKENDS,
-        flash_pack_seq: bool = False,
-    ) -> None:
+    __signature__: Any = ClassSignature(AttendFlags)
+
+    # what kernels are given of the rules' parts
+    pre_softmax_talking_heads: HeadMixer | None
+    post_softmax_talking_heads: HeadMixer | None
+    pre_scale_post_talking_heads: HeadMixer | None
+    head_attn_sink: Tensor | None
+
+    def __init__(self, **flags: Unpack[AttendKeywords]) -> None:
+        parsed = AttendFlags.parse(flags, where='Attend')
+        wrong = broken_attend(parsed)
+        if wrong:
+            raise FlagError(*wrong)
+        self._build(parsed)
+
+    @classmethod
+    def from_flags(cls, flags: AttendFlags) -> Self:
+        """From flags that have been parsed and checked."""
+        self = cls.__new__(cls)
+        self._build(flags)
+        return self
+
+    def _build(self, flags: AttendFlags) -> None:
         super().__init__()
-        settings = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
-        check(settings)
-        self.causal, self.heads, self.scale, self.flash = causal, heads, scale, flash
-        self.dropout, self.l2_distance, self.add_zero_kv, self.cog_signed = dropout, l2_distance, add_zero_kv, cog_signed
-        self.softclamp = logit_softclamp_value if softclamp_logits else None
-        self.selective, self.flash_pack_seq = selective, flash_pack_seq
-        self.backends = allowed_backends(sdp_kwargs)
-        self.sigmoid, self.sparse_topk = sigmoid, sparse_topk
-        self.weight_function = choose_weights(
-            qk_norm=qk_norm,
-            sigmoid=sigmoid,
-            hard=hard,
-            sparse_topk=sparse_topk,
-            sparse_topk_straight_through=sparse_topk_straight_through,
-            gumbel_softmax=gumbel_softmax,
-            gumbel_softmax_temp=gumbel_softmax_temp,
-            gumbel_softmax_hard=gumbel_softmax_hard,
-            custom_attn_fn=custom_attn_fn,
-        )[1]
-        self.pre_softmax_talking_heads = HeadMixer(heads or 0) if pre_talking_heads else None
-        self.post_softmax_talking_heads = HeadMixer(heads or 0) if post_talking_heads else None
-        self.pre_scale_post_talking_heads = HeadMixer(heads or 0) if pre_scale_post_talking_heads else None
-        self.head_attn_sink = empty_parameter(heads or 0) if head_learned_sink else None
-        self.cope = cope
-        self.needs: Needs = with_rules(needs_of(settings), self.rules(scale=1.0))
+        self.flags = flags
+        self.causal, self.heads, self.scale, self.flash = flags.causal, flags.heads, flags.scale, flags.flash
+        self.dropout, self.l2_distance, self.add_zero_kv = flags.dropout, flags.l2_distance, flags.add_zero_kv
+        self.softclamp = flags.logit_softclamp_value if flags.softclamp_logits else None
+        self.sigmoid, self.sparse_topk = flags.sigmoid, flags.sparse_topk
+        self.backends = allowed_backends(flags.sdp_kwargs)
+        # in the order of the flags, which is that of 2.16.1's parameters: optimisers count them
+        names = list(ScoreFlags.flag_fields())
+        for rule in sorted(ORDER, key=lambda rule: names.index(rule.name) if rule.name in names else len(names)):
+            for name, part in rule.parts(flags).items():
+                setattr(self, name, part)
+        self.rule_types = tuple(rule for rule in ORDER if rule.is_on(flags))
+        self.needs = Needs.of(self.rule_types, onnxable=flags.onnxable)
         self.init_own()
 
     @torch.no_grad()
     def init_own(self) -> None:
-        if self.head_attn_sink is not None:
-            nn.init.zeros_(self.head_attn_sink)
+        for rule in self.rule_types:
+            rule.init_parts(self)
 
-    def rules(self, scale: float) -> ScoreRules:
-        """The definition: what happens to the scores, in this order, until they are an output."""
-        before, after, around = (
-            self.pre_softmax_talking_heads,
-            self.post_softmax_talking_heads,
-            self.pre_scale_post_talking_heads,
-        )
-        rules: tuple[ScoreRule | None, ...] = (
-            Similarity(scale, self.l2_distance),
-            AddPrevious(),
-            RecordMap('similarities'),
-            BranchOffScale(around) if around is not None else None,
-            MixScores(before) if before is not None else None,
-            AddBias(),
-            SoftClamp(self.softclamp) if self.softclamp is not None else None,
-            SplitSign() if self.cog_signed else None,
-            ApplyMask(),
-            AddContextualPositions(self.cope) if self.cope is not None else None,
-            Forget() if self.selective else None,
-            PutSink(self.head_attn_sink) if self.head_attn_sink is not None else None,
-            RecordMap('scores'),
-            Normalize(self.weight_function),
-            RestoreSign() if self.cog_signed else None,
-            RecordMap('weights'),
-            DropSink() if self.head_attn_sink is not None else None,
-            Dropout(self.dropout) if self.dropout > 0 and self.training else None,
-            MixWeights(after) if after is not None else None,
-            ScaleWeights() if around is not None else None,
-            WeightedSum(),
-            ZeroMaskedRows(),
-        )
+    def rules(self) -> ScoreRules:
+        """The rules that are on, in order, with what they own."""
+        rules = (rule.from_flags(self.flags, self) for rule in self.rule_types)
         return tuple(rule for rule in rules if rule is not None)
 
     def run(
@@ -231,8 +214,6 @@ class Attend(Module):
         may_look = Mask() if mask is None else Mask(keys=mask) if mask.ndim == 2 else Mask(dense=mask)
         bias = None
         if attn_bias is not None:
-            from x_transformers.position.relative import DenseBias
-
             bias = DenseBias(attn_bias)
         out, maps = self.run(
             q,
@@ -306,32 +287,38 @@ def allowed_backends(sdp_kwargs: Mapping[str, bool]) -> tuple[str, ...] | None:
     return allowed
 
 
-def check(settings: Mapping[str, Any]) -> None:
-    """Raise one FlagError that names everything wrong with ``Attend``'s settings."""
-    wrong = []
-    chosen = [name for name in ONE_OF if settings[name]]
-    if len(chosen) > 1:
-        wrong.append(f'{" and ".join(chosen)} exclude each other: each is a way to compare or to weigh. Keep one of them.')
-    if settings['selective'] and not settings['causal']:
-        wrong.append(
-            'selective needs causal=True: what earlier queries forget is an order in time. Leave it out, or set causal.'
-        )
-    if settings['flash']:
-        known = {**settings, 'use_cope': settings['cope'] is not None}
-        reasons = fused_refusals(lambda flag: bool(known[flag]))
-        wrong += [f'flash=True cannot be had: {reason}. Leave one of the two out.' for reason in reasons]
-    if settings['logit_softclamp_value'] <= 0:
-        wrong.append(f'logit_softclamp_value must be above 0, got {settings["logit_softclamp_value"]}.')
-    if settings['heads'] is None:
-        missing = [name for name in NEED_HEADS if settings[name]]
-        wrong += [f'{name} has parameters for each head: give heads, too.' for name in missing]
-    topk = settings['sparse_topk']
-    if topk is not None and topk < 1:
-        wrong.append(f'sparse_topk must keep at least 1 key, got {topk}.')
-    if not 0 <= settings['dropout'] < 1:
-        wrong.append(f'dropout must be at least 0 and below 1, got {settings["dropout"]}.')
-    if wrong:
-        raise FlagError(*wrong)
+def broken_attend(flags: AttendFlags) -> list[str]:
+    """A sentence for everything that is wrong with ``Attend``'s flags."""
+    known = AttendFlags.flag_fields()
+    rules = [rule for rule in ATTENTION_RULES if all(name in known for name in rule.flags)]
+    wrong = [*out_of_range(flags, str).values(), *broken_rules(rules, flags, 0, str), *fused_refusals(flags)]
+    if flags.heads is None:
+        missing = dict.fromkeys(rule.name for rule in ORDER if rule.per_head and rule.is_on(flags))
+        wrong += [f'`{name}` needs `heads`: it has parameters for each head. Give `heads`, too.' for name in missing]
+    return wrong
+
+
+def fused_refusals(flags: ScoreFlags, name: Callable[[str], str] = str) -> list[str]:
+    """Why no fused kernel can do what flags with ``flash`` ask for; empty if one can, or if none is demanded.
+
+    A position bias is no reason, learned or not: it is added to the scores as a mask is.
+    """
+    if not flags.flash:
+        return []
+    reasons: dict[str, None] = {}
+    for rule in ORDER:
+        if not rule.is_on(flags):
+            continue
+        if rule.unfused is not None:
+            reasons[f'`{name(rule.name)}` needs the score matrix ({rule.unfused})'] = None
+        elif flags.dropout > 0 and not_with_dropout(rule):
+            reasons[f'`{name(rule.name)}` together with `{name("dropout")}` needs the score matrix'] = None
+    return [f'`{name("flash")}=True` is not available: {reason}. Leave out one of them.' for reason in reasons]
+
+
+def not_with_dropout(rule: type[ScoreRule]) -> bool:
+    """Whether only those fused kernels carry a rule that have no dropout: all but torch's own attention."""
+    return rule.form in (Form.POINTWISE, Form.WHOLE) or (rule.form is Form.WEIGHTS and rule is not Softmax)
 
 
 def check_call(

@@ -13,14 +13,14 @@ from x_transformers.attention import latent, project
 from x_transformers.attention.assemble import build_attend, build_forgetting, build_hybrid, build_output
 from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate
-from x_transformers.attention.geometry import ScoreShape
+from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.hybrid import mask_keywords, mix_hybrid, run_module
 from x_transformers.attention.inputs import BranchInputs, Intermediates
 from x_transformers.attention.maps import Maps
 from x_transformers.attention.project import Seen, merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
-from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values, tiled_heads, without_component
+from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values, without_component
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature

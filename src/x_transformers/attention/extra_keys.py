@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.values import tiled_heads
+from x_transformers.attention.geometry import tiled_heads
 from x_transformers.helpers import recall, remember
 from x_transformers.tensor_types import Bool, Float
 

@@ -1,8 +1,12 @@
-"""The shape of a score matrix: which columns are whose."""
+"""The shape of a score matrix: which columns are whose, and which key head belongs to which query head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from x_transformers.tensor_types import Float
 
 
 @dataclass(frozen=True)
@@ -29,3 +33,11 @@ class ScoreShape:
     def with_front(self, columns: int) -> ScoreShape:
         """The same after ``columns`` more keys were put in front."""
         return ScoreShape(self.queries, self.keys + columns, self.front + columns)
+
+
+def tiled_heads(t: Float[Tensor, 'b kh n d'], heads: int) -> Float[Tensor, 'b h n d']:
+    """Keys or values for every query head: query head h uses head h mod kv_heads."""
+    kv_heads = t.shape[1]
+    if kv_heads == heads:
+        return t
+    return t.expand(-1, heads, -1, -1) if kv_heads == 1 else t.repeat(1, heads // kv_heads, 1, 1)

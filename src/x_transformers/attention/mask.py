@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.attention.scores.base import rendered_bias
 from x_transformers.helpers import Memo, recall, remember
-from x_transformers.tensor_types import Bool, Float, Int
-
-if TYPE_CHECKING:
-    from x_transformers.position.relative import Bias
+from x_transformers.tensor_types import Bool, Int
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,23 +301,3 @@ class Mask:
                 mask = torch.full((1, 1, 1, geometry.keys), True, device=self.device_or(device))
             found = remember(self.memo, key, mask.any(dim=-1, keepdim=True))
         return found
-
-    def merged(
-        self, bias: Bias | None, geometry: ScoreShape, *, dtype: torch.dtype, device: torch.device, mask_value: float
-    ) -> Float[Tensor, '#b #h i j'] | None:
-        """Bias and mask as one tensor to add, ``mask_value`` where nobody may look; None where there is neither.
-
-        Made once for all layers; one that needs a gradient is made anew, so that checkpointed layers may run it again.
-        """
-        key = ('merged', geometry.queries, geometry.keys, geometry.front, dtype, mask_value, torch.is_grad_enabled())
-        found: tuple[Tensor | None] | None = recall(self.memo, key, bias)
-        if found is not None:
-            return found[0]
-        mask = self.rendered(geometry, device)
-        added = None if bias is None else rendered_bias(bias, geometry).to(dtype)
-        if mask is not None:
-            added = torch.zeros((), dtype=dtype, device=device) if added is None else added
-            added = added.masked_fill(~mask, mask_value) if added.ndim else torch.where(mask, added, mask_value)
-        if added is None or not added.requires_grad:
-            remember(self.memo, key, (added,), bias)
-        return added

@@ -70,8 +70,3 @@ def without_component(out: Float[Tensor, '... d'], along: Float[Tensor, '... d']
     """``out`` without its component along ``along``, each last axis a vector of its own, in double precision."""
     x, unit = out.double(), F.normalize(along.double(), dim=-1)
     return (x - (x * unit).sum(dim=-1, keepdim=True) * unit).to(out.dtype)
-
-
-def tiled_heads(t: Float[Tensor, 'b kh n d'], heads: int) -> Float[Tensor, 'b h n d']:
-    """Head h is kv head h mod kv_heads."""
-    return t if t.shape[1] == heads else t.repeat(1, heads // t.shape[1], 1, 1)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
+from x_transformers.flags.attention import ScoreFlags
 from x_transformers.helpers import max_neg_value
 from x_transformers.tensor_types import Float
 
@@ -50,54 +52,125 @@ def sparse_topk_attn(
     return sparse.detach() + (soft - soft.detach())
 
 
-def choose_weights(
-    *,
-    qk_norm: bool = False,
-    sigmoid: bool = False,
-    hard: bool = False,
-    sparse_topk: int | None = None,
-    sparse_topk_straight_through: bool = False,
-    gumbel_softmax: bool = False,
-    gumbel_softmax_temp: float = 1.0,
-    gumbel_softmax_hard: bool = True,
-    custom_attn_fn: WeightFunction | None = None,
-) -> tuple[str, WeightFunction]:
-    """(its name, the function from scores to weights)."""
-    if custom_attn_fn is not None:
-        return 'custom_attn_fn', custom_attn_fn
-    if sigmoid:
-        return 'sigmoid', torch.sigmoid
-    if hard:
-        return 'hard', one_hot_straight_through
-    if sparse_topk is not None:
-        return 'sparse_topk', partial(sparse_topk_attn, sparse_topk=sparse_topk, straight_through=sparse_topk_straight_through)
-    if gumbel_softmax:
-        return 'gumbel_softmax', partial(F.gumbel_softmax, tau=gumbel_softmax_temp, hard=gumbel_softmax_hard, dim=-1)
-    # with normed queries and keys scores are small
-    return 'softmax', partial(softmax, wide=not qk_norm)
-
-
 class Normalize(ScoreRule):
-    """Scores become weights, in the scores' precision."""
+    """Scores become weights, in the scores' precision. One of its kinds is on, ``Softmax`` where no other is."""
 
-    name = 'weights'
     form = Form.WEIGHTS
 
     def __init__(self, function: WeightFunction) -> None:
         self.function = function
 
+    @classmethod
+    def from_flags(cls, flags: ScoreFlags, parts: Any) -> Self | None:
+        return cls(cls.weights(flags)) if cls.is_on(flags) else None
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        raise NotImplementedError
+
     def apply(self, state: ScoreState) -> None:
         state.scores = self.function(state.scores).to(state.scores.dtype)
 
 
+class Softmax(Normalize):
+    name = 'softmax'
+    unfused = None
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return not any(kind.is_on(flags) for kind in NORMALIZERS if kind is not cls)
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        # with normed queries and keys scores are small
+        return partial(softmax, wide=not flags.qk_norm)
+
+
+class CustomWeights(Normalize):
+    name = 'custom_attn_fn'
+    unfused = 'a function of your own needs all scores'
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        if flags.custom_attn_fn is None:
+            raise ValueError('custom_attn_fn is None')
+        return flags.custom_attn_fn
+
+
+class Sigmoid(Normalize):
+    name = 'sigmoid'
+    unfused = None
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        return torch.sigmoid
+
+
+class Hard(Normalize):
+    name = 'hard'
+    unfused = 'one key is chosen by the scores of all'
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        return one_hot_straight_through
+
+
+class SparseTopK(Normalize):
+    name = 'sparse_topk'
+    unfused = None
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return flags.sparse_topk is not None and not flags.sparse_topk_straight_through
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        return partial(sparse_topk_attn, sparse_topk=flags.sparse_topk or 1)
+
+
+class StraightThroughTopK(Normalize):
+    name = 'sparse_topk_straight_through'
+    unfused = 'the gradient is that of all scores'
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return flags.sparse_topk is not None and flags.sparse_topk_straight_through
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        return partial(sparse_topk_attn, sparse_topk=flags.sparse_topk or 1, straight_through=True)
+
+
+class Gumbel(Normalize):
+    name = 'gumbel_softmax'
+    unfused = 'the noise belongs to every single score'
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        return partial(F.gumbel_softmax, tau=flags.gumbel_softmax_temp, hard=flags.gumbel_softmax_hard, dim=-1)
+
+
+# the ways from scores to weights, of which one is on
+NORMALIZERS: tuple[type[Normalize], ...] = (CustomWeights, Sigmoid, Hard, SparseTopK, StraightThroughTopK, Gumbel, Softmax)
+
+
 class Dropout(ScoreRule):
-    """While training, forget some weights."""
+    """While training, leave some weights out."""
 
     name = 'dropout'
-    form = Form.WHOLE
+    form = Form.DROPOUT
+    unfused = None
 
     def __init__(self, probability: float) -> None:
         self.probability = probability
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return flags.dropout > 0
+
+    @classmethod
+    def from_flags(cls, flags: ScoreFlags, parts: Any) -> Self | None:
+        return cls(flags.dropout) if flags.dropout > 0 and parts.training else None
 
     def apply(self, state: ScoreState) -> None:
         state.scores = F.dropout(state.scores, self.probability)
@@ -107,12 +180,12 @@ class WeightedSum(ScoreRule):
     """The output: values, each as much as its weight."""
 
     name = 'values'
-    form = Form.WEIGHTS
+    form = Form.OUTPUT
+    unfused = None
 
     def apply(self, state: ScoreState) -> None:
-        weights, heads, kv_heads = state.scores, state.q.shape[1], state.v.shape[1]
-        v = state.v if kv_heads in (1, heads) else state.v.repeat(1, heads // kv_heads, 1, 1)
-        state.out = weights.to(v.dtype) @ v
+        v = tiled_heads(state.v, state.q.shape[1])
+        state.out = state.scores.to(v.dtype) @ v
 
 
 class ZeroMaskedRows(ScoreRule):
@@ -120,6 +193,7 @@ class ZeroMaskedRows(ScoreRule):
 
     name = 'empty rows'
     form = Form.MASK
+    unfused = None
 
     def apply(self, state: ScoreState) -> None:
         open_rows = state.mask.open_rows(state.geometry, state.q.device)

@@ -1,9 +1,8 @@
 """The flags of one attention layer.
 
 Derived values, for those who build from the flags: ``num_kv_heads``; ``value_dim``, the width of one value head;
-``scale``, the factor of the scores; ``weights``, the name of the function that turns scores into weights;
-``rotated_heads``, how many of the last heads are rotated; ``key_heads_from_latent``, the key heads that ``to_k``
-makes; ``orthogonal_outputs``, how many copies of the values' width reach ``to_out``.
+``scale``, the factor of the scores; ``rotated_heads``, how many of the last heads are rotated; ``key_heads_from_latent``,
+the key heads that ``to_k`` makes; ``orthogonal_outputs``, how many copies of the values' width reach ``to_out``.
 """
 
 from __future__ import annotations
@@ -33,13 +32,10 @@ VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/241
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class AttentionFlags(Flags):
-    """Every keyword of ``Attention`` except ``dim``; in a stack with ``attn_`` or ``cross_attn_`` in front."""
+class ScoreFlags(Flags):
+    """What happens to scores until they are an output: keywords of ``Attention`` and of ``Attend``, the score rules' own."""
 
-    dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1)
-    heads: int = flag(8, 'Number of query heads.', low=1)
-    dim_context: int | None = flag(None, 'Width of the sequence that keys and values are made of; None: the width of x.', low=1)
-    dim_out: int | None = flag(None, 'Width of the output; None: the width of x.', low=1)
+    heads: int | None = flag(None, 'Number of query heads.', low=1)
     causal: bool = flag(False, 'A query sees no key to its right.')
     flash: bool = flag(False, 'Insist on a fused kernel; without it the best kernel for these flags is chosen.',
                        paper='https://arxiv.org/abs/2205.14135')  # fmt: skip
@@ -50,18 +46,23 @@ class AttentionFlags(Flags):
         False, 'Multiply the weights by a mixture over the heads of the scores.', paper=TALKING
     )
     sparse_topk: int | None = flag(
-        None, 'Keep the highest scores of each query, this many (ties are all kept).', paper=TOPK, low=1
+        None, 'Keep the highest scores of each query, this many (ties are all kept).', paper=TOPK, low=1, one_of='weights'
     )
     sparse_topk_straight_through: bool = flag(
         False, 'Sparse weights forward, the gradient of the dense softmax backward.', paper=TOPK, parent='sparse_topk'
     )
-    hard: bool = flag(False, 'All weight on the highest score forward, the gradient of softmax backward.')
+    hard: bool = flag(False, 'All weight on the highest score forward, the gradient of softmax backward.', one_of='weights')
     l2_distance: bool = flag(
         False, 'Scores are minus the squared distance of query and key.', paper='https://arxiv.org/abs/2006.04710'
     )
-    sigmoid: bool = flag(False, 'Weights are the sigmoid of each score.', paper='https://arxiv.org/abs/2409.04431')
+    sigmoid: bool = flag(
+        False, 'Weights are the sigmoid of each score.', paper='https://arxiv.org/abs/2409.04431', one_of='weights'
+    )
     gumbel_softmax: bool = flag(
-        False, 'Weights are sampled with Gumbel noise, in evaluation too.', paper='https://arxiv.org/abs/1611.01144'
+        False,
+        'Weights are sampled with Gumbel noise, in evaluation too.',
+        paper='https://arxiv.org/abs/1611.01144',
+        one_of='weights',
     )
     gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax', above=0)
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
@@ -77,6 +78,26 @@ class AttentionFlags(Flags):
     logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits', above=0)
     onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.')
     flash_pack_seq: bool = flag(False, 'Several sequences lie behind each other in one row; the call gives their boundaries.')
+    qk_norm: bool = flag(False, 'Unit-length queries and keys: cosine similarity.', paper='https://arxiv.org/abs/2010.04245')
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AttendFlags(ScoreFlags):
+    """Every keyword of ``Attend``, which has no projections of its own."""
+
+    scale: float | None = flag(None, 'Factor of the scores; None: one over the root of the width of a key.')
+    cope: nn.Module | None = flag(None, 'Contextual positions, a function of queries and scores.', paper=COPE)
+    sdp_kwargs: Mapping[str, Any] = flag(SDP_KWARGS, "Which backends torch's scaled dot product attention may use.")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AttentionFlags(ScoreFlags):
+    """Every keyword of ``Attention`` except ``dim``; in a stack with ``attn_`` or ``cross_attn_`` in front."""
+
+    dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1)
+    heads: int = flag(8, 'Number of query heads.', low=1)
+    dim_context: int | None = flag(None, 'Width of the sequence that keys and values are made of; None: the width of x.', low=1)
+    dim_out: int | None = flag(None, 'Width of the output; None: the width of x.', low=1)
     attend_sdp_kwargs: Mapping[str, Any] = flag(
         SDP_KWARGS, "Which backends torch's scaled dot product attention may use: enable_flash, enable_math, "
         'enable_mem_efficient, enable_cudnn.',
@@ -90,7 +111,6 @@ class AttentionFlags(Flags):
     num_mem_kv: int = flag(
         0, 'Learned keys and values in front of all others, always visible.', paper='https://arxiv.org/abs/1907.01470', low=0
     )
-    qk_norm: bool = flag(False, 'Unit-length queries and keys: cosine similarity.', paper='https://arxiv.org/abs/2010.04245')
     qk_norm_groups: int = flag(1, 'Normalise each head in this many chunks.', parent='qk_norm', low=1)
     qk_norm_scale: float = flag(10.0, 'Factor of the cosine similarities.', parent='qk_norm')
     qk_norm_dim_scale: bool = flag(
@@ -192,16 +212,6 @@ class AttentionFlags(Flags):
     @cached_property
     def scale(self) -> float:
         return float(self.qk_norm_scale) if self.qk_norm else self.dim_head**-0.5
-
-    @cached_property
-    def weights(self) -> str:
-        """``custom``, ``sigmoid``, ``hard``, ``sparse_topk``, ``gumbel_softmax`` or ``softmax``."""
-        if self.custom_attn_fn is not None:
-            return 'custom'
-        for name in ('sigmoid', 'hard', 'sparse_topk', 'gumbel_softmax'):
-            if getattr(self, name):
-                return name
-        return 'softmax'
 
     @cached_property
     def rotated_heads(self) -> int | None:

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import nn
 
-from x_transformers.flags.attention import SDP_KWARGS
+from x_transformers.flags.attention import SDP_KWARGS, ScoreFlags
 from x_transformers.flags.rule import Rule, how_many
 
-WEIGHTS = ('sigmoid', 'hard', 'gumbel_softmax', 'sparse_topk')
+WEIGHTS = ScoreFlags.one_of('weights')
 ACTIVATIONS = ('relu_squared', 'solu', 'swish')
 BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
-
-# what no fused kernel computes, and why; a test compares this with the kernels' own refusals
-NOT_FUSED = {
-    'hard': 'one key is chosen by the scores of all',
-    'sparse_topk_straight_through': 'the gradient is that of all scores',
-    'gumbel_softmax': 'the noise belongs to every single score',
-    'custom_attn_fn': 'a function of your own needs all scores',
-    'selective': 'what earlier rows see changes the scores of later rows',
-    'cog_signed': 'its weights are no softmax of the scores',
-    'use_cope': 'positions are counted from the scores',
-}
-# what only those fused kernels compute that have no dropout
-NOT_FUSED_WITH_DROPOUT = (
-    'sigmoid', 'sparse_topk', 'pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads', 'softclamp_logits',
-)  # fmt: skip
-
-
-def fused_refusals(asked: Callable[[str], bool], name: Callable[[str], str] = lambda flag: flag) -> list[str]:
-    """Why no fused kernel can do what the flags of attention ask for, those for which ``asked`` says so; empty if one can.
-
-    A position bias is no reason, learned or not: it is added to the scores as a mask is.
-    """
-    reasons = [f'`{name(flag)}` needs the score matrix ({why})' for flag, why in NOT_FUSED.items() if asked(flag)]
-    if asked('dropout'):
-        together = [f'`{name(flag)}`' for flag in NOT_FUSED_WITH_DROPOUT if asked(flag)]
-        reasons += [f'{flag} together with `{name("dropout")}` needs the score matrix' for flag in together]
-    return reasons
-
 
 ATTENTION_RULES = (
     Rule(

@@ -52,13 +52,15 @@ def flag(
     above: float | None = None,
     since: str = '2.16.1',
     self_only: bool = False,
+    one_of: str | None = None,
 ) -> Any:
     """One flag, as a dataclass field.
 
     ``says`` is its sentence, ``paper`` where the idea comes from. ``parent`` names the flag, or flags of which one is enough,
     without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` is not included.
     ``since`` is the release of x-transformers that has this keyword first, or 'here' for one that it never had. ``self_only``:
-    it needs the order of one sequence, so that cross attention does not inherit it.
+    it needs the order of one sequence, so that cross attention does not inherit it. ``one_of`` names a group of flags of which
+    one can be on.
     """
     metadata = {
         'says': says,
@@ -69,6 +71,7 @@ def flag(
         'above': above,
         'since': since,
         'self_only': self_only,
+        'one_of': one_of,
     }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -170,6 +173,11 @@ class Flags:
     def self_only(cls) -> tuple[str, ...]:
         """The flags that need the order of one sequence, so that cross attention has none of them."""
         return tuple(name for name, field in cls.flag_fields().items() if field.metadata['self_only'])
+
+    @classmethod
+    def one_of(cls, group: str) -> tuple[str, ...]:
+        """The flags of a group of which one can be on."""
+        return tuple(name for name, field in cls.flag_fields().items() if field.metadata['one_of'] == group)
 
     @classmethod
     def default(cls, name: str) -> Any:

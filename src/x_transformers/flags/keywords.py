@@ -11,13 +11,10 @@ from typing import Any, TypedDict
 from torch import nn
 
 
-class AttentionKeywords(TypedDict, total=False):
-    """Of ``Attention``, after ``dim``."""
+class AttendKeywords(TypedDict, total=False):
+    """Of ``Attend``."""
 
-    dim_head: int
-    heads: int
-    dim_context: int | None
-    dim_out: int | None
+    heads: int | None
     causal: bool
     flash: bool
     dropout: float
@@ -41,12 +38,48 @@ class AttentionKeywords(TypedDict, total=False):
     logit_softclamp_value: float
     onnxable: bool
     flash_pack_seq: bool
+    qk_norm: bool
+    scale: float | None
+    cope: nn.Module | None
+    sdp_kwargs: Mapping[str, Any]
+
+
+class AttentionKeywords(TypedDict, total=False):
+    """Of ``Attention``, after ``dim``."""
+
+    heads: int
+    causal: bool
+    flash: bool
+    dropout: float
+    pre_talking_heads: bool
+    post_talking_heads: bool
+    pre_scale_post_talking_heads: bool
+    sparse_topk: int | None
+    sparse_topk_straight_through: bool
+    hard: bool
+    l2_distance: bool
+    sigmoid: bool
+    gumbel_softmax: bool
+    gumbel_softmax_temp: float
+    gumbel_softmax_hard: bool
+    selective: bool
+    cog_signed: bool
+    custom_attn_fn: Callable[..., Any] | None
+    add_zero_kv: bool
+    head_learned_sink: bool
+    softclamp_logits: bool
+    logit_softclamp_value: float
+    onnxable: bool
+    flash_pack_seq: bool
+    qk_norm: bool
+    dim_head: int
+    dim_context: int | None
+    dim_out: int | None
     attend_sdp_kwargs: Mapping[str, Any]
     one_kv_head: bool
     kv_heads: int | None
     value_dim_head: int | None
     num_mem_kv: int
-    qk_norm: bool
     qk_norm_groups: int
     qk_norm_scale: float
     qk_norm_dim_scale: bool
@@ -179,9 +212,6 @@ class StackKeywords(TypedDict, total=False):
     resi_dual_scale: float
     hyper_conn_doubly_stochastic: bool
     gradient_checkpointing: bool
-    attn_dim_head: int
-    attn_dim_context: int | None
-    attn_dim_out: int | None
     attn_flash: bool
     attn_dropout: float
     attn_pre_talking_heads: bool
@@ -204,12 +234,15 @@ class StackKeywords(TypedDict, total=False):
     attn_logit_softclamp_value: float
     attn_onnxable: bool
     attn_flash_pack_seq: bool
+    attn_qk_norm: bool
+    attn_dim_head: int
+    attn_dim_context: int | None
+    attn_dim_out: int | None
     attn_attend_sdp_kwargs: Mapping[str, Any]
     attn_one_kv_head: bool
     attn_kv_heads: int | None
     attn_value_dim_head: int | None
     attn_num_mem_kv: int
-    attn_qk_norm: bool
     attn_qk_norm_groups: int
     attn_qk_norm_scale: float
     attn_qk_norm_dim_scale: bool
@@ -243,9 +276,6 @@ class StackKeywords(TypedDict, total=False):
     attn_hybrid_mask_kwarg: str | None
     attn_hybrid_fold_axial_dim: int | None
     attn_hybrid_learned_mix: bool
-    cross_attn_dim_head: int
-    cross_attn_dim_context: int | None
-    cross_attn_dim_out: int | None
     cross_attn_flash: bool
     cross_attn_dropout: float
     cross_attn_pre_talking_heads: bool
@@ -268,12 +298,15 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_logit_softclamp_value: float
     cross_attn_onnxable: bool
     cross_attn_flash_pack_seq: bool
+    cross_attn_qk_norm: bool
+    cross_attn_dim_head: int
+    cross_attn_dim_context: int | None
+    cross_attn_dim_out: int | None
     cross_attn_attend_sdp_kwargs: Mapping[str, Any]
     cross_attn_one_kv_head: bool
     cross_attn_kv_heads: int | None
     cross_attn_value_dim_head: int | None
     cross_attn_num_mem_kv: int
-    cross_attn_qk_norm: bool
     cross_attn_qk_norm_groups: int
     cross_attn_qk_norm_scale: float
     cross_attn_qk_norm_dim_scale: bool

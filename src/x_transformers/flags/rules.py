@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from x_transformers.attention.attend import fused_refusals
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES, fused_refusals
+from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import SET_BY_STACK
@@ -84,10 +85,8 @@ def broken_attention(
         *orphans(flags, name, skip),
         *broken_rules(ATTENTION_RULES, flags, dim, name),
     ]
-    if flags.flash:
-        # the scores that residual attention hands on are the stack's affair
-        reasons = fused_refusals(lambda flag: is_on(flags, flag), name)
-        broken += [f'`{name("flash")}=True`: {reason}. Leave out one of them.' for reason in reasons]
+    # the scores that residual attention hands on are the stack's affair
+    broken += fused_refusals(flags, name)
     return broken
 
 
@@ -138,5 +137,4 @@ __all__ = [
     'check_stack',
     'check_vision',
     'check_wrapper',
-    'fused_refusals',
 ]

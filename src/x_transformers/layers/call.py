@@ -19,8 +19,8 @@ from x_transformers.layers.plan import Step
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
+    from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions
-    from x_transformers.position.relative import Bias
 
 # the cache of the stack itself, beside those of its steps: masks and positions that the caller gave
 OWN_STEP = -1

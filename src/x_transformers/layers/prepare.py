@@ -20,8 +20,8 @@ from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions
-    from x_transformers.position.relative import Bias
 
 
 def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> tuple[Float[Tensor, 'b m d'], Inputs]:
@@ -317,7 +317,8 @@ def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor 
     """What is added to the scores of self attention: by position, or the caller's own."""
     if stack.rel_pos is None and given.attn_bias is None:
         return None
-    from x_transformers.position.relative import DenseBias, RelativeBias
+    from x_transformers.position.bias import DenseBias
+    from x_transformers.position.relative import RelativeBias
 
     if stack.rel_pos is None:
         bias = cast(Tensor, given.attn_bias)

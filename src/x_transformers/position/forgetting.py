@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.flags.base import FlagError
 from x_transformers.module import Module
-from x_transformers.position.relative import Bias, DenseBias
+from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from x_transformers.attention.attend import Attend
     from x_transformers.attention.attention import Attention
     from x_transformers.cache.kv_cache import LayerCache
-    from x_transformers.position.relative import Bias
+    from x_transformers.position.bias import Bias
     from x_transformers.stepping.place import Place
 
 

@@ -12,7 +12,7 @@ from x_transformers.position.rotary import as_turns, turn, turn_by_cos_sin
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
-    from x_transformers.position.relative import Bias
+    from x_transformers.position.bias import Bias
     from x_transformers.position.rotary import RotaryEmbedding
 
 # positions whose angles are made at a time

@@ -135,7 +135,7 @@ def state_refusals(net: nn.Module) -> Iterator[str]:
     device = next(net.parameters()).device.type
     if net.training:
         yield 'the model is in training mode'
-    if choose.any_forced:
+    if choose.forced_name() is not None:
         yield 'a kernel is forced'
     if torch.is_autocast_enabled(device):
         yield 'autocast is on'

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.scores.base import ScoreRules
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
+from x_transformers.helpers import recall, remember
+from x_transformers.position.bias import Bias, rendered_bias
 from x_transformers.tensor_types import Float
-
-if TYPE_CHECKING:
-    from x_transformers.position.relative import Bias
 
 
 class Needs(NamedTuple):
-    """What one ``Attend`` asks of a kernel, fixed when it is built.
+    """What one ``Attend`` asks of a kernel, fixed when it is built: its rules, by what they need.
 
-    ``whole`` and ``pointwise`` name the rules of that form, ``weights`` the function that turns scores into weights.
+    ``weights`` is the function from scores to weights; ``whole`` and ``pointwise`` name the rules of that form, ``unfused``
+    those that no fused kernel carries, each with the reason.
     """
 
     weights: str = 'softmax'
@@ -30,6 +30,25 @@ class Needs(NamedTuple):
     sink: bool = False
     l2_distance: bool = False
     onnxable: bool = False
+    unfused: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, rules: Iterable[type[ScoreRule]], *, onnxable: bool = False) -> Needs:
+        """Of the rules that are on. A rule that says nothing of kernels is left to the reference."""
+        rules = tuple(rules)
+
+        def names(form: Form) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(rule.name for rule in rules if rule.form is form and rule.unfused is None))
+
+        return cls(
+            weights=next((rule.name for rule in rules if rule.form is Form.WEIGHTS), 'softmax'),
+            whole=names(Form.WHOLE),
+            pointwise=names(Form.POINTWISE),
+            sink=bool(names(Form.SINK)),
+            l2_distance='l2_distance' in names(Form.REWRITE),
+            onnxable=onnxable,
+            unfused=tuple(dict.fromkeys((rule.name, rule.unfused) for rule in rules if rule.unfused is not None)),
+        )
 
 
 class CallFacts(NamedTuple):
@@ -71,7 +90,7 @@ class KernelArgs:
     v: Float[Tensor, 'b kh j e']
     mask: Mask
     geometry: ScoreShape
-    rules: Callable[[float], ScoreRules]
+    rules: Callable[[], ScoreRules]
     scale: float
     bias: Bias | None = None
     previous: Float[Tensor, 'b h i j'] | None = None
@@ -104,8 +123,9 @@ def usual_refusals(
     needs: Needs, call: CallFacts, *, weights: tuple[str, ...] = ('softmax',), whole: tuple[str, ...] = ()
 ) -> list[str]:
     """What a fused kernel cannot do unless it says so: other weights than ``weights``, rules on whole rows but ``whole``."""
-    reasons = [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole if rule not in whole]
-    if needs.weights not in weights:
+    reasons = [f'{rule} needs the score matrix ({why})' for rule, why in needs.unfused]
+    reasons += [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole if rule not in whole]
+    if needs.weights not in (*weights, *(rule for rule, _ in needs.unfused)):
         reasons.append(f'{needs.weights} is not {"a softmax" if len(weights) == 1 else "one of " + ", ".join(weights)}')
     if needs.onnxable:
         reasons.append('onnxable asks for plain operations')
@@ -127,7 +147,22 @@ def regrouped(t: Float[Tensor, 'b (x y) i d'], first: int) -> Float[Tensor, 'b (
     return t.view(t.shape[0], first, -1, *t.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
-def tiled(t: Float[Tensor, 'b kh j d'], heads: int) -> Float[Tensor, 'b h j d']:
-    """Keys or values for every query head: query head h looks at head h mod kv_heads. One head broadcasts."""
-    kv_heads = t.shape[1]
-    return t if kv_heads in (1, heads) else t.repeat(1, heads // kv_heads, 1, 1)
+def merged_mask(
+    mask: Mask, bias: Bias | None, geometry: ScoreShape, *, dtype: torch.dtype, device: torch.device, mask_value: float
+) -> Float[Tensor, '#b #h #i j'] | None:
+    """Bias and mask as one tensor to add, ``mask_value`` where nobody may look; None where there is neither.
+
+    Made once for all layers; one that needs a gradient is made anew, so that checkpointed layers may run it again.
+    """
+    key = ('merged', geometry.queries, geometry.keys, geometry.front, dtype, mask_value, torch.is_grad_enabled())
+    found: tuple[Tensor | None] | None = recall(mask.memo, key, bias)
+    if found is not None:
+        return found[0]
+    allowed = mask.rendered(geometry, device)
+    added = None if bias is None else rendered_bias(bias, geometry).to(dtype)
+    if allowed is not None:
+        added = torch.zeros((), dtype=dtype, device=device) if added is None else added
+        added = added.masked_fill(~allowed, mask_value) if added.ndim else torch.where(allowed, added, mask_value)
+    if added is None or not added.requires_grad:
+        remember(mask.memo, key, (added,), bias)
+    return added

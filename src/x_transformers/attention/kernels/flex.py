@@ -11,9 +11,9 @@ from torch import Tensor
 
 from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, usual_refusals
 from x_transformers.attention.kernels.sdpa import unified
-from x_transformers.attention.scores.base import rendered_bias
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.helpers import recall, remember
+from x_transformers.position.bias import rendered_bias
 from x_transformers.tensor_types import Float
 
 BLOCK = 128

@@ -24,7 +24,7 @@ class Reference:
 
     def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
         state = state_of(args)
-        for rule in args.rules(args.scale):
+        for rule in args.rules():
             rule.apply(state)
         args.records.update(state.records)
         return state.out
@@ -32,14 +32,14 @@ class Reference:
 
 def state_of(args: KernelArgs) -> ScoreState:
     wanted = ALL_MAPS if args.return_attn else ('scores',) if args.return_scores else ()
-    return ScoreState(args.q, args.k, args.v, args.mask, args.geometry, args.bias, args.previous, wanted=wanted)
+    return ScoreState(args.q, args.k, args.v, args.mask, args.geometry, args.scale, args.bias, args.previous, wanted=wanted)
 
 
 def maps_of(args: KernelArgs) -> dict[str, Tensor]:
     """All maps of a job that another kernel has done."""
     state = state_of(args)
     state.wanted = ALL_MAPS
-    for rule in args.rules(args.scale):
+    for rule in args.rules():
         rule.apply(state)
         if 'weights' in state.records:
             break

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, autocast_dtype, regrouped, tiled, usual_refusals
+from x_transformers.attention.geometry import tiled_heads
+from x_transformers.attention.kernels.base import (
+    CallFacts,
+    KernelArgs,
+    Needs,
+    autocast_dtype,
+    merged_mask,
+    regrouped,
+    usual_refusals,
+)
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.tensor_types import Float
 
@@ -125,7 +134,7 @@ def additive_mask(args: KernelArgs, q: Tensor) -> tuple[Tensor | None, bool]:
         return None, True
     # a row of -inf gives exactly 0 on CPU. Elsewhere kernels differ, so there rows are zeroed afterwards
     mask_value = float('-inf') if q.device.type == 'cpu' else torch.finfo(q.dtype).min / 2
-    return args.mask.merged(args.bias, args.geometry, dtype=q.dtype, device=q.device, mask_value=mask_value), False
+    return merged_mask(args.mask, args.bias, args.geometry, dtype=q.dtype, device=q.device, mask_value=mask_value), False
 
 
 def with_sink(args: KernelArgs, k: Tensor, v: Tensor, added: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +179,7 @@ def over_heads(
         return regrouped(out, kv_heads)
     if kv_heads == 1:
         return run(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), added, causal, args)
-    return run(q, tiled(k, heads), tiled(v, heads), added, causal, args)
+    return run(q, tiled_heads(k, heads), tiled_heads(v, heads), added, causal, args)
 
 
 def run(

@@ -1,6 +1,8 @@
-"""What is added to scores, and the mask that forbids some."""
+"""What is added to scores, the mask that closes some, and the maps that are kept of them."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.helpers import max_neg_value, pad_at_dim
@@ -10,7 +12,8 @@ class AddPrevious(ScoreRule):
     """Residual attention: add the scores of the layer before, https://arxiv.org/abs/2012.11747."""
 
     name = 'residual_attn'
-    form = Form.WHOLE
+    form = Form.BIAS
+    unfused = None
 
     def apply(self, state: ScoreState) -> None:
         if state.previous is not None:
@@ -26,6 +29,7 @@ class AddBias(ScoreRule):
 
     name = 'attn_bias'
     form = Form.BIAS
+    unfused = None
 
     def apply(self, state: ScoreState) -> None:
         if state.bias is not None:
@@ -33,10 +37,11 @@ class AddBias(ScoreRule):
 
 
 class ApplyMask(ScoreRule):
-    """Forbidden scores become the lowest number there is."""
+    """Masked scores become the lowest number there is."""
 
     name = 'mask'
     form = Form.MASK
+    unfused = None
 
     def apply(self, state: ScoreState) -> None:
         state.allowed = state.mask.rendered(state.geometry, state.q.device)
@@ -52,12 +57,23 @@ class RecordMap(ScoreRule):
     """Keep the scores as they are now, if somebody wants to see them."""
 
     name = 'record'
-    form = Form.POINTWISE
-
-    def __init__(self, what: str) -> None:
-        self.what = what
+    form = Form.RECORD
+    unfused = None
+    what: ClassVar[str]
 
     def apply(self, state: ScoreState) -> None:
         if self.what in state.wanted:
             state.records[self.what] = state.scores
             state.shared = True
+
+
+class RecordSimilarities(RecordMap):
+    what = 'similarities'
+
+
+class RecordScores(RecordMap):
+    what = 'scores'
+
+
+class RecordWeights(RecordMap):
+    what = 'weights'

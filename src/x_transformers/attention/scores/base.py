@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.geometry import ScoreShape
+from x_transformers.flags.attention import ScoreFlags
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.mask import Mask
-    from x_transformers.position.relative import Bias
+    from x_transformers.position.bias import Bias
 
 
 class Form(Enum):
@@ -24,13 +25,16 @@ class Form(Enum):
     POINTWISE = 'a function of one score at a time'
     SINK = 'one more term in the normaliser'
     MASK = 'who may look at whom'
-    WEIGHTS = 'a softmax over each row'
+    WEIGHTS = 'a function from each row of scores to weights'
     WHOLE = 'rows or heads together'
+    DROPOUT = 'weights that are left out at random'
+    RECORD = 'nothing: it only keeps what is there'
+    OUTPUT = 'weights times values'
 
 
 @dataclass
 class ScoreState:
-    """What one run of the reference works on: every rule reads it and writes on it, in order.
+    """What one run of the reference works on: every rule reads it and changes it, in order.
 
     ``scores`` become weights along the way, and these ``out``. ``wanted`` names the maps to record. ``shared`` says that
     somebody else holds the present ``scores`` (a record, or the backward of a mixer): do not change them in place.
@@ -41,6 +45,7 @@ class ScoreState:
     v: Float[Tensor, 'b kh j e']
     mask: Mask
     geometry: ScoreShape
+    scale: float
     bias: Bias | None = None
     previous: Float[Tensor, 'b h i j'] | None = None
     wanted: tuple[str, ...] = ()
@@ -66,7 +71,7 @@ class ScoreState:
     @property
     def out(self) -> Tensor:
         if self._out is None:
-            raise RuntimeError('a rule asked for the output before the values were looked up')
+            raise RuntimeError('a rule asked for the output before the values were summed')
         return self._out
 
     @out.setter
@@ -75,19 +80,39 @@ class ScoreState:
 
 
 class ScoreRule:
-    """One line of the definition of attention: ``apply`` changes the state. Its form says which kernels can carry it."""
+    """One line of the definition of attention: ``apply`` changes the state.
+
+    ``name`` is the flag that turns the rule on; a rule whose name is no flag is always on. ``form`` says which kernels could
+    carry it, ``unfused`` why no fused kernel does (None: at least one does, in all combinations that its form allows).
+    ``per_head``: its parameters are counted by heads.
+    """
 
     name: ClassVar[str]
     form: ClassVar[Form]
+    unfused: ClassVar[str | None] = 'no fused kernel knows it'
+    per_head: ClassVar[bool] = False
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        value = getattr(flags, cls.name, True)
+        return value is not None and value is not False
+
+    @classmethod
+    def parts(cls, flags: ScoreFlags) -> dict[str, nn.Module | nn.Parameter | None]:
+        """The parameters and modules that ``Attend`` owns for this rule, by their name in its state; None where it is off."""
+        return {}
+
+    @classmethod
+    def init_parts(cls, parts: Any) -> None:
+        """Fill bare parameters; modules fill their own."""
+
+    @classmethod
+    def from_flags(cls, flags: ScoreFlags, parts: Any) -> Self | None:
+        """The rule, or None where it is off. ``parts`` is the ``Attend`` that owns what ``parts`` made."""
+        return cls() if cls.is_on(flags) else None
 
     def apply(self, state: ScoreState) -> None:
         raise NotImplementedError
 
 
 ScoreRules = tuple[ScoreRule, ...]
-
-
-def rendered_bias(bias: Bias, geometry: ScoreShape) -> Float[Tensor, '#b #h #i j']:
-    """A bias over all columns, one that is the same for all of them too."""
-    rendered = bias.render(geometry)
-    return rendered.expand(*rendered.shape[:-1], geometry.keys) if rendered.shape[-1] != geometry.keys else rendered

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.scores.talking_heads import kept_finite, mix_heads
+from x_transformers.flags.attention import ScoreFlags
 from x_transformers.helpers import max_neg_value
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float
@@ -96,9 +99,22 @@ class AddContextualPositions(ScoreRule):
 
     name = 'use_cope'
     form = Form.WHOLE
+    unfused = 'positions are counted from the scores'
 
     def __init__(self, cope: nn.Module) -> None:
         self.cope = cope
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return bool(getattr(flags, 'use_cope', False)) or getattr(flags, 'cope', None) is not None
+
+    @classmethod
+    def parts(cls, flags: ScoreFlags) -> dict[str, nn.Module | nn.Parameter | None]:
+        return {'cope': getattr(flags, 'cope', None)}
+
+    @classmethod
+    def from_flags(cls, flags: ScoreFlags, parts: Any) -> Self | None:
+        return None if parts.cope is None else cls(parts.cope)
 
     def apply(self, state: ScoreState) -> None:
         added = (
@@ -138,6 +154,7 @@ class Forget(ScoreRule):
 
     name = 'selective'
     form = Form.WHOLE
+    unfused = 'what earlier rows see changes the scores of later rows'
 
     def apply(self, state: ScoreState) -> None:
         seen = state.mask.keys

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
+from x_transformers.flags.attention import ScoreFlags
 from x_transformers.helpers import softclamp
 
 
@@ -11,9 +14,14 @@ class SoftClamp(ScoreRule):
 
     name = 'softclamp_logits'
     form = Form.POINTWISE
+    unfused = None
 
     def __init__(self, value: float) -> None:
         self.value = value
+
+    @classmethod
+    def from_flags(cls, flags: ScoreFlags, parts: Any) -> Self | None:
+        return cls(flags.logit_softclamp_value) if flags.softclamp_logits else None
 
     def apply(self, state: ScoreState) -> None:
         state.scores = softclamp(state.scores, self.value)
@@ -24,6 +32,7 @@ class SplitSign(ScoreRule):
 
     name = 'cog_signed'
     form = Form.WHOLE
+    unfused = 'its weights are no softmax of the scores'
 
     def apply(self, state: ScoreState) -> None:
         state.sign = state.scores.sign()
@@ -35,6 +44,7 @@ class RestoreSign(ScoreRule):
 
     name = 'cog_signed'
     form = Form.WHOLE
+    unfused = 'its weights are no softmax of the scores'
 
     def apply(self, state: ScoreState) -> None:
         if state.sign is not None:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
+from x_transformers.flags.attention import ScoreFlags
 from x_transformers.tensor_types import Float
 
 
@@ -48,20 +50,26 @@ def minus_square(t: Tensor) -> list[Tensor]:
 
 
 class Similarity(ScoreRule):
-    """Scores: queries times keys, or minus their squared distance, times the scale."""
+    """Scores: queries times keys, times the scale."""
 
     name = 'similarity'
     form = Form.REWRITE
+    unfused = None
 
-    def __init__(self, scale: float, l2_distance: bool) -> None:
-        self.scale = scale
-        self.l2_distance = l2_distance
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return not flags.l2_distance
 
     def apply(self, state: ScoreState) -> None:
-        heads, kv_heads = state.q.shape[1], state.k.shape[1]
-        # query head h looks at key head h mod kv_heads; a single key head broadcasts
-        k = state.k if kv_heads in (1, heads) else state.k.repeat(1, heads // kv_heads, 1, 1)
-        if self.l2_distance:
-            state.scores = qk_l2_dist_squared(state.q, k) * -self.scale
-        else:
-            state.scores = (state.q * self.scale) @ k.transpose(-1, -2)
+        state.scores = (state.q * state.scale) @ tiled_heads(state.k, state.q.shape[1]).transpose(-1, -2)
+
+
+class Distance(ScoreRule):
+    """Scores: minus the squared distance of query and key, times the scale."""
+
+    name = 'l2_distance'
+    form = Form.REWRITE
+    unfused = None
+
+    def apply(self, state: ScoreState) -> None:
+        state.scores = qk_l2_dist_squared(state.q, tiled_heads(state.k, state.q.shape[1])) * -state.scale

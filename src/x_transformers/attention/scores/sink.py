@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
+from x_transformers.flags.attention import ScoreFlags
+from x_transformers.module import empty_parameter
 from x_transformers.tensor_types import Float
 
 
@@ -14,9 +18,23 @@ class PutSink(ScoreRule):
 
     name = 'head_learned_sink'
     form = Form.SINK
+    unfused = None
+    per_head = True
 
     def __init__(self, sink: Float[Tensor, 'h']) -> None:
         self.sink = sink
+
+    @classmethod
+    def parts(cls, flags: ScoreFlags) -> dict[str, nn.Module | nn.Parameter | None]:
+        return {'head_attn_sink': empty_parameter(flags.heads or 0) if flags.head_learned_sink else None}
+
+    @classmethod
+    def init_parts(cls, parts: Any) -> None:
+        nn.init.zeros_(parts.head_attn_sink)
+
+    @classmethod
+    def from_flags(cls, flags: ScoreFlags, parts: Any) -> Self | None:
+        return None if parts.head_attn_sink is None else cls(parts.head_attn_sink)
 
     def apply(self, state: ScoreState) -> None:
         batch, heads, queries, _ = state.scores.shape
@@ -32,6 +50,7 @@ class DropSink(ScoreRule):
 
     name = 'head_learned_sink'
     form = Form.SINK
+    unfused = None
 
     def apply(self, state: ScoreState) -> None:
         state.scores = state.scores[..., 1:]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar, Self
+
 import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
+from x_transformers.flags.attention import ScoreFlags
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
 
 
 def kept_finite(scores: Tensor) -> Tensor:
-    """Forbidden scores, the lowest number there is, raised so far that a sum over heads cannot overflow."""
+    """Masked scores, the lowest number there is, raised so far that a sum over heads cannot overflow."""
     limit = torch.finfo(scores.dtype).max ** 0.75
     return scores.clamp(-limit, limit)
 
@@ -36,42 +39,54 @@ def mix_heads(weight: Float[Tensor, 'g h 1 1'], t: Float[Tensor, 'b h i j']) -> 
     return torch.einsum('gh,bhij->bgij', weight.flatten(1), t)
 
 
-class MixScores(ScoreRule):
-    """Before the softmax. The mixed scores are added to the scores, as in the original, which doubles them at the start."""
+class MixingRule(ScoreRule):
+    """A rule with one mixer of its own, which ``Attend`` has under the name ``part``."""
 
-    name = 'pre_talking_heads'
     form = Form.WHOLE
+    unfused = None
+    per_head = True
+    part: ClassVar[str]
 
     def __init__(self, mixer: HeadMixer) -> None:
         self.mixer = mixer
+
+    @classmethod
+    def parts(cls, flags: ScoreFlags) -> dict[str, nn.Module | nn.Parameter | None]:
+        return {cls.part: HeadMixer(flags.heads or 0) if cls.is_on(flags) else None}
+
+    @classmethod
+    def from_flags(cls, flags: ScoreFlags, parts: Any) -> Self | None:
+        mixer = getattr(parts, cls.part)
+        return None if mixer is None else cls(mixer)
+
+
+class MixScores(MixingRule):
+    """Before the softmax. The mixed scores are added to the scores, as in the original, which doubles them at the start."""
+
+    name = 'pre_talking_heads'
+    part = 'pre_softmax_talking_heads'
 
     def apply(self, state: ScoreState) -> None:
         scores = state.scores if state.previous is None else kept_finite(state.scores)
         state.scores = state.scores + self.mixer(scores)
 
 
-class BranchOffScale(ScoreRule):
+class BranchOffScale(MixingRule):
     """Before-scales-after, first half: mix the scores, and keep the result for later."""
 
     name = 'pre_scale_post_talking_heads'
-    form = Form.WHOLE
-
-    def __init__(self, mixer: HeadMixer) -> None:
-        self.mixer = mixer
+    part = 'pre_scale_post_talking_heads'
 
     def apply(self, state: ScoreState) -> None:
         state.gamma = self.mixer(state.scores if state.previous is None else kept_finite(state.scores))
         state.shared = True
 
 
-class MixWeights(ScoreRule):
+class MixWeights(MixingRule):
     """After the softmax."""
 
     name = 'post_talking_heads'
-    form = Form.WHOLE
-
-    def __init__(self, mixer: HeadMixer) -> None:
-        self.mixer = mixer
+    part = 'post_softmax_talking_heads'
 
     def apply(self, state: ScoreState) -> None:
         state.scores = self.mixer(state.scores)
@@ -82,6 +97,7 @@ class ScaleWeights(ScoreRule):
 
     name = 'pre_scale_post_talking_heads'
     form = Form.WHOLE
+    unfused = None
 
     def apply(self, state: ScoreState) -> None:
         if state.gamma is not None:
