@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -16,6 +17,8 @@ import torch
 
 from tests.kept import kept_by
 from x_transformers.cli.main import main
+from x_transformers.training.errors import CheckpointError
+from x_transformers.training.lock import locked
 
 SMALL = [
     *('--dim', '32', '--depth', '1', '--heads', '2', '--attn-dim-head', '64', '--attn-kv-heads', '1', '--threads', '1'),
@@ -64,6 +67,7 @@ def test_a_run_writes_its_files_and_generate_reads_them(tmp_path, text, capsys):
     assert len((run / 'sample.txt').read_bytes()) == len(b'def ') + 8 + 1
     assert [step for step, _ in metrics(run)] == list(range(1, 9))
     assert [step for step, _ in metrics(run, 'held_out_bits_per_byte')] == [4, 8]
+    assert [step for step, _ in metrics(run, 'final')] == [8]
 
     generate = ['generate', str(run), '--prompt', 'the ', '--length', '20', '--seed', '3', '--samples', '2', '--top-k', '5']
     assert main(generate) == 0
@@ -120,8 +124,9 @@ def test_a_run_folder_that_holds_a_run_is_refused_and_kept(tmp_path, text, capsy
     capsys.readouterr()
     assert 'already holds a run: continue it with --resume' in sentence_of(capsys, train(text, run))
     for change, sentence in (
-        (['--depth', '3'], '--depth 3 is not what this run was started with (1)'),
-        (['--steps', '9'], '--steps 9 differs from the 8'),
+        (['--depth', '3'], '--depth must be 1, with which this run was started, got 3.'),
+        (['--lr', '0.5'], '--lr must be 0.003, with which this run was started, got 0.5.'),
+        (['--steps', '7'], '--steps must be at least 8, which this run has done already, got 7.'),
     ):
         assert sentence in sentence_of(capsys, ['train', '--run-dir', str(run), '--resume', *change])
     other = tmp_path / 'other'
@@ -175,12 +180,12 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(tmp_path, 
     [
         (['--steps', '0'], '--steps must be at least 1'),
         (['--lr', '-1'], '--lr must be at least 0'),
-        (['--beta2', '1'], '--beta2 must be below 1'),
+        (['--beta2', '1'], '--beta2 must be at least 0 and below 1'),
         (['--device', 'cuda:99'], '--device cuda:99 cannot be used here'),
         (['--device', 'potato'], '--device potato cannot be used here'),
         (['--data', 'nowhere.txt'], '--data nowhere.txt: there is no such file or folder'),
         (['--seq-len', '100000'], 'bytes are too few'),
-        (['--no-rotary-pos-emb', '--max-seq-len', '16'], 'cannot read 32 bytes (--seq-len): '),
+        (['--no-rotary-pos-emb', '--max-seq-len', '16'], 'cannot be trained on 32 bytes (--seq-len): '),
         (['--cross-attend'], '--cross-attend does not fit'),
         (['--use-scalenorm'], '`use_scalenorm=True` with `use_rmsnorm=True`'),
         (['--attn-dim-head', '0'], '`attn_dim_head=0`: it must be'),
@@ -275,3 +280,155 @@ def test_bench_hands_its_options_on_or_says_where_the_benchmarks_are(tmp_path, m
     monkeypatch.setenv('X_TRANSFORMERS_BENCHMARKS', str(tmp_path))
     assert main(['bench']) == 2
     assert 'inside a clone of the repository' in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- what once went wrong in a run folder
+
+
+def test_final_weights_are_written_by_a_resume_after_a_kill_before_them(tmp_path, text, capsys):
+    """Killed between the last checkpoint and model.safetensors, which is written behind it."""
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    wanted = (run / 'model.safetensors').read_bytes()
+    (run / 'model.safetensors').write_bytes(b'those of an earlier step')
+    assert main(['train', '--run-dir', str(run), '--resume']) == 0
+    assert (run / 'model.safetensors').read_bytes() == wanted
+    (run / 'model.safetensors').unlink()
+    assert main(['train', '--run-dir', str(run), '--resume']) == 0
+    assert (run / 'model.safetensors').read_bytes() == wanted
+
+
+def test_the_seed_seeds_layer_dropout(tmp_path, text):
+    more = ['--layer-dropout', '0.5', '--sample-length', '0', '--seed', '4']
+    for name in 'ab':
+        random.seed(name)
+        assert main(train(text, tmp_path / name, '--depth', '2', *more)) == 0
+    assert metrics(tmp_path / 'a') == metrics(tmp_path / 'b')
+
+
+def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path, text, capsys):
+    run = tmp_path / 'deep' / 'run'
+    with locked(run, create=True):
+        assert 'another process is working on it' in sentence_of(capsys, train(text, run))
+        assert 'another process is working on it' in sentence_of(capsys, ['train', '--run-dir', str(run), '--resume'])
+        assert [path.name for path in run.iterdir()] == ['.lock']
+    assert list(tmp_path.iterdir()) == [text]
+    assert main(train(text, run)) == 0
+    assert not (run / '.lock').exists()
+
+
+def test_the_lock_of_a_dead_process_does_not_last(tmp_path):
+    program = (
+        'import sys, os; from pathlib import Path; from x_transformers.training.lock import locked\n'
+        'with locked(Path(sys.argv[1]), create=True): os._exit(9)'
+    )
+    run = tmp_path / 'run'
+    assert subprocess.run([sys.executable, '-c', program, str(run)]).returncode == 9
+    assert (run / '.lock').exists()
+    with locked(run, create=False), pytest.raises(CheckpointError, match='another process'), locked(run, create=False):
+        pass
+
+
+def test_typed_options_count_on_resuming_also_when_they_equal_the_defaults(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    assert main(train(text, run, '--lr', '0.01', '--val-every', '7', '--depth', '2')) == 0
+    resume = ['train', '--run-dir', str(run), '--resume']
+    assert '--lr must be 0.01, with which this run was started, got 0.003' in sentence_of(capsys, [*resume, '--lr', '0.003'])
+    assert '--depth must be 2, with which this run was started, got 5' in sentence_of(capsys, [*resume, '--depth', '5'])
+    before = json.loads((run / 'config.json').read_text())
+    assert main([*resume, '--val-every', '100']) == 0
+    after = json.loads((run / 'config.json').read_text())
+    assert (before['training'].pop('val_every'), after['training'].pop('val_every')) == (7, 100)
+    assert after['training'].pop('resume')
+    assert after['training'] == {name: value for name, value in before['training'].items() if name != 'resume'}
+
+
+def test_a_finished_run_can_be_trained_longer(tmp_path, text):
+    run = tmp_path / 'run'
+    more = ['--schedule', 'constant', '--val-every', '0']
+    assert main(train(text, run, *more)) == 0
+    assert main(['train', '--run-dir', str(run), '--resume', '--steps', '12']) == 0
+    assert main(train(text, tmp_path / 'whole', *more, steps=12)) == 0
+    assert metrics(run) == metrics(tmp_path / 'whole')
+    assert main(['train', '--run-dir', str(run), '--resume']) == 0  # 12 are its steps now
+    assert len(metrics(run)) == 12
+
+
+def test_a_failed_run_leaves_no_folder(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    run = tmp_path / 'run'
+    assert '--tensorboard needs its extra' in sentence_of(capsys, train(text, run, '--tensorboard'))
+    assert not run.exists()
+    assert '--lr must be' in sentence_of(capsys, train(text, run, '--lr', '-1', '--steps', '0'))
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ('more', 'sentence'),
+    [
+        (['--seed', '9' * 20], '--seed must be at least 0 and below'),
+        (['--attn-pool'], '--attn-pool does not fit a language model over bytes: the loss needs logits for every byte'),
+        (['--lr', '-1', '--steps', '0'], '--steps must be at least 1, got 0. --lr must be at least 0, got -1.'),
+    ],
+)
+def test_options_that_led_to_tracebacks_are_refused(tmp_path, text, capsys, more, sentence):
+    assert sentence in sentence_of(capsys, train(text, tmp_path / 'run', *more))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_recycling_model_is_trained_evaluated_and_writes(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    assert main(train(text, run, '--recycling')) == 0
+    assert len((run / 'sample.txt').read_bytes()) == len(b'def ') + 8 + 1
+    assert main(['generate', str(run), '--length', '3', '--temperature', '0']) == 0
+
+
+@pytest.mark.parametrize(
+    'more', [('--bf16',), ('--attn-softclamp-logits',), ('--bf16', '--attn-softclamp-logits', '--tie-embedding')]
+)
+def test_info_of_a_model_in_half_precision_or_with_a_soft_clamp(capsys, more):
+    sizes = {}
+    for given in ((), more):
+        assert main(['info', '--depth', '1', '--dim', '64', '--seq-len', '200', '--device', 'cpu', *given]) == 0
+        out = capsys.readouterr().out
+        sizes[given] = [int(re.search(rf'{name}: ([\d,]+) bytes', out)[1].replace(',', '')) for name in ('backward', 'cache')]
+    if '--bf16' in more:
+        assert sizes[more][1] < 0.6 * sizes[()][1]
+
+
+def test_a_prompt_that_is_no_utf8_is_bytes(tmp_path, text):
+    run = tmp_path / 'run'
+    assert main(train(text, run, '--sample-prompt', os.fsdecode(b'\xff!'))) == 0
+    assert (run / 'sample.txt').read_bytes().startswith(b'\xff!')
+
+
+def test_files_of_a_run_that_are_not_what_they_should_be(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    resume = ['train', '--run-dir', str(run), '--resume']
+    log = run / 'metrics.jsonl'
+    content = log.read_bytes()
+    log.write_bytes(b'\xff\n')
+    assert 'metrics.jsonl must hold lines of JSON' in sentence_of(capsys, resume)
+    log.unlink()
+    log.mkdir()
+    assert 'metrics.jsonl cannot be read: Is a directory' in sentence_of(capsys, resume)
+    log.rmdir()
+    log.write_bytes(content)
+    config = json.loads((run / 'config.json').read_text())
+    for wrong in ({'batch': 'eight'}, {'lr': None}, {'steps': 2.5}, {'data': [3]}):
+        (run / 'config.json').write_text(json.dumps(config | {'training': config['training'] | wrong}))
+        assert 'is not the configuration of a run' in sentence_of(capsys, resume)
+    (run / 'config.json').write_text(json.dumps(config | {'flags': {'depth': 'many'}}))
+    assert 'depth' in sentence_of(capsys, resume)
+
+
+def test_a_pipe_is_no_data(tmp_path, capsys):
+    os.mkfifo(tmp_path / 'pipe')
+    assert 'must be a file or a folder, got a pipe' in sentence_of(capsys, train(tmp_path / 'pipe', tmp_path / 'run'))
+
+
+def test_several_processes_are_refused(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert 'WORLD_SIZE must be 1, got 2' in sentence_of(capsys, train(text, tmp_path / 'run'))
+    assert list(tmp_path.iterdir()) == [text]

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.training.data import Corpus, Text
+from x_transformers.training.checkpoint import Checkpoints, load_checkpoint
+from x_transformers.training.data import ByteBatches, Corpus, Text
 from x_transformers.training.options import TrainOptions
+from x_transformers.training.randomness import seed_everything
+from x_transformers.training.report import Metrics
+from x_transformers.training.run import Run
 from x_transformers.training.trainer import Trainer
 
 
@@ -35,10 +39,23 @@ def make_corpus() -> Corpus:
     return Corpus(make_text(4000, 0), make_text(500, 1), 'made up')
 
 
-def make_trainer(run: Path, **changes: object) -> Trainer:
+def make_run(folder: Path, **changes: object) -> Run:
+    """A run of the tiny model in a folder, at its beginning."""
     given = {'steps': 12, 'batch': 4, 'seq_len': 16, 'lr': 0.03, 'warmup': 2, 'val_every': 5, 'save_every': 4, 'val_bytes': 64}
-    options = TrainOptions(**(given | changes))  # type: ignore[arg-type]
-    run.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
+    options = TrainOptions(**(given | {'device': None} | changes))  # type: ignore[arg-type]
+    folder.mkdir(parents=True, exist_ok=True)
+    seed_everything(options.seed)
+    corpus, metrics = make_corpus(), Metrics(folder)
+    batches = ByteBatches(corpus.train, batch=options.batch, window=options.seq_len, seed=options.seed)
     model = TinyModel()
-    return Trainer(model, [model.hidden.weight], make_corpus(), options, run)
+    trainer = Trainer(
+        model, batches, options, callbacks=[metrics], matrices=[model.hidden.weight], store=Checkpoints(folder)
+    )  # fmt: skip
+    run = Run(folder, options, corpus, trainer, metrics)
+    trainer.evaluate = run.evaluate
+    return run
+
+
+def resumed(run: Run, path: Path) -> Run:
+    run.trainer.resume(*load_checkpoint(path))
+    return run

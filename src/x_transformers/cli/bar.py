@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
+from x_transformers.training.trainer import Callback, Trainer
 
-class Bar:
+
+class Bar(Callback):
     """Steps, loss in bits per byte (smoothed), tokens per second, time left, the last held-out figure."""
 
     def __init__(self, steps: int) -> None:
@@ -27,14 +30,16 @@ class Bar:
         self.bar.n = step
         self.bar.unpause()
 
-    def step(self, step: int, bits: float, tokens_per_second: float) -> None:
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        bits = record['loss'] / math.log(2)
         self.smooth = bits if self.smooth is None else 0.9 * self.smooth + 0.1 * bits
         held_out = '' if self.held_out is None else f', held out {self.held_out:.3f}'
-        self.bar.set_postfix_str(f'{self.smooth:.3f} bits/byte{held_out}, {tokens_per_second:,.0f} tokens/s', refresh=False)
+        speed = record['tokens'] / max(record['seconds'], 1e-9)
+        self.bar.set_postfix_str(f'{self.smooth:.3f} bits/byte{held_out}, {speed:,.0f} tokens/s', refresh=False)
         self.bar.update(1)
 
-    def validated(self, step: int, bits: float) -> None:
-        self.held_out = bits
+    def validated(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        self.held_out = values['held_out_bits_per_byte']
 
     def __enter__(self) -> Self:
         return self

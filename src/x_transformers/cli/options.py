@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Union, get_origin
 
@@ -131,3 +131,13 @@ class ModelOptions:
 def model_fields() -> list[tuple[str, Any, Any]]:
     """The groups as fields of a command's dataclass; their options carry no prefix but their own."""
     return [(group, group_class(group), dataclasses.field(default_factory=group_class(group))) for group in GROUPS]
+
+
+def typed_names(arguments: Sequence[str], known: Collection[str]) -> set[str]:
+    """Which of the known names were typed, as ``--name``, ``--name=value`` or ``--no-name``."""
+    found = set()
+    for argument in arguments:
+        if argument.startswith('--'):
+            name = argument[2:].partition('=')[0].replace('-', '_')
+            found |= {name, name.removeprefix('no_')} & set(known)
+    return found

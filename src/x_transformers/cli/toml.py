@@ -6,11 +6,12 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_origin
 
 from x_transformers.cli.options import GROUPS, all_keywords, group_class, keywords
-from x_transformers.flags.base import FlagError, kinds_of, one_kind, shown, tidied, type_hints, unknown_flags
+from x_transformers.flags.base import FlagError, kinds_of, shown, tidied, type_hints, unknown_flags
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.options import fits
 
 
 def config_path(arguments: Sequence[str]) -> str | None:
@@ -43,6 +44,7 @@ class FileValues:
     groups: dict[str, Any]
     own: dict[str, Any]
     only_here: dict[str, Any]
+    names: frozenset[str] = frozenset()
 
 
 def from_file(path: str | None, own: type | None = None) -> FileValues:
@@ -57,7 +59,7 @@ def from_file(path: str | None, own: type | None = None) -> FileValues:
         raise unknown_flags(unknown, where=f'--config {path}', known=[*own_fields, *all_keywords()])
 
     wrong: list[str] = []
-    result = FileValues({}, {}, {})
+    result = FileValues({}, {}, {}, frozenset(values))
     for group in GROUPS:
         given: dict[str, Any] = {}
         for name in keywords(group):
@@ -86,9 +88,3 @@ def listed(value: Any, hint: Any) -> Any:
     """A word for an option that takes several is one of them."""
     takes_several = any(get_origin(kind) is tuple for kind in kinds_of(hint))
     return [value] if takes_several and isinstance(value, str) else value
-
-
-def fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    return any(one_kind(kind)[1](value) for kind in kinds_of(hint))

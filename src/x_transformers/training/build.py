@@ -38,6 +38,7 @@ UNFIT = {
     'embed_num_tokens': 'the data hold nothing but bytes',
     'return_only_embed': 'the loss needs logits',
     'average_pool_embed': 'the loss needs logits for every byte',
+    'attn_pool': 'the loss needs logits for every byte, and nothing would train the queries that pool',
     'use_cls_token': 'the loss needs logits for every byte',
     'squeeze_out_last_dim': 'the loss needs logits for every byte',
     'attn_flash_pack_seq': 'each row holds one sequence',
@@ -78,6 +79,9 @@ def build_network(flags: Mapping[str, Any]) -> nn.Module:
 
     check_fit(flags)
     wrapper, stack = split_flags(flags)
+    missing = [name for name in ('dim', 'depth') if stack.get(name) is None]
+    if missing:
+        raise TrainingError(f'the flags of the model must hold {" and ".join(missing)}, got {sorted(flags)}.')
     network: nn.Module = TransformerWrapper(num_tokens=NUM_BYTES, attn_layers=Decoder(**stack), **wrapper)
     return network
 
@@ -97,10 +101,10 @@ def network_of(model: nn.Module) -> nn.Module:
     return net
 
 
-def muon_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that Muon may move, as the network names them."""
-    parameters = network_of(model).muon_parameters()  # type: ignore[operator]
-    return [parameter for parameter in parameters if isinstance(parameter, nn.Parameter)]
+def reading_arguments(model: nn.Module) -> dict[str, Any]:
+    """Keywords that the network of a language model needs when it is evaluated or writes, and draws itself in training."""
+    net = network_of(model)
+    return {'recycle_steps': net.train_max_recycle_steps} if getattr(net, 'recycling', False) else {}
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,8 +1,8 @@
 """Files that are either the old ones or the new ones, never half of both.
 
-A run folder holds ``config.json``, ``model.safetensors`` (the newest weights), ``metrics.jsonl`` and one folder
-``checkpoint-NNNNNNNN`` with everything needed to go on. That folder is written under a temporary name, brought to disk, and
-renamed; only then is the one before it removed.
+A run folder holds ``config.json``, ``model.safetensors`` (the newest weights for use), ``metrics.jsonl`` and folders
+``checkpoint-NNNNNNNN`` with everything needed to go on. Such a folder is written under a temporary name, brought to disk, and
+renamed; only then is an older one removed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from x_transformers.training.errors import CheckpointError
 
@@ -29,6 +31,8 @@ PREFIX = 'checkpoint-'
 UNFINISHED = '.unfinished-'
 WEIGHTS = 'model.safetensors'
 STATE = 'state.pt'
+EXPORT = 'export.safetensors'  # the weights for use, where they are not those that training goes on with
+BEST = 'best.safetensors'
 MANIFEST = 'manifest.json'
 
 
@@ -73,22 +77,106 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f'{path} is truncated or not a safetensors file ({error})') from error
 
 
-def weights_as_bytes(state: Mapping[str, Tensor]) -> bytes:
+def weights_as_bytes(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The safetensors form; tensors that share memory (tied weights) are written once per name."""
-    return save_tensors({name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in state.items()})
+    tensors = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in state.items()}
+    return save_tensors(tensors, metadata)
 
 
 # checkpoints
 
 
-def save_checkpoint(run: Path, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write everything needed to continue after ``step``, then drop the older checkpoints.
+class Checkpoints:
+    """The checkpoints of one run folder, written while training goes on.
+
+    Args:
+        run: the folder.
+        keep: how many of the newest checkpoints stay.
+        background: write in a thread; only copying the tensors stops training. A failure is then told by the next call.
+    """
+
+    def __init__(self, run: Path, keep: int = 1, background: bool = True) -> None:
+        self.run = run
+        self.keep = keep
+        self.background = background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._finished: list[Path] = []
+
+    def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]) -> None:
+        """Hand over everything needed to continue after ``step``; ``export`` are the weights for use."""
+        self.wait()
+        if not self.background:
+            self._finished.append(save_checkpoint(self.run, step, weights, state, keep=self.keep, export=export))
+            return
+        same = all(export.get(name) is tensor for name, tensor in weights.items())
+        own = {name: copied(tensor) for name, tensor in weights.items()}
+        other = None if same else {name: copied(tensor) for name, tensor in export.items()}
+        held = tree_map(copied, dict(state))
+
+        def write() -> None:
+            try:
+                path = save_checkpoint(self.run, step, own, held, keep=self.keep, export=other)
+                self._finished.append(path)  # in two lines: the list may be another one by now
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name='checkpoint')
+        self._thread.start()
+
+    def finished(self) -> list[Path]:
+        """Checkpoints completed since the last call.
+
+        Errors: ``CheckpointError`` if the last one could not be written.
+        """
+        self._raise()
+        found, self._finished = self._finished, []
+        return found
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk.
+
+        Errors: ``CheckpointError`` if it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def save_best(self, step: int, value: float, export: Mapping[str, Tensor]) -> None:
+        """Weights that were better than all before, in a file of their own."""
+        self.wait()
+        write_atomically(self.run / BEST, weights_as_bytes(export, {'step': str(step), 'value': repr(value)}))
+
+
+def copied(value: Any) -> Any:
+    """A tensor's copy on the CPU, which later steps do not change; anything else as it is."""
+    return value.detach().to('cpu', copy=True) if isinstance(value, Tensor) else value
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 1,
+    export: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write everything needed to continue after ``step``, drop all but the newest ``keep``, replace the weights for use.
 
     Errors: ``CheckpointError`` when it cannot be written; earlier checkpoints are then still there, complete.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     files = {WEIGHTS: weights_as_bytes(weights), STATE: buffer.getvalue()}
+    if export is not None and export is not weights:
+        files[EXPORT] = weights_as_bytes(export)
     manifest = {name: {'bytes': len(data), 'blake2b': _digest(data)} for name, data in files.items()}
     files[MANIFEST] = json.dumps({'step': step, 'files': manifest}, indent=2).encode()
 
@@ -108,10 +196,23 @@ def save_checkpoint(run: Path, step: int, weights: Mapping[str, Tensor], state: 
         kept = find_checkpoints(run)
         rest = f'{kept[-1]} is complete and untouched' if kept else 'there is no earlier one'
         raise CheckpointError(f'the checkpoint of step {step} cannot be written to {run}: {_reason(error)}; {rest}') from error
-    for older in find_checkpoints(run)[:-1]:
+    for older in find_checkpoints(run)[:-keep]:
         _remove(older)
-    write_atomically(run / WEIGHTS, files[WEIGHTS])
+    write_atomically(run / WEIGHTS, files.get(EXPORT, files[WEIGHTS]))
     return target
+
+
+def publish(checkpoint: Path) -> None:
+    """Bring the run's weights for use up to those of its newest checkpoint: a killed process may not have come so far."""
+    source = checkpoint / EXPORT if (checkpoint / EXPORT).exists() else checkpoint / WEIGHTS
+    target = checkpoint.parent / WEIGHTS
+    try:
+        data = source.read_bytes()
+        if target.exists() and target.read_bytes() == data:
+            return
+    except OSError as error:
+        raise CheckpointError(f'{source} cannot be read: {_reason(error)}') from error
+    write_atomically(target, data)
 
 
 def find_checkpoints(run: Path) -> list[Path]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import math
 import os
 import sysconfig
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -128,8 +129,10 @@ def _expand(pattern: str) -> list[Source]:
         if not sources:
             raise DataError(f'--data {pattern}: the folder holds no files')
         return sources
-    if path.exists():
+    if path.is_file():
         return [Source(path, path.name)]
+    if path.exists():
+        raise DataError(f'--data {pattern} must be a file or a folder, got a pipe or a device. Write it to a file first.')
     if not glob.has_magic(pattern):
         raise DataError(f'--data {pattern}: there is no such file or folder')
     matches = sorted(glob.glob(str(path), recursive=True))
@@ -223,6 +226,19 @@ def sample_batch(text: Text, *, batch: int, window: int, seed: int, index: int) 
     return torch.stack([text.window(int(start), window) for start in starts]).long()
 
 
+class ByteBatches:
+    """Windows of bytes at random places, for ``Trainer``: batch number ``index`` depends on the seed alone."""
+
+    def __init__(self, text: Text, *, batch: int, window: int, seed: int) -> None:
+        self.text, self.rows, self.window, self.seed = text, batch, window, seed
+
+    def batch(self, index: int) -> Int[Tensor, 'b n']:
+        return sample_batch(self.text, batch=self.rows, window=self.window, seed=self.seed, index=index)
+
+    def predictions(self, batch: Int[Tensor, 'b n']) -> int:
+        return batch.shape[0] * (batch.shape[1] - 1)
+
+
 def held_out_batches(text: Text, *, batch: int, window: int, limit: int | None = None) -> Iterator[Int[Tensor, 'b n']]:
     """Windows over the whole text, each sharing one byte with the next, so that every byte but the first is predicted once.
 
@@ -237,3 +253,15 @@ def held_out_batches(text: Text, *, batch: int, window: int, limit: int | None =
     for index in range(0, len(whole), batch):
         yield torch.stack(whole[index : index + batch]).long()
     yield from (item.long().unsqueeze(0) for item in windows if 1 < len(item) < window)
+
+
+def bits_per_byte(
+    loss: Callable[[Int[Tensor, 'b n']], Tensor], text: Text, *, batch: int, window: int, limit: int | None = None
+) -> float:
+    """The mean over all predicted bytes of a text, each window on its own; ``loss`` gives the mean of a batch in nats."""
+    total, count = 0.0, 0
+    for ids in held_out_batches(text, batch=batch, window=window, limit=limit):
+        predicted = ids.shape[0] * (ids.shape[1] - 1)
+        total += float(loss(ids)) * predicted
+        count += predicted
+    return total / count / math.log(2)

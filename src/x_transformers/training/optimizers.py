@@ -1,4 +1,4 @@
-"""Which optimiser moves which parameter, and how fast at which step."""
+"""Which optimizer moves which parameter, which parameters decay, and how fast each moves at which step."""
 
 from __future__ import annotations
 
@@ -7,34 +7,81 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from x_transformers.training.options import TrainOptions
+from x_transformers.training.errors import TrainingError
+from x_transformers.training.options import TrainerOptions
+
+# modules whose weights are linear maps: their other parameters (biases) and all other modules' are gains, norms or tables
+LINEAR_MAPS = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def decays(model: nn.Module) -> dict[nn.Parameter, bool]:
-    """Whether each parameter decays: matrices do; vectors, scalars and embeddings do not."""
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    embedded = {parameter for table in tables for parameter in table.parameters(recurse=False)}
-    return {p: p.ndim >= 2 and p not in embedded for p in model.parameters() if p.requires_grad}
+    """Whether each trainable parameter decays: the weights of linear maps do.
+
+    Gains, norms, biases, embeddings, memories and other tables do not, whatever their shape: zero is no neutral value for them.
+    A table that is also the weight of a linear map (a tied head) is a table. A module with linear maps among its own
+    parameters lists their names in ``decayed_parameters``.
+    """
+    maps: set[nn.Parameter] = set()
+    tables: set[nn.Parameter] = set()
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            tables.update(own.values())
+        elif isinstance(module, LINEAR_MAPS):
+            maps.update(parameter for name, parameter in own.items() if 'weight' in name and parameter.ndim >= 2)
+        maps.update(own[name] for name in getattr(module, 'decayed_parameters', ()) if name in own)
+    return {p: p in maps and p not in tables for p in model.parameters() if p.requires_grad}
 
 
-def make_optimizers(model: nn.Module, matrices: Iterable[nn.Parameter], options: TrainOptions) -> list[Optimizer]:
+def matrices_of(model: nn.Module) -> list[nn.Parameter]:
+    """What Muon may move: the parameters that modules name in ``muon_parameters()``, else those of ``nn.Linear``."""
+    found: dict[nn.Parameter, None] = {}
+    named = False
+    covered: set[nn.Module] = set()
+    for module in model.modules():  # outermost first
+        method = getattr(module, 'muon_parameters', None)
+        if module in covered or not callable(method):
+            continue
+        named = True
+        covered.update(module.modules())
+        found.update(dict.fromkeys(parameter for parameter in method() if isinstance(parameter, nn.Parameter)))
+    if not named:
+        linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+        found.update((parameter, None) for module in linear for parameter in module.parameters(recurse=False))
+    return list(found)
+
+
+def make_optimizers(
+    model: nn.Module, options: TrainerOptions, matrices: Iterable[nn.Parameter] | None = None
+) -> list[Optimizer]:
     """AdamW for all parameters, or Muon (https://kellerjordan.github.io/posts/muon) for ``matrices`` and AdamW for the rest.
 
     Each group remembers its highest learning rate as ``peak``.
     """
     decay = decays(model)
-    by_muon = {p for p in matrices if p.ndim == 2 and p in decay} if options.optimizer == 'muon' else set()
+    if not decay:
+        raise TrainingError(
+            'the model must have a parameter that requires gradients, got none. Unfreeze what is to be trained.'
+        )
+    by_muon: set[nn.Parameter] = set()
+    if options.optimizer == 'muon':
+        given = matrices_of(model) if matrices is None else matrices
+        by_muon = {p for p in given if p.ndim == 2 and p in decay}
     rest = [p for p in decay if p not in by_muon]
     groups = [
         {'params': [p for p in rest if decay[p]], 'weight_decay': options.weight_decay},
         {'params': [p for p in rest if not decay[p]], 'weight_decay': 0.0},
     ]
     groups = [group for group in groups if group['params']]
+    betas = (options.beta1, options.beta2)
     optimizers: list[Optimizer] = []
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True))
+    if groups and options.optimizer == 'sgd':
+        optimizers.append(torch.optim.SGD(groups, lr=options.lr, momentum=options.beta1, nesterov=options.beta1 > 0))
+    elif groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True))
     if by_muon:
         ordered = [p for p in decay if p in by_muon]
         optimizers.append(
@@ -48,13 +95,18 @@ def make_optimizers(model: nn.Module, matrices: Iterable[nn.Parameter], options:
     return optimizers
 
 
-def lr_share(step: int, options: TrainOptions) -> float:
+def lr_share(step: int, options: TrainerOptions) -> float:
     """Share of the highest learning rate that step number ``step`` (from 0) takes."""
     if step < options.warmup:
         return (step + 1) / options.warmup
     if options.schedule == 'constant':
         return 1.0
-    progress = (step - options.warmup + 1) / max(1, options.steps - options.warmup)
+    falls_from = options.warmup
+    if options.schedule == 'wsd':  # stable, then down over the last share of all steps (https://arxiv.org/abs/2404.06395)
+        falls_from = max(falls_from, options.steps - round(options.decay_share * options.steps))
+        if step < falls_from:
+            return 1.0
+    progress = min(1.0, (step - falls_from + 1) / max(1, options.steps - falls_from))
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if options.schedule == 'cosine' else 1 - progress
     return options.final_lr + (1 - options.final_lr) * falling
 

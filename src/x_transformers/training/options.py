@@ -3,70 +3,135 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
+from x_transformers.flags.base import kinds_of, one_kind, type_hints
 from x_transformers.training.errors import TrainingError
 
-# what may differ between a run and its continuation: where and how often, never what is computed
+# what may differ between a run and its continuation: where, how often and how long, never what a step computes
 FREE_ON_RESUME = {
-    'data', 'device', 'threads', 'compile', 'tensorboard', 'save_every', 'sample_prompt', 'sample_length',
+    'data', 'device', 'threads', 'compile', 'tensorboard', 'val_every', 'val_bytes', 'final_bytes', 'save_every',
+    'sample_prompt', 'sample_length', 'steps',
+}  # fmt: skip
+
+# (lowest, below which it must stay) of each number
+RANGES: dict[str, tuple[float, float]] = {
+    'steps': (1, math.inf), 'grad_accum': (1, math.inf), 'lr': (0, math.inf), 'muon_lr': (0, math.inf), 'beta1': (0, 1),
+    'beta2': (0, 1), 'weight_decay': (0, math.inf), 'clip': (0, math.inf), 'warmup': (0, math.inf), 'final_lr': (0, math.inf),
+    'ema': (0, 1), 'val_every': (0, math.inf), 'save_every': (0, math.inf), 'seed': (0, 2**63), 'batch': (1, math.inf),
+    'seq_len': (2, math.inf), 'val_bytes': (1, math.inf), 'final_bytes': (2, math.inf), 'sample_length': (0, math.inf),
+    'threads': (1, math.inf),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainerOptions:
+    """What the training loop itself needs; ``Trainer`` takes these in memory, without any file."""
+
+    steps: int = 1000
+    """Number of optimizer steps."""
+    grad_accum: int = 1
+    """Micro-batches per step, whose gradients are averaged."""
+    optimizer: Literal['muon', 'adamw', 'sgd'] = 'adamw'
+    """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw or sgd: that for all."""
+    lr: float = 1e-3
+    """Highest learning rate of AdamW (or SGD)."""
+    muon_lr: float = 1e-2
+    """Highest learning rate of Muon, in AdamW's scale (updates are matched to AdamW's size)."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients (SGD's momentum)."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
+    weight_decay: float = 0.1
+    """Decay of the weights of linear maps; gains, norms, biases, embeddings and memories do not decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    schedule: Literal['cosine', 'wsd', 'linear', 'constant'] = 'cosine'
+    """How the learning rate falls after the warm-up; wsd: it stays, then falls linearly."""
+    warmup: int = 0
+    """Steps over which the learning rate rises."""
+    decay_share: float = 0.2
+    """Share of all steps over which the schedule wsd falls."""
+    final_lr: float = 0.0
+    """Learning rate of the last step, as a share of the highest."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is then what is evaluated and written; 0: none."""
+    precision: Literal['fp32', 'bf16'] = 'fp32'
+    """bf16: compute in bfloat16 where that is safe (autocast); weights stay in float32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    seed: int = 0
+    """Seed of everything random: the weights, the order of the data, dropout."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps, ...; auto: the first accelerator there is, else the CPU; None: where the model is."""
+    val_every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+
+    def faults(self) -> list[str]:
+        """A sentence for each value that makes no sense."""
+        found = []
+        hints = type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not fits(value, hint):
+                literal = get_origin(hint) is Literal
+                wanted = ' or '.join(get_args(hint) if literal else (one_kind(kind)[0] for kind in kinds_of(hint)))
+                found.append(f'{option(field.name)} must be {wanted}, got {value!r}.')
+            elif field.name in RANGES and value is not None:
+                low, high = RANGES[field.name]
+                # `not >=` refuses what is not a number, too
+                if not value >= low or not value < high:
+                    bounds = f'at least {low:g}' + (f' and below {high:g}' if high < math.inf else '')
+                    found.append(f'{option(field.name)} must be {bounds}, got {value:g}.')
+        if not 0 < self.decay_share <= 1:
+            found.append(f'--decay-share must be above 0 and at most 1, got {self.decay_share:g}.')
+        return found
+
+    def check(self) -> None:
+        """Refuse values that make no sense, naming all of them."""
+        found = self.faults()
+        if found:
+            raise TrainingError(' '.join(found))
+
+
+@dataclass(frozen=True)
+class TrainOptions(TrainerOptions):
+    """What ``x-transformers train`` can be told beside the flags of the model."""
+
     data: tuple[str, ...] = ()
     """Files, folders or globs to learn from, as bytes; .gz is unpacked. Not given: the source of Python's standard library."""
     run_dir: str = 'runs/quickstart'
     """Folder for what the run writes; one that already holds a run is only touched with --resume."""
     resume: bool = False
-    """Continue the run in --run-dir from its last checkpoint."""
-    seed: int = 0
-    """Seed of the weights and of the order of the data."""
-    device: str = 'auto'
+    """Continue the run in --run-dir from its last checkpoint; with more --steps also one that has finished."""
+    device: str | None = 'auto'
     """cpu, cuda, cuda:1, mps, ...; auto: the first accelerator there is, else the CPU."""
     threads: int | None = None
     """Threads on the CPU; None: PyTorch's choice."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
     bf16: bool = False
-    """Compute in bfloat16 where that is safe (autocast); weights stay in float32."""
+    """The same as --precision bf16."""
 
     steps: int = 450
-    """Number of optimiser steps."""
+    """Number of optimizer steps."""
     batch: int = 8
     """Sequences per micro-batch."""
-    grad_accum: int = 1
-    """Micro-batches per step, whose gradients are averaged."""
     seq_len: int = 256
     """Bytes per sequence; all but the first are predicted."""
 
-    optimizer: Literal['muon', 'adamw'] = 'muon'
-    """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw: AdamW for all."""
+    optimizer: Literal['muon', 'adamw', 'sgd'] = 'muon'
+    """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw or sgd: that for all."""
     lr: float = 3e-3
-    """Highest learning rate of AdamW."""
-    muon_lr: float = 1e-2
-    """Highest learning rate of Muon, in AdamW's scale (updates are matched to AdamW's size)."""
-    beta1: float = 0.9
-    """AdamW's decay of the mean of the gradients."""
-    beta2: float = 0.95
-    """AdamW's decay of the mean of their squares."""
-    weight_decay: float = 0.1
-    """Decay of the matrices; vectors (norms, biases) and embeddings do not decay."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0: no clipping."""
-    schedule: Literal['cosine', 'linear', 'constant'] = 'cosine'
-    """How the learning rate falls after the warm-up."""
+    """Highest learning rate of AdamW (or SGD)."""
     warmup: int = 30
     """Steps over which the learning rate rises."""
-    final_lr: float = 0.0
-    """Learning rate of the last step, as a share of the highest."""
 
-    val_every: int = 100
-    """Steps between validations on the held-out text; 0: only at the end."""
     val_bytes: int = 32_768
-    """Bytes that such a validation looks at, spread over the held-out text."""
+    """Bytes that a validation during training looks at, spread over the held-out text."""
     final_bytes: int = 1_000_000
     """Bytes at the start of the held-out text that the final figure and the compressors are measured on."""
     save_every: int = 50
@@ -78,32 +143,32 @@ class TrainOptions:
     tensorboard: bool = False
     """Log for TensorBoard too (it needs the extra `tensorboard`)."""
 
-    def check(self) -> None:
-        """Refuse numbers that make no sense, naming the first."""
-        least: dict[str, float] = {
-            'steps': 1, 'batch': 1, 'grad_accum': 1, 'seq_len': 2, 'warmup': 0, 'val_every': 0, 'val_bytes': 1,
-            'final_bytes': 2, 'save_every': 0, 'sample_length': 0, 'lr': 0, 'muon_lr': 0, 'weight_decay': 0, 'clip': 0,
-            'beta1': 0, 'beta2': 0, 'final_lr': 0, 'seed': 0,
-        }  # fmt: skip
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise TrainingError(f'{option(name)} must be at least {low:g}, but is {getattr(self, name):g}')
-        for name in ('beta1', 'beta2'):
-            if getattr(self, name) >= 1:
-                raise TrainingError(f'{option(name)} must be below 1, but is {getattr(self, name):g}')
-        if self.threads is not None and self.threads < 1:
-            raise TrainingError(f'--threads must be at least 1, but is {self.threads}')
+    def faults(self) -> list[str]:
+        found = super().faults()
         if self.sample_length and not self.sample_prompt:
-            raise TrainingError('--sample-prompt must not be empty: the sample needs a first byte')
+            found.append('--sample-prompt must not be empty, got nothing: the sample needs a first byte.')
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {'data': list(self.data)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainOptions:
+        """Errors: ``ValueError`` for a value of the wrong type."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {name: value for name, value in values.items() if name in known}
-        return cls(**kept | {'data': tuple(kept.get('data', ()))})
+        read = cls(**kept | {'data': tuple(kept.get('data', ()))})
+        found = read.faults()
+        if found:
+            raise ValueError(' '.join(found))
+        return read
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type of a field."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return any(one_kind(kind)[1](value) for kind in kinds_of(hint))
 
 
 def option(name: str) -> str:
@@ -111,24 +176,26 @@ def option(name: str) -> str:
     return f'--{name.replace("_", "-")}'
 
 
-def merge_for_resume(given: TrainOptions, saved: TrainOptions) -> TrainOptions:
-    """The saved options, with what may change on resuming taken from the command line where it is not the default.
+def merge_for_resume(given: TrainOptions, saved: TrainOptions, typed: Collection[str]) -> TrainOptions:
+    """The saved options, with what was typed and may change on resuming.
 
-    Errors: ``TrainingError`` for an option that was given, differs from the run's, and would change what is computed.
+    Args:
+        typed: names of the fields that were typed or stand in the file: others say nothing, whatever their value.
+
+    Errors: ``TrainingError`` for an option that was typed, differs from the run's, and would change what is computed.
     """
-    usual = TrainOptions()
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {'run_dir': given.run_dir, 'resume': given.resume}
+    wrong = []
     for field in dataclasses.fields(TrainOptions):
-        value, before, default = (getattr(source, field.name) for source in (given, saved, usual))
-        if field.name in ('run_dir', 'resume'):
-            changes[field.name] = value
-        elif value in (default, before):
+        value, before = getattr(given, field.name), getattr(saved, field.name)
+        if field.name in changes or field.name not in typed or value == before:
             continue
-        elif field.name in FREE_ON_RESUME:
+        if field.name in FREE_ON_RESUME:
             changes[field.name] = value
         else:
-            raise TrainingError(
-                f'{option(field.name)} {value} differs from the {before} that this run was started with; '
-                'a resumed run keeps its options: leave it out, or start a new run in another --run-dir'
-            )
+            wrong.append(f'{option(field.name)} must be {before}, with which this run was started, got {value}.')
+    if wrong:
+        raise TrainingError(
+            ' '.join(wrong) + ' A resumed run keeps its options: leave them out, or start a new run in another --run-dir.'
+        )
     return dataclasses.replace(saved, **changes)

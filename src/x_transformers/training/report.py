@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,18 @@ from typing import Any
 from x_transformers.training.checkpoint import write_atomically
 from x_transformers.training.data import Text
 from x_transformers.training.errors import CheckpointError, TrainingError
+from x_transformers.training.trainer import Callback, Trainer
 
 METRICS = 'metrics.jsonl'
 PICTURE = 'loss.png'
 
 
-class Metrics:
-    """One JSON object per line: a training step, a validation, the final figures. Also to TensorBoard if asked."""
+class Metrics(Callback):
+    """One JSON object per line: a training step, an evaluation, the final figures. Also to TensorBoard if asked."""
 
     def __init__(self, run: Path, tensorboard: bool = False) -> None:
         self.path = run / METRICS
-        self.board = tensorboard_writer(run) if tensorboard else None
+        self.board = tensorboard_writer()(str(run / 'tensorboard')) if tensorboard else None
 
     def add(self, **values: Any) -> None:
         try:
@@ -32,9 +34,15 @@ class Metrics:
         except OSError as error:
             raise CheckpointError(f'{self.path} cannot be written: {error.strerror or error}') from error
         if self.board is not None:
-            for name in ('bits_per_byte', 'held_out_bits_per_byte'):
-                if name in values:
-                    self.board.add_scalar(name, values[name], values['step'])
+            for name, value in values.items():
+                if name != 'step' and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, values['step'])
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.add(**{'step': record['step'], 'bits_per_byte': record['loss'] / math.log(2)} | record)
+
+    def validated(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        self.add(**values)
 
     def forget_after(self, step: int) -> None:
         """Drop what was written after ``step``, so that a resumed run does not tell it twice."""
@@ -44,9 +52,18 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; the last one may have been cut when the process was killed."""
+    """All complete lines; the last one may have been cut when the process was killed.
+
+    Errors: ``CheckpointError`` for what is no text.
+    """
+    try:
+        text = path.read_text(encoding='utf-8')
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f'{path} must hold lines of JSON, got bytes that are no text. Move it away.') from error
     lines = []
-    for line in path.read_text(encoding='utf-8').splitlines():
+    for line in text.splitlines():
         try:
             value = json.loads(line)
         except ValueError:
@@ -56,12 +73,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def tensorboard_writer(run: Path) -> Any:
+def tensorboard_writer() -> Any:
+    """TensorBoard's class.
+
+    Errors: ``TrainingError`` if it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TrainingError("--tensorboard needs its extra: pip install '.[tensorboard]' in a clone") from error
-    return SummaryWriter(str(run / 'tensorboard'))
+    return SummaryWriter
 
 
 @dataclass(frozen=True)

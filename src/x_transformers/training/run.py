@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from x_transformers.training.build import build_model, choose_device, muon_matrices
+from x_transformers.flags.base import FlagError
+from x_transformers.training.build import build_model, choose_device, reading_arguments
 from x_transformers.training.checkpoint import (
     WEIGHTS,
+    Checkpoints,
     find_checkpoints,
+    load_checkpoint,
+    publish,
     read_json,
     read_weights,
     write_atomically,
     write_json,
 )
-from x_transformers.training.data import Corpus, Text, load_corpus
+from x_transformers.training.data import ByteBatches, Corpus, Text, bits_per_byte, load_corpus
 from x_transformers.training.errors import CheckpointError, TrainingError
 from x_transformers.training.options import TrainOptions, merge_for_resume
-from x_transformers.training.report import METRICS, PICTURE, Comparison, draw_losses, read_metrics
+from x_transformers.training.randomness import random_state, restore_random_state, seed_everything
+from x_transformers.training.report import METRICS, PICTURE, Comparison, Metrics, draw_losses, read_metrics, tensorboard_writer
 from x_transformers.training.sample import sample_bytes
-from x_transformers.training.trainer import Progress, Trainer, random_state, restore_random_state
+from x_transformers.training.trainer import Callback, Trainer
 
 CONFIG = 'config.json'
 SAMPLE = 'sample.txt'
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -68,36 +71,44 @@ class RunConfig:
 # beginning
 
 
-def begin(flags: Mapping[str, Any], options: TrainOptions, usual_flags: Mapping[str, Any] | None = None) -> RunConfig:
+def begin(
+    flags: Mapping[str, Any], options: TrainOptions, *, typed: Collection[str] = (), typed_flags: Collection[str] = ()
+) -> RunConfig:
     """The configuration to train with: a new one in an empty folder, or the one of the run that is resumed.
 
-    ``usual_flags`` are the flags of someone who gave none: those say nothing about a run that is resumed.
+    Args:
+        typed, typed_flags: names of the options and of the flags that someone gave: the others say nothing about a run that
+            is resumed.
 
     Errors: ``CheckpointError`` if the folder already holds a run and it is not resumed, or there is nothing to resume;
     ``TrainingError`` if a resumed run is asked to be another one.
     """
     run = Path(options.run_dir)
-    if run.exists() and not run.is_dir():
-        raise CheckpointError(f'--run-dir {run} is a file, not a folder')
     options.check()
+    if options.tensorboard:
+        tensorboard_writer()
     if options.resume:
         saved = RunConfig.read(run)
-        check_same_model(flags, saved.flags, usual_flags or {})
-        return dataclasses.replace(saved, options=merge_for_resume(options, saved.options))
+        check_same_model(flags, saved.flags, typed_flags)
+        return dataclasses.replace(saved, options=merge_for_resume(options, saved.options, typed))
     if (run / CONFIG).exists() or find_checkpoints(run) or (run / WEIGHTS).exists():
         raise CheckpointError(f'{run} already holds a run: continue it with --resume, or choose another folder with --run-dir')
+    if options.bf16:
+        options = dataclasses.replace(options, precision='bf16')
     return RunConfig(dict(flags), options)
 
 
-def check_same_model(given: Mapping[str, Any], saved: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
-    """Refuse flags that were given and are not those of the run that is resumed."""
-    for name in sorted(given.keys() | usual.keys()):
-        value = given.get(name)
-        if as_json(value) not in (as_json(usual.get(name)), as_json(saved.get(name))):
-            raise TrainingError(
-                f'--{name.replace("_", "-")} {value} is not what this run was started with ({saved.get(name)}); '
-                'a resumed run keeps its model: leave it out, or start a new run in another --run-dir'
-            )
+def check_same_model(given: Mapping[str, Any], saved: Mapping[str, Any], typed: Collection[str]) -> None:
+    """Refuse flags that were typed and are not those of the run that is resumed."""
+    wrong = [
+        f'--{name.replace("_", "-")} must be {saved.get(name)}, with which this run was started, got {given.get(name)}.'
+        for name in sorted(typed)
+        if as_json(given.get(name)) != as_json(saved.get(name))
+    ]
+    if wrong:
+        raise TrainingError(
+            ' '.join(wrong) + ' A resumed run keeps its model: leave them out, or start a new run in another --run-dir.'
+        )
 
 
 def as_json(value: Any) -> Any:
@@ -105,76 +116,116 @@ def as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f'--run-dir {run} cannot be made: {error.strerror or error}') from error
-    if not os.access(run, os.W_OK):
-        raise CheckpointError(f'--run-dir {run} cannot be written to')
+@dataclass
+class Run:
+    """What is being trained, on what, into which folder."""
+
+    folder: Path
+    options: TrainOptions
+    corpus: Corpus
+    trainer: Trainer
+    metrics: Metrics
+
+    def train(self) -> None:
+        self.metrics.forget_after(self.trainer.step)
+        self.trainer.train()
+
+    def bits_per_byte(self, text: Text, limit: int | None = None) -> float:
+        """Of the model as it is; inside ``trainer.evaluating()`` as it is to be evaluated."""
+        options, trainer = self.options, self.trainer
+        given = reading_arguments(trainer.model)
+        return bits_per_byte(
+            # not compiled: its shapes vary
+            lambda ids: trainer.model(ids.to(trainer.device), **given),
+            text,
+            batch=options.batch,
+            window=options.seq_len,
+            limit=limit,
+        )
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        return {'held_out_bits_per_byte': self.bits_per_byte(self.corpus.held_out, self.options.val_bytes)}
 
 
-def prepare(config: RunConfig, say: Say, progress: Progress | None = None) -> Trainer:
+Say = Callable[[str], None]
+
+
+def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = ()) -> Run:
     """Data, model and trainer, at the step where the run stands."""
-    options = config.options
+    options, folder = config.options, Path(config.options.run_dir)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = choose_device(options.device)
-    torch.manual_seed(options.seed)
+    device = choose_device(options.device or 'auto')
+    seed_everything(options.seed)
     model = build_model(config.flags).to(device)
     corpus = load_corpus(options.data, window=options.seq_len)
     rehearse(model, corpus, options)
     say(corpus.about)
     fingerprint = corpus.fingerprint()
     if options.resume and config.fingerprint and fingerprint != config.fingerprint:
-        raise TrainingError(f'the data are not those that the run in {options.run_dir} was started with: {corpus.about}')
-    run = Path(options.run_dir)
-    make_folder(run)
-    if not options.resume:
-        dataclasses.replace(config, fingerprint=fingerprint).write(run)
-    trainer = Trainer(model, muon_matrices(model), corpus, options, run, progress)
-    checkpoints = find_checkpoints(run)
-    if options.resume and checkpoints:
-        trainer.resume_from(checkpoints[-1])
-        say(f'resuming {run} after step {trainer.step} of {options.steps}')
+        raise TrainingError(f'the data are not those that the run in {folder} was started with: {corpus.about}')
+    checkpoints = find_checkpoints(folder) if options.resume else []
+    loaded = load_checkpoint(checkpoints[-1]) if checkpoints else None
+    if loaded is not None and options.steps < loaded[0]:
+        raise TrainingError(f'--steps must be at least {loaded[0]}, which this run has done already, got {options.steps}.')
+    if folder.joinpath(METRICS).exists():
+        read_metrics(folder / METRICS)
+    dataclasses.replace(config, fingerprint=fingerprint).write(folder)
+    metrics = Metrics(folder, tensorboard=options.tensorboard)
+    batches = ByteBatches(corpus.train, batch=options.batch, window=options.seq_len, seed=options.seed)
+    trainer = Trainer(
+        model, batches, dataclasses.replace(options, device=None), callbacks=[metrics, *callbacks], store=Checkpoints(folder)
+    )
+    run = Run(folder, options, corpus, trainer, metrics)
+    trainer.evaluate = run.evaluate
+    if loaded is not None:
+        trainer.resume(*loaded, where=str(checkpoints[-1]))
+        publish(checkpoints[-1])
+        say(f'resuming {folder} after step {trainer.step} of {options.steps}')
     count = sum(p.numel() for p in model.parameters())
     say(f'{count:,} parameters on {device}, {options.optimizer}, {options.steps} steps')
-    return trainer
+    return run
 
 
 def rehearse(model: nn.Module, corpus: Corpus, options: TrainOptions) -> None:
-    """One sequence, before anything is written: what the model has against it becomes a sentence."""
-    state = random_state()
+    """One sequence in training and in evaluation, before anything is written: what the model has against it is a sentence."""
+    state, mode = random_state(), model.training
     ids = corpus.train.window(0, options.seq_len).long()[None].to(next(model.parameters()).device)
     try:
-        with torch.no_grad():
-            loss = model(ids)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise TrainingError(f'a model with these flags cannot read {options.seq_len} bytes (--seq-len): {error}') from error
-    restore_random_state(state)
-    if loss.ndim != 0:
-        raise TrainingError(f'a model with these flags gives no single loss, but one of shape {tuple(loss.shape)}')
+        for training in (True, False):
+            model.train(training)
+            with torch.no_grad():
+                loss = model(ids, **({} if training else reading_arguments(model)))
+            if loss.ndim != 0:
+                raise TrainingError(f'a model with these flags gives no single loss, but one of shape {tuple(loss.shape)}')
+    except FlagError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, IndexError) as error:
+        kind = 'be trained on' if training else 'be evaluated on'
+        raise TrainingError(f'a model with these flags cannot {kind} {options.seq_len} bytes (--seq-len): {error}') from error
+    finally:
+        model.train(mode)
+        restore_random_state(state)
 
 
 # end
 
 
-def finish(trainer: Trainer, say: Say) -> Comparison:
+def finish(run: Run, say: Say) -> Comparison:
     """Measure the final figures, write the picture and the sample."""
-    options, run = trainer.options, trainer.run
-    held_out = trainer.corpus.held_out
-    text, _ = held_out.split(options.final_bytes)
-    bits = trainer.evaluate(text)
+    options, trainer, folder = run.options, run.trainer, run.folder
+    text, _ = run.corpus.held_out.split(options.final_bytes)
+    with trainer.evaluating():
+        bits = run.bits_per_byte(text)
     comparison = Comparison.of(text, bits)
-    trainer.metrics.add(step=trainer.step, held_out_bits_per_byte=bits, final=dataclasses.asdict(comparison))
-    draw_losses(read_metrics(run / METRICS), run / PICTURE, comparison)
+    run.metrics.add(step=trainer.step, final=dataclasses.asdict(comparison))
+    draw_losses(read_metrics(folder / METRICS), folder / PICTURE, comparison)
     if options.sample_length:
-        prompt = options.sample_prompt.encode()
-        generator_state = torch.get_rng_state()
-        torch.manual_seed(options.seed)
-        written = b''.join(sample_bytes(trainer.model, prompt, options.sample_length))
-        torch.set_rng_state(generator_state)
-        write_atomically(run / SAMPLE, prompt + written + b'\n')
+        prompt = options.sample_prompt.encode('utf-8', 'surrogateescape')
+        with trainer.evaluating():
+            torch.manual_seed(options.seed)
+            written = b''.join(sample_bytes(trainer.model, prompt, options.sample_length))
+        write_atomically(folder / SAMPLE, prompt + written + b'\n')
         say('a sample:\n' + indent((prompt + written).decode(errors='replace')))
     say(str(comparison))
     return comparison
@@ -198,4 +249,4 @@ def load_run(run: Path, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-__all__ = ['Corpus', 'RunConfig', 'Text', 'begin', 'finish', 'load_run', 'prepare']
+__all__ = ['Corpus', 'Run', 'RunConfig', 'Text', 'begin', 'finish', 'load_run', 'prepare']

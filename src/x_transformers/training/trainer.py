@@ -1,14 +1,20 @@
-"""The training loop: steps, validation, checkpoints, and a clean end when someone asks for it."""
+"""The training loop: steps, evaluation, checkpoints, and a clean end when someone asks for it.
+
+In memory, without any file:
+
+    trainer = Trainer(model, batches, TrainerOptions(steps=1000, lr=1e-3), evaluate=lambda model, step: {'accuracy': ...})
+    history = trainer.train()
+"""
 
 from __future__ import annotations
 
 import math
-import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -16,21 +22,74 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from x_transformers.training.checkpoint import load_checkpoint, save_checkpoint
-from x_transformers.training.data import Corpus, Text, held_out_batches, sample_batch
+from x_transformers.training.build import choose_device
+from x_transformers.training.ema import AveragedWeights
+from x_transformers.training.engine import Engine
 from x_transformers.training.errors import CheckpointError, TrainingError
 from x_transformers.training.optimizers import lr_share, make_optimizers, set_lr
-from x_transformers.training.options import TrainOptions
-from x_transformers.training.report import Metrics
+from x_transformers.training.options import TrainerOptions
+from x_transformers.training.randomness import random_state, restore_random_state, seed_everything
 
-NATS_PER_BIT = math.log(2)
+Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
+Loss = Callable[[Callable[..., Any], Any], Tensor]
 
 
-class Progress(Protocol):
-    """What the trainer tells of itself; the bar of the command line is one."""
+class Batches(Protocol):
+    """Where training examples come from."""
 
-    def step(self, step: int, bits: float, tokens_per_second: float) -> None: ...
-    def validated(self, step: int, bits: float) -> None: ...
+    def batch(self, index: int) -> Any:
+        """What the model's forward takes: a tensor, a tuple (positional arguments) or a dictionary (keywords).
+
+        ``index`` counts micro-batches from 0; without accumulation it is the step. The same index must give the same batch,
+        or else draw from the global generators only: then a resumed run has the losses of one that was not stopped.
+
+        A class may also have ``predictions(batch) -> int``, by which micro-batches of different sizes are weighted.
+        """
+        ...
+
+
+class Callback:
+    """Told what happens; derive from it and override what is of interest."""
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After each step. ``record``: step, loss (nats), grad_norm, lr, seconds, and tokens where they are counted."""
+
+    def validated(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        """After each evaluation. ``values``: the step and what ``evaluate`` returned."""
+
+    def saved(self, trainer: Trainer, path: Path) -> None:
+        """A checkpoint is complete on disk."""
+
+
+class Store(Protocol):
+    """Where checkpoints go; ``checkpoint.Checkpoints`` is one."""
+
+    def save(
+        self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]
+    ) -> None: ...
+
+    def finished(self) -> list[Path]:
+        """Checkpoints that have been completed since the last call."""
+        ...
+
+    def wait(self) -> None: ...
+    def save_best(self, step: int, value: float, export: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass
+class History:
+    """What a run did: one dictionary per step and one per evaluation."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return [record['loss'] for record in self.steps]
+
+    def last(self, name: str) -> float:
+        """The newest value of that name that ``evaluate`` returned."""
+        return next(float(values[name]) for values in reversed(self.evaluations) if name in values)
 
 
 class Interrupted(Exception):
@@ -43,163 +102,261 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """Trains ``model``, which maps token ids (b n) to the mean loss in nats of predicting n - 1 of them.
+    """Trains a model whose forward returns the loss (nats).
 
-    A batch depends on the seed and the step alone, and a checkpoint keeps the optimisers' and the random generators' states:
-    a run that was stopped anywhere and resumed has the losses of one that was not.
+    Args:
+        model: a module; what its forward takes is what ``batches`` gives. It returns the loss, or a tuple with the loss in
+            front, or a dictionary with ``loss`` in it.
+        batches: an object with ``batch(index)``, or a function of the index. A batch on which nothing but the seed and the
+            index have an influence makes runs repeatable.
+        options: the loop's options. Options of the command work too.
+        evaluate: called every ``val_every`` steps and after the last one with (model, step), in evaluation mode, without
+            gradients, with the averaged weights if ``ema`` is on. It may draw random numbers: training does not notice.
+        callbacks: told of steps, evaluations and checkpoints.
+        loss: for models that return something else: (forward, batch on the device) -> loss.
+        matrices: what Muon moves; left out: what the modules name in ``muon_parameters()``.
+        store: writes checkpoints; left out, nothing is written, and signals are left alone.
+        best: the name of a value of ``evaluate``: whenever it falls below all before, the store is told.
+        engine: where a step runs; left out: in this process on one device.
+
+    A checkpoint keeps the optimizers' and the random generators' states: a run that was stopped anywhere and resumed has the
+    losses of one that was not. The model must have been built from the same seed; ``seed_everything`` seeds all generators.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        matrices: Iterable[nn.Parameter],
-        corpus: Corpus,
-        options: TrainOptions,
-        run: Path,
-        progress: Progress | None = None,
+        batches: Batches | Callable[[int], Any],
+        options: TrainerOptions | None = None,
+        *,
+        evaluate: Evaluate | None = None,
+        callbacks: Sequence[Callback] = (),
+        loss: Loss | None = None,
+        matrices: Iterable[nn.Parameter] | None = None,
+        store: Store | None = None,
+        best: str | None = None,
+        engine: Engine | None = None,
     ) -> None:
+        self.options = options or TrainerOptions()
+        self.options.check()
+        self.engine = engine or Engine()
+        if self.options.device is not None:
+            model = model.to(choose_device(self.options.device))
         self.model = model
-        self.corpus = corpus
-        self.options = options
-        self.run = run
-        self.progress = progress
-        self.device = next(model.parameters()).device
-        self.optimizers = make_optimizers(model, matrices, options)
-        self.metrics = Metrics(run, tensorboard=options.tensorboard)
-        self.loss_fn = torch.compile(model) if options.compile else model
+        self.device = next((p.device for p in model.parameters()), torch.device('cpu'))
+        self.batch: Callable[[int], Any] = batches if not hasattr(batches, 'batch') else batches.batch
+        self.predictions: Callable[[Any], int] | None = getattr(batches, 'predictions', None)
+        self.evaluate = evaluate
+        self.callbacks = list(callbacks)
+        self.loss = loss or loss_of
+        self.store = store
+        self.best = best
+        self.optimizers = make_optimizers(model, self.options, matrices)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averaged = AveragedWeights(model, self.options.ema) if self.options.ema else None
+        self.forward = self.engine.forward(model, self.options.compile)
+        self.history = History()
         self.step = 0
         self.saved_at = -1
-        self.seconds = 0.0  # of training, over all sittings
+        self.seconds = 0.0  # of training, also before it was resumed
+        self.tokens = 0
+        self.best_value = math.inf
 
     # the run
 
-    def train(self) -> None:
-        """Go on until ``options.steps``; everything is saved then.
+    def train(self) -> History:
+        """Go on until ``options.steps``; with a store everything is saved then.
 
-        Errors: ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint of the last finished step; ``TrainingError`` when the
-        loss is not finite; ``CheckpointError`` when a checkpoint cannot be written. A second signal stops at once.
+        The generators are seeded before the first step. The model is left in the mode it was in.
+
+        Errors: ``Interrupted`` after SIGINT or SIGTERM (only with a store), with a checkpoint of the last finished step;
+        ``TrainingError`` when the loss or its gradient is not finite; ``CheckpointError`` when a checkpoint cannot be written.
+        A second signal stops at once.
         """
-        options = self.options
-        self.metrics.forget_after(self.step)
+        options, mode = self.options, self.model.training
+        signals: AbstractContextManager[list[int]] = caught_signals() if self.store is not None else nullcontext([])
+        if self.step == 0:
+            seed_everything(options.seed)
         self.model.train()
-        with caught_signals() as caught:
-            while self.step < options.steps:
-                bits = self.one_step()
-                self.step += 1
-                self.tell(bits)
-                if options.val_every and self.step % options.val_every == 0 and self.step < options.steps:
-                    self.validate()
-                last = self.step == options.steps
-                if last or caught or (options.save_every and self.step % options.save_every == 0):
-                    self.save()
-                if caught and not last:
-                    raise Interrupted(self.step, caught[0])
+        try:
+            with signals as caught:
+                while self.step < options.steps:
+                    record = self.one_step()
+                    self.step += 1
+                    self.tell(record)
+                    last = self.step == options.steps
+                    if last or (options.val_every and self.step % options.val_every == 0):
+                        self.validate()
+                    stop = self.engine.agree(caught[0] if caught else 0)
+                    if last or stop or (options.save_every and self.step % options.save_every == 0):
+                        self.save()
+                    self._tell_saved()
+                    if stop and not last:
+                        raise Interrupted(self.step, stop)
+        finally:
+            self.model.train(mode)
+            if self.store is not None:
+                self.store.wait()
+                self._tell_saved()
+        return self.history
 
-    def one_step(self) -> float:
-        """One optimiser step; its loss in bits per byte."""
+    def one_step(self) -> dict[str, Any]:
+        """One optimizer step; what is to be told of it."""
         options, started = self.options, time.perf_counter()
-        share = lr_share(self.step, options)
-        set_lr(self.optimizers, share)
-        total = 0.0
-        for micro in range(options.grad_accum):
-            index = self.step * options.grad_accum + micro
-            ids = sample_batch(self.corpus.train, batch=options.batch, window=options.seq_len, seed=options.seed, index=index)
-            loss = self.loss_of(ids, self.loss_fn)
-            (loss / options.grad_accum).backward()
-            total += loss.item() / options.grad_accum
-        if not math.isfinite(total):
-            raise TrainingError(
-                f'the loss is {total} at step {self.step + 1}: the learning rates (--lr {options.lr:g}, --muon-lr '
-                f'{options.muon_lr:g}) may be too high; the last checkpoint is untouched'
-            )
+        set_lr(self.optimizers, lr_share(self.step, options))
+        first = self.step * options.grad_accum
+        batches = [self.batch(first + micro) for micro in range(options.grad_accum)]
+        counts = [1 if self.predictions is None else self.predictions(batch) for batch in batches]
+        everywhere = float(self.engine.total(torch.tensor(float(sum(counts)))))
+        parts = []
+        for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            with self.engine.accumulating(last=micro + 1 == len(batches)):
+                with self.autocast():
+                    loss = single(self.loss(self.forward, on_device(batch, self.device)))
+                share = count / max(everywhere, 1.0)
+                # gradients are averaged over processes
+                (loss * (share * self.engine.world_size)).backward()
+            parts.append(loss.detach() * share)
+        norm = self.engine.grad_norm(self.parameters)
+        value, grad_norm = float(self.engine.total(torch.stack(parts).sum())), float(norm)
+        if not math.isfinite(value) or not math.isfinite(grad_norm):
+            what = f'loss is {value}' if not math.isfinite(value) else f'norm of the gradient is {grad_norm}'
+            rates = f'--lr {options.lr:g}' + (f', --muon-lr {options.muon_lr:g}' if options.optimizer == 'muon' else '')
+            kept = '' if self.store is None else '; the last checkpoint is untouched'
+            raise TrainingError(f'the {what} at step {self.step + 1}: the learning rate ({rates}) may be too high{kept}')
         if options.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+            self.engine.clip(self.parameters, options.clip, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.seconds += time.perf_counter() - started
-        return total / NATS_PER_BIT
+        if self.averaged is not None:
+            self.averaged.update()
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        record: dict[str, Any] = {'step': self.step + 1, 'loss': value, 'grad_norm': grad_norm}
+        if self.predictions is not None:
+            self.tokens += int(everywhere)
+            record |= {'tokens': self.tokens, 'tokens_per_second': round(everywhere / max(seconds, 1e-9), 1)}
+        lr = {type(optimizer).__name__.lower(): optimizer.param_groups[0]['lr'] for optimizer in self.optimizers}
+        return record | {'seconds': round(self.seconds, 3), 'lr': lr}
 
-    def loss_of(self, ids: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-        ids = ids.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
-            return model(ids)
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.precision == 'bf16')
 
-    def tell(self, bits: float) -> None:
-        options = self.options
-        tokens = self.step * options.batch * options.grad_accum * (options.seq_len - 1)
-        speed = tokens / max(self.seconds, 1e-9)
-        lr = {type(o).__name__.lower(): o.param_groups[0]['lr'] for o in self.optimizers}
-        self.metrics.add(step=self.step, bits_per_byte=bits, tokens=tokens, seconds=round(self.seconds, 3), lr=lr)
-        if self.progress is not None:
-            self.progress.step(self.step, bits, speed)
+    def tell(self, record: dict[str, Any]) -> None:
+        self.history.steps.append(record)
+        for callback in self.callbacks:
+            callback.step(self, record)
 
-    def validate(self) -> float:
-        bits = self.evaluate(self.corpus.held_out, limit=self.options.val_bytes)
-        self.metrics.add(step=self.step, held_out_bits_per_byte=bits)
-        if self.progress is not None:
-            self.progress.validated(self.step, bits)
-        return bits
+    def validate(self) -> None:
+        if self.evaluate is None:
+            return
+        with self.evaluating():
+            values = {'step': self.step, **self.evaluate(self.model, self.step)}
+        self.history.evaluations.append(values)
+        for callback in self.callbacks:
+            callback.validated(self, values)
+        if self.best is not None and self.store is not None and values.get(self.best, math.inf) < self.best_value:
+            self.best_value = float(values[self.best])
+            self.store.save_best(self.step, self.best_value, self.export())
 
-    @torch.no_grad()
-    def evaluate(self, text: Text, limit: int | None = None) -> float:
-        """Bits per byte on a text, each window on its own; draws no random numbers from the run's generators."""
-        options = self.options
-        was_training = self.model.training
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode, has its averaged weights, and may draw random numbers unnoticed."""
+        was_training, state = self.model.training, random_state()
         self.model.eval()
-        total, count = 0.0, 0
-        state = random_state()
-        for ids in held_out_batches(text, batch=options.batch, window=options.seq_len, limit=limit):
-            predicted = ids.shape[0] * (ids.shape[1] - 1)
-            total += self.loss_of(ids, self.model).item() * predicted  # not compiled: its shapes vary
-            count += predicted
-        restore_random_state(state)
-        self.model.train(was_training)
-        return total / count / NATS_PER_BIT
+        try:
+            with torch.no_grad(), self.autocast(), self.averages():
+                yield
+        finally:
+            restore_random_state(state)
+            self.model.train(was_training)
+
+    def averages(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.averaged is None else self.averaged.applied()
 
     # checkpoints
 
-    def save(self) -> None:
-        if self.saved_at == self.step:
-            return
-        state = {
-            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+    def export(self) -> dict[str, Tensor]:
+        """The weights for use: the averaged ones if there are any."""
+        with self.averages():
+            state = self.engine.model_state(self.model)
+            return {name: tensor.clone() for name, tensor in state.items()} if self.averaged is not None else state
+
+    def state(self) -> dict[str, Any]:
+        """All but the weights that a continuation needs."""
+        return {
+            'optimizers': self.engine.optimizer_state(self.model, self.optimizers),
             'random': random_state(),
             'seconds': self.seconds,
+            'tokens': self.tokens,
+            'best': self.best_value,
+            **({} if self.averaged is None else {'averaged': self.averaged.state()}),
         }
-        save_checkpoint(self.run, self.step, self.model.state_dict(), state)
+
+    def save(self) -> None:
+        if self.store is None or self.saved_at == self.step:
+            return
+        self.store.save(self.step, self.engine.model_state(self.model), self.state(), self.export())
         self.saved_at = self.step
 
-    def resume_from(self, path: Path) -> None:
-        step, weights, state = load_checkpoint(path)
+    def _tell_saved(self) -> None:
+        for path in self.store.finished() if self.store is not None else ():
+            for callback in self.callbacks:
+                callback.saved(self, path)
+
+    def resume(self, step: int, weights: dict[str, Tensor], state: Mapping[str, Any], where: str = 'the checkpoint') -> None:
+        """Go on after ``step`` with what ``save`` gave to the store."""
         try:
-            self.model.load_state_dict(weights)
-            for optimizer, saved in zip(self.optimizers, state['optimizers'], strict=True):
-                optimizer.load_state_dict(saved)
+            self.engine.load_model(self.model, weights)
+            self.engine.load_optimizers(self.model, self.optimizers, state['optimizers'])
             restore_random_state(state['random'])
-            self.seconds = float(state['seconds'])
+            self.seconds, self.tokens = float(state['seconds']), int(state.get('tokens', 0))
+            self.best_value = float(state.get('best', math.inf))
+            if self.averaged is not None:
+                self.averaged.load(state['averaged'])
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f'{path} does not fit the model and optimisers of this run: {error}') from error
+            raise CheckpointError(f'{where} does not fit the model and optimizers of this run: {error}') from error
         self.step = self.saved_at = step
 
 
-# random numbers
+# a model's call
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every generator that a model may draw from."""
-    state: dict[str, Any] = {'python': random.getstate(), 'torch': torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state_all()
-    return state
+def loss_of(forward: Callable[..., Any], batch: Any) -> Tensor:
+    """The loss of a model that returns it: a tensor is its one argument, a tuple are several, a dictionary is keywords."""
+    if isinstance(batch, Mapping):
+        out = forward(**batch)
+    elif isinstance(batch, (tuple, list)):
+        out = forward(*batch)
+    else:
+        out = forward(batch)
+    if isinstance(out, Mapping):
+        out = out['loss']
+    elif isinstance(out, (tuple, list)):
+        out = out[0]
+    return out  # type: ignore[no-any-return]
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state['python']
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state['torch'])
-    if 'cuda' in state and torch.cuda.is_available() and len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state['cuda'])
+def single(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TrainingError(f'the loss must be a tensor, got {type(loss).__name__}. Give Trainer(loss=...) a function for it.')
+    if loss.ndim != 0:
+        raise TrainingError(f'the loss must be one number, got the shape {tuple(loss.shape)}. Give Trainer(loss=...) its mean.')
+    return loss
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The same tensors, tuples and dictionaries on a device; what is no tensor stays."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: on_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, '_fields'):
+        return type(batch)(*(on_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(on_device(value, device) for value in batch)
+    return batch
 
 
 # signals

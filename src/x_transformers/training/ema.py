@@ -1,0 +1,57 @@
+"""A moving average of the weights: smoother than the weights themselves, and often better when evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class AveragedWeights:
+    """``average = decay * average + (1 - decay) * weight`` after every step.
+
+    While few steps have been taken the decay is smaller, ``(1 + steps) / (10 + steps)``, so that the first weights are soon
+    forgotten. The averages are kept in float32 beside the model; buffers are the model's own.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(
+            list(self.averages.values()), [p.detach().float() for p in self.parameters.values()], 1 - decay
+        )  # fmt: skip
+        self.steps += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside, and its own ones again afterwards."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._fill(self.averages)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def state(self) -> dict[str, object]:
+        return {'steps': self.steps, 'averages': self.averages}
+
+    def load(self, state: dict[str, object]) -> None:
+        averages = state['averages']
+        if not isinstance(averages, dict) or averages.keys() != self.averages.keys():
+            raise ValueError('the averaged weights are those of another model')
+        self.steps = int(str(state['steps']))
+        for name, average in self.averages.items():
+            average.copy_(averages[name])

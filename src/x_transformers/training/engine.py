@@ -1,0 +1,65 @@
+"""Where a step runs: one process and one device. Other engines (several processes) replace these methods, not the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Engine:
+    """One process. The loop in ``trainer.py`` asks an engine for whatever differs between one process and several."""
+
+    rank: int = 0  # among those that read different data
+    world_size: int = 1  # how many read different data
+    is_main: bool = True  # writes files and reports
+
+    def build(self, make: Callable[[], nn.Module], device: torch.device, seed: int) -> nn.Module:
+        """The model on its device. The generators are seeded with ``seed`` before."""
+        return make().to(device)
+
+    def forward(self, model: nn.Module, compiled: bool) -> Callable[..., Any]:
+        """What a training step calls."""
+        if not compiled:
+            return model
+        forward: Callable[..., Any] = torch.compile(model)
+        return forward
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of one micro-batch; only after the last one must gradients agree."""
+        return nullcontext()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a small tensor over all processes that read different data."""
+        return value
+
+    def agree(self, number: int) -> int:
+        """The largest of the numbers of all processes: a signal that reached one stops all."""
+        return number
+
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+        torch.nn.utils.clip_grads_with_norm_(list(parameters), most, norm)
+
+    def model_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The whole state dict of the model, as ``load_model`` takes it."""
+        return model.state_dict()
+
+    def load_model(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        model.load_state_dict(state)
+
+    def optimizer_state(self, model: nn.Module, optimizers: list[Optimizer]) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in optimizers]
+
+    def load_optimizers(self, model: nn.Module, optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
