@@ -103,8 +103,8 @@ def network_of(model: nn.Module) -> nn.Module:
 
 def reading_arguments(model: nn.Module) -> dict[str, Any]:
     """Keywords that the network of a language model needs when it is evaluated or writes, and draws itself in training."""
-    net = network_of(model)
-    return {'recycle_steps': net.train_max_recycle_steps} if getattr(net, 'recycling', False) else {}
+    net = getattr(model, 'net', None)
+    return {'recycle_steps': net.train_max_recycle_steps} if getattr(net, 'recycling', False) else {}  # type: ignore[union-attr]
 
 
 def choose_device(name: str) -> torch.device:
