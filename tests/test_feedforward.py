@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.attention.inputs import BranchInputs
 from x_transformers.feedforward import GLU, PIECE, FeedForward, ReluSquared, SoLU
 from x_transformers.flags.feedforward import FeedForwardFlags
 
@@ -117,13 +117,11 @@ def test_custom_activation_is_copied() -> None:
     torch.testing.assert_close(function(x), function.ff[2](torch.sin(function.ff[0][0](x))))
 
 
-def test_deep_embed_and_run() -> None:
+def test_deep_embed() -> None:
     ff = FeedForward(4)
     x, deep = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     torch.testing.assert_close(ff(x, deep_embed=deep), ff(x) * deep)
-    out, intermediates = ff.run(x, SimpleNamespace(deep_embed=deep))
-    torch.testing.assert_close(out, ff(x) * deep)
-    assert intermediates is None
+    torch.testing.assert_close(ff(x, around=BranchInputs(deep_embed=deep)), ff(x) * deep)
 
 
 def test_from_flags_and_muon() -> None:

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 from x_transformers.attention.attention import Attention
+from x_transformers.layers.layer import Layer
 from x_transformers.layers.stack import AttentionLayers
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,8 @@ def screen(function: object) -> str:
 BLOCKS = {
     'tree': tree,
     'stack': lambda: screen(AttentionLayers.run),
-    'attention': lambda: screen(Attention.run),
+    'layer': lambda: screen(Layer.forward),
+    'attention': lambda: screen(Attention._attended),
 }
 
 

@@ -127,8 +127,13 @@ class FeedForward(Module):
         return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
 
     def forward(
-        self, x: Float[Tensor, '... n d'], deep_embed: Float[Tensor, 'b n e'] | None = None
+        self,
+        x: Float[Tensor, '... n d'],
+        deep_embed: Float[Tensor, 'b n e'] | None = None,
+        *,
+        around: BranchInputs | None = None,
     ) -> Float[Tensor, '... n e']:
+        deep_embed = deep_embed if around is None else around.deep_embed
         if x.shape[-1] != self.dim:
             raise ValueError(
                 f'the feed-forward takes inputs of {self.dim} features, but x has {x.shape[-1]} in its last axis '
@@ -152,10 +157,6 @@ class FeedForward(Module):
         for number, piece in enumerate(rest, start=1):
             whole[number * PIECE : number * PIECE + piece.shape[0]] = self.ff(piece)
         return whole.view(*x.shape[:-1], -1)
-
-    def run(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, '... n e'], None]:
-        """The branch as the stack calls it; a feed-forward has no intermediates."""
-        return self.forward(x, deep_embed=given.deep_embed), None
 
 
 def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import reduce, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -226,3 +226,17 @@ def groupby_prefix_and_trim(prefix: str, d: Mapping[str, Any]) -> tuple[Keywords
     """As ``group_by_key_prefix``, with the prefix cut off."""
     matching, rest = group_by_key_prefix(prefix, d)
     return {key[len(prefix) :]: value for key, value in matching.items()}, rest
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def recomputed_part() -> Hashable:
+    """What tells apart the parts of a forward that activation checkpointing runs again; None outside of any.
+
+    A tensor that learns, made inside of such a part and kept for later ones, would be missing when the part is run again.
+    Checkpointing says what it keeps through hooks on saved tensors, and has hooks of its own for each part and each run.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    return cast(Hashable, torch._C._autograd._top_saved_tensors_default_hooks(False))

@@ -66,6 +66,28 @@ def empty_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Put ``value`` into a parameter; of one that is spread over processes each takes its own part."""
+    mesh = getattr(parameter, 'device_mesh', None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.dtype), mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    parameter.copy_(value)
+
+
+def is_heard(module: nn.Module) -> bool:
+    """Whether somebody listens to calls of this module, or has put a method in the place of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or 'forward' in module.__dict__
+
+
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of this class and nobody listens, so that its formula may be had without calling it."""
+    return type(module) is kind and not is_heard(module)
+
+
 def last_rows(t: Tensor, n: int) -> Tensor:
     """The newest ``n`` rows of axis -2."""
     return t[..., t.shape[-2] - n :, :]

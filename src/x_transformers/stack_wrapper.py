@@ -79,7 +79,6 @@ class StackWrapper(Module):
         self.attn_layers = stack
         self.max_mem_len: int = usual(flags, 'max_mem_len')
         self.shift_mem_down: int = usual(flags, 'shift_mem_down')
-        self.can_cache_kv = not self._why_no_cache() and bool(stack.can_cache_kv)
         self.can_cache_kv_outside_max_seq_len = not self.has_absolute_positions
         self.input_not_include_cache: bool = usual(flags, 'input_not_include_cache')
 
@@ -87,6 +86,16 @@ class StackWrapper(Module):
     def init_own(self) -> None:
         if self.memory_tokens is not None:
             nn.init.normal_(self.memory_tokens)
+
+    @property
+    def can_cache_kv(self) -> bool:
+        """Whether decoding may go on from a cache, with the modules that are there now."""
+        known: bool | None = self.__dict__.get('can_cache_kv')
+        return not self._why_no_cache() and bool(self.attn_layers.can_cache_kv) if known is None else known
+
+    @can_cache_kv.setter
+    def can_cache_kv(self, value: bool) -> None:
+        self.__dict__['can_cache_kv'] = value
 
     # ------------------------------------------------------------ for those who work on the stack
 

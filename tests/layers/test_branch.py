@@ -15,9 +15,6 @@ class Echo(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, str]:
         return x, 'kept'
 
-    def run(self, x: Tensor, given: BranchInputs) -> tuple[Tensor, None]:
-        return x, None
-
 
 def shifted_by_loops(x: Tensor, shifts: list[int], mask: Tensor | None) -> Tensor:
     out = x.clone()
@@ -42,7 +39,7 @@ def test_shift_tokens(shifts: list[int], masked: bool) -> None:
     want = shifted_by_loops(x, shifts, mask)
     assert torch.equal(wrapped(x, mask=mask)[0], want)
     assert wrapped(x, mask=mask)[1] == 'kept'
-    assert torch.equal(wrapped.run(x, BranchInputs(padding=mask))[0], want)
+    assert torch.equal(wrapped(x, around=BranchInputs(padding=mask))[0], want)
 
 
 def test_shift_beyond_the_sequence() -> None:
@@ -53,7 +50,7 @@ def test_shift_beyond_the_sequence() -> None:
 def test_shift_of_three_views() -> None:
     x = torch.randn(3, 2, 5, 6)
     mask = torch.rand(2, 5) > 0.4
-    got = ShiftTokens([0, 1], Echo()).run(x, BranchInputs(padding=mask, past=LayerCache()))[0]
+    got = ShiftTokens([0, 1], Echo())(x, around=BranchInputs(padding=mask, past=LayerCache()))[0]
     for view in range(3):
         assert torch.equal(got[view], shifted_by_loops(x[view], [0, 1], mask))
 
@@ -63,7 +60,7 @@ def test_shift_step_by_step(cuts: list[int]) -> None:
     x, mask = torch.randn(2, 7, 9), torch.rand(2, 7) > 0.3
     wrapped, past, outs = ShiftTokens([0, 1, 2], Echo()), LayerCache(), []
     for piece, seen in zip(x.split(cuts, dim=1), mask.split(cuts, dim=1), strict=True):
-        outs.append(wrapped.run(piece, BranchInputs(padding=seen, past=past))[0])
+        outs.append(wrapped(piece, around=BranchInputs(padding=seen, past=past))[0])
     assert torch.equal(torch.cat(outs, dim=1), shifted_by_loops(x, [0, 1, 2], mask))
 
 
@@ -82,7 +79,7 @@ def test_scales() -> None:
     assert torch.equal(LayerScale(Echo(), 4, init_value=0.3)(x)[0], x * 0.3)
     offset = LayerScale(Echo(), 4, init_value=0.25, unit_offset=True)
     assert torch.equal(offset.gamma, torch.full((4,), -0.75))
-    assert torch.equal(offset.run(x, BranchInputs())[0], x * 0.25)
+    assert torch.equal(offset(x, around=BranchInputs())[0], x * 0.25)
 
 
 @pytest.mark.parametrize('per_token', [False, True])
@@ -96,7 +93,7 @@ def test_adaptive_layer_scale(per_token: bool) -> None:
         for n in range(3):
             c = condition[b, n] if per_token else condition[b]
             want[b, n] = x[b, n] * (scale.to_gamma.weight @ c - 2.0).sigmoid()
-    torch.testing.assert_close(scale.run(x, BranchInputs(condition=condition))[0], want)
+    torch.testing.assert_close(scale(x, around=BranchInputs(condition=condition))[0], want)
     with pytest.raises(ValueError, match='condition'):
         scale(x)
 

@@ -249,7 +249,7 @@ def past_of(attn: Attention, given: Keywords) -> LayerCache | None:
 
 
 def branch_inputs(attn: Attention, x: Tensor, *, return_intermediates: bool, **given: Any) -> BranchInputs:
-    """What ``Attention.run`` needs, from the keywords of ``Attention.forward``."""
+    """What surrounds an attention, from the keywords of ``Attention.forward``."""
     given['return_intermediates'] = return_intermediates
     batch, queries, keys = check_tokens(attn, x, given)
     past = past_of(attn, given)

@@ -133,7 +133,68 @@ class Attention(Module):
 
     # ------------------------------------------------------------ the layer
 
-    def run(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
+    def forward(
+        self,
+        x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
+        context: Float[Tensor, 'b j c'] | None = None,
+        mask: Bool[Tensor, 'b t'] | None = None,
+        context_mask: Bool[Tensor, 'b k'] | None = None,
+        attn_mask: Bool[Tensor, '... n j'] | None = None,
+        rel_pos: nn.Module | None = None,
+        attn_bias: Float[Tensor, '... n j'] | None = None,
+        rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
+        context_rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
+        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+        pos: Int[Tensor, '... n'] | None = None,
+        prev_attn: Float[Tensor, 'b h n j'] | None = None,
+        mem: Float[Tensor, 'b l d'] | None = None,
+        mem_mask: Bool[Tensor, 'b l'] | None = None,
+        return_intermediates: bool = False,
+        cache: Intermediates | None = None,
+        value_residual: Float[Tensor, 'b kh j e'] | None = None,
+        additional_key_values: tuple[Float[Tensor, 'b kh m d'], Float[Tensor, 'b kh m e']] | None = None,
+        additional_key_value_mask: Bool[Tensor, 'b m'] | None = None,
+        kv_input_residual: Float[Tensor, 'b j c'] | None = None,
+        flash_pack_seq_kwargs: dict[str, Any] | None = None,
+        *,
+        around: BranchInputs | None = None,
+    ) -> Float[Tensor, 'b n o'] | tuple[Float[Tensor, 'b n o'], Intermediates]:
+        """Attend. Every boolean mask: True is a token, or may be seen.
+
+        - ``context``: attend over it instead of x; ``context_mask``: its tokens (without a context: the own keys, in place of
+          ``mask``). ``mask``: the tokens of x; other rows of the output are zero, unless a cache is given, and without a
+          context they are not seen either. With a cache key masks cover past and new keys.
+        - ``attn_mask`` (n j), (h n j) or (b h n j): who sees whom. ``attn_bias``, likewise: added to the scores; or
+          ``rel_pos``, a module that makes such a bias, at positions ``pos``.
+        - ``rotary_pos_emb``: (angles (1|b m r), scale), at least as many as keys; ``context_rotary_pos_emb``: those of the
+          context's keys; ``polar_pos_emb``: (angles (1|b m d), bias (h 1 d)).
+        - ``prev_attn``: scores of an earlier layer, added. ``value_residual``: the first layer's values, mixed in.
+        - ``mem`` (b l d), ``mem_mask``: tokens in front of the keys. ``kv_input_residual``: added to the input of both.
+        - ``additional_key_values``: keys and values in front of all, whose heads divide the query heads.
+        - ``cache``: the intermediates of an earlier call; x is what comes after.
+        - ``flash_pack_seq_kwargs``: ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
+
+        - ``around``: all of these at once, checked, as a stack gives them.
+
+        Returns the output (b n dim_out), or with ``return_intermediates`` or ``around`` (output, Intermediates).
+        Raises ValueError or TypeError if an argument's shape or kind is wrong.
+        """
+        if around is not None:
+            return self._attended(x, around)
+        from x_transformers.attention.arguments import branch_inputs
+
+        around = branch_inputs(
+            self, x, context=context, mask=mask, context_mask=context_mask, attn_mask=attn_mask, rel_pos=rel_pos,
+            attn_bias=attn_bias, rotary_pos_emb=rotary_pos_emb, context_rotary_pos_emb=context_rotary_pos_emb,
+            polar_pos_emb=polar_pos_emb, pos=pos, prev_attn=prev_attn, mem=mem, mem_mask=mem_mask, cache=cache,
+            value_residual=value_residual, additional_key_values=additional_key_values,
+            additional_key_value_mask=additional_key_value_mask, kv_input_residual=kv_input_residual,
+            flash_pack_seq_kwargs=flash_pack_seq_kwargs, return_intermediates=return_intermediates,
+        )  # fmt: skip
+        out, intermediates = self._attended(x, around)
+        return (out, intermediates) if return_intermediates else out
+
+    def _attended(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         """The layer on x, (b n d) or with separate views (3 b n d)."""
         seen = project.gather(self, x, given)
         q = self.normed_queries(split_heads(self.to_q(seen.queries), self.heads))
@@ -172,61 +233,6 @@ class Attention(Module):
         if given.rows is not None:
             result = result.masked_fill(~given.rows.unsqueeze(-1), 0.0)
         return result, self.report(own, maps, given, hidden)
-
-    def forward(
-        self,
-        x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
-        context: Float[Tensor, 'b j c'] | None = None,
-        mask: Bool[Tensor, 'b t'] | None = None,
-        context_mask: Bool[Tensor, 'b k'] | None = None,
-        attn_mask: Bool[Tensor, '... n j'] | None = None,
-        rel_pos: nn.Module | None = None,
-        attn_bias: Float[Tensor, '... n j'] | None = None,
-        rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
-        context_rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
-        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
-        pos: Int[Tensor, '... n'] | None = None,
-        prev_attn: Float[Tensor, 'b h n j'] | None = None,
-        mem: Float[Tensor, 'b l d'] | None = None,
-        mem_mask: Bool[Tensor, 'b l'] | None = None,
-        return_intermediates: bool = False,
-        cache: Intermediates | None = None,
-        value_residual: Float[Tensor, 'b kh j e'] | None = None,
-        additional_key_values: tuple[Float[Tensor, 'b kh m d'], Float[Tensor, 'b kh m e']] | None = None,
-        additional_key_value_mask: Bool[Tensor, 'b m'] | None = None,
-        kv_input_residual: Float[Tensor, 'b j c'] | None = None,
-        flash_pack_seq_kwargs: dict[str, Any] | None = None,
-    ) -> Float[Tensor, 'b n o'] | tuple[Float[Tensor, 'b n o'], Intermediates]:
-        """Attend. Every boolean mask: True is a token, or may be seen.
-
-        - ``context``: attend over it instead of x; ``context_mask``: its tokens (without a context: the own keys, in place of
-          ``mask``). ``mask``: the tokens of x; other rows of the output are zero, unless a cache is given, and without a
-          context they are not seen either. With a cache key masks cover past and new keys.
-        - ``attn_mask`` (n j), (h n j) or (b h n j): who sees whom. ``attn_bias``, likewise: added to the scores; or
-          ``rel_pos``, a module that makes such a bias, at positions ``pos``.
-        - ``rotary_pos_emb``: (angles (1|b m r), scale), at least as many as keys; ``context_rotary_pos_emb``: those of the
-          context's keys; ``polar_pos_emb``: (angles (1|b m d), bias (h 1 d)).
-        - ``prev_attn``: scores of an earlier layer, added. ``value_residual``: the first layer's values, mixed in.
-        - ``mem`` (b l d), ``mem_mask``: tokens in front of the keys. ``kv_input_residual``: added to the input of both.
-        - ``additional_key_values``: keys and values in front of all, whose heads divide the query heads.
-        - ``cache``: the intermediates of an earlier call; x is what comes after.
-        - ``flash_pack_seq_kwargs``: ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
-
-        Returns the output (b n dim_out), or with ``return_intermediates`` (output, Intermediates).
-        Raises ValueError or TypeError if an argument's shape or kind is wrong.
-        """
-        from x_transformers.attention.arguments import branch_inputs
-
-        given = branch_inputs(
-            self, x, context=context, mask=mask, context_mask=context_mask, attn_mask=attn_mask, rel_pos=rel_pos,
-            attn_bias=attn_bias, rotary_pos_emb=rotary_pos_emb, context_rotary_pos_emb=context_rotary_pos_emb,
-            polar_pos_emb=polar_pos_emb, pos=pos, prev_attn=prev_attn, mem=mem, mem_mask=mem_mask, cache=cache,
-            value_residual=value_residual, additional_key_values=additional_key_values,
-            additional_key_value_mask=additional_key_value_mask, kv_input_residual=kv_input_residual,
-            flash_pack_seq_kwargs=flash_pack_seq_kwargs, return_intermediates=return_intermediates,
-        )  # fmt: skip
-        out, intermediates = self.run(x, given)
-        return (out, intermediates) if return_intermediates else out
 
     # ------------------------------------------------------------ its steps
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -28,32 +28,60 @@ class ExtraKeys(NamedTuple):
     mask: Bool[Tensor, 'b m'] | None = None
 
 
-@dataclass
 class BranchInputs:
-    """What the stack hands to one branch: attention, cross attention or feed-forward. Everything is optional.
+    """What surrounds one branch, attention, cross attention or feed-forward, in a call. Everything is optional.
 
     ``mask`` says who may look over the branch's own keys: memories, past, new. ``past`` is the cache of this
     execution step; without one nothing is kept. ``return_attn``: somebody may read the attention maps;
     ``return_scores``: the next layer will, for residual attention.
+
+    It is no dataclass: casts of mixed precision would rebuild one, and copy the cache in it.
     """
 
-    context: Float[Tensor, 'b j c'] | None = None
-    mask: Mask = field(default_factory=lambda: Mask())
-    rows: Bool[Tensor, 'b n'] | None = None
-    bias: Bias | None = None
-    positions: Positions | None = None
-    mem: Float[Tensor, 'b l d'] | None = None
-    previous: Float[Tensor, 'b h i j'] | None = None
-    first_values: Float[Tensor, 'b kh j e'] | None = None
-    extra: ExtraKeys | None = None
-    kv_shift: Float[Tensor, 'b n d'] | None = None
-    past: LayerCache | None = None
-    packed: Any = None
-    padding: Bool[Tensor, 'b n'] | None = None
-    condition: Tensor | None = None
-    deep_embed: Float[Tensor, 'b n d'] | None = None
-    return_attn: bool = False
-    return_scores: bool = False
+    def __init__(
+        self,
+        *,
+        context: Float[Tensor, 'b j c'] | None = None,
+        mask: Mask | None = None,
+        rows: Bool[Tensor, 'b n'] | None = None,
+        bias: Bias | None = None,
+        positions: Positions | None = None,
+        mem: Float[Tensor, 'b l d'] | None = None,
+        previous: Float[Tensor, 'b h i j'] | None = None,
+        first_values: Float[Tensor, 'b kh j e'] | None = None,
+        extra: ExtraKeys | None = None,
+        kv_shift: Float[Tensor, 'b n d'] | None = None,
+        past: LayerCache | None = None,
+        packed: Any = None,
+        padding: Bool[Tensor, 'b n'] | None = None,
+        condition: Tensor | None = None,
+        deep_embed: Float[Tensor, 'b n d'] | None = None,
+        return_attn: bool = False,
+        return_scores: bool = False,
+    ) -> None:
+        self.context = context
+        self.mask = Mask() if mask is None else mask
+        self.rows = rows
+        self.bias = bias
+        self.positions = positions
+        self.mem = mem
+        self.previous = previous
+        self.first_values = first_values
+        self.extra = extra
+        self.kv_shift = kv_shift
+        self.past = past
+        self.packed = packed
+        self.padding = padding
+        self.condition = condition
+        self.deep_embed = deep_embed
+        self.return_attn = return_attn
+        self.return_scores = return_scores
+
+    def having(self, **changed: Any) -> BranchInputs:
+        """A copy in which some are others."""
+        other = copy(self)
+        other.__dict__.update(changed)
+        return other
 
 
 class Intermediates:

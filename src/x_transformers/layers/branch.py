@@ -1,27 +1,25 @@
 """What is wrapped around a branch: scales of its output, shifts of its input.
 
-Each wrapper holds the branch as ``fn``. ``run`` is how the stack calls it; ``forward`` takes the branch's own keywords, and
-changes only the first of several outputs.
+Each wrapper holds the branch as ``fn``, hands on the keywords that it is called with, and changes only the first of several
+outputs. A stack gives all keywords at once, as ``around``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from x_transformers.helpers import default, pad_at_dim
-from x_transformers.module import ConstantLinear, Module, empty_parameter
+from x_transformers.layers.slots import call_branch
+from x_transformers.module import ConstantLinear, Module, empty_parameter, is_heard
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
-    from x_transformers.attention.inputs import BranchInputs, Intermediates
+    from x_transformers.attention.inputs import BranchInputs
     from x_transformers.cache.kv_cache import LayerCache
-
-Result = tuple[Tensor, 'Intermediates | None']
 
 
 def change_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -31,26 +29,21 @@ def change_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(out)
 
 
-def run_branch(branch: nn.Module, x: Tensor, given: BranchInputs) -> Result:
-    out: Result = branch.run(x, given)  # type: ignore[operator]
-    return out
+def handed_on(branch: nn.Module, x: Tensor, keywords: dict[str, Any]) -> Any:
+    """The branch with the keywords that a wrapper was called with."""
+    around: BranchInputs | None = keywords.get('around')
+    return branch(x, **keywords) if around is None else call_branch(branch, x, around)
 
 
-def run_checkpointed(branch: nn.Module, x: Tensor, given: BranchInputs) -> Result:
-    """``run_branch`` that keeps x and runs again for its gradients (a compiler decides for itself what to keep)."""
-    if given.past is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return run_branch(branch, x, given)
-    from torch.utils.checkpoint import checkpoint
+def run_checkpointed(branch: nn.Module, x: Tensor, around: BranchInputs) -> Any:
+    """``call_branch`` that keeps x and runs again for its gradients (a compiler decides for itself what to keep)."""
+    if around.past is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return call_branch(branch, x, around)
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-    def run(x: Tensor) -> Result:
-        # what is made once for all layers has to be made again here, or the second run would differ from the first
-        bias = given.bias
-        bias = bias.renewed() if bias is not None and bias.needs_gradient else bias
-        positions = None if given.positions is None else given.positions.renewed()
-        return run_branch(branch, x, replace(given, bias=bias, positions=positions))
-
-    out: Result = checkpoint(run, x, use_reentrant=False)
-    return out
+    # a second run that stops where all is there again would leave out the hooks at the end
+    with set_checkpoint_early_stop(not any(map(is_heard, branch.modules()))):
+        return checkpoint(call_branch, branch, x, around, use_reentrant=False)
 
 
 def innermost(branch: nn.Module) -> nn.Module:
@@ -63,21 +56,21 @@ def innermost(branch: nn.Module) -> nn.Module:
 class Scale(Module):
     """The branch's output times a constant."""
 
+    hands_on = True
+
     def __init__(self, value: float, fn: nn.Module) -> None:
         super().__init__()
         self.value = value
         self.fn = fn
 
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        return change_first(self.fn(x, **kwargs), lambda out: out * self.value)
-
-    def run(self, x: Tensor, given: BranchInputs) -> Result:
-        out, seen = run_branch(self.fn, x, given)
-        return out * self.value, seen
+        return change_first(handed_on(self.fn, x, kwargs), lambda out: out * self.value)
 
 
 class LayerScale(Module):
     """The branch's output times a learned gain per feature that starts at ``init_value``, https://arxiv.org/abs/2103.17239."""
+
+    hands_on = True
 
     def __init__(self, fn: nn.Module, dim: int, init_value: float = 0.0, unit_offset: bool = False) -> None:
         super().__init__()
@@ -94,11 +87,7 @@ class LayerScale(Module):
         return out * (self.gamma + 1.0 if self.unit_offset else self.gamma)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        return change_first(self.fn(x, **kwargs), self._scaled)
-
-    def run(self, x: Tensor, given: BranchInputs) -> Result:
-        out, seen = run_branch(self.fn, x, given)
-        return self._scaled(out), seen
+        return change_first(handed_on(self.fn, x, kwargs), self._scaled)
 
 
 class AdaptiveLayerScale(Module):
@@ -106,6 +95,8 @@ class AdaptiveLayerScale(Module):
 
     A companion of adaptive norms, https://arxiv.org/abs/2212.09748. Condition: (b c) or (b n c).
     """
+
+    hands_on = True
 
     def __init__(self, fn: nn.Module, dim: int, dim_condition: int | None = None, init_bias_value: float = -2.0) -> None:
         super().__init__()
@@ -119,13 +110,9 @@ class AdaptiveLayerScale(Module):
         return gate
 
     def forward(self, x: Tensor, *, condition: Tensor | None = None, **kwargs: Any) -> Any:
-        gate = self._gate(condition)
-        return change_first(self.fn(x, **kwargs), lambda out: out * gate)
-
-    def run(self, x: Tensor, given: BranchInputs) -> Result:
-        gate = self._gate(given.condition)
-        out, seen = run_branch(self.fn, x, given)
-        return out * gate, seen
+        around: BranchInputs | None = kwargs.get('around')
+        gate = self._gate(condition if around is None else around.condition)
+        return change_first(handed_on(self.fn, x, kwargs), lambda out: out * gate)
 
 
 def shift(t: Float[Tensor, 'b n d'], amount: int, mask: Bool[Tensor, 'b n'] | None = None) -> Float[Tensor, 'b n d']:
@@ -146,6 +133,8 @@ class ShiftTokens(Module):
     masked out (``mask``, or ``BranchInputs.padding``) are zeros to others.
     """
 
+    hands_on = True
+
     def __init__(self, shifts: Sequence[int], fn: nn.Module) -> None:
         super().__init__()
         self.fn = fn
@@ -157,10 +146,9 @@ class ShiftTokens(Module):
         return [(by, nth * width, (nth + 1) * width) for nth, by in enumerate(self.shifts) if by != 0 and width > 0]
 
     def forward(self, x: Float[Tensor, '... n d'], **kwargs: Any) -> Any:
-        return self.fn(self.shifted(x, kwargs.get('mask')), **kwargs)
-
-    def run(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> Result:
-        return run_branch(self.fn, self.shifted(x, given.padding, given.past), given)
+        around: BranchInputs | None = kwargs.get('around')
+        shifted = self.shifted(x, kwargs.get('mask')) if around is None else self.shifted(x, around.padding, around.past)
+        return handed_on(self.fn, shifted, kwargs)
 
     def shifted(
         self, x: Float[Tensor, '... n d'], mask: Bool[Tensor, 'b n'] | None = None, past: LayerCache | None = None

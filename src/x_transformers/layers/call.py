@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
 from x_transformers.attention.mask import Mask, PackedSequences
@@ -173,10 +173,8 @@ class Inputs:
             return None
         return F.embedding(self.deep_ids, self.deep_table[:, nth])
 
-    def for_step(
-        self, step: Step, carry: Carry, norm: Callable[[Tensor, Tensor | None], Tensor], context_dropout: float = 0.0
-    ) -> BranchInputs:
-        """What the branch of one step is given; ``norm`` is the layer's, for its memory."""
+    def for_step(self, step: Step, carry: Carry, context_dropout: float = 0.0) -> BranchInputs:
+        """What the branch of one step is given; a memory still has to be normed by its layer."""
         past = None if self.cache is None else self.cache.step(step.index)
         if step.kind == 'f':
             return BranchInputs(
@@ -198,24 +196,25 @@ class Inputs:
             return_scores=step.kind in carry.hands_on_scores,
         )
         if step.kind == 'a':
-            self._for_self(given, step, norm)
+            self._for_self(given, step)
         else:
             self._for_cross(given, step, context_dropout)
         return given
 
-    def _for_self(self, given: BranchInputs, step: Step, norm: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        mem = _at(self.mems, step.nth) if self.mems else None
-        if mem is not None:
+    def _for_self(self, given: BranchInputs, step: Step) -> None:
+        given.mem = _at(self.mems, step.nth) if self.mems else None
+        if given.mem is not None:
             given.mask = self.masks.of(step.nth)
         given.bias = self.bias
         given.positions = self.positions
-        if mem is not None:
-            known = self.mem_condition
-            # a shorter memory ends where the others end
-            given.mem = norm(mem, known if known is None or known.shape[1] == 1 else known[:, self.span.mems - mem.shape[1] :])
         given.extra = _at(self.extra, step.nth) if self.extra else None
         given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
         given.packed = self.packed
+
+    def condition_of_memory(self, mem: Float[Tensor, 'b l d'] | None) -> Float[Tensor, 'b #l c'] | None:
+        """What the norm of a memory depends on; a shorter memory ends where the others end."""
+        known = self.mem_condition
+        return known if known is None or mem is None or known.shape[1] == 1 else known[:, self.span.mems - mem.shape[1] :]
 
     def _for_cross(self, given: BranchInputs, step: Step, dropout: float) -> None:
         given.context, given.mask = self.context, self.cross_mask
@@ -234,6 +233,55 @@ def _at(items: Sequence[Any], index: int) -> Any:
     return items[index] if index < len(items) else None
 
 
+class Around:
+    """What surrounds one execution of a layer, as it is when the layer is entered.
+
+    A layer may run a second time for its gradients, so it changes nothing here but ``entered``, which is the same both times;
+    what layers hand on is taken from what it returns. No dataclass, for the reason of ``BranchInputs``.
+    """
+
+    def __init__(
+        self,
+        given: BranchInputs,
+        *,
+        injected: Float[Tensor, 'b #n d'] | None = None,
+        mem_condition: Float[Tensor, 'b #l c'] | None = None,
+        mixture: nn.Module | None = None,
+        before: Sequence[Float[Tensor, 'b n d']] = (),
+        shows: bool = False,
+        drop: bool | Bool[Tensor, ''] = False,
+        checkpoint: bool = False,
+    ) -> None:
+        """
+        Args:
+            given: what the branch is given; its memory is not normed yet.
+            injected: added to the branch's input.
+            mem_condition: what the norm of the memory depends on.
+            mixture: mixes ``before``, what entered the earlier layers, with what enters this one.
+            shows: somebody wants to know what enters.
+            drop: the branch is left out.
+            checkpoint: the branch runs again for its gradients.
+        """
+        self.given = given
+        self.injected = injected
+        self.mem_condition = mem_condition
+        self.mixture = mixture
+        self.before = before
+        self.shows = shows
+        self.drop = drop
+        self.checkpoint = checkpoint
+        self.entered: Tensor | None = None
+
+    def enter(self, h: Float[Tensor, 'b n d']) -> Tensor:
+        """What the layer sees of h: with LIMe a mixture of all that layers so far were about to see."""
+        if self.shows or self.mixture is not None:
+            self.entered = h
+        if self.mixture is None:
+            return h
+        mixed: Tensor = self.mixture(h, [*self.before, h])
+        return mixed
+
+
 @dataclass
 class Carry:
     """What layers hand on to later ones.
@@ -244,10 +292,16 @@ class Carry:
 
     hands_on_scores: tuple[str, ...] = ()
     hands_on_values: bool = False
+    mixes: bool = False
     seen: list[Tensor] = field(default_factory=list)
     skips: dict[int, Tensor] = field(default_factory=dict)
     first_values: dict[str, Tensor] = field(default_factory=dict)
     previous: dict[str, Tensor] = field(default_factory=dict)
+
+    def enter(self, h: Tensor | None) -> None:
+        """``h`` entered a layer."""
+        if self.mixes and h is not None:
+            self.seen.append(h)
 
     def take(self, step: Step, seen: Intermediates | None) -> None:
         """Keep what the next layers need of this attention."""
@@ -270,9 +324,9 @@ class Record:
     layer_hiddens: list[Tensor] = field(default_factory=list)
     cache: KVCache | None = None
 
-    def enter(self, step: Step, h: Tensor, injected: Tensor | None) -> None:
+    def enter(self, step: Step, h: Tensor | None, injected: Tensor | None) -> None:
         """``h`` is about to enter the layer: (b n d), or one each for queries, keys and values; ``injected`` is added to it."""
-        if not self.wanted:
+        if not self.wanted or h is None:
             return
         self.layer_hiddens.append(h)
         if step.kind == 'a':

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.layers.residual import ResidualPath
 from x_transformers.layers.stream_steps import normed_products, read_streams, write_streams
-from x_transformers.module import empty_parameter
+from x_transformers.module import empty_parameter, fill, untouched
 from x_transformers.tensor_types import Float
 
 Rest = tuple[Tensor, Tensor]
@@ -70,9 +70,10 @@ class HyperConnection(ResidualPath):
         views, streams = self.num_input_views, self.num_residual_streams
         nn.init.ones_(self.static_beta)
         # at first each layer listens mostly to one stream, and every stream keeps to itself
-        nn.init.zeros_(self.static_alpha)
-        self.static_alpha[self.layer_index % streams, :views] = 1.0
-        self.static_alpha[:, views:].fill_diagonal_(1.0)
+        start = torch.zeros(self.static_alpha.shape, device=self.static_alpha.device)
+        start[self.layer_index % streams, :views] = 1.0
+        start[:, views:].fill_diagonal_(1.0)
+        fill(self.static_alpha, start)
         nn.init.zeros_(self.dynamic_alpha_fn)
         nn.init.constant_(self.dynamic_alpha_scale, 0.01)
         nn.init.zeros_(self.dynamic_beta_fn)
@@ -84,7 +85,7 @@ class HyperConnection(ResidualPath):
         # the columns that mix streams are only computed where they are used; then the last one, of what is written
         used = self.dynamic_alpha_fn if self.doubly_stochastic else self.dynamic_alpha_fn[:, :views]
         weights = torch.cat((used, self.dynamic_beta_fn.unsqueeze(-1)), dim=-1)
-        products = normed_products(separate, self.norm.weight, weights, self.norm.eps)
+        products = self._normed_products(separate, weights)
         static = self.static_alpha[:, : used.shape[1]].unsqueeze(1)
         alpha = static + self.dynamic_alpha_scale * products[..., :-1]
         beta = 2 * (self.static_beta.unsqueeze(-1) + self.dynamic_beta_scale * 2 * products[..., -1].sigmoid()).sigmoid()
@@ -95,6 +96,13 @@ class HyperConnection(ResidualPath):
         read = torch.einsum('b s n v, b s n d -> v b n d', shares, separate)
         carried = self._mixed(separate, alpha[..., views:])
         return (read[0] if views == 1 else read), (carried, beta)
+
+    def _normed_products(self, separate: Float[Tensor, 'b s n d'], weights: Float[Tensor, 'd c']) -> Float[Tensor, 'b s n c']:
+        norm = self.norm
+        if not untouched(norm, nn.LayerNorm):
+            products: Tensor = norm(separate) @ weights
+            return products
+        return normed_products(separate, norm.weight, weights, norm.eps)
 
     def _mixed(self, separate: Float[Tensor, 'b s n d'], alpha: Float[Tensor, 'b s n t']) -> Float[Tensor, 'b #s n d']:
         """What each stream carries on."""
@@ -113,9 +121,16 @@ class HyperConnection(ResidualPath):
         return branch_input, mixed.expand(-1, count, -1, -1).flatten(0, 1), {'beta': beta}
 
     def forward(
-        self, x: Float[Tensor, 'b n d'], residual: Float[Tensor, '(b s) n d'], *, beta: Tensor | None = None, **kwargs: Any
+        self,
+        x: Float[Tensor, 'b n d'],
+        residual: Rest | Float[Tensor, '(b s) n d'],
+        *,
+        beta: Tensor | None = None,
+        **kwargs: Any,
     ) -> Float[Tensor, '(b s) n d']:
+        """``residual``: what ``read`` left over, or what ``prepare`` did, whose weights are ``beta``."""
+        if isinstance(residual, tuple):
+            return self.write(x, residual)
         if beta is None:
             raise ValueError('HyperConnection writes with the weights that it read with: pass `beta` from prepare()')
-        rest: Rest = (residual.unflatten(0, (-1, self.num_residual_streams)), beta)
-        return self.write(x, rest)
+        return self.write(x, (residual.unflatten(0, (-1, self.num_residual_streams)), beta))

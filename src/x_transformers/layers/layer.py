@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.feedforward import FeedForward
-from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost
+from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
 from x_transformers.layers.hyper_connections import HyperConnection
-from x_transformers.layers.residual import GRUGating, ResiDual, Residual, ResidualPath
+from x_transformers.layers.residual import GRUGating, ResiDual, Residual, ResidualPath, read, write
+from x_transformers.layers.slots import call_branch, call_norm, split_result
 from x_transformers.norms import choose_norm
 
 if TYPE_CHECKING:
+    from x_transformers.attention.inputs import Intermediates
     from x_transformers.flags.stack import StackFlags
+    from x_transformers.layers.call import Around
     from x_transformers.layers.plan import LayerSpec
 
-
-def normed(norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
-    """``norm(x)``, with the condition where there is one; ``x`` itself without a norm."""
-    if norm is None:
-        return x
-    out: Tensor = norm(x) if condition is None else norm(x, condition=condition)
-    return out
+# what a list of modules has in the place of a forward
+EMPTY = nn.ModuleList.forward
 
 
 class Layer(nn.ModuleList):
-    """[[norm before, norm behind, norm after], branch, residual]: indices as in the original, so checkpoints fit."""
+    """[[norm before, norm behind, norm after], branch, residual]: indices as in the original, so checkpoints fit.
+
+    Any of them may be exchanged for a module of one's own, see ``docs/own_modules.md``.
+    """
 
     def __init__(
         self,
@@ -36,12 +37,21 @@ class Layer(nn.ModuleList):
         behind: nn.Module | None,
         after: nn.Module | None,
         branch: nn.Module,
-        residual: ResidualPath,
+        residual: nn.Module,
     ) -> None:
         norms = nn.ModuleList()
         for index, norm in enumerate((before, behind, after)):
             norms.add_module(str(index), norm)
         super().__init__([norms, branch, residual])
+
+    @classmethod
+    def of(cls, parts: Any) -> nn.Module:
+        """A layer of a triple (norms, branch, residual), as the original has them; a layer, or what wraps one, as it is."""
+        if isinstance(parts, nn.Module) and not (isinstance(parts, nn.ModuleList) and type(parts).forward is EMPTY):
+            return parts
+        norms, branch, residual = parts
+        before, behind, after = (*norms, None, None, None)[:3]
+        return cls(before, behind, after, branch, residual)
 
     # read from the dictionary of children: indexing a ModuleList takes several times as long, at every step of decoding
 
@@ -54,26 +64,52 @@ class Layer(nn.ModuleList):
         return self._modules['1']
 
     @property
-    def residual(self) -> ResidualPath:
-        return cast(ResidualPath, self._modules['2'])
+    def residual(self) -> Any:
+        return self._modules['2']
 
     @property
     def inside(self) -> nn.Module:
         """The attention or feed-forward, without what is wrapped around it."""
         return innermost(self.branch)
 
+    def forward(
+        self, streams: Tensor, condition: Tensor | None, wide_condition: Tensor | None, around: Around
+    ) -> tuple[Tensor, Intermediates | None]:
+        """(the streams with what the branch has to say, what its attention reports).
+
+        ``wide_condition`` is the condition for every row of the streams. What mixed precision is to cast goes in by itself.
+        """
+        h, rest = read(self.residual, streams)
+        h = around.enter(h)
+        if around.drop is True:
+            return streams, None
+        h = self.norm_before(h if around.injected is None else h + around.injected, condition)
+        given = around.given
+        if given.mem is not None:
+            given = given.having(mem=self.norm_before(given.mem, around.mem_condition))
+        run = run_checkpointed if around.checkpoint else call_branch
+        out, seen = split_result(run(self.branch, h, given))
+        del h
+        written = write(self.residual, self.norm_behind(out, condition), rest)
+        return self.norm_after(written, wide_condition), seen
+
     def norm_before(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """Pre-norm, of the branch's input and of memories."""
-        return normed(self.norms._modules['0'], x, condition)
+        return call_norm(self.norms._modules['0'], x, condition)
 
     def norm_behind(self, out: Tensor, condition: Tensor | None) -> Tensor:
         """Sandwich norm, of the branch's output."""
-        return normed(self.norms._modules['1'], out, condition)
+        return call_norm(self.norms._modules['1'], out, condition)
 
     def norm_after(self, streams: Tensor, condition: Tensor | None) -> Tensor:
         """Post-norm, of the stream after the layer."""
         norm = self.norms._modules['2']
-        return streams if norm is None else self.residual.norm_after(partial(normed, norm, condition=condition), streams)
+        if norm is None:
+            return streams
+        residual = self.residual
+        if isinstance(residual, ResidualPath):
+            return residual.norm_after(partial(call_norm, norm, condition=condition), streams)
+        return call_norm(norm, streams, condition)
 
 
 def make_norm(flags: StackFlags) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.layers.slots import SECOND, accepts
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -19,7 +20,7 @@ Norm = Callable[[Tensor], Tensor]
 
 
 class ResidualPath(Module):
-    """One layer's way around its branch."""
+    """One layer's way around its branch. It is called with what the branch said and what ``read`` left over."""
 
     def read(self, streams: Tensor) -> tuple[Tensor, Any]:
         """(what the branch sees, what ``write`` needs)."""
@@ -39,8 +40,32 @@ class ResidualPath(Module):
         return branch_input, rest, {}
 
     def forward(self, x: Float[Tensor, 'b n d'], residual: Any, **kwargs: Any) -> Tensor:
-        """``write`` as the original has it."""
         return self.write(x, residual)
+
+
+def read(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
+    """(what the branch sees, what is left for ``write``), of anybody's way around a branch.
+
+    A foreign one may have a ``prepare``, which returns the two and keywords for its forward, as in 2.16.1.
+    """
+    if isinstance(residual, ResidualPath):
+        return residual.read(streams)
+    prepare = getattr(residual, 'prepare', None)
+    if prepare is None:
+        return streams, (streams, {})
+    h, rest, keywords = prepare(streams)
+    return h, (rest, keywords)
+
+
+def write(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any) -> Tensor:
+    """The streams, with the branch's output: ``residual(out, stream)``; a module with one input changes what is added."""
+    written: Tensor
+    if isinstance(residual, ResidualPath):
+        written = residual(out, rest)
+        return written
+    stream, keywords = rest
+    written = residual(out, stream, **keywords) if accepts(residual, SECOND) else stream + residual(out)
+    return written
 
 
 class Residual(ResidualPath):

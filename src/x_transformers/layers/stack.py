@@ -21,13 +21,13 @@ from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
 from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams
-from x_transformers.layers.branch import run_branch, run_checkpointed
-from x_transformers.layers.call import Carry, Given, Inputs, Record
+from x_transformers.layers.call import Around, Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
-from x_transformers.layers.layer import Layer, make_layer, make_norm, normed
+from x_transformers.layers.layer import Layer, make_layer, make_norm
 from x_transformers.layers.plan import LayerPlan, Step, plan_layers
 from x_transformers.layers.prepare import prepare
+from x_transformers.layers.slots import call_norm, can_cache
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -75,8 +75,6 @@ class AttentionLayers(Module):
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
         self._build_depth(flags, plan)
         self._build_positions(flags)
-        # whether decoding may go on from a cache
-        self.can_cache_kv = all(module.can_cache_kv for module in self.modules() if isinstance(module, Attention))
 
     def _tell(self, flags: StackFlags, plan: LayerPlan) -> None:
         """Attributes that other code reads."""
@@ -134,44 +132,65 @@ class AttentionLayers(Module):
         if self.stream_emb is not None:
             nn.init.zeros_(self.stream_emb)
 
+    @property
+    def can_cache_kv(self) -> bool:
+        """Whether decoding may go on from a cache, with the modules that are there now."""
+        known: bool | None = self.__dict__.get('can_cache_kv')
+        if known is not None:
+            return known
+        return all(can_cache(layer.branch, kind) for layer, kind in zip(self._layers(), self.layer_types, strict=False))
+
+    @can_cache_kv.setter
+    def can_cache_kv(self, value: bool) -> None:
+        self.__dict__['can_cache_kv'] = value
+
     # ------------------------------------------------------------ running
+
+    def _layers(self) -> list[Any]:
+        return [Layer.of(entry) for entry in self.layers]
 
     def run(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
         """All steps on x. ``call`` comes from ``prepare``; what was asked for is in the record."""
-        carry = Carry(hands_on_scores=self.hands_on_scores, hands_on_values=self.add_value_residual)
+        carry = Carry(self.hands_on_scores, self.add_value_residual, mixes=self.layer_integrators is not None)
         record = Record(wanted=call.return_attn, cache=call.cache)
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
-        run = run_checkpointed if self.flags.gradient_checkpointing and self.training else run_branch
         streams = self.streams.open(x, self.stream_emb)
-        layers: list[Layer] = list(self.layers)  # type: ignore[arg-type]
+        layers = self._layers()
         for step in call.steps:
-            layer = layers[step.layer]
             streams = self._join(step, streams, carry)
-            h, rest = layer.residual.read(streams)
-            record.enter(step, h, call.injected)
-            h = self._mix(step, h, carry)
-            drop = self._drops(step, call, x.device)
-            if drop is True:
+            around = self._around(step, call, carry, x.device)
+            written, seen = layers[step.layer](streams, condition, wide_condition, around)
+            carry.enter(around.entered)
+            record.enter(step, around.entered, call.injected)
+            if around.drop is True:
                 record.leave_out(step)
                 continue
-            h = layer.norm_before(h if call.injected is None else h + call.injected, condition)
-            given = call.for_step(step, carry, layer.norm_before, self._lost_context())
-            out, seen = run(layer.branch, h, given)
-            written = layer.residual.write(layer.norm_behind(out, condition), rest)
-            written = layer.norm_after(written, wide_condition)
-            streams = torch.where(drop, streams, written) if isinstance(drop, Tensor) else written
+            streams = torch.where(around.drop, streams, written) if isinstance(around.drop, Tensor) else written
             carry.take(step, seen)
             record.leave(step, seen)
             # the next layer runs without these, unless somebody keeps them
-            del h, out, rest, written, seen
+            del around, written, seen
         if record.wanted:
             record.layer_hiddens.append(self.streams.last(streams))
         if self.softclamp_value is not None:
             streams = softclamp(streams, self.softclamp_value)
         if call.cache is not None:
             call.cache.advance(call.span.new)
-        return self.streams.close(streams, lambda t: normed(self.final_norm, t, condition)), record
+        return self.streams.close(streams, lambda t: call_norm(self.final_norm, t, condition)), record
+
+    def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device) -> Around:
+        given = call.for_step(step, carry, self._lost_context())
+        return Around(
+            given,
+            injected=call.injected,
+            mem_condition=call.condition_of_memory(given.mem),
+            mixture=None if self.layer_integrators is None else self.layer_integrators[step.index],
+            before=tuple(carry.seen),
+            shows=call.return_attn,
+            drop=self._drops(step, call, device),
+            checkpoint=self.flags.gradient_checkpointing and self.training,
+        )
 
     def _join(self, step: Step, streams: Tensor, carry: Carry) -> Tensor:
         """U-Net: a later layer is joined with what an earlier one saw."""
@@ -183,14 +202,6 @@ class AttentionLayers(Module):
             return streams
         joined: Tensor = combine(streams, carry.skips)
         return joined
-
-    def _mix(self, step: Step, h: Tensor, carry: Carry) -> Tensor:
-        """LIMe: a layer sees a mixture of what all layers so far were about to see."""
-        if self.layer_integrators is None:
-            return h
-        carry.seen.append(h)
-        mixed: Tensor = self.layer_integrators[step.index](h, carry.seen)
-        return mixed
 
     def _drops(self, step: Step, call: Inputs, device: torch.device) -> bool | Tensor:
         """Layer dropout; never while a cache is continued, which holds every layer's past."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from copy import copy
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.helpers import Memo, recall, remember
+from x_transformers.helpers import Memo, recall, recomputed_part, remember
 from x_transformers.tensor_types import Float
 
 
@@ -29,8 +27,8 @@ class Bias(ABC):
         """Rows start … stop-1 of the queries over the own keys, or over all keys."""
 
     def render(self, geometry: ScoreShape) -> Float[Tensor, '#b #h i j']:
-        # what was rendered without gradients is of no use to a layer that is run again for its gradients
-        key = (geometry.queries, geometry.keys, geometry.front, torch.is_grad_enabled())
+        # what was rendered without gradients, or in a part that is run again for them, is of no use elsewhere
+        key = (geometry.queries, geometry.keys, geometry.front, torch.is_grad_enabled(), recomputed_part())
         found: Tensor | None = recall(self._rendered, key)
         if found is None:
             found = remember(self._rendered, key, _behind_front(self.between(geometry, 0, geometry.queries), geometry))
@@ -56,12 +54,6 @@ class Bias(ABC):
     def learns(self, geometry: ScoreShape) -> bool:
         """Whether a gradient is wanted."""
         return self.needs_gradient and self.render(geometry).requires_grad
-
-    def renewed(self) -> Self:
-        """The same, with nothing rendered."""
-        other = copy(self)
-        other._rendered = []
-        return other
 
 
 def _behind_front(bias: Tensor, geometry: ScoreShape) -> Tensor:

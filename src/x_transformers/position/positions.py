@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from x_transformers.helpers import Memo, recall, remember
+from x_transformers.helpers import Memo, recall, recomputed_part, remember
 from x_transformers.module import last_rows
 from x_transformers.position.polar import place
 from x_transformers.position.rotary import as_turns, check_table, turn, turn_by_cos_sin
@@ -23,10 +23,6 @@ class Positions(ABC):
     """
 
     cache_form: Literal['positioned', 'raw'] = 'raw'
-
-    def renewed(self) -> Positions:
-        """The same, with nothing made yet that needs a gradient."""
-        return self
 
     @abstractmethod
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
@@ -152,9 +148,6 @@ class PolarPositions(Positions):
         self.bias = bias
         self._made: Memo = []
 
-    def renewed(self) -> PolarPositions:
-        return PolarPositions(self.freqs.squeeze(1), self.bias)
-
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
         self._refuse(heads, q)
         return place(q, *self._cos_sin('queries', q.shape[-2]))
@@ -169,7 +162,7 @@ class PolarPositions(Positions):
         return place(k, still + 1.0, still)
 
     def _cos_sin(self, side: str, n: int, before: int = 0) -> tuple[Tensor, Tensor]:
-        key = (side, n, before)
+        key = (side, n, before, torch.is_grad_enabled(), recomputed_part())
         found: tuple[Tensor, Tensor] | None = recall(self._made, key)
         if found is None:
             if self.freqs.shape[-2] < n + before:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
-from x_transformers.helpers import recall, remember
+from x_transformers.helpers import recall, recomputed_part, remember
 from x_transformers.module import Module
 from x_transformers.norms import LayerNorm
 from x_transformers.position.bias import Bias
@@ -50,7 +50,7 @@ class RelativeBias(Bias):
     def strip(self, geometry: ScoreShape, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
         if not self.by_distance:
             return None
-        key = ('strip', rows, low, high, torch.is_grad_enabled())
+        key = ('strip', rows, low, high, torch.is_grad_enabled(), recomputed_part())
         found: Tensor | None = recall(self._rendered, key)
         if found is None:
             found = remember(self._rendered, key, self.module.by_index(-low, rows, high - low).unsqueeze(0))

@@ -1,0 +1,128 @@
+"""How a module in a slot of a layer is called: the library's own with everything around it, anybody's with ``x`` alone."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from x_transformers.attention.inputs import BranchInputs, Intermediates
+
+Result = tuple[Tensor, 'Intermediates | None']
+
+# under this name a cache holds the state of a module that follows the protocol
+STATE = 'state'
+
+
+# what a signature may have beside named parameters: any keyword, and a second input
+ANY = '**'
+SECOND = 'a second input'
+
+_ACCEPTED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+
+
+def accepted(forward: Any, bound: bool) -> frozenset[str]:
+    """The names of parameters, ``ANY`` and ``SECOND`` if they apply."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[0 if bound else 1 :]
+    except (TypeError, ValueError):
+        # written in C or the like: it takes an input, and nothing is known of more
+        return frozenset()
+    found = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    inputs = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(inputs) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        found.add(SECOND)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        found.add(ANY)
+    return frozenset(found)
+
+
+def class_accepts(kind: type, what: str) -> bool:
+    known = _ACCEPTED.get(kind)
+    if known is None:
+        known = _ACCEPTED[kind] = accepted(kind.forward, bound=False)  # type: ignore[attr-defined]
+    return what in known
+
+
+# what ``torch.compiler.assume_constant_result`` says, which would import the compiler
+class_accepts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def accepts(module: nn.Module, what: str) -> bool:
+    """Whether ``module.forward`` takes this; a method that somebody put into the object counts, too."""
+    own = module.__dict__.get('forward')
+    if own is None:
+        return class_accepts(type(module), what)
+    return what in accepted(own, bound=True)
+
+
+def wraps(module: nn.Module) -> nn.Module | None:
+    """The block inside a foreign module that hands all of its keywords on, or None."""
+    return next((child for child in module.children() if takes_around(child)), None)
+
+
+def takes_around(module: nn.Module) -> bool:
+    """Whether it is called with ``around``: it names this keyword, or hands on any to a block of the library."""
+    if accepts(module, 'around'):
+        return True
+    return accepts(module, ANY) and (getattr(type(module), 'hands_on', False) or wraps(module) is not None)
+
+
+def has_state(module: nn.Module) -> bool:
+    """Whether it follows the protocol ``forward(x, state) -> (y, state)``."""
+    return accepts(module, STATE)
+
+
+def can_cache(module: nn.Module, kind: str) -> bool:
+    """Whether a token may be decoded by this branch without running it on those before.
+
+    What is not said counts as the slot suggests: a module in the place of attention mixes tokens, one in the place of a
+    feed-forward does not.
+    """
+    mixes: bool | None = getattr(module, 'mixes_tokens', None)
+    if takes_around(module):
+        told: bool | None = getattr(module, 'can_cache_kv', None)
+        inside = module.fn if getattr(type(module), 'hands_on', False) else wraps(module)
+        if told is not None or inside is None:
+            return told is not False
+        return can_cache(inside, kind)  # type: ignore[arg-type]
+    return has_state(module) or not (kind != 'f' if mixes is None else mixes)
+
+
+def split_result(out: Any) -> Result:
+    """(output, what attention reports) of a branch."""
+    from x_transformers.attention.inputs import Intermediates
+
+    if not isinstance(out, tuple):
+        return out, None
+    seen = out[1] if len(out) > 1 else None
+    return out[0], seen if isinstance(seen, Intermediates) else None
+
+
+def call_branch(branch: nn.Module, x: Tensor, around: BranchInputs) -> Any:
+    """The branch on x: its output, or (output, Intermediates)."""
+    if takes_around(branch):
+        return branch(x, around=around)
+    if not has_state(branch):
+        return branch(x)
+    past = around.past
+    out, state = branch(x, None if past is None else past.carry.get(STATE))
+    if past is not None:
+        past.carry[STATE] = state
+        past.carry_axis[STATE] = 0
+    return out
+
+
+def call_norm(norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
+    """``norm(x)``, with the condition where there is one that it takes; ``x`` itself without a norm."""
+    if norm is None:
+        return x
+    out: Tensor = norm(x) if condition is None or not takes_condition(norm) else norm(x, condition=condition)
+    return out
+
+
+def takes_condition(norm: nn.Module) -> bool:
+    return accepts(norm, 'condition') or accepts(norm, ANY)
