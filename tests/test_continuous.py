@@ -418,3 +418,12 @@ def test_inputs_that_do_not_fit(x):
     refuse(ValueError, 'start_tokens', wrapped.generate, x[0, 0], 2)
     refuse(ValueError, 'prompt_lens', wrapped.generate, x, 2, lens=LENS)
     refuse(ValueError, 'width 4', train(make(dim_out=4)).generate, x, 2)
+
+
+@pytest.mark.parametrize(('dim_out', 'probabilistic', 'projects'), [(16, False, False), (5, False, True), (8, True, False)])
+def test_use_identity_if_same_dim_leaves_out_projections(dim_out: int, probabilistic: bool, projects: bool) -> None:
+    layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    flags = {'dim_in': 16, 'dim_out': dim_out, 'probabilistic': probabilistic, 'use_identity_if_same_dim': True}
+    model = ContinuousTransformerWrapper(max_seq_len=8, attn_layers=layers, **flags)
+    assert isinstance(model.project_in, nn.Identity)
+    assert isinstance(model.project_out, nn.Identity) == (not projects)

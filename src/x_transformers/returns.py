@@ -108,12 +108,13 @@ def scores(record: LayerIntermediates) -> list[Float[Tensor, 'b h i j']]:
 
 
 def next_memories(
-    hiddens: Sequence[Float[Tensor, 'b n d']], mems: Sequence[Float[Tensor, 'b l d']] | None, longest: int
+    hiddens: Sequence[Float[Tensor, 'b n d']], mems: Sequence[Float[Tensor, 'b l d']] | None, longest: int, detach: bool = True
 ) -> list[Float[Tensor, 'b m d']]:
-    """Per self attention the last ``longest`` states of its memories and this segment, without gradients.
+    """Per self attention the last ``longest`` states of its memories and this segment, without gradients if ``detach``.
 
     https://arxiv.org/abs/1901.02860
     """
     if mems:
         hiddens = [torch.cat((mem, hidden), dim=1) for mem, hidden in zip(mems, hiddens, strict=True)]
-    return [hidden[:, max(hidden.shape[1] - longest, 0) :].detach() for hidden in hiddens]
+    newest = [hidden[:, max(hidden.shape[1] - longest, 0) :] for hidden in hiddens]
+    return [hidden.detach() for hidden in newest] if detach else newest

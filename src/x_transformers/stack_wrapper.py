@@ -321,7 +321,7 @@ class StackWrapper(Module):
         return [*mems[shift:], *mems[:shift]]
 
     def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
-        return next_memories(record.hiddens or [], call.mems, self.max_mem_len)
+        return next_memories(record.hiddens or [], call.mems, self.max_mem_len, call.detach_mems)
 
     def _pool(
         self, h: Float[Tensor, 'b n d'], keys: Bool[Tensor, 'b m'] | None, record: LayerIntermediates, asked: Asked

@@ -168,6 +168,7 @@ class TransformerWrapper(StackWrapper):
         token_emb_kwargs: Mapping[str, Any] | None = None,
         to_logits_kwargs: Mapping[str, Any] | None = None,
         logits_last: int | None = None,
+        detach_mems: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Logits (b n v), or what the ``return_*`` arguments ask for.
@@ -193,6 +194,7 @@ class TransformerWrapper(StackWrapper):
                 sequence, whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
             token_emb_kwargs, to_logits_kwargs: keywords for a ``token_emb`` or ``to_logits`` of one's own.
             logits_last: logits for the last so many positions only.
+            detach_mems: no gradient reaches the segment through the memories that are returned.
             kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
 
         Returns:
@@ -217,6 +219,7 @@ class TransformerWrapper(StackWrapper):
             mems=mems,
             mem_masks=mem_masks,
             recycle_steps=recycle_steps,
+            detach_mems=detach_mems,
             pos=pos,
             prepend_embeds=prepend_embeds,
             prepend_mask=prepend_mask,

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from x_transformers.fast_weights import (
+    EpisodicNet,
+    Path,
+    TestTimeTraining,
+    TTTMetaLearningTargetKLLoss,
+    TTTNextLatentPredictionLoss,
+    make_fast,
+    make_low_rank,
+    sample_losses,
+)
 from x_transformers.generation.decode import Reader, Tokens, decode
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import checked_eos, checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
+from x_transformers.latent_prediction import check_parameters
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Float, Int
 
 Mems = list[Tensor]
+
+__all__ = ['TTTMetaLearningTargetKLLoss', 'TTTNextLatentPredictionLoss', 'XLAutoregressiveWrapper']
 
 
 class SegmentReader:
@@ -27,12 +41,12 @@ class SegmentReader:
     into it: that gives what follows its last token and the memories for the next segment.
     """
 
-    def __init__(self, net: nn.Module, size: int, mems: Mems | None, given: Mapping[str, Any]) -> None:
+    def __init__(self, net: nn.Module, size: int, mems: Mems | None, given: Mapping[str, Any], first: int = 0) -> None:
         self.net = net
         self.size = size
         self.mems = mems
         self.given = dict(given)
-        self.first = 0
+        self.first = first
         self._reader = self._fresh()
 
     def _fresh(self) -> Reader:
@@ -52,51 +66,206 @@ class SegmentReader:
 class XLAutoregressiveWrapper(Module):
     """Trains and generates over segments of ``net.max_seq_len`` tokens (Transformer-XL, https://arxiv.org/abs/1901.02860).
 
+    With ``ttt_module_paths`` some modules are trained while the sequence is read (https://arxiv.org/abs/2512.23675): every
+    sample begins with a copy of their weights, and each segment moves it. Training differentiates through these steps.
+
     Args:
         net: a ``TransformerWrapper`` with ``max_mem_len`` > 0.
         ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``, unless they are tokens
             of the vocabulary.
         pad_value: the id for those and for everything after an end token.
+        tbptt_steps: gradients reach back over this many segments, through memories and trained weights.
+        ttt_module_paths: dotted paths of the net's modules, or pairs of them: the gradient of the first moves the second.
+        ttt_lr, ttt_wd: step size and weight decay of each update.
+        ttt_use_muon, ttt_muon_steps, ttt_muon_lr: matrices move by orthogonalised gradients, with a step size of their own.
+        ttt_low_rank_paths: pairs (path, rank): of this linear map only a low-rank part is trained, which is added to it, or
+            stands in its place with ``ttt_low_rank_replaces``, as in 2.31.10.
+        ttt_custom_loss_module: (intermediates, mask) -> losses per token or per sample, in place of the next token's.
+        ttt_next_latent_loss: that of predicting the next hidden state.
+        episodic_mem_len: so many learned keys and values for each self attention; their path is ``episodic_mems``.
         weight_by_valid: weigh each segment by its targets that count, which gives the mean over all of them; the default
             weighs by segment length, as the original does.
+
+    Raises:
+        ValueError: parameters out of range, or paths that the net does not have.
     """
 
-    def __init__(self, net: nn.Module, ignore_index: int = -100, pad_value: int = 0, *, weight_by_valid: bool = False) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        ignore_index: int = -100,
+        pad_value: int = 0,
+        tbptt_steps: int = 1,
+        ttt_module_paths: Sequence[Path] = (),
+        ttt_lr: float = 1e-3,
+        ttt_wd: float = 0.01,
+        ttt_use_muon: bool = False,
+        ttt_muon_steps: int = 5,
+        ttt_muon_lr: float = 1e-2,
+        ttt_low_rank_paths: Sequence[tuple[str, int]] = (),
+        ttt_custom_loss_module: nn.Module | None = None,
+        ttt_next_latent_loss: bool = False,
+        episodic_mem_len: int = 0,
+        *,
+        ttt_low_rank_replaces: bool = False,
+        weight_by_valid: bool = False,
+    ) -> None:
         super().__init__()
+        paths = [*ttt_module_paths, *(path for path, _ in ttt_low_rank_paths)]
+        check_parameters(
+            'XLAutoregressiveWrapper',
+            tbptt_steps < 1 and f'tbptt_steps must be at least 1, got {tbptt_steps}.',
+            bool(paths) and tbptt_steps < 2 and f'tbptt_steps must be at least 2 with test-time training, got {tbptt_steps}.',
+            episodic_mem_len < 0 and f'episodic_mem_len must be at least 0, got {episodic_mem_len}.',
+            ttt_custom_loss_module is not None and ttt_next_latent_loss
+            and 'ttt_custom_loss_module and ttt_next_latent_loss both say what is trained on. Give one of them.',
+            not paths and (ttt_next_latent_loss or ttt_custom_loss_module is not None or ttt_use_muon)
+            and 'ttt_module_paths or ttt_low_rank_paths must name what is trained on the way.',
+        )  # fmt: skip
         self.pad_value = pad_value
         self.ignore_index = ignore_index
-        self.net = net
+        self.net: Any = EpisodicNet(net, episodic_mem_len) if episodic_mem_len else net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
         self.weight_by_valid = weight_by_valid
         if self.max_seq_len < 1:
             raise ValueError(f'the net must have a max_seq_len, which is the length of a segment; got {self.max_seq_len}')
+        self.tbptt_steps = tbptt_steps
+        for path, rank in ttt_low_rank_paths:
+            make_low_rank(self.net, path, rank, ttt_low_rank_replaces)
+        self.ttt = self._training_on_the_way(paths, ttt_lr, ttt_wd, ttt_muon_steps if ttt_use_muon else None, ttt_muon_lr)
+        self.ttt_custom_loss_module: nn.Module | None = ttt_custom_loss_module
+        if ttt_next_latent_loss:
+            self.ttt_custom_loss_module = TTTNextLatentPredictionLoss(net.dim)  # type: ignore[arg-type]
 
-    def forward(self, x: Int[Tensor, 'b n'], mems: Mems | None = None, **kwargs: Any) -> Float[Tensor, '']:
-        """The mean loss of predicting ``x[:, 1:]``, segment by segment."""
+    def _training_on_the_way(
+        self, paths: Sequence[Path], lr: float, weight_decay: float, muon_steps: int | None, muon_lr: float
+    ) -> TestTimeTraining | None:
+        if not paths:
+            return None
+        named = [(path, path) if isinstance(path, str) else path for path in paths]
+        pairs = [(make_fast(self.net, source), make_fast(self.net, target)) for source, target in named]
+        return TestTimeTraining(pairs, lr=lr, weight_decay=weight_decay, muon_steps=muon_steps, muon_lr=muon_lr)
+
+    # ------------------------------------------------------------ training
+
+    def forward(
+        self,
+        x: Int[Tensor, 'b n'],
+        mems: Mems | None = None,
+        dropout_mems: bool = False,
+        ttt_recurrent_steps: int = 1,
+        **kwargs: Any,
+    ) -> Float[Tensor, '']:
+        """The mean loss of predicting ``x[:, 1:]``, segment by segment.
+
+        Args:
+            mems: memories to begin with.
+            dropout_mems: memories are not read.
+            ttt_recurrent_steps: with test-time training, how often each segment is read, with an update between; the last time
+                counts.
+        """
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must be token ids (batch, at least two tokens), got shape {tuple(x.shape)}')
+        if ttt_recurrent_steps < 1 or (ttt_recurrent_steps > 1 and self.ttt is None):
+            raise ValueError(
+                f'ttt_recurrent_steps must be 1, or more with test-time training, got {ttt_recurrent_steps}. '
+                'Give ttt_module_paths in the constructor.'
+            )
+        x = x.long()
         inputs, labels = x[:, :-1], x[:, 1:]
         if not 0 <= self.ignore_index < getattr(self.net, 'num_tokens', 0):
             # an ignored index that is a token of the vocabulary is read as that token
             inputs = inputs.masked_fill(inputs == self.ignore_index, self.pad_value)
-        counts = (labels != self.ignore_index).sum() if self.weight_by_valid else labels.shape[1]
+        with self._fast_weights(x.shape[0], attached=torch.is_grad_enabled()):
+            loss = self._loss(inputs, labels, mems, dropout_mems, ttt_recurrent_steps, kwargs)
+        return loss if torch.is_grad_enabled() else loss.detach()
+
+    @contextmanager
+    def _fast_weights(self, batch: int, attached: bool) -> Iterator[None]:
+        """With test-time training: weights per sample, and gradients, whether the caller wants them or not."""
+        if self.ttt is None:
+            yield
+            return
+        with torch.enable_grad(), self.ttt.of(batch, attached):
+            yield
+
+    def _loss(
+        self,
+        inputs: Int[Tensor, 'b n'],
+        labels: Int[Tensor, 'b n'],
+        mems: Mems | None,
+        dropout_mems: bool,
+        recurrent_steps: int,
+        kwargs: Mapping[str, Any],
+    ) -> Float[Tensor, '']:
+        length = labels.shape[1]
+        counts = (labels != self.ignore_index).sum() if self.weight_by_valid else length
         losses = []
-        for start in range(0, labels.shape[1], self.max_seq_len):
+        for nth, start in enumerate(range(0, length, self.max_seq_len), start=1):
             segment = slice(start, start + self.max_seq_len)
-            part, wanted = inputs[:, segment], labels[:, segment]
-            logits, mems = self.net(part, mems=mems, return_mems=True, **kwargs)
+            wanted = labels[:, segment]
+            updates = recurrent_steps - (segment.stop >= length)
+            logits, mems = self._segment(
+                inputs[:, segment], wanted, None if dropout_mems else mems, recurrent_steps, updates, kwargs
+            )
             summed = token_cross_entropy(
-                logits,
-                wanted,
-                ignore_index=self.ignore_index,
-                is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
-                reduction='sum',
+                logits, wanted, ignore_index=self.ignore_index, is_log_prob=self._is_log_prob, reduction='sum'
             )
             valid = (wanted != self.ignore_index).sum()
             # a segment without a single valid target adds nothing
             share = summed if self.weight_by_valid else summed / valid.clamp(min=1) * wanted.shape[1]
             losses.append(share / counts)
+            if nth % self.tbptt_steps == 0:
+                mems = None if mems is None else [mem.detach() for mem in mems]
+                if self.ttt is not None:
+                    self.ttt.detach()
         return torch.stack(losses).sum()
+
+    @property
+    def _is_log_prob(self) -> bool:
+        return bool(getattr(self.net, 'output_is_log_prob', False))
+
+    def _segment(
+        self,
+        part: Int[Tensor, 'b n'],
+        wanted: Int[Tensor, 'b n'],
+        mems: Mems | None,
+        readings: int,
+        updates: int,
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Float[Tensor, 'b n v'], Mems | None]:
+        """(logits, memories) of the last of several readings; the first ``updates`` ones move the fast weights."""
+        logits, intermediates, following = self._read(part, mems, kwargs)
+        for nth in range(1, readings + 1):
+            if nth > 1:
+                logits, intermediates, following = self._read(part, mems, kwargs)
+            if self.ttt is not None and nth <= updates:
+                self._adapt(logits, intermediates, wanted, keep_graph=nth == readings)
+        return logits, following
+
+    def _read(self, part: Int[Tensor, 'b n'], mems: Mems | None, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Mems | None]:
+        """(logits, intermediates if test-time training needs them, memories)."""
+        attached = self.tbptt_steps > 1 and torch.is_grad_enabled()
+        given = {**kwargs, **({'detach_mems': False} if attached else {})}
+        if self.ttt_custom_loss_module is None:
+            logits, following = self.net(part, mems=mems, return_mems=True, **given)
+            return logits, None, following
+        logits, intermediates = self.net(part, mems=mems, return_mems=True, return_intermediates=True, **given)
+        return logits, intermediates, intermediates.mems
+
+    def _adapt(self, logits: Tensor, intermediates: Any, wanted: Int[Tensor, 'b n'], keep_graph: bool) -> None:
+        """One update of the fast weights by what this segment says."""
+        ttt: Any = self.ttt
+        counts = wanted != self.ignore_index
+        if self.ttt_custom_loss_module is None:
+            losses = token_cross_entropy(
+                logits, wanted, ignore_index=self.ignore_index, is_log_prob=self._is_log_prob, reduction='none'
+            )
+        else:
+            losses = self.ttt_custom_loss_module(intermediates, mask=counts)
+        ttt.update(sample_losses(losses, counts), second_order=self.training, keep_graph=keep_graph)
+
+    # ------------------------------------------------------------ generation
 
     @torch.no_grad()
     def generate(
@@ -116,7 +285,8 @@ class XLAutoregressiveWrapper(Module):
         """Sample ``seq_len`` tokens after prompts (..., t); the new tokens only, padded after the first ``eos_token``.
 
         Each token is predicted from the memories of the complete segments and the tokens since then; segments are counted
-        from the start of the prompt. Other arguments as in ``AutoregressiveWrapper.generate``.
+        from the start of the prompt, on which test-time training works. Other arguments as in
+        ``AutoregressiveWrapper.generate``.
         """
         steps, eos = checked_length(seq_len), checked_eos(eos_token)
         prompt = prepare(start_tokens, None, self.pad_value)
@@ -124,8 +294,22 @@ class XLAutoregressiveWrapper(Module):
             raise ValueError('prompts of different lengths do not share their segments; generate from them one by one')
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
         tokens = Tokens(prompt.tokens, steps)
-        with evaluating(self):
-            reader = SegmentReader(self.net, self.max_seq_len, mems, kwargs)
+        with evaluating(self), self._fast_weights(tokens.batch, attached=False):
+            mems, first = self._prompt(prompt.tokens, mems, kwargs)
+            reader = SegmentReader(self.net, self.max_seq_len, mems, kwargs, first)
             for _ in decode(reader, tokens, steps, sampler, eos=eos, pad=self.pad_value):
                 pass
         return prompt.unpack(tokens.value if include_prompt else tokens.part(prompt.tokens.shape[1]))
+
+    def _prompt(self, tokens: Int[Tensor, 'b n'], mems: Mems | None, kwargs: Mapping[str, Any]) -> tuple[Mems | None, int]:
+        """Train the fast weights on the prompt: (memories of its complete segments, the token behind them)."""
+        if self.ttt is None:
+            return mems, 0
+        inputs, labels, first = tokens[:, :-1], tokens[:, 1:], 0
+        for start in range(0, inputs.shape[1], self.max_seq_len):
+            segment = slice(start, start + self.max_seq_len)
+            _, following = self._segment(inputs[:, segment], labels[:, segment], mems, 1, 1, kwargs)
+            self.ttt.detach()
+            if segment.stop <= inputs.shape[1]:
+                mems, first = None if following is None else [mem.detach() for mem in following], segment.stop
+        return mems, first

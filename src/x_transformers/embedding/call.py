@@ -27,6 +27,7 @@ class Call:
     numbers: Float[Tensor, 'b n'] | None = None
     mems: Sequence[Float[Tensor, 'b l d']] | None = None
     mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
+    detach_mems: bool = True
     recycle_steps: int | None = None
     pos: Tensor | None = None
     prepend_embeds: Float[Tensor, 'b p e'] | None = None
