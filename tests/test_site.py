@@ -38,7 +38,7 @@ def test_every_flag_has_an_anchor_under_its_full_name(site: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('words', [('attn_kv_heads',), ('rotary',), ('alibi',)])
+@pytest.mark.parametrize('words', [('attn_kv_heads',), ('rope',), ('grouped-query',), ('alibi',)])
 def test_search_finds(site: Path, words: tuple[str, ...]) -> None:
     entries = json.loads((site / 'search/search_index.json').read_text(encoding='utf-8'))['docs']
     found = [entry['location'] for entry in entries if all(word in (entry['title'] + entry['text']).lower() for word in words)]

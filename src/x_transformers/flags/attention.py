@@ -73,7 +73,7 @@ class ScoreFlags(Flags):
     custom_attn_fn: Callable[..., Any] | None = flag(None, 'Your own function from scores to weights.')
     add_zero_kv: bool = flag(False, 'One key and value of zeros, so that a head can look at nothing.',
                              paper='https://www.evanmiller.org/attention-is-off-by-one.html')  # fmt: skip
-    head_learned_sink: bool = flag(False, 'One learned score per head that takes weight and gives nothing.')
+    head_learned_sink: bool = flag(False, 'Attention sink: one learned score per head that takes weight and gives nothing.')
     softclamp_logits: bool = flag(False, 'Keep the scores inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
     logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits', above=0)
     onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.')
@@ -102,10 +102,14 @@ class AttentionFlags(ScoreFlags):
         SDP_KWARGS, "Which backends torch's scaled dot product attention may use: enable_flash, enable_math, "
         'enable_mem_efficient, enable_cudnn.',
     )  # fmt: skip
-    one_kv_head: bool = flag(False, 'All query heads share one key and value head.', paper='https://arxiv.org/abs/1911.02150')
+    one_kv_head: bool = flag(
+        False,
+        'Multi-query attention (MQA): all query heads share one key and value head.',
+        paper='https://arxiv.org/abs/1911.02150',
+    )
     kv_heads: int | None = flag(
-        None, 'Number of key and value heads; query head h uses head h mod kv_heads.', paper='https://arxiv.org/abs/2305.13245',
-        low=1,
+        None, 'Grouped-query attention (GQA): number of key and value heads; query head h uses head h mod kv_heads.',
+        paper='https://arxiv.org/abs/2305.13245', low=1,
     )  # fmt: skip
     value_dim_head: int | None = flag(None, 'Width of one value head; None: dim_head.', low=1)
     num_mem_kv: int = flag(
@@ -128,7 +132,9 @@ class AttentionFlags(ScoreFlags):
     )
     zero_init_output: bool = flag(False, 'The output projection starts at zero.')
     sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
-    max_attend_past: int | None = flag(None, 'A query sees at most this many positions back.', low=0, self_only=True)
+    max_attend_past: int | None = flag(
+        None, 'Sliding window: a query sees at most this many positions back.', low=0, self_only=True
+    )
     rotate_num_heads: int | None = flag(None, 'Only this many of the heads, the last ones, get rotary positions.', low=1)
     data_dependent_alibi: bool = flag(
         False,
@@ -177,7 +183,9 @@ class AttentionFlags(ScoreFlags):
     use_latent_q: bool = flag(False, 'Queries are made of a narrow latent.', paper=LATENT)
     dim_latent_q: int | None = flag(None, "Width of the queries' latent.", paper=LATENT, parent='use_latent_q', low=1)
     use_latent_kv: bool = flag(
-        False, 'Keys and values are made of a narrow latent, which is what the cache keeps.', paper=LATENT
+        False,
+        'Multi-head latent attention (MLA): keys and values are made of a narrow latent, which is what the cache keeps.',
+        paper=LATENT,
     )
     dim_latent_kv: int | None = flag(
         None, "Width of the keys' and values' latent.", paper=LATENT, parent='use_latent_kv', low=1

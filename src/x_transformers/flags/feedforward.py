@@ -18,7 +18,9 @@ class FeedForwardFlags(Flags):
 
     dim_out: int | None = flag(None, 'Width of the output; None: the width of the input.', low=1)
     mult: float = flag(4, 'Hidden width as a multiple of the input width.', above=0)
-    glu: bool = flag(False, 'Gated linear unit: half of the hidden layer gates the other half.', paper=GLU)
+    glu: bool = flag(
+        False, 'Gated linear unit (GEGLU; SwiGLU with swish): half of the hidden layer gates the other half.', paper=GLU
+    )
     glu_mult_bias: bool = flag(False, 'A learned factor per hidden channel after the gate.', parent='glu')
     swish: bool = flag(False, 'SiLU instead of GELU.', paper=GLU)
     relu_squared: bool = flag(False, 'The square of ReLU instead of GELU.', paper='https://arxiv.org/abs/2109.08668')

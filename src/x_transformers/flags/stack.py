@@ -62,7 +62,7 @@ class StackFlags(Flags):
     cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.')
     only_cross: bool = flag(False, 'Blocks attend to the context only.', parent='cross_attend')
     use_scalenorm: bool = flag(False, 'Norms have one gain.', paper='https://arxiv.org/abs/1910.05895')
-    use_rmsnorm: bool = flag(False, 'Norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467')
+    use_rmsnorm: bool = flag(False, 'RMS norm: norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467')
     use_dynamic_tanh: bool = flag(False, 'tanh in the place of norms.', paper='https://arxiv.org/abs/2503.10622')
     dynamic_tanh_init_alpha: float = flag(
         1.0, 'Factor inside tanh at the start.', paper='https://arxiv.org/abs/2503.10622', parent='use_dynamic_tanh'
@@ -79,12 +79,12 @@ class StackFlags(Flags):
         4, 'Width of that layer as a multiple.', parent='adaptive_condition_mlp', low=1
     )
     alibi_pos_bias: bool = flag(
-        False, 'A penalty that grows with the distance, one slope per head.', paper='https://arxiv.org/abs/2108.12409'
+        False, 'ALiBi: a penalty that grows with the distance, one slope per head.', paper='https://arxiv.org/abs/2108.12409'
     )
     alibi_num_heads: int | None = flag(
         None, 'Only the first heads get a penalty, this many; None: all.', parent='alibi_pos_bias', low=1
     )
-    rel_pos_bias: bool = flag(False, 'A learned bias per bucket of distances (T5).', paper=T5)
+    rel_pos_bias: bool = flag(False, 'A learned bias per bucket of distances (T5 relative positions).', paper=T5)
     rel_pos_num_buckets: int = flag(32, 'Number of buckets.', paper=T5, parent='rel_pos_bias', low=2)
     rel_pos_max_distance: int = flag(128, 'Distances from here on share a bucket.', paper=T5, parent='rel_pos_bias', low=2)
     dynamic_pos_bias: bool = flag(False, 'A small network makes the bias of each distance.', paper=DYNAMIC)
@@ -97,7 +97,7 @@ class StackFlags(Flags):
     rel_pos_kwargs: Mapping[str, Any] = flag(
         {}, 'More keywords for the position bias, such as slopes for ALiBi.', parent=ANY_POSITION_BIAS
     )
-    rotary_pos_emb: bool = flag(False, 'Rotate queries and keys by their positions.', paper=ROTARY)
+    rotary_pos_emb: bool = flag(False, 'Rotary positions (RoPE): rotate queries and keys by their positions.', paper=ROTARY)
     rotary_emb_dim: int | None = flag(
         None, 'Rotate this many channels of each head; None: half.', paper=ROTARY, parent=ANY_ROTARY, low=2
     )
@@ -137,7 +137,9 @@ class StackFlags(Flags):
     macaron: bool = flag(
         False, 'Half a feed-forward before and half after attention.', paper='https://arxiv.org/abs/1906.02762'
     )
-    residual_attn: bool = flag(False, "Scores are added to the next self attention's scores.", paper=REALFORMER)
+    residual_attn: bool = flag(
+        False, "Residual attention: scores are added to the next self attention's scores.", paper=REALFORMER
+    )
     cross_residual_attn: bool = flag(False, "Scores are added to the next cross attention's scores.", paper=REALFORMER)
     pre_norm: bool = flag(True, 'Norm before each branch; False: after each residual sum.')
     pre_norm_has_final_norm: bool = flag(True, 'A norm at the end of a pre-norm stack.')
@@ -165,9 +167,9 @@ class StackFlags(Flags):
     disable_abs_pos_emb: bool | None = flag(
         None, 'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.'
     )
-    use_layerscale: bool = flag(False, 'Learned factors on the branches.', paper='https://arxiv.org/abs/2103.17239')
+    use_layerscale: bool = flag(False, 'LayerScale: learned factors on the branches.', paper='https://arxiv.org/abs/2103.17239')
     layerscale_init_value: float = flag(0.0, 'These factors at the start.', parent='use_layerscale')
-    unet_skips: bool = flag(False, 'Later blocks see what earlier blocks saw, in reverse order.')
+    unet_skips: bool = flag(False, 'U-Net skips: later blocks see what earlier blocks saw, in reverse order.')
     integrate_layers: bool = flag(False, 'Each branch sees a learned mixture of the inputs of all layers so far.', paper=LIME)
     layer_integrate_use_softmax: bool = flag(
         True, 'The mixture is a softmax; False: ReLU.', paper=LIME, parent='integrate_layers'
