@@ -28,6 +28,7 @@ from x_transformers.generation.sampling import (
     top_p,
 )
 from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, speculate
+from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
 from x_transformers.losses import linear_cross_entropy, token_cross_entropy
@@ -177,12 +178,16 @@ class AutoregressiveWrapper(Module):
         self, x: Int[Tensor, 'b n'], front: int, inputs: Int[Tensor, 'b n'], kwargs: Mapping[str, Any]
     ) -> Float[Tensor, '']:
         """The loss without intermediates and, where they would be large, without the logits."""
-        head = getattr(self.net, 'linear_head', None)
-        if head is None or x.numel() * head[0].shape[0] < LARGE_LOGITS or torch.compiler.is_compiling():
+        head: LinearHead | None = getattr(self.net, 'loss_head', None)
+        if head is None or x.numel() * head.weight.shape[0] < LARGE_LOGITS or torch.compiler.is_compiling():
             return self._token_loss(self.net(inputs, **kwargs), x, front)
         embeds = self.net(inputs, return_embeddings=True, **kwargs)
-        weight, bias = head
-        return linear_cross_entropy(embeds, weight, bias, self._targets(x, front), ignore_index=self.ignore_index)
+        embeds = embeds if head.scale is None else embeds * head.scale
+        # the factor is that of the logits, a bias among them
+        bias = head.bias if head.bias is None or head.scale is None else head.bias * head.scale
+        return linear_cross_entropy(
+            embeds, head.weight, bias, self._targets(x, front), ignore_index=self.ignore_index, softcap=head.softcap
+        )
 
     def _embed_loss(
         self, predicted: Float[Tensor, 'b n d'], embedded: Float[Tensor, 'b n d'], target: Int[Tensor, 'b m']

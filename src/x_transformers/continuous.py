@@ -89,7 +89,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         self.project_in: nn.Module = own.project_in or (
             nn.Linear(own.dim_in, self.emb_dim, bias=False) if projects_in else nn.Identity()  # type: ignore[arg-type]
         )
-        self._build_entrance(own)
+        self._build_entrance(own, attn_layers)
         self._build_memory_tokens(own)
         width = (own.dim_out or 0) * (2 if own.probabilistic else 1)
         projects_out = width > 0 and not (skips and width == self.dim)

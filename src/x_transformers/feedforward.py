@@ -33,6 +33,13 @@ class ReluSquared(Module):
         return F.relu(x).square()
 
 
+class QuickGELU(Module):
+    """``x * sigmoid(1.702 x)``, the quick form of GELU, https://arxiv.org/abs/1606.08415. forward: (…) -> (…)."""
+
+    def forward(self, x: Float[Tensor, '...']) -> Float[Tensor, '...']:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class SoLU(Module):
     """``softmax(x) * x``, normed; Elhage et al. 2022, https://transformer-circuits.pub/2022/solu. forward: (… d) -> (… d)."""
 
@@ -56,16 +63,29 @@ class Activation(Module):
         return self.fn(x)
 
 
+def gelu_tanh() -> nn.Module:
+    return nn.GELU(approximate='tanh')
+
+
+NAMED_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    'relu': nn.ReLU,
+    'gelu': nn.GELU,
+    'gelu_tanh': gelu_tanh,
+    'quick_gelu': QuickGELU,
+    'silu': nn.SiLU,
+}
+
+
 class GLU(Module):
     """Gated linear unit, https://arxiv.org/abs/2002.05202: one half of a linear map, times the activation of the other.
 
     forward: (… dim_in) -> (… dim_out). ``mult_bias`` adds a learned factor per feature, which starts at 1.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module, mult_bias: bool = False) -> None:
+    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module, mult_bias: bool = False, bias: bool = True) -> None:
         super().__init__()
         self.act = activation
-        self.proj = nn.Linear(dim_in, dim_out * 2)
+        self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
         self.mult_bias = empty_parameter(dim_out) if mult_bias else 1.0
         self.init_own()
 
@@ -106,10 +126,10 @@ class FeedForward(Module):
         self.dim = dim
         self.flags = flags
         dim_out = dim if flags.dim_out is None else flags.dim_out
-        dim_inner = int(dim * flags.mult)
+        dim_inner = flags.inner(dim)
         activation = choose_activation(flags, dim_inner)
         first = (
-            GLU(dim, dim_inner, activation, mult_bias=flags.glu_mult_bias)
+            GLU(dim, dim_inner, activation, mult_bias=flags.glu_mult_bias, bias=flags.glu_bias)
             if flags.glu
             else nn.Sequential(nn.Linear(dim, dim_inner, bias=not flags.no_bias), activation)
         )
@@ -162,6 +182,8 @@ class FeedForward(Module):
 def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:
     """The activation that the flags name; a user's own is copied, so that no two layers share its parameters."""
     custom = flags.custom_activation
+    if isinstance(custom, str):
+        return NAMED_ACTIVATIONS[custom]()
     if custom is not None:
         return deepcopy(custom) if isinstance(custom, nn.Module) else Activation(custom)
     if flags.relu_squared:

@@ -127,11 +127,18 @@ def max_neg_value(t: Tensor) -> float:
     return -torch.finfo(t.dtype).max
 
 
-def l2norm(t: Float[Tensor, '... d'], groups: int = 1) -> Float[Tensor, '... d']:
-    """Unit length of the last axis, or of each of its ``groups`` equal consecutive chunks."""
-    if groups == 1:
+def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None) -> Float[Tensor, '... d']:
+    """Unit length of the last axis, or of each of its ``groups`` equal consecutive chunks.
+
+    With ``eps`` the square of the length is increased by ``eps`` per channel; without it only a length below 1e-12 counts as
+    1e-12.
+    """
+    if groups > 1:
+        return l2norm(t.unflatten(-1, (groups, -1)), eps=eps).flatten(-2)
+    if eps is None:
         return F.normalize(t, dim=-1)
-    return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
+    wide = t.to(torch.promote_types(t.dtype, torch.float32))
+    return (wide * (wide.square().sum(dim=-1, keepdim=True) + eps * t.shape[-1]).rsqrt()).to(t.dtype)
 
 
 def softclamp(t: Tensor, value: float) -> Tensor:

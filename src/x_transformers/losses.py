@@ -89,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         dtype: torch.dtype,
         with_grad: bool,
+        softcap: float | None,
     ) -> Float[Tensor, '']:
         needs = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -96,17 +97,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_weight = torch.zeros_like(weight) if needs[1] else None
         to_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
         total = shares.new_zeros(())
-        logits_of = Logits(matrix, offset, min(chunk, hidden.shape[0]), shares.dtype)
+        logits_of = Logits(matrix, offset, min(chunk, hidden.shape[0]), shares.dtype, softcap)
         for start in range(0, hidden.shape[0], chunk):
             here = slice(start, start + chunk)
             rows, wanted, share = hidden[here].to(dtype), targets[here].unsqueeze(-1), shares[here].unsqueeze(-1)
-            log_probs = logits_of.log_softmax(rows)
+            log_probs, bend = logits_of.log_softmax(rows)
             total -= (log_probs.gather(-1, wanted) * share).sum()
             if not any(needs):
                 continue
             # the slope of a token's loss in its logits: probabilities, minus one at the target
             slope = log_probs.exp_()
-            slope = slope.scatter_add_(-1, wanted, slope.new_full((), -1.0).expand(wanted.shape)).to(dtype)
+            slope = slope.scatter_add_(-1, wanted, slope.new_full((), -1.0).expand(wanted.shape))
+            slope = (slope if bend is None else slope.mul_(bend)).to(dtype)
             # each token's share is put on what is narrow
             if to_hidden is not None:
                 to_hidden[here] = (slope @ matrix).mul_(share)
@@ -121,18 +123,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, '']) -> tuple[Tensor | None, ...]:
         slopes = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
-        return (*slopes, None, None, None, None, None)
+        return (*slopes, None, None, None, None, None, None)
 
 
 class Logits:
     """Log probabilities of one chunk after the other, on a CPU in the same memory: new memory of this size costs time."""
 
-    def __init__(self, matrix: Float[Tensor, 'v d'], offset: Float[Tensor, ' v'] | None, rows: int, dtype: torch.dtype) -> None:
-        self.matrix, self.offset, self.dtype = matrix, offset, dtype
+    def __init__(
+        self,
+        matrix: Float[Tensor, 'v d'],
+        offset: Float[Tensor, ' v'] | None,
+        rows: int,
+        dtype: torch.dtype,
+        softcap: float | None = None,
+    ) -> None:
+        self.matrix, self.offset, self.dtype, self.softcap = matrix, offset, dtype, softcap
         reuses = matrix.device.type == 'cpu' and matrix.dtype == dtype and not torch.compiler.is_compiling()
         self.room = matrix.new_empty(rows, matrix.shape[0]) if reuses else None
 
-    def log_softmax(self, rows: Float[Tensor, 'n d']) -> Float[Tensor, 'n v']:
+    def log_softmax(self, rows: Float[Tensor, 'n d']) -> tuple[Float[Tensor, 'n v'], Float[Tensor, 'n v'] | None]:
+        """(log probabilities, the slope of the soft cap at each logit if there is a cap)."""
+        if self.softcap is not None:
+            bent = (F.linear(rows, self.matrix, self.offset).to(self.dtype) / self.softcap).tanh_()
+            return (bent * self.softcap).log_softmax(dim=-1), 1.0 - bent.square()
+        return self._log_softmax(rows), None
+
+    def _log_softmax(self, rows: Float[Tensor, 'n d']) -> Float[Tensor, 'n v']:
         if self.room is None:
             return F.linear(rows, self.matrix, self.offset).to(self.dtype).log_softmax(dim=-1)
         room = self.room[: rows.shape[0]]
@@ -158,6 +174,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk: int | None = None,
     reduction: str = 'mean',
+    softcap: float | None = None,
 ) -> Float[Tensor, '']:
     """``token_cross_entropy(F.linear(hidden, weight, bias), targets)`` that never holds all logits.
 
@@ -166,6 +183,7 @@ def linear_cross_entropy(
 
     Args:
         reduction: ``'mean'`` over the tokens that are not ``ignore_index`` (NaN if all are ignored), or ``'sum'``.
+        softcap: keep the logits between minus this and this, with tanh.
     """
     check_targets('linear_cross_entropy', hidden, targets, 'hidden')
     if reduction not in ('mean', 'sum'):
@@ -185,7 +203,7 @@ def linear_cross_entropy(
     size = chunk or (CHUNK_CPU if kind == 'cpu' else CHUNK_ACCELERATOR)
     with torch.autocast(kind, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, weight, bias, wanted.masked_fill(~counted, 0), shares, size, dtype, torch.is_grad_enabled()
+            rows, weight, bias, wanted.masked_fill(~counted, 0), shares, size, dtype, torch.is_grad_enabled(), softcap
         )
     # as for ordinary cross entropy: the mean of no tokens is not a number
     return torch.where(count > 0, loss, torch.nan) if reduction == 'mean' else loss

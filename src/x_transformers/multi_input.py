@@ -46,7 +46,7 @@ class MultiInputTransformerWrapper(StackWrapper):
         self.num_tokens = dict(own.num_tokens)
         self._build_positions(own, attn_layers)
         self.embeds = named_tables(own.num_tokens, self.emb_dim)
-        self._build_entrance(own)
+        self._build_entrance(own, attn_layers)
         self._build_memory_tokens(own)
         self.to_logits: nn.ModuleDict | None = None
         if not own.return_only_embed:

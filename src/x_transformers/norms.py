@@ -20,18 +20,30 @@ from x_transformers.tensor_types import Float
 
 # below this length a vector counts as zero: it stays where it is instead of being blown up
 MIN_LENGTH = 1e-12
+# what layer norms add to the variance unless told otherwise
+LAYER_NORM_EPS = 1e-5
 
 
-def layer_norm(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None) -> Float[Tensor, '... d']:
-    """Zero mean and unit variance of the last axis, times ``gain``, in one kernel."""
+def layer_norm(
+    x: Float[Tensor, '... d'],
+    gain: Float[Tensor, 'd'] | None = None,
+    bias: Float[Tensor, 'd'] | None = None,
+    eps: float | None = None,
+) -> Float[Tensor, '... d']:
+    """Zero mean and unit variance of the last axis, times ``gain``, plus ``bias``, in one kernel. ``eps`` (None: 1e-5) is
+    added to the variance."""
     if gain is not None and gain.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gain.dtype)
-        x, gain = x.to(dtype), gain.to(dtype)
-    return F.layer_norm(x, x.shape[-1:], gain)
+        x, gain, bias = x.to(dtype), gain.to(dtype), None if bias is None else bias.to(dtype)
+    return F.layer_norm(x, x.shape[-1:], gain, bias, LAYER_NORM_EPS if eps is None else eps)
 
 
-def rms_norm(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None) -> Float[Tensor, '... d']:
+def rms_norm(
+    x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None, eps: float | None = None
+) -> Float[Tensor, '... d']:
     """``x / max(|x|, 1e-12) * sqrt(d) * gain``: root mean square 1 of the last axis; a zero vector stays zero.
+
+    With ``eps`` the formula is ``x / sqrt(mean(x²) + eps) * gain``.
 
     The formula is ``_rms_formula``. On a CPU its gradient is taken by hand, because the formula alone keeps and reads far more
     than it needs to: a training step of the norm would take three to four times as long. A compiler does as well by itself.
@@ -40,8 +52,8 @@ def rms_norm(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None) 
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain = x.to(dtype), gain.to(dtype)
     if torch.compiler.is_compiling() or not _by_hand(x, gain):
-        return _rms_formula(x, gain)
-    out: Tensor = _RMSNorm.apply(x, gain)[0]  # type: ignore[no-untyped-call]
+        return _rms_formula(x, gain, eps)
+    out: Tensor = _RMSNorm.apply(x, gain, eps)[0]  # type: ignore[no-untyped-call]
     return out
 
 
@@ -50,15 +62,17 @@ def _by_hand(x: Tensor, gain: Tensor | None) -> bool:
     return learning and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
 
 
-def _inverse_rms(x: Float[Tensor, '... d']) -> Float[Tensor, '... 1']:
+def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None = None) -> Float[Tensor, '... 1']:
+    if eps is not None:
+        return (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
     # not sqrt(d) / length, which is the same operations behind two calls of Python
     scale: Tensor = length.reciprocal() * x.shape[-1] ** 0.5
     return scale
 
 
-def _rms_formula(x: Tensor, gain: Tensor | None) -> Tensor:
-    scaled = x * _inverse_rms(x)
+def _rms_formula(x: Tensor, gain: Tensor | None, eps: float | None = None) -> Tensor:
+    scaled = x * _inverse_rms(x, eps)
     return scaled if gain is None else scaled * gain
 
 
@@ -72,29 +86,29 @@ class _RMSNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        inverse = _inverse_rms(x)
+    def forward(x: Tensor, gain: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+        inverse = _inverse_rms(x, eps)
         return (x * inverse if gain is None else (x * gain).mul_(inverse)), inverse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
-        x, gain = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float | None], output: tuple[Tensor, Tensor]) -> None:
+        x, gain, ctx.eps = inputs
         inverse = output[1]
         ctx.mark_non_differentiable(inverse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gain, inverse)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad is None:
-            return None, None
+            return None, None, None
         x, gain, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
             # a gradient of this gradient is wanted: let autograd see the whole formula
             wanted = [t for t in (x, gain) if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(_rms_formula(x, gain), wanted, grad, create_graph=True))
+            found = iter(torch.autograd.grad(_rms_formula(x, gain, ctx.eps), wanted, grad, create_graph=True))
             of_x = next(found) if x.requires_grad else None
-            return of_x, (next(found) if gain is not None and gain.requires_grad else None)
+            return of_x, (next(found) if gain is not None and gain.requires_grad else None), None
         with torch.autocast(x.device.type, enabled=False):
             needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
             shape = x.shape[-1:]
@@ -105,7 +119,7 @@ class _RMSNorm(torch.autograd.Function):
             if needs[0]:
                 mean = grad.mean(-1, keepdim=True) if gain is None else (grad @ gain).unsqueeze(-1) / shape[0]
                 grad_x = grad_x + mean * inverse
-        return grad_x, grad_gain
+        return grad_x, grad_gain, None
 
 
 def _with_sequence_axis(condition: Float[Tensor, 'b #n c'] | Float[Tensor, 'b c']) -> Float[Tensor, 'b #n c']:
@@ -117,26 +131,30 @@ def _with_sequence_axis(condition: Float[Tensor, 'b #n c'] | Float[Tensor, 'b c'
 
 
 class LayerNorm(Module):
-    """Layer norm without bias, https://arxiv.org/abs/1607.06450.
+    """Layer norm, without a bias unless asked, https://arxiv.org/abs/1607.06450.
 
-    forward: (… d) -> (… d). ``gamma`` starts such that the gain is 1.
+    forward: (… d) -> (… d). ``gamma`` starts such that the gain is 1, the bias ``beta`` at 0.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, *, bias: bool = False, eps: float | None = None) -> None:
         super().__init__()
         self.unit_offset = unit_offset
+        self.eps = eps
         self.gamma = empty_parameter(dim)
+        self.beta = empty_parameter(dim) if bias else None
         self.init_own()
 
     def init_own(self) -> None:
         nn.init.constant_(self.gamma, 1.0 - self.unit_offset)
+        if self.beta is not None:
+            nn.init.zeros_(self.beta)
 
     @property
     def gain(self) -> Float[Tensor, 'd']:
         return self.gamma + 1.0 if self.unit_offset else self.gamma
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return layer_norm(x, self.gain)
+        return layer_norm(x, self.gain, self.beta, self.eps)
 
 
 class AdaptiveLayerNorm(Module):
@@ -145,14 +163,15 @@ class AdaptiveLayerNorm(Module):
     forward: x (… b n d), condition (b c) or (b n c).
     """
 
-    def __init__(self, dim: int, dim_condition: int | None = None) -> None:
+    def __init__(self, dim: int, dim_condition: int | None = None, *, eps: float | None = None) -> None:
         super().__init__()
+        self.eps = eps
         self.to_gamma = ConstantLinear(default(dim_condition, dim), dim, bias=False)
 
     def forward(
         self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
     ) -> Float[Tensor, '... d']:
-        out: Tensor = layer_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        out: Tensor = layer_norm(x, eps=self.eps) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
         return out
 
 
@@ -162,9 +181,10 @@ class AdaptiveLayerNorm(Module):
 class ScaleNorm(Module):
     """RMS norm with one gain for all features, https://arxiv.org/abs/1910.05895. forward: (… d) -> (… d)."""
 
-    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, *, eps: float | None = None) -> None:
         super().__init__()
         self.unit_offset = unit_offset
+        self.eps = eps
         self.scale = dim**0.5
         self.g = empty_parameter(1)
         self.init_own()
@@ -174,15 +194,16 @@ class ScaleNorm(Module):
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         gain = self.g + 1.0 if self.unit_offset else self.g
-        return rms_norm(x, gain.expand(x.shape[-1]))
+        return rms_norm(x, gain.expand(x.shape[-1]), self.eps)
 
 
 class RMSNorm(Module):
     """Root mean square norm, https://arxiv.org/abs/1910.07467. forward: (… d) -> (… d)."""
 
-    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, *, eps: float | None = None) -> None:
         super().__init__()
         self.unit_offset = unit_offset
+        self.eps = eps
         self.scale = dim**0.5
         self.g = empty_parameter(dim)
         self.init_own()
@@ -195,7 +216,7 @@ class RMSNorm(Module):
         return self.g + 1.0 if self.unit_offset else self.g
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return rms_norm(x, self.gain)
+        return rms_norm(x, self.gain, self.eps)
 
 
 class AdaptiveRMSNorm(Module):
@@ -204,27 +225,29 @@ class AdaptiveRMSNorm(Module):
     forward: x (… b n d), condition (b c) or (b n c).
     """
 
-    def __init__(self, dim: int, dim_condition: int | None = None) -> None:
+    def __init__(self, dim: int, dim_condition: int | None = None, *, eps: float | None = None) -> None:
         super().__init__()
+        self.eps = eps
         self.scale = dim**0.5
         self.to_gamma = ConstantLinear(default(dim_condition, dim), dim, bias=False)
 
     def forward(
         self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
     ) -> Float[Tensor, '... d']:
-        out: Tensor = rms_norm(x) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        out: Tensor = rms_norm(x, eps=self.eps) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
         return out
 
 
 class SimpleRMSNorm(Module):
     """RMS norm without a gain, https://arxiv.org/abs/2307.14995. forward: (… d) -> (… d)."""
 
-    def __init__(self, dim: int, **kwargs: Any) -> None:
+    def __init__(self, dim: int, eps: float | None = None, **kwargs: Any) -> None:
         super().__init__()
+        self.eps = eps
         self.scale = dim**0.5
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return rms_norm(x)
+        return rms_norm(x, eps=self.eps)
 
 
 class MultiheadRMSNorm(Module):
@@ -324,18 +347,29 @@ ADAPTIVE_NORMS = frozenset({'adaptive_layernorm', 'adaptive_rmsnorm'})
 
 
 def choose_norm(
-    kind: str, dim: int, unit_offset: bool = False, dim_condition: int | None = None, init_alpha: float = 1.0
+    kind: str,
+    dim: int,
+    unit_offset: bool = False,
+    dim_condition: int | None = None,
+    init_alpha: float = 1.0,
+    eps: float | None = None,
+    bias: bool = False,
 ) -> Module:
     """The norm called ``kind`` (a key of ``NORMS``, or the flag's name: the same with ``use_`` in front).
 
     ``dim_condition`` is the width of an adaptive norm's condition (None: ``dim``), ``init_alpha`` where dynamic tanh starts.
+    ``eps`` is what norms that divide add to the variance or the mean square; ``bias`` is for layer norms.
     Raises ValueError if there is no such norm.
     """
     kind = kind.removeprefix('use_')
     if kind not in NORMS:
         raise ValueError(f'there is no norm {kind!r}: choose one of {", ".join(NORMS)}')
     if kind in ADAPTIVE_NORMS:
-        return NORMS[kind](dim, dim_condition=dim_condition)
+        return NORMS[kind](dim, dim_condition=dim_condition, eps=eps)
     if kind == 'dynamic_tanh':
         return DynamicTanh(dim, init_alpha=init_alpha, unit_offset=unit_offset)
-    return NORMS[kind](dim, unit_offset=unit_offset)
+    if kind == 'layernorm':
+        return LayerNorm(dim, unit_offset=unit_offset, bias=bias, eps=eps)
+    if kind == 'derf':
+        return Derf(dim, unit_offset=unit_offset)
+    return NORMS[kind](dim, unit_offset=unit_offset, eps=eps)

@@ -63,12 +63,17 @@ class StackWrapper(Module):
             std = 1e-5 if l2norm_embed else 1.0
             self.pos_emb = AbsolutePositionalEmbedding(self.emb_dim, self.max_seq_len, l2norm_embed, init_std=std)
 
-    def _build_entrance(self, flags: Flags) -> None:
+    def _build_entrance(self, flags: Flags, stack: Any) -> None:
         """From the embeddings to the stack's width."""
         self.emb_frac_gradient: float = usual(flags, 'emb_frac_gradient')
-        self.post_emb_norm = LayerNorm(self.emb_dim) if usual(flags, 'post_emb_norm') else nn.Identity()
+        self.post_emb_norm = self._entrance_norm(self.emb_dim, stack) if usual(flags, 'post_emb_norm') else nn.Identity()
         self.emb_dropout = Dropout(usual(flags, 'emb_dropout'))
         self.project_emb = nn.Linear(self.emb_dim, self.dim) if self.emb_dim != self.dim else nn.Identity()
+
+    @staticmethod
+    def _entrance_norm(dim: int, stack: Any) -> LayerNorm:
+        """A layer norm whatever the stack's norms are, with their eps and, if they have one, a bias."""
+        return LayerNorm(dim, bias=stack.flags.norm_bias, eps=stack.flags.norm_eps)
 
     def _build_memory_tokens(self, flags: Flags) -> None:
         self.num_memory_tokens: int = usual(flags, 'num_memory_tokens') or 0

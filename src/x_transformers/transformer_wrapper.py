@@ -19,7 +19,16 @@ from x_transformers.embedding.token import TokenEmbedding, add_named, named_tabl
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.wrapper import WrapperFlags
-from x_transformers.heads import HeadForm, Logits, TiedHead, choose_head, mixture_modules, next_embedding_head
+from x_transformers.heads import (
+    HeadForm,
+    HeadTransform,
+    LinearHead,
+    Logits,
+    TiedHead,
+    choose_head,
+    mixture_modules,
+    next_embedding_head,
+)
 from x_transformers.helpers import default
 from x_transformers.module import Module, empty_parameter
 from x_transformers.returns import Asked
@@ -60,10 +69,11 @@ class TransformerWrapper(StackWrapper):
         own = flags.token_emb
         self.token_emb: Any = TokenEmbedding(emb_dim, flags.num_tokens, flags.l2norm_embed) if own is None else own
         self._own_token_emb = own is not None
+        self.embed_scale = flags.embed_scale
         self._build_positions(flags, stack, flags.l2norm_embed)
         self.embeds = named_tables(flags.embed_num_tokens, emb_dim)
         self.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, dim) if flags.ff_deep_embed else None
-        self._build_entrance(flags)
+        self._build_entrance(flags, flags.attn_layers)
         self.recycling, self.train_max_recycle_steps = flags.recycling, flags.train_max_recycle_steps
         self.recycled_proj = nn.Linear(dim, dim, bias=False) if flags.recycling else None
         self.cls_token = empty_parameter(flags.num_cls_tokens, dim) if flags.use_cls_token else None
@@ -88,7 +98,7 @@ class TransformerWrapper(StackWrapper):
         self.to_mixture, self.combine_mixture = None, None
         if flags.mixture_of_softmax:
             self.to_mixture, self.combine_mixture = mixture_modules(self.dim, flags.mixture_of_softmax_k)
-        self.head_form = HeadForm(flags.sigsoftmax_logits, flags.squeeze_out_last_dim)
+        self.head_form = HeadForm(flags.sigsoftmax_logits, flags.squeeze_out_last_dim, flags.logits_scale, flags.logits_softcap)
         self.has_multiple_heads = flags.num_output_heads > 1
         self.to_logits = choose_head(
             self.dim,
@@ -97,7 +107,12 @@ class TransformerWrapper(StackWrapper):
             tied_to=self.token_emb if flags.tie_embedding else None,
             count=flags.num_output_heads,
             own=flags.to_logits,
+            bias=flags.logits_bias,
         )
+        self.logits_transform = None
+        if flags.logits_transform is not None:
+            norm = self._entrance_norm(self.dim, flags.attn_layers)
+            self.logits_transform = HeadTransform(self.dim, flags.logits_transform, norm, bias=flags.logits_transform_bias)
         self.add_continuous_pred_head = flags.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(self.dim) if flags.add_continuous_pred_head else None
 
@@ -124,15 +139,20 @@ class TransformerWrapper(StackWrapper):
     @property
     def linear_head(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) if the logits are one linear map of the embeddings, so that a loss needs no logits; else None."""
+        head = self.loss_head
+        return None if head is None or self.head_form != HeadForm() else (head.weight, head.bias)
+
+    @property
+    def loss_head(self) -> LinearHead | None:
+        """What a loss needs that makes the logits a few rows at a time; None if it needs all of them."""
         pooled = self.average_pool_embed or self.cls_token is not None or self._pools_in_place_of_logits
-        head = self.to_logits
-        if pooled or self.to_mixture is not None or self.head_form != HeadForm():
+        head: Any = self.to_logits
+        form = self.head_form
+        if pooled or self.to_mixture is not None or self.logits_transform is not None or form.needs_all_logits:
             return None
-        if type(head) is TiedHead:
-            return head.weight, None
-        if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
-            return head.weight, head.bias
-        return None
+        if type(head) not in (TiedHead, nn.Linear) or head._forward_hooks or head._forward_pre_hooks:
+            return None
+        return LinearHead(head.weight, head.bias, form.scale, form.softcap)
 
     @property
     def _pools_in_place_of_logits(self) -> bool:
@@ -260,7 +280,9 @@ class TransformerWrapper(StackWrapper):
         return super()._front(call) + (0 if self.cls_token is None else self.num_cls_tokens)
 
     def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        return add_named(self.token_emb(x, **call.token_emb_kwargs), self.embeds, call.embed_ids, rows.summand)
+        vectors = self.token_emb(x, **call.token_emb_kwargs)
+        vectors = vectors if self.embed_scale is None else vectors * self.embed_scale
+        return add_named(vectors, self.embeds, call.embed_ids, rows.summand)
 
     def _enter(self, embeds: Float[Tensor, 'b n e']) -> Float[Tensor, 'b m d']:
         """With cls tokens in front."""
@@ -315,5 +337,6 @@ class TransformerWrapper(StackWrapper):
         weights = None if self.combine_mixture is None else self.combine_mixture(embeds)
         embeds = embeds if self.to_mixture is None else self.to_mixture(embeds)
         read = last_positions(embeds, call.logits_last)
+        read = read if self.logits_transform is None else self.logits_transform(read)
         weights = None if weights is None else last_positions(weights, call.logits_last)
         return self.head_form(self.to_logits, read, weights, call.to_logits_kwargs), embeds  # type: ignore[arg-type]

@@ -44,7 +44,8 @@ class ViTransformerWrapper(Module):
         self.num_register_tokens = registers
         self.register_tokens = empty_parameter(registers, dim) if registers else None
         self.patch_to_embedding = nn.Sequential(LayerNorm(patch_dim), nn.Linear(patch_dim, dim), LayerNorm(dim))
-        self.post_emb_norm = LayerNorm(dim) if flags_.post_emb_norm else nn.Identity()
+        norm = LayerNorm(dim, bias=stack.flags.norm_bias, eps=stack.flags.norm_eps) if flags_.post_emb_norm else nn.Identity()
+        self.post_emb_norm = norm
         self.dropout = nn.Dropout(flags_.emb_dropout)
         self.attn_layers: Any = attn_layers
         self.mlp_head = nn.Identity() if flags_.num_classes is None else nn.Linear(dim, flags_.num_classes)

@@ -94,7 +94,7 @@ class XValTransformerWrapper(StackWrapper):
         stack: Any = attn_layers
         self.token_emb = TokenEmbedding(default(own.emb_dim, stack.dim), own.num_tokens, init_std=1.0)
         self._build_positions(own, attn_layers)
-        self._build_entrance(own)
+        self._build_entrance(own, attn_layers)
         self._build_memory_tokens(own)
         untied = None if own.tie_embedding else nn.Linear(self.dim, default(own.logits_dim, own.num_tokens))
         self.to_logits: nn.Module = TiedHead(self.token_emb) if untied is None else untied

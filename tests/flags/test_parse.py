@@ -200,9 +200,9 @@ def test_keyword_names_know_what_the_stack_sets():
 
 def test_derived_values_of_attention():
     flags = AttentionFlags(heads=4, one_kv_head=True, dim_head=16)
-    assert (flags.num_kv_heads, flags.value_dim, flags.scale) == (1, 16, 0.25)
+    assert (flags.num_kv_heads, flags.value_dim, flags.score_scale) == (1, 16, 0.25)
     flags = AttentionFlags(heads=4, kv_heads=2, value_dim_head=3, qk_norm=True, sigmoid=True)
-    assert (flags.num_kv_heads, flags.value_dim, flags.scale) == (2, 3, 10.0)
+    assert (flags.num_kv_heads, flags.value_dim, flags.score_scale) == (2, 3, 10.0)
     latent = AttentionFlags(heads=4, latent_rope_subheads=1)
     assert (latent.rotated_heads, latent.key_heads_from_latent) == (1, 3)
     assert AttentionFlags().orthogonal_outputs == 1

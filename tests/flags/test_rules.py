@@ -164,6 +164,8 @@ def other_value(cls: type[Flags], name: str):
     default = default_of(cls.flag_fields()[name])
     given = {
         'hybrid_mask_kwarg': 'mask',
+        'rotary_scaling': {'type': 'linear', 'factor': 2.0},
+        'rotary_layout': 'halves',
         'rel_pos_kwargs': {'slopes': [1.0]},
         'data_dependent_alibi_kwargs': {'post_log_scale': 2.0},
     }

@@ -16,7 +16,7 @@ def build_attend(flags: AttentionFlags) -> Attend:
     """Scores, weights and output, with contextual positions inside if there are any."""
     shared = {name: getattr(flags, name) for name in ScoreFlags.flag_fields()}
     cope = build_contextual_positions(flags)
-    return Attend.from_flags(AttendFlags(scale=flags.scale, cope=cope, sdp_kwargs=flags.attend_sdp_kwargs, **shared))
+    return Attend.from_flags(AttendFlags(scale=flags.score_scale, cope=cope, sdp_kwargs=flags.attend_sdp_kwargs, **shared))
 
 
 def build_contextual_positions(flags: AttentionFlags) -> nn.Module | None:
@@ -49,7 +49,7 @@ def build_forgetting(dim: int, flags: AttentionFlags) -> nn.Module | None:
 def build_output(dim: int, flags: AttentionFlags) -> nn.Module:
     dim_in = flags.heads * flags.value_dim * flags.orthogonal_outputs
     build = attention_on_attention if flags.on_attn else output_projection
-    return build(dim_in, flags.dim_out or dim, flags.zero_init_output)
+    return build(dim_in, flags.dim_out or dim, flags.zero_init_output, flags.out_bias)
 
 
 def build_hybrid(flags: AttentionFlags) -> nn.Module | None:

@@ -83,9 +83,9 @@ class Attention(Module):
                 self.to_rotateable_k = nn.Linear(dim_k, self.dim_head * flags.latent_rope_subheads, bias=False)
             dim_k = flags.dim_latent_kv
         self._keys_values = project.keys_values if self.to_latent_kv is None else latent.keys_values
-        self.to_q = nn.Linear(dim_q, self.heads * self.dim_head, bias=False)
-        self.to_k = nn.Linear(dim_k, flags.key_heads_from_latent * self.dim_head, bias=False)
-        self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=False)
+        self.to_q = nn.Linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'))
+        self.to_k = nn.Linear(dim_k, flags.key_heads_from_latent * self.dim_head, bias=flags.has_bias('k'))
+        self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'))
         self.to_value_residual_mix = None
         if flags.learned_value_residual_mix:
             # decided by the tokens that the values belong to: of a context, if that has a width of its own
@@ -96,8 +96,10 @@ class Attention(Module):
         flags, heads, kv_heads, dim_head = self.flags, self.heads, self.kv_heads, self.dim_head
         self.qk_norm, self.qk_norm_groups = flags.qk_norm, flags.qk_norm_groups
         gains = flags.qk_norm and flags.qk_norm_dim_scale
-        self.qk_norm_q_scale = empty_parameter(heads, 1, dim_head) if gains else None
-        self.qk_norm_k_scale = empty_parameter(kv_heads, 1, dim_head) if gains else None
+        self.qk_norm_eps = flags.qk_norm_eps
+        q_gains, k_gains = (1, 1) if flags.qk_norm_shared_gain else (heads, kv_heads)
+        self.qk_norm_q_scale = empty_parameter(q_gains, 1, dim_head) if gains else None
+        self.qk_norm_k_scale = empty_parameter(k_gains, 1, dim_head) if gains else None
         self.value_rmsnorm = MultiheadRMSNorm(self.value_dim_head, kv_heads) if flags.value_rmsnorm else None
         self.laser_clamp = flags.laser_softclamp_value if flags.laser else None
         self.num_mem_kv = flags.num_mem_kv
@@ -237,10 +239,10 @@ class Attention(Module):
     # ------------------------------------------------------------ its steps
 
     def normed_queries(self, q: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        return unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale) if self.qk_norm else q
+        return unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale, self.qk_norm_eps) if self.qk_norm else q
 
     def normed_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m d']:
-        return unit_heads(k, self.qk_norm_groups, self.qk_norm_k_scale) if self.qk_norm else k
+        return unit_heads(k, self.qk_norm_groups, self.qk_norm_k_scale, self.qk_norm_eps) if self.qk_norm else k
 
     def mixed_values(self, own: Tensor, seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:
         """Values mixed with the first layer's, if there are any."""
@@ -256,7 +258,9 @@ class Attention(Module):
         """The learned keys (of unit length over the whole head, whatever the groups) and values."""
         if self.mem_k is None or self.mem_v is None:
             return None
-        return unit_heads(self.mem_k, 1, self.qk_norm_k_scale) if self.qk_norm else self.mem_k, self.mem_v
+        if not self.qk_norm:
+            return self.mem_k, self.mem_v
+        return unit_heads(self.mem_k, 1, self.qk_norm_k_scale, self.qk_norm_eps), self.mem_v
 
     def bias(self, seen: Seen, given: BranchInputs) -> Any:
         """What is added to the scores; forget gates replace any other bias."""

@@ -35,12 +35,10 @@ def gate_channels(
     return out * (F.silu(opening) if silu else opening.sigmoid())
 
 
-def attention_on_attention(dim_in: int, dim_out: int, zero: bool) -> nn.Sequential:
+def attention_on_attention(dim_in: int, dim_out: int, zero: bool, bias: bool = False) -> nn.Sequential:
     """The output projection as a gated linear unit. https://arxiv.org/abs/1908.06954"""
-    return nn.Sequential(output_projection(dim_in, dim_out * 2, zero), nn.GLU())
+    return nn.Sequential(output_projection(dim_in, dim_out * 2, zero, bias), nn.GLU())
 
 
-def output_projection(dim_in: int, dim_out: int, zero: bool) -> nn.Linear:
-    if zero:
-        return ConstantLinear(dim_in, dim_out, bias=False)
-    return nn.Linear(dim_in, dim_out, bias=False)
+def output_projection(dim_in: int, dim_out: int, zero: bool, bias: bool = False) -> nn.Linear:
+    return ConstantLinear(dim_in, dim_out, bias=bias) if zero else nn.Linear(dim_in, dim_out, bias=bias)

@@ -177,4 +177,6 @@ def cached_keys(cache: LayerCache) -> CachedKeys | None:
     keys, values, angles = cache.get('k'), cache.get('v'), cache.get('angles')
     if keys is None or values is None:
         return None
-    return (keys if angles is None else unrotated(keys, angles, cache.carry.get('rotated_heads'))), values
+    if angles is None:
+        return keys, values
+    return unrotated(keys, angles, cache.carry.get('rotated_heads'), cache.carry.get('rotary_form')), values

@@ -140,12 +140,20 @@ def place_and_remember(attn: Attention, k: Tensor, v: Tensor, mems: int, given: 
     else:
         k = positions.keys(k, attn.rotated_heads)
     past.carry['rotated_heads'] = attn.rotated_heads
+    if positions.form is not None:
+        past.carry['rotary_form'] = positions.form
     past.extend(angles=positions.key_angles(new).expand(k.shape[0], -1, -1))
     return remember(past, mems, False, k=k, v=v)
 
 
-def unrotated(k: Float[Tensor, 'b kh n d'], angles: Float[Tensor, 'b n p'], heads: int | None) -> Float[Tensor, 'b kh n d']:
-    """Keys as they were before their last ``heads`` heads were rotated."""
+def unrotated(
+    k: Float[Tensor, 'b kh n d'],
+    angles: Float[Tensor, 'b n p'],
+    heads: int | None,
+    form: tuple[str, float] | None = None,
+) -> Float[Tensor, 'b kh n d']:
+    """Keys as they were before their last ``heads`` heads were rotated; ``form`` as in ``RotaryPositions.form``."""
     from x_transformers.position.positions import RotaryTable
 
-    return RotaryTable(angles).rotated(k, heads, back=True)
+    layout, factor = form or ('interleaved', 1.0)
+    return RotaryTable(angles, factor, layout).rotated(k, heads, back=True)

@@ -48,9 +48,11 @@ def clip_queries_and_keys_(attn: Attention, scores: Float[Tensor, 'b h i j'] | I
         # the sink's column, put in front, is no product of a query and a key
         scores = scores[..., 1:]
     queries, keys = split_factors(score_factors(scores, tau).to(attn.to_q.weight.device), attn.kv_heads)
-    scale_rows_(attn.to_q.weight, queries)
     through_latent = attn.flags.key_heads_from_latent
-    scale_rows_(attn.to_k.weight, keys[:through_latent])
+    for projection, factors in ((attn.to_q, queries), (attn.to_k, keys[:through_latent])):
+        scale_rows_(projection.weight, factors)
+        if projection.bias is not None:
+            scale_rows_(projection.bias.unsqueeze(-1), factors)
     if attn.to_rotateable_k is not None:
         scale_rows_(attn.to_rotateable_k.weight, keys[through_latent:])
     if attn.mem_k is not None:

@@ -9,8 +9,11 @@ from x_transformers.tensor_types import Float
 
 
 def unit_heads(
-    t: Float[Tensor, '... h n d'], groups: int = 1, gains: Float[Tensor, 'h 1 d'] | None = None
+    t: Float[Tensor, '... h n d'], groups: int = 1, gains: Float[Tensor, '#h 1 d'] | None = None, eps: float | None = None
 ) -> Float[Tensor, '... h n d']:
-    """Unit length for each of ``groups`` chunks of a head, then learned gains per channel (https://arxiv.org/abs/2302.05442)."""
-    normed = l2norm(t, groups)
+    """Unit length for each of ``groups`` chunks of a head, then learned gains per channel (https://arxiv.org/abs/2302.05442).
+
+    With ``eps`` the length is that of a root mean square norm: eps is added to the mean square of a chunk.
+    """
+    normed = l2norm(t, groups, eps)
     return (normed if gains is None else normed * gains).to(t.dtype)

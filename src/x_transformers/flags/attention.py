@@ -1,7 +1,7 @@
 """The flags of one attention layer.
 
 Derived values, for those who build from the flags: ``num_kv_heads``; ``value_dim``, the width of one value head;
-``scale``, the factor of the scores; ``rotated_heads``, how many of the last heads are rotated; ``key_heads_from_latent``,
+``score_scale``, the factor of the scores; ``rotated_heads``, how many of the last heads are rotated; ``key_heads_from_latent``,
 the key heads that ``to_k`` makes; ``orthogonal_outputs``, how many copies of the values' width reach ``to_out``.
 """
 
@@ -28,6 +28,7 @@ LATENT = 'https://arxiv.org/abs/2405.04434'
 BELIEF = 'https://openreview.net/forum?id=Ard2QzPAUK'
 TALKING = 'https://arxiv.org/abs/2003.02436'
 TOPK = 'https://arxiv.org/abs/2505.22074'
+ATTENTION_PAPER = 'https://arxiv.org/abs/1706.03762'
 VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/2412.15113')
 
 
@@ -207,6 +208,21 @@ class AttentionFlags(ScoreFlags):
         False, 'The mixture of attention and module is learned, per token and head.', paper=HYBRID, parent='hybrid_module'
     )
 
+    qkv_bias: bool | tuple[str, ...] = flag(
+        False, "Biases in the projections of queries, keys and values; or only in those named: ('q', 'v').", since='here'
+    )
+    out_bias: bool = flag(False, 'A bias in the output projection.', since='here')
+    scale: float | None = flag(
+        None, 'Factor of the scores; None: dim_head ** -0.5, or qk_norm_scale.', paper=ATTENTION_PAPER, since='here'
+    )
+    qk_norm_shared_gain: bool = flag(
+        False, 'One gain per channel for all heads.', paper='https://arxiv.org/abs/2302.05442', parent='qk_norm_dim_scale',
+        since='here',
+    )  # fmt: skip
+    qk_norm_eps: float | None = flag(
+        None, 'Added to the mean square of a head before its norm; None: nothing.', parent='qk_norm', above=0, since='here'
+    )
+
     @cached_property
     def num_kv_heads(self) -> int:
         if self.one_kv_head:
@@ -218,8 +234,14 @@ class AttentionFlags(ScoreFlags):
         return self.dim_head if self.value_dim_head is None else self.value_dim_head
 
     @cached_property
-    def scale(self) -> float:
+    def score_scale(self) -> float:
+        if self.scale is not None:
+            return self.scale
         return float(self.qk_norm_scale) if self.qk_norm else self.dim_head**-0.5
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the projection called 'q', 'k' or 'v' has a bias."""
+        return self.qkv_bias if isinstance(self.qkv_bias, bool) else name in self.qkv_bias
 
     @cached_property
     def rotated_heads(self) -> int | None:

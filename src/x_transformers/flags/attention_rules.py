@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from x_transformers.flags.attention import SDP_KWARGS, ScoreFlags
+from x_transformers.flags.feedforward import ACTIVATIONS
 from x_transformers.flags.rule import Rule, how_many
 
 WEIGHTS = ScoreFlags.one_of('weights')
-ACTIVATIONS = ('relu_squared', 'solu', 'swish')
+SWITCHES = ('relu_squared', 'solu', 'swish')
 BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
 
 ATTENTION_RULES = (
@@ -82,6 +83,20 @@ ATTENTION_RULES = (
         'the cosine of chunks with two channels or one says too little; a chunk needs more than 2',
         {'qk_norm': True, 'qk_norm_groups': 32, 'dim_head': 64},
         'Choose fewer groups.',
+    ),
+    Rule(
+        ('scale', 'qk_norm'),
+        lambda flags, dim: flags.scale is not None and flags.qk_norm,
+        'with cosine similarities the factor is [qk_norm_scale]',
+        {'scale': 0.5, 'qk_norm': True},
+        'Give [qk_norm_scale].',
+    ),
+    Rule(
+        ('qkv_bias',),
+        lambda flags, dim: not isinstance(flags.qkv_bias, bool) and not set(flags.qkv_bias) <= set('qkv'),
+        "the projections are called 'q', 'k' and 'v'",
+        {'qkv_bias': ('q', 'o')},
+        'Use those, or True for all.',
     ),
     Rule(
         (*WEIGHTS, 'l2_distance'),
@@ -160,19 +175,32 @@ ATTENTION_RULES = (
 
 FEEDFORWARD_RULES = (
     Rule(
-        ACTIVATIONS,
-        lambda flags, dim: how_many(flags, ACTIVATIONS) > 1,
+        SWITCHES,
+        lambda flags, dim: how_many(flags, SWITCHES) > 1,
         'there is one activation',
         {'relu_squared': True, 'solu': True},
         'Keep one.',
         only_changed=True,
     ),
     Rule(
-        ('custom_activation', *ACTIVATIONS),
-        lambda flags, dim: flags.custom_activation is not None and how_many(flags, ACTIVATIONS) > 0,
+        ('custom_activation', *SWITCHES),
+        lambda flags, dim: flags.custom_activation is not None and how_many(flags, SWITCHES) > 0,
         'your own activation takes the place of the other, which would do nothing',
         {'custom_activation': nn.Tanh(), 'swish': True},
         only_changed=True,
+    ),
+    Rule(
+        ('custom_activation',),
+        lambda flags, dim: isinstance(flags.custom_activation, str) and flags.custom_activation not in ACTIVATIONS,
+        f'the known names are {", ".join(ACTIVATIONS)}',
+        {'custom_activation': 'gelu_new'},
+        'Use one of those, or give a function.',
+    ),
+    Rule(
+        ('mult', 'dim_inner'),
+        lambda flags, dim: flags.is_changed('mult') and flags.dim_inner is not None,
+        'both say how wide the hidden layer is',
+        {'mult': 2, 'dim_inner': 30},
     ),
     Rule(
         ('mult',),

@@ -9,6 +9,7 @@ from typing import Any
 
 from x_transformers.flags.base import Flags, flag
 
+ACTIVATIONS = ('relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu')
 GLU = 'https://arxiv.org/abs/2002.05202'
 
 
@@ -27,12 +28,17 @@ class FeedForwardFlags(Flags):
     solu: bool = flag(
         False, 'Softmax linear units: LayerNorm(softmax(x) x).', paper='https://transformer-circuits.pub/2022/solu/index.html'
     )
-    custom_activation: Callable[..., Any] | None = flag(None, 'Your own activation; it is copied.')
+    custom_activation: Callable[..., Any] | str | None = flag(
+        None, "Your own activation; it is copied. Or the name of one: 'relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'."
+    )
     post_act_ln: bool = flag(False, 'Layer norm after the activation.', paper='https://arxiv.org/abs/2110.09456')
     dropout: float = flag(0.0, 'Dropout on the hidden layer.', low=0.0, high=1.0)
     sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
     no_bias: bool = flag(False, 'No biases, except in the projection of a gated linear unit.')
     zero_init_output: bool = flag(False, 'The output projection starts at zero.')
+
+    glu_bias: bool = flag(True, 'A bias in the projection of a gated linear unit.', parent='glu', since='here')
+    dim_inner: int | None = flag(None, 'Hidden width; None: the input width times mult.', low=1, since='here')
 
     @cached_property
     def activation(self) -> str:
@@ -45,4 +51,4 @@ class FeedForwardFlags(Flags):
         return 'gelu'
 
     def inner(self, dim: int) -> int:
-        return int(dim * self.mult)
+        return int(dim * self.mult) if self.dim_inner is None else self.dim_inner

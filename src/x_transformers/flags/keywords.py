@@ -116,6 +116,11 @@ class AttentionKeywords(TypedDict, total=False):
     hybrid_mask_kwarg: str | None
     hybrid_fold_axial_dim: int | None
     hybrid_learned_mix: bool
+    qkv_bias: bool | tuple[str, ...]
+    out_bias: bool
+    scale: float | None
+    qk_norm_shared_gain: bool
+    qk_norm_eps: float | None
 
 
 class FeedForwardKeywords(TypedDict, total=False):
@@ -128,12 +133,14 @@ class FeedForwardKeywords(TypedDict, total=False):
     swish: bool
     relu_squared: bool
     solu: bool
-    custom_activation: Callable[..., Any] | None
+    custom_activation: Callable[..., Any] | str | None
     post_act_ln: bool
     dropout: float
     sublayer_dropout: float
     no_bias: bool
     zero_init_output: bool
+    glu_bias: bool
+    dim_inner: int | None
 
 
 class StackKeywords(TypedDict, total=False):
@@ -212,6 +219,11 @@ class StackKeywords(TypedDict, total=False):
     resi_dual_scale: float
     hyper_conn_doubly_stochastic: bool
     gradient_checkpointing: bool
+    rotary_theta: float
+    rotary_scaling: Mapping[str, Any] | None
+    rotary_layout: str
+    norm_eps: float | None
+    norm_bias: bool
     attn_flash: bool
     attn_dropout: float
     attn_pre_talking_heads: bool
@@ -276,6 +288,11 @@ class StackKeywords(TypedDict, total=False):
     attn_hybrid_mask_kwarg: str | None
     attn_hybrid_fold_axial_dim: int | None
     attn_hybrid_learned_mix: bool
+    attn_qkv_bias: bool | tuple[str, ...]
+    attn_out_bias: bool
+    attn_scale: float | None
+    attn_qk_norm_shared_gain: bool
+    attn_qk_norm_eps: float | None
     cross_attn_flash: bool
     cross_attn_dropout: float
     cross_attn_pre_talking_heads: bool
@@ -342,6 +359,11 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_hybrid_mask_kwarg: str | None
     cross_attn_hybrid_fold_axial_dim: int | None
     cross_attn_hybrid_learned_mix: bool
+    cross_attn_qkv_bias: bool | tuple[str, ...]
+    cross_attn_out_bias: bool
+    cross_attn_scale: float | None
+    cross_attn_qk_norm_shared_gain: bool
+    cross_attn_qk_norm_eps: float | None
     ff_dim_out: int | None
     ff_mult: float
     ff_glu: bool
@@ -349,12 +371,14 @@ class StackKeywords(TypedDict, total=False):
     ff_swish: bool
     ff_relu_squared: bool
     ff_solu: bool
-    ff_custom_activation: Callable[..., Any] | None
+    ff_custom_activation: Callable[..., Any] | str | None
     ff_post_act_ln: bool
     ff_dropout: float
     ff_sublayer_dropout: float
     ff_no_bias: bool
     ff_zero_init_output: bool
+    ff_glu_bias: bool
+    ff_dim_inner: int | None
 
 
 class EncoderKeywords(StackKeywords, total=False):
@@ -409,6 +433,12 @@ class WrapperKeywords(TypedDict, total=False):
     to_logits: Callable[..., Any] | None
     add_continuous_pred_head: bool
     input_not_include_cache: bool
+    embed_scale: float | None
+    logits_scale: float | None
+    logits_softcap: float | None
+    logits_bias: bool
+    logits_transform: str | None
+    logits_transform_bias: bool
 
 
 class VisionKeywords(TypedDict, total=False):

@@ -22,6 +22,7 @@ from x_transformers.flags.attention import VALUE_RESIDUAL, AttentionFlags
 from x_transformers.flags.base import REQUIRED, FlagError, Flags, flag
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import PARTS, cross_inherits, split
+from x_transformers.flags.rotary_scaling import BY_LENGTH, complaints
 
 ADAPTIVE_SCALE = 'https://arxiv.org/abs/2212.09748'
 DYNAMIC = 'https://arxiv.org/abs/2108.00154'
@@ -196,6 +197,23 @@ class StackFlags(Flags):
         False, 'In training, branches keep only their input for the backward pass and run again there: less memory, more time.',
         paper='https://arxiv.org/abs/1604.06174', since='here',
     )  # fmt: skip
+    rotary_theta: float = flag(
+        10000.0, 'Base of the wavelengths: the slowest pair turns once in about 2π times this many tokens.', paper=ROTARY,
+        parent=ANY_ROTARY, above=0, since='here',
+    )  # fmt: skip
+    rotary_scaling: Mapping[str, Any] | None = flag(
+        None, "Other frequencies for longer sequences: {'type': 'linear', 'factor': 4.0}, or dynamic, yarn, llama3, longrope.",
+        paper=('https://arxiv.org/abs/2309.00071', 'https://arxiv.org/abs/2407.21783', 'https://arxiv.org/abs/2402.13753'),
+        parent=ANY_ROTARY, since='here',
+    )  # fmt: skip
+    rotary_layout: str = flag(
+        'interleaved', "Which channels turn together: neighbours, or 'halves': the k-th of both halves.", parent=ANY_ROTARY,
+        since='here',
+    )  # fmt: skip
+    norm_eps: float | None = flag(
+        None, 'Added under the root in norms; None: 1e-5 in layer norms, nothing in the others.', above=0, since='here'
+    )
+    norm_bias: bool = flag(False, 'Layer norms have a bias.', since='here')
 
     attention: AttentionFlags = field(default_factory=AttentionFlags)
     cross_attention: AttentionFlags = field(default_factory=AttentionFlags)
@@ -303,16 +321,26 @@ class StackFlags(Flags):
     @cached_property
     def depends_on_places(self) -> bool:
         """Whether a turned query meets something that is not turned: learned keys have no place, contextual positions neither.
-        Or whether scales that cancel in products, those of xpos, are compared by distance.
+        Or whether scales that cancel in products, those of xpos, are compared by distance. Or whether the length counts.
 
         Then it matters where a row begins; otherwise only distances between places do.
         """
         attention = self.attention
-        return attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
+        always = attention.num_mem_kv > 0 or attention.use_cope or self.rotary_by_length
+        return always or (self.rotary_xpos and attention.l2_distance)
 
     @cached_property
     def rotary_dim(self) -> int:
         return self.attn_dim_head // 2 if self.rotary_emb_dim is None else self.rotary_emb_dim
+
+    @cached_property
+    def rotary_by_length(self) -> bool:
+        """Whether the frequencies depend on how long the sequence is."""
+        return self.rotary_scaling is not None and self.rotary_scaling.get('type') in BY_LENGTH
+
+    @cached_property
+    def rotary_scaling_complaints(self) -> str:
+        return '' if self.rotary_scaling is None else '; '.join(complaints(self.rotary_scaling, self.rotary_dim))
 
     @cached_property
     def polar(self) -> bool:

@@ -7,6 +7,7 @@ from x_transformers.flags.rule import Rule, how_many, is_on
 from x_transformers.flags.stack import NORMS, StackFlags
 
 POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
+LAYOUTS_OF_PAIRS = ('interleaved', 'halves')
 LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio')
 RESIDUALS = ('gate_residual', 'num_residual_streams')
 
@@ -27,6 +28,20 @@ STACK_RULES = (
         'a stack has one kind of norm',
         {'use_rmsnorm': True, 'use_scalenorm': True},
         'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('norm_bias', *NORMS),
+        lambda flags, dim: flags.norm_bias and flags.norm_kind != 'layernorm',
+        'only layer norms have a bias that can be asked for',
+        {'norm_bias': True, 'use_rmsnorm': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('norm_eps', 'use_dynamic_tanh', 'use_derf'),
+        lambda flags, dim: flags.norm_eps is not None and (flags.use_dynamic_tanh or flags.use_derf),
+        'there is no root that it could be added under',
+        {'norm_eps': 1e-6, 'use_derf': True},
         only_changed=True,
     ),
     Rule(
@@ -68,6 +83,47 @@ STACK_RULES = (
         'one pair of channels has one wavelength, 2π, which no base can stretch',
         {'rotary_pos_emb': True, 'rotary_base_rescale_factor': 2.0, 'rotary_emb_dim': 2},
         'Rotate more channels.',
+    ),
+    Rule(
+        ('rotary_layout',),
+        lambda flags, dim: flags.rotary_layout not in LAYOUTS_OF_PAIRS,
+        f'the layouts are {" and ".join(LAYOUTS_OF_PAIRS)}',
+        {'rotary_pos_emb': True, 'rotary_layout': 'half'},
+        'Use one of those.',
+    ),
+    Rule(
+        ('rotary_layout', 'rotary_emb_dim'),
+        lambda flags, dim: flags.rotary and flags.rotary_layout == 'halves' and flags.rotary_dim % 2 != 0,
+        'two halves have an even number of channels',
+        {'rotary_pos_emb': True, 'rotary_layout': 'halves', 'rotary_emb_dim': 5},
+    ),
+    Rule(
+        ('rotary_scaling',),
+        lambda flags, dim: bool(flags.rotary_scaling_complaints),
+        '{rotary_scaling_complaints}',
+        {'rotary_pos_emb': True, 'rotary_scaling': {'type': 'yarn', 'factor': 2.0}},
+        'Give what its type needs.',
+    ),
+    Rule(
+        ('rotary_scaling', 'attn_flash_pack_seq'),
+        lambda flags, dim: flags.rotary_by_length and flags.attention.flash_pack_seq,
+        'these frequencies depend on how long a sequence is, and a packed row holds several',
+        {
+            'rotary_pos_emb': True,
+            'rotary_scaling': {'type': 'dynamic', 'factor': 2.0, 'original_length': 4},
+            'attn_flash_pack_seq': True,
+        },
+    ),
+    Rule(
+        ('rotary_scaling', 'rotary_interpolation_factor', 'rotary_base_rescale_factor', 'rotary_xpos'),
+        lambda flags, dim: (
+            flags.rotary_scaling is not None
+            and how_many(flags, ('rotary_interpolation_factor', 'rotary_base_rescale_factor', 'rotary_xpos')) > 0
+        ),
+        'each is a way to reach longer sequences',
+        {'rotary_pos_emb': True, 'rotary_scaling': {'type': 'linear', 'factor': 2.0}, 'rotary_interpolation_factor': 2.0},
+        'Keep one.',
+        only_changed=True,
     ),
     Rule(
         POSITION_BIASES,

@@ -87,6 +87,20 @@ class WrapperFlags(Flags):
     to_logits: Callable[..., Any] | None = flag(None, 'Your own head.')
     add_continuous_pred_head: bool = flag(False, 'A second head that predicts the next embedding.')
     input_not_include_cache: bool = flag(False, 'With a cache, the input is always new tokens only.')
+    embed_scale: float | None = flag(
+        None, 'Factor on the token embeddings; None: 1.', paper='https://arxiv.org/abs/1706.03762', since='here'
+    )
+    logits_scale: float | None = flag(None, 'Factor on the logits, before the soft cap; None: 1.', since='here')
+    logits_softcap: float | None = flag(
+        None, 'Keep the logits between minus this and this, with tanh.', paper='https://arxiv.org/abs/2408.00118', above=0,
+        since='here',
+    )  # fmt: skip
+    logits_bias: bool = flag(False, 'A bias per logit, with a tied table too.', since='here')
+    logits_transform: str | None = flag(
+        None, "A linear map, the activation of this name and a norm, in front of the map to the logits (BERT's head).",
+        paper='https://arxiv.org/abs/1810.04805', since='here',
+    )  # fmt: skip
+    logits_transform_bias: bool = flag(True, 'A bias in that linear map.', parent='logits_transform', since='here')
 
     @cached_property
     def num_mem_tokens(self) -> int:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from x_transformers.flags.feedforward import ACTIVATIONS
 from x_transformers.flags.rule import Rule, how_many
 
 HEADS = ('tie_embedding', 'num_output_heads', 'to_logits')
-LOGITS = (*HEADS, 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_dim')
+SHAPES = ('logits_scale', 'logits_softcap', 'logits_bias', 'logits_transform')
+LOGITS = (*HEADS, 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_dim', *SHAPES)
 POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
 
 # rules of the model alone; ``dim`` is the stack's width
@@ -55,6 +57,25 @@ WRAPPER_RULES = (
         'there are no logits that it could act on',
         {'return_only_embed': True, 'sigsoftmax_logits': True},
         only_changed=True,
+    ),
+    Rule(
+        ('logits_bias', 'to_logits'),
+        lambda flags, dim: flags.logits_bias and flags.to_logits is not None,
+        'your own head brings its bias',
+        {'logits_bias': True, 'to_logits': nn.Linear(2, 2)},
+    ),
+    Rule(
+        ('logits_transform',),
+        lambda flags, dim: flags.logits_transform not in (None, *ACTIVATIONS),
+        f'the known names are {", ".join(ACTIVATIONS)}',
+        {'logits_transform': 'tanh'},
+        'Use one of those.',
+    ),
+    Rule(
+        ('logits_transform', 'mixture_of_softmax'),
+        lambda flags, dim: flags.logits_transform is not None and flags.mixture_of_softmax,
+        'a mixture has maps of its own in front of the logits',
+        {'logits_transform': 'gelu', 'mixture_of_softmax': True},
     ),
     Rule(
         ('mixture_of_softmax', 'num_output_heads'),

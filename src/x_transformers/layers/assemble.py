@@ -26,7 +26,10 @@ def choose_rotary(flags: StackFlags) -> RotaryEmbedding | None:
         scale_base=flags.rotary_xpos_scale_base,
         interpolation_factor=flags.rotary_interpolation_factor,
         base_rescale_factor=flags.rotary_base_rescale_factor,
+        base=flags.rotary_theta,
         centred=not flags.depends_on_places,
+        scaling=flags.rotary_scaling,
+        layout=flags.rotary_layout,
     )
 
 

@@ -119,6 +119,8 @@ def make_norm(flags: StackFlags) -> nn.Module:
         unit_offset=flags.norm_add_unit_offset,
         dim_condition=flags.condition_width,
         init_alpha=flags.dynamic_tanh_init_alpha,
+        eps=flags.norm_eps,
+        bias=flags.norm_bias,
     )
 
 

@@ -56,7 +56,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         padding=padding(given, span, starts),
         start_padding=None if starts is None else span.newest(starts),
         bias=position_bias(stack, given, span, pos),
-        positions=positions(stack, given, span, pos, working),
+        positions=positions(stack, given, span, pos, working, base.keys),
         cross_positions=cross_positions(stack, given, span, pos, working),
         mems=mems,
         extra=extra,
@@ -267,14 +267,22 @@ def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> I
 
 def rotates_only_new(stack: AttentionLayers, span: Span, cache: KVCache | None) -> bool:
     """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
-    if stack.rotary_pos_emb is None or stack.rotary_pos_emb.scale is not None or stack.flags.attention.use_latent_kv:
+    rotary = stack.rotary_pos_emb
+    if rotary is None or rotary.scale is not None or rotary.depends_on_length or stack.flags.attention.use_latent_kv:
         return False
     tapes = [] if cache is None else [layer.tapes for layer in cache]
     return span.mems == 0 and all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
 
 
-def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None) -> Positions | None:
-    """Where queries and keys of self attention are."""
+def positions(
+    stack: AttentionLayers,
+    given: Given,
+    span: Span,
+    pos: Tensor | None,
+    cache: KVCache | None,
+    seen: Bool[Tensor, 'b j'] | None,
+) -> Positions | None:
+    """Where queries and keys of self attention are. ``seen``: which of past and new are tokens."""
     rotary, polar = given.rotary_pos_emb, given.polar_pos_emb
     if rotary is not None and polar is not None:
         raise ValueError('rotary_pos_emb and polar_pos_emb were both given: keys are rotated or polar, not both')
@@ -291,11 +299,14 @@ def positions(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | No
             return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, False, row_begins(stack, given, cache))))
         only_new = rotates_only_new(stack, span, cache)
         table = _table(stack, span, pos, only_new, row_begins(stack, given, cache))
-        return RotaryPositions(*stack.rotary_pos_emb(table, centred=not from_outside(given)))  # type: ignore[misc]
+        embedding: Any = stack.rotary_pos_emb
+        angles = embedding(table, centred=not from_outside(given), seen=seen if embedding.depends_on_length else None)
+        return RotaryPositions(*angles, layout=embedding.layout, lasting=not embedding.depends_on_length)
     name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
         raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {shape_of(pair)}')
-    return RotaryPositions(*pair) if polar is None else PolarPositions(*pair)
+    layout = stack.flags.rotary_layout
+    return RotaryPositions(*pair, layout=layout) if polar is None else PolarPositions(*pair)
 
 
 def cross_positions(
@@ -306,11 +317,12 @@ def cross_positions(
         return None
     from x_transformers.position.positions import RotaryPositions
 
-    rotary = stack.rotary_pos_emb
+    rotary: Any = stack.rotary_pos_emb
     pos = packed_positions(given, span) if pos is None else pos
     table = _table(stack, span, pos, False, row_begins(stack, given, cache))
-    own = given.rotary_pos_emb or rotary(table, centred=False)  # type: ignore[misc]
-    return RotaryPositions(*own, context=rotary(given.context_pos, centred=False))  # type: ignore[misc]
+    own = given.rotary_pos_emb or rotary(table, centred=False)
+    of_context = rotary(given.context_pos, centred=False)
+    return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
 
 
 def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Bias | None:

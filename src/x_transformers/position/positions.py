@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.helpers import Memo, recall, recomputed_part, remember
 from x_transformers.module import last_rows
 from x_transformers.position.polar import place
-from x_transformers.position.rotary import as_turns, check_table, turn, turn_by_cos_sin
+from x_transformers.position.rotary import as_turns, check_table, once, turn, turn_by_cos_sin, turn_halves, twice
 from x_transformers.tensor_types import Float
 
 
@@ -46,25 +47,36 @@ class RotaryTable:
     Angles and scales are given once for each pair of channels.
     """
 
-    def __init__(self, angles: Float[Tensor, '#b n p'], scale: Float[Tensor, '#b n p'] | float = 1.0) -> None:
+    def __init__(
+        self, angles: Float[Tensor, '#b n p'], scale: Float[Tensor, '#b n p'] | float = 1.0, layout: str = 'interleaved'
+    ) -> None:
         self.angles = angles
         self.scale = scale
+        self.layout = layout
         self._made: Memo = []
 
     @classmethod
-    def of(cls, freqs: Float[Tensor, '... n r'], scale: Float[Tensor, '... n r'] | float = 1.0) -> RotaryTable:
+    def of(
+        cls, freqs: Float[Tensor, '... n r'], scale: Float[Tensor, '... n r'] | float = 1.0, layout: str = 'interleaved'
+    ) -> RotaryTable:
         """From what ``RotaryEmbedding`` returns, where both channels of a pair have the angle."""
-        return cls(_one_of_each_pair(freqs), _one_of_each_pair(scale) if isinstance(scale, Tensor) else scale)
+        scale = _one_of_each_pair(scale, layout) if isinstance(scale, Tensor) else scale
+        return cls(_one_of_each_pair(freqs, layout), scale, layout)
 
     def rotated(
         self, t: Float[Tensor, 'b h n d'], heads: int | None, before: int = 0, inverse: bool = False, back: bool = False
     ) -> Float[Tensor, 'b h n d']:
-        """``inverse``: divide by the scale instead of multiplying; ``back``: turn the other way."""
+        """``inverse``: divide by the scale of each row instead of multiplying; ``back``: undo it all."""
         if heads is not None and heads < t.shape[1]:
             still = t.shape[1] - heads
             return torch.cat((t[:, :still], self.rotated(t[:, still:], None, before, inverse, back)), dim=1)
         n, dim = t.shape[-2:]
         inverse = inverse and isinstance(self.scale, Tensor)
+        if back and not isinstance(self.scale, Tensor) and self.scale != 1.0:
+            return RotaryTable(self.angles, 1.0, self.layout).rotated(t / self.scale_of(dim), None, before, back=True)
+        if self.layout == 'halves':
+            cos, sin = self._cos_sin(n, dim, before, inverse)
+            return turn_halves(t, cos, -sin if back else sin)
         if torch.compiler.is_compiling() or dim % 2 == 1:
             cos, sin = self._cos_sin(n, dim, before, inverse)
             width = cos.shape[-1]
@@ -72,6 +84,11 @@ class RotaryTable:
             return turned if width == dim else torch.cat((turned, t[..., width:]), dim=-1)
         turns = self._turns(n, dim, before, inverse)
         return turn(t, turns.conj() if back else turns)
+
+    def scale_of(self, dim: int) -> Tensor:
+        """The factor of each channel of a head of ``dim`` channels, where it is one number for all that turn."""
+        width = min(2 * self.angles.shape[-1], dim)
+        return F.pad(torch.full_like(self.angles[0, 0, :1], float(self.scale)).expand(width), (0, dim - width), value=1.0)
 
     def _pairs(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, Tensor | float]:
         check_table(self.angles.shape[-2], self.angles.shape[-1] * 2, n + before, dim)
@@ -92,19 +109,22 @@ class RotaryTable:
         found: tuple[Tensor, Tensor] | None = recall(self._made, key)
         if found is None:
             angles, scale = self._pairs(n, dim, before, inverse)
-            cos, sin = ((table * scale).repeat_interleave(2, dim=-1) for table in (angles.cos(), angles.sin()))
+            cos, sin = angles.cos() * scale, angles.sin() * scale
+            if self.layout == 'interleaved':
+                cos, sin = twice(cos, self.layout), twice(sin, self.layout)
             found = remember(self._made, key, (cos, sin))
         return found
 
 
-def _one_of_each_pair(table: Float[Tensor, '... n r']) -> Float[Tensor, '#b n p']:
-    return (table if table.ndim == 3 else table.unsqueeze(0))[..., ::2]
+def _one_of_each_pair(table: Float[Tensor, '... n r'], layout: str) -> Float[Tensor, '#b n p']:
+    return once(table if table.ndim == 3 else table.unsqueeze(0), layout)
 
 
 class RotaryPositions(Positions):
     """Rotary positions of one call, from what ``RotaryEmbedding`` returns: ``RotaryPositions(*embedding(pos))``.
 
-    ``context``: (freqs, scale) of the keys, where they come from another sequence.
+    ``context``: (freqs, scale) of the keys, where they come from another sequence. ``layout``: which channels
+    turn together. ``lasting``: the angles of a key stay what they are when the sequence grows.
     Raises ValueError when queries or keys are longer than their positions.
     """
 
@@ -113,17 +133,27 @@ class RotaryPositions(Positions):
         freqs: Float[Tensor, '#b n r'],
         scale: Float[Tensor, '#b n r'] | float = 1.0,
         context: tuple[Tensor, Tensor | float] | None = None,
+        *,
+        layout: str = 'interleaved',
+        lasting: bool = True,
     ) -> None:
-        self._of_queries = RotaryTable.of(freqs, scale)
-        self._of_keys = self._of_queries if context is None else RotaryTable.of(*context)
+        self._of_queries = RotaryTable.of(freqs, scale, layout)
+        self._of_keys = self._of_queries if context is None else RotaryTable.of(*context, layout)
         # the scale of xpos is centred on the whole sequence, so it changes as the sequence grows
-        self.cache_form = 'raw' if isinstance(self._of_keys.scale, Tensor) else 'positioned'
+        self.cache_form = 'positioned' if lasting and not isinstance(self._of_keys.scale, Tensor) else 'raw'
 
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n d']:
         return self._of_queries.rotated(q, heads)
 
     def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m d']:
         return self._of_keys.rotated(k, heads, before, inverse=True)
+
+    @property
+    def form(self) -> tuple[str, float] | None:
+        """(layout, factor) of the keys, where they are not the usual ones: what it takes to undo the rotation from angles."""
+        scale = self._of_keys.scale
+        form = self._of_keys.layout, 1.0 if isinstance(scale, Tensor) else scale
+        return None if form == ('interleaved', 1.0) else form
 
     def key_angles(self, n: int) -> Float[Tensor, '#b n p']:
         """The angles of the last n keys, one for each pair of channels."""

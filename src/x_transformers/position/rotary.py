@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.rotary_scaling import BY_LENGTH, Settings
 from x_transformers.module import Module, last_rows
-from x_transformers.tensor_types import Float, Int
+from x_transformers.position.rotary_scaling import attention_factor, length_scaled, scaled
+from x_transformers.tensor_types import Bool, Float, Int
 
 
 class RotaryEmbedding(Module):
@@ -20,6 +22,9 @@ class RotaryEmbedding(Module):
 
     The decay is counted from the middle of the positions, which cancels out between queries and keys; where a query meets
     what is not turned (learned keys), or places of another sequence, ``centred=False`` keeps it from depending on the length.
+
+    ``scaling`` changes the frequencies for longer sequences (see ``rotary_scaling``). ``layout``: which channels turn together,
+    neighbours (``interleaved``) or the k-th of both halves (``halves``).
 
     forward: positions (n) or (b n) -> angles (1|b n dim), each twice, and the scale: 1.0, or with xpos (1|b n dim).
     Raises FlagError if ``interpolation_factor`` is less than 1 or ``dim`` less than 1.
@@ -38,9 +43,14 @@ class RotaryEmbedding(Module):
         base_rescale_factor: float = 1.0,
         *,
         centred: bool = True,
+        scaling: Settings | None = None,
+        layout: str = 'interleaved',
     ) -> None:
         super().__init__()
         self.centred = centred
+        self.scaling, self.layout = scaling, layout
+        self.attention_factor = attention_factor(scaling)
+        self.depends_on_length = scaling is not None and scaling['type'] in BY_LENGTH
         if interpolation_factor < 1.0:
             raise FlagError(f'interpolation_factor shrinks the positions, so it must be at least 1, not {interpolation_factor}')
         if dim < 1:
@@ -57,7 +67,8 @@ class RotaryEmbedding(Module):
 
     def init_own(self) -> None:
         channels = torch.arange(0, self.dim, 2, device=self.inv_freq.device).float()
-        self.inv_freq.copy_(1.0 / self.base ** (channels / self.dim))
+        inv_freq = 1.0 / self.base ** (channels / self.dim)
+        self.inv_freq.copy_(scaled(inv_freq, self.scaling, base=self.base, dim=self.dim))
         if self.scale is not None:
             self.scale.copy_((channels + 0.4 * self.dim) / (1.4 * self.dim))
 
@@ -65,29 +76,61 @@ class RotaryEmbedding(Module):
         return self.forward(torch.arange(seq_len, device=self.inv_freq.device))
 
     def forward(
-        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n'], offset: int = 0, *, centred: bool = True
+        self,
+        t: Int[Tensor, 'n'] | Int[Tensor, 'b n'],
+        offset: int = 0,
+        *,
+        centred: bool = True,
+        seen: Bool[Tensor, 'b j'] | None = None,
     ) -> tuple[Float[Tensor, '#b n r'], Float[Tensor, '#b n r'] | float]:
-        """``offset`` is accepted for the signature's sake and changes nothing, as in the original."""
-        angles, scale = self.halves(t, centred=centred)
-        return (
-            angles.repeat_interleave(2, dim=-1),
-            scale.repeat_interleave(2, dim=-1) if isinstance(scale, Tensor) else scale,
-        )
+        """``offset`` is accepted for the signature's sake and changes nothing, as in the original.
+
+        ``seen``: which of the last positions are tokens, for frequencies that depend on the length.
+        """
+        angles, scale = self.halves(t, centred=centred, seen=seen)
+        return twice(angles, self.layout), twice(scale, self.layout) if isinstance(scale, Tensor) else scale
 
     def halves(
-        self, t: Int[Tensor, 'n'] | Int[Tensor, 'b n'], *, centred: bool = True
+        self,
+        t: Int[Tensor, 'n'] | Int[Tensor, 'b n'],
+        *,
+        centred: bool = True,
+        seen: Bool[Tensor, 'b j'] | None = None,
     ) -> tuple[Float[Tensor, '#b n p'], Float[Tensor, '#b n p'] | float]:
         """Angle and scale of each pair once. Never less exact than float32: half precision cannot count to 4096."""
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
         t = (t if t.ndim == 2 else t.unsqueeze(0)).to(dtype)
-        angles = t.unsqueeze(-1) * self.inv_freq.to(dtype) / self.interpolation_factor
+        inv_freq = self.inv_freq.to(dtype)
+        if self.depends_on_length and self.scaling is not None:
+            inv_freq = length_scaled(inv_freq, self.scaling, t, seen, dim=self.dim)
+        angles = t.unsqueeze(-1) * inv_freq / self.interpolation_factor
         if self.scale is None:
-            return angles, 1.0
+            return angles, self.attention_factor
         middle = ((t.max() + 1) / 2).floor() if self.centred and centred else 0.0
         return angles, self.scale.to(dtype) ** ((t - middle) / self.scale_base).unsqueeze(-1)
 
 
 # ---------------------------------------------------------------- turning
+
+
+def twice(table: Float[Tensor, '... p'], layout: str) -> Float[Tensor, '... r']:
+    """What belongs to a pair, for both of its channels."""
+    return table.repeat_interleave(2, dim=-1) if layout == 'interleaved' else torch.cat((table, table), dim=-1)
+
+
+def once(table: Float[Tensor, '... r'], layout: str) -> Float[Tensor, '... p']:
+    """The reverse of ``twice``."""
+    return table[..., ::2] if layout == 'interleaved' else table[..., : table.shape[-1] // 2]
+
+
+def turn_halves(
+    t: Float[Tensor, '... n d'], cos: Float[Tensor, '... n p'], sin: Float[Tensor, '... n p']
+) -> Float[Tensor, '... n d']:
+    """Turn the k-th channels of both halves of the first 2 p channels together."""
+    pairs = cos.shape[-1]
+    wide = t.to(torch.promote_types(t.dtype, cos.dtype))
+    a, b, rest = wide[..., :pairs], wide[..., pairs : 2 * pairs], wide[..., 2 * pairs :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(t.dtype)
 
 
 def rotate_half(x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
