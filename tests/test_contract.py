@@ -344,9 +344,7 @@ NO_LAW = {
     # the laws build their stacks with these
     'dim': 'tests/laws/combination.py::flags',
     'depth': 'tests/laws/combination.py::flags',
-    'heads': 'tests/laws/combination.py::flags',
     'cross_attend': 'tests/laws/combination.py::flags',
-    'attn_dim_head': 'tests/laws/combination.py::flags',
     'verbose': 'tests/laws/combination.py::flags',
     # fixed by the classes of which laws are checked
     'causal': 'tests/layers/test_stack.py::test_attributes_that_others_read',

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from x_transformers.flags.attention import AttendFlags, AttentionFlags
-from x_transformers.flags.base import Flags
+from x_transformers.flags.base import Flags, type_hints
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import PARTS, keyword_names
+from x_transformers.flags.per_layer import takes
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
 
@@ -25,13 +26,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from torch import nn
+
+from x_transformers.flags.per_layer import Each, PerLayer
 '''
 
 BY_POSITION = ('dim', 'depth', 'heads', 'causal')
 
 
 def entries(cls: type[Flags], names: Iterable[str], prefix: str = '') -> list[str]:
-    return [f'    {prefix}{name}: {cls.flag_fields()[name].type}' for name in names]
+    """In a stack, what has a prefix may have a value for each layer, and so may the stack's own flags that say so."""
+    lines = []
+    for name in names:
+        kind = cls.flag_fields()[name].type
+        if prefix or cls.flag_fields()[name].metadata['each']:
+            base, none = kind.removesuffix(' | None'), ' | None' * kind.endswith(' | None')
+            kind = f'{base} | PerLayer{none}' if any(takes(type_hints(cls)[name])) else f'Each[{kind}]'
+        lines.append(f'    {prefix}{name}: {kind}')
+    return lines
 
 
 def without(cls: type[Flags], *names: str) -> list[str]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from x_transformers.encoder_decoder import XTransformer as XTransformer
     from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer as EntropyBasedTokenizer
     from x_transformers.feedforward import FeedForward as FeedForward
+    from x_transformers.flags.per_layer import layer_schedule as layer_schedule
+    from x_transformers.flags.per_layer import per_layer as per_layer
     from x_transformers.layers.stack import CrossAttender as CrossAttender
     from x_transformers.layers.stack import Decoder as Decoder
     from x_transformers.layers.stack import Encoder as Encoder
@@ -59,6 +61,8 @@ _HOME = {
     'XTransformer': 'encoder_decoder',
     'XValAutoregressiveWrapper': 'xval',
     'XValTransformerWrapper': 'xval',
+    'layer_schedule': 'flags.per_layer',
+    'per_layer': 'flags.per_layer',
 }
 
 # modules that upstream's top level has imported as a side effect, so that `x_transformers.attend` is there without an import

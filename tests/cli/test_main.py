@@ -258,6 +258,21 @@ def test_info_shows_layers_parameters_operations_kernel_and_cache(capsys):
     assert 1024 <= int(cache.replace(',', '')) <= 1024 + 2 * 4 * 32
     assert 'sdpa runs this attention (2 of 2 layers)' in out
     assert 'reference could' in out
+
+
+def test_info_shows_the_values_of_each_layer(capsys, tmp_path):
+    typed = ['info', '--depth', '2', '--dim', '64', '--device', 'cpu', '--seq-len', '64']
+    assert main([*typed, '--heads', '2', '--attn-kv-heads', '1', '2', '--ff-mult', '4', '1.5']) == 0
+    out = capsys.readouterr().out
+    for layer, note in enumerate(('attn_kv_heads=1', 'ff_mult=4', 'attn_kv_heads=2', 'ff_mult=1.5')):
+        assert re.search(rf'^ +{layer}  .*{note}', out, re.MULTILINE), note
+    config = tmp_path / 'model.toml'
+    config.write_text('attn-kv-heads = [1, 2]\nff-mult = [4, 1.5]\nff-glu = [true, false]\n')
+    assert main([*typed, '--heads', '2', '--config', str(config)]) == 0
+    assert 'ff_mult=1.5, ff_glu=False' in capsys.readouterr().out
+    config.write_text('ff-mult = [4, 1.5, 1]\n')
+    assert main([*typed, '--config', str(config)]) != 0
+    assert 'at most one value for each of the 2 feed-forward layers' in capsys.readouterr().err
     assert main(['info', '--depth', '2', '--attn-sparse-topk', '4', '--device', 'cpu']) == 0
     assert 'sdpa cannot: ' in capsys.readouterr().out
 

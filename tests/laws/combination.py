@@ -182,6 +182,7 @@ OWN_BIASES = {'attn_bias', 'attn_bias_heads', 'attn_bias_whole'}
 
 
 PER_TOKEN = {'condition_per_token', 'in_attn_cond_per_token', 'kv_shift'}
+FOR_HEADS = {'attn_mask_heads', 'attn_mask_whole', 'attn_bias_heads', 'attn_bias_whole', 'additional_kv', 'additional_cache'}
 FRONT = {'memory_tokens', 'interspersed', 'prepend', 'cls', 'cls_two'}
 
 
@@ -199,6 +200,9 @@ def contradicts(names: set[str]) -> bool:
             'interspersed' in names
             and any(name.startswith(('attn_mask', 'attn_bias')) or name in ('pos', 'pos_rows') for name in names)
         )
+        # what is given for each head, or of heads of one width, fits no layer with others
+        or bool('per_layer_heads' in names and names & FOR_HEADS)
+        or bool('per_layer_dim_head' in names and 'additional_cache' in names)
         # positions must then be given for the memories too
         or bool('mems' in names and names & {'pos', 'pos_rows'})
     )

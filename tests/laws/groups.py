@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.laws.arguments import Along, Draw
+from x_transformers import per_layer
 
 DECODER, ENCODER, CROSS, PREFIX, CROSSER = 'decoder', 'encoder', 'cross', 'prefix', 'crosser'
 EVERYWHERE = frozenset({DECODER, ENCODER, CROSS, PREFIX, CROSSER})
@@ -94,9 +95,14 @@ def context_positions(draw: Draw) -> dict[str, Tensor | Along]:
     return {'context_pos': Along(draw.whole(1, 3, CONTEXT_LENGTH).cumsum(dim=-1), rows=None)}
 
 
+def top(value: Any) -> Any:
+    """Of a flag that differs between layers, the value of the top layer."""
+    return value[-1] if isinstance(value, tuple) else value
+
+
 def keys_of_another(draw: Draw) -> dict[str, Tensor | Along]:
     """Keys and values for the top layer, of which some rows have fewer."""
-    heads, width = draw.flags.get('attn_kv_heads', 2), draw.flags.get('attn_value_dim_head', DIM_HEAD)
+    heads, width = top(draw.flags.get('attn_kv_heads', 2)), draw.flags.get('attn_value_dim_head', DIM_HEAD)
     pairs = [(draw.normal(draw.rows, heads, 4, DIM_HEAD), draw.normal(draw.rows, heads, 4, width))]
     mask = torch.arange(4) >= draw.whole(0, 3, draw.rows)[:, None]
     return {'self_attn_additional_kv': Along(pairs), 'additional_kv_mask': mask}
@@ -375,6 +381,21 @@ FEEDFORWARD = (
     group('custom_activation', ff_custom_activation=nn.Tanh()),
 )
 
+# flags that differ between layers; the last value is the one that other groups know
+PER_LAYER = (
+    group('per_layer_heads', heads=(2, 4)),
+    group('per_layer_dim_head', SELF, attn_dim_head=(6, 8)),
+    group('per_layer_kv_heads', SELF, attn_kv_heads=(4, 2)),
+    group('per_layer_window', SELF, attn_max_attend_past=(3, None)),
+    group('per_layer_weights', SELF, attn_sigmoid=(True, False), attn_num_mem_kv=(0, 3)),
+    group('per_layer_norms', SELF, attn_qk_norm=lambda layer: layer % 2 == 0, attn_head_scale=(False, True)),
+    group('per_layer_latent', SELF, attn_use_latent_kv=(True, False), attn_dim_latent_kv=(6, None)),
+    group('per_layer_cross', frozenset({CROSS, CROSSER}), cross_attn_dim_head=(6, 4), cross_attn_gate_values=(False, True)),
+    group('per_layer_ff', ff_mult=(4, 1.5), ff_glu=lambda layer: layer == 1),
+    group('per_layer_activation', ff_custom_activation=per_layer((nn.Tanh(), None))),
+    group('per_layer_residual', scale_residual_constant=lambda layer: 1 - 0.1 * layer),
+)
+
 WRAPPER = (
     group('emb_dim', wrapper={'emb_dim': 12}),
     group('tied', wrapper={'tie_embedding': True}),
@@ -428,5 +449,5 @@ CALLS = (
     group('context_shift', frozenset({CROSS, CROSSER}), inputs=context_shifts),
 )
 
-GROUPS: tuple[Group, ...] = ATTENTION + POSITIONS + STACK + FEEDFORWARD + WRAPPER + CALLS
+GROUPS: tuple[Group, ...] = ATTENTION + POSITIONS + STACK + FEEDFORWARD + PER_LAYER + WRAPPER + CALLS
 BY_NAME = {entry.name: entry for entry in GROUPS}

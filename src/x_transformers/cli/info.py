@@ -20,6 +20,8 @@ from x_transformers.attention.kernels.choose import KERNELS, explain
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.cli.options import GROUPS, ModelOptions, model_fields
 from x_transformers.cli.toml import config_path, from_file
+from x_transformers.flags.base import shown
+from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.plan import KINDS, LayerPlan, plan_layers
 from x_transformers.training.build import build_network, choose_device
 from x_transformers.training.errors import TrainingError
@@ -79,10 +81,11 @@ def main(arguments: Sequence[str]) -> int:
     device = choose_device(options.device)
     with torch.device('meta'):
         network = build_network(flags).train(options.training)
+    stack_flags: StackFlags = network.attn_layers.flags  # type: ignore[union-attr, assignment]
     seen = look(network, options)
     kept = kept_bytes(flags, options, device) if options.training else None
     parts = [
-        layer_lines(plan_layers(network.attn_layers.flags)),  # type: ignore[union-attr, arg-type]
+        layer_lines(plan_layers(stack_flags), stack_flags),
         parameter_lines(network),
         [
             f'operations for {options.seq_len} bytes at once (multiply and add count as two)',
@@ -171,7 +174,8 @@ def halve(network: nn.Module) -> None:
 # what is shown
 
 
-def layer_lines(plan: LayerPlan) -> list[str]:
+def layer_lines(plan: LayerPlan, flags: StackFlags) -> list[str]:
+    """The layers in their order, each with what is special about it."""
     lines = [f'layers: {"".join(plan.kinds)}']
     for spec in plan.layers:
         notes = [
@@ -185,6 +189,7 @@ def layer_lines(plan: LayerPlan) -> list[str]:
             )
             if wanted
         ]
+        notes += [f'{name}={shown(value)}' for name, value in flags.varying_at(spec.index).items()]
         lines.append(f'  {spec.index:3}  {KINDS[spec.kind]:16}{", ".join(notes)}'.rstrip())
     if plan.order != tuple(range(len(plan.layers))):
         lines.append(f'  executed in the order {", ".join(map(str, plan.order))}')

@@ -57,8 +57,17 @@ class Keyword:
 
     @property
     def plain_kinds(self) -> tuple[Any, ...]:
-        """The kinds of value that can be typed."""
-        return tuple(kind for kind in self.kinds if kind in PLAIN or get_origin(kind) is tuple)
+        """The kinds of value that can be typed; of what may differ between layers, several numbers too, one for each layer."""
+        plain = tuple(kind for kind in self.kinds if kind in PLAIN or get_origin(kind) is tuple)
+        if not self.per_layer or takes_tuple(plain):
+            return plain
+        several: dict[Any, Any] = {int: tuple[int, ...], float: tuple[float, ...]}
+        return plain + tuple(several[kind] for kind in plain if kind in several)
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the keyword may have a value for each layer."""
+        return self.flags not in (StackFlags, WrapperFlags) or self.metadata['each'] is not None
 
     @property
     def has_option(self) -> bool:
@@ -67,6 +76,10 @@ class Keyword:
     def sentence(self) -> str:
         paper = ', '.join(as_tuple(self.metadata['paper']))
         return f'{self.metadata["says"]} ({paper})' if paper else str(self.metadata['says'])
+
+
+def takes_tuple(kinds: tuple[Any, ...]) -> bool:
+    return any(get_origin(kind) is tuple for kind in kinds)
 
 
 @cache

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
-from x_transformers.cli.options import GROUPS, all_keywords, group_class, keywords
+from x_transformers.cli.options import GROUPS, all_keywords, group_class, keywords, takes_tuple
 from x_transformers.flags.base import FlagError, kinds_of, shown, tidied, type_hints, unknown_flags
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.options import fits
@@ -65,6 +65,10 @@ def from_file(path: str | None, own: type | None = None) -> FileValues:
         for name in keywords(group):
             if name in values:
                 keyword = keywords(group)[name]
+                if keyword.per_layer and isinstance(values[name], list) and not takes_tuple(keyword.kinds):
+                    # one for each layer; the stack checks them, when it knows the layers
+                    (given if takes_tuple(keyword.plain_kinds) else result.only_here)[name] = tuple(values[name])
+                    continue
                 read, errors = keyword.flags.read({keyword.field_name: values[name]}, where=f'--config {path}')
                 wrong += errors
                 target = given if keyword.has_option and not isinstance(values[name], dict) else result.only_here

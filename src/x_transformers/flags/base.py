@@ -53,6 +53,7 @@ def flag(
     since: str = '2.16.1',
     self_only: bool = False,
     one_of: str | None = None,
+    each: str | None = None,
 ) -> Any:
     """One flag, as a dataclass field.
 
@@ -60,7 +61,8 @@ def flag(
     without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` is not included.
     ``since`` is the release of x-transformers that has this keyword first, or 'here' for one that it never had. ``self_only``:
     it needs the order of one sequence, so that cross attention does not inherit it. ``one_of`` names a group of flags of which
-    one can be on.
+    one can be on. ``each``, of a stack's own flags: 'layer' if it may differ between layers, 'attention' if between layers with
+    heads.
     """
     metadata = {
         'says': says,
@@ -72,6 +74,7 @@ def flag(
         'since': since,
         'self_only': self_only,
         'one_of': one_of,
+        'each': each,
     }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)

@@ -10,6 +10,8 @@ from typing import Any, TypedDict
 
 from torch import nn
 
+from x_transformers.flags.per_layer import Each, PerLayer
+
 
 class AttendKeywords(TypedDict, total=False):
     """Of ``Attend``."""
@@ -177,7 +179,7 @@ class StackKeywords(TypedDict, total=False):
     rotary_interpolation_factor: float
     rotary_xpos_scale_base: float
     rotary_base_rescale_factor: float
-    rotate_num_heads: int | None
+    rotate_num_heads: Each[int | None]
     polar_pos_emb: bool
     polar_bias_uniform_init: bool
     weight_tie_layers: bool
@@ -193,17 +195,17 @@ class StackKeywords(TypedDict, total=False):
     sandwich_norm: bool
     gate_residual: bool
     scale_residual: bool
-    scale_residual_constant: float
+    scale_residual_constant: Each[float]
     residual_fn_kwargs: Mapping[str, Any]
-    shift_tokens: int | tuple[int, ...]
+    shift_tokens: int | tuple[int, ...] | PerLayer
     softclamp_output: bool
     softclamp_output_value: float
     zero_init_branch_output: bool
-    layer_dropout: float | tuple[float, ...]
+    layer_dropout: float | tuple[float, ...] | PerLayer
     cross_attn_tokens_dropout: float
     disable_abs_pos_emb: bool | None
     use_layerscale: bool
-    layerscale_init_value: float
+    layerscale_init_value: Each[float]
     unet_skips: bool
     integrate_layers: bool
     layer_integrate_use_softmax: bool
@@ -224,161 +226,161 @@ class StackKeywords(TypedDict, total=False):
     rotary_layout: str
     norm_eps: float | None
     norm_bias: bool
-    attn_flash: bool
-    attn_dropout: float
-    attn_pre_talking_heads: bool
-    attn_post_talking_heads: bool
-    attn_pre_scale_post_talking_heads: bool
-    attn_sparse_topk: int | None
-    attn_sparse_topk_straight_through: bool
-    attn_hard: bool
-    attn_l2_distance: bool
-    attn_sigmoid: bool
-    attn_gumbel_softmax: bool
-    attn_gumbel_softmax_temp: float
-    attn_gumbel_softmax_hard: bool
-    attn_selective: bool
-    attn_cog_signed: bool
-    attn_custom_attn_fn: Callable[..., Any] | None
-    attn_add_zero_kv: bool
-    attn_head_learned_sink: bool
-    attn_softclamp_logits: bool
-    attn_logit_softclamp_value: float
-    attn_onnxable: bool
-    attn_flash_pack_seq: bool
-    attn_qk_norm: bool
-    attn_dim_head: int
-    attn_dim_context: int | None
-    attn_dim_out: int | None
-    attn_attend_sdp_kwargs: Mapping[str, Any]
-    attn_one_kv_head: bool
-    attn_kv_heads: int | None
-    attn_value_dim_head: int | None
-    attn_num_mem_kv: int
-    attn_qk_norm_groups: int
-    attn_qk_norm_scale: float
-    attn_qk_norm_dim_scale: bool
-    attn_value_rmsnorm: bool
-    attn_head_scale: bool
-    attn_gate_value_heads: bool
-    attn_gate_values: bool
-    attn_swiglu_values: bool
-    attn_on_attn: bool
-    attn_zero_init_output: bool
-    attn_sublayer_dropout: float
-    attn_max_attend_past: int | None
-    attn_data_dependent_alibi: bool
-    attn_data_dependent_alibi_per_row: bool
-    attn_data_dependent_alibi_per_row_dim_head: int
-    attn_data_dependent_alibi_kwargs: Mapping[str, Any]
-    attn_use_cope: bool
-    attn_cope_max_pos: int
-    attn_cope_soft_onehot_pos: bool
-    attn_cope_talking_heads: bool
-    attn_orthog_projected_values: bool
-    attn_orthog_projected_values_per_head: bool
-    attn_laser: bool
-    attn_laser_softclamp_value: float
-    attn_use_latent_q: bool
-    attn_dim_latent_q: int | None
-    attn_use_latent_kv: bool
-    attn_dim_latent_kv: int | None
-    attn_latent_rope_subheads: int | None
-    attn_hybrid_module: nn.Module | None
-    attn_hybrid_mask_kwarg: str | None
-    attn_hybrid_fold_axial_dim: int | None
-    attn_hybrid_learned_mix: bool
-    attn_qkv_bias: bool | tuple[str, ...]
-    attn_out_bias: bool
-    attn_scale: float | None
-    attn_qk_norm_shared_gain: bool
-    attn_qk_norm_eps: float | None
-    cross_attn_flash: bool
-    cross_attn_dropout: float
-    cross_attn_pre_talking_heads: bool
-    cross_attn_post_talking_heads: bool
-    cross_attn_pre_scale_post_talking_heads: bool
-    cross_attn_sparse_topk: int | None
-    cross_attn_sparse_topk_straight_through: bool
-    cross_attn_hard: bool
-    cross_attn_l2_distance: bool
-    cross_attn_sigmoid: bool
-    cross_attn_gumbel_softmax: bool
-    cross_attn_gumbel_softmax_temp: float
-    cross_attn_gumbel_softmax_hard: bool
-    cross_attn_selective: bool
-    cross_attn_cog_signed: bool
-    cross_attn_custom_attn_fn: Callable[..., Any] | None
-    cross_attn_add_zero_kv: bool
-    cross_attn_head_learned_sink: bool
-    cross_attn_softclamp_logits: bool
-    cross_attn_logit_softclamp_value: float
-    cross_attn_onnxable: bool
-    cross_attn_flash_pack_seq: bool
-    cross_attn_qk_norm: bool
-    cross_attn_dim_head: int
-    cross_attn_dim_context: int | None
-    cross_attn_dim_out: int | None
-    cross_attn_attend_sdp_kwargs: Mapping[str, Any]
-    cross_attn_one_kv_head: bool
-    cross_attn_kv_heads: int | None
-    cross_attn_value_dim_head: int | None
-    cross_attn_num_mem_kv: int
-    cross_attn_qk_norm_groups: int
-    cross_attn_qk_norm_scale: float
-    cross_attn_qk_norm_dim_scale: bool
-    cross_attn_value_rmsnorm: bool
-    cross_attn_head_scale: bool
-    cross_attn_gate_value_heads: bool
-    cross_attn_gate_values: bool
-    cross_attn_swiglu_values: bool
-    cross_attn_on_attn: bool
-    cross_attn_zero_init_output: bool
-    cross_attn_sublayer_dropout: float
-    cross_attn_max_attend_past: int | None
-    cross_attn_rotate_num_heads: int | None
-    cross_attn_data_dependent_alibi: bool
-    cross_attn_data_dependent_alibi_per_row: bool
-    cross_attn_data_dependent_alibi_per_row_dim_head: int
-    cross_attn_data_dependent_alibi_kwargs: Mapping[str, Any]
-    cross_attn_use_cope: bool
-    cross_attn_cope_max_pos: int
-    cross_attn_cope_soft_onehot_pos: bool
-    cross_attn_cope_talking_heads: bool
-    cross_attn_learned_value_residual_mix: bool
-    cross_attn_orthog_projected_values: bool
-    cross_attn_orthog_projected_values_per_head: bool
-    cross_attn_laser: bool
-    cross_attn_laser_softclamp_value: float
-    cross_attn_use_latent_q: bool
-    cross_attn_dim_latent_q: int | None
-    cross_attn_use_latent_kv: bool
-    cross_attn_dim_latent_kv: int | None
-    cross_attn_latent_rope_subheads: int | None
-    cross_attn_hybrid_module: nn.Module | None
-    cross_attn_hybrid_mask_kwarg: str | None
-    cross_attn_hybrid_fold_axial_dim: int | None
-    cross_attn_hybrid_learned_mix: bool
-    cross_attn_qkv_bias: bool | tuple[str, ...]
-    cross_attn_out_bias: bool
-    cross_attn_scale: float | None
-    cross_attn_qk_norm_shared_gain: bool
-    cross_attn_qk_norm_eps: float | None
-    ff_dim_out: int | None
-    ff_mult: float
-    ff_glu: bool
-    ff_glu_mult_bias: bool
-    ff_swish: bool
-    ff_relu_squared: bool
-    ff_solu: bool
-    ff_custom_activation: Callable[..., Any] | str | None
-    ff_post_act_ln: bool
-    ff_dropout: float
-    ff_sublayer_dropout: float
-    ff_no_bias: bool
-    ff_zero_init_output: bool
-    ff_glu_bias: bool
-    ff_dim_inner: int | None
+    attn_flash: Each[bool]
+    attn_dropout: Each[float]
+    attn_pre_talking_heads: Each[bool]
+    attn_post_talking_heads: Each[bool]
+    attn_pre_scale_post_talking_heads: Each[bool]
+    attn_sparse_topk: Each[int | None]
+    attn_sparse_topk_straight_through: Each[bool]
+    attn_hard: Each[bool]
+    attn_l2_distance: Each[bool]
+    attn_sigmoid: Each[bool]
+    attn_gumbel_softmax: Each[bool]
+    attn_gumbel_softmax_temp: Each[float]
+    attn_gumbel_softmax_hard: Each[bool]
+    attn_selective: Each[bool]
+    attn_cog_signed: Each[bool]
+    attn_custom_attn_fn: Callable[..., Any] | PerLayer | None
+    attn_add_zero_kv: Each[bool]
+    attn_head_learned_sink: Each[bool]
+    attn_softclamp_logits: Each[bool]
+    attn_logit_softclamp_value: Each[float]
+    attn_onnxable: Each[bool]
+    attn_flash_pack_seq: Each[bool]
+    attn_qk_norm: Each[bool]
+    attn_dim_head: Each[int]
+    attn_dim_context: Each[int | None]
+    attn_dim_out: Each[int | None]
+    attn_attend_sdp_kwargs: Each[Mapping[str, Any]]
+    attn_one_kv_head: Each[bool]
+    attn_kv_heads: Each[int | None]
+    attn_value_dim_head: Each[int | None]
+    attn_num_mem_kv: Each[int]
+    attn_qk_norm_groups: Each[int]
+    attn_qk_norm_scale: Each[float]
+    attn_qk_norm_dim_scale: Each[bool]
+    attn_value_rmsnorm: Each[bool]
+    attn_head_scale: Each[bool]
+    attn_gate_value_heads: Each[bool]
+    attn_gate_values: Each[bool]
+    attn_swiglu_values: Each[bool]
+    attn_on_attn: Each[bool]
+    attn_zero_init_output: Each[bool]
+    attn_sublayer_dropout: Each[float]
+    attn_max_attend_past: Each[int | None]
+    attn_data_dependent_alibi: Each[bool]
+    attn_data_dependent_alibi_per_row: Each[bool]
+    attn_data_dependent_alibi_per_row_dim_head: Each[int]
+    attn_data_dependent_alibi_kwargs: Each[Mapping[str, Any]]
+    attn_use_cope: Each[bool]
+    attn_cope_max_pos: Each[int]
+    attn_cope_soft_onehot_pos: Each[bool]
+    attn_cope_talking_heads: Each[bool]
+    attn_orthog_projected_values: Each[bool]
+    attn_orthog_projected_values_per_head: Each[bool]
+    attn_laser: Each[bool]
+    attn_laser_softclamp_value: Each[float]
+    attn_use_latent_q: Each[bool]
+    attn_dim_latent_q: Each[int | None]
+    attn_use_latent_kv: Each[bool]
+    attn_dim_latent_kv: Each[int | None]
+    attn_latent_rope_subheads: Each[int | None]
+    attn_hybrid_module: nn.Module | PerLayer | None
+    attn_hybrid_mask_kwarg: Each[str | None]
+    attn_hybrid_fold_axial_dim: Each[int | None]
+    attn_hybrid_learned_mix: Each[bool]
+    attn_qkv_bias: bool | tuple[str, ...] | PerLayer
+    attn_out_bias: Each[bool]
+    attn_scale: Each[float | None]
+    attn_qk_norm_shared_gain: Each[bool]
+    attn_qk_norm_eps: Each[float | None]
+    cross_attn_flash: Each[bool]
+    cross_attn_dropout: Each[float]
+    cross_attn_pre_talking_heads: Each[bool]
+    cross_attn_post_talking_heads: Each[bool]
+    cross_attn_pre_scale_post_talking_heads: Each[bool]
+    cross_attn_sparse_topk: Each[int | None]
+    cross_attn_sparse_topk_straight_through: Each[bool]
+    cross_attn_hard: Each[bool]
+    cross_attn_l2_distance: Each[bool]
+    cross_attn_sigmoid: Each[bool]
+    cross_attn_gumbel_softmax: Each[bool]
+    cross_attn_gumbel_softmax_temp: Each[float]
+    cross_attn_gumbel_softmax_hard: Each[bool]
+    cross_attn_selective: Each[bool]
+    cross_attn_cog_signed: Each[bool]
+    cross_attn_custom_attn_fn: Callable[..., Any] | PerLayer | None
+    cross_attn_add_zero_kv: Each[bool]
+    cross_attn_head_learned_sink: Each[bool]
+    cross_attn_softclamp_logits: Each[bool]
+    cross_attn_logit_softclamp_value: Each[float]
+    cross_attn_onnxable: Each[bool]
+    cross_attn_flash_pack_seq: Each[bool]
+    cross_attn_qk_norm: Each[bool]
+    cross_attn_dim_head: Each[int]
+    cross_attn_dim_context: Each[int | None]
+    cross_attn_dim_out: Each[int | None]
+    cross_attn_attend_sdp_kwargs: Each[Mapping[str, Any]]
+    cross_attn_one_kv_head: Each[bool]
+    cross_attn_kv_heads: Each[int | None]
+    cross_attn_value_dim_head: Each[int | None]
+    cross_attn_num_mem_kv: Each[int]
+    cross_attn_qk_norm_groups: Each[int]
+    cross_attn_qk_norm_scale: Each[float]
+    cross_attn_qk_norm_dim_scale: Each[bool]
+    cross_attn_value_rmsnorm: Each[bool]
+    cross_attn_head_scale: Each[bool]
+    cross_attn_gate_value_heads: Each[bool]
+    cross_attn_gate_values: Each[bool]
+    cross_attn_swiglu_values: Each[bool]
+    cross_attn_on_attn: Each[bool]
+    cross_attn_zero_init_output: Each[bool]
+    cross_attn_sublayer_dropout: Each[float]
+    cross_attn_max_attend_past: Each[int | None]
+    cross_attn_rotate_num_heads: Each[int | None]
+    cross_attn_data_dependent_alibi: Each[bool]
+    cross_attn_data_dependent_alibi_per_row: Each[bool]
+    cross_attn_data_dependent_alibi_per_row_dim_head: Each[int]
+    cross_attn_data_dependent_alibi_kwargs: Each[Mapping[str, Any]]
+    cross_attn_use_cope: Each[bool]
+    cross_attn_cope_max_pos: Each[int]
+    cross_attn_cope_soft_onehot_pos: Each[bool]
+    cross_attn_cope_talking_heads: Each[bool]
+    cross_attn_learned_value_residual_mix: Each[bool]
+    cross_attn_orthog_projected_values: Each[bool]
+    cross_attn_orthog_projected_values_per_head: Each[bool]
+    cross_attn_laser: Each[bool]
+    cross_attn_laser_softclamp_value: Each[float]
+    cross_attn_use_latent_q: Each[bool]
+    cross_attn_dim_latent_q: Each[int | None]
+    cross_attn_use_latent_kv: Each[bool]
+    cross_attn_dim_latent_kv: Each[int | None]
+    cross_attn_latent_rope_subheads: Each[int | None]
+    cross_attn_hybrid_module: nn.Module | PerLayer | None
+    cross_attn_hybrid_mask_kwarg: Each[str | None]
+    cross_attn_hybrid_fold_axial_dim: Each[int | None]
+    cross_attn_hybrid_learned_mix: Each[bool]
+    cross_attn_qkv_bias: bool | tuple[str, ...] | PerLayer
+    cross_attn_out_bias: Each[bool]
+    cross_attn_scale: Each[float | None]
+    cross_attn_qk_norm_shared_gain: Each[bool]
+    cross_attn_qk_norm_eps: Each[float | None]
+    ff_dim_out: Each[int | None]
+    ff_mult: Each[float]
+    ff_glu: Each[bool]
+    ff_glu_mult_bias: Each[bool]
+    ff_swish: Each[bool]
+    ff_relu_squared: Each[bool]
+    ff_solu: Each[bool]
+    ff_custom_activation: Callable[..., Any] | str | PerLayer | None
+    ff_post_act_ln: Each[bool]
+    ff_dropout: Each[float]
+    ff_sublayer_dropout: Each[float]
+    ff_no_bias: Each[bool]
+    ff_zero_init_output: Each[bool]
+    ff_glu_bias: Each[bool]
+    ff_dim_inner: Each[int | None]
 
 
 class EncoderKeywords(StackKeywords, total=False):
@@ -386,7 +388,7 @@ class EncoderKeywords(StackKeywords, total=False):
 
     dim: int
     depth: int | None
-    heads: int
+    heads: Each[int]
 
 
 class CrossAttenderKeywords(EncoderKeywords, total=False):

@@ -39,15 +39,16 @@ def value_of(flags: Any, name: str) -> Any:
     """A flag's value; in a stack also the value of a part's flag, by its name with prefix."""
     for prefix, part in (('cross_attn_', 'cross_attention'), ('attn_', 'attention'), ('ff_', 'feedforward')):
         if name.startswith(prefix) and hasattr(flags, part) and not hasattr(flags, name):
-            return getattr(getattr(flags, part), name.removeprefix(prefix))
-    return getattr(flags, name)
+            varying: Mapping[str, Any] = getattr(flags, 'varying', {})
+            return varying[name] if name in varying else getattr(getattr(flags, part), name.removeprefix(prefix))
+    return getattr(flags, 'varying', {}).get(name, getattr(flags, name))
 
 
 def is_on(flags: Any, name: str) -> bool:
     """A flag that was switched on: neither at its default nor empty."""
     for prefix, part in (('cross_attn_', 'cross_attention'), ('attn_', 'attention'), ('ff_', 'feedforward')):
         if name.startswith(prefix) and hasattr(flags, part) and not hasattr(flags, name):
-            return is_on(getattr(flags, part), name.removeprefix(prefix))
+            return name in getattr(flags, 'varying', {}) or is_on(getattr(flags, part), name.removeprefix(prefix))
     value = getattr(flags, name)
     return flags.is_changed(name) and value is not None and value is not False and value != 0
 

@@ -16,7 +16,7 @@ from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import SET_BY_STACK
 from x_transformers.flags.rule import Name, Rule, broken_rules, is_on, orphans, out_of_range
 from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.stack_rules import STACK_RULES
+from x_transformers.flags.stack_rules import SAME_IN_ALL_LAYERS, STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags
 from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack
 from x_transformers.layers.plan import plan_layers
@@ -34,13 +34,46 @@ def check_feedforward(flags: FeedForwardFlags, dim: int, prefix: str = '') -> No
 
 def check_stack(flags: StackFlags) -> None:
     """Raise FlagError if the flags of a stack, those of its parts included, break a rule."""
-    broken = [*out_of_range(flags, str).values(), *orphans(flags, str), *broken_rules(STACK_RULES, flags, flags.dim, str)]
-    if flags.has_self_attention or not flags.has_cross_attention:
-        broken += broken_attention(flags.attention, flags.dim, stack_name('attn_'))
-    broken += broken_cross_attention(flags)
-    broken += broken_feedforward(flags.feedforward, flags.dim, stack_name('ff_'))
-    refuse(broken)
+    if not flags.varying:
+        refuse(broken_stack(flags))
+    else:
+        refuse([*broken_rules(SAME_IN_ALL_LAYERS, flags, flags.dim, str), *broken_layers(flags)])
     broken_plan(flags)
+
+
+def broken_stack(flags: StackFlags, kinds: str = 'acf') -> list[str]:
+    """What is wrong with a stack, and with its layers of these ``kinds``."""
+    broken = [*out_of_range(flags, str).values(), *orphans(flags, str), *broken_rules(STACK_RULES, flags, flags.dim, str)]
+    return broken + broken_parts(flags, kinds)
+
+
+def broken_parts(flags: StackFlags, kinds: str) -> list[str]:
+    broken = []
+    if 'a' in kinds and (flags.has_self_attention or not flags.has_cross_attention):
+        broken += broken_attention(flags.attention, flags.dim, stack_name('attn_'))
+    if 'c' in kinds:
+        broken += broken_cross_attention(flags)
+    if 'f' in kinds:
+        broken += broken_feedforward(flags.feedforward, flags.dim, stack_name('ff_'))
+    return broken
+
+
+def broken_layers(flags: StackFlags) -> list[str]:
+    """What is wrong in single layers. Of a part's rule, the layers are named that break it, unless all of its kind do."""
+    said: list[str] = []
+    kinds = flags.kinds
+    for kind in 'acf':
+        found: dict[str, list[int]] = {}
+        layers = [index for index, its in enumerate(kinds) if its == kind]
+        # a part without a layer may have flags that nothing can be done with
+        for index, own in [(index, flags.layer(index)) for index in layers] or [(-1, flags)]:
+            said += broken_stack(own, '')
+            for sentence in broken_parts(own, kind):
+                found.setdefault(sentence, []).append(index)
+        for sentence, where in found.items():
+            named = f'In layer{"s" * (len(where) > 1)} {", ".join(map(str, where))}: '
+            said.append(sentence if len(where) >= len(layers) else named + sentence)
+    return said
 
 
 def check_wrapper(flags: Flags, stack: StackFlags, rules: Iterable[Rule] = ()) -> None:
@@ -48,7 +81,6 @@ def check_wrapper(flags: Flags, stack: StackFlags, rules: Iterable[Rule] = ()) -
 
     Of the rules of ``TransformerWrapper`` those are asked whose flags the model has; ``rules`` are the model's own.
     """
-    both = OnStack(flags, stack)
     own = flags.flag_fields()
     general = [rule for rule in WRAPPER_RULES if all(name in own for name in rule.flags)]
     on_stack = [rule for rule in ON_STACK_RULES if all(name in own or is_stack_flag(name) for name in rule.flags)]
@@ -57,7 +89,11 @@ def check_wrapper(flags: Flags, stack: StackFlags, rules: Iterable[Rule] = ()) -
             *out_of_range(flags, str).values(),
             *orphans(flags, str),
             *broken_rules([*general, *rules], flags, stack.dim, str),
-            *broken_rules(on_stack, both, stack.dim, str),
+            *(
+                sentence
+                for layer in (stack.by_layer if stack.varying else (stack,))
+                for sentence in broken_rules(on_stack, OnStack(flags, layer), stack.dim, str)
+            ),
         ]
     )
 

@@ -6,7 +6,8 @@ what norms and scales receive; ``rotary``, ``rotary_dim``, ``polar``; ``position
 ``alibi_heads``; ``disables_abs_pos_emb``, which is ``disable_abs_pos_emb`` or its default resolved;
 ``has_self_attention``, ``has_cross_attention``; ``separate_views``: queries, keys and values have inputs of their
 own; ``streams``; ``attn_dim_head``; ``self_attention_flags(first=...)`` for the first and the later self-attention
-modules.
+modules. ``layer(index)`` are the flags of one layer, ``attentions`` and ``cross_attentions`` those of all layers with
+heads, for flags that differ between layers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from functools import cached_property
 from typing import Any, Self
 
 from x_transformers.flags.attention import VALUE_RESIDUAL, AttentionFlags
-from x_transformers.flags.base import REQUIRED, FlagError, Flags, flag
+from x_transformers.flags.base import REQUIRED, FlagError, flag, type_hints
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.parts import PARTS, cross_inherits, split
+from x_transformers.flags.layered import LayeredFlags, taken_apart
+from x_transformers.flags.parts import PARTS, cross_inherits, first_prefix, keyword_names, split
+from x_transformers.flags.per_layer import PerLayer, takes
 from x_transformers.flags.rotary_scaling import BY_LENGTH, complaints
 
 ADAPTIVE_SCALE = 'https://arxiv.org/abs/2212.09748'
@@ -47,18 +50,20 @@ NORMS = {
     'use_adaptive_rmsnorm': 'adaptive_rmsnorm',
 }
 
+CROSS_NAMES = frozenset(keyword_names('cross_attn_'))
+
 ADAPTIVE = ('use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'use_adaptive_layerscale')
 ANY_ROTARY = ('rotary_pos_emb', 'rotary_xpos')
 ANY_POSITION_BIAS = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class StackFlags(Flags):
+class StackFlags(LayeredFlags):
     """Every keyword of ``AttentionLayers``; the parts' keywords come with ``attn_``, ``cross_attn_`` and ``ff_`` in front."""
 
     dim: int = flag(REQUIRED, 'Width of the stack.', low=1)
     depth: int | None = flag(None, 'Number of blocks.', low=0)
-    heads: int = flag(8, 'Number of query heads.', low=1)
+    heads: int = flag(8, 'Number of query heads.', low=1, each='attention')
     causal: bool = flag(False, 'A token sees no token to its right.')
     cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.')
     only_cross: bool = flag(False, 'Blocks attend to the context only.', parent='cross_attend')
@@ -115,7 +120,7 @@ class StackFlags(Flags):
         paper='https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5/',
     )  # fmt: skip
     rotate_num_heads: int | None = flag(
-        None, 'Rotate only this many heads of self attention, the last ones.', parent=ANY_ROTARY, low=1
+        None, 'Rotate only this many heads of self attention, the last ones.', parent=ANY_ROTARY, low=1, each='attention'
     )
     polar_pos_emb: bool = flag(False, 'Polar positions: content sets the length, position the angle.', paper=POLAR)
     polar_bias_uniform_init: bool = flag(
@@ -147,10 +152,12 @@ class StackFlags(Flags):
     sandwich_norm: bool = flag(False, 'Norm also behind each branch.', paper=SANDWICH)
     gate_residual: bool = flag(False, 'GRU cells in the place of residual sums.', paper='https://arxiv.org/abs/1910.06764')
     scale_residual: bool = flag(False, 'Learned factors on the residual.', paper='https://arxiv.org/abs/2110.09456')
-    scale_residual_constant: float = flag(1.0, 'A constant factor on the residual.', paper='https://arxiv.org/abs/2203.00555')
+    scale_residual_constant: float = flag(
+        1.0, 'A constant factor on the residual.', paper='https://arxiv.org/abs/2203.00555', each='layer'
+    )
     residual_fn_kwargs: Mapping[str, Any] = flag({}, 'More keywords for the residual.')
     shift_tokens: int | tuple[int, ...] = flag(
-        0, 'Give part of the channels of the tokens next to it, this far; one or per layer.'
+        0, 'Give part of the channels of the tokens next to it, this far; one or per layer.', each='layer'
     )
     softclamp_output: bool = flag(False, 'Keep the output inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
     softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output', above=0)
@@ -161,6 +168,7 @@ class StackFlags(Flags):
         paper='https://arxiv.org/abs/1603.09382',
         low=0.0,
         high=1.0,
+        each='layer',
     )
     cross_attn_tokens_dropout: float = flag(
         0.0, 'In training, drop this fraction of the context.', parent='cross_attend', low=0.0, high=1.0
@@ -169,7 +177,7 @@ class StackFlags(Flags):
         None, 'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.'
     )
     use_layerscale: bool = flag(False, 'LayerScale: learned factors on the branches.', paper='https://arxiv.org/abs/2103.17239')
-    layerscale_init_value: float = flag(0.0, 'These factors at the start.', parent='use_layerscale')
+    layerscale_init_value: float = flag(0.0, 'These factors at the start.', parent='use_layerscale', each='layer')
     unet_skips: bool = flag(False, 'U-Net skips: later blocks see what earlier blocks saw, in reverse order.')
     integrate_layers: bool = flag(False, 'Each branch sees a learned mixture of the inputs of all layers so far.', paper=LIME)
     layer_integrate_use_softmax: bool = flag(
@@ -220,6 +228,8 @@ class StackFlags(Flags):
     feedforward: FeedForwardFlags = field(default_factory=FeedForwardFlags)
     # the names that were given with cross_attn_ in front; the others came from attn_
     cross_given: frozenset[str] = frozenset()
+    # keywords with a value for each layer of their kind; the fields hold those of the first
+    varying: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     # ---------------------------------------------------------------- from keywords
 
@@ -230,6 +240,10 @@ class StackFlags(Flags):
         (``attn_heads``) is unknown."""
         own, parts = split(given, cls.flag_fields(), where=where, prefix=prefix)
         cls.check_complete(own, where=where, prefix=prefix)
+        apart: dict[str, PerLayer] = {}
+        own = taken_apart(own, cls, '', apart, own=True)
+        for part, part_flags in PARTS.items():
+            parts[part] = taken_apart(parts[part], part_flags, part, apart)
         values, wrong = cls.read(own, where=where, prefix=prefix)
         read: dict[str, dict[str, Any]] = {}
         for part, part_flags in PARTS.items():
@@ -238,7 +252,19 @@ class StackFlags(Flags):
         if wrong:
             raise FlagError(*wrong)
         stack = cls(**values)
-        inherited = {name: value for name, value in read['attn_'].items() if cross_inherits(name, read['cross_attn_'])}
+        varying = stack.spread(apart, prefix)
+        for name, over in varying.items():
+            part = first_prefix(name) or ''
+            if part and name not in cls.flag_fields():
+                read[part][name.removeprefix(part)] = over[0]
+            else:
+                value: Any = over if takes(type_hints(cls)[name])[0] else over[0]
+                stack = dataclasses.replace(stack, **{name: value})
+        inherited = {
+            name: value
+            for name, value in read['attn_'].items()
+            if f'attn_{name}' not in varying and cross_inherits(name, read['cross_attn_'])
+        }
         for part in PARTS:
             if stack.zero_init_branch_output:
                 read[part]['zero_init_output'] = True
@@ -247,7 +273,8 @@ class StackFlags(Flags):
             attention=AttentionFlags(**stack.told_to_attention, **read['attn_']),
             cross_attention=AttentionFlags(heads=stack.heads, **(inherited | read['cross_attn_'])),
             feedforward=FeedForwardFlags(**read['ff_']),
-            cross_given=frozenset(parts['cross_attn_']),
+            cross_given=frozenset(name.removeprefix('cross_attn_') for name in given if name in CROSS_NAMES),
+            varying={name: over for name, over in varying.items() if getattr(stack, name, None) != over},
         )
 
     @classmethod
@@ -325,13 +352,15 @@ class StackFlags(Flags):
 
         Then it matters where a row begins; otherwise only distances between places do.
         """
-        attention = self.attention
-        always = attention.num_mem_kv > 0 or attention.use_cope or self.rotary_by_length
-        return always or (self.rotary_xpos and attention.l2_distance)
+        return self.rotary_by_length or any(
+            attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
+            for attention in self.attentions
+        )
 
     @cached_property
     def rotary_dim(self) -> int:
-        return self.attn_dim_head // 2 if self.rotary_emb_dim is None else self.rotary_emb_dim
+        narrowest = min((flags.dim_head for flags in self.attentions), default=self.attn_dim_head)
+        return narrowest // 2 if self.rotary_emb_dim is None else self.rotary_emb_dim
 
     @cached_property
     def rotary_by_length(self) -> bool:

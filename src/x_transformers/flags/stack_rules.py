@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rule import Rule, how_many, is_on
-from x_transformers.flags.stack import NORMS, StackFlags
+from x_transformers.flags.stack import ANY_POSITION_BIAS, NORMS, StackFlags
 
 POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
 LAYOUTS_OF_PAIRS = ('interleaved', 'halves')
@@ -20,6 +20,78 @@ def rotated_channels(flags: StackFlags) -> int:
 def self_only(flags: StackFlags, part: str) -> list[str]:
     return [f'{part}{name}' for name in AttentionFlags.self_only() if is_on(flags, f'{part}{name}')]
 
+
+# asked where flags differ between layers: what layers share or hand on needs the same everywhere
+SAME_IN_ALL_LAYERS = (
+    Rule(
+        ('residual_attn', 'heads'),
+        lambda flags, dim: flags.residual_attn and flags.differs('heads'),
+        'scores are handed on from layer to layer, so all need as many heads',
+        {'residual_attn': True, 'heads': (4, 2)},
+    ),
+    Rule(
+        ('cross_residual_attn', 'heads'),
+        lambda flags, dim: flags.cross_residual_attn and flags.cross_differs('heads'),
+        'scores are handed on from layer to layer, so all need as many heads',
+        {'cross_attend': True, 'cross_residual_attn': True, 'heads': (4, 2)},
+    ),
+    Rule(
+        ('add_value_residual', 'heads', 'attn_kv_heads', 'attn_one_kv_head', 'attn_dim_head', 'attn_value_dim_head'),
+        lambda flags, dim: flags.add_value_residual and flags.differs('num_kv_heads', 'value_dim'),
+        "the first layer's values are mixed into those of all layers, so these need the same shape",
+        {'add_value_residual': True, 'attn_value_dim_head': (8, 4)},
+        only_changed=True,
+    ),
+    Rule(
+        (
+            'add_value_residual',
+            'heads',
+            'cross_attn_kv_heads',
+            'cross_attn_one_kv_head',
+            'cross_attn_dim_head',
+            'cross_attn_value_dim_head',
+        ),
+        lambda flags, dim: flags.add_value_residual and flags.cross_differs('num_kv_heads', 'value_dim'),
+        "the first layer's values are mixed into those of all layers, so these need the same shape",
+        {'cross_attend': True, 'add_value_residual': True, 'cross_attn_value_dim_head': (8, 4)},
+        only_changed=True,
+    ),
+    Rule(
+        (*ANY_POSITION_BIAS, 'heads'),
+        lambda flags, dim: flags.position_bias is not None and flags.differs('heads'),
+        'one position bias with an entry per head serves all layers',
+        {'alibi_pos_bias': True, 'heads': (4, 2)},
+        only_changed=True,
+    ),
+    Rule(
+        ('polar_pos_emb', 'heads', 'attn_dim_head'),
+        lambda flags, dim: flags.polar and flags.differs('heads', 'dim_head'),
+        'one learned angle per head and channel serves all layers',
+        {'polar_pos_emb': True, 'attn_dim_head': (8, 4)},
+        only_changed=True,
+    ),
+    Rule(
+        ('attn_flash_pack_seq',),
+        lambda flags, dim: flags.differs('flash_pack_seq'),
+        'the boundaries of packed sequences hold in all layers',
+        {'rotary_pos_emb': True, 'attn_flash_pack_seq': (True, False)},
+        'Give one value.',
+    ),
+    Rule(
+        ('cross_attn_flash_pack_seq',),
+        lambda flags, dim: flags.cross_differs('flash_pack_seq'),
+        'the boundaries of packed sequences hold in all layers',
+        {'cross_attend': True, 'cross_attn_flash_pack_seq': (True, False)},
+        'Give one value.',
+    ),
+    Rule(
+        ('cross_attn_dim_context',),
+        lambda flags, dim: flags.cross_differs('dim_context'),
+        'all layers attend to one context',
+        {'cross_attend': True, 'cross_attn_dim_context': (8, 4)},
+        'Give one width.',
+    ),
+)
 
 STACK_RULES = (
     Rule(

@@ -147,17 +147,18 @@ def check_masks(stack: AttentionLayers, given: Given, span: Span) -> None:
 def check_pairs(name: str, t: Tensor, stack: AttentionLayers, span: Span, external: bool) -> None:
     """Something per pair of query and key: rows of new tokens or of all, columns at least of those rows' tokens."""
     rows, columns = t.shape[-2:]
-    heads_fit = t.ndim < 3 or t.shape[-3] in (1, stack.flags.heads)
+    heads = ' and '.join(map(str, dict.fromkeys(flags.heads for flags in stack.flags.attentions)))
+    heads_fit = t.ndim < 3 or all(t.shape[-3] in (1, flags.heads) for flags in stack.flags.attentions)
     batch_fits = t.ndim < 4 or t.shape[0] in (1, span.batch)
     # memory keys may be covered too; columns for another model's keys are counted where those are known
-    front = stack.flags.attention.num_mem_kv + stack.flags.attention.add_zero_kv
+    front = max((flags.num_mem_kv + flags.add_zero_kv for flags in stack.flags.attentions), default=0)
     wide_enough = (
         columns in (1, span.held) or span.whole <= columns <= span.whole + front or (external and columns > span.whole)
     )
     if rows not in (1, span.given, span.new, span.held) or not wide_enough or not heads_fit or not batch_fits:
         raise ValueError(
             f'{name} must end in ({span.new}, {span.whole}): {span.new} queries and '
-            f'{span.whole} keys ({span.mems} memories, {span.past} cached, {span.new} new), with {stack.flags.heads} heads or '
+            f'{span.whole} keys ({span.mems} memories, {span.past} cached, {span.new} new), with {heads} heads or '
             f'1 and batch {span.batch} or 1 in front; but is {tuple(t.shape)}'
         )
 
@@ -291,7 +292,7 @@ def check_whole(kwargs: str, packed: PackedSequences, queries: int, keys: int) -
 def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
     check_masks(stack, given, span)
-    if given.seq_start_pos is not None and stack.flags.attention.hybrid_module is not None:
+    if given.seq_start_pos is not None and any(flags.hybrid_module is not None for flags in stack.flags.attentions):
         raise ValueError(
             'seq_start_pos says that there is padding on the left, which attn_hybrid_module would read: '
             'run rows of different lengths one by one'

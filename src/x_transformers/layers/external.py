@@ -33,10 +33,10 @@ def external_keys(stack: AttentionLayers, given: Given, steps: tuple[Step, ...],
     if given.route_additional_kv_to_top:
         pairs = pairs[max(0, len(pairs) - layers) :]
         pairs = [None] * (layers - len(pairs)) + pairs
-    flags = stack.flags.attention
-    for pair in pairs:
+    for step, pair in zip((step for step in steps if step.kind == 'a'), pairs, strict=False):
         if pair is not None:
-            check_pair(pair, batch, stack.flags.heads, flags.dim_head, flags.value_dim, mask)
+            flags = stack.flags.layer(step.layer).attention
+            check_pair(pair, batch, flags.heads, flags.dim_head, flags.value_dim, mask)
     return tuple(None if pair is None else ExtraKeys(pair[0], pair[1], mask) for pair in pairs)
 
 

@@ -178,6 +178,7 @@ def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:
 
     A prefix decoder is ``causal`` whatever its flag says.
     """
+    flags = flags.layer(spec.index)
     before = flags.pre_norm and not flags.resi_dual
     return Layer(
         before=make_norm(flags) if before else None,

@@ -22,15 +22,16 @@ KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward'}
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What is to be built at one place of the stack.
+    """What is to be built at one place of the stack, with the flags that ``StackFlags.layer(index)`` gives.
 
-    ``half``: its output counts half (macaron). ``views``: how many tensors its branch is given (3: one each for queries, keys
-    and values). ``skip_from``: the layer whose incoming stream is combined with its own (U-Net). ``first``: the first of its
-    kind.
+    ``nth``: its number among the layers of its kind. ``first``: the first of its kind. ``half``: its output counts half
+    (macaron). ``views``: how many tensors its branch is given (3: one each for queries, keys and values). ``skip_from``: the
+    layer whose incoming stream is combined with its own (U-Net).
     """
 
     index: int
     kind: str
+    nth: int = 0
     first: bool = False
     half: bool = False
     shift: int = 0
@@ -217,6 +218,7 @@ def plan_layers(flags: StackFlags) -> LayerPlan:
         LayerSpec(
             index=index,
             kind=kind,
+            nth=kinds[:index].count(kind),
             first=firsts[kind] == index,
             half=flags.macaron and kind == 'f',
             shift=int(shifts[index]),

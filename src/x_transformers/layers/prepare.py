@@ -268,7 +268,8 @@ def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> I
 def rotates_only_new(stack: AttentionLayers, span: Span, cache: KVCache | None) -> bool:
     """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
     rotary = stack.rotary_pos_emb
-    if rotary is None or rotary.scale is not None or rotary.depends_on_length or stack.flags.attention.use_latent_kv:
+    latent = any(flags.use_latent_kv for flags in stack.flags.attentions)
+    if rotary is None or rotary.scale is not None or rotary.depends_on_length or latent:
         return False
     tapes = [] if cache is None else [layer.tapes for layer in cache]
     return span.mems == 0 and all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)

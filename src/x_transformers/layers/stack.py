@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from x_transformers.flags.keywords import CrossAttenderKeywords, EncoderKeywords, StackKeywords
+    from x_transformers.flags.per_layer import Each
 
 
 class AttentionLayers(Module):
@@ -54,7 +55,7 @@ class AttentionLayers(Module):
     __signature__: Any = ClassSignature(StackFlags)
 
     def __init__(
-        self, dim: int, depth: int | None = None, heads: int = 8, causal: bool = False, **flags: Unpack[StackKeywords]
+        self, dim: int, depth: int | None = None, heads: Each[int] = 8, causal: bool = False, **flags: Unpack[StackKeywords]
     ) -> None:
         super().__init__()
         given = {'dim': dim, 'depth': depth, 'heads': heads, 'causal': causal, **flags}
