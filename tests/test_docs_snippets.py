@@ -23,6 +23,8 @@ def test_there_are_snippets():
 
 @pytest.mark.parametrize('block', SNIPPETS)
 def test_snippet_runs_and_shapes_are_as_its_comments_say(block):
+    for package in re.findall(r'^from (peft|torchao)\b', block, re.MULTILINE):
+        pytest.importorskip(package, reason=f'{package} is an extra of the developers')
     names: dict[str, object] = {}
     exec(compile(block, 'snippet', 'exec'), names)
     for name, shape in re.findall(r'^(\w+) = .*# \(([\d, ]+)\)$', block, re.MULTILINE):

@@ -31,7 +31,7 @@ from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, s
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.losses import linear_cross_entropy, token_cross_entropy
+from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -179,15 +179,13 @@ class AutoregressiveWrapper(Module):
     ) -> Float[Tensor, '']:
         """The loss without intermediates and, where they would be large, without the logits."""
         head: LinearHead | None = getattr(self.net, 'loss_head', None)
-        if head is None or x.numel() * head.weight.shape[0] < LARGE_LOGITS or torch.compiler.is_compiling():
+        small = head is None or x.numel() * head.weight.shape[0] < LARGE_LOGITS
+        if head is None or small or 'to_logits_kwargs' in kwargs or torch.compiler.is_compiling():
             return self._token_loss(self.net(inputs, **kwargs), x, front)
-        embeds = self.net(inputs, return_embeddings=True, **kwargs)
-        embeds = embeds if head.scale is None else embeds * head.scale
-        # the factor is that of the logits, a bias among them
-        bias = head.bias if head.bias is None or head.scale is None else head.bias * head.scale
-        return linear_cross_entropy(
-            embeds, head.weight, bias, self._targets(x, front), ignore_index=self.ignore_index, softcap=head.softcap
-        )
+        # the head reads its weights in its own forward, wherever they are
+        asked = {'targets': self._targets(x, front), 'ignore_index': self.ignore_index}
+        loss: Tensor = self.net(inputs, to_logits_kwargs=asked, **kwargs)
+        return loss
 
     def _embed_loss(
         self, predicted: Float[Tensor, 'b n d'], embedded: Float[Tensor, 'b n d'], target: Int[Tensor, 'b m']

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from x_transformers.generation.prompts import checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
 from x_transformers.module import Module, empty_parameter
+from x_transformers.randomness import happens
 from x_transformers.tensor_types import Float, Int
 
 # pairs of a prefix and a suffix whose logits exist at one time
@@ -171,7 +171,7 @@ class BeliefStateWrapper(Module):
         pairs = self.pairs(length)
         total = (pairs[:, 1] <= lengths[:, None]).sum()
         pairs, weights = self.weighed(pairs, loss_weight_by_fb_indices)
-        told = self.cond_on_distance and self.training and random.random() < self.cond_on_distance_prob
+        told = self.cond_on_distance and self.training and happens(self.cond_on_distance_prob)
 
         results = [
             checkpoint(self.pair_losses, ahead, behind, seq, part, told, use_reentrant=False)

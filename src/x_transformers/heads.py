@@ -13,14 +13,43 @@ from torch import Tensor, nn
 from x_transformers.embedding.token import TokenEmbedding
 from x_transformers.feedforward import NAMED_ACTIVATIONS
 from x_transformers.helpers import softclamp
-from x_transformers.module import Module, empty_parameter
-from x_transformers.tensor_types import Float
+from x_transformers.losses import linear_cross_entropy
+from x_transformers.module import Module, empty_parameter, is_heard
+from x_transformers.tensor_types import Float, Int
 
 Logits = Tensor | tuple[Tensor, ...]
 
 
+def loss_of(
+    x: Float[Tensor, '... d'],
+    weight: Float[Tensor, 'v d'],
+    bias: Float[Tensor, ' v'] | None,
+    targets: Int[Tensor, '...'],
+    ignore_index: int = -100,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, '']:
+    """The cross entropy of logits that are never held: one linear map, times ``scale``, capped."""
+    if scale is not None:
+        # the factor is that of the logits, a bias among them
+        x, bias = x * scale, None if bias is None else bias * scale
+    return linear_cross_entropy(x, weight, bias, targets, ignore_index=ignore_index, softcap=softcap)
+
+
+class LinearLogits(nn.Linear):
+    """Logits by one linear map; or with ``targets`` the loss of them, see ``loss_of``."""
+
+    def forward(self, input: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
+        if targets is None:
+            return F.linear(input, self.weight, self.bias)
+        return loss_of(input, self.weight, self.bias, targets, **loss)
+
+
 class TiedHead(Module):
-    """Logits from the transposed token table (https://arxiv.org/abs/1608.05859). Its only parameter is a ``bias``, if asked."""
+    """Logits from the transposed token table (https://arxiv.org/abs/1608.05859). Its only parameter is a ``bias``, if asked.
+
+    With ``targets`` the loss, see ``loss_of``. Shard it together with the table, whose weight it reads.
+    """
 
     def __init__(self, embedding: TokenEmbedding, bias: bool = False) -> None:
         super().__init__()
@@ -37,8 +66,10 @@ class TiedHead(Module):
     def weight(self) -> Float[Tensor, 'v d']:
         return self._embedding[0].emb.weight
 
-    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... v']:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
+        if targets is None:
+            return F.linear(x, self.weight, self.bias)
+        return loss_of(x, self.weight, self.bias, targets, **loss)
 
 
 class LinearHead(NamedTuple):
@@ -57,6 +88,21 @@ class OutputHeads(nn.ModuleList):
         return tuple(head(x, **kwargs) for head in self)
 
 
+def gives_loss(head: Any) -> bool:
+    """Whether the loss may be had without logits: the head is one linear map, as it was made, and nobody waits for logits."""
+    own = isinstance(head, (LinearLogits, TiedHead)) and type(head).forward in (LinearLogits.forward, TiedHead.forward)
+    if not (own or type(head) is nn.Linear) or is_heard(head):
+        return False
+    # weights of other kinds, such as quantised ones, know products, but no gradients that are written by hand
+    return type(head.weight) in (nn.Parameter, Tensor) or hasattr(head.weight, 'device_mesh')
+
+
+def head_loss(head: Any, x: Float[Tensor, '... d'], **loss: Any) -> Float[Tensor, '']:
+    """The loss by a head that ``gives_loss``, in its own forward; an ordinary linear map knows no targets, and is read."""
+    out: Tensor = loss_of(x, head.weight, head.bias, **loss) if type(head) is nn.Linear else head(x, **loss)
+    return out
+
+
 def choose_head(
     dim: int,
     num_logits: int,
@@ -73,8 +119,8 @@ def choose_head(
     if tied_to is not None:
         return TiedHead(tied_to, bias)
     if count > 1:
-        return OutputHeads([nn.Linear(dim, num_logits, bias=bias) for _ in range(count)])
-    return own if own is not None else nn.Linear(dim, num_logits, bias=bias)
+        return OutputHeads([LinearLogits(dim, num_logits, bias=bias) for _ in range(count)])
+    return own if own is not None else LinearLogits(dim, num_logits, bias=bias)
 
 
 def mixture_modules(dim: int, k: int) -> tuple[nn.Module, nn.Module]:
@@ -123,6 +169,8 @@ class HeadForm:
 
     def __call__(self, head: Callable[..., Any], x: Tensor, weights: Tensor | None, kwargs: Mapping[str, Any]) -> Logits:
         """Logits of ``x``, (b n d) or (b n k d) with a mixture, whose ``weights`` are (b n k)."""
+        if 'targets' in kwargs and gives_loss(head):
+            return head_loss(head, x, **kwargs, scale=self.scale, softcap=self.softcap)
         raw = head(x, **kwargs)
         return tuple(self.finish(each, weights) for each in raw) if isinstance(raw, tuple) else self.finish(raw, weights)
 

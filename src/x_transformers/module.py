@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -66,21 +68,37 @@ def empty_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
+def spread_as(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value`` in the dtype of a parameter of the same shape; spread over processes as it is, each of which takes its part."""
+    value = value.to(device=parameter.device, dtype=parameter.dtype)
+    mesh = getattr(parameter, 'device_mesh', None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Put ``value`` into a parameter; of one that is spread over processes each takes its own part."""
-    mesh = getattr(parameter, 'device_mesh', None)
-    if mesh is not None:
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(parameter.dtype), mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
-    parameter.copy_(value)
+    """Put ``value`` into a parameter, which may be spread over processes."""
+    parameter.copy_(spread_as(value, parameter))
 
 
 def is_heard(module: nn.Module) -> bool:
-    """Whether somebody listens to calls of this module, or has put a method in the place of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or 'forward' in module.__dict__
+    """Whether somebody listens to calls of this module, or has put a method in the place of its own.
+
+    Those who shard a module listen, too, but to gather its weights and not for what comes out.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    heard = any(not str(hook.__module__).startswith('torch.distributed.') for each in hooks if each for hook in each.values())
+    return heard or 'forward' in module.__dict__
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters in it are only there while their module runs (FSDP2)."""
+    fsdp = sys.modules.get('torch.distributed.fsdp')
+    return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in module.modules())
 
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

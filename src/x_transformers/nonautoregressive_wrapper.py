@@ -18,6 +18,7 @@ from x_transformers.generation.modes import eval_decorator
 from x_transformers.helpers import exists
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
+from x_transformers.randomness import happens
 from x_transformers.tensor_types import Bool, Float, Int
 
 Schedule = Callable[[Tensor], Tensor]
@@ -57,7 +58,7 @@ def gumbel_sample(t: Tensor, temperature: float = 1.0, dim: int = -1, generator:
 
 
 def sample_prob(prob: float) -> bool:
-    return random.random() < prob
+    return happens(prob)
 
 
 def coin_flip() -> bool:

@@ -24,8 +24,8 @@ from x_transformers.heads import (
     HeadTransform,
     LinearHead,
     Logits,
-    TiedHead,
     choose_head,
+    gives_loss,
     mixture_modules,
     next_embedding_head,
 )
@@ -144,15 +144,16 @@ class TransformerWrapper(StackWrapper):
 
     @property
     def loss_head(self) -> LinearHead | None:
-        """What a loss needs that makes the logits a few rows at a time; None if it needs all of them."""
+        """What a loss needs that makes the logits a few rows at a time; None if it needs all of them.
+
+        Then ``to_logits_kwargs=dict(targets=…)`` gives the cross entropy in the place of logits, which are never held.
+        """
         pooled = self.average_pool_embed or self.cls_token is not None or self._pools_in_place_of_logits
         head: Any = self.to_logits
         form = self.head_form
         if pooled or self.to_mixture is not None or self.logits_transform is not None or form.needs_all_logits:
             return None
-        if type(head) not in (TiedHead, nn.Linear) or head._forward_hooks or head._forward_pre_hooks:
-            return None
-        return LinearHead(head.weight, head.bias, form.scale, form.softcap)
+        return LinearHead(head.weight, head.bias, form.scale, form.softcap) if gives_loss(head) else None
 
     @property
     def _pools_in_place_of_logits(self) -> bool:

@@ -150,9 +150,13 @@ def can_cache(model: nn.Module) -> bool:
 @torch.no_grad()
 def cached_is_full(case: Combination) -> None:
     """Decoding with a cache, one token or several at a time, whole sequence or new tokens only, equals the full forward."""
+    decodes_as_in_full(case, case.build())
+
+
+@torch.no_grad()
+def decodes_as_in_full(case: Combination, model: nn.Module) -> None:
     if case.random or not case.causal:
         return
-    model = case.build()
     x, given = tokens(ROWS), case.inputs(ROWS)
     if not can_cache(model):
         _, cache = case.call(model, x[:, :4], given.part(stop=4), return_intermediates=True)
@@ -327,17 +331,27 @@ def kernels_agree(case: Combination) -> None:
 
 def checkpoints_agree(case: Combination) -> None:
     """Branches that run again in the backward pass, in training, change neither outputs nor gradients, nor what is drawn."""
+    models = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        models.append(case.build(stack={'gradient_checkpointing': again}))
+    trained_alike(case, *models)
+
+
+def trained_alike(case: Combination, plain: nn.Module, other: nn.Module) -> None:
+    """The same output and gradients in training."""
     x, given = tokens(ROWS), case.inputs(ROWS).part()
     mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 6, 3])[:, None]
     results = []
-    for again in (False, True):
-        torch.manual_seed(0)
-        model = case.build(stack={'gradient_checkpointing': again}).train()
+    for model in (plain, other):
+        model.train()
         torch.manual_seed(0)
         random.seed(0)
         out = case.call(model, x, given, mask=mask)
         (out * torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)).sum().backward()
-        results.append((out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        # a wrapper around a module puts its own name into those of the parameters
+        named = ((name.replace('_checkpoint_wrapped_module.', ''), p.grad) for name, p in model.named_parameters())
+        results.append((out.detach(), {name: grad for name, grad in named if grad is not None}))
     (want, expected), (got, gradients) = results
     must_equal(got, want, 'output with checkpoints')
     must(gradients.keys() == expected.keys(), f'other parameters get gradients: {sorted(gradients.keys() ^ expected.keys())}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -14,7 +15,9 @@ from x_transformers import Attention, AutoregressiveWrapper, Decoder, FeedForwar
 from x_transformers.attention.inputs import BranchInputs
 from x_transformers.cache.kv_cache import LayerCache
 from x_transformers.layers.layer import Layer
+from x_transformers.layers.residual import Residual
 from x_transformers.layers.slots import can_cache
+from x_transformers.randomness import decide_alike, happens, whole
 
 SMALL: dict[str, Any] = {'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8, 'rotary_pos_emb': True}
 
@@ -285,3 +288,104 @@ def test_attention_takes_what_surrounds_it() -> None:
     out, seen = attn(x, around=BranchInputs(past=LayerCache()))
     torch.testing.assert_close(out, attn(x))
     assert seen.cached_kv[0].shape[2] == 4
+
+
+# ---------------------------------------------------------------- layers exchanged as a whole
+
+
+class Exchanging(Decoder):
+    """Runs other layers in every second call, as subclasses of the original do."""
+
+    def put(self, layers: Any, kinds: tuple[str, ...]) -> None:
+        self.layers = layers
+        self.layer_types = kinds
+        self.layer_dropouts = (0.0,) * len(kinds)
+
+
+def triple(block: nn.Module) -> nn.ModuleList:
+    return nn.ModuleList([nn.ModuleList([nn.LayerNorm(16), None, None]), block, Residual(16)])
+
+
+@pytest.mark.parametrize('plain_list', [False, True])
+def test_layers_are_exchanged_between_calls(plain_list: bool) -> None:
+    stack = Exchanging(**SMALL)
+    net = TransformerWrapper(num_tokens=11, max_seq_len=32, attn_layers=stack).eval()
+    x, before = ids(2, 6), net(ids(2, 6)).shape
+    old, old_kinds = stack.layers, stack.layer_types
+    blocks = [triple(PlainFF()), triple(Attention(16, heads=2, dim_head=8, causal=True)), triple(nn.Linear(16, 16))]
+    if plain_list:
+        del stack.layers
+        stack.put([list(each) for each in blocks], ('f', 'a', 'f'))
+    else:
+        stack.put(nn.ModuleList(blocks), ('f', 'a', 'f'))
+    assert [step.kind for step in stack.plan.steps()] == ['f', 'a', 'f']
+    assert net(x).shape == before
+    assert blocks[0][1].calls == 1
+    equal_when_cached(net)
+    stack.put(nn.ModuleList([triple(Mean()), *blocks]), ('a', 'f', 'a', 'f')) if not plain_list else None
+    assert net.can_cache_kv == plain_list
+    if plain_list:
+        del stack.layers
+    stack.put(old, old_kinds)
+    assert net.can_cache_kv
+    assert len(stack.plan.steps()) == 4
+
+
+def test_layers_and_their_kinds_must_fit() -> None:
+    net = model()
+    net.attn_layers.layer_types = ('a', 'f', 'f')
+    with pytest.raises(ValueError, match='layer_types must name the kind of each of the 4 layers'):
+        net(ids(1, 3))
+    lime = model(integrate_layers=True)
+    lime.attn_layers.layer_types = ('f', 'a', 'a', 'f')
+    with pytest.raises(ValueError, match='integrate_layers'):
+        lime(ids(1, 3))
+
+
+# ---------------------------------------------------------------- what lies outside of layers
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_head_gives_the_loss_in_its_own_forward(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = TransformerWrapper(num_tokens=11, max_seq_len=32, tie_embedding=tied, attn_layers=Decoder(**SMALL))
+    wrapper, x = AutoregressiveWrapper(net), ids(2, 9)
+    want = wrapper(x)
+    monkeypatch.setattr('x_transformers.autoregressive_wrapper.LARGE_LOGITS', 0)
+    shapes: list[tuple[int, ...]] = []
+    forward = type(net.to_logits).forward
+
+    def spied(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = forward(self, *args, **kwargs)
+        shapes.append(tuple(out.shape))
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(net.to_logits), 'forward', spied)
+        patch.setattr('x_transformers.heads.gives_loss', lambda head: True)
+        patch.setattr('x_transformers.transformer_wrapper.gives_loss', lambda head: True)
+        torch.testing.assert_close(wrapper(x), want)
+    assert shapes == [()]
+    # whoever listens to the head gets logits
+    heard: list[tuple[int, ...]] = []
+    net.to_logits.register_forward_hook(lambda module, args, out: heard.append(tuple(out.shape)))
+    torch.testing.assert_close(wrapper(x), want)
+    assert [shape[-1] for shape in heard] == [11]
+
+
+def test_decisions_follow_from_a_seed_and_a_step() -> None:
+    def drawn(seed: int | None, step: int = 0) -> list[Any]:
+        decide_alike(seed, step)
+        return [happens(0.5) for _ in range(20)] + [whole(1, 4) for _ in range(20)]
+
+    random.seed(1)
+    try:
+        first = drawn(3, 5)
+        assert drawn(3, 5) == first
+        assert drawn(3, 6) != first
+        assert drawn(4, 5) != first
+        unasked = drawn(None)
+    finally:
+        decide_alike(None)
+    random.seed(1)
+    assert unasked == [random.random() < 0.5 for _ in range(20)] + [random.randint(1, 4) for _ in range(20)]

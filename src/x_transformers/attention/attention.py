@@ -223,6 +223,9 @@ class Attention(Module):
             return_attn=given.return_attn,
             return_scores=given.return_scores,
         )
+        if given.return_scores or given.maps_now:
+            # parameters that they are made of may be spread over processes again once this forward has ended
+            _ = maps.post_softmax if given.maps_now else maps.pre_softmax
         # where nobody keeps them, their room is free for what follows
         del q, k, v
         if self.laser_clamp is not None:

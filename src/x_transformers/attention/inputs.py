@@ -33,7 +33,7 @@ class BranchInputs:
 
     ``mask`` says who may look over the branch's own keys: memories, past, new. ``past`` is the cache of this
     execution step; without one nothing is kept. ``return_attn``: somebody may read the attention maps;
-    ``return_scores``: the next layer will, for residual attention.
+    ``return_scores``: the next layer will, for residual attention. ``maps_now``: the maps are made before the forward ends.
 
     It is no dataclass: casts of mixed precision would rebuild one, and copy the cache in it.
     """
@@ -58,6 +58,7 @@ class BranchInputs:
         deep_embed: Float[Tensor, 'b n d'] | None = None,
         return_attn: bool = False,
         return_scores: bool = False,
+        maps_now: bool = False,
     ) -> None:
         self.context = context
         self.mask = Mask() if mask is None else mask
@@ -76,6 +77,7 @@ class BranchInputs:
         self.deep_embed = deep_embed
         self.return_attn = return_attn
         self.return_scores = return_scores
+        self.maps_now = maps_now
 
     def having(self, **changed: Any) -> BranchInputs:
         """A copy in which some are others."""

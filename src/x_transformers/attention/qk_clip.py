@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.inputs import Intermediates
+from x_transformers.module import spread_as
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def split_factors(factors: Float[Tensor, 'h'], kv_heads: int) -> tuple[Float[Ten
 def scale_rows_(weight: Tensor, factors: Float[Tensor, 'h']) -> None:
     """Times a factor per head, whose rows lie together."""
     if factors.numel():
-        weight.mul_(factors.to(weight.dtype).repeat_interleave(weight.shape[0] // factors.numel()).unsqueeze(-1))
+        rows = factors.repeat_interleave(weight.shape[0] // factors.numel())
+        weight.mul_(spread_as(rows.unsqueeze(-1).expand(weight.shape), weight))
 
 
 def clip_queries_and_keys_(attn: Attention, scores: Float[Tensor, 'b h i j'] | Intermediates, tau: float) -> None:
@@ -56,4 +58,4 @@ def clip_queries_and_keys_(attn: Attention, scores: Float[Tensor, 'b h i j'] | I
     if attn.to_rotateable_k is not None:
         scale_rows_(attn.to_rotateable_k.weight, keys[through_latent:])
     if attn.mem_k is not None:
-        attn.mem_k.mul_(keys.to(attn.mem_k.dtype)[:, None, None])
+        attn.mem_k.mul_(spread_as(keys[:, None, None].expand(attn.mem_k.shape), attn.mem_k))

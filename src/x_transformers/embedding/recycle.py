@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from x_transformers.randomness import whole
 from x_transformers.tensor_types import Float
 
 R = TypeVar('R')
@@ -25,7 +25,7 @@ def rounds(asked: int | None, *, recycling: bool, training: bool, longest: int) 
             raise ValueError(
                 'recycle_steps must be given when a model with recycling=True is evaluated; it is drawn only in training.'
             )
-        return random.randint(1, longest)
+        return whole(1, longest)
     if asked < 1:
         raise ValueError(f'recycle_steps is {asked}; the stack must run at least once.')
     return asked

@@ -249,7 +249,10 @@ def check_cache(stack: AttentionLayers, given: Given) -> None:
             'build a Decoder or PrefixDecoder, or pass the whole sequence without a cache'
         )
     if not stack.can_cache_kv:
-        raise ValueError('a cache was given, but selective attention cannot continue from one: pass the whole sequence')
+        raise ValueError(
+            'a cache was given, but selective attention, or a module of your own that mixes tokens, cannot continue from one: '
+            'pass the whole sequence, or give the module a state, forward(x, state) -> (y, state)'
+        )
 
 
 def check_packing(stack: AttentionLayers, given: Given, batch: int, n: int) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
-
 import torch
 from torch import Tensor
 
+from x_transformers.randomness import happens
 from x_transformers.tensor_types import Bool, Float
 
 
 def is_dropped(probability: float, device: torch.device | None = None) -> bool | Bool[Tensor, '']:
-    """Whether a layer is left out this time, https://arxiv.org/abs/1603.09382; draws from Python's ``random``.
+    """Whether a layer is left out this time, https://arxiv.org/abs/1603.09382; draws as ``randomness`` says.
 
     A compiled model has one course for both cases: there it is a tensor, drawn from torch's generator, by which one result or
     the other is taken.
@@ -20,7 +19,7 @@ def is_dropped(probability: float, device: torch.device | None = None) -> bool |
         return False
     if torch.compiler.is_compiling():
         return torch.rand((), device=device) < probability
-    return random.random() < probability
+    return happens(probability)
 
 
 def dropout_seq(

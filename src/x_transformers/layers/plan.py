@@ -230,3 +230,28 @@ def plan_layers(flags: StackFlags) -> LayerPlan:
     )
     depth = len(order) if flags.depth is None else flags.depth
     return LayerPlan(layers=layers, order=order, blocks=blocks, depth=1 if flags.weight_tie_layers else depth)
+
+
+def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...], layers: int, flags: StackFlags) -> LayerPlan:
+    """The plan of a stack whose layers somebody has exchanged for others: one kind for each, all once and one after the other.
+
+    An order of one's own stays, and so does the usual one where only kinds have changed.
+    Raises ValueError if kinds and layers do not fit each other, or what reaches over several layers.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or len(kinds) != layers:
+        raise ValueError(
+            f'layer_types must name the kind of each of the {layers} layers, by a letter of {", ".join(KINDS)}, got {kinds}. '
+            'Exchange layers, layer_types and layer_dropouts together.'
+        )
+    across = [name for name in ('integrate_layers', 'unet_skips') if getattr(flags, name)]
+    if across and tuple(kinds) != plan.kinds:
+        raise ValueError(
+            f'layer_types must stay {plan.kinds} in a stack with {" and ".join(across)}, which was made for them, got {kinds}. '
+            'Build the stack without it, or exchange modules inside of the layers.'
+        )
+    if order == plan.order and layers != len(plan.layers):
+        order = tuple(range(layers))
+    check_order(order, layers)
+    known = plan.layers if tuple(kinds) == plan.kinds else tuple(LayerSpec(index, kind) for index, kind in enumerate(kinds))
+    return LayerPlan(layers=known, order=order, blocks=tuple(range(layers)), depth=plan.depth)

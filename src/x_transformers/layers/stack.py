@@ -25,10 +25,10 @@ from x_transformers.layers.call import Around, Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
 from x_transformers.layers.layer import Layer, make_layer, make_norm
-from x_transformers.layers.plan import LayerPlan, Step, plan_layers
+from x_transformers.layers.plan import LayerPlan, Step, exchanged_plan, plan_layers
 from x_transformers.layers.prepare import prepare
 from x_transformers.layers.slots import call_norm, can_cache
-from x_transformers.module import Module, empty_parameter
+from x_transformers.module import Module, empty_parameter, is_sharded
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class AttentionLayers(Module):
 
     def _build(self, flags: StackFlags, plan: LayerPlan) -> None:
         self.flags = flags
-        self.plan = plan
+        self._plan = plan
         self._tell(flags, plan)
         self.layers = nn.ModuleList([make_layer(flags, spec, self.is_causal) for spec in plan.layers])
         has_final = flags.resi_dual or (flags.pre_norm and flags.pre_norm_has_final_norm)
@@ -134,6 +134,15 @@ class AttentionLayers(Module):
             nn.init.zeros_(self.stream_emb)
 
     @property
+    def plan(self) -> LayerPlan:
+        """The order of layers: as built, or as ``layers``, ``layer_types`` and ``layers_execute_order`` say now."""
+        plan = self._plan
+        kinds, order = tuple(self.layer_types), tuple(self.layers_execute_order)
+        if kinds == plan.kinds and order == plan.order and len(self.layers) == len(kinds):
+            return plan
+        return exchanged_plan(plan, kinds, order, len(self.layers), self.flags)
+
+    @property
     def can_cache_kv(self) -> bool:
         """Whether decoding may go on from a cache, with the modules that are there now."""
         known: bool | None = self.__dict__.get('can_cache_kv')
@@ -182,6 +191,7 @@ class AttentionLayers(Module):
 
     def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device) -> Around:
         given = call.for_step(step, carry, self._lost_context())
+        given.maps_now = call.return_attn and is_sharded(self)
         return Around(
             given,
             injected=call.injected,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
 from x_transformers.helpers import divisible_by, l2norm
-from x_transformers.module import Module, empty_parameter
+from x_transformers.module import Module, empty_parameter, untouched
 from x_transformers.tensor_types import Float, Int
 
 
@@ -42,7 +42,8 @@ def look_up(
     check_ids(ids, name)
     if ids.dtype not in (torch.int64, torch.int32):
         ids = ids.long()
-    if torch.compiler.is_compiling():
+    # a compiler has no use for the check, unless somebody listens to the table or has put another in its place
+    if torch.compiler.is_compiling() and untouched(table, Table):
         return F.embedding(ids, table.weight)
     try:
         found: Tensor = table(ids)

@@ -12,6 +12,8 @@ from torch import nn
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.kernels import choose
 from x_transformers.feedforward import FeedForward
+from x_transformers.layers.layer import Layer
+from x_transformers.layers.residual import ResidualPath
 from x_transformers.layers.stack import AttentionLayers
 from x_transformers.stepping.attention import front_rows, runs_directly
 from x_transformers.transformer_wrapper import TransformerWrapper
@@ -79,6 +81,13 @@ def model_refusals(net: nn.Module, given: Mapping[str, Any] = NOTHING, *, fixed:
 
 def plain_parts(net: nn.Module) -> bool:
     """Whether stack, attentions and feed-forwards are the library's own, and nobody listens."""
+    stack: Any = net.attn_layers
+    for layer in stack.layers:
+        own = (
+            type(layer) is Layer and type(layer.inside) in (Attention, FeedForward) and isinstance(layer.residual, ResidualPath)
+        )
+        if not own:
+            return False
     for module in net.modules():
         for base in (Attention, FeedForward):
             if isinstance(module, base) and type(module) is not base:
