@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from x_transformers.feedforward import FeedForward as FeedForward
     from x_transformers.flags.per_layer import layer_schedule as layer_schedule
     from x_transformers.flags.per_layer import per_layer as per_layer
+    from x_transformers.generation.continuation import Continuation as Continuation
     from x_transformers.layers.stack import CrossAttender as CrossAttender
     from x_transformers.layers.stack import Decoder as Decoder
     from x_transformers.layers.stack import Encoder as Encoder
@@ -41,6 +42,7 @@ _HOME = {
     'AttentionPool': 'embedding.pooling',
     'AutoregressiveWrapper': 'autoregressive_wrapper',
     'BeliefStateWrapper': 'belief_state_wrapper',
+    'Continuation': 'generation.continuation',
     'ContinuousAutoregressiveWrapper': 'continuous',
     'ContinuousTransformerWrapper': 'continuous',
     'CrossAttender': 'layers.stack',

@@ -36,7 +36,7 @@ from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
-    from x_transformers.stepping.model import Programs
+    from x_transformers.generation.continuation import Programs
 
 # from so many logits on, a loss that is all that is wanted is computed without holding them
 LARGE_LOGITS = 2**24
@@ -265,8 +265,7 @@ class AutoregressiveWrapper(Module):
                 steps=steps,
                 cache=cache_kv,
                 window=restrict_to_max_seq_len,
-                one_by_one=not speculative,
-                programs=self._compiled_steppers(net, kwargs, cached=cache_kv, one_by_one=not speculative) if compile else None,
+                programs=self._compiled(net, cached=cache_kv, speculative=speculative) if compile else None,
             )
 
         main = reader(self.net)
@@ -294,15 +293,12 @@ class AutoregressiveWrapper(Module):
             return run
         return _collected(run, prompt, include_prompt)
 
-    def _compiled_steppers(self, net: nn.Module, given: Mapping[str, Any], *, cached: bool, one_by_one: bool) -> Programs:
+    def _compiled(self, net: nn.Module, *, cached: bool, speculative: bool) -> Programs:
         """The programs made so far; they are not copied or pickled with the model. Refused before anything is computed."""
-        from x_transformers.stepping.model import Programs
-        from x_transformers.stepping.refusals import model_refusals
+        from x_transformers.generation.continuation import Programs, refusals
 
-        if not cached or not one_by_one:
-            other = 'cache_kv=False' if not cached else 'speculative decoding'
-            raise GenerateError(f'compile=True reads one token at a time behind a cache, which {other} does not; leave one out')
-        if reasons := model_refusals(net, given, fixed=True):
+        reasons = [name for name, given in (('cache_kv=False', not cached), ('speculative decoding', speculative)) if given]
+        if reasons := [*reasons, *refusals(net)]:
             raise no_program(reasons)
         if self._programs is None:
             self._programs = Programs()

@@ -233,6 +233,7 @@ class StackWrapper(Module):
         if (
             isinstance(self.pos_emb, AbsolutePositionalEmbedding)
             and call.pos is None
+            and isinstance(rows.seen, int)
             and rows.seen + rows.new > self.max_seq_len
         ):
             raise ValueError(

@@ -8,16 +8,18 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.laws.arguments import Arguments
 from tests.laws.combination import Combination, tokens
 from tests.laws.groups import LENGTH, TOKENS
 from x_transformers.flags.base import FlagError
-from x_transformers.stepping.model import CompiledStepper, Stepper, own_copy
-from x_transformers.stepping.refusals import cache_refusals, model_refusals, refusals
+from x_transformers.generation.continuation import Continuation, own_copy, refusals
 
 ROWS = 3
 TOLERANCE = 1e-5
@@ -212,47 +214,53 @@ def cache_operations(case: Combination) -> None:
         must_equal(out, full[:, step : step + 1], f'step {step} of left-padded prompts with a cache')
 
 
-@torch.no_grad()
-def steps_are_full(case: Combination) -> None:
-    """Token by token through a stepper, where it takes the model: the full forward, with padding on the left too."""
-    if case.random or not case.causal:
-        return
-    model, x, given = case.build(), tokens(ROWS), case.inputs(ROWS)
-    if refusals(model, given.part()):
-        return
-    for starts in (None, torch.tensor([0, 2, 3])):
-        left = {} if starts is None else {'seq_start_pos': starts}
-        full = case.read_logits(model(x, **given.part(), **left), x)
-        cache = model(x[:, :4], return_intermediates=True, **given.part(stop=4), **left)[1].kv_cache
-        if cache_refusals(model, cache, None, LENGTH, starts is not None):
-            continue
-        # room for two tokens, so that it has to be widened
-        stepper = Stepper(model, cache, room=2, start=starts, context_mask=given.part().get('context_mask'))  # type: ignore[arg-type]
-        for at in range(4, LENGTH):
-            new = x[:, at : at + 1]
-            must_equal(case.read_logits(stepper.read(new), new), full[:, at : at + 1], f'step {at} of a stepper ({left})')
+CAPACITY = LENGTH + 5
+
+
+def behind_fixed(given: Arguments, start: int, stop: int) -> dict[str, Any]:
+    """The arguments for tokens ``start`` to ``stop`` behind a cache of fixed capacity: about pairs, as wide as the capacity."""
+    part = given.part(stop=stop, new=start)
+    front = part['prepend_embeds'].shape[1] if 'prepend_embeds' in part else 0
+    for name, value in (('attn_mask', True), ('attn_bias', 0.0)):
+        if name in part:
+            part[name] = F.pad(part[name][..., start:stop, :], (0, CAPACITY - front - stop), value=value)
+    if 'pos' in part:
+        part['pos'] = part['pos'][..., start:stop]
+    return part
+
+
+# all that is refused behind a cache of fixed capacity
+REFUSED = ('attn_selective', 'attn_hybrid_module', 'num_memory_tokens', 'use_cls_token', 'recycling', 'TransformerWrapper')
 
 
 @torch.no_grad()
-def programs_are_full(case: Combination, compiled: bool = False) -> None:
-    """The same through the program that is compiled for steps, here run as it stands: one row alone, and several."""
+def continuations_are_full(case: Combination, compiled: bool = False) -> None:
+    """Tokens read in memory of fixed shape, one or several at a time, give what they give in whole; compiled, by one graph."""
     if case.random or not case.causal:
         return
     model = case.build()
-    if model_refusals(model, case.inputs(ROWS).part(), fixed=True):
+    if reasons := refusals(model):
+        must(all(reason.startswith(REFUSED) for reason in reasons), f'refused: {reasons}')
         return
-    for rows in (slice(1), slice(ROWS)):
-        x = tokens(ROWS)[rows]
-        full = case.read_logits(model(x), x)
-        cache = model(x[:, :4], return_intermediates=True)[1].kv_cache
-        if cache_refusals(model, cache, None, LENGTH, False):
-            continue
-        stepper = CompiledStepper(model, cache, room=LENGTH - 4)  # type: ignore[arg-type]
-        step = own_copy(stepper._step)
-        stepper.program = torch.compile(step, fullgraph=True, dynamic=False, backend='eager') if compiled else step
-        for at in range(4, LENGTH):
-            new = x[:, at : at + 1]
-            must_equal(case.read_logits(stepper.read(new), new), full[:, at : at + 1], f'step {at} of a program, {len(x)} rows')
+    x, asks = tokens(ROWS), {'return_next_embed_pred': True} if 'add_continuous_pred_head' in case.wrapper else {}
+    for starts in (None, torch.tensor([0, 2, 3])):
+        given, left = case.inputs(ROWS), {}
+        if starts is not None:
+            if compiled or left_padding_refused(case) or case.has('mems'):
+                continue
+            given, left = given.without({'prefix_attn_len', 'pos'}), {'seq_start_pos': starts}
+        full = case.call(model, x, given.part(), **left)
+        _, cache = case.call(model, x[:, :4], given.part(stop=4), return_intermediates=True, **left)
+        going_on, graphs = Continuation(model, cache, capacity=CAPACITY), []
+        if compiled:
+            step = own_copy(going_on._step)
+            count: Any = lambda graph, _, graphs=graphs: graphs.append(graph) or graph  # noqa: E731
+            going_on._read = torch.compile(step, fullgraph=True, dynamic=False, backend=count)
+        for start, stop in pairwise(range(4, LENGTH + 1) if compiled else (4, 5, 6, 8, LENGTH)):
+            new = x[:, start:stop]
+            out = case.read(going_on.read(new, **behind_fixed(given, start, stop), **left, **asks), new)
+            must_equal(out, full[:, start:stop], f'tokens {start} to {stop} in memory of fixed shape ({left})')
+        must(len(graphs) == int(compiled), f'{len(graphs)} graphs')
 
 
 def segments_promised(case: Combination) -> bool:
@@ -405,8 +413,7 @@ LAWS: tuple[Callable[[Combination], None], ...] = (
     left_padding_blind,
     cached_is_full,
     cache_operations,
-    steps_are_full,
-    programs_are_full,
+    continuations_are_full,
     segments_are_whole,
     kernels_agree,
     checkpoints_agree,
@@ -431,8 +438,8 @@ def compiles(case: Combination) -> None:
         must_equal(*((got, want) if case.pooled else (got[mask], want[mask])), 'compiled')
 
 
-def program_compiles(case: Combination) -> None:
-    programs_are_full(case, compiled=True)
+def continuation_compiles(case: Combination) -> None:
+    continuations_are_full(case, compiled=True)
 
 
-DEEP_LAWS = (*LAWS, compiles, program_compiles)
+DEEP_LAWS = (*LAWS, compiles, continuation_compiles)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from tests.laws.combination import Combination, draw, rotated, singles
-from tests.laws.laws import LAWS, causal, left_padding_blind, segments_are_whole
+from tests.laws.laws import LAWS, causal, continuation_compiles, left_padding_blind, segments_are_whole
 from x_transformers.flags.base import FlagError
 
 SEED = int(os.environ.get('LAWS_SEED', '2161'))
@@ -56,3 +57,14 @@ def test_memories_hold_what_was_injected(name: str) -> None:
 
 def test_left_padding_does_not_move_tokens_away_from_the_positions_of_a_context() -> None:
     left_padding_blind(Combination('cross', ('context_pos',)))
+
+
+SAMPLE = ('decoder+rotary', 'cross+alibi', 'decoder+mla', 'decoder+shift', 'prefix+t5')
+EVERY = [str(case) for case in rotated() if str(case) not in SAMPLE]
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('text', [*SAMPLE, *(pytest.param(text, marks=pytest.mark.deep) for text in EVERY)])
+def test_one_graph_reads_all_tokens_behind_a_cache(text: str) -> None:
+    torch.compiler.reset()
+    continuation_compiles(Combination.parse(text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,32 @@ def places(starts: Int[Tensor, 's'], length: int) -> Int[Tensor, '1 n']:
     return torch.arange(length, device=starts.device) - starts[segment_ids(starts, length)]
 
 
+class Placed(NamedTuple):
+    """Queries that are not the last of the own keys, because behind them lies memory that is not yet written.
+
+    ``first``: number of the first query among the own keys; a tensor, so that a compiled program serves every token.
+    """
+
+    first: Int[Tensor, ' 1']
+    queries: int
+    keys: int
+
+    def numbers(self) -> Int[Tensor, 'i']:
+        return self.first + torch.arange(self.queries, device=self.first.device)
+
+    def seen(
+        self, causal: bool, past: int | None, prefix: int | Int[Tensor, 'b'] | None
+    ) -> Bool[Tensor, 'i j'] | Bool[Tensor, 'b 1 i j']:
+        """Causality, window and prefix, written out."""
+        query, key = self.numbers().unsqueeze(-1), torch.arange(self.keys, device=self.first.device)
+        mask = key <= query
+        if prefix is not None and causal:
+            mask = mask | (key < (prefix.reshape(-1, 1, 1, 1) if isinstance(prefix, Tensor) else prefix))
+        elif not causal:
+            mask = torch.ones_like(mask)
+        return mask if past is None else mask & (query - key <= past)
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Who may look at whom: the fields combine by *and*.
@@ -101,6 +127,7 @@ class Mask:
     ``prefix``   everyone sees keys before it, causality notwithstanding: one number, or one for each row (b).
     ``dense``    (i j), (h i j) or (b h i j), axes of 1 broadcast; columns are own keys, or all.
     ``packed``   sequences laid end to end see only themselves.
+    ``placed``   where the queries are, if they are not the last of the own keys. ``narrowed`` writes out what follows from it.
     """
 
     causal: bool = False
@@ -110,6 +137,7 @@ class Mask:
     prefix: int | Int[Tensor, 'b'] | None = None
     dense: Bool[Tensor, '... i k'] | None = None
     packed: PackedSequences | None = None
+    placed: Placed | None = None
     memo: Memo = field(default_factory=list, init=False, repr=False)
 
     def having(self, **changes: Any) -> Mask:
@@ -120,12 +148,22 @@ class Mask:
         """This mask and causality and a window. The same object for the same question, so that layers share what it renders."""
         causal = causal or self.causal
         past = self.past if past is None else past if self.past is None else min(past, self.past)
-        if causal == self.causal and past == self.past:
+        if causal == self.causal and past == self.past and self.placed is None:
             return self
         found: Mask | None = recall(self.memo, ('narrowed', causal, past))
-        return (
-            remember(self.memo, ('narrowed', causal, past), self.having(causal=causal, past=past)) if found is None else found
-        )
+        if found is None:
+            made = (
+                self.having(causal=causal, past=past) if self.placed is None else self._written_out(self.placed, causal, past)
+            )
+            found = remember(self.memo, ('narrowed', causal, past), made)
+        return found
+
+    def _written_out(self, placed: Placed, causal: bool, past: int | None) -> Mask:
+        seen = placed.seen(causal, past, self.prefix)
+        if self.dense is not None:
+            more = self.dense.shape[-1] - placed.keys
+            seen = self.dense & (F.pad(seen, (more, 0), value=True) if more > 0 else seen)
+        return self.having(causal=False, past=None, prefix=None, placed=None, dense=seen)
 
     def within(self, packed: PackedSequences | None) -> Mask:
         """This mask, inside packed sequences."""

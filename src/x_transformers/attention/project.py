@@ -132,7 +132,8 @@ def place_and_remember(attn: Attention, k: Tensor, v: Tensor, mems: int, given: 
     """Rotate memories and new keys, append the new ones. Their angles are kept, so that the rotation can be undone."""
     past, positions = cast('LayerCache', given.past), cast('RotaryPositions', given.positions)
     new = k.shape[-2] - mems
-    between = held_rows(past, 'k') if mems else 0
+    # a table need not have rows for what was rotated before
+    between = min(held_rows(past, 'k'), positions.key_rows - k.shape[-2]) if mems else 0
     if between:
         # the positions of the past lie between those of the memories and those of the new keys
         memories = positions.keys(k[..., :mems, :], attn.rotated_heads, before=between + new)

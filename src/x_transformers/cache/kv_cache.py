@@ -6,16 +6,38 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from x_transformers.cache.tape import Tape
-from x_transformers.tensor_types import Float, Int
+from x_transformers.cache.tape import FixedTape, Tape
+from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.cache.intermediates import LayerIntermediates
 
 Cache: TypeAlias = Union['KVCache', 'LayerIntermediates', None]
+
+
+class Cursor:
+    """How far a cache of fixed capacity is written: numbers as tensors, so that one compiled program serves every token.
+
+    - ``row``: where the next row is written; ``seen``: rows seen, those that were dropped before too;
+    - ``capacity``: rows of each tape; ``reach``: how many rows a token sees at most, itself included; None: all.
+    """
+
+    __slots__ = ('capacity', 'reach', 'row', 'seen')
+
+    def __init__(self, row: Int[Tensor, ' 1'], seen: Int[Tensor, ' 1'], capacity: int, reach: int | None = None) -> None:
+        self.row, self.seen = row, seen
+        self.capacity, self.reach = capacity, reach
+
+    def moved(self, rows: int) -> Cursor:
+        return Cursor(self.row + rows, self.seen + rows, self.capacity, self.reach)
+
+    def rows(self, before: int, after: int) -> Int[Tensor, ' n']:
+        """Numbers of the rows from ``before`` rows before the next one to ``after`` rows behind it."""
+        return self.row + torch.arange(-before, after, device=self.row.device)
 
 
 class LayerCache:
@@ -29,9 +51,10 @@ class LayerCache:
       (``carry_axis`` may name their batch axis).
     """
 
-    __slots__ = ('carry', 'carry_axis', 'states', 'tapes')
+    __slots__ = ('carry', 'carry_axis', 'cursor', 'states', 'tapes')
 
-    def __init__(self) -> None:
+    def __init__(self, cursor: Cursor | None = None) -> None:
+        self.cursor = cursor
         self.tapes: dict[str, Tape] = {}
         self.states: dict[str, Tensor] = {}
         self.carry: dict[str, Any] = {}
@@ -61,12 +84,32 @@ class LayerCache:
 
     def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
         """Append to each named tape, making those that are missing; the full values, in the order given."""
-        tapes, whole = self.tapes, []
+        tapes, whole, cursor = self.tapes, [], self.cursor
         for name, rows in new.items():
             tape = tapes.get(name)
-            tapes[name] = tape = Tape.of(rows) if tape is None else tape.append(rows)
+            if tape is None:
+                if cursor is not None:
+                    raise ValueError(
+                        f'{name} is remembered for each token, but the cache of fixed capacity was made without it: '
+                        'make it of a cache whose tokens had it'
+                    )
+                tape = Tape.of(rows)
+            else:
+                tape = tape.append(rows) if cursor is None else tape.append(rows, cursor.row)
+            tapes[name] = tape
             whole.append(tape.value)
         return tuple(whole)
+
+    def newest(self, whole: Float[Tensor, '... n d'], before: int, new: int) -> Float[Tensor, '... m d']:
+        """Of a tape's rows, which end with the ``new`` ones of this call: those and ``before`` rows before them.
+
+        There are fewer if fewer have been seen; with a fixed capacity, zeros in their place.
+        """
+        if self.cursor is None:
+            return whole[..., max(0, whole.shape[-2] - new - before) :, :]
+        rows = self.cursor.rows(before, new)
+        found = whole.index_select(-2, rows.clamp(min=0))
+        return found if before == 0 else found.masked_fill((rows < 0).unsqueeze(-1), 0.0)
 
     def replace(self, **whole: Float[Tensor, '... n d']) -> None:
         """Exchange the whole contents of growing tapes."""
@@ -92,7 +135,7 @@ class LayerCache:
 
     def fork(self) -> LayerCache:
         """A snapshot that can be continued independently; tapes are shared until one of the two is written."""
-        twin = LayerCache.__new__(LayerCache)
+        twin = LayerCache(self.cursor)
         twin.tapes = self.tapes.copy()
         twin.states = self.states.copy()
         twin.carry = self.carry.copy()
@@ -155,12 +198,21 @@ class KVCache:
     number of rows it has processed and returns that fork.
     """
 
-    __slots__ = ('front', 'length', 'steps')
+    __slots__ = ('_length', 'cursor', 'front', 'front_held', 'pos_offset', 'steps')
 
     def __init__(self, length: int = 0, front: int = 0) -> None:
-        self.length = length
+        self._length = length
         self.front = front
         self.steps: dict[int, LayerCache] = {}
+        self.cursor: Cursor | None = None
+        # what was added to counted positions (``seq_pos_offset``), for tokens that follow
+        self.pos_offset = 0
+        # of a fixed capacity: how many of the rows in front it began with
+        self.front_held = 0
+
+    @property
+    def length(self) -> int:
+        return self._length if self.cursor is None else int(self.cursor.seen)
 
     @staticmethod
     def of(given: Cache, steps: Sequence[int] | None = None) -> KVCache | None:
@@ -199,6 +251,8 @@ class KVCache:
     @property
     def retained(self) -> int:
         """Rows that self attention still holds."""
+        if self.cursor is not None:
+            return int(self.cursor.row)
         # asked several times for every token that is decoded: no property of a layer is called
         most = 0
         for layer in self.steps.values():
@@ -218,21 +272,61 @@ class KVCache:
         """The cache of execution step ``index``, made when first asked for."""
         layer = self.steps.get(index)
         if layer is None:
-            layer = self.steps[index] = LayerCache()
+            layer = self.steps[index] = LayerCache(self.cursor)
         return layer
 
     def advance(self, rows: int) -> None:
         """Count ``rows`` more as seen."""
-        self.length += rows
+        if self.cursor is None:
+            self._length += rows
+        else:
+            self.cursor.row.add_(rows)
+            self.cursor.seen.add_(rows)
 
     def _mapped(self, change: Callable[[LayerCache], LayerCache], length: int | None = None) -> KVCache:
-        twin = KVCache(self.length if length is None else length, self.front)
+        twin = KVCache(self._length if length is None else length, self.front)
+        twin.pos_offset = self.pos_offset
         twin.steps = {index: change(layer) for index, layer in self.steps.items()}
+        if self.cursor is not None:
+            twin._at(self.cursor if length is None else self.cursor.moved(length - self.length), self.front_held)
         return twin
 
+    def _at(self, cursor: Cursor, front_held: int) -> None:
+        self.cursor, self.front_held = cursor, front_held
+        for layer in self.steps.values():
+            layer.cursor = cursor
+
     def fork(self) -> KVCache:
-        """A snapshot that can be continued independently, at no cost."""
+        """A snapshot that can be continued independently, at no cost. (Of a fixed capacity: the same memory.)"""
         return self._mapped(LayerCache.fork)
+
+    def fixed(self, capacity: int, reach: int | None = None) -> KVCache:
+        """The same in memory of fixed shape, for ``capacity`` rows in all: what a compiled program reads and writes.
+
+        It is written in place, so it is no value: whoever continues it moves it on. ``reach``: a token sees only so many rows,
+        itself included, as with ``window``. Raises ValueError if the rows do not fit, or if a state without history is held.
+        """
+        held = self.retained
+        if capacity < held:
+            raise ValueError(f'capacity must be at least the {held} rows that are held, got {capacity}')
+        if not self.can_rollback:
+            names = sorted({name for layer in self for name in layer._without_history()})
+            raise ValueError(
+                f'the cache holds a state without history ({", ".join(names)}), for which a fixed capacity has no place; '
+                'continue the cache itself'
+            )
+        device = next((tape.value.device for layer in self for tape in layer.tapes.values()), None)
+        # written by whoever reads, in inference mode or not
+        with torch.inference_mode(False):
+            made = self._mapped(lambda layer: layer.changed(partial(FixedTape.of_tape, held=held, capacity=capacity)))
+            row, seen = (torch.tensor([number], device=device) for number in (held, self.length))
+        made._at(Cursor(row, seen, capacity, reach), max(self.front - (self.length - held), 0))
+        return made
+
+    def visible(self) -> Bool[Tensor, '1 j'] | None:
+        """Which rows of a fixed capacity are written; None: all rows that are held."""
+        cursor = self.cursor
+        return None if cursor is None else (torch.arange(cursor.capacity, device=cursor.row.device) < cursor.row)[None]
 
     def rollback(self, length: int, own: bool = False) -> KVCache:
         """As it was when ``length`` rows had been seen.

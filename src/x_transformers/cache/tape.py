@@ -70,8 +70,8 @@ class Tape:
         value = self.value
         return value.numel() * value.element_size()
 
-    def append(self, new: Tensor) -> Tape:
-        """This tape with ``new`` behind it."""
+    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None) -> Tape:
+        """This tape with ``new`` behind it. ``at`` is for tapes whose end is a tensor (``FixedTape``)."""
         buffer = self._room.buffer
         if self.fixed:
             raise ValueError('a fixed tape (cross attention) cannot grow; replace it instead')
@@ -133,6 +133,49 @@ class Tape:
     def __repr__(self) -> str:
         kind = 'fixed tape' if self.fixed else 'tape'
         return f'<{kind} of {self.length} rows {_but_length(self._room.buffer)}>'
+
+
+class FixedTape(Tape):
+    """A tape of fixed shape (..., capacity, d): its value is the whole buffer, whatever has been written.
+
+    ``append`` writes in place, from row ``at`` on, which is a tensor: nothing about the tape changes from token to token that a
+    compiled program or a recorded CUDA graph would have to be made anew for. Rows that were never written are zeros.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__(Room(buffer, buffer.shape[-2]), 0, buffer.shape[-2])
+
+    @classmethod
+    def of_tape(cls, tape: Tape, held: int, capacity: int) -> Tape:
+        """A copy of a tape's first ``held`` rows in front of zeros, ``capacity`` rows in all; a tape that is fixed stays."""
+        if tape.fixed:
+            return tape
+        value = tape.value
+        buffer = value.new_zeros((*value.shape[:-2], capacity, value.shape[-1]))
+        buffer.narrow(-2, 0, held).copy_(value[..., :held, :])
+        return cls(buffer)
+
+    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None) -> FixedTape:
+        buffer = self._room.buffer
+        if at is None:
+            raise ValueError('a tape of fixed shape must be told where to write')
+        if new.requires_grad:
+            raise ValueError('a cache of fixed capacity is written in place, without gradients: read under torch.no_grad()')
+        rows = at if new.shape[-2] == 1 else at + torch.arange(new.shape[-2], device=at.device)
+        buffer.index_copy_(buffer.ndim - 2, rows, new if new.dtype == buffer.dtype else new.to(buffer.dtype))
+        return self
+
+    def rows(self, index: Int[Tensor, ' r']) -> FixedTape:
+        return FixedTape(self._room.buffer.index_select(0, index))
+
+    def cut(self, length: int, own: bool = False) -> FixedTape:
+        """The same memory: who may see how much of it is said by the cache's cursor."""
+        return self
+
+    def last(self, n: int) -> FixedTape:
+        raise ValueError('a cache of fixed capacity has no window of its own: KVCache.fixed(capacity, reach=...) sets one')
 
 
 def _but_length(t: Tensor) -> str:

@@ -41,7 +41,7 @@ class Rows:
     """How the tokens of a call lie in the sequence [memory tokens, cls tokens, prepended embeddings, tokens] of the stack.
 
     - ``new``: tokens to be processed, the last of those given; ``held``: tokens that the cache still holds;
-    - ``seen``: position of the first new token;
+    - ``seen``: position of the first new token, ``begin``: of the first token held;
     - ``front``: cls tokens and prepended embeddings; ``front_held``: those of them that the cache still holds.
     """
 
@@ -50,9 +50,10 @@ class Rows:
     memory: MemoryTokens
     front: int = 0
     held: int = 0
-    seen: int = 0
+    seen: int | Int[Tensor, ' 1'] = 0
     front_held: int = 0
     cached: bool = False
+    begin: int | Int[Tensor, ' 1'] = 0
 
     @classmethod
     def lay(
@@ -70,9 +71,16 @@ class Rows:
         With a cache, an input of no more tokens than it holds is new; a longer one is the whole sequence, of which the tail is
         new. ``new_only`` says that everything is new, ``cache_age`` how many of the last tokens are (0: all; 1 says nothing).
         """
-        if cache is None or cache.length == 0:
+        if cache is None or (cache.cursor is None and cache.length == 0):
             return cls(new=given, front=front, memory=memory)
         front = cache.front or front
+        cursor = cache.cursor
+        if cursor is not None:
+            held = cursor.capacity - given - cache.front_held
+            return cls(
+                new=given, front=front, held=held, seen=cursor.seen - front, front_held=cache.front_held, cached=True,
+                memory=memory, begin=cursor.seen - cursor.row + (cache.front_held - front),
+            )  # fmt: skip
         front_held = max(front - (cache.length - cache.retained), 0)
         held = cache.retained - front_held
         if new_only or cache_age == 0:
@@ -81,9 +89,10 @@ class Rows:
             new = min(cache_age, given)
         else:
             new = given if given <= held else given - held
+        seen = cache.length - front
         return cls(
-            new=new, front=front, held=held, seen=cache.length - front, front_held=front_held, cached=True, memory=memory
-        )
+            new=new, front=front, held=held, seen=seen, front_held=front_held, cached=True, memory=memory, begin=seen - held
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -134,9 +143,9 @@ class Rows:
             raise TypeError(f'lens must be one whole number per row, got {lens.dtype} of shape {tuple(lens.shape)}.')
         if not torch.compiler.is_compiling() and not lens.is_meta and lens.numel():
             low, high = int(lens.min()), int(lens.max())
-            if low < 0 or high > self.seen + self.new:
+            if low < 0 or (isinstance(self.seen, int) and high > self.seen + self.new):
                 raise ValueError(f'lens range from {low} to {high}, but the sequence has {self.seen + self.new} tokens.')
-        return torch.arange(self.seen - self.held, self.seen + self.new, device=lens.device) < lens.unsqueeze(-1)
+        return torch.arange(self.tokens, device=lens.device) + self.begin < lens.unsqueeze(-1)
 
     def positions(self, pos: Int[Tensor, '...'] | None) -> Int[Tensor, '...'] | None:
         """Positions given for the tokens, behind those of the rows in front; None: the stack counts by itself."""

@@ -17,11 +17,10 @@ from x_transformers.generation.prompts import GenerateError
 from x_transformers.tensor_types import Float, Int
 
 if TYPE_CHECKING:
-    from x_transformers.stepping.model import Programs, TokenReader
+    from x_transformers.generation.continuation import Continuation, Programs
 
-LEAST_ROOM = 64
-# so few tokens are not worth the preparation
-STEPS_PAY_FROM = 8
+# how many tokens are expected where nobody says
+EXPECTED = 64
 
 __all__ = ['Reader', 'Tokens', 'decode', 'evaluating', 'modify_cached_kv', 'reader_for', 'reads_new_tokens']
 
@@ -42,7 +41,7 @@ class Tokens:
     Tokens are ids (b n) or, for nets that read numbers, vectors (b n d).
     """
 
-    def __init__(self, start: Tensor, room: int = LEAST_ROOM) -> None:
+    def __init__(self, start: Tensor, room: int = EXPECTED) -> None:
         self.length = start.shape[1]
         self._data = start.new_empty((start.shape[0], self.length + room, *start.shape[2:]))
         self._data[:, : self.length] = start
@@ -83,7 +82,7 @@ class Tokens:
 
 
 def no_program(reasons: Iterable[str]) -> GenerateError:
-    return GenerateError(f'compile=True cannot be had with: {"; ".join(reasons)}; leave it out')
+    return GenerateError(f'compile=True is not available with: {"; ".join(reasons)}. Leave it out.')
 
 
 def reads_new_tokens(net: nn.Module) -> bool:
@@ -110,8 +109,7 @@ class Reader:
         start: pads in front of each row; ``most_pads`` is the largest of them.
         expected: about how many tokens will follow, to make room for them once.
         origin: the first token that this reader reads.
-        one_by_one: after the first call every call adds one token, and none is taken back; a stepper may take over then.
-        programs: compiled steppers, one of which must take over.
+        programs: compiled continuations, one of which takes over behind the first call; every call adds one token then.
     """
 
     def __init__(
@@ -125,7 +123,6 @@ class Reader:
         keywords: Keywords | None = None,
         expected: int = 0,
         origin: int = 0,
-        one_by_one: bool = False,
         programs: Programs | None = None,
     ) -> None:
         self.net = net
@@ -140,9 +137,8 @@ class Reader:
         self.origin = origin
         self.seen = origin
         self.cache: Any = None
-        self.one_by_one = one_by_one
         self.programs = programs
-        self.stepper: TokenReader | None = None
+        self.continuation: Continuation | None = None
         self._skipped = 0
 
     def check_length(self, total: int, name: str = 'the net') -> None:
@@ -157,9 +153,8 @@ class Reader:
 
     def read(self, tokens: Tokens, last: int = 1) -> Float[Tensor, 'b k v']:
         """What the net expects after each of the ``last`` newest tokens."""
-        if self.stepper is not None:
-            self.seen = tokens.length
-            return self.stepper.read(tokens.part(tokens.length - 1))
+        if self.continuation is not None:
+            return self._read_on(self.continuation, tokens)
         if self.caching and self.own_net:
             return self._read_new(tokens, last)
         return self._read_window(tokens, last)
@@ -186,30 +181,23 @@ class Reader:
         made = KVCache.of(intermediates)
         self.cache = made.reserve(self._room()) if cache is None and made is not None else made
         self.seen = high
-        if self.one_by_one and cache is None and made is not None:
-            self._step_from(made, high)
+        if self.programs is not None and cache is None and made is not None:
+            # a token sees what the window would show, if the text is longer than that
+            reach = None if self.limit is None or high + self.expected <= self.limit else self.limit + made.front
+            self.continuation = self.programs.continuation(self.net, made, expected=self.expected, reach=reach, reader=self)
+            self.cache = None
         return self._newest(out, last)
 
-    def _step_from(self, cache: KVCache, high: int) -> None:
-        """Let a stepper read the rest, if it can; then the cache is not needed any more."""
-        if self.programs is None and (self.expected < STEPS_PAY_FROM or not self.own_net):
-            return
-        from x_transformers.stepping.model import Stepper
-        from x_transformers.stepping.refusals import cache_refusals, refusals, state_refusals
-
-        net: Any = self.net
-        start = self._start_of(cache).get('seq_start_pos')
-        # what the model is was asked before a program was promised
-        reasons = refusals(net, self.keywords.given) if self.programs is None else list(state_refusals(net))
-        reasons = reasons or cache_refusals(net, cache, self.limit, high + self.expected, start is not None)
-        if self.programs is not None:
-            if reasons:
-                raise no_program(reasons)
-            self.stepper = self.programs.stepper(net, cache, room=self.expected, limit=self.limit, start=start, reader=self)
-        elif not reasons:
-            context_mask = self.keywords.given.get('context_mask')
-            self.stepper = Stepper(net, cache, room=self._room(), limit=self.limit, start=start, context_mask=context_mask)
-        self.cache = None if self.stepper is not None else self.cache
+    def _read_on(self, continuation: Continuation, tokens: Tokens) -> Tensor:
+        low, high = self.seen, tokens.length
+        dropped = continuation.seen - continuation.length
+        front = continuation.cache.front
+        first = self.origin + self._skipped + max(dropped - front, 0)
+        given = self.keywords.fixed(low, high, first, continuation.capacity - continuation.cache.front_held)
+        given.update(self._start(self._skipped))
+        logits = continuation.read(tokens.part(low, high), **given)
+        self.seen = high
+        return self._newest(logits, 1)
 
     def _read_window(self, tokens: Tokens, last: int) -> Tensor:
         low, high = self._window_from(tokens.length), tokens.length
@@ -321,7 +309,6 @@ def reader_for(
     steps: int | None,
     cache: bool,
     window: bool,
-    one_by_one: bool = False,
     programs: Programs | None = None,
 ) -> Reader:
     """A reader of ``prompt`` (a ``Prompt``) that expects ``steps`` tokens to be generated."""
@@ -334,7 +321,6 @@ def reader_for(
         start=prompt.start,
         most_pads=prompt.most_pads,
         keywords=Keywords(given, length, total),
-        expected=LEAST_ROOM if steps is None else steps,
-        one_by_one=one_by_one,
+        expected=EXPECTED if steps is None else steps,
         programs=programs,
     )

@@ -18,12 +18,16 @@ from x_transformers.tensor_types import Bool, Int
 # True beyond the prompt: a new token is never padding
 EXTENDED = ('mask', 'self_attn_kv_mask')
 # one entry per token: must cover everything that will be fed
-COVERING = ('embed_ids', 'sum_embeds', 'pos', 'condition', 'in_attn_cond')
+COVERING = ('embed_ids', 'sum_embeds', 'pos', 'condition', 'in_attn_cond', 'self_attn_kv_residuals')
+# one entry per pair of tokens, and what stands where there is none
+PAIRS = {'attn_mask': True, 'attn_bias': 0.0}
 FRONT = ('prepend_embeds', 'prepend_mask')
 # of these, the ones that have entries for what is prepended, too
-WITH_FRONT = ('condition', 'in_attn_cond')
+WITH_FRONT = ('condition', 'in_attn_cond', 'self_attn_kv_residuals')
 # have a batch axis only from this many axes on
 BATCHED_FROM = {'pos': 2, 'context_pos': 2, 'attn_mask': 4, 'attn_bias': 4}
+# of (b n d) or (layers b n d)
+RESIDUALS = ('self_attn_kv_residuals', 'cross_attn_kv_residuals')
 
 
 class Keywords:
@@ -54,9 +58,12 @@ class Keywords:
                 axis = token_axis(name, t)
                 if axis is not None and t.shape[axis] != 1:
                     self._covers(name, t.shape[axis], self._front_of(name))
-        attn_mask = self.given.get('attn_mask')
-        if attn_mask is not None:
-            self._covers('attn_mask', min(attn_mask.shape[-2:]))
+        for name in PAIRS:
+            pairs = self.given.get(name)
+            if pairs is not None:
+                for length in pairs.shape[-2:]:
+                    if length != 1:
+                        self._covers(name, length)
 
     def _front_of(self, name: str) -> int:
         """How many entries stand in front of those for tokens."""
@@ -103,8 +110,33 @@ class Keywords:
                 front = self._front_of(name)
                 part = partial(_part, name, front + low, front + high, front if fronted else 0)
                 made[name] = tree_map(part, made[name])
-        if made.get('attn_mask') is not None:
-            made['attn_mask'] = made['attn_mask'][..., low:high, seen_from:high]
+        for name in PAIRS:
+            if made.get(name) is not None:
+                pairs = made[name]
+                pairs = pairs if pairs.shape[-2] == 1 else pairs[..., low:high, :]
+                made[name] = pairs if pairs.shape[-1] == 1 else pairs[..., seen_from:high]
+        return made
+
+    def fixed(self, low: int, high: int, first: int, columns: int) -> dict[str, Any]:
+        """For a call that is fed tokens ``low`` to ``high`` behind a cache of fixed capacity.
+
+        The cache remembers masks, so that those of the new tokens are enough. It has ``columns`` places for tokens, of which
+        number ``first`` is the first.
+        """
+        made = self._cut(low, high, first, fronted=False)
+        for name in FRONT:
+            made.pop(name, None)
+        for name in EXTENDED:
+            if made.get(name) is not None:
+                made[name] = _extended(self.given[name], high)[..., low:high]
+        for name, value in PAIRS.items():
+            pairs = made.get(name)
+            if pairs is not None and pairs.shape[-1] != 1:
+                made[name] = pad_at_dim(pairs, (0, columns - pairs.shape[-1]), value=value)
+        # cut out of something longer, each would have strides of its own, for which a program would be made anew
+        for name in (*EXTENDED, *COVERING, *PAIRS):
+            if made.get(name) is not None:
+                made[name] = tree_map(lambda t: t.contiguous() if isinstance(t, Tensor) else t, made[name])
         return made
 
     def rows(self, index: Int[Tensor, ' r'], batch: int) -> Keywords:
@@ -114,8 +146,11 @@ class Keywords:
             least = BATCHED_FROM.get(name, 1)
 
             def one(t: Any) -> Any:
-                batched = isinstance(t, Tensor) and t.ndim >= least and t.shape[0] == batch
-                return t.index_select(0, index.to(t.device)) if batched else t
+                if not isinstance(t, Tensor):
+                    return t
+                axis = t.ndim - 3 if name in RESIDUALS else 0
+                batched = t.ndim >= least and t.shape[axis] == batch
+                return t.index_select(axis, index.to(t.device)) if batched else t
 
             if name == 'self_attn_additional_kv' and isinstance(source := getattr(value, 'kv_cache', value), KVCache):
                 return source.reorder(index)
@@ -130,6 +165,8 @@ def token_axis(name: str, t: Tensor) -> int | None:
     """The axis of ``t`` along which each token has an entry; None: it is the same for all tokens."""
     if name == 'pos':
         return -2 if t.is_floating_point() else -1
+    if name == 'self_attn_kv_residuals':
+        return -2
     if name in ('condition', 'in_attn_cond') and t.ndim < 3:
         return None
     return 1

@@ -165,7 +165,7 @@ class ShiftTokens(Module):
             # tapes have the batch in front, views of q, k and v are in front of the batch
             has_views = x.ndim == 4
             (seen,) = past.extend(shift=moving.transpose(0, 1) if has_views else moving)
-            seen = seen[..., max(0, seen.shape[-2] - n - front) :, :]
+            seen = past.newest(seen, front, n)
             moving = seen.transpose(0, 1) if has_views else seen
         moving = pad_at_dim(moving, (front + n - moving.shape[-2], back), dim=-2)
         parts, upto = [], 0

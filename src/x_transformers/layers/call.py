@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
-from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.mask import Mask, PackedSequences, Placed
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.layers.drop import dropout_seq
@@ -71,8 +71,10 @@ ARGUMENTS = tuple(field.name for field in fields(Given) if field.name != 'prefix
 class Span:
     """Where the tokens of this call lie.
 
-    ``given`` tokens came in, of which ``new`` are unseen; the cache holds ``past`` rows before them, memories ``mems`` rows
-    before those. ``end`` is the position behind the last token; ``dropped`` rows have left the window of the cache.
+    ``given`` tokens came in, of which ``new`` are unseen; the cache holds ``past`` rows beside them, memories ``mems`` rows
+    before those. ``begin`` is the position of the first row held; ``dropped`` rows have left the window of the cache.
+
+    In a cache of fixed capacity the new tokens are not the last rows: ``placed`` is the number of the first of them.
     """
 
     batch: int
@@ -80,8 +82,9 @@ class Span:
     new: int
     past: int
     mems: int
-    end: int
-    dropped: int = 0
+    begin: int | Int[Tensor, ' 1']
+    dropped: int | Int[Tensor, ' 1'] = 0
+    placed: Int[Tensor, ' 1'] | None = None
 
     @property
     def held(self) -> int:
@@ -92,10 +95,36 @@ class Span:
     def whole(self) -> int:
         return self.mems + self.past + self.new
 
+    @property
+    def first(self) -> int | Int[Tensor, ' 1']:
+        """Number of the first new token among the rows held."""
+        return self.past if self.placed is None else self.placed
+
+    def new_rows(self, device: torch.device, mems: int = 0) -> Int[Tensor, ' n']:
+        """Numbers of the new tokens among ``mems`` memories and the rows held."""
+        return counted(self.first + mems, self.new, device)
+
+    def positions(self, device: torch.device, only_new: bool = False) -> Int[Tensor, ' m']:
+        """Positions by counting, of memories and the rows held; ``only_new``: of memories and the new tokens."""
+        if not only_new:
+            return counted(self.begin - self.mems, self.whole, device)
+        new = counted(self.begin + self.first, self.new, device)
+        return torch.cat((counted(self.begin - self.mems, self.mems, device), new)) if self.mems else new
+
     def newest(self, t: Tensor, axis: int = 1) -> Tensor:
         """Of something per token, the part that belongs to the new tokens."""
         length = t.shape[axis]
-        return t if length in (1, self.new) else t.narrow(axis, length - self.new, self.new)
+        if length in (1, self.new):
+            return t
+        if self.placed is not None:
+            return t.index_select(axis, self.new_rows(t.device, length - self.held))
+        return t.narrow(axis, length - self.new, self.new)
+
+
+def counted(first: int | Int[Tensor, ' 1'], count: int, device: torch.device) -> Int[Tensor, ' n']:
+    if isinstance(first, Tensor):
+        return torch.arange(count, device=device) + first
+    return torch.arange(first, first + count, device=device)
 
 
 class SelfMasks:
@@ -134,7 +163,10 @@ class SelfMasks:
             keys = torch.cat((mem_mask, shown), dim=-1)
         elif keys is not None:
             keys = F.pad(keys, (length, 0), value=True)
-        return base.having(keys=keys, prefix=None if base.prefix is None else base.prefix + length)
+        placed = base.placed
+        if placed is not None:
+            placed = Placed(placed.first + length, placed.queries, placed.keys + length)
+        return base.having(keys=keys, prefix=None if base.prefix is None else base.prefix + length, placed=placed)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.mask import Mask, PackedSequences, places
-from x_transformers.cache.kv_cache import KVCache
+from x_transformers.attention.mask import Mask, PackedSequences, Placed, places
+from x_transformers.cache.kv_cache import Cursor, KVCache
 from x_transformers.helpers import exists
 from x_transformers.layers.across_depth import injection
-from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span
+from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span, counted
 from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_float, shape_of
 from x_transformers.layers.condition import of_memories, read_condition
 from x_transformers.layers.external import external_keys
@@ -39,6 +39,8 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given, normed_mems)
     extra = external_keys(stack, given, steps, span.batch)
     working = cache.fork() if cache is not None else KVCache() if given.return_hiddens else None
+    if working is not None:
+        working.pos_offset = pos_offset(given, cache)
     x = span.newest(x) if span.new != span.given else x
     pos = custom_positions(stack, given, span, working)
     starts = start_mask(given, span)
@@ -82,17 +84,45 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
 def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) -> Span:
     """Which of the tokens are new, and where they lie."""
     batch, length = x.shape[:2]
+    offset = pos_offset(given, cache)
+    if cache is not None and cache.cursor is not None:
+        return fixed_span(batch, length, given, cache.cursor, offset)
     past = 0 if cache is None else cache.retained
     if cache is not None and past:
         check_batch(cache, batch)
     new = unseen(length, past, given) if cache is not None else length
-    end = new + (0 if cache is None else cache.length)
-    if given.seq_pos_offset is not None:
-        end = length + given.seq_pos_offset
-    entries = () if given.mems is None or isinstance(given.mems, Tensor) else given.mems
-    mems = max([0, *[mem.shape[1] for mem in entries if isinstance(mem, Tensor) and mem.ndim == 3]])
+    mems = memory_length(given)
     dropped = 0 if cache is None else cache.length - past
-    return Span(batch=batch, given=length, new=new, past=past, mems=mems, end=end, dropped=dropped)
+    return Span(batch=batch, given=length, new=new, past=past, mems=mems, begin=dropped + offset, dropped=dropped)
+
+
+def pos_offset(given: Given, cache: KVCache | None) -> int:
+    """What is added to counted positions. The cache keeps it, for a sequence that goes on."""
+    if given.seq_pos_offset is not None:
+        return given.seq_pos_offset
+    return 0 if cache is None else cache.pos_offset
+
+
+def fixed_span(batch: int, length: int, given: Given, cursor: Cursor, offset: int) -> Span:
+    """Behind a cache of fixed capacity all of x is new, and everything that depends on how far it is written is a tensor."""
+    if length > cursor.capacity:
+        raise ValueError(f'x must be at most the {cursor.capacity} tokens that the cache has room for, got {length}')
+    dropped = cursor.seen - cursor.row
+    return Span(
+        batch=batch,
+        given=length,
+        new=length,
+        past=cursor.capacity - length,
+        mems=memory_length(given),
+        begin=dropped + offset if offset else dropped,
+        dropped=dropped,
+        placed=cursor.row,
+    )
+
+
+def memory_length(given: Given) -> int:
+    entries = () if given.mems is None or isinstance(given.mems, Tensor) else given.mems
+    return max([0, *[mem.shape[1] for mem in entries if isinstance(mem, Tensor) and mem.ndim == 3]])
 
 
 def unseen(length: int, past: int, given: Given) -> int:
@@ -127,8 +157,7 @@ def start_mask(given: Given, span: Span) -> Bool[Tensor, 'b j'] | None:
     start = given.seq_start_pos
     if start is None:
         return None
-    place = torch.arange(span.dropped, span.dropped + span.held, device=start.device)
-    return place >= start.unsqueeze(-1)
+    return counted(span.dropped, span.held, start.device) >= start.unsqueeze(-1)
 
 
 def held_mask(mask: Bool[Tensor, 'b n'] | None, span: Span, cache: KVCache | None) -> Bool[Tensor, 'b j'] | None:
@@ -136,8 +165,11 @@ def held_mask(mask: Bool[Tensor, 'b n'] | None, span: Span, cache: KVCache | Non
     known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('mask')
     if mask is None and known is None:
         return None
-    if mask is None or mask.shape[1] != span.held:
+    if mask is None or mask.shape[1] != span.held or span.placed is not None:
         new = torch.ones(span.batch, span.new, dtype=torch.bool, device=known.device) if mask is None else span.newest(mask)  # type: ignore[union-attr]
+        if span.placed is not None and cache is not None:
+            (whole,) = cache.step(OWN_STEP).extend(mask=new.expand(span.batch, -1).unsqueeze(-1))
+            return whole.squeeze(-1)
         past = new.new_ones(span.batch, span.past) if known is None else known.squeeze(-1)
         mask = torch.cat((past, new), dim=-1) if span.past else new
     if cache is not None:
@@ -159,7 +191,15 @@ def self_mask(
     if prefix is not None:
         # rows that have left the cache's window are counted too
         prefix = prefix - span.dropped
-    return Mask(causal=stack.is_causal and not stack.causal, keys=keys, prefix=prefix, dense=dense)
+    cursor = None if cache is None else cache.cursor
+    return Mask(
+        causal=stack.is_causal and not stack.causal,
+        past=None if cursor is None or cursor.reach is None else cursor.reach - 1,
+        keys=keys,
+        prefix=prefix,
+        dense=dense,
+        placed=None if cursor is None else Placed(cursor.row, span.new, span.held),
+    )
 
 
 def padding(given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, 'b n'] | None:
@@ -201,6 +241,10 @@ def custom_positions(stack: AttentionLayers, given: Given, span: Span, cache: KV
             )
         if pos.shape[-1] not in (span.given, span.new, span.held, span.whole):
             raise ValueError(f'pos has {pos.shape[-1]} positions, but x has {span.given} tokens (pos is {shape_of(pos)})')
+    if cache is not None and span.placed is not None:
+        new = counted(span.begin + span.first, span.new, span.placed.device) if pos is None else pos
+        rows = (new if new.ndim == 2 else new.unsqueeze(0)).expand(span.batch, -1)
+        return cache.step(OWN_STEP).extend(pos=rows.unsqueeze(-1))[0].squeeze(-1)
     whole = _whole_positions(pos, known, span)
     if cache is not None:
         rows = (whole if whole.ndim == 2 else whole.unsqueeze(0)).expand(span.batch, -1)
@@ -212,30 +256,27 @@ def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Te
     if pos is not None and pos.shape[-1] == span.whole:
         return pos
     if pos is None:
-        pos = torch.arange(span.end - span.new, span.end, device=known.device)  # type: ignore[union-attr]
+        pos = counted(span.begin + span.first, span.new, known.device)  # type: ignore[union-attr]
     elif pos.shape[-1] == span.held:
         return pos
     pos = pos[..., pos.shape[-1] - span.new :]
-    past = known.squeeze(-1) if known is not None else counted(span, pos.device)[: span.past]
+    past = known.squeeze(-1) if known is not None else counted(span.begin, span.past, pos.device)
     rows = max(past.shape[0] if past.ndim == 2 else 1, pos.shape[0] if pos.ndim == 2 else 1)
     if past.ndim == pos.ndim == 1:
         return torch.cat((past.to(pos.dtype), pos))
     return torch.cat((past.to(pos.dtype).expand(rows, -1), pos.expand(rows, -1)), dim=-1)
 
 
-def counted(span: Span, device: torch.device) -> Tensor:
-    """Positions of past and new tokens by counting; those of memories lie before them."""
-    return torch.arange(span.end - span.held, span.end, device=device)
-
-
 def _table(
     stack: AttentionLayers, span: Span, pos: Tensor | None, only_new: bool, begins: Int[Tensor, 'b 1'] | None = None
 ) -> Tensor:
-    """Positions for a table of angles: of the new tokens, or of all keys; counted from where each row begins."""
+    """Positions for a table of angles, of all keys, or of memories and new tokens; counted from where each row begins."""
     if pos is not None:
-        return pos[..., pos.shape[-1] - span.new :] if only_new else pos
-    device = next(stack.parameters()).device
-    count = torch.arange(span.end - (span.new if only_new else span.whole), span.end, device=device)
+        if not only_new:
+            return pos
+        new = span.newest(pos, axis=pos.ndim - 1)
+        return torch.cat((pos[..., : span.mems], new), dim=-1) if span.mems else new
+    count = span.positions(next(stack.parameters()).device, only_new)
     return count if begins is None else count - begins
 
 
@@ -243,6 +284,14 @@ def packed_positions(given: Given, span: Span) -> Int[Tensor, '1 n'] | None:
     """Every packed sequence begins anew."""
     sequences = packed(given.flash_pack_seq_kwargs, False)
     return None if sequences is None else places(sequences.starts_q, span.given)
+
+
+def seen_so_far(span: Span, seen: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, '#b j'] | None:
+    """``seen`` without the rows of a fixed capacity that are not yet written."""
+    if span.placed is None:
+        return seen
+    written = torch.arange(span.held, device=span.placed.device) < span.placed + span.new
+    return written[None] if seen is None else seen & written
 
 
 def from_outside(given: Given) -> bool:
@@ -265,14 +314,14 @@ def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> I
     return known[:, 0]
 
 
-def rotates_only_new(stack: AttentionLayers, span: Span, cache: KVCache | None) -> bool:
+def rotates_only_new(stack: AttentionLayers, cache: KVCache | None) -> bool:
     """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
     rotary = stack.rotary_pos_emb
     latent = any(flags.use_latent_kv for flags in stack.flags.attentions)
     if rotary is None or rotary.scale is not None or rotary.depends_on_length or latent:
         return False
     tapes = [] if cache is None else [layer.tapes for layer in cache]
-    return span.mems == 0 and all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
+    return all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
 
 
 def positions(
@@ -296,13 +345,19 @@ def positions(
             return ready
     if rotary is None and polar is None:
         pos = packed_positions(given, span) if pos is None else pos
-        if stack.polar_pos_emb is not None:
-            return PolarPositions(*stack.polar_pos_emb(_table(stack, span, pos, False, row_begins(stack, given, cache))))
-        only_new = rotates_only_new(stack, span, cache)
+        only_new = rotates_only_new(stack, cache)
         table = _table(stack, span, pos, only_new, row_begins(stack, given, cache))
-        embedding: Any = stack.rotary_pos_emb
-        angles = embedding(table, centred=not from_outside(given), seen=seen if embedding.depends_on_length else None)
-        return RotaryPositions(*angles, layout=embedding.layout, lasting=not embedding.depends_on_length)
+        made: Positions
+        if stack.polar_pos_emb is not None:
+            made = PolarPositions(*stack.polar_pos_emb(table))
+        else:
+            embedding: Any = stack.rotary_pos_emb
+            seen = seen_so_far(span, seen) if embedding.depends_on_length else None
+            angles = embedding(table, centred=not from_outside(given), seen=seen)
+            made = RotaryPositions(*angles, layout=embedding.layout, lasting=not embedding.depends_on_length)
+        if span.placed is not None and not only_new:
+            made.place_queries(span.new_rows(table.device, span.mems))
+        return made
     name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
         raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {shape_of(pair)}')
@@ -320,7 +375,7 @@ def cross_positions(
 
     rotary: Any = stack.rotary_pos_emb
     pos = packed_positions(given, span) if pos is None else pos
-    table = _table(stack, span, pos, False, row_begins(stack, given, cache))
+    table = _table(stack, span, pos, True, row_begins(stack, given, cache))
     own = given.rotary_pos_emb or rotary(table, centred=False)
     of_context = rotary(given.context_pos, centred=False)
     return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
@@ -343,7 +398,11 @@ def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor 
             f'attn_bias was given to a stack whose scores already have a bias ({stack.flags.position_bias}): '
             'leave out one of them, or add your own to a bias module'
         )
-    return RelativeBias(stack.rel_pos, positions=pos)
+    if span.placed is None:
+        return RelativeBias(stack.rel_pos, positions=pos)
+    if pos is None:
+        pos = span.positions(span.placed.device)
+    return RelativeBias(stack.rel_pos, positions=pos, queries=span.new_rows(pos.device, span.mems))
 
 
 # ---------------------------------------------------------------- conditions, what is added

@@ -83,7 +83,7 @@ class AbsolutePositionalEmbedding(Module):
         x: Tensor,
         pos: Int[Tensor, 'n'] | Int[Tensor, 'b n'] | None = None,
         seq_start_pos: Int[Tensor, 'b'] | None = None,
-        offset: int = 0,
+        offset: int | Int[Tensor, ' 1'] = 0,
     ) -> Float[Tensor, 'n d'] | Float[Tensor, 'b n d']:
         n = x.shape[1]
         last = n + offset if pos is None and isinstance(offset, int) else n
@@ -127,7 +127,7 @@ class ScaledSinusoidalEmbedding(Module):
         x: Tensor,
         pos: Int[Tensor, 'n'] | Int[Tensor, 'b n'] | None = None,
         seq_start_pos: Int[Tensor, 'b'] | None = None,
-        offset: int = 0,
+        offset: int | Int[Tensor, ' 1'] = 0,
     ) -> Float[Tensor, 'n d'] | Float[Tensor, 'b n d']:
         at = token_positions(x.shape[1], pos, seq_start_pos, offset, x.device)
         # half precision cannot count far enough

@@ -17,7 +17,7 @@ from x_transformers.attention.geometry import ScoreShape
 from x_transformers.flags.base import FlagError
 from x_transformers.module import Module
 from x_transformers.position.bias import Bias, DenseBias
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import LayerCache
@@ -39,22 +39,30 @@ class GateLinear(nn.Linear):
 class ForgetBias(Bias):
     """Differences of running sums of log gates: from the key up to the query, and for keys that come later, from query to key.
 
-    ``sums`` (b h j) and ``later`` (b h j), None if there are no later keys, cover all own keys; queries are the last ones.
+    ``sums`` (b h j) and ``later`` (b h j), None if there are no later keys, cover all own keys; queries are the last ones, or
+    those with the numbers ``queries``.
     """
 
-    def __init__(self, sums: Float[Tensor, 'b h j'], later: Float[Tensor, 'b h j'] | None) -> None:
+    def __init__(
+        self, sums: Float[Tensor, 'b h j'], later: Float[Tensor, 'b h j'] | None, queries: Int[Tensor, 'i'] | None = None
+    ) -> None:
         super().__init__()
         self.sums = sums
         self.later = later
+        self.queries = queries
 
     def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, 'b h r j']:
-        top, bottom = geometry.first + start, geometry.first + stop
-        bias = self.sums[..., top:bottom].unsqueeze(-1) - self.sums.unsqueeze(-2)
+        def rows(t: Tensor) -> Tensor:
+            if self.queries is not None:
+                return t.index_select(-1, self.queries[start:stop])
+            return t[..., geometry.first + start : geometry.first + stop]
+
+        bias = rows(self.sums).unsqueeze(-1) - self.sums.unsqueeze(-2)
         if self.later is None:
             return bias
-        ahead = self.later.unsqueeze(-2) - self.later[..., top:bottom].unsqueeze(-1)
+        ahead = self.later.unsqueeze(-2) - rows(self.later).unsqueeze(-1)
         index = torch.arange(geometry.own, device=bias.device)
-        return torch.where(index <= index[top:bottom].unsqueeze(-1), bias, ahead)
+        return torch.where(index <= rows(index).unsqueeze(-1), bias, ahead)
 
 
 class DataDependentAlibi(Module):
@@ -86,13 +94,15 @@ class DataDependentAlibi(Module):
         Keys that nobody sees, where ``keys`` is False, stand in nobody's way: their gates are open.
         """
         new = self.gates(_first_view(x))
+        queries = placed_queries(past, new.shape[-2], mem)
         if keys is not None:
-            new = new.masked_fill(~keys[:, keys.shape[1] - new.shape[-2] :].unsqueeze(-1), 0.0)
+            shown = keys[:, keys.shape[1] - new.shape[-2] :] if queries is None else keys.index_select(1, queries)
+            new = new.masked_fill(~shown.unsqueeze(-1), 0.0)
         sums = new.cumsum(dim=-2)
         if past is not None:
             # a running sum needs no more than its last value to go on
             before = past.get('forget')
-            sums = sums if before is None else sums + before[..., -1:, :]
+            sums = sums if before is None else sums + past.newest(before, 1, 0)
             (sums,) = past.extend(forget=sums)
         if mem is not None:
             of_mem = self.gates(mem)
@@ -101,7 +111,10 @@ class DataDependentAlibi(Module):
             of_mem = of_mem.cumsum(dim=-2)
             sums = torch.cat((of_mem - of_mem[..., -1:, :], sums), dim=-2)
         sums = sums.transpose(-1, -2)
-        return ForgetBias(sums, None) if self.causal else ForgetBias(*sums.chunk(2, dim=-2))
+        if self.causal:
+            return ForgetBias(sums, None, queries)
+        back, ahead = sums.chunk(2, dim=-2)
+        return ForgetBias(back, ahead, queries)
 
     def gates(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n g']:
         """Logarithms, in float32 or wider, for many of them are added up."""
@@ -149,7 +162,9 @@ class PerRowDataDependentAlibi(Module):
         logs = F.logsigmoid((q @ k.transpose(-1, -2)) * self.scale) * self.post_log_scale
         logs = logs.to(torch.promote_types(logs.dtype, torch.float32))
         index = torch.arange(j, device=x.device)
-        logs = logs.masked_fill(index >= index[j - i :].unsqueeze(-1), 0.0)
+        queries = placed_queries(past, i, mem)
+        queries = index[j - i :] if queries is None else queries
+        logs = logs.masked_fill(index >= queries.unsqueeze(-1), 0.0)
         if keys is not None:
             logs = logs.masked_fill(~keys[:, None, None, :], 0.0)
         # added up from the query back to the key
@@ -160,6 +175,14 @@ class PerRowDataDependentAlibi(Module):
         both: Tensor = self.to_forget_gates(x)
         q, k = both.view(*both.shape[:-1], 2, self.heads, self.dim_head).unbind(-3)
         return q.transpose(-2, -3), k.transpose(-2, -3)
+
+
+def placed_queries(past: LayerCache | None, new: int, mem: Tensor | None) -> Int[Tensor, 'i'] | None:
+    """Numbers of the new tokens among memories and cached rows, where they are not the last ones."""
+    if past is None or past.cursor is None:
+        return None
+    rows = past.cursor.rows(0, new)
+    return rows if mem is None else rows + mem.shape[1]
 
 
 def _first_view(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from x_transformers.helpers import Memo, recall, recomputed_part, remember
 from x_transformers.module import last_rows
 from x_transformers.position.polar import place
 from x_transformers.position.rotary import as_turns, check_table, once, turn, turn_by_cos_sin, turn_halves, twice
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Float, Int
 
 
 class Positions(ABC):
@@ -24,6 +24,10 @@ class Positions(ABC):
     """
 
     cache_form: Literal['positioned', 'raw'] = 'raw'
+
+    def place_queries(self, rows: Int[Tensor, ' i']) -> None:
+        """Queries stand at these rows of the table and not at its last ones."""
+        raise NotImplementedError(f'{type(self).__name__} takes the last rows for queries')
 
     @abstractmethod
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
@@ -142,6 +146,11 @@ class RotaryPositions(Positions):
         # the scale of xpos is centred on the whole sequence, so it changes as the sequence grows
         self.cache_form = 'positioned' if lasting and not isinstance(self._of_keys.scale, Tensor) else 'raw'
 
+    def place_queries(self, rows: Int[Tensor, ' i']) -> None:
+        keys = self._of_keys
+        scale = keys.scale.index_select(-2, rows) if isinstance(keys.scale, Tensor) else keys.scale
+        self._of_queries = RotaryTable(keys.angles.index_select(-2, rows), scale, keys.layout)
+
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n d']:
         return self._of_queries.rotated(q, heads)
 
@@ -154,6 +163,11 @@ class RotaryPositions(Positions):
         scale = self._of_keys.scale
         form = self._of_keys.layout, 1.0 if isinstance(scale, Tensor) else scale
         return None if form == ('interleaved', 1.0) else form
+
+    @property
+    def key_rows(self) -> int:
+        """For how many keys there are positions."""
+        return self._of_keys.angles.shape[-2]
 
     def key_angles(self, n: int) -> Float[Tensor, '#b n p']:
         """The angles of the last n keys, one for each pair of channels."""
@@ -176,7 +190,11 @@ class PolarPositions(Positions):
     def __init__(self, freqs: Float[Tensor, '#b n d'], bias: Float[Tensor, 'h 1 d']) -> None:
         self.freqs = (freqs if freqs.ndim == 3 else freqs.unsqueeze(0)).unsqueeze(1)
         self.bias = bias
+        self._of_queries = self.freqs
         self._made: Memo = []
+
+    def place_queries(self, rows: Int[Tensor, ' i']) -> None:
+        self._of_queries = self.freqs.index_select(-2, rows)
 
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n e']:
         self._refuse(heads, q)
@@ -195,12 +213,13 @@ class PolarPositions(Positions):
         key = (side, n, before, torch.is_grad_enabled(), recomputed_part())
         found: tuple[Tensor, Tensor] | None = recall(self._made, key)
         if found is None:
-            if self.freqs.shape[-2] < n + before:
+            freqs = self._of_queries if side == 'queries' else self.freqs
+            if freqs.shape[-2] < n + before:
                 raise ValueError(
-                    f'polar positions are given for {self.freqs.shape[-2]} tokens, but {side} reach over {n + before}: '
+                    f'polar positions are given for {freqs.shape[-2]} tokens, but {side} reach over {n + before}: '
                     'positions must cover all keys, memories and cached ones too'
                 )
-            angles = last_rows(self.freqs, n + before)[..., :n, :]
+            angles = last_rows(freqs, n + before)[..., :n, :]
             angles = angles - self.bias if side == 'queries' else angles
             found = remember(self._made, key, (angles.cos(), angles.sin()))
         return found

@@ -24,11 +24,18 @@ class RelativeBias(Bias):
     """ALiBi, T5 or dynamic bias for one call.
 
     ``positions`` are those that the user gave, (j) or (b j), memories and cached keys included; without them keys are counted.
-    Raises ValueError if there are fewer positions than keys.
+    ``queries``: numbers of the queries among them, if they are not the last. Raises ValueError if there are fewer positions
+    than keys.
     """
 
-    def __init__(self, module: nn.Module, positions: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        positions: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None,
+        queries: Int[Tensor, 'i'] | None = None,
+    ) -> None:
         super().__init__()
+        self.queries = queries
         self.module = cast('DistanceBias', module)
         self.positions = positions
 
@@ -43,7 +50,10 @@ class RelativeBias(Bias):
                     'give positions for memories and cached tokens, too'
                 )
             keys = self.positions[..., given - geometry.own :]
-            queries = keys[..., geometry.first + start : geometry.first + stop]
+            if self.queries is None:
+                queries = keys[..., geometry.first + start : geometry.first + stop]
+            else:
+                queries = keys.index_select(-1, self.queries[start:stop])
             bias = self.module.forward_custom_pos(queries, keys)
         return bias if bias.ndim == 4 else bias.unsqueeze(0)
 
