@@ -7,8 +7,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers import Decoder, TransformerWrapper
+from x_transformers.helpers import l2norm
 from x_transformers.norms import (
     ADAPTIVE_NORMS,
     NORMS,
@@ -220,3 +223,35 @@ def test_heads_that_give_nothing_get_no_gradient() -> None:
     assert (x.grad[0, 1, 2] == 0).all()
     assert x.grad.isfinite().all()
     assert (x.grad[0, 0] != 0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
+    """As exact as torch's own RMS norm; a zero vector stays zero, and no vector is too long."""
+    torch.manual_seed(0)
+    norm = RMSNorm(64).to(dtype)
+    torch.nn.init.normal_(norm.g)
+    x = torch.randn(5, 64).to(dtype)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (64,), norm.g, 1e-30), atol=0, rtol=0)
+    plain = RMSNorm(16).to(dtype)
+    assert (plain(torch.zeros(1, 16, dtype=dtype)) == 0).all()
+    torch.testing.assert_close(plain(torch.full((1, 16), 3e4, dtype=dtype)), torch.ones(1, 16, dtype=dtype))
+    for module in (ScaleNorm(16), SimpleRMSNorm(16), MultiheadRMSNorm(16, 1)):
+        rows = torch.stack((torch.zeros(16), torch.full((16,), 3e4)))[None, None].to(dtype)
+        assert module.to(dtype)(rows)[0, 0].tolist() == [[0.0] * 16, [1.0] * 16]
+    assert l2norm(torch.zeros(1, 4, dtype=dtype)).tolist() == [[0.0] * 4]
+    assert l2norm(torch.full((1, 4), 6e4, dtype=dtype)).tolist() == [[0.5] * 4]
+
+
+@pytest.mark.parametrize(
+    'flags', [{'use_rmsnorm': True, 'sandwich_norm': True}, {'attn_laser': True}, {'attn_qk_norm': True}], ids=str
+)
+def test_padding_on_the_left_is_harmless_in_half_precision(flags: dict) -> None:
+    torch.manual_seed(0)
+    stack = Decoder(dim=16, depth=2, heads=2, **flags)
+    net = TransformerWrapper(num_tokens=24, max_seq_len=16, attn_layers=stack).half().eval()
+    x, start = torch.randint(1, 24, (2, 6)), torch.tensor([0, 2])
+    out = net(x, seq_start_pos=start)
+    assert out.dtype == torch.float16
+    assert out[0].isfinite().all()
+    assert out[1, 2:].isfinite().all()

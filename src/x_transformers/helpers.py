@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import reduce, wraps
 from typing import Any, TypeVar, cast
 
@@ -117,9 +117,41 @@ class not_equals:
 # ---------------------------------------------------------------- tensors
 
 
+def under_transform() -> bool:
+    """Whether a transform of ``torch.func``, or forward-mode differentiation, looks at what is computed now.
+
+    Custom backwards and fused kernels know neither: plain operations do.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def by_formula(
+    formula: Callable[..., Any], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The backward of a custom function by its formula in plain operations, which can be differentiated again."""
+    with torch.enable_grad():
+        # one of them may have been made of another: what comes that way is not ours
+        tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
+        out = formula(*tensors)
+    outs = out if isinstance(out, tuple) else (out,)
+    reached = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    slopes = iter(
+        torch.autograd.grad([o for o, _ in reached], wanted, [g for _, g in reached], create_graph=True, allow_unused=True)
+    )
+    return tuple(next(slopes) if t is not None and t.requires_grad else None for t in tensors)
+
+
+def single(t: Tensor) -> Tensor:
+    """In single precision or better."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 def log(t: Tensor, eps: float = 1e-20) -> Tensor:
-    """Natural logarithm of ``max(t, eps)``."""
-    return t.clamp(min=eps).log()
+    """Natural logarithm of ``max(t, eps)``, which in half precision would be 0."""
+    return single(t).clamp(min=eps).log().to(t.dtype)
 
 
 def max_neg_value(t: Tensor) -> float:
@@ -135,9 +167,10 @@ def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None)
     """
     if groups > 1:
         return l2norm(t.unflatten(-1, (groups, -1)), eps=eps).flatten(-2)
+    # neither 1e-12 nor the square of a long vector is a half
+    wide = single(t)
     if eps is None:
-        return F.normalize(t, dim=-1)
-    wide = t.to(torch.promote_types(t.dtype, torch.float32))
+        return F.normalize(wide, dim=-1).to(t.dtype)
     return (wide * (wide.square().sum(dim=-1, keepdim=True) + eps * t.shape[-1]).rsqrt()).to(t.dtype)
 
 

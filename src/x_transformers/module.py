@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,24 @@ class Module(nn.Module):
         for child in self.children():
             reset_parameters(child)
         self.init_own()
+
+
+class ExactBuffers(Module):
+    """Keeps the buffers that ``exact_buffers`` names in float32 or wider when the model is cast to half precision.
+
+    A frequency that is rounded to a half is wrong by whole turns after some hundred positions.
+    """
+
+    exact_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: self._buffers[name] for name in self.exact_buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before.to(after.device)
+        return self
 
 
 class ConstantLinear(nn.Linear):

@@ -6,13 +6,14 @@ offset* keeps the learned gain as its difference from 1, so that weight decay pu
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.helpers import default
+from x_transformers.helpers import by_formula, default, single, under_transform
 from x_transformers.module import ConstantLinear, Module, empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -59,7 +60,7 @@ def rms_norm(
 
 def _by_hand(x: Tensor, gain: Tensor | None) -> bool:
     learning = torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad))
-    return learning and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
+    return learning and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) and not under_transform()
 
 
 def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None = None) -> Float[Tensor, '... 1']:
@@ -72,8 +73,10 @@ def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None = None) -> Float[T
 
 
 def _rms_formula(x: Tensor, gain: Tensor | None, eps: float | None = None) -> Tensor:
-    scaled = x * _inverse_rms(x, eps)
-    return scaled if gain is None else scaled * gain
+    # half precision rounds once, at the end: neither 1e-12 nor the square of a long vector is a half
+    wide = single(x)
+    scaled = wide * _inverse_rms(wide, eps)
+    return (scaled if gain is None else scaled * gain).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -105,10 +108,8 @@ class _RMSNorm(torch.autograd.Function):
         x, gain, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
             # a gradient of this gradient is wanted: let autograd see the whole formula
-            wanted = [t for t in (x, gain) if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(_rms_formula(x, gain, ctx.eps), wanted, grad, create_graph=True))
-            of_x = next(found) if x.requires_grad else None
-            return of_x, (next(found) if gain is not None and gain.requires_grad else None), None
+            of_x, of_gain = by_formula(partial(_rms_formula, eps=ctx.eps), (x, gain), (grad,))
+            return of_x, of_gain, None
         with torch.autocast(x.device.type, enabled=False):
             needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
             shape = x.shape[-1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from x_transformers import Decoder
 from x_transformers.flags.base import FlagError
 from x_transformers.position.positions import RotaryPositions, RotaryTable
 from x_transformers.position.rotary import RotaryEmbedding, apply_rotary_pos_emb, rotate_half
@@ -191,3 +193,21 @@ def test_refusals() -> None:
         RotaryEmbedding(4, interpolation_factor=0.5)
     with pytest.raises(FlagError, match='at least one pair'):
         RotaryEmbedding(0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    'flags', [{'rotary_pos_emb': True}, {'rotary_pos_emb': True, 'rotary_xpos': True}, {'polar_pos_emb': True}], ids=str
+)
+def test_a_model_that_is_cast_to_half_precision_keeps_its_frequencies(dtype: torch.dtype, flags: dict) -> None:
+    net = Decoder(dim=32, depth=1, heads=2, attn_dim_head=16, verbose=False, **flags)
+    exact = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    half = copy.deepcopy(net).to(dtype)
+    assert exact
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    for model in (half, copy.deepcopy(half).float(), copy.deepcopy(half).double()):
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer.float(), exact[name]), name
+    x = torch.randn(1, 64, 32)
+    assert half(x.to(dtype)).dtype == dtype
+    assert half.to(device='meta').get_buffer(next(iter(exact))).is_meta

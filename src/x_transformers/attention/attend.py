@@ -38,6 +38,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.flags.keywords import AttendKeywords
 from x_transformers.flags.rule import broken_rules, out_of_range
 from x_transformers.flags.signature import ClassSignature
+from x_transformers.helpers import under_transform
 from x_transformers.module import Module
 from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float
@@ -262,6 +263,7 @@ def facts_of(args: KernelArgs) -> CallFacts:
         by_distance=args.bias is not None and args.bias.by_distance,
         previous=args.previous is not None,
         return_scores=args.return_scores,
+        transformed=under_transform(),
         masked_heads=mask.dense is not None and mask.dense.ndim > 2 and mask.dense.shape[-3] != 1,
     )
 

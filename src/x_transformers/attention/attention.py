@@ -229,7 +229,7 @@ class Attention(Module):
         # where nobody keeps them, their room is free for what follows
         del q, k, v
         if self.laser_clamp is not None:
-            out = laser_out(out)
+            out = laser_out(out, own.dtype)
         out, hidden = self.gated_heads(out, seen.x, given)
         merged = gate_channels(merge_heads(out), seen.x, self.to_v_gate, self.gate_is_silu)
         result = self.to_out(self.orthogonal_to(merged, own))

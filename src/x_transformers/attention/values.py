@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.project import with_memories
-from x_transformers.helpers import log, softclamp
+from x_transformers.helpers import log, single, softclamp
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -55,12 +55,15 @@ def mix_values(
 
 
 def laser_in(v: Tensor, clamp: float) -> Tensor:
-    """Attend over exponentials, so that gradients are not scaled by the weights. https://arxiv.org/abs/2411.03493"""
-    return softclamp(v, clamp).exp()
+    """Attend over exponentials, so that gradients are not scaled by the weights. https://arxiv.org/abs/2411.03493
+
+    They are single precision: the exponential of 12 is too large for a half.
+    """
+    return softclamp(single(v), clamp).exp()
 
 
-def laser_out(out: Tensor) -> Tensor:
-    return log(out)
+def laser_out(out: Tensor, dtype: torch.dtype) -> Tensor:
+    return log(out).to(dtype)
 
 
 # ---------------------------------------------------------------- orthogonal values

@@ -6,7 +6,6 @@ backward, and write and read each several times over; on a CPU this takes twice 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.helpers import by_formula, under_transform
 from x_transformers.tensor_types import Float
 
 
@@ -22,22 +22,8 @@ def by_hand(*tensors: Tensor) -> bool:
     learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plain = all(t.device.type == 'cpu' and t.dtype == tensors[0].dtype for t in tensors)
     in_single = tensors[0].dtype in (torch.float32, torch.float64)
-    return learning and plain and in_single and not (torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'))
-
-
-def by_formula(
-    formula: Callable[..., Any], tensors: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """The way back by the formula itself, which can be differentiated again."""
-    with torch.enable_grad():
-        # one of them may have been made of another: what comes that way is not ours
-        tensors = tuple(t.view_as(t) for t in tensors)
-        out = formula(*tensors)
-    outs = out if isinstance(out, tuple) else (out,)
-    told = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
-    wanted = [t for t in tensors if t.requires_grad]
-    found = iter(torch.autograd.grad([o for o, _ in told], wanted, [g for _, g in told], create_graph=True, allow_unused=True))
-    return tuple(next(found) if t.requires_grad else None for t in tensors)
+    elsewhere = torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or under_transform()
+    return learning and plain and in_single and not elsewhere
 
 
 # ---------------------------------------------------------------- products of what is normed

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.module import Module, empty_parameter, last_rows
+from x_transformers.module import ExactBuffers, empty_parameter, last_rows
 from x_transformers.tensor_types import Float
 
 
-class PolarEmbedding(Module):
+class PolarEmbedding(ExactBuffers):
     """Angles of polar positions (PoPE), https://arxiv.org/abs/2509.10534.
 
     forward: positions (n) or (b n) -> angles (1|b n dim), and what is added to the angles of keys: a learned bias (heads 1 dim)
     between -2 pi and 0, which starts at 0, or anywhere between with ``bias_uniform_init``.
     """
 
+    exact_buffers = ('inv_freq',)
     inv_freq: Tensor
 
     def __init__(self, dim: int, heads: int, bias_uniform_init: bool = False, base: float = 10000) -> None:

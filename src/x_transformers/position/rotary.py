@@ -8,12 +8,12 @@ from torch import Tensor
 
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.rotary_scaling import BY_LENGTH, Settings
-from x_transformers.module import Module, last_rows
+from x_transformers.module import ExactBuffers, last_rows
 from x_transformers.position.rotary_scaling import attention_factor, length_scaled, scaled
 from x_transformers.tensor_types import Bool, Float, Int
 
 
-class RotaryEmbedding(Module):
+class RotaryEmbedding(ExactBuffers):
     """Angles of rotary positions, https://arxiv.org/abs/2104.09864.
 
     ``dim`` channels turn, neighbours together, the pair k by ``base ** (-2k / dim)`` a position. ``base_rescale_factor``
@@ -30,6 +30,7 @@ class RotaryEmbedding(Module):
     Raises FlagError if ``interpolation_factor`` is less than 1 or ``dim`` less than 1.
     """
 
+    exact_buffers = ('inv_freq', 'scale')
     inv_freq: Tensor
     scale: Tensor | None
 

@@ -74,6 +74,7 @@ class CallFacts(NamedTuple):
     previous: bool = False
     return_scores: bool = False
     masked_heads: bool = False
+    transformed: bool = False
 
 
 # what mixes heads: scores before the softmax, weights behind it, scores that weights are multiplied by
@@ -127,6 +128,8 @@ def usual_refusals(
     reasons += [f'{rule} needs whole rows or all heads of the score matrix' for rule in needs.whole if rule not in whole]
     if needs.weights not in (*weights, *(rule for rule, _ in needs.unfused)):
         reasons.append(f'{needs.weights} is not {"a softmax" if len(weights) == 1 else "one of " + ", ".join(weights)}')
+    if call.transformed:
+        reasons.append('torch.func and forward-mode differentiation look at plain operations only')
     if needs.onnxable:
         reasons.append('onnxable asks for plain operations')
     if call.previous:

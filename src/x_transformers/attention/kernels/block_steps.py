@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from x_transformers.attention.kernels.base import autocast_dtype
+from x_transformers.helpers import by_formula, single, softclamp
 from x_transformers.tensor_types import Bool, Float
 
 # queries in a block, and in one of a narrow window, where less of what is computed is outside it
@@ -145,11 +147,6 @@ def mixed(weight: Float[Tensor, 'g h'], t: Float[Tensor, 'b h i j']) -> Float[Te
 
 def mixed_gradient(grad: Float[Tensor, 'b g i j'], t: Float[Tensor, 'b h i j']) -> Float[Tensor, 'g h']:
     return torch.bmm(grad.flatten(2), t.flatten(2).transpose(1, 2)).sum(0)
-
-
-def single(t: Tensor) -> Tensor:
-    """In single precision or better."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def softmax_(scores: Tensor) -> Tensor:
@@ -333,10 +330,63 @@ class InBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grads[0]):
-            return blocks_backward(ctx, grads[0])
+            if not torch.is_grad_enabled():
+                return blocks_backward(ctx, grads[0])
+            # a gradient of this gradient is wanted: let autograd see plain operations
+            return None, *by_formula(partial(attention_formula, ctx.shape), ctx.saved_tensors, grads)
+
+
+def attention_formula(
+    shape: BlockShape,
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b kh j d'],
+    v: Float[Tensor, 'b kh j e'],
+    *extras: Tensor | None,
+) -> Float[Tensor, 'b h i e']:
+    """``InBlocks.forward`` on the whole score matrix, in operations that autograd can differentiate twice."""
+    extra, group = BlockExtras(*extras), q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    raw = scores = single((q * shape.scale) @ k.transpose(-1, -2))
+    if extra.before is not None:
+        scores = mixed(extra.before, raw)
+    if extra.bias is not None:
+        scores = scores + (extra.bias if shape.low is None else whole_bias(extra.bias, shape))
+    if shape.softclamp is not None:
+        scores = softclamp(scores, shape.softclamp)
+    block = Block(0, shape.queries, 0, shape.own)
+    closed = torch.zeros_like(scores)
+    mask_scores_(closed, extra.allowed, block, shape)
+    scores = scores + closed
+    if extra.sink is not None:
+        scores = torch.cat((extra.sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1), scores[..., 1:]), -1)
+    if shape.topk is not None and shape.topk < scores.shape[-1]:
+        least = scores.topk(shape.topk, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        scores = scores.masked_fill(scores < least, float('-inf'))
+    weights = scores.sigmoid() if shape.sigmoid else safe_softmax(scores)
+    if extra.opened is not None:
+        weights = weights.masked_fill(~extra.opened, 0.0)
+    if extra.after is not None:
+        weights = mixed(extra.after, weights)
+    if extra.around is not None:
+        weights = weights * mixed(extra.around, raw)
+    return weights.to(v.dtype) @ v
+
+
+def safe_softmax(scores: Float[Tensor, '... j']) -> Float[Tensor, '... j']:
+    """0 in a row in which all scores are -inf, where a softmax and its gradient are NaN."""
+    empty = (scores == float('-inf')).all(dim=-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
+
+
+def whole_bias(strip: Float[Tensor, '1 h r m'], shape: BlockShape) -> Float[Tensor, '1 h i j']:
+    """A strip that is good for each block, written out. What no block looks at is 0."""
+    rows = []
+    for block in blocks_of(shape):
+        part, front = bias_of(strip, block, shape)
+        rows.append(F.pad(part, (front + block.left, shape.own - block.right)))
+    return torch.cat(rows, dim=-2)
 
 
 def blocks_backward(ctx: Any, grad: Float[Tensor, 'b h i e']) -> tuple[Tensor | None, ...]:

@@ -22,10 +22,7 @@ MIXERS = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_hea
 
 
 class Blocks:
-    """A softmax over scores with bias, soft clamp, sink, mask and window; heads that talk; the largest of each row; a sigmoid.
-
-    A second derivative needs the reference.
-    """
+    """A softmax over scores with bias, soft clamp, sink, mask and window; talking heads; sparse top-k; a sigmoid."""
 
     name = 'blocks'
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,7 @@ from x_transformers.attention.kernels.base import (
     usual_refusals,
 )
 from x_transformers.attention.scores.similarity import as_products
+from x_transformers.helpers import by_formula
 from x_transformers.tensor_types import Float
 
 # on CPU, a window that shows less than half of the keys, of at least so many queries, is faster in blocks
@@ -185,6 +189,47 @@ def over_heads(
 def run(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, args: KernelArgs, enable_gqa: bool = False
 ) -> Tensor:
+    tensors = (q, k, v) if added is None else (q, k, v, added)
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if learning and q.device.type == 'cpu' and not torch.compiler.is_compiling() and all(type(t) is Tensor for t in tensors):
+        choice = torch._fused_sdp_choice(q, k, v, added, args.dropout, causal, scale=args.scale, enable_gqa=enable_gqa)
+        if choice == FLASH:
+            out: Tensor = FlashOnCPU.apply(q, k, v, added, causal, args.scale, enable_gqa)  # type: ignore[no-untyped-call]
+            return out
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=added, dropout_p=args.dropout, is_causal=causal, scale=args.scale, enable_gqa=enable_gqa
     )
+
+
+# what torch._fused_sdp_choice calls its flash kernel
+FLASH = 1
+
+
+class FlashOnCPU(torch.autograd.Function):
+    """The kernel that torch chooses on a CPU, with a backward that can be differentiated, which torch's own cannot."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float, enable_gqa: bool
+    ) -> Tensor:
+        out: Tensor
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=added, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, added, out, logsumexp)
+        ctx.settings = causal, scale, enable_gqa
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, added, out, logsumexp = ctx.saved_tensors
+        (causal, scale, enable_gqa), (grad,) = ctx.settings, grads
+        if not torch.is_grad_enabled():
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, logsumexp, 0.0, causal, attn_mask=added, scale=scale
+            )
+            return *found, None, None, None, None
+        # a gradient of this gradient is wanted: let autograd see plain operations
+        math = partial(torch.ops.aten._scaled_dot_product_attention_math, scale=scale, enable_gqa=enable_gqa)
+        slopes = by_formula(lambda q, k, v: math(q, k, v, added, 0.0, causal)[0], (q, k, v), (grad,))
+        return *slopes, None, None, None, None
