@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 from torch import nn
@@ -44,6 +45,12 @@ def build_forgetting(dim: int, flags: AttentionFlags) -> nn.Module | None:
         width = flags.data_dependent_alibi_per_row_dim_head
         return PerRowDataDependentAlibi(dim=dim, heads=flags.heads, causal=flags.causal, dim_head=width, **kwargs)
     return DataDependentAlibi(dim=dim, heads=flags.heads, causal=flags.causal, **kwargs)
+
+
+# biases that a layer makes of its own input, by their name in its state: they are added up, but for one that `replaces` others
+BIASES: dict[str, Callable[[int, AttentionFlags], nn.Module | None]] = {
+    'data_dependent_alibi': build_forgetting,
+}
 
 
 def build_output(dim: int, flags: AttentionFlags) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention import latent, project
-from x_transformers.attention.assemble import build_attend, build_forgetting, build_hybrid, build_output
+from x_transformers.attention.assemble import BIASES, build_attend, build_hybrid, build_output
 from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
@@ -26,6 +26,7 @@ from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import MultiheadRMSNorm
+from x_transformers.position.bias import Bias, SumBias
 from x_transformers.tensor_types import Bool, Float, Int
 
 
@@ -105,7 +106,8 @@ class Attention(Module):
         self.num_mem_kv = flags.num_mem_kv
         self.mem_k = empty_parameter(kv_heads, flags.num_mem_kv, dim_head) if flags.num_mem_kv else None
         self.mem_v = empty_parameter(kv_heads, flags.num_mem_kv, self.value_dim_head) if flags.num_mem_kv else None
-        self.data_dependent_alibi = build_forgetting(self.dim, flags)
+        for name, build in BIASES.items():
+            setattr(self, name, build(self.dim, flags))
         self.attend = build_attend(flags)
 
     def _build_output(self) -> None:
@@ -265,11 +267,16 @@ class Attention(Module):
             return self.mem_k, self.mem_v
         return unit_heads(self.mem_k, 1, self.qk_norm_k_scale, self.qk_norm_eps), self.mem_v
 
-    def bias(self, seen: Seen, given: BranchInputs) -> Any:
-        """What is added to the scores; forget gates replace any other bias."""
-        if self.data_dependent_alibi is None:
-            return given.bias
-        return self.data_dependent_alibi.bias(seen.x, past=given.past, mem=given.mem, keys=given.mask.keys)  # type: ignore[operator]
+    def bias(self, seen: Seen, given: BranchInputs) -> Bias | None:
+        """What is added to the scores: the bias that is given and those that this layer makes of its input."""
+        total = given.bias
+        for name in BIASES:
+            made = getattr(self, name)
+            if made is None:
+                continue
+            bias: Bias = made.bias(seen.x, past=given.past, mem=given.mem, keys=given.mask.keys)
+            total = bias if total is None or made.replaces else SumBias(total, bias)
+        return total
 
     def gated_heads(
         self, out: Float[Tensor, 'b h n e'], x: Float[Tensor, 'b n d'], given: BranchInputs

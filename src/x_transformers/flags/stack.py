@@ -40,15 +40,6 @@ SANDWICH = 'https://arxiv.org/abs/2105.13290'
 T5 = 'https://arxiv.org/abs/1910.10683'
 XPOS = 'https://arxiv.org/abs/2212.10554'
 
-NORMS = {
-    'use_scalenorm': 'scalenorm',
-    'use_rmsnorm': 'rmsnorm',
-    'use_simple_rmsnorm': 'simple_rmsnorm',
-    'use_dynamic_tanh': 'dynamic_tanh',
-    'use_derf': 'derf',
-    'use_adaptive_layernorm': 'adaptive_layernorm',
-    'use_adaptive_rmsnorm': 'adaptive_rmsnorm',
-}
 
 CROSS_NAMES = frozenset(keyword_names('cross_attn_'))
 
@@ -67,16 +58,20 @@ class StackFlags(LayeredFlags):
     causal: bool = flag(False, 'A token sees no token to its right.')
     cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.')
     only_cross: bool = flag(False, 'Blocks attend to the context only.', parent='cross_attend')
-    use_scalenorm: bool = flag(False, 'Norms have one gain.', paper='https://arxiv.org/abs/1910.05895')
-    use_rmsnorm: bool = flag(False, 'RMS norm: norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467')
-    use_dynamic_tanh: bool = flag(False, 'tanh in the place of norms.', paper='https://arxiv.org/abs/2503.10622')
+    use_scalenorm: bool = flag(False, 'Norms have one gain.', paper='https://arxiv.org/abs/1910.05895', one_of='norm')
+    use_rmsnorm: bool = flag(
+        False, 'RMS norm: norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467', one_of='norm'
+    )
+    use_dynamic_tanh: bool = flag(False, 'tanh in the place of norms.', paper='https://arxiv.org/abs/2503.10622', one_of='norm')
     dynamic_tanh_init_alpha: float = flag(
         1.0, 'Factor inside tanh at the start.', paper='https://arxiv.org/abs/2503.10622', parent='use_dynamic_tanh'
     )
-    use_derf: bool = flag(False, 'The error function in the place of norms.', paper='https://arxiv.org/abs/2512.10938')
-    use_simple_rmsnorm: bool = flag(False, 'RMS norms without gains.')
-    use_adaptive_layernorm: bool = flag(False, 'The gains of layer norms come from a condition.')
-    use_adaptive_rmsnorm: bool = flag(False, 'The gains of RMS norms come from a condition.')
+    use_derf: bool = flag(
+        False, 'The error function in the place of norms.', paper='https://arxiv.org/abs/2512.10938', one_of='norm'
+    )
+    use_simple_rmsnorm: bool = flag(False, 'RMS norms without gains.', one_of='norm')
+    use_adaptive_layernorm: bool = flag(False, 'The gains of layer norms come from a condition.', one_of='norm')
+    use_adaptive_rmsnorm: bool = flag(False, 'The gains of RMS norms come from a condition.', one_of='norm')
     use_adaptive_layerscale: bool = flag(False, 'Branches are scaled by a sigmoid gate of a condition.', paper=ADAPTIVE_SCALE)
     norm_add_unit_offset: bool = flag(True, 'Gains are stored as the difference from 1, so that weight decay pulls to 1.')
     dim_condition: int | None = flag(None, 'Width of the condition; None: dim.', parent=ADAPTIVE, low=1)
@@ -150,7 +145,9 @@ class StackFlags(LayeredFlags):
     pre_norm: bool = flag(True, 'Norm before each branch; False: after each residual sum.')
     pre_norm_has_final_norm: bool = flag(True, 'A norm at the end of a pre-norm stack.')
     sandwich_norm: bool = flag(False, 'Norm also behind each branch.', paper=SANDWICH)
-    gate_residual: bool = flag(False, 'GRU cells in the place of residual sums.', paper='https://arxiv.org/abs/1910.06764')
+    gate_residual: bool = flag(
+        False, 'GRU cells in the place of residual sums.', paper='https://arxiv.org/abs/1910.06764', one_of='residual'
+    )
     scale_residual: bool = flag(False, 'Learned factors on the residual.', paper='https://arxiv.org/abs/2110.09456')
     scale_residual_constant: float = flag(
         1.0, 'A constant factor on the residual.', paper='https://arxiv.org/abs/2203.00555', each='layer'
@@ -183,7 +180,7 @@ class StackFlags(LayeredFlags):
     layer_integrate_use_softmax: bool = flag(
         True, 'The mixture is a softmax; False: ReLU.', paper=LIME, parent='integrate_layers'
     )
-    num_residual_streams: int = flag(1, 'Hyper connections: number of residual streams.', paper=HYPER, low=1)
+    num_residual_streams: int = flag(1, 'Hyper connections: number of residual streams.', paper=HYPER, low=1, one_of='residual')
     hyper_conn_sinkhorn_iters: int = flag(
         5, 'Rounds that make the mixing of the streams doubly stochastic.', paper=HYPER, parent='num_residual_streams', low=1
     )
@@ -194,7 +191,11 @@ class StackFlags(LayeredFlags):
     learned_value_residual_mix: bool = flag(True, 'How much is learned per token and head.', paper=VALUE_RESIDUAL)
     verbose: bool = flag(True, 'Warn about doubtful settings.')
     resi_dual: bool = flag(
-        False, 'ResiDual: post-norm layers, and the sum of all branches is added at the end.', paper=RESI_DUAL, since='here'
+        False,
+        'ResiDual: post-norm layers, and the sum of all branches is added at the end.',
+        paper=RESI_DUAL,
+        since='here',
+        one_of='residual',
     )
     resi_dual_scale: float = flag(1.0, 'Factor of the second residual.', paper=RESI_DUAL, parent='resi_dual', since='here')
     hyper_conn_doubly_stochastic: bool = flag(
@@ -318,8 +319,8 @@ class StackFlags(LayeredFlags):
 
     @cached_property
     def norm_kind(self) -> str:
-        """A value of ``NORMS``, or ``layernorm``."""
-        return next((kind for name, kind in NORMS.items() if getattr(self, name)), 'layernorm')
+        """The name of the norm: that of its flag without ``use_``."""
+        return next((name.removeprefix('use_') for name in self.one_of('norm') if getattr(self, name)), 'layernorm')
 
     @cached_property
     def norm_needs_condition(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rule import Rule, how_many, is_on
-from x_transformers.flags.stack import ANY_POSITION_BIAS, NORMS, StackFlags
+from x_transformers.flags.stack import ANY_POSITION_BIAS, StackFlags
 
 POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
 LAYOUTS_OF_PAIRS = ('interleaved', 'halves')
 LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio')
-RESIDUALS = ('gate_residual', 'num_residual_streams')
+NORMS = StackFlags.one_of('norm')
+RESIDUALS = StackFlags.one_of('residual')
 
 
 def rotated_channels(flags: StackFlags) -> int:
@@ -95,7 +96,7 @@ SAME_IN_ALL_LAYERS = (
 
 STACK_RULES = (
     Rule(
-        tuple(NORMS),
+        NORMS,
         lambda flags, dim: how_many(flags, NORMS) > 1,
         'a stack has one kind of norm',
         {'use_rmsnorm': True, 'use_scalenorm': True},
@@ -239,16 +240,10 @@ STACK_RULES = (
         {'use_dynamic_tanh': True, 'pre_norm': False},
     ),
     Rule(
-        ('gate_residual', 'num_residual_streams'),
-        lambda flags, dim: flags.gate_residual and flags.streams > 1,
+        RESIDUALS,
+        lambda flags, dim: how_many(flags, RESIDUALS) > 1,
         'each is a way to write a branch back to the residual',
         {'gate_residual': True, 'num_residual_streams': 2},
-    ),
-    Rule(
-        ('resi_dual', *RESIDUALS),
-        lambda flags, dim: flags.resi_dual and how_many(flags, RESIDUALS) > 0,
-        'each is a way to write a branch back to the residual',
-        {'resi_dual': True, 'gate_residual': True},
         only_changed=True,
     ),
     Rule(

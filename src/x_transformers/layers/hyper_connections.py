@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,10 @@ from x_transformers.layers.residual import ResidualPath
 from x_transformers.layers.stream_steps import normed_products, read_streams, write_streams
 from x_transformers.module import empty_parameter, fill, untouched
 from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.flags.stack import StackFlags
+    from x_transformers.layers.plan import LayerSpec
 
 Rest = tuple[Tensor, Tensor]
 
@@ -38,6 +42,23 @@ class HyperConnection(ResidualPath):
     normalises an axis of size 1, so all its entries are 1; checkpoints rely on it and it is the default.
     ``doubly_stochastic=True`` makes the matrix what it was meant to be.
     """
+
+    name = 'num_residual_streams'
+
+    @classmethod
+    def is_on(cls, flags: StackFlags) -> bool:
+        return flags.num_residual_streams > 1
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        settings = {
+            'layer_index': spec.index,
+            'num_residual_streams': flags.num_residual_streams,
+            'num_input_views': 1 if flags.integrate_layers else spec.views,
+            'sinkhorn_iters': flags.hyper_conn_sinkhorn_iters,
+            'doubly_stochastic': flags.hyper_conn_doubly_stochastic,
+        }
+        return cls(flags.dim, **{**settings, **flags.residual_fn_kwargs})
 
     def __init__(
         self,

@@ -144,33 +144,13 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
     return branch
 
 
+# the ways to join a branch to the stream, the first that is on
+RESIDUALS: tuple[type[ResidualPath], ...] = (ResiDual, HyperConnection, GRUGating, Residual)
+
+
 def choose_residual(flags: StackFlags, spec: LayerSpec) -> ResidualPath:
     """How the branch is joined to the stream."""
-    extra = flags.residual_fn_kwargs
-    if flags.resi_dual:
-        return ResiDual(scale=flags.resi_dual_scale, **extra)
-    if flags.num_residual_streams > 1:
-        return HyperConnection(
-            flags.dim,
-            **{
-                'layer_index': spec.index,
-                'num_residual_streams': flags.num_residual_streams,
-                'num_input_views': 1 if flags.integrate_layers else spec.views,
-                'sinkhorn_iters': flags.hyper_conn_sinkhorn_iters,
-                'doubly_stochastic': flags.hyper_conn_doubly_stochastic,
-                **extra,
-            },
-        )
-    if flags.gate_residual:
-        return GRUGating(flags.dim, **{'scale_residual': flags.scale_residual, **extra})
-    return Residual(
-        flags.dim,
-        **{
-            'scale_residual': flags.scale_residual,
-            'scale_residual_constant': flags.scale_residual_constant,
-            **extra,
-        },
-    )
+    return next(path.from_flags(flags, spec) for path in RESIDUALS if path.is_on(flags))
 
 
 def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:

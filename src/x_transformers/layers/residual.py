@@ -7,7 +7,7 @@ stream is made of between entering and leaving the stack: one tensor, several in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,28 @@ from x_transformers.layers.slots import SECOND, accepts
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
 
+if TYPE_CHECKING:
+    from x_transformers.flags.stack import StackFlags
+    from x_transformers.layers.plan import LayerSpec
+
 Norm = Callable[[Tensor], Tensor]
 
 
 class ResidualPath(Module):
-    """One layer's way around its branch. It is called with what the branch said and what ``read`` left over."""
+    """One layer's way around its branch. It is called with what the branch said and what ``read`` left over.
+
+    ``name`` is the flag that chooses it.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    def is_on(cls, flags: StackFlags) -> bool:
+        return bool(getattr(flags, cls.name))
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        raise NotImplementedError
 
     def read(self, streams: Tensor) -> tuple[Tensor, Any]:
         """(what the branch sees, what ``write`` needs)."""
@@ -71,6 +88,16 @@ def write(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any) -> Tensor
 class Residual(ResidualPath):
     """``out + c * (a * stream)``, with a learned gain per feature ``a`` (``scale_residual``) and a constant ``c``."""
 
+    @classmethod
+    def is_on(cls, flags: StackFlags) -> bool:
+        """Where no other is."""
+        return True
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        settings = {'scale_residual': flags.scale_residual, 'scale_residual_constant': flags.scale_residual_constant}
+        return cls(flags.dim, **{**settings, **flags.residual_fn_kwargs})
+
     def __init__(self, dim: int, scale_residual: bool = False, scale_residual_constant: float = 1.0, **kwargs: Any) -> None:
         super().__init__()
         self.residual_scale = empty_parameter(dim) if scale_residual else None
@@ -94,6 +121,12 @@ class Residual(ResidualPath):
 
 class GRUGating(ResidualPath):
     """A GRU cell per token: the branch's output is its input, the stream its state; https://arxiv.org/abs/1910.06764."""
+
+    name = 'gate_residual'
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        return cls(flags.dim, **{'scale_residual': flags.scale_residual, **flags.residual_fn_kwargs})
 
     def __init__(self, dim: int, scale_residual: bool = False, **kwargs: Any) -> None:
         super().__init__()
@@ -122,6 +155,12 @@ class ResiDual(ResidualPath):
     outputs up, times ``scale``. The stack's output is the first plus the norm of the second, so a small ``scale`` keeps
     half precision from overflowing and changes nothing else.
     """
+
+    name = 'resi_dual'
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        return cls(scale=flags.resi_dual_scale, **flags.residual_fn_kwargs)
 
     def __init__(self, scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__()

@@ -101,6 +101,22 @@ class DenseBias(Bias):
         return bias[..., skipped + start : skipped + stop, :]
 
 
+class SumBias(Bias):
+    """Two biases of one call, added."""
+
+    def __init__(self, first: Bias, second: Bias) -> None:
+        super().__init__()
+        self.parts = first, second
+
+    @property
+    def needs_gradient(self) -> bool:
+        return any(part.needs_gradient for part in self.parts)
+
+    def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b #h r j']:
+        first, second = (_behind_front(part.between(geometry, start, stop), geometry) for part in self.parts)
+        return first + second
+
+
 def rendered_bias(bias: Bias, geometry: ScoreShape) -> Float[Tensor, '#b #h i j']:
     """A bias over all columns, one that is the same for all of them too."""
     rendered = bias.render(geometry)

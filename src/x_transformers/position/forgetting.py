@@ -72,6 +72,9 @@ class DataDependentAlibi(Module):
     forward: (b n dim) -> (b heads n n). ``bias``: the same for a branch with a cache or memories.
     """
 
+    # forget gates stand in the place of any other bias
+    replaces = True
+
     def __init__(self, dim: int, heads: int, causal: bool = True, bias_init: float = 5.0, post_log_scale: float = 1.0) -> None:
         super().__init__()
         self.heads = heads
@@ -128,6 +131,9 @@ class PerRowDataDependentAlibi(Module):
     forward: (b n dim) -> (b heads n n); ``bias``: the same for a branch with a cache or memories.
     Raises FlagError unless ``causal``: there is no gate that looks ahead.
     """
+
+    # forget gates stand in the place of any other bias
+    replaces = True
 
     def __init__(self, dim: int, heads: int, causal: bool = True, dim_head: int = 8, post_log_scale: float = 1.0) -> None:
         super().__init__()
