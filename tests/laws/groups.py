@@ -287,6 +287,7 @@ POSITIONS = (
     group('dynamic', SELF, dynamic_pos_bias=True),
     group('dynamic_norm', SELF, dynamic_pos_bias=True, dynamic_pos_bias_log_distance=True, dynamic_pos_bias_norm=True),
     group('forgetting', SELF, attn_data_dependent_alibi=True),
+    group('rel_proj', SELF, attn_use_rel_proj_pos_bias=True, attn_rel_proj_num_distance_basis=3, attn_rel_proj_max_dist=6),
     group('forgetting_row', STRICT, attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=True),
     group('dynamic_deep', SELF, dynamic_pos_bias=True, dynamic_pos_bias_mlp_depth=3),
     group('forgetting_kwargs', SELF, attn_data_dependent_alibi=True, attn_data_dependent_alibi_kwargs={'bias_init': 1.0}),

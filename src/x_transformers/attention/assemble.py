@@ -11,6 +11,7 @@ from x_transformers.attention.attend import Attend
 from x_transformers.attention.gates import attention_on_attention, output_projection
 from x_transformers.attention.hybrid import FoldAxially
 from x_transformers.flags.attention import AttendFlags, AttentionFlags, ScoreFlags
+from x_transformers.position.projected import RelativeProjectedBias
 
 
 def build_attend(flags: AttentionFlags) -> Attend:
@@ -50,6 +51,7 @@ def build_forgetting(dim: int, flags: AttentionFlags) -> nn.Module | None:
 # biases that a layer makes of its own input, by their name in its state: they are added up, but for one that `replaces` others
 BIASES: dict[str, Callable[[int, AttentionFlags], nn.Module | None]] = {
     'data_dependent_alibi': build_forgetting,
+    'rel_proj_pos_bias': RelativeProjectedBias.from_flags,
 }
 
 

@@ -162,6 +162,18 @@ class AttentionFlags(ScoreFlags):
     cope_talking_heads: bool = flag(
         False, 'Mix the heads before contextual positions are counted.', parent='use_cope', self_only=True
     )
+    use_rel_proj_pos_bias: bool = flag(
+        False,
+        'Relative projected bias: each query mixes learned functions of the distance into its own bias.',
+        since='2.24.0',
+        self_only=True,
+    )
+    rel_proj_num_distance_basis: int = flag(
+        16, 'Number of these functions.', parent='use_rel_proj_pos_bias', since='2.24.0', self_only=True, low=1
+    )
+    rel_proj_max_dist: int = flag(
+        1024, 'Distances from here on have no bias.', parent='use_rel_proj_pos_bias', since='2.24.0', self_only=True, low=1
+    )
     learned_value_residual_mix: bool = flag(
         False, "How much of the first layer's values is mixed in is learned, per token and head.", paper=VALUE_RESIDUAL
     )
