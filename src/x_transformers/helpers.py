@@ -210,6 +210,12 @@ def detach_all(tree: Any) -> Any:
     return tree_map(detach, tree)
 
 
+def without_component(out: Float[Tensor, '... d'], along: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+    """``out`` without its component along ``along``, each last axis a vector of its own, in double precision."""
+    x, unit = out.double(), F.normalize(along.double(), dim=-1)
+    return (x - (x * unit).sum(dim=-1, keepdim=True) * unit).to(out.dtype)
+
+
 def orthog_project(x: Tensor, y: Tensor) -> Tensor:
     """``x`` without its component along ``y``; all axes but the first are one vector, in float64."""
     flat_x, flat_y = x.flatten(1).double(), y.flatten(1).double()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from x_transformers.attention.attention import Attention
-from x_transformers.attention.values import mix_values, without_component
+from x_transformers.attention.values import mix_values
+from x_transformers.helpers import without_component
 
 B, N, D = 2, 6, 12
 

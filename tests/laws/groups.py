@@ -330,6 +330,7 @@ STACK = (
     group('custom_layers', WHOLE, custom_layers=('a', 'f', 'a', 'f', 'f')),
     group('execute_order', WHOLE, layers_execute_order=(0, 1, 0, 1, 2, 3)),
     group('gate_residual', gate_residual=True),
+    group('orthog_residual', orthog_residual=True),
     group('scale_residual', scale_residual=True),
     group('scale_residual_constant', scale_residual_constant=0.7),
     group('streams', num_residual_streams=2),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.layers.hyper_connections import HyperConnection, sinkhorn
-from x_transformers.layers.residual import DualStreams, GRUGating, ParallelStreams, ResiDual, Residual
+from x_transformers.layers.residual import DualStreams, GRUGating, OrthogonalResidual, ParallelStreams, ResiDual, Residual
 from x_transformers.layers.stack import Decoder
 from x_transformers.layers.stream_steps import read_formula, read_streams
 
@@ -32,6 +32,20 @@ def test_residual() -> None:
     assert seen is x
     torch.testing.assert_close(path.write(out, rest), out + 0.5 * x * path.residual_scale)
     torch.testing.assert_close(path(out, *path.prepare(x)[1:2]), path.write(out, rest))
+
+
+@pytest.mark.parametrize('scaled', [False, True])
+def test_orthogonal_residual_is_taken_token_by_token(scaled: bool) -> None:
+    path = drawn(OrthogonalResidual(D, scale_residual=scaled))
+    x, out = torch.randn(B, N, D), torch.randn(B, N, D)
+    _, rest = path.read(x)
+    found = path.write(out, rest)
+    for b in range(B):
+        for n in range(N):
+            stream = x[b, n] * path.residual_scale if scaled else x[b, n]
+            along = sum(out[b, n, i] * stream[i] for i in range(D)) / sum(stream[i] ** 2 for i in range(D))
+            torch.testing.assert_close(found[b, n], stream + out[b, n] - along * stream)
+    assert path.write(out, torch.zeros_like(x)).isfinite().all()
 
 
 def test_residual_starts_as_a_sum() -> None:

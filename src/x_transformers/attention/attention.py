@@ -20,10 +20,11 @@ from x_transformers.attention.maps import Maps
 from x_transformers.attention.project import Seen, merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
-from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values, without_component
+from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature
+from x_transformers.helpers import without_component
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import MultiheadRMSNorm
 from x_transformers.position.bias import Bias, SumBias

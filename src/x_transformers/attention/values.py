@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.project import with_memories
@@ -64,12 +63,3 @@ def laser_in(v: Tensor, clamp: float) -> Tensor:
 
 def laser_out(out: Tensor, dtype: torch.dtype) -> Tensor:
     return log(out).to(dtype)
-
-
-# ---------------------------------------------------------------- orthogonal values
-
-
-def without_component(out: Float[Tensor, '... d'], along: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-    """``out`` without its component along ``along``, each last axis a vector of its own, in double precision."""
-    x, unit = out.double(), F.normalize(along.double(), dim=-1)
-    return (x - (x * unit).sum(dim=-1, keepdim=True) * unit).to(out.dtype)

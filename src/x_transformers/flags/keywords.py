@@ -103,6 +103,9 @@ class AttentionKeywords(TypedDict, total=False):
     cope_max_pos: int
     cope_soft_onehot_pos: bool
     cope_talking_heads: bool
+    use_rel_proj_pos_bias: bool
+    rel_proj_num_distance_basis: int
+    rel_proj_max_dist: int
     learned_value_residual_mix: bool
     orthog_projected_values: bool
     orthog_projected_values_per_head: bool
@@ -194,6 +197,7 @@ class StackKeywords(TypedDict, total=False):
     pre_norm_has_final_norm: bool
     sandwich_norm: bool
     gate_residual: bool
+    orthog_residual: bool
     scale_residual: bool
     scale_residual_constant: Each[float]
     residual_fn_kwargs: Mapping[str, Any]
@@ -277,6 +281,9 @@ class StackKeywords(TypedDict, total=False):
     attn_cope_max_pos: Each[int]
     attn_cope_soft_onehot_pos: Each[bool]
     attn_cope_talking_heads: Each[bool]
+    attn_use_rel_proj_pos_bias: Each[bool]
+    attn_rel_proj_num_distance_basis: Each[int]
+    attn_rel_proj_max_dist: Each[int]
     attn_orthog_projected_values: Each[bool]
     attn_orthog_projected_values_per_head: Each[bool]
     attn_laser: Each[bool]
@@ -347,6 +354,9 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_cope_max_pos: Each[int]
     cross_attn_cope_soft_onehot_pos: Each[bool]
     cross_attn_cope_talking_heads: Each[bool]
+    cross_attn_use_rel_proj_pos_bias: Each[bool]
+    cross_attn_rel_proj_num_distance_basis: Each[int]
+    cross_attn_rel_proj_max_dist: Each[int]
     cross_attn_learned_value_residual_mix: Each[bool]
     cross_attn_orthog_projected_values: Each[bool]
     cross_attn_orthog_projected_values_per_head: Each[bool]

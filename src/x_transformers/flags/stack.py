@@ -148,6 +148,10 @@ class StackFlags(LayeredFlags):
     gate_residual: bool = flag(
         False, 'GRU cells in the place of residual sums.', paper='https://arxiv.org/abs/1910.06764', one_of='residual'
     )
+    orthog_residual: bool = flag(
+        False, 'Add only what is orthogonal to the stream, token by token.', paper='https://arxiv.org/abs/2505.11881',
+        since='2.18.0', one_of='residual',
+    )  # fmt: skip
     scale_residual: bool = flag(False, 'Learned factors on the residual.', paper='https://arxiv.org/abs/2110.09456')
     scale_residual_constant: float = flag(
         1.0, 'A constant factor on the residual.', paper='https://arxiv.org/abs/2203.00555', each='layer'

@@ -11,7 +11,7 @@ from x_transformers.attention.attention import Attention
 from x_transformers.feedforward import FeedForward
 from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
 from x_transformers.layers.hyper_connections import HyperConnection
-from x_transformers.layers.residual import GRUGating, ResiDual, Residual, ResidualPath, read, write
+from x_transformers.layers.residual import GRUGating, OrthogonalResidual, ResiDual, Residual, ResidualPath, read, write
 from x_transformers.layers.slots import call_branch, call_norm, split_result
 from x_transformers.norms import choose_norm
 
@@ -145,7 +145,7 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
 
 
 # the ways to join a branch to the stream, the first that is on
-RESIDUALS: tuple[type[ResidualPath], ...] = (ResiDual, HyperConnection, GRUGating, Residual)
+RESIDUALS: tuple[type[ResidualPath], ...] = (ResiDual, HyperConnection, GRUGating, OrthogonalResidual, Residual)
 
 
 def choose_residual(flags: StackFlags, spec: LayerSpec) -> ResidualPath:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from x_transformers.helpers import without_component
 from x_transformers.layers.slots import SECOND, accepts
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
@@ -117,6 +118,28 @@ class Residual(ResidualPath):
         if self.scale_residual_constant != 1.0:
             rest = rest * self.scale_residual_constant
         return out + rest
+
+
+class OrthogonalResidual(Residual):
+    """Adds what is orthogonal to the stream, token by token: ``stream + out - (out along stream)``.
+
+    https://arxiv.org/abs/2505.11881. The original takes all tokens of a row as one vector, which shows a token the later ones.
+    """
+
+    name = 'orthog_residual'
+
+    @classmethod
+    def is_on(cls, flags: StackFlags) -> bool:
+        return flags.orthog_residual
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        return cls(flags.dim, **{'scale_residual': flags.scale_residual, **flags.residual_fn_kwargs})
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
+        if self.residual_scale is not None:
+            rest = rest * self.residual_scale
+        return rest + without_component(out, rest)
 
 
 class GRUGating(ResidualPath):
