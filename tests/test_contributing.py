@@ -1,0 +1,71 @@
+"""What CONTRIBUTING asks of an idea is there: these tests name what is missing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from x_transformers.attention.assemble import BIASES
+from x_transformers.attention.attend import ORDER
+from x_transformers.attention.geometry import ScoreShape
+from x_transformers.attention.kernels.base import CallFacts, Needs
+from x_transformers.attention.kernels.choose import KERNELS
+from x_transformers.attention.scores.base import Form, ScoreRule
+from x_transformers.flags.attention import AttentionFlags, ScoreFlags
+from x_transformers.flags.stack import StackFlags
+from x_transformers.layers.layer import RESIDUALS
+from x_transformers.layers.residual import ResidualPath
+from x_transformers.norms import NORMS
+
+ROOT = Path(__file__).parent.parent
+
+
+def subclasses(cls: type) -> set[type]:
+    found = set(cls.__subclasses__())
+    return found.union(*(subclasses(child) for child in found)) if found else found
+
+
+def test_every_score_rule_stands_in_the_order():
+    rules = {rule for rule in subclasses(ScoreRule) if rule.__module__.startswith('x_transformers') and not subclasses(rule)}
+    missing = [rule.__name__ for rule in rules if rule not in ORDER]
+    assert not missing, f'{missing}: give each a line in ORDER of attention/attend.py'
+
+
+@pytest.mark.parametrize('rule', ORDER, ids=lambda rule: rule.__name__)
+def test_a_score_rule_is_complete(rule):
+    assert rule.form in Form, f'{rule.__name__} has no form'
+    flags = AttentionFlags.flag_fields()
+    assert rule.is_on(ScoreFlags()) or rule.name in flags, f'{rule.__name__}: no flag is named {rule.name}'
+    if rule.unfused is None:
+        call = CallFacts('cuda', torch.bfloat16, True, False, 8, 8, 64, 64, ScoreShape(1024, 1024), causal=True)
+        carried = any(not kernel.refusals(Needs.of((rule,)), call) for kernel in KERNELS[:-1])
+        assert carried, f'{rule.__name__}: no fused kernel carries it, so that `unfused` must say why'
+
+
+def test_every_score_flag_is_read_by_somebody():
+    text = '\n'.join(
+        path.read_text(encoding='utf-8')
+        for path in (ROOT / 'src/x_transformers').rglob('*.py')
+        if path.parent.name != 'flags' or path.name.endswith('_rules.py')
+    )
+    names = [name for cls in (AttentionFlags, StackFlags) for name in cls.flag_fields()]
+    unread = [name for name in names if not re.search(rf'\b{name}\b', text)]
+    assert not unread, f'{unread}: no part reads these flags'
+
+
+def test_every_residual_and_norm_has_a_flag_and_a_line():
+    paths = {path for path in subclasses(ResidualPath) if path.__module__.startswith('x_transformers')}
+    missing = [path.__name__ for path in paths if path not in RESIDUALS]
+    assert not missing, f'{missing}: give each a line in RESIDUALS of layers/layer.py'
+    named = {path.name for path in RESIDUALS[:-1]}
+    assert named == set(StackFlags.one_of('residual')), "a residual's flag says one_of='residual'"
+    norms = {name.removeprefix('use_') for name in StackFlags.one_of('norm')}
+    assert norms == set(NORMS) - {'layernorm'}, "a norm's flag is named use_... and says one_of='norm'"
+
+
+def test_every_bias_of_a_layer_is_built_from_flags():
+    for name, build in BIASES.items():
+        assert build(8, AttentionFlags()) is None, f'{name} must be off by default'
