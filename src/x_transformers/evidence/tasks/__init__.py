@@ -1,0 +1,107 @@
+"""The tasks by name, and those that a user names by a Python path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from x_transformers.evidence.tasks.base import SequenceTask, Task
+from x_transformers.evidence.tasks.data import Bytes, Digits, Shapes
+from x_transformers.evidence.tasks.length import (
+    Addition,
+    Copy,
+    Cycle,
+    Duplicate,
+    EvenPairs,
+    LengthTask,
+    ModularArithmetic,
+    Parity,
+    Reverse,
+    Sort,
+)
+from x_transformers.evidence.tasks.mad import (
+    Compression,
+    FuzzyRecall,
+    InContextRecall,
+    Memorization,
+    NoisyRecall,
+    SelectiveCopy,
+)
+from x_transformers.evidence.tasks.physics import Depo, Mano
+from x_transformers.evidence.tasks.recall import Compositional, ContinuousRecall, Forgetting, Recall, Stacked
+from x_transformers.flags.base import FlagError
+from x_transformers.training.errors import TrainingError
+
+MAD = (InContextRecall, NoisyRecall, FuzzyRecall, SelectiveCopy, Compression, Memorization)
+LENGTH = (Parity, EvenPairs, Cycle, ModularArithmetic, Copy, Reverse, Duplicate, Sort, Addition)
+CLASSES: tuple[type[SequenceTask], ...] = (
+    *(Recall, Forgetting, Compositional, Stacked, ContinuousRecall),
+    *MAD,
+    *LENGTH,
+    *(Depo, Mano, Bytes, Digits, Shapes),
+)
+TASKS: dict[str, type[SequenceTask]] = {task.name: task for task in CLASSES}
+
+
+def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """The task of a name, such as ``mqar``, or of a path, such as ``my_tasks.py:Reversal`` or ``package.tasks:Reversal``.
+
+    Errors: ``TrainingError`` for a task that does not exist or an option that it does not have.
+    """
+    options = dict(options or {})
+    cls = own_class(name) if ':' in name else TASKS.get(name)
+    if cls is None:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f' Did you mean {near[0]}?' if near else ''
+        raise TrainingError(f'--task must be one of {", ".join(TASKS)}, or FILE.py:CLASS, got {name!r}.{hint}')
+    known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else None
+    unknown: list[str] = [] if known is None else [option for option in options if option not in known]
+    if unknown:
+        raise TrainingError(
+            f'options of the task {name} must be among {", ".join(sorted(known or ()))}, got {", ".join(unknown)}. '
+            'Leave out others.'
+        )
+    for option, value in options.items():
+        if isinstance(value, list):
+            options[option] = tuple(value)
+    try:
+        return cls(**options)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, FlagError):
+            raise
+        raise TrainingError(f'the task {name} cannot be made: {error}') from error
+
+
+def own_class(path: str) -> type[Task]:
+    """The class that ``FILE.py:CLASS`` or ``MODULE:CLASS`` names."""
+    where, _, name = path.rpartition(':')
+    try:
+        if where.endswith('.py'):
+            module_name = f'x_transformers_own_task_{Path(where).stem}'
+            spec = importlib.util.spec_from_file_location(module_name, where)
+            if spec is None or spec.loader is None or not Path(where).is_file():
+                raise TrainingError(f'--task must name a file that exists, got {where}. Give FILE.py:CLASS.')
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module
+            spec.loader.exec_module(module)
+        else:
+            if '' not in sys.path:
+                sys.path.insert(0, '')
+            module = importlib.import_module(where)
+    except TrainingError:
+        raise
+    except Exception as error:
+        raise TrainingError(f'--task {path}: the module cannot be imported: {type(error).__name__}: {error}') from error
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise TrainingError(f'--task must name a class derived from x_transformers.evidence.Task, got {name} in {where}.')
+    return found
+
+
+__all__ = ['CLASSES', 'LENGTH', 'MAD', 'TASKS', 'LengthTask', 'SequenceTask', 'Task', 'make_task']
