@@ -1,0 +1,173 @@
+"""Do one run: build the model, pair its initial values, train it with the package's trainer, evaluate it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from x_transformers.evidence.draws import seed_of
+from x_transformers.evidence.pairing import fill_by_name
+from x_transformers.evidence.runs import CostRun, Job, Run
+from x_transformers.evidence.tasks import make_task
+from x_transformers.evidence.tasks.base import Task
+from x_transformers.evidence.training import train
+
+LAST = 3
+"""A run is judged by the mean of so many evaluations at its end."""
+
+
+def execute(job: Job, task: Task | None = None) -> dict[str, Any]:
+    """The result of a job. ``task`` is given where it exists as an object already."""
+    task = task or make_task(job.task.name, job.task.options)
+    with quiet():
+        return run_of(job, task) if isinstance(job, Run) else cost_of(job, task)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Advice about small models has been read once; hundreds of runs would repeat it."""
+    logger = logging.getLogger('x_transformers')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def prepared_model(task: Task, flags: Mapping[str, Any], seed: int, device: str) -> nn.Module:
+    """A model whose parameters have the values that belong to their names, and generators seeded for its training."""
+    torch.manual_seed(seed_of('model', seed))
+    model = task.model(flags)
+    fill_by_name(model, seed)
+    torch.manual_seed(seed_of('training', seed))
+    return model.to(device)
+
+
+def run_of(run: Run, task: Task) -> dict[str, Any]:
+    model = prepared_model(task, run.flags, run.seed, run.device)
+    started, wall = time.process_time(), time.perf_counter()
+    curve = train(task, model, run.settings, run.seed)
+    last = [measures for _, measures in curve[-LAST:]]
+    value = statistics.fmean(measures[task.metric] for measures in last)
+    if not math.isfinite(value):
+        raise FloatingPointError(f'{task.metric} is {value} at the end')
+    return {
+        'value': value,
+        'last': {name: statistics.fmean(measures[name] for measures in last) for name in last[-1]},
+        'curve': [
+            [step, round_off(measures[task.metric]), round_off(measures.get('loss', math.nan))] for step, measures in curve
+        ],
+        'seconds': round(time.process_time() - started, 3),
+        'wall': round(time.perf_counter() - wall, 3),
+    }
+
+
+def round_off(value: float) -> float | None:
+    return float(f'{value:.6g}') if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------- cost
+
+
+def cost_of(job: CostRun, task: Task) -> dict[str, Any]:
+    """Processor time per step of the arm and the baseline, in turns, and what a step takes."""
+    models = [prepared_model(task, flags, 0, job.device) for flags in (job.base, job.flags)]
+    steps = [stepper(task, model, job.settings.lr) for model in models]
+    times: list[list[float]] = [[], []]
+    for index in range(job.steps + 2):
+        for which in (0, 1) if index % 2 == 0 else (1, 0):
+            seconds = steps[which](index)
+            if index >= 2:  # the first ones allocate
+                times[which].append(seconds)
+    return {
+        'seconds': [statistics.median(found) for found in times],
+        'parameters': [sum(p.numel() for p in model.parameters()) for model in models],
+        'flops': [operations(task, model) for model in models],
+        'bytes': [step_bytes(task, model) for model in models],
+    }
+
+
+def stepper(task: Task, model: nn.Module, lr: float) -> Callable[[int], float]:
+    """A function that does one optimiser step and returns its processor time, or its wall time on another device."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    device = next(model.parameters()).device
+    clock = time.process_time if device.type == 'cpu' else time.perf_counter
+
+    def step(index: int) -> float:
+        batch = moved(task.batch(0, index), device)
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        started = clock()
+        model(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        return clock() - started
+
+    return step
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    if hasattr(batch, 'to'):
+        return batch.to(device)
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(moved(part, device) for part in batch)
+    return batch
+
+
+def tokens_of(batch: Any) -> int:
+    inputs = getattr(batch, 'inputs', batch)
+    while isinstance(inputs, (tuple, list)):
+        inputs = inputs[0]
+    return int(inputs.shape[0] * inputs.shape[1]) if isinstance(inputs, Tensor) and inputs.ndim >= 2 else 1
+
+
+def operations(task: Task, model: nn.Module) -> float:
+    """Floating-point operations of a forward, per token. Fused attention is replaced by products, which can be counted."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    batch = moved(task.batch(0, 0), next(model.parameters()).device)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(batch)
+    return counter.get_total_flops() / tokens_of(batch)
+
+
+def step_bytes(task: Task, model: nn.Module) -> int:
+    """Bytes that a step holds: weights, gradients, two moments, and what the forward keeps for the backward."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = moved(task.batch(0, 0), next(model.parameters()).device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(batch)
+    total = sum(kept.values()) + 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+    del loss
+    return total
+
+
+def one_thread() -> None:
+    """Workers take one thread each: more of them would wait for one another."""
+    torch.set_num_threads(1)
+    os.environ['OMP_NUM_THREADS'] = '1'
