@@ -11,6 +11,8 @@ COMMANDS = {
     'train': 'train a language model over bytes: your files, or the source of the standard library',
     'generate': 'write with a trained model',
     'info': 'show what a set of flags builds: layers, parameters, operations, kernel, memory, cache',
+    'ablate': 'train a baseline and ideas on the same seeds: which idea helps, with intervals and a page',
+    'evidence': 'train on a published suite of tasks and show the result beside the published numbers',
     'bench': 'measure speed and memory against a minimal hand-written model (in a clone of the repository)',
 }
 BAD_INPUT = 2

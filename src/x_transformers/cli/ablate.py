@@ -1,0 +1,314 @@
+"""``x-transformers ablate``: does an idea help?"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Question, folder_name
+from x_transformers.evidence.plan import arm_of, noise_arms, pairs_of, question, read_plan
+from x_transformers.evidence.report import Report, make_report, signed
+from x_transformers.evidence.runs import Job, Run
+from x_transformers.evidence.statistics import scipy_stats
+from x_transformers.evidence.tasks import TASKS
+from x_transformers.training.errors import TrainingError
+
+ABOUT = """Train a baseline and ideas on the same seeds, and say of each idea whether it helps.
+
+Ideas are flags of the constructors. Each is a row: the difference with its interval, and a verdict (helps, hurts,
+no difference, not resolved) per step and at equal time. Runs lie in a folder; what was stopped goes on with --resume.
+"""
+EXAMPLES = """examples:
+  x-transformers ablate --task mqar --base depth=1 --idea shift_tokens=1 --seeds 5
+  x-transformers ablate --profile quick --idea ff_glu=true,ff_swish=true
+  x-transformers ablate ideas.toml --workers 2 --budget 30m
+  x-transformers ablate --task bytes --data my_text/ --idea "swiglu: ff_glu=true,ff_swish=true" --power 0.005
+  x-transformers ablate --task my_task.py:Reversal --idea rotary_pos_emb=true
+"""
+# sizes at which one idea with three seeds takes ten minutes of two cores, with the baseline
+SMALL: dict[str, Any] = {'dim': 64, 'depth': 2, 'heads': 2, 'attn_dim_head': 32}
+PROFILES: dict[str, list[dict[str, Any]]] = {
+    'quick': [
+        {'label': 'recall', 'task': 'mqar', 'options': {'vocabulary': 64, 'length': 32, 'rows_per_step': 32}, 'steps': 1000},
+        {
+            'label': 'longer copy',
+            'task': 'length/copy',
+            'options': {'trained': 10, 'tested': 20, 'rows_per_step': 32},
+            'steps': 1000,
+        },
+        {'label': 'bytes', 'task': 'bytes', 'options': {'length': 128, 'rows_per_step': 8}, 'steps': 500},
+    ],
+    'full': [
+        {'label': 'recall', 'task': 'mqar', 'options': {'vocabulary': 256}, 'steps': 3000},
+        {'label': 'forgetting', 'task': 'mqar/forgetting', 'options': {'vocabulary': 256}, 'steps': 3000},
+        {'label': 'fuzzy recall', 'task': 'mad/fuzzy', 'steps': 1500},
+        {'label': 'compression', 'task': 'mad/compression', 'steps': 1500},
+        {'label': 'longer copy', 'task': 'length/copy', 'steps': 3000},
+        {'label': 'longer parity', 'task': 'length/parity', 'steps': 3000},
+        {'label': 'depo', 'task': 'depo', 'options': {'words': 12}, 'steps': 3000},
+        {'label': 'bytes', 'task': 'bytes', 'options': {'length': 256}, 'steps': 2000},
+    ],
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        'x-transformers ablate', description=ABOUT, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add('plan', nargs='?', help='TOML file with tasks, baseline and ideas')
+    add('--task', action='append', default=[], help=f'{", ".join(TASKS)}, or FILE.py:CLASS; several give a table for each')
+    add(
+        '--profile',
+        choices=sorted(PROFILES),
+        help='ready sets of tasks; quick: one idea, three seeds, ten minutes of two cores',
+    )
+    add('--option', action='append', default=[], metavar='NAME=VALUE', help='an option of the task, such as vocabulary=256')
+    add('--data', action='append', default=[], help='files or folders for the task bytes')
+    add('--base', action='append', default=[], metavar='FLAG=VALUE', help='flags of the baseline, on top of those of the task')
+    add(
+        '--idea',
+        action='append',
+        default=[],
+        metavar='FLAG=VALUE,...',
+        help='an idea; with a name: "swiglu: ff_glu=true,ff_swish=true"',
+    )
+    add('--seeds', type=int, help='paired seeds per arm (3)')
+    add('--steps', type=int, help='optimizer steps; else those of the task')
+    add('--lr', type=float, help='highest learning rate; else that of the task')
+    add('--optimizer', choices=['adamw', 'muon'])
+    add('--evaluations', type=int, help='evaluations per run (10)')
+    add('--workers', type=int, help='processes of one thread each (1); 0: in this process')
+    add('--device', help='cpu (usual), cuda, cuda:1, ...; several workers share it')
+    add('--out', help='folder of runs and reports; else below runs/ablate')
+    add('--resume', action='store_true', help='go on in a folder that holds runs of this experiment')
+    add('--only', choices=['failed'], help='failed: do only runs that failed, again')
+    add('--shard', metavar='I/N', help='do the I-th of N parts of the runs, for several machines that share a folder')
+    add('--budget', metavar='TIME', help='30m, 2h, 90s: no run begins after this time')
+    add('--noise', action='store_true', help='compare the baseline with itself, other seeds: the noise that ideas must exceed')
+    add('--repetitions', type=int, default=1, help='how often --noise repeats that comparison, with new seeds')
+    add('--power', type=float, metavar='D', help='also tell how many seeds would find a difference of D')
+    add('--ladder', metavar='1,2', help='also at multiples of the width; an idea that only helps at one is not shown to scale')
+    add('--lr-grid', metavar='0.5,1,2', help='factors of the learning rate, chosen per arm on seeds that no verdict uses')
+    add('--tracker', metavar='PATH', help='MODULE:FUNCTION called with each row at the end, for trackers of your own')
+    add('--json', action='store_true', help='print nothing but the JSON line')
+    return made
+
+
+def numbers(text: str | Sequence[float] | None, option: str) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        found = tuple(float(part) for part in text.split(',')) if isinstance(text, str) else tuple(map(float, text))
+    except (TypeError, ValueError) as error:
+        raise TrainingError(
+            f'{option} must be numbers with commas between them, got {text!r}. Write {option} 0.5,1,2.'
+        ) from error
+    if not found or min(found) <= 0:
+        raise TrainingError(f'{option} must be above 0, got {text!r}. Write {option} 0.5,1,2.')
+    return found
+
+
+def seconds_of(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r'(\d+(?:\.\d*)?)\s*([smh]?)', text.strip())
+    if found is None:
+        raise TrainingError(f'--budget must be a time such as 90s, 30m or 2h, got {text!r}. Write --budget 30m.')
+    return float(found[1]) * {'s': 1, '': 60, 'm': 60, 'h': 3600}[found[2]]
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    found = re.fullmatch(r'(\d+)/(\d+)', text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise TrainingError(f'--shard must be I/N with I from 1 to N, got {text!r}. Write --shard 1/4, --shard 2/4, ...')
+    return int(found[1]), int(found[2])
+
+
+def at_least(value: int, low: int, option: str) -> int:
+    if value < low:
+        raise TrainingError(f'{option} must be at least {low}, got {value}. Take a larger number.')
+    return value
+
+
+def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dict[str, list[str]], dict[str, Any]]:
+    """(what is asked, the widths of each task, options that a file gave)."""
+    entries: list[dict[str, Any]] = []
+    base: dict[str, Any] = {}
+    ideas: list[Arm] = []
+    settings: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    if options.plan is not None:
+        plan = read_plan(options.plan)
+        entries, base, ideas = [dict(entry) for entry in plan.tasks], dict(plan.base), list(plan.ideas)
+        settings, more = dict(plan.settings), dict(plan.more)
+    if options.task or options.profile:
+        own = pairs_of(options.option, '--option')
+        entries = [{'task': name, 'options': own} for name in options.task]
+        if options.profile:
+            entries += [dict(entry) for entry in PROFILES[options.profile]]
+            base = {**SMALL, **base} if options.profile == 'quick' else base
+    elif options.option:
+        for entry in entries:
+            entry['options'] = {**entry.get('options', {}), **pairs_of(options.option, '--option')}
+    if options.data:
+        for entry in entries:
+            if entry['task'] == 'bytes':
+                entry['options'] = {**entry.get('options', {}), 'data': tuple(options.data)}
+    if not entries:
+        raise TrainingError('--task must say what to learn, got none. Write --task mqar, --profile quick, or give a TOML file.')
+    base |= pairs_of(options.base, '--base')
+    ideas += [arm_of(text) for text in options.idea]
+    if options.noise:
+        ideas = noise_arms(at_least(options.repetitions, 1, '--repetitions'))
+    if not ideas:
+        raise TrainingError('--idea must name at least one idea, got none. Write --idea shift_tokens=1, or --noise.')
+    for name in ('steps', 'lr', 'optimizer', 'evaluations'):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+            for entry in entries:
+                entry.pop(name, None)
+    seeds = at_least(int(options.seeds if options.seeds is not None else more.get('seeds', 3)), 1, '--seeds')
+    widths = numbers(options.ladder or more.get('ladder'), '--ladder') or (None,)
+    grid = numbers(options.lr_grid or more.get('lr_grid'), '--lr-grid')
+    device = str(options.device or more.get('device', 'cpu'))
+    asked: list[Question] = []
+    ladder: dict[str, list[str]] = {}
+    for entry in entries:
+        for width in widths:
+            made = question(
+                entry, base, ideas, seeds=seeds, settings=settings, width=width, lr_grid=grid, device=device
+            )  # fmt: skip
+            asked.append(made)
+            ladder.setdefault(str(entry['task']), []).append(made.title)
+    return tuple(asked), ladder if len(widths) > 1 else {}, more
+
+
+# ---------------------------------------------------------------- what is seen while it runs
+
+
+class Live:
+    """A bar with the runs that are done, the interval of the idea that was last heard of, and the time left."""
+
+    def __init__(self, experiment: Experiment, total: int, silent: bool) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise TrainingError("the command needs tqdm: pip install 'x-transformers[ablate]'") from error
+        live = sys.stderr.isatty()
+        form = '{l_bar}{bar}| {n}/{total} runs, {remaining} left{postfix}'
+        self.bar = tqdm(
+            total=total, file=sys.stderr, dynamic_ncols=live, ncols=None if live else 120, disable=silent,
+            mininterval=0.1 if live else 20, bar_format=form,
+        )  # fmt: skip
+        self.experiment = experiment
+
+    def told(self, job: Job) -> None:
+        if isinstance(job, Run) and not self.bar.disable:
+            self.bar.set_postfix_str(self.interval_of(job), refresh=False)
+        self.bar.update(1)
+
+    def interval_of(self, job: Run) -> str:
+        for asked in self.experiment.questions:
+            for arm in asked.arms:
+                if asked.task == job.task and self.experiment.run(asked, arm, job.seed - arm.other_seeds).hash == job.hash:
+                    found = [o for o in self.experiment.answer(asked, {}) if o.idea == arm.name]
+                    if found and (c := found[0].comparison) is not None:
+                        low_high = f' ({signed(c.low)} … {signed(c.high)})' if c.seeds > 1 else ''
+                        return f'{asked.title}: {arm.name} better by {signed(c.mean)}{low_high}'
+        return ''
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(list(arguments))
+    asked, ladder, more = questions_of(options)
+    scipy_stats()
+    budget, shard = seconds_of(options.budget), shard_of(options.shard)
+    default_workers = more.get('workers', 1)
+    workers = at_least(int(options.workers if options.workers is not None else default_workers), 0, '--workers')
+    folder = Path(options.out or more.get('out') or Path('runs/ablate') / folder_name(asked))
+    experiment = Experiment(asked, folder)
+    broken = experiment.check()
+    if options.only and not (folder / 'experiment.json').exists():
+        raise TrainingError(f'--only failed needs a folder with runs, got {folder}. Run the command without it first.')
+    experiment.open(options.resume or options.only is not None or shard != (1, 1))
+    jobs = experiment.selection_jobs(broken) + experiment.jobs(broken)
+    if options.only:
+        failed = [job for job in jobs if experiment.store.failure(job)]
+        for job in failed:
+            experiment.store.forget_failure(job)
+        jobs = failed
+    mine = [job for job in jobs if int(job.hash, 16) % shard[1] == shard[0] - 1]
+    missing = sum(not experiment.store.settled(job) for job in mine)
+    said = io.StringIO() if options.json else sys.stderr
+    for made in asked:
+        print(
+            f'{made.title}: {len(made.arms)} ideas, {made.seeds} seeds, {made.settings.steps} steps, {flags_text(made.base)}',
+            file=said,
+        )
+    print(f'{missing} runs and timings to do in {folder}', file=said)
+    live = Live(experiment, missing, options.json)
+    stopped = False
+    try:
+        experiment.go(
+            workers=workers, told=live.told, budget=budget, shard=shard, broken=broken, only=jobs if options.only else None
+        )
+    except KeyboardInterrupt:
+        stopped = True
+    finally:
+        live.bar.close()
+    about = {
+        'command': shlex.join(['x-transformers', 'ablate', *arguments]),
+        'ladder': ladder,
+        'date': time.strftime('%Y-%m-%d'),
+    }
+    report = make_report(experiment, broken, about)
+    page = report.write()
+    extra: dict[str, Any] = {}
+    if options.power is not None:
+        extra['power'] = report.power(options.power)
+    if options.tracker:
+        track(options.tracker, report)
+    if not options.json:
+        print(report.table())
+        for note in report.notes():
+            print(note)
+        for line in extra.get('power', []):
+            seeds = 'more than 10,000' if line['seeds'] is None else line['seeds']
+            print(f'{line["task"]}: {line["idea"]}: {seeds} seeds find a difference of {options.power:g} with probability 0.8')
+        if stopped:
+            print('stopped; what was finished is kept, the same command with --resume goes on')
+        print(f'page: {page}')
+    print(report.json(**extra))
+    if stopped:
+        return 130
+    return 1 if all(outcome.verdict == 'failed' for outcome in report.outcomes) else 0
+
+
+def flags_text(flags: Any) -> str:
+    return ' '.join(f'{name}={value}' for name, value in flags.items())
+
+
+def track(path: str, report: Report) -> None:
+    """Hand every row to a function of the user's."""
+    from importlib import import_module
+
+    module, _, name = path.partition(':')
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TrainingError(f'--tracker must be MODULE:FUNCTION that can be imported, got {path!r}: {error}.') from error
+    for row in report.rows:
+        function(row)
+
+
+__all__ = ['BASELINE', 'PROFILES', 'main', 'parser']

@@ -1,0 +1,152 @@
+"""What to ask, from a TOML file or the command line's words: tasks, baseline, ideas."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from x_transformers.evidence.experiment import INDEPENDENT, Arm, Question
+from x_transformers.evidence.runs import Settings, TaskName
+from x_transformers.evidence.tasks import make_task
+from x_transformers.training.errors import TrainingError
+
+SETTINGS = {field.name for field in dataclasses.fields(Settings)}
+TOP = {*SETTINGS, 'task', 'tasks', 'base', 'ideas', 'options', 'seeds', 'workers', 'out', 'lr_grid', 'device', 'ladder'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A file, read: one entry per task, the ideas that all of them try, and options for the command."""
+
+    tasks: tuple[Mapping[str, Any], ...]
+    base: Mapping[str, Any]
+    ideas: tuple[Arm, ...]
+    settings: Mapping[str, Any]
+    more: Mapping[str, Any]
+
+
+def value_of(text: str) -> Any:
+    """A value as in TOML: true, 3, 0.5, [1, 2], "word"; else a word. ``True`` and ``None`` are known too."""
+    known = {'True': True, 'False': False, 'None': None}
+    if text in known:
+        return known[text]
+    try:
+        return as_tuples(tomllib.loads(f'value = {text}')['value'])
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def as_tuples(value: Any) -> Any:
+    """Lists become tuples, as constructors take them."""
+    if isinstance(value, list):
+        return tuple(as_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {name: as_tuples(item) for name, item in value.items()}
+    return value
+
+
+def pairs_of(words: Iterable[str], option: str) -> dict[str, Any]:
+    """``name=value`` words, several in one separated by commas or blanks."""
+    found: dict[str, Any] = {}
+    for word in words:
+        for part in split_words(word):
+            name, equals, value = part.partition('=')
+            if not equals or not name:
+                raise TrainingError(f'{option} must be NAME=VALUE, got {part!r}. Write for example {option} depth=2.')
+            found[name.strip().replace('-', '_')] = value_of(value.strip())
+    return found
+
+
+def split_words(text: str) -> list[str]:
+    """Split at commas and blanks that stand in no bracket and no quotes."""
+    parts, depth, quoted, start = [], 0, '', 0
+    for place, sign in enumerate(text):
+        if quoted:
+            quoted = '' if sign == quoted else quoted
+        elif sign in '"\'':
+            quoted = sign
+        elif sign in '[{(':
+            depth += 1
+        elif sign in ']})':
+            depth -= 1
+        elif depth == 0 and sign in ', ':
+            parts.append(text[start:place])
+            start = place + 1
+    parts.append(text[start:])
+    return [part for part in parts if part]
+
+
+def arm_of(text: str) -> Arm:
+    """An idea from its flags, ``ff_glu=true,ff_swish=true``; a name may stand in front: ``swiglu: ff_glu=true``."""
+    name, colon, rest = text.partition(':')
+    named = colon and '=' not in name and name
+    return Arm(name.strip() if named else text.strip(), pairs_of([rest if named else text], '--idea'))
+
+
+def read_plan(path: str) -> Plan:
+    """Errors: ``TrainingError`` for a file that cannot be read, is no TOML, or has keys that mean nothing."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise TrainingError(f'{path} cannot be read: {error.strerror or error}. Give the path of a TOML file.') from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainingError(f'{path} must be a TOML file, got: {error}. Mend it there.') from error
+    unknown = [name for name in values if name not in TOP]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], TOP, n=1)
+        hint = f' Did you mean {near[0]}?' if near else ''
+        raise TrainingError(f'{path}: keys must be among {", ".join(sorted(TOP))}, got {", ".join(unknown)}.{hint}')
+    for name in ('base', 'ideas', 'tasks', 'options'):
+        if not isinstance(values.get(name, {}), dict):
+            raise TrainingError(f'{path}: {name} must be a table, got {values[name]!r}. Write [{name}] and its keys below.')
+    for name, flags in values.get('ideas', {}).items():
+        if not isinstance(flags, dict):
+            raise TrainingError(f'{path}: the idea {name} must be a table of flags, got {flags!r}. Write [ideas.{name}].')
+    if 'task' in values and 'tasks' in values:
+        raise TrainingError(f'{path} must have either task or [tasks.NAME], got both. Leave out one.')
+    single = values.get('task', ())
+    names = [single] if isinstance(single, str) else list(single)
+    tasks: list[Mapping[str, Any]] = [{'task': name, 'options': values.get('options', {})} for name in names]
+    tasks += [{'label': label, 'task': label, **as_tuples(table)} for label, table in values.get('tasks', {}).items()]
+    return Plan(
+        tuple(tasks),
+        as_tuples(values.get('base', {})),
+        tuple(Arm(name, as_tuples(flags)) for name, flags in values.get('ideas', {}).items()),
+        {name: values[name] for name in SETTINGS if name in values},
+        {name: values[name] for name in ('seeds', 'workers', 'out', 'lr_grid', 'device', 'ladder') if name in values},
+    )
+
+
+def question(
+    entry: Mapping[str, Any],
+    base: Mapping[str, Any],
+    ideas: Sequence[Arm],
+    *,
+    seeds: int,
+    settings: Mapping[str, Any],
+    width: float | None = None,
+    lr_grid: Sequence[float] = (),
+    device: str = 'cpu',
+) -> Question:
+    """One task of a plan. ``entry`` may hold ``label``, ``options``, ``base`` and any of the settings, for this task alone."""
+    options = dict(entry.get('options', {}))
+    name = TaskName(str(entry['task']), options)
+    task = make_task(name.name, options)
+    flags = {**task.flags, **base, **entry.get('base', {})}
+    label = str(entry.get('label', task.name if ':' in name.name else name.name))
+    if width is not None:
+        flags |= {part: max(1, round(flags[part] * width)) for part in ('dim', 'heads') if part in flags}
+        label = f'{label} (width {flags["dim"]})'
+    own = {part: entry[part] for part in SETTINGS if part in entry}
+    chosen = Settings(**{'steps': task.steps, 'lr': task.lr, **settings, **own})
+    return Question(name, flags, chosen, tuple(ideas), seeds, label, device, tuple(lr_grid))
+
+
+def noise_arms(repetitions: int) -> list[Arm]:
+    """The baseline again, with initial values and data of its own; and once more with the same, which must change nothing."""
+    again = [Arm(f'other seeds {i + 1}', {}, INDEPENDENT + 1000 * i) for i in range(repetitions)]
+    return [Arm('same seeds', {}), *again]

@@ -1,0 +1,410 @@
+"""The commands as they are typed, the report, and the interface for Python."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from x_transformers.cli import ablate as command
+from x_transformers.cli.main import main
+from x_transformers.evidence import Task, ablate
+from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
+from x_transformers.evidence.page import forest, ticks
+from x_transformers.evidence.plan import arm_of, pairs_of, question, read_plan, split_words, value_of
+from x_transformers.evidence.report import Report, make_report, verdict_words
+from x_transformers.evidence.runs import Settings, TaskName
+from x_transformers.evidence.statistics import compare
+from x_transformers.evidence.suites import SUITES
+from x_transformers.training.errors import TrainingError
+
+OWN = f'{Path(__file__).parent / "own_task.py"}:Line'
+SMALL = ['--workers', '0', '--seeds', '2', '--steps', '8', '--evaluations', '2']
+
+
+def run(capsys: Any, *arguments: str, status: int = 0) -> tuple[str, dict[str, Any]]:
+    assert main(['ablate', *arguments]) == status
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def complaint(capsys: Any, *arguments: str, command: str = 'ablate') -> str:
+    assert main([command, *arguments]) == 2
+    found = capsys.readouterr()
+    assert 'Traceback' not in found.err
+    return str(found.err).splitlines()[-1]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_a_command_from_words_to_files(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / 'out'
+    arguments = ['--task', OWN, '--idea', 'bias=false', '--idea', 'same: bias=true', '--idea', 'bad: breaks=true', *SMALL]
+    text, line = run(capsys, *arguments, '--out', str(out), '--power', '0.1')
+    assert {path.name for path in out.iterdir()} == {
+        'runs', 'experiment.json', 'results.jsonl', 'table.md', 'forest.png', 'curves.png', 'index.html',
+    }  # fmt: skip
+    rows = {row['idea']: row for row in line['rows']}
+    assert line['command'] == 'ablate'
+    assert Path(line['page']).read_text(encoding='utf-8').startswith('<!doctype html>')
+    assert set(rows) == {'bias=false', 'same', 'bad'}
+    assert rows['same']['verdict'] == 'no difference'
+    assert rows['same']['identical']
+    assert rows['bad']['verdict'] == 'failed'
+    assert 'loss is nan' in rows['bad']['why']
+    assert rows['bias=false']['verdict'] in ('helps', 'hurts', 'no difference', 'not resolved')
+    for key in (
+        'task',
+        'metric',
+        'baseline',
+        'arm',
+        'difference',
+        'low',
+        'high',
+        'p',
+        'p_holm',
+        'seeds',
+        'per_second',
+        'seconds',
+    ):
+        assert key in rows['bias=false']
+    assert rows['bias=false']['difference'] == pytest.approx(rows['bias=false']['arm'] - rows['bias=false']['baseline'])
+    assert [json.loads(text) for text in (out / 'results.jsonl').read_text().splitlines()] == line['rows']
+    assert 'no difference (identical)' in text
+    assert line['power'][0]['idea'] == 'bias=false'
+    for name in ('forest.png', 'curves.png'):
+        assert (out / name).read_bytes().startswith(b'\x89PNG')
+    # once more: nothing is done again, and the numbers are the same
+    assert 'Go on with --resume' in complaint(capsys, *arguments, '--out', str(out))
+    _, again = run(capsys, *arguments, '--out', str(out), '--resume', '--json')
+    assert [row | {'seconds': 0} for row in again['rows']] == [row | {'seconds': 0} for row in line['rows']]
+    _, more = run(capsys, *arguments, '--out', str(out), '--only', 'failed', '--json')
+    assert more['rows'][2]['verdict'] == 'failed'
+
+
+def test_an_arm_that_only_fails_is_a_row_and_a_status(tmp_path: Path, capsys: Any) -> None:
+    _, line = run(capsys, '--task', OWN, '--idea', 'impossible=true', *SMALL, '--out', str(tmp_path / 'a'), '--json', status=1)
+    assert line['rows'][0]['verdict'] == 'failed'
+    assert 'a line cannot do this' in line['rows'][0]['why']
+
+
+def test_noise_is_the_baseline_against_itself(tmp_path: Path, capsys: Any) -> None:
+    out = str(tmp_path / 'noise')
+    _, line = run(capsys, '--task', OWN, '--noise', '--repetitions', '2', *SMALL, '--out', out, '--json')
+    rows = {row['idea']: row for row in line['rows']}
+    assert set(rows) == {'same seeds', 'other seeds 1', 'other seeds 2'}
+    assert rows['same seeds']['identical']
+    assert rows['same seeds']['verdict'] == 'no difference'
+    assert rows['other seeds 1']['values'] != rows['other seeds 2']['values']
+    assert not rows['other seeds 1']['identical']
+
+
+def test_a_ladder_of_widths(tmp_path: Path, capsys: Any) -> None:
+    options = ['--option', 'vocabulary=32,length=16,pairs=2,rows_per_step=4,test_rows=8', '--base', 'dim=8,depth=1']
+    arguments = [
+        '--task',
+        'mqar',
+        *options,
+        '--idea',
+        'shift_tokens=1',
+        '--ladder',
+        '1,2',
+        *SMALL,
+        '--out',
+        str(tmp_path / 'l'),
+    ]
+    text, line = run(capsys, *arguments)
+    assert [row['task'] for row in line['rows']] == ['mqar (width 8)', 'mqar (width 16)']
+    assert re.search(r'mqar: shift_tokens=1 (is not shown to scale|helps at|hurts at)', text)
+    assert 'time' in line['rows'][0]
+
+
+def test_learning_rates_are_chosen_on_seeds_that_no_verdict_uses(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / 'lr'
+    arguments = [
+        '--task',
+        OWN,
+        '--idea',
+        'bias=false',
+        *SMALL,
+        '--lr',
+        '0.01',
+        '--lr-grid',
+        '1,10',
+        '--out',
+        str(out),
+        '--json',
+    ]
+    _, line = run(capsys, *arguments)
+    assert line['rows'][0]['lr'] == pytest.approx(0.1)
+    options = [json.loads(path.read_text()) for path in out.glob('runs/*/options.json')]
+    seeds = {(found['seed'], found['settings']['lr']) for found in options if 'seed' in found}
+    assert {seed for seed, _ in seeds} == {0, 1, 10_000, 10_001}
+    assert [rate for seed, rate in seeds if seed < 2] == pytest.approx([0.1, 0.1])
+
+
+def test_a_file_with_tasks_baseline_and_ideas(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / 'ideas.toml'
+    path.write_text(f"""
+steps = 6
+seeds = 2
+workers = 0
+out = "{tmp_path / 'file'}"
+evaluations = 2
+[base]
+bias = true
+[tasks.first]
+task = "{OWN}"
+[tasks.second]
+task = "{OWN}"
+lr = 0.1
+[ideas.nothing]
+bias = false
+""")
+    _, line = run(capsys, str(path), '--json')
+    assert [(row['task'], row['idea'], row['seeds']) for row in line['rows']] == [
+        ('first', 'nothing', 2),
+        ('second', 'nothing', 2),
+    ]
+
+
+def test_time_is_over_before_it_began(tmp_path: Path, capsys: Any) -> None:
+    text, line = run(capsys, '--task', OWN, '--idea', 'bias=false', *SMALL, '--budget', '0s', '--out', str(tmp_path / 'o'))
+    assert line['missing'] == 5
+    assert line['rows'][0]['verdict'] == 'not resolved'
+    assert 'runs are missing' in text
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def told(self: Any, job: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Live, 'told', told)
+    arguments = ['--task', OWN, '--idea', 'bias=false', *SMALL, '--out', str(tmp_path / 'o')]
+    text, line = run(capsys, *arguments, status=130)
+    assert line['runs'] == 2
+    assert 'the same command with --resume goes on' in text
+    _, line = run(capsys, *arguments, '--resume', '--json')
+    assert line['missing'] == 0
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--task', 'mqra', '--idea', 'shift_tokens=1'], 'Did you mean mqar'),
+        (['--task', 'mqar', '--idea', 'shift_token=1'], 'shift_tokens'),
+        (['--task', 'mqar', '--idea', 'shift_tokens'], '--idea must be NAME=VALUE'),
+        (['--task', 'mqar', '--base', 'depht=1', '--idea', 'shift_tokens=1'], 'depth'),
+        (['--task', 'mqar'], '--idea must name at least one idea'),
+        (['--idea', 'shift_tokens=1'], '--task must say what to learn'),
+        (['nowhere.toml'], 'cannot be read'),
+        (['--task', 'mqar', '--idea', 'shift_tokens=1', '--seeds', '0'], '--seeds must be at least 1'),
+        (['--task', 'mqar', '--idea', 'shift_tokens=1', '--steps', '0'], 'steps must be at least 1'),
+        (['--task', 'mqar', '--idea', 'shift_tokens=1', '--budget', 'soon'], '--budget must be a time'),
+        (['--task', 'mqar', '--idea', 'shift_tokens=1', '--shard', '3/2'], '--shard must be I/N'),
+        (['--task', 'mqar', '--idea', 'shift_tokens=1', '--ladder', '1,-2'], '--ladder must be above 0'),
+        (['--task', 'mqar', '--idea', 'shift_tokens=1', '--lr-grid', 'a'], '--lr-grid must be numbers'),
+        (['--task', 'mqar', '--idea', 'shift_tokens=1', '--workers', '-1'], '--workers must be at least 0'),
+        (['--task', 'mqar', '--option', 'pears=1', '--idea', 'shift_tokens=1'], 'options of the task mqar must be among'),
+        (
+            ['--task', 'mqar', '--idea', 'shift_tokens=1', '--only', 'failed', '--out', 'nowhere'],
+            '--only failed needs a folder',
+        ),
+        (['--task', 'missing.py:Task', '--idea', 'shift_tokens=1'], 'must name a file that exists'),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(capsys: Any, arguments: list[str], words: str) -> None:
+    assert words in complaint(capsys, *arguments)
+
+
+def test_keys_of_a_file_are_checked(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / 'ideas.toml'
+    for text, words in (
+        ('stepps = 3', 'Did you mean steps'),
+        ('task = 3 3', 'must be a TOML file'),
+        ('ideas = 3', 'ideas must be a table'),
+        ('[ideas]\nshift = 1', 'must be a table of flags'),
+        ('task = "mqar"\n[tasks.two]\ntask = "mqar"', 'got both'),
+    ):
+        path.write_text(text)
+        assert words in complaint(capsys, str(path))
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_words_become_flags() -> None:
+    assert value_of('true') is True
+    assert value_of('True') is True
+    assert value_of('None') is None
+    assert value_of('3') == 3
+    assert value_of('0.5') == 0.5
+    assert value_of('[1, 2]') == (1, 2)
+    assert value_of('cosine') == 'cosine'
+    assert split_words('a=1, b=[1, 2] c="x, y"') == ['a=1', 'b=[1, 2]', 'c="x, y"']
+    assert pairs_of(['ff-glu=true,ff_swish=true', 'depth=2'], '--base') == {'ff_glu': True, 'ff_swish': True, 'depth': 2}
+    assert arm_of('swiglu: ff_glu=true,ff_swish=true') == Arm('swiglu', {'ff_glu': True, 'ff_swish': True})
+    assert arm_of('ff_glu=true') == Arm('ff_glu=true', {'ff_glu': True})
+
+
+def test_a_plan_holds_what_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / 'plan.toml'
+    path.write_text('task = ["mqar", "bytes"]\nsteps = 5\nseeds = 4\n[base]\ndepth = 1\n[ideas.tuple]\nshift_tokens = [1, 0]\n')
+    plan = read_plan(str(path))
+    assert [entry['task'] for entry in plan.tasks] == ['mqar', 'bytes']
+    assert plan.ideas == (Arm('tuple', {'shift_tokens': (1, 0)}),)
+    assert plan.settings == {'steps': 5}
+    assert plan.more == {'seeds': 4}
+
+
+# ---------------------------------------------------------------- reports
+
+
+def outcome(task: str, idea: str, base: list[float], arm: list[float], **more: Any) -> Outcome:
+    found = Outcome(task, idea, {idea: True}, 'accuracy', 'higher', **more)
+    found.comparison = compare(base, [arm], margin=0.02)[0]
+    found.margin, found.baseline_values, found.values = 0.02, base, arm
+    found.baseline, found.arm = sum(base) / len(base), sum(arm) / len(arm)
+    return found
+
+
+def report(folder: Path, tasks: int = 2, ideas: int = 5) -> Report:
+    base = [0.5, 0.52, 0.49]
+    outcomes = []
+    for task in range(tasks):
+        for idea in range(ideas):
+            arm = [value + 0.02 * (idea - 2) + 0.003 * ((k * idea) % 3) for k, value in enumerate(base)]
+            found = outcome(f'task {task}', f'idea <{idea}>', base, arm)
+            found.curves = [[[10 * i, value * i / 12, 1.0] for i in range(1, 13)] for value in arm]
+            found.cost = {'seconds': [1.0, 1 + idea / 10], 'parameters': [9, 10], 'flops': [1.0, 2.0], 'bytes': [3, 4]}
+            outcomes.append(found)
+    made = Report(outcomes, folder, 30, 0)
+    made.baseline_curves = {f'task {t}': [[[10 * i, 0.04 * i, 1.0] for i in range(1, 13)]] for t in range(tasks)}
+    return made
+
+
+def test_the_page_is_one_file_without_anything_from_elsewhere(tmp_path: Path) -> None:
+    text = report(tmp_path).page().read_text(encoding='utf-8')
+    assert not re.search(r'(src|href)="(?!#)', text)
+    assert 'idea &lt;3&gt;' in text
+    assert '<3>' not in text
+    assert text.count('<svg') == 6
+    assert 'prefers-color-scheme: dark' in text
+    assert '@media print' in text
+    for closed in ('svg', 'table', 'section', 'figure', 'tr', 'td', 'div'):
+        assert len(re.findall(f'<{closed}[ >]', text)) == text.count(f'</{closed}>'), closed
+
+
+def test_a_large_page_is_small(tmp_path: Path) -> None:
+    path = report(tmp_path, tasks=4, ideas=40).page()
+    assert path.stat().st_size <= 2_000_000
+
+
+def test_one_hopeless_interval_does_not_squeeze_the_others() -> None:
+    calm = [outcome('t', f'i{k}', [0.5, 0.52, 0.49], [0.51, 0.53, 0.505]) for k in range(3)]
+    wild = outcome('t', 'wild', [0.5, 0.52, 0.49], [0.9, 0.1, 0.5])
+    drawn = forest([*calm, wild])
+    assert '<path d="M' in drawn  # an arrow where the interval is cut
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(3, 3) == [3]
+
+
+def test_verdicts_in_words(tmp_path: Path) -> None:
+    base = [0.5, 0.52, 0.49]
+    assert verdict_words(outcome('t', 'i', base, [v + 0.2 for v in (0.5, 0.521, 0.492)])) == 'helps'
+    assert verdict_words(outcome('t', 'i', base, [0.51, 0.531, 0.499])) == 'helps (less than 0.02)'
+    assert re.fullmatch(r'not resolved \(needs about \d+ seeds\)', verdict_words(outcome('t', 'i', base, [0.6, 0.5, 0.52])))
+    failed = Outcome('t', 'i', {}, 'accuracy', 'higher', failed='it was late')
+    assert verdict_words(failed) == 'failed: it was late'
+    assert failed.row()['verdict'] == 'failed'
+
+
+# ---------------------------------------------------------------- Python
+
+
+def test_ablate_from_python(tmp_path: Path) -> None:
+    from tests.evidence.own_task import Line
+
+    found = ablate(Line(), ideas={'no bias': {'bias': False}, 'same': {}}, seeds=2, out=tmp_path / 'p', lr=0.05)
+    assert isinstance(found, Report)
+    assert found.verdicts['line', 'same'] == 'no difference'
+    assert set(found.verdicts) == {('line', 'no bias'), ('line', 'same')}
+    assert 'no bias' in found.table()
+    pictures = found.plot()
+    assert all(path.exists() for path in pictures)
+    again = ablate(Line(), ideas={'no bias': {'bias': False}}, seeds=2, out=tmp_path / 'p', lr=0.05)
+    assert again.outcomes[0].values == found.outcomes[0].values
+    assert issubclass(Line, Task)
+
+
+def test_an_object_cannot_go_to_workers(tmp_path: Path) -> None:
+    from tests.evidence.own_task import Line
+
+    with pytest.raises(TrainingError, match='give its Python path'):
+        ablate(Line(), ideas={'a': {}}, seeds=1, out=tmp_path, workers=2)
+
+
+def test_pairing_removes_variance_on_a_real_task(tmp_path: Path) -> None:
+    """The same seeds, the same data, the same initial values: what is left differs little."""
+    from tests.evidence.own_task import Line
+
+    found = ablate(Line(), ideas={'no bias': {'bias': False}}, seeds=4, out=tmp_path / 'p', lr=0.01)
+    comparison = found.outcomes[0].comparison
+    assert comparison is not None
+    assert comparison.pairing_removed is not None
+    assert comparison.pairing_removed > 0.5
+
+
+# ---------------------------------------------------------------- suites
+
+
+@pytest.mark.parametrize('name', sorted(SUITES))
+def test_suites_can_be_built(name: str, tmp_path: Path) -> None:
+    suite = SUITES[name]()
+    asked = tuple(
+        question(
+            {'task': entry.task, 'label': entry.label, 'options': entry.options, 'base': entry.base},
+            {},
+            (),
+            seeds=1,
+            settings={'steps': entry.steps, 'lr': entry.lr},
+        )
+        for entry in suite.entries
+    )
+    assert Experiment(asked, tmp_path).check() == {}
+
+
+def test_a_suite_is_shown_beside_published_numbers(tmp_path: Path, capsys: Any) -> None:
+    arguments = ['mqar', '--seeds', '2', '--steps', '2', '--workers', '0', '--out', str(tmp_path / 'mqar')]
+    assert main(['evidence', *arguments]) == 0
+    out = capsys.readouterr().out
+    line = json.loads(out.splitlines()[-1])
+    assert [row['row'] for row in line['rows']] == ['one layer', 'one layer, shift_tokens=1', 'two layers, rotary']
+    assert line['rows'][0]['published']
+    assert all(row['seeds'] == 2 for row in line['rows'])
+    assert '0.25' in out
+    assert 'suite must be one of' in complaint(capsys, 'mqra', command='evidence')
+
+
+def test_profiles_can_be_built(tmp_path: Path) -> None:
+    for name in command.PROFILES:
+        options = command.parser().parse_args(['--profile', name, '--idea', 'shift_tokens=1'])
+        asked, _, _ = command.questions_of(options)
+        assert Experiment(asked, tmp_path).check() == {}
+        assert len(asked) >= 3
+
+
+def test_reports_of_an_unfinished_experiment_say_so(tmp_path: Path) -> None:
+    asked = Question(TaskName(OWN), {'bias': True}, Settings(steps=3, lr=0.1), (Arm('x', {'bias': False}),), 2, 'line')
+    made = make_report(Experiment((asked,), tmp_path), {})
+    assert 'no finished pair of runs' in made.table()
+    assert any('are missing' in note for note in made.notes())
