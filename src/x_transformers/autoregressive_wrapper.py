@@ -278,7 +278,10 @@ class AutoregressiveWrapper(Module):
                 small = unwrapped(draft_model)
                 check_vocabulary(self.net, small, 'draft model')
                 models.append(draft_model)
-                drafter: Any = ModelDrafter(reader(small), sampler)
+                drafting = reader(small)
+                if eos_token is None and steps > 0:
+                    drafting.check_length(prompt.tokens.shape[1] + steps - 1, 'the draft model')
+                drafter: Any = ModelDrafter(drafting, sampler)
             else:
                 drafter = LookupDrafter(prompt_lookup or 0)
             whole: Reader | ContrastiveReader = main

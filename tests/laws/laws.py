@@ -116,11 +116,11 @@ def padding_blind(case: Combination) -> None:
 @torch.no_grad()
 def left_padding_blind(case: Combination) -> None:
     """Left padding under ``seq_start_pos``: a row gives what it gives alone."""
-    if case.random or not case.causal or case.has('mems'):
-        return  # padding stands between memories and tokens, and counts in their distance
+    if case.random or not case.causal:
+        return
     model = case.build()
-    # a prefix is counted from the first column, and a caller's positions from where the caller says
-    x, given = tokens(ROWS), case.inputs(ROWS).without({'prefix_attn_len', 'pos'})
+    # a caller's positions are counted from where the caller says
+    x, given = tokens(ROWS), case.inputs(ROWS).without({'pos'})
     starts = torch.tensor([0, 3, 6])
     if left_padding_refused(case):
         try:
@@ -202,8 +202,9 @@ def cache_operations(case: Combination) -> None:
     order = torch.tensor([2, 0, 0])
     mixed, _ = case.call(model, x[order, 4:6], given.part(order, stop=6, new=4), cache=first.kv_cache.reorder(order), **new)
     must_equal(mixed, want[order], 'after a reorder')
-    if left_padding_refused(case) or case.has('mems'):
+    if left_padding_refused(case):
         return
+    # behind padding, not all of a prefix would lie in the first call
     given = given.without({'prefix_attn_len', 'pos'})
     starts = torch.tensor([0, 2, 3])
     full = case.call(model, x, given.part(), seq_start_pos=starts)
@@ -246,7 +247,7 @@ def continuations_are_full(case: Combination, compiled: bool = False) -> None:
     for starts in (None, torch.tensor([0, 2, 3])):
         given, left = case.inputs(ROWS), {}
         if starts is not None:
-            if compiled or left_padding_refused(case) or case.has('mems'):
+            if compiled or left_padding_refused(case):
                 continue
             given, left = given.without({'prefix_attn_len', 'pos'}), {'seq_start_pos': starts}
         full = case.call(model, x, given.part(), **left)

@@ -198,7 +198,7 @@ class KVCache:
     number of rows it has processed and returns that fork.
     """
 
-    __slots__ = ('_length', 'cursor', 'front', 'front_held', 'pos_offset', 'steps')
+    __slots__ = ('_length', 'cursor', 'front', 'front_held', 'known', 'pos_offset', 'steps')
 
     def __init__(self, length: int = 0, front: int = 0) -> None:
         self._length = length
@@ -207,6 +207,8 @@ class KVCache:
         self.cursor: Cursor | None = None
         # what was added to counted positions (``seq_pos_offset``), for tokens that follow
         self.pos_offset = 0
+        # the stack that has handed it out, by its id
+        self.known: int | None = None
         # of a fixed capacity: how many of the rows in front it began with
         self.front_held = 0
 
@@ -285,7 +287,7 @@ class KVCache:
 
     def _mapped(self, change: Callable[[LayerCache], LayerCache], length: int | None = None) -> KVCache:
         twin = KVCache(self._length if length is None else length, self.front)
-        twin.pos_offset = self.pos_offset
+        twin.pos_offset, twin.known = self.pos_offset, self.known
         twin.steps = {index: change(layer) for index, layer in self.steps.items()}
         if self.cursor is not None:
             twin._at(self.cursor if length is None else self.cursor.moved(length - self.length), self.front_held)

@@ -184,9 +184,11 @@ class Rows:
         """
         more = self._new_parts(more, mems) if self.cached else more
         extra = self.front_keys
+        more = dict(more)
+        if more.get('prefix_attn_len') is not None:
+            more['prefix_attn_len'] = self._prefix(more['prefix_attn_len'])
         if not extra:
             return more
-        more = dict(more)
         keys = more.get('self_attn_kv_mask')
         if keys is not None and keys.shape[-1] == self.tokens:
             keys = F.pad(keys, (extra - self.memory.count, 0), value=True)
@@ -202,6 +204,10 @@ class Rows:
             top = 0 if self.cached else extra
             more[name] = F.pad(dense, (extra, 0, top, 0), value=value)
         return more
+
+    def _prefix(self, tokens: int | Int[Tensor, '...']) -> int | Int[Tensor, '...']:
+        """How many rows of the stack a prefix of so many tokens takes, with all that stands in front; none: no rows."""
+        return (tokens + self.front + self.memory.count) * (tokens > 0)
 
     def _new_parts(self, more: dict[str, Any], mems: int) -> dict[str, Any]:
         more = dict(more)

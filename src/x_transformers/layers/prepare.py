@@ -30,7 +30,9 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     Raises ValueError or TypeError, before anything is computed, if an argument does not fit the stack or another argument.
     """
     check_input(stack, x)
-    check_cache(stack, given)
+    # once for a text: a cache that this stack has handed out has passed
+    if getattr(given.cache, 'known', None) != id(stack):
+        check_cache(stack, given)
     steps = check_steps(stack, given.layers_execute_order)
     cache = KVCache.of(given.cache, [step.index for step in steps if step.kind != 'f'])
     span = read_span(x, given, cache)
@@ -41,6 +43,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     working = cache.fork() if cache is not None else KVCache() if given.return_hiddens else None
     if working is not None:
         working.pos_offset = pos_offset(given, cache)
+        working.known = None if cache is None else id(stack)
     x = span.newest(x) if span.new != span.given else x
     pos = custom_positions(stack, given, span, working)
     starts = start_mask(given, span)
@@ -54,10 +57,10 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         masks=SelfMasks(base, span.held, mems, tuple(given.mem_masks or ())),
         cross_mask=Mask(keys=given.context_mask),
         context=given.context,
-        rows=given.mask if given.cache is None else None,
+        rows=None if given.mask is None else span.newest(given.mask),
         padding=padding(given, span, starts),
         start_padding=None if starts is None else span.newest(starts),
-        bias=position_bias(stack, given, span, pos),
+        bias=position_bias(stack, given, span, pos, working),
         positions=positions(stack, given, span, pos, working, base.keys),
         cross_positions=cross_positions(stack, given, span, pos, working),
         mems=mems,
@@ -189,6 +192,9 @@ def self_mask(
         dense = span.newest(dense, axis=dense.ndim - 2)
     prefix = given.prefix_attn_len
     if prefix is not None:
+        if given.seq_start_pos is not None:
+            # it counts tokens, and not the padding in front of them
+            prefix = prefix + given.seq_start_pos
         # rows that have left the cache's window are counted too
         prefix = prefix - span.dropped
     cursor = None if cache is None else cache.cursor
@@ -277,7 +283,11 @@ def _table(
         new = span.newest(pos, axis=pos.ndim - 1)
         return torch.cat((pos[..., : span.mems], new), dim=-1) if span.mems else new
     count = span.positions(next(stack.parameters()).device, only_new)
-    return count if begins is None else count - begins
+    if begins is None or not span.mems:
+        return count if begins is None else count - begins
+    # memories lie before the first token of each row, and not before its padding
+    mems = count[: span.mems].expand(begins.shape[0], -1)
+    return torch.cat((mems, count[span.mems :] - begins), dim=-1)
 
 
 def packed_positions(given: Given, span: Span) -> Int[Tensor, '1 n'] | None:
@@ -299,9 +309,9 @@ def from_outside(given: Given) -> bool:
     return given.self_attn_additional_kv is not None or given.context_pos is not None
 
 
-def row_begins(stack: AttentionLayers, given: Given, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
+def row_begins(stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
     """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
-    if not (stack.depends_on_places or from_outside(given)):
+    if not (stack.depends_on_places or from_outside(given) or (span.mems and stack.uses_positions)):
         return None
     # also where the padding is out of sight, and nobody speaks of it any more
     known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('begins')
@@ -346,7 +356,7 @@ def positions(
     if rotary is None and polar is None:
         pos = packed_positions(given, span) if pos is None else pos
         only_new = rotates_only_new(stack, cache)
-        table = _table(stack, span, pos, only_new, row_begins(stack, given, cache))
+        table = _table(stack, span, pos, only_new, row_begins(stack, given, span, cache))
         made: Positions
         if stack.polar_pos_emb is not None:
             made = PolarPositions(*stack.polar_pos_emb(table))
@@ -375,13 +385,13 @@ def cross_positions(
 
     rotary: Any = stack.rotary_pos_emb
     pos = packed_positions(given, span) if pos is None else pos
-    table = _table(stack, span, pos, True, row_begins(stack, given, cache))
+    table = _table(stack, span, pos, True, row_begins(stack, given, span, cache))
     own = given.rotary_pos_emb or rotary(table, centred=False)
     of_context = rotary(given.context_pos, centred=False)
     return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
 
 
-def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None) -> Bias | None:
+def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None) -> Bias | None:
     """What is added to the scores of self attention: by position, or the caller's own."""
     if stack.rel_pos is None and given.attn_bias is None:
         return None
@@ -398,6 +408,8 @@ def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor 
             f'attn_bias was given to a stack whose scores already have a bias ({stack.flags.position_bias}): '
             'leave out one of them, or add your own to a bias module'
         )
+    if pos is None and (begins := row_begins(stack, given, span, cache)) is not None and span.mems:
+        pos = _table(stack, span, None, False, begins)
     if span.placed is None:
         return RelativeBias(stack.rel_pos, positions=pos)
     if pos is None:
