@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers import AutoregressiveWrapper, Decoder, PrefixDecoder, TransformerWrapper
+from x_transformers.attention.inputs import Intermediates
+from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.generation.prompts import GenerateError
 
 
@@ -131,3 +133,36 @@ def test_masked_tokens_that_are_appended_are_as_in_the_whole_sequence() -> None:
         out, cache = net(x[:, start:stop], return_intermediates=True, **given)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def by_hand(net: nn.Module, x: Tensor) -> LayerIntermediates:
+    """A cache put together of ``cached_kv``, as it may have been stored."""
+    record = net(x, return_intermediates=True)[1]
+    held = [Intermediates(cached_kv=each.cached_kv, layer_type='a') for each in record.attn_intermediates]
+    return LayerIntermediates(attn_intermediates=held, cache_length=x.shape[1])
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {'rotary_pos_emb': True},
+        {'attn_use_latent_kv': True, 'attn_dim_latent_kv': 6},
+        {
+            'attn_use_latent_kv': True,
+            'attn_dim_latent_kv': 6,
+            'attn_latent_rope_subheads': 1,
+            'rotary_pos_emb': True,
+        },
+    ],
+    ids=str,
+)
+def test_a_cache_put_together_by_hand(flags: dict[str, Any]) -> None:
+    net, x = model(**flags), prompts(1, 7)
+    torch.testing.assert_close(net(x, cache=by_hand(net, x[:, :6])), net(x)[:, -1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('per_row', [False, True])
+def test_a_cache_by_hand_lacks_forget_gates(per_row: bool) -> None:
+    net, x = model(attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=per_row), prompts(1, 7)
+    with pytest.raises(ValueError, match='must hold the forget gates'):
+        net(x, cache=by_hand(net, x[:, :6]))

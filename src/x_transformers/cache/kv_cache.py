@@ -119,7 +119,8 @@ class LayerCache:
 
     def _take(self, pair: tuple[Tensor, Tensor | None], fixed: bool) -> None:
         """Hold these keys (not rotated) and values, or latent and rotated-head keys, in place of what was held."""
-        names = ('latent', 'k_rope') if 'latent' in self.tapes else ('k', 'v')
+        # a latent has no heads
+        names = ('latent', 'k_rope') if pair[0].ndim == 3 else ('k', 'v')
         self.tapes.pop('angles', None)
         for name, tensor in zip(names, pair, strict=True):
             if tensor is not None:

@@ -105,6 +105,7 @@ class DataDependentAlibi(Module):
         if past is not None:
             # a running sum needs no more than its last value to go on
             before = past.get('forget')
+            check_gates(past, before, new.shape[-2])
             sums = sums if before is None else sums + past.newest(before, 1, 0)
             (sums,) = past.extend(forget=sums)
         if mem is not None:
@@ -161,6 +162,7 @@ class PerRowDataDependentAlibi(Module):
         """
         q, k = self.heads_of(_first_view(x))
         if past is not None:
+            check_gates(past, past.get('forget'), k.shape[-2])
             (k,) = past.extend(forget=k)
         if mem is not None:
             k = torch.cat((self.heads_of(mem)[1], k), dim=-2)
@@ -181,6 +183,15 @@ class PerRowDataDependentAlibi(Module):
         both: Tensor = self.to_forget_gates(x)
         q, k = both.view(*both.shape[:-1], 2, self.heads, self.dim_head).unbind(-3)
         return q.transpose(-2, -3), k.transpose(-2, -3)
+
+
+def check_gates(past: LayerCache, gates: Tensor | None, new: int) -> None:
+    """Raise ValueError if the cache has keys of earlier tokens, but not their gates."""
+    if gates is None and past.length > new:
+        raise ValueError(
+            'the cache must hold the forget gates of earlier tokens, got keys alone. Continue from the cache that a call '
+            'returned, not from a cached_kv set by hand.'
+        )
 
 
 def placed_queries(past: LayerCache | None, new: int, mem: Tensor | None) -> Int[Tensor, 'i'] | None:
