@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         metavar='FLAG=VALUE,...',
         help='an idea; with a name: "swiglu: ff_glu=true,ff_swish=true"',
     )
+    add('--select', action='append', default=[], metavar='NAME', help='of the ideas of the file only these')
     add('--seeds', type=int, help='paired seeds per arm (3)')
     add('--steps', type=int, help='optimizer steps; else those of the task')
     add('--lr', type=float, help='highest learning rate; else that of the task')
@@ -167,6 +168,7 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
     if not entries:
         raise TrainingError('--task must say what to learn, got none. Write --task mqar, --profile quick, or give a TOML file.')
     base |= pairs_of(options.base, '--base')
+    ideas = selected(ideas, options.select)
     ideas += [arm_of(text) for text in options.idea]
     if options.noise:
         ideas = noise_arms(at_least(options.repetitions, 1, '--repetitions'))
@@ -191,6 +193,16 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
             asked.append(made)
             ladder.setdefault(str(entry['task']), []).append(made.title)
     return tuple(asked), ladder if len(widths) > 1 else {}, more
+
+
+def selected(ideas: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
+    """The ideas of these names; all of them where no name is given."""
+    wanted = [name for text in names for name in text.split(',')]
+    unknown = [name for name in wanted if name not in {arm.name for arm in ideas}]
+    if unknown:
+        known = ', '.join(arm.name for arm in ideas) or 'none'
+        raise TrainingError(f'--select must name ideas of the file, got {", ".join(unknown)}. Choose among {known}.')
+    return [arm for arm in ideas if not wanted or arm.name in wanted]
 
 
 # ---------------------------------------------------------------- what is seen while it runs

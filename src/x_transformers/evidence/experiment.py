@@ -149,10 +149,12 @@ class Experiment:
     questions: tuple[Question, ...]
     folder: Path
     costs: bool = True
+    identities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What each task says of itself."""
 
     def __post_init__(self) -> None:
         self.store = Store(self.folder)
-        self.identities = {q.title: q.the_task().options() for q in self.questions}
+        self.identities = self.identities or {q.title: q.the_task().options() for q in self.questions}
         if len(self.identities) != len(self.questions):
             raise TrainingError('the tasks of one experiment must have different names. Give each its own.')
 

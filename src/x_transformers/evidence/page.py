@@ -30,22 +30,20 @@ TEMPLATE = """<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a0a7b0; --line: #3a4048; --paper: #15181c; --panel: #1e2228;
   --helps: #5cb8f2; --hurts: #ff9a52; --same: #a0a7b0; --open: #7b838d; --c0: #e6e8eb; --c1: #5cb8f2; --c2: #ff9a52; --c3: #3ddbb0;
   --c4: #e7a5ca; --c5: #f0c649; --c6: #9bd7f7; } }
-@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --panel: #fff; --helps: #0067a3;
-  --hurts: #b84c00; --same: #555; --open: #888; --c0: #000; --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #cc79a7; --c5: #b8860b;
-  --c6: #56b4e9; } section, tr, svg { break-inside: avoid; } body { max-width: none; font-size: 10pt; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 78rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p { margin: .4rem 0; max-width: 46rem; }
+.forest svg { min-width: 34rem; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 100%; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; min-width: 100%; }
+th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child, .word { text-align: left; }
-td.word { white-space: normal; min-width: 11rem; }
+td.word { white-space: normal; min-width: 6.5rem; } td.verdict { min-width: 9.5rem; }
 .helps { color: var(--helps); font-weight: 600; } .hurts { color: var(--hurts); font-weight: 600; } .same { color: var(--same); }
 .open { color: var(--open); } .failed { color: var(--ink); font-style: italic; }
 figure { margin: 1rem 0; } svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
@@ -54,6 +52,13 @@ svg text { fill: var(--ink); } svg .tick { fill: var(--soft); } svg .axis { stro
 @media (max-width: 26rem) { .pair { grid-template-columns: 1fr; } body { padding: 1rem .75rem 2rem; } }
 pre { background: var(--panel); border: 1px solid var(--line); padding: .75rem; overflow-x: auto; font-size: .8rem; border-radius: 4px; }
 nav { font-size: .9rem; columns: 14rem; } a { color: var(--helps); }
+@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --panel: #eee; --helps: #0067a3;
+  --hurts: #b84c00; --same: #555; --open: #888; --c0: #000; --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #cc79a7; --c5: #b8860b;
+  --c6: #56b4e9; } tr, svg, h2 { break-inside: avoid; break-after: auto; } h2 { break-after: avoid; }
+  body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; } table { font-size: 6.3pt; }
+  th, td { padding: 1.5pt 3pt; } td.word { min-width: 0; } td.verdict { white-space: nowrap; }
+  td:nth-child(n+10):nth-child(-n+12), th:nth-child(n+10):nth-child(-n+12) { display: none; } .pair { grid-template-columns: 1fr 1fr; }
+  .forest svg { min-width: 0; max-width: 34rem; } nav { display: none; } }
 </style>
 </head>
 <body>
@@ -68,14 +73,14 @@ parameter of the same name. Intervals are 95 %; p is corrected over the ideas of
 <section id="t{{ loop.index }}">
 <h2>{{ task.name }}: {{ task.metric }} <span class="soft">({{ task.better }} is better)</span></h2>
 <div class="wide"><table>
-<tr><th>idea</th><th>baseline</th><th>idea’s</th><th>difference</th><th>95 % interval</th><th>p (Holm)</th><th class="word">verdict</th>
-<th class="word">at equal time</th><th>time</th><th>parameters</th><th>FLOPs/token</th><th>MB/step</th><th>seeds</th></tr>
-{% for row in task.rows %}<tr><td>{{ row.idea }}</td><td>{{ row.baseline }}</td><td>{{ row.arm }}</td><td>{{ row.difference }}</td>
-<td>{{ row.interval }}</td><td title="uncorrected: {{ row.p }}">{{ row.p_holm }}</td><td class="word {{ row.kind }}">{{ row.words }}</td>
-<td class="word {{ row.second_kind }}">{{ row.second }}</td><td>{{ row.time }}</td><td>{{ row.parameters }}</td><td>{{ row.flops }}</td>
+<tr><th>idea</th><th class="word">verdict</th><th>difference</th><th>95 % interval</th><th>p (Holm)</th><th class="word">at equal time</th>
+<th>time</th><th>baseline</th><th>idea’s</th><th>parameters</th><th>FLOPs/token</th><th>MB/step</th><th>seeds</th></tr>
+{% for row in task.rows %}<tr><td>{{ row.idea }}</td><td class="word verdict {{ row.kind }}">{{ row.words }}</td><td>{{ row.difference }}</td>
+<td>{{ row.interval }}</td><td title="uncorrected: {{ row.p }}">{{ row.p_holm }}</td>
+<td class="word {{ row.second_kind }}">{{ row.second }}</td><td>{{ row.time }}</td><td>{{ row.baseline }}</td><td>{{ row.arm }}</td><td>{{ row.parameters }}</td><td>{{ row.flops }}</td>
 <td>{{ row.bytes }}</td><td>{{ row.seeds }}</td></tr>
 {% endfor %}</table></div>
-<figure>{{ task.forest | safe }}<figcaption>Differences with 95 % intervals; right of the line is better. Inside the grey band nobody
+<figure><div class="wide forest">{{ task.forest | safe }}</div><figcaption>Differences with 95 % intervals; right of the line is better. Inside the grey band nobody
 cares (δ).</figcaption></figure>
 <div class="pair">
 <figure>{{ task.curves | safe }}<figcaption>Mean of the seeds, from the lowest to the highest; the ideas that differ most.</figcaption></figure>

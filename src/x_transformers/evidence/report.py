@@ -28,7 +28,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    return '–' if value is None or not math.isfinite(value) else f'{value:+.{digits}g}'
+    if value is None or not math.isfinite(value):
+        return '–'
+    return '0' if value == 0 else f'{value:+.{digits}g}'.replace('-', '−')
 
 
 def probability(value: float | None) -> str:
