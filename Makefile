@@ -52,6 +52,10 @@ examples: $(STAMP)  ## train every example (about a minute each); fails if one m
 bench: $(STAMP)  ## speed against a minimal hand-written GPT
 	$(BIN)/python benchmarks/bench.py
 
+atlas: $(STAMP)  ## run what is missing of the atlas of ideas (hours; BUDGET=minutes stops earlier), then write docs/atlas.md
+	$(BIN)/python tools/atlas.py --workers $(WORKERS) $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python tools/generate_atlas.py
+
 docs: $(STAMP)  ## write what is generated from the flags
 	@for script in tools/generate_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 

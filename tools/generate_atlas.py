@@ -1,0 +1,224 @@
+"""Write docs/atlas.md and its heat map from docs/atlas/results.jsonl: every idea on every task, with a verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from atlas import FOLDER, PLAN, RESULTS, ROOT, read_results
+
+from x_transformers.evidence.experiment import Arm, Experiment, Outcome
+from x_transformers.evidence.plan import question, read_plan
+from x_transformers.evidence.report import number, probability, signed, verdict_words
+from x_transformers.evidence.runs import Job
+
+PAGE, PICTURE = ROOT / 'docs/atlas.md', ROOT / 'docs/assets/atlas.svg'
+
+# what others say of an idea, from their logs; the idea of the atlas that comes nearest
+PUBLIC = (
+    ('residual scalars', 'scale-residual', '+', '+', '+', ''),
+    ('value residual (value embeddings there)', 'value-residual', '+', '+', '', ''),
+    ('logit soft cap (on scores here)', 'soft-clamp', '+', '+', 'used', ''),
+    ('smear, a look at the token before', 'shift-tokens', '+', '0, then +', '+', ''),
+    ('output gate per head', 'head-gates', '+', '0', '+', 'needed'),
+    ('remove the part along the own value', 'orthogonal-values', '+', '+ per step, − per second', '+', '+, slower'),
+    ('U-net skips', 'unet-skips', '+', '−', '', ''),
+    ('layers see all earlier ones (MUDD there)', 'integrate-layers', '+', '', '', ''),
+    ('hyper-connections', 'hyper-connections', '+, later replaced', '', '', ''),
+    ('dynamic tanh', 'dynamic-tanh', '', '− at every tuning', '', ''),
+    ('ReLU²', 'relu-squared', 'used', '+', '+ (leaky)', ''),
+    ('SwiGLU', 'swiglu', '', '−', '', '(Shazeer, Narang: +)'),
+    ('RMS norm', 'rmsnorm', 'used', 'used', 'used', 'used'),
+    ('window in all layers (a pattern there)', 'window', '+', 'default', 'used', ''),
+)
+LOGS = ('modded-nanogpt', 'nanochat log', 'parameter-golf 2026', 'Marin')
+COLOURS = {'helps': '#0072b2', 'hurts': '#d55e00', 'no difference': '#8a8f98', 'not resolved': '#c9cdd3', 'failed': '#333333'}
+WORDS = {
+    'no difference': 'no difference',
+    'not resolved': 'not resolved',
+    'failed': 'failed',
+    'helps': 'helps',
+    'hurts': 'hurts',
+}
+
+
+class Kept:
+    """Results by what they are of, and not by hash: the bytes of another Python have another one."""
+
+    def __init__(self, lines: dict[str, dict[str, Any]], jobs: dict[str, tuple[str, str, int | None]]) -> None:
+        self.jobs = jobs
+        self.lines = {(line['task'], line['idea'], line.get('seed')): line for line in lines.values()}
+
+    def line(self, job: Job) -> dict[str, Any]:
+        return self.lines.get(self.jobs.get(job.hash, ('', '', None)), {})
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        return self.line(job).get('result')
+
+    def failure(self, job: Job) -> dict[str, Any] | None:
+        return {'why': self.line(job)['failed']} if 'failed' in self.line(job) else None
+
+
+def atlas() -> tuple[Experiment, list[Outcome], list[dict[str, Any]]]:
+    """(the experiment, its outcomes, the lines that are kept)."""
+    plan, lines = read_plan(str(PLAN)), read_results()
+    seeds = int(plan.more['seeds'])
+    asked = tuple(question(entry, plan.base, plan.ideas, seeds=seeds, settings=plan.settings) for entry in plan.tasks)
+    # what a task says of itself may take reading a corpus, and tells nothing here
+    made = Experiment(asked, FOLDER, identities={q.title: {'task': q.title} for q in asked})
+    jobs: dict[str, tuple[str, str, int | None]] = {}
+    for q in asked:
+        for arm in reversed(q.everyone()):  # where flags are equal, the baseline's runs are those of both
+            jobs[made.cost(q, arm).hash] = q.title, arm.name, None
+            jobs |= {made.run(q, arm, seed).hash: (q.title, arm.name, seed) for seed in range(seeds)}
+    made.store = Kept(lines, jobs)  # type: ignore[assignment]
+    broken = {}
+    for line in lines.values():
+        if line.get('broken'):
+            broken[line['task'], line['idea']] = line['broken']
+    return made, made.outcomes(broken), list(lines.values())
+
+
+def flags_text(arm: Arm) -> str:
+    return ', '.join(f'{name}={value!r}' for name, value in arm.flags.items())
+
+
+def generated() -> tuple[str, str]:
+    """(the page, the picture)."""
+    made, outcomes, lines = atlas()
+    by = {(outcome.task, outcome.idea): outcome for outcome in outcomes}
+    tasks = [q.title for q in made.questions]
+    arms = made.questions[0].arms
+    runs = [line for line in lines if 'seed' in line]
+    wanted = len(tasks) * (len(arms) + 1) * made.questions[0].seeds
+    dates = sorted({line['date'] for line in lines})
+    when = '' if not dates else f' ({dates[0]})' if len(dates) == 1 else f' ({dates[0]} to {dates[-1]})'
+    done = f'{len(runs)} of {wanted} runs are done{when}'
+    text = [
+        '# Atlas of ideas',
+        '',
+        f'{len(arms)} ideas on {len(tasks)} tasks with {made.questions[0].seeds} paired seeds, at a size at which a run takes',
+        'seconds.',
+        f'{done}. `make atlas` does what is missing and writes this page;',
+        'the results are kept in `docs/atlas/results.jsonl`, tasks, sizes and ideas in',
+        '`docs/atlas/atlas.toml`. What the verdicts mean, and how they are calibrated: [ablate.md](ablate.md).',
+        '',
+        '**Read with care.** These are small models, trained for a few hundred steps. An idea that helps here is worth a trial',
+        'elsewhere, and no more: ranks at two sizes of 1.2 and 3 billion parameters correlate at −0.27',
+        '([2605.20798](https://arxiv.org/abs/2605.20798)). With three seeds and so many ideas, p is corrected strictly,',
+        'and much stays *not resolved*.',
+        '',
+        '![Every idea on every task](assets/atlas.svg)',
+        '',
+        '## Tasks',
+        '',
+        '| task | runs | baseline | σ over seeds | δ | helps | hurts | no difference | not resolved | failed | not run |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for q in made.questions:
+        these = [by[q.title, arm.name] for arm in arms]
+        base = next((o.baseline_values for o in these if o.baseline_values), [])
+        mean = sum(base) / len(base) if base else None
+        sigma = math.sqrt(sum((v - mean) ** 2 for v in base) / (len(base) - 1)) if mean is not None and len(base) > 1 else None
+        margin = next((o.margin for o in these if o.margin is not None), None)
+        ran = [o for o in these if o.comparison is not None or o.failed]
+        counts = [sum(o.verdict == verdict for o in ran) for verdict in COLOURS]
+        count = sum(line['task'] == q.title for line in runs)
+        cells = (
+            *(f'{q.title} ({these[0].metric}, {these[0].better} is better)', count, number(mean), number(sigma, 2)),
+            *(number(margin, 2), *counts, len(these) - len(ran)),
+        )
+        text.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    text += public_table(made, by)
+    text += ['', '## Ideas', '']
+    for arm in arms:
+        text += [f'### {arm.name}', '', f'`{flags_text(arm)}`', '', *idea_table([by[task, arm.name] for task in tasks], arm)]
+    return '\n'.join(text).rstrip() + '\n', heat_map(made, by)
+
+
+def public_table(made: Experiment, by: dict[tuple[str, str], Outcome]) -> list[str]:
+    tasks = [q.title for q in made.questions]
+    lines = ['', '## Beside public verdicts', '', 'Of language models of other sizes; + helps, − hurts, 0 neither.', '']
+    lines += ['| idea | ' + ' | '.join(LOGS) + ' | ours |', '|' + ' --- |' * (len(LOGS) + 2)]
+    for words, idea, *logs in PUBLIC:
+        ours = [f'{task}: {short(by[task, idea])}' for task in tasks if (task, idea) in by]
+        lines.append(f'| [{words}](#{idea}) | ' + ' | '.join(logs) + f' | {"; ".join(ours)} |')
+    return lines
+
+
+def short(outcome: Outcome) -> str:
+    if outcome.comparison is None and not outcome.failed:
+        return 'not run'
+    return WORDS[outcome.verdict]
+
+
+def idea_table(outcomes: Sequence[Outcome], arm: Arm) -> list[str]:
+    lines = ['| task | difference | 95 % interval | p (Holm) | verdict | at equal time | time | seeds |', '|' + ' --- |' * 8]
+    for outcome in outcomes:
+        row = outcome.row()
+        if outcome.comparison is None and not outcome.failed:
+            lines.append(f'| {outcome.task} | – | – | – | not run | – | – | 0 |')
+            continue
+        interval = '–' if row.get('low') is None else f'{signed(row["low"])} … {signed(row["high"])}'
+        second = outcome.per_second.verdict if outcome.per_second else '–'
+        time = f'{row["time"]:.2f} ×' if 'time' in row else '–'
+        words = verdict_words(outcome)
+        cells = (signed(row.get('difference')), interval, probability(row.get('p_holm')), words, second, time, row['seeds'])
+        lines.append(f'| {outcome.task} | ' + ' | '.join(map(str, cells)) + ' |')
+    return [*lines, '', f'`x-transformers ablate docs/atlas/atlas.toml --select {arm.name}`', '']
+
+
+def heat_map(made: Experiment, by: dict[tuple[str, str], Outcome]) -> str:
+    """Ideas down, tasks across: the colour says the verdict, the number how many σ of the baseline."""
+    tasks, arms = [q.title for q in made.questions], made.questions[0].arms
+    left, wide, row, top = 170, 120, 20, 40
+    width, height = left + wide * len(tasks) + 12, top + row * len(arms) + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for column, task in enumerate(tasks):
+        parts.append(f'<text x="{left + wide * (column + 0.5)}" y="26" text-anchor="middle" font-weight="600">{task}</text>')
+    for line, arm in enumerate(arms):
+        y = top + row * line
+        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{arm.name}</text>')
+        for column, task in enumerate(tasks):
+            outcome = by[task, arm.name]
+            x = left + wide * column
+            if outcome.comparison is None and not outcome.failed:
+                parts.append(f'<text x="{x + wide / 2}" y="{y + 14}" text-anchor="middle" fill="#999999">not run</text>')
+                continue
+            colour = COLOURS[outcome.verdict]
+            difference = outcome.row().get('difference')
+            words = 'failed' if outcome.failed else signed(difference, 2)
+            ink = '#1a1c1f' if outcome.verdict == 'not resolved' else '#ffffff'
+            title = f'{arm.name} on {task}: {verdict_words(outcome)}'.replace('&', '&amp;').replace('<', '&lt;')
+            parts.append(
+                f'<g><title>{title}</title>'
+                f'<rect x="{x + 1}" y="{y + 1}" width="{wide - 2}" height="{row - 2}" fill="{colour}"/>'
+            )
+            parts.append(f'<text x="{x + wide / 2}" y="{y + 14}" text-anchor="middle" fill="{ink}">{words}</text></g>')
+    x = left
+    for verdict, colour in COLOURS.items():
+        y = top + row * len(arms) + 14
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/><text x="{x + 17}" y="{y + 11}">{verdict}</text>'
+        )
+        x += 30 + 7 * len(verdict)
+    return '\n'.join([*parts, '</svg>']) + '\n'
+
+
+if __name__ == '__main__':
+    if not RESULTS.exists():
+        sys.exit(f'{RESULTS.relative_to(ROOT)} is not there: make atlas')
+    page, picture = generated()
+    PAGE.write_text(page, encoding='utf-8')
+    PICTURE.write_text(picture, encoding='utf-8')
+    print(f'wrote {PAGE} and {PICTURE}')
+    print(json.dumps({'page': str(PAGE.relative_to(ROOT)), 'lines': len(read_results())}))
