@@ -489,3 +489,17 @@ def test_loss_without_logits_equals_the_loss_of_the_logits(
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     torch.testing.assert_close(results[1], results[0])
     torch.testing.assert_close(model(x, return_outputs=True, **front)[0].detach(), results[0][0])
+
+
+@pytest.mark.parametrize('large', [False, True])
+def test_targets_say_what_each_output_predicts(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoregressive_wrapper, 'LARGE_LOGITS', 0 if large else 2**40)
+    net = TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=Decoder(dim=16, depth=1, heads=2))
+    model, x = AutoregressiveWrapper(net), ids(2, 6)
+    following = torch.cat((x[:, 1:], torch.full((2, 1), -100)), dim=1)
+    torch.testing.assert_close(model(x, targets=following), model(x))
+    own = ids(2, 6, seed=1).masked_fill(torch.tensor([False, True, False, False, True, False]), -100)
+    wanted = F.cross_entropy(net(x).flatten(0, 1), own.flatten(), ignore_index=-100)
+    torch.testing.assert_close(model(x, targets=own), wanted)
+    with pytest.raises(ValueError, match='targets must have the shape of x'):
+        model(x, targets=own[:, :-1])

@@ -118,11 +118,23 @@ class AutoregressiveWrapper(Module):
         x: Int[Tensor, 'b n'],
         return_outputs: bool = False,
         prepend_embeds: Float[Tensor, 'b p d'] | None = None,
+        *,
+        targets: Int[Tensor, 'b n'] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The mean loss of predicting ``x[:, 1:]``, or (loss, (logits (b, n - 1, v), intermediates))."""
+        """The mean loss of predicting ``x[:, 1:]``, or (loss, (logits (b, n - 1, v), intermediates)).
+
+        ``targets`` say what the output at each position is to predict, where that is not the next token of ``x``;
+        ``ignore_index``: nothing.
+        """
         _check_batch(x)
         front = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        if targets is None:
+            # outputs are not sliced, as a target that does not count costs less than a copy of them
+            targets = pad_at_dim(x[:, 1:], (0, 1), value=self.ignore_index)
+        elif targets.shape != x.shape:
+            raise ValueError(f'targets must have the shape of x, {tuple(x.shape)}, got {tuple(targets.shape)}.')
+        wanted = pad_at_dim(targets, (front, 0), value=self.ignore_index)
         inputs = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0.0:
             kwargs['self_attn_kv_mask'] = self._forgetful_mask(inputs, front, kwargs)
@@ -131,15 +143,15 @@ class AutoregressiveWrapper(Module):
         if self.add_attn_z_loss:
             kwargs['return_attn_z_loss'] = True
         if not return_outputs and self._wants_loss_only(kwargs):
-            return self._loss_only(x, front, inputs, {'prepend_embeds': prepend_embeds, **kwargs})
+            return self._loss_only(wanted, inputs, {'prepend_embeds': prepend_embeds, **kwargs})
         out, intermediates = self.net(inputs, return_intermediates=True, prepend_embeds=prepend_embeds, **kwargs)
         logits, following = out if self.add_continuous_pred_head else (out, None)
-        loss = self._token_loss(logits, x, front)
+        loss = self._token_loss(logits, wanted)
         if self.add_attn_z_loss:
             loss = loss + intermediates.attn_z_loss
         if following is not None:
             predicted, embedded = (t[:, front:] for t in following)
-            loss = loss + self.next_embed_loss_weight * self._embed_loss(predicted, embedded, x[:, 1:])
+            loss = loss + self.next_embed_loss_weight * self._embed_loss(predicted, embedded, targets[:, :-1])
         return (loss, (logits[:, front:-1], intermediates)) if return_outputs else loss
 
     def _forgetful_mask(self, inputs: Int[Tensor, 'b n'], front: int, given: Mapping[str, Any]) -> Bool[Tensor, 'b m']:
@@ -155,19 +167,15 @@ class AutoregressiveWrapper(Module):
             visible = visible & pad_at_dim(shown, (visible.shape[1] - shown.shape[1], 0), value=True)
         return visible if before is None else visible & pad_at_dim(before, (0, inputs.shape[1]), value=True)
 
-    def _token_loss(self, logits: Any, x: Int[Tensor, 'b n'], front: int) -> Float[Tensor, '']:
+    def _token_loss(self, logits: Any, targets: Int[Tensor, 'b m']) -> Float[Tensor, '']:
         if not isinstance(logits, Tensor):
             raise ValueError('the net has several output heads; AutoregressiveWrapper needs one (num_output_heads=1)')
         return token_cross_entropy(
             logits,
-            self._targets(x, front),
+            targets,
             ignore_index=self.ignore_index,
             is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
         )
-
-    def _targets(self, x: Int[Tensor, 'b n'], front: int) -> Int[Tensor, 'b m']:
-        """One for every output; outputs are not sliced, as a target that does not count costs less than a copy of them."""
-        return pad_at_dim(pad_at_dim(x[:, 1:], (0, 1), value=self.ignore_index), (front, 0), value=self.ignore_index)
 
     def _wants_loss_only(self, kwargs: Mapping[str, Any]) -> bool:
         """Nobody reads what the net reports beside its output, and the net can leave it out."""
@@ -175,15 +183,15 @@ class AutoregressiveWrapper(Module):
         return own_net and not any(name.startswith('return_') for name in kwargs)
 
     def _loss_only(
-        self, x: Int[Tensor, 'b n'], front: int, inputs: Int[Tensor, 'b n'], kwargs: Mapping[str, Any]
+        self, targets: Int[Tensor, 'b m'], inputs: Int[Tensor, 'b n'], kwargs: Mapping[str, Any]
     ) -> Float[Tensor, '']:
         """The loss without intermediates and, where they would be large, without the logits."""
         head: LinearHead | None = getattr(self.net, 'loss_head', None)
-        small = head is None or x.numel() * head.weight.shape[0] < LARGE_LOGITS
+        small = head is None or inputs.numel() * head.weight.shape[0] < LARGE_LOGITS
         if head is None or small or 'to_logits_kwargs' in kwargs or torch.compiler.is_compiling():
-            return self._token_loss(self.net(inputs, **kwargs), x, front)
+            return self._token_loss(self.net(inputs, **kwargs), targets)
         # the head reads its weights in its own forward, wherever they are
-        asked = {'targets': self._targets(x, front), 'ignore_index': self.ignore_index}
+        asked = {'targets': targets, 'ignore_index': self.ignore_index}
         loss: Tensor = self.net(inputs, to_logits_kwargs=asked, **kwargs)
         return loss
 
