@@ -18,7 +18,7 @@ from x_transformers.attention import attend
 from x_transformers.attention.kernels.base import CallFacts, Kernel, Needs
 from x_transformers.attention.kernels.choose import KERNELS, explain
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.cli.options import GROUPS, ModelOptions, model_fields
+from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, parse_typed
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import shown
 from x_transformers.flags.stack import StackFlags
@@ -64,9 +64,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
     path = config_path(arguments)
     file = from_file(path, InfoOptions)
     default = command(options=InfoOptions(**file.own | {'config': path}), **file.groups)
-    read = tyro.cli(
-        command, args=list(arguments), default=default, prog='x-transformers info', config=(tyro.conf.OmitArgPrefixes,)
-    )
+    read = parse_typed(default, arguments, 'x-transformers info')
     options: InfoOptions = read.options
     if options.seq_len < 1:
         raise TrainingError(f'--seq-len must be at least 1, but is {options.seq_len}')
