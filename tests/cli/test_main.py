@@ -372,7 +372,7 @@ def test_a_finished_run_can_be_trained_longer(tmp_path, text):
 def test_a_failed_run_leaves_no_folder(tmp_path, text, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     run = tmp_path / 'run'
-    assert '--tensorboard needs its extra' in sentence_of(capsys, train(text, run, '--tensorboard'))
+    assert '--log tensorboard needs the package tensorboard' in sentence_of(capsys, train(text, run, '--tensorboard'))
     assert not run.exists()
     assert '--lr must be' in sentence_of(capsys, train(text, run, '--lr', '-1', '--steps', '0'))
     assert not run.exists()

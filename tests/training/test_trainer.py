@@ -297,7 +297,7 @@ def test_accumulation_averages_micro_batches(tmp_path):
     wanted = [torch.zeros_like(p) for p in trainer.model.parameters()]
     total = 0.0
     for index in range(3):
-        loss = trainer.model(sample_batch(run.corpus.train, batch=4, window=16, seed=0, index=index)) / 3
+        loss = trainer.model(sample_batch(run.data.corpus.train, batch=4, window=16, seed=0, index=index)) / 3
         total += loss.item()
         for sum_, grad in zip(wanted, torch.autograd.grad(loss, list(trainer.model.parameters())), strict=True):
             sum_ += grad
@@ -325,13 +325,14 @@ def test_gradients_are_clipped(tmp_path):
 
 def test_evaluation_is_the_mean_over_all_predicted_bytes_and_draws_no_random_numbers(tmp_path):
     run = make_run(tmp_path)
-    model, text = run.trainer.model.eval(), run.corpus.held_out
+    model, text = run.trainer.model.eval(), run.data.corpus.held_out
     with torch.no_grad():  # the tiny model sees one byte back only, so windows make no difference
         whole = model(text.window(0, len(text)).long()[None]).item() / math.log(2)
     model.train()
     state = torch.get_rng_state()
     with run.trainer.evaluating():
-        assert run.bits_per_byte(text) == pytest.approx(whole, rel=1e-5)
+        found = run.data.evaluate(run.loss, run.options, None)
+    assert found['held_out_bits_per_byte'] == pytest.approx(whole, rel=1e-5)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
 

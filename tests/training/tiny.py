@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.training.checkpoint import Checkpoints, load_checkpoint
-from x_transformers.training.data import ByteBatches, Corpus, Text
+from x_transformers.training.corpus import ByteData
+from x_transformers.training.data import Corpus, Text
 from x_transformers.training.options import TrainOptions
 from x_transformers.training.randomness import seed_everything
 from x_transformers.training.report import Metrics
 from x_transformers.training.run import Run
+from x_transformers.training.tokens import Bytes
 from x_transformers.training.trainer import Trainer
 
 
@@ -45,13 +47,12 @@ def make_run(folder: Path, **changes: object) -> Run:
     options = TrainOptions(**(given | {'device': None} | changes))  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(options.seed)
-    corpus, metrics = make_corpus(), Metrics(folder)
-    batches = ByteBatches(corpus.train, batch=options.batch, window=options.seq_len, seed=options.seed)
+    data, metrics = ByteData(make_corpus(), Bytes()), Metrics(folder)
     model = TinyModel()
     trainer = Trainer(
-        model, batches, options, callbacks=[metrics], matrices=[model.hidden.weight], store=Checkpoints(folder)
+        model, data.batches(options), options, callbacks=[metrics], matrices=[model.hidden.weight], store=Checkpoints(folder)
     )  # fmt: skip
-    run = Run(folder, options, corpus, trainer, metrics)
+    run = Run(folder, options, data, trainer, metrics)
     trainer.evaluate = run.evaluate
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +30,7 @@ class Bar(Callback):
         self.bar.unpause()
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        bits = record['loss'] / math.log(2)
+        bits = record['bits_per_byte']
         self.smooth = bits if self.smooth is None else 0.9 * self.smooth + 0.1 * bits
         held_out = '' if self.held_out is None else f', held out {self.held_out:.3f}'
         speed = record['tokens'] / max(record['seconds'], 1e-9)
@@ -39,7 +38,7 @@ class Bar(Callback):
         self.bar.update(1)
 
     def validated(self, trainer: Trainer, values: dict[str, Any]) -> None:
-        self.held_out = values['held_out_bits_per_byte']
+        self.held_out = values.get('held_out_bits_per_byte')
 
     def __enter__(self) -> Self:
         return self

@@ -22,17 +22,17 @@ class GenerateOptions:
     prompt: str = '\n'
     """Beginning of the text."""
     length: int = 400
-    """Bytes to write after the prompt."""
+    """Tokens (bytes, if the run has no tokenizer) to write after the prompt."""
     samples: int = 1
     """Number of texts, one after the other."""
     temperature: float = 1.0
-    """Below 1 favours likely bytes; 0 always takes the likeliest."""
+    """Below 1 favours likely tokens; 0 always takes the likeliest."""
     top_k: int | None = None
-    """Sample only from this many of the likeliest bytes."""
-    top_p: float | None = None
-    """Only the likeliest bytes that together have this probability."""
-    min_p: float | None = 0.05
-    """Only bytes at least this probable relative to the likeliest; None: no such limit."""
+    """Sample only from this many of the likeliest tokens."""
+    top_p: float | None = 0.95
+    """Only the likeliest tokens that together have this probability; None: no such limit."""
+    min_p: float | None = None
+    """Only tokens at least this probable relative to the likeliest."""
     seed: int | None = None
     """Seed of the choice; None: another text each time."""
     device: str = 'cpu'
@@ -61,10 +61,11 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from x_transformers.training.build import choose_device
-    from x_transformers.training.run import load_run
-    from x_transformers.training.sample import as_text, sample_bytes
+    from x_transformers.training.run import load_run, tokenizer_of
+    from x_transformers.training.sample import as_text, sample_text
 
     model = load_run(Path(options.run), choose_device(options.device))
+    tokenizer = tokenizer_of(Path(options.run))
     if options.seed is not None:
         torch.manual_seed(options.seed)
     else:
@@ -73,9 +74,9 @@ def main(arguments: Sequence[str]) -> int:
         if options.samples > 1:
             print(f'{"" if number == 0 else chr(10)}--- {number + 1} of {options.samples}')
         sys.stdout.write(options.prompt)
-        pieces = sample_bytes(
-            model, options.prompt.encode('utf-8', 'surrogateescape'), options.length, temperature=options.temperature,
-            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
+        pieces = sample_text(
+            model, tokenizer, options.prompt.encode('utf-8', 'surrogateescape'), options.length,
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         )  # fmt: skip
         for text in as_text(pieces):
             sys.stdout.write(text)

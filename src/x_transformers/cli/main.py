@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    'train': 'train a language model over bytes: your files, or the source of the standard library',
+    'train': 'train a language model: on your files, or on the source of the standard library',
     'generate': 'write with a trained model',
+    'eval': 'loss, perplexity and bits per byte of a trained model on other texts',
     'info': 'show what a set of flags builds: layers, parameters, operations, kernel, memory, cache',
     'ablate': 'train a baseline and ideas on the same seeds: which idea helps, with intervals and a page',
     'evidence': 'train on a published suite of tasks and show the result beside the published numbers',

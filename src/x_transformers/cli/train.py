@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from x_transformers.cli.bar import Bar
-from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, typed_names
+from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
@@ -21,7 +22,7 @@ from x_transformers.training.options import TrainOptions
 from x_transformers.training.run import begin, finish, prepare
 from x_transformers.training.trainer import Interrupted
 
-ABOUT = """Train a language model over bytes and write it, its losses, their picture and a sample into a run folder.
+ABOUT = """Train a language model and write it, its losses, their picture and a sample into a run folder.
 
 Without options: a small GPT on the source text of Python's standard library, in a few minutes on two CPU cores.
 """
@@ -59,9 +60,7 @@ def parse(arguments: Sequence[str]) -> Parsed:
     path = config_path(arguments)
     file = from_file(path, TrainOptions)
     default = command(config=path, training=TrainOptions(**file.own), **file.groups)
-    read = tyro.cli(
-        command, args=list(arguments), default=default, prog='x-transformers train', config=(tyro.conf.OmitArgPrefixes,)
-    )
+    read = parse_typed(default, arguments, 'x-transformers train')
     flags = ModelOptions(**{group: getattr(read, group) for group in GROUPS}).given() | file.only_here
     flags.setdefault('max_seq_len', read.training.seq_len)
     known = {*all_keywords(), *(field.name for field in dataclasses.fields(TrainOptions))}
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         raise TrainingError(
             f'WORLD_SIZE must be 1, got {os.environ["WORLD_SIZE"]}: this command trains in one process. Start it alone.'
         )
-    asked = parse(arguments)
+    asked = parse([with_long_name(argument) for argument in arguments])
     with locked(Path(asked.options.run_dir), create=not asked.options.resume):
         config = begin(asked.flags, asked.options, typed=asked.typed, typed_flags=asked.typed_flags)
         with Bar(config.options.steps) as bar:
@@ -83,13 +82,31 @@ def main(arguments: Sequence[str]) -> int:
                 run.train()
             except Interrupted as stop:
                 bar.bar.close()
-                name = signal.Signals(stop.signal_number).name
-                print(
-                    f'stopped by {name} after step {stop.step} of {config.options.steps}; everything is saved, continue with: '
-                    f'x-transformers train --run-dir {config.options.run_dir} --resume',
-                    file=sys.stderr,
-                )
-                return 128 + stop.signal_number
-        finish(run, print)
+                return stopped(stop, config.options)
+        comparison = finish(run, print)
     print(f'written to {config.options.run_dir}')
+    if config.options.json:
+        loss = run.trainer.history.losses[-1] if run.trainer.history.steps else None
+        result = {'run': str(run.folder), 'step': run.trainer.step, 'loss': loss, 'tokens': run.trainer.tokens}
+        print(json.dumps(result | {'seconds': round(run.trainer.seconds, 3)} | dataclasses.asdict(comparison)))
     return 0
+
+
+def with_long_name(argument: str) -> str:
+    """``--from`` is ``--from-run``: the short name cannot be that of a field."""
+    return '--from-run' + argument.removeprefix('--from') if argument.partition('=')[0] == '--from' else argument
+
+
+def stopped(stop: Interrupted, options: TrainOptions) -> int:
+    """Say that everything is saved; the exit status."""
+    name = signal.Signals(stop.signal_number).name
+    print(
+        f'stopped by {name} after step {stop.step} of {options.steps}; everything is saved, continue with: '
+        f'x-transformers train --run-dir {options.run_dir} --resume',
+        file=sys.stderr,
+    )
+    if options.json:
+        print(json.dumps({'run': options.run_dir, 'step': stop.step, 'stopped_by': name}))
+    if stop.signal_number == signal.SIGTERM and options.exit_on_term is not None:
+        return options.exit_on_term
+    return 128 + stop.signal_number

@@ -45,15 +45,15 @@ UNFIT = {
 }
 
 
-def check_fit(flags: Mapping[str, Any]) -> None:
-    """Refuse flags that no byte-level language model can have."""
+def check_fit(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> None:
+    """Refuse flags that no language model over so many tokens can have."""
     for name, reason in UNFIT.items():
         if flags.get(name):
             raise TrainingError(f'--{name.replace("_", "-")} does not fit a language model over bytes: {reason}')
     if flags.get('num_output_heads', 1) != 1:
         raise TrainingError('--num-output-heads must be 1 for a language model over bytes: the loss takes one set of logits')
-    if flags.get('logits_dim') not in (None, NUM_BYTES):
-        raise TrainingError(f'--logits-dim must be {NUM_BYTES} for a language model over bytes')
+    if flags.get('logits_dim') not in (None, vocabulary):
+        raise TrainingError(f'--logits-dim must be {vocabulary}, the size of the vocabulary, got {flags["logits_dim"]}.')
     for name in ('attn_dim_out', 'ff_dim_out'):
         if flags.get(name) not in (None, flags.get('dim')):
             raise TrainingError(
@@ -70,27 +70,27 @@ def split_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     )
 
 
-def build_network(flags: Mapping[str, Any]) -> nn.Module:
-    """``TransformerWrapper(Decoder)`` over bytes; ``flags`` are the keywords of both, flat, with ``max_seq_len``.
+def build_network(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> nn.Module:
+    """``TransformerWrapper(Decoder)``; ``flags`` are the keywords of both, flat, with ``max_seq_len``.
 
     Errors: ``FlagError`` for flags that exclude each other, ``TrainingError`` for those that make no language model.
     """
     from x_transformers import Decoder, TransformerWrapper
 
-    check_fit(flags)
+    check_fit(flags, vocabulary)
     wrapper, stack = split_flags(flags)
     missing = [name for name in ('dim', 'depth') if stack.get(name) is None]
     if missing:
         raise TrainingError(f'the flags of the model must hold {" and ".join(missing)}, got {sorted(flags)}.')
-    network: nn.Module = TransformerWrapper(num_tokens=NUM_BYTES, attn_layers=Decoder(**stack), **wrapper)
+    network: nn.Module = TransformerWrapper(num_tokens=vocabulary, attn_layers=Decoder(**stack), **wrapper)
     return network
 
 
-def build_model(flags: Mapping[str, Any]) -> nn.Module:
+def build_model(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> nn.Module:
     """``AutoregressiveWrapper`` around the network: token ids (b n) in, loss out."""
     from x_transformers import AutoregressiveWrapper
 
-    model: nn.Module = AutoregressiveWrapper(build_network(flags))
+    model: nn.Module = AutoregressiveWrapper(build_network(flags, vocabulary))
     return model
 
 

@@ -227,13 +227,18 @@ def sample_batch(text: Text, *, batch: int, window: int, seed: int, index: int) 
 
 
 class ByteBatches:
-    """Windows of bytes at random places, for ``Trainer``: batch number ``index`` depends on the seed alone."""
+    """Windows of bytes at random places, for ``Trainer``: batch number ``index`` depends on the seed alone.
 
-    def __init__(self, text: Text, *, batch: int, window: int, seed: int) -> None:
+    Of ``world_size`` processes, the one with number ``rank`` takes every ``world_size``-th row.
+    """
+
+    def __init__(self, text: Text, *, batch: int, window: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.text, self.rows, self.window, self.seed = text, batch, window, seed
+        self.rank, self.world_size = rank, world_size
 
     def batch(self, index: int) -> Int[Tensor, 'b n']:
-        return sample_batch(self.text, batch=self.rows, window=self.window, seed=self.seed, index=index)
+        rows = sample_batch(self.text, batch=self.rows, window=self.window, seed=self.seed, index=index)
+        return rows[self.rank :: self.world_size]
 
     def predictions(self, batch: Int[Tensor, 'b n']) -> int:
         return batch.shape[0] * (batch.shape[1] - 1)

@@ -13,8 +13,10 @@ LOCK = '.lock'
 
 
 @contextmanager
-def locked(run: Path, *, create: bool) -> Iterator[None]:
+def locked(run: Path, *, create: bool, wait: bool = False) -> Iterator[None]:
     """Inside, no other process can lock ``run``. The system lets go of the lock when a process dies.
+
+    Another process that holds it is waited for (``wait``), or that is an error.
 
     A folder that was made here (``create``) and in which nothing was written is removed again.
 
@@ -27,7 +29,7 @@ def locked(run: Path, *, create: bool) -> Iterator[None]:
         raise CheckpointError(f'{run}: there is no such run folder')
     path = run / LOCK
     try:
-        handle = _acquire(path, run)
+        handle = _acquire(path, run, wait)
         try:
             yield
         finally:
@@ -53,13 +55,13 @@ def _make(run: Path) -> list[Path]:
     return missing
 
 
-def _acquire(path: Path, run: Path) -> int:
+def _acquire(path: Path, run: Path, wait: bool) -> int:
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise CheckpointError(f'--run-dir {run} cannot be written to: {error.strerror or error}') from error
-        if not _lock(handle):
+        if not _lock(handle, wait):
             os.close(handle)
             raise CheckpointError(
                 f'--run-dir {run} must not be in use, but another process is working on it. '
@@ -75,16 +77,16 @@ def _acquire(path: Path, run: Path) -> int:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int, wait: bool) -> bool:
     try:
         if os.name == 'nt':
             import msvcrt
 
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True

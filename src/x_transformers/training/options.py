@@ -13,8 +13,9 @@ from x_transformers.training.errors import TrainingError
 
 # what may differ between a run and its continuation: where, how often and how long, never what a step computes
 FREE_ON_RESUME = {
-    'data', 'device', 'threads', 'compile', 'tensorboard', 'val_every', 'val_bytes', 'final_bytes', 'save_every',
-    'sample_prompt', 'sample_length', 'steps',
+    'data', 'data_cache', 'device', 'threads', 'compile', 'log', 'tensorboard', 'val_every', 'val_bytes', 'val_data',
+    'final_bytes', 'save_every', 'keep', 'keep_best', 'sample_prompt', 'sample_length', 'sample_every', 'steps', 'peak_flops',
+    'exit_on_term', 'json',
 }  # fmt: skip
 
 # (lowest, below which it must stay) of each number
@@ -23,7 +24,8 @@ RANGES: dict[str, tuple[float, float]] = {
     'beta2': (0, 1), 'weight_decay': (0, math.inf), 'clip': (0, math.inf), 'warmup': (0, math.inf), 'final_lr': (0, math.inf),
     'ema': (0, 1), 'val_every': (0, math.inf), 'save_every': (0, math.inf), 'seed': (0, 2**63), 'batch': (1, math.inf),
     'seq_len': (2, math.inf), 'val_bytes': (1, math.inf), 'final_bytes': (2, math.inf), 'sample_length': (0, math.inf),
-    'threads': (1, math.inf),
+    'threads': (1, math.inf), 'vocab': (257, math.inf), 'keep': (1, math.inf), 'sample_every': (0, math.inf),
+    'lora': (0, math.inf), 'exit_on_term': (0, 256), 'peak_flops': (1, math.inf),
 }  # fmt: skip
 
 
@@ -104,7 +106,23 @@ class TrainOptions(TrainerOptions):
     """What ``x-transformers train`` can be told beside the flags of the model."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs to learn from, as bytes; .gz is unpacked. Not given: the source of Python's standard library."""
+    """Files, folders or globs to learn from: text, jsonl, parquet, folders that `datasets` has saved, each also as .gz or .zst.
+
+    A mixture has weights, as in a/:0.7,b/:0.3. Not given: the source of Python's standard library."""
+    tokenizer: str = 'bytes'
+    """bytes; bpe: train one on the data; or a file that ends in .json (tokenizers), .model (sentencepiece) or .tiktoken."""
+    vocab: int = 8192
+    """Tokens of a tokenizer that is trained."""
+    document_separator: str | None = None
+    """Text between two documents of a text file (\\n is a line break); None: each file is one, cut at every 1 MiB."""
+    mask_documents: bool = False
+    """Documents that lie in one sequence do not see each other, and none predicts the first token of the next."""
+    data_cache: str | None = None
+    """Folder for tokenized data, which later runs use again; None: x-transformers in $XDG_CACHE_HOME, or in ~/.cache."""
+    from_run: str | None = None
+    """Start from the weights (and flags) of this run folder, or from a file of weights; --from is the same."""
+    lora: int = 0
+    """Train low-rank changes of so many ranks to the linear maps of the layers, and nothing else; 0: train everything."""
     run_dir: str = 'runs/quickstart'
     """Folder for what the run writes; one that already holds a run is only touched with --resume."""
     resume: bool = False
@@ -130,34 +148,54 @@ class TrainOptions(TrainerOptions):
     warmup: int = 30
     """Steps over which the learning rate rises."""
 
+    val_data: tuple[str, ...] = ()
+    """More files or folders to evaluate on, each a set of its own."""
     val_bytes: int = 32_768
     """Bytes that a validation during training looks at, spread over the held-out text."""
     final_bytes: int = 1_000_000
     """Bytes at the start of the held-out text that the final figure and the compressors are measured on."""
     save_every: int = 50
     """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep: int = 1
+    """Checkpoints that stay, the newest."""
+    keep_best: bool = False
+    """Keep the weights with the lowest held-out loss, too, as best.safetensors."""
+    sample_every: int = 0
+    """Steps between samples while training, written to samples.txt; 0: only at the end."""
     sample_prompt: str = 'def '
     """Beginning of the sample that is written at the end."""
     sample_length: int = 400
     """Bytes of that sample; 0: none."""
+    log: tuple[Literal['tensorboard', 'trackio', 'wandb'], ...] = ()
+    """Where figures go beside metrics.jsonl; each needs its package."""
     tensorboard: bool = False
-    """Log for TensorBoard too (it needs the extra `tensorboard`)."""
+    """The same as --log tensorboard."""
+    peak_flops: float | None = None
+    """Operations per second that the device could do at most, to log which share is used; None: known for some GPUs."""
+    exit_on_term: int | None = None
+    """Exit status after SIGTERM, when everything is saved; None: 143."""
+    json: bool = False
+    """Print one line of JSON with the results at the end."""
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if self.sample_length and not self.sample_prompt:
+        if (self.sample_length or self.sample_every) and not self.sample_prompt:
             found.append('--sample-prompt must not be empty, got nothing: the sample needs a first byte.')
+        if self.lora and self.from_run is None:
+            found.append('--lora must have weights to change, got none. Name them with --from.')
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {'data': list(self.data)}
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainOptions:
         """Errors: ``ValueError`` for a value of the wrong type."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {name: value for name, value in values.items() if name in known}
-        read = cls(**kept | {'data': tuple(kept.get('data', ()))})
+        tupled: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+        read = cls(**tupled)
         found = read.faults()
         if found:
             raise ValueError(' '.join(found))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from x_transformers.training.checkpoint import write_atomically
-from x_transformers.training.data import Text
-from x_transformers.training.errors import CheckpointError, TrainingError
+from x_transformers.training.errors import CheckpointError
+from x_transformers.training.logs import Log
 from x_transformers.training.trainer import Callback, Trainer
 
 METRICS = 'metrics.jsonl'
@@ -21,11 +21,12 @@ PICTURE = 'loss.png'
 
 
 class Metrics(Callback):
-    """One JSON object per line: a training step, an evaluation, the final figures. Also to TensorBoard if asked."""
+    """One JSON object per line: a training step, an evaluation, the final figures. The figures go to other logs, too."""
 
-    def __init__(self, run: Path, tensorboard: bool = False) -> None:
+    def __init__(self, run: Path, bytes_per_token: float = 1.0, logs: Sequence[Log] = ()) -> None:
         self.path = run / METRICS
-        self.board = tensorboard_writer()(str(run / 'tensorboard')) if tensorboard else None
+        self.bytes_per_token = bytes_per_token
+        self.logs = logs
 
     def add(self, **values: Any) -> None:
         try:
@@ -33,16 +34,20 @@ class Metrics(Callback):
                 file.write(json.dumps(values) + '\n')
         except OSError as error:
             raise CheckpointError(f'{self.path} cannot be written: {error.strerror or error}') from error
-        if self.board is not None:
-            for name, value in values.items():
-                if name != 'step' and isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, values['step'])
+        figures = {name: value for name, value in values.items() if name != 'step' and isinstance(value, (int, float))}
+        for log in self.logs:
+            log.figures(values['step'], figures)
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        self.add(**{'step': record['step'], 'bits_per_byte': record['loss'] / math.log(2)} | record)
+        record['bits_per_byte'] = record['loss'] / math.log(2) / self.bytes_per_token
+        self.add(**record)
 
     def validated(self, trainer: Trainer, values: dict[str, Any]) -> None:
         self.add(**values)
+
+    def close(self) -> None:
+        for log in self.logs:
+            log.close()
 
     def forget_after(self, step: int) -> None:
         """Drop what was written after ``step``, so that a resumed run does not tell it twice."""
@@ -73,18 +78,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def tensorboard_writer() -> Any:
-    """TensorBoard's class.
-
-    Errors: ``TrainingError`` if it is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise TrainingError("--tensorboard needs its extra: pip install '.[tensorboard]' in a clone") from error
-    return SummaryWriter
-
-
 @dataclass(frozen=True)
 class Comparison:
     """The model and two compressors on the same bytes, in bits per byte."""
@@ -95,8 +88,7 @@ class Comparison:
     xz: float
 
     @classmethod
-    def of(cls, text: Text, model: float) -> Comparison:
-        data = b''.join(text.chunks())
+    def of(cls, data: bytes, model: float) -> Comparison:
         return cls(
             len(data), model, 8 * len(gzip.compress(data, 9)) / len(data), 8 * len(lzma.compress(data, preset=9)) / len(data)
         )

@@ -1,4 +1,4 @@
-"""Bytes as they are sampled, one at a time, so that they can be shown while the rest is still to come."""
+"""Text as it is sampled, a token at a time, so that it can be shown while the rest is still to come."""
 
 from __future__ import annotations
 
@@ -12,40 +12,57 @@ from torch import Tensor, nn
 from x_transformers.generation import sampling
 from x_transformers.training.build import reading_arguments
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.tokens import Bytes, Tokenizer
+
+TOP_P = 0.95
 
 
-def sample_bytes(
+def sample_text(
     model: nn.Module,
+    tokenizer: Tokenizer,
     prompt: bytes,
     length: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = 0.05,
+    top_p: float | None = TOP_P,
+    min_p: float | None = None,
 ) -> Iterator[bytes]:
-    """``length`` bytes after ``prompt``, each as soon as it is known. ``temperature`` 0 takes the most likely byte.
+    """``length`` tokens after ``prompt``, each as soon as it is known. ``temperature`` 0 takes the most likely token.
 
     The filters are applied one after the other to the scores as the model gives them; temperature comes last. Text beyond the
     model's ``max_seq_len`` is forgotten from its beginning.
     """
-    if not prompt:
-        raise TrainingError('the prompt is empty: the model needs a byte to start from')
+    ids = list(tokenizer.encode([prompt])[0])
+    if not ids:
+        raise TrainingError('the prompt is empty: the model needs a token to start from')
     writer: Any = model
     device = next(model.parameters()).device
 
     def filtered(logits: Tensor) -> Tensor:
         if top_k is not None:
-            logits = sampling.top_k(logits, k=top_k)
+            logits = sampling.top_k(logits, k=min(top_k, logits.shape[-1]))
         if top_p is not None:
             logits = sampling.top_p(logits, thres=top_p)
         return logits if min_p is None else sampling.min_p(logits, min_p=min_p)
 
-    ids = torch.tensor([list(prompt)], device=device)
+    told = ids_told = 0
     for token in writer.generate(
-        ids, length, temperature=temperature, filter_logits_fn=filtered, stream=True, **reading_arguments(model)
+        torch.tensor([ids], device=device), length, temperature=temperature, filter_logits_fn=filtered, stream=True,
+        **reading_arguments(model),
     ):  # fmt: skip
-        yield bytes([int(token)])
+        new = int(token)
+        if isinstance(tokenizer, Bytes):
+            yield bytes([new])
+            continue
+        # a token may be a part of a character, or look different behind another one: what is told is the text's growth
+        ids.append(new)
+        if not told and not ids_told:
+            told, ids_told = len(tokenizer.decode(ids[:-1])), 1
+        text = tokenizer.decode(ids)
+        if not text.endswith('\ufffd'.encode()):
+            yield text[told:]
+            told = len(text)
 
 
 def as_text(pieces: Iterator[bytes]) -> Iterator[str]:

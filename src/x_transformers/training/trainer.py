@@ -117,6 +117,7 @@ class Trainer:
         matrices: what Muon moves; left out: what the modules name in ``muon_parameters()``.
         store: writes checkpoints; left out, nothing is written, and signals are left alone.
         best: the name of a value of ``evaluate``: whenever it falls below all before, the store is told.
+        exported: the state dict for use, where that is not the model's own.
         engine: where a step runs; left out: in this process on one device.
 
     A checkpoint keeps the optimizers' and the random generators' states: a run that was stopped anywhere and resumed has the
@@ -135,6 +136,7 @@ class Trainer:
         matrices: Iterable[nn.Parameter] | None = None,
         store: Store | None = None,
         best: str | None = None,
+        exported: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
         engine: Engine | None = None,
     ) -> None:
         self.options = options or TrainerOptions()
@@ -151,6 +153,7 @@ class Trainer:
         self.loss = loss or loss_of
         self.store = store
         self.best = best
+        self.exported = exported or self.engine.model_state
         self.optimizers = make_optimizers(model, self.options, matrices)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averaged = AveragedWeights(model, self.options.ema) if self.options.ema else None
@@ -210,6 +213,8 @@ class Trainer:
         everywhere = float(self.engine.total(torch.tensor(float(sum(counts)))))
         parts = []
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            if count == 0 and self.engine.world_size == 1:
+                continue  # nothing to predict: its mean would be no number
             with self.engine.accumulating(last=micro + 1 == len(batches)):
                 with self.autocast():
                     loss = single(self.loss(self.forward, on_device(batch, self.device)))
@@ -217,8 +222,9 @@ class Trainer:
                 # gradients are averaged over processes
                 (loss * (share * self.engine.world_size)).backward()
             parts.append(loss.detach() * share)
+        total = torch.stack(parts).sum() if parts else torch.zeros((), device=self.device)
         norm = self.engine.grad_norm(self.parameters)
-        value, grad_norm = float(self.engine.total(torch.stack(parts).sum())), float(norm)
+        value, grad_norm = float(self.engine.total(total)), float(norm)
         if not math.isfinite(value) or not math.isfinite(grad_norm):
             what = f'loss is {value}' if not math.isfinite(value) else f'norm of the gradient is {grad_norm}'
             rates = f'--lr {options.lr:g}' + (f', --muon-lr {options.muon_lr:g}' if options.optimizer == 'muon' else '')
@@ -237,6 +243,7 @@ class Trainer:
         if self.predictions is not None:
             self.tokens += int(everywhere)
             record |= {'tokens': self.tokens, 'tokens_per_second': round(everywhere / max(seconds, 1e-9), 1)}
+        record['memory_bytes'] = memory_bytes(self.device)
         lr = {type(optimizer).__name__.lower(): optimizer.param_groups[0]['lr'] for optimizer in self.optimizers}
         return record | {'seconds': round(self.seconds, 3), 'lr': lr}
 
@@ -277,10 +284,10 @@ class Trainer:
 
     # checkpoints
 
-    def export(self) -> dict[str, Tensor]:
+    def export(self) -> Mapping[str, Tensor]:
         """The weights for use: the averaged ones if there are any."""
         with self.averages():
-            state = self.engine.model_state(self.model)
+            state = self.exported(self.model)
             return {name: tensor.clone() for name, tensor in state.items()} if self.averaged is not None else state
 
     def state(self) -> dict[str, Any]:
@@ -357,6 +364,18 @@ def on_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(on_device(value, device) for value in batch)
     return batch
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that was in use so far: of the device, or of this process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # there is none on Windows
+        return 0
+    # in KiB, but on macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 # signals
