@@ -62,7 +62,7 @@ WRAPPER_RULES = (
         ('logits_bias', 'to_logits'),
         lambda flags, dim: flags.logits_bias and flags.to_logits is not None,
         'your own head brings its bias',
-        {'logits_bias': True, 'to_logits': nn.Linear(2, 2)},
+        {'logits_bias': True, 'to_logits': nn.Identity()},
     ),
     Rule(
         ('logits_transform',),
