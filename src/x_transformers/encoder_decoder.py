@@ -13,6 +13,7 @@ from x_transformers.flags.base import FlagError, UnknownFlag, unknown_flags
 from x_transformers.flags.parts import PARTS, keyword_names
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.generation.modes import evaluating
 from x_transformers.helpers import groupby_prefix_and_trim
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.stack import Decoder, Encoder
@@ -111,12 +112,8 @@ class XTransformer(Module):
             src_prepend_embeds: embeddings in front of the source.
             kwargs: for ``AutoregressiveWrapper.generate``.
         """
-        training = self.encoder.training
-        self.encoder.eval()
-        try:
+        with evaluating(self.encoder):
             encoded, mask = self.encode(seq_in, mask, attn_mask, src_prepend_embeds)
-        finally:
-            self.encoder.train(training)
         generated: Tensor = self.decoder.generate(seq_out_start, seq_len, context=encoded, context_mask=mask, **kwargs)
         return generated
 

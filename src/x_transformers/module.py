@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,60 @@ def reset_parameters(module: nn.Module) -> None:
         own()
 
 
+class Modes:
+    """The modes that modules are to have when nobody needs them in evaluation mode any more.
+
+    Generation may overlap: two streams of one model, or two threads. So openings are counted for each module.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        # how often opened, the mode to come back to
+        self.held: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+        # how often somebody called train() or eval() while a module was held
+        self.changes = 0
+        self.here = threading.local()
+
+    def open(self, modules: Iterable[nn.Module]) -> None:
+        with self.lock:
+            for module in modules:
+                count, mode = self.held.get(module, (0, module.training))
+                # a module that is in training mode though it is held was put there by somebody
+                self.held[module] = count + 1, mode or module.training
+
+    def close(self, modules: Iterable[nn.Module]) -> None:
+        with self.lock:
+            for module in modules:
+                count, mode = self.held[module]
+                if count > 1:
+                    self.held[module] = count - 1, mode
+                else:
+                    del self.held[module]
+                    module.training = mode or module.training
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Calls of ``eval()`` in here are not those of a user."""
+        self.here.unseen = True
+        try:
+            yield
+        finally:
+            self.here.unseen = False
+
+    def asked(self, root: nn.Module, mode: bool) -> None:
+        """Somebody has called ``root.train(mode)``."""
+        if not self.held or getattr(self.here, 'unseen', False):
+            return
+        with self.lock:
+            self.changes += 1
+            for module in root.modules():
+                if module in self.held:
+                    self.held[module] = self.held[module][0], mode
+
+
+modes = Modes()
+
+
 class Module(nn.Module):
     """A module whose ``reset_parameters`` fills everything below it, in any order and any number of times.
 
@@ -27,6 +84,11 @@ class Module(nn.Module):
     ``init_own`` at the end of its constructor. No parent changes what a child has filled: a child with an unusual start is of
     a class that knows it (``ConstantLinear``). Hence ``to_empty(device=...)``, then ``reset_parameters()``, gives a new model.
     """
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        modes.asked(self, mode)
+        return self
 
     def init_own(self) -> None:
         """Fill the parameters and buffers that this very module owns."""
