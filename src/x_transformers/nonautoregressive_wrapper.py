@@ -3,6 +3,7 @@ https://arxiv.org/abs/2202.04200); the loss may be weighted as in masked diffusi
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.helpers import exists
-from x_transformers.losses import token_cross_entropy
+from x_transformers.losses import at_least_single, token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.randomness import happens
 from x_transformers.tensor_types import Bool, Float, Int
@@ -49,7 +51,8 @@ def log(t: Tensor, eps: float = 1e-10) -> Tensor:
 
 def gumbel_noise(t: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Like the one of ``generation.sampling``, but for the ``log`` above; so are the numbers of a seed."""
-    return -log(-log(torch.zeros_like(t).uniform_(0, 1, generator=generator)))
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    return -log(-log(torch.zeros_like(t, dtype=dtype).uniform_(0, 1, generator=generator)))
 
 
 def gumbel_sample(t: Tensor, temperature: float = 1.0, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
@@ -234,13 +237,14 @@ class NonAutoregressiveWrapper(Module):
         **kwargs: Any,
     ) -> Losses:
         """The losses on sequences of exactly ``max_seq_len`` tokens; ``mask`` (True = text) keeps padding out of them."""
+        x = token_ids(x)
         self.check(x, mask, only_train_generator, only_train_critic)
         text = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         kwargs = kwargs if mask is None else {'mask': mask, **kwargs}
         times = torch.empty(len(x), device=x.device).uniform_(0, 1)
         chosen = get_mask_subset_prob(text, self.schedule_fn(times), min_mask=1)
         masked = self.corrupted(x, chosen)
-        kwargs = kwargs | self.self_condition(masked, kwargs)
+        told, kwargs = kwargs, kwargs | self.self_condition(masked, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             logits = self.net(masked, **kwargs)
         is_log_prob = getattr(self.net, 'output_is_log_prob', False)
@@ -255,8 +259,9 @@ class NonAutoregressiveWrapper(Module):
         sampled = gumbel_sample(logits, temperature=temperature)
         filled = torch.where(chosen, sampled, x)
         unreal = (filled if self.critic_sees_masked_only else sampled) != x
-        judged = self.token_critic(filled).squeeze(-1)
-        critic_loss = F.binary_cross_entropy_with_logits(judged[text], unreal[text].to(judged.dtype))
+        judged = self.judge(filled, told)
+        judged = at_least_single(judged[text])
+        critic_loss = F.binary_cross_entropy_with_logits(judged, unreal[text].to(judged.dtype))
         if only_train_critic:
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + self.critic_loss_weight * critic_loss, loss, critic_loss)
@@ -316,13 +321,21 @@ class NonAutoregressiveWrapper(Module):
                 logits = top_k(logits, filter_thres)
             sampled = gumbel_sample(logits, temperature=max(start_temperature * annealing, 1e-3), generator=generator)
             seq = torch.where(hidden, sampled, seq)
-            doubt = self.doubt(seq, sampled, logits, noise_level_scale * annealing, generator)
+            doubt = self.doubt(seq, sampled, logits, noise_level_scale * annealing, generator, kwargs)
             if not self.can_mask_prev_unmasked:
                 doubt = doubt.masked_fill(~hidden, -torch.finfo(doubt.dtype).max)
             worst = doubt.topk(count, dim=-1).indices
             hidden = torch.zeros_like(hidden).scatter(1, worst, True)
             seq = seq.masked_fill(hidden, self.mask_id)
         return seq if exists(batch_size) else seq[0]
+
+    def judge(self, seq: Int[Tensor, 'b n'], told: dict[str, Any]) -> Float[Tensor, 'b n']:
+        """What the critic says of each token. The net's own critic is told what the net is told; another one what it takes."""
+        critic: Any = self.token_critic
+        if not isinstance(critic, SelfCritic):
+            told = {name: value for name, value in told.items() if takes(critic, name)}
+        judged: Tensor = critic(seq, **told).squeeze(-1)
+        return judged
 
     def doubt(
         self,
@@ -331,12 +344,23 @@ class NonAutoregressiveWrapper(Module):
         logits: Float[Tensor, 'b n v'],
         noise: float,
         generator: torch.Generator | None,
+        told: dict[str, Any],
     ) -> Float[Tensor, 'b n']:
         """How little each token is to be trusted: the critic's word, or what the generator left to other tokens."""
         if self.token_critic is not None:
-            judged: Tensor = self.token_critic(seq).squeeze(-1)
+            judged = self.judge(seq, told)
             return judged + noise * gumbel_noise(judged, generator)
         return 1 - logits.softmax(dim=-1).gather(-1, sampled[..., None]).squeeze(-1)
+
+
+def takes(critic: nn.Module, name: str) -> bool:
+    """Whether a critic of the user's own can be told this: it has an argument of this name, or a stack that needs it."""
+    stack: Any = getattr(critic, 'attn_layers', None)
+    if name.startswith('context') and stack is not None:
+        return bool(getattr(stack, 'cross_attend', False))
+    if name == 'condition' and stack is not None:
+        return bool(getattr(stack, 'need_condition', False))
+    return name in inspect.signature(critic.forward).parameters and name != 'sum_embeds'
 
 
 def check_shares(steps: int, **shares: float) -> None:

@@ -166,11 +166,16 @@ class StackWrapper(Module):
         those that the model has of its own."""
         if more:
             check_names(self, more)
+        # memories of no length are none, and have no masks
+        if check_list(mems, 'mems') and not any(mem is not None and mem.shape[1] for mem in mems or ()):
+            mems = mem_masks = None
+        check_list(mem_masks, 'mem_masks')
+        down = self.shift_mem_down
         return Call(
             x=x,
             mask=mask,
-            mems=self._shifted(mems),
-            mem_masks=mem_masks,
+            mems=moved_down(mems, down),
+            mem_masks=moved_down(mem_masks, down),
             pos=pos,
             prepend_embeds=prepend_embeds,
             prepend_mask=prepend_mask,
@@ -317,15 +322,6 @@ class StackWrapper(Module):
             given['input_not_include_cache'] = True
         return {name: value for name, value in given.items() if value is not None}
 
-    def _shifted(self, mems: Memories | None) -> Memories | None:
-        """Memories as the layers see them: moved down by ``shift_mem_down``; None if there is nothing in them."""
-        if mems is not None and not isinstance(mems, (list, tuple)):
-            raise TypeError(f'mems must be a list with one tensor for each self attention, got {type(mems).__name__}')
-        if mems is None or not any(mem.shape[1] for mem in mems):
-            return None
-        shift = self.shift_mem_down
-        return [*mems[shift:], *mems[:shift]]
-
     def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
         return next_memories(record.hiddens or [], call.mems, self.max_mem_len, call.detach_mems)
 
@@ -385,6 +381,22 @@ def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> I
 
 def longest(mems: Memories | None) -> int:
     return max([0, *(mem.shape[1] for mem in mems or ())])
+
+
+def check_list(entries: Any, name: str) -> bool:
+    """Whether there is a list with an entry for each self attention."""
+    if entries is not None and not isinstance(entries, (list, tuple)):
+        raise TypeError(f'{name} must be a list with one tensor for each self attention, got {type(entries).__name__}')
+    for index, entry in enumerate(entries or ()):
+        if entry is not None and (not isinstance(entry, Tensor) or entry.ndim < 2):
+            got = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
+            raise TypeError(f'{name}[{index}] must be a tensor (batch, memories, ...) or None, got {got}')
+    return entries is not None
+
+
+def moved_down(entries: Sequence[Any] | None, layers: int) -> list[Any] | None:
+    """What belongs to memories, as the layers see them: layer i looks at those of layer i + ``layers``."""
+    return None if entries is None else [*entries[layers:], *entries[:layers]]
 
 
 def usual(flags: Flags, name: str) -> Any:

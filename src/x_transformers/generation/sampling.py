@@ -94,8 +94,12 @@ def contrastive_decode_fn(
 
 
 def gumbel_noise(t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise of the shape of ``t``."""
-    uniform = torch.zeros_like(t).uniform_(0, 1, generator=generator)
+    """Standard Gumbel noise of the shape of ``t``, in single precision at least.
+
+    Half precision knows a few hundred uniform numbers near 1, and with them the largest of the noise is always the same.
+    """
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    uniform = torch.zeros_like(t, dtype=dtype).uniform_(0, 1, generator=generator)
     return -log(-log(uniform))
 
 
