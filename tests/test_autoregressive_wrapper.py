@@ -281,7 +281,7 @@ def test_eval_decorator() -> None:
         (ValueError, 'prompt 0 is empty', ids(1, 3), {'prompt_lens': torch.tensor([0])}),
         (ValueError, '2 entries for 1', ids(1, 3), {'prompt_lens': [1, 2]}),
         (TypeError, 'prompt_lens must be integers', ids(1, 3), {'prompt_lens': torch.tensor([1.0])}),
-        (TypeError, 'integer dtype', torch.randn(1, 3), {}),
+        (TypeError, 'prompts must be integers', torch.randn(1, 3), {}),
         (TypeError, 'list', 'abc', {}),
         (ValueError, 'mask covers 2 tokens', ids(1, 3), {'mask': torch.ones(1, 2, dtype=torch.bool)}),
         (ValueError, 'pos covers 3 tokens, but 6', ids(1, 3), {'pos': torch.arange(3)}),

@@ -230,7 +230,7 @@ def test_saved_loaded_and_built_without_memory(x, flags):
         ({'pitch': None}, ValueError, 'missing: pitch'),
         ({'tempo': torch.zeros(B, N, dtype=torch.long)}, ValueError, 'unknown: tempo'),
         ({'pitch': torch.zeros(B, N - 1, dtype=torch.long)}, ValueError, 'one shape'),
-        ({'pitch': torch.zeros(B, N)}, TypeError, 'integers'),
+        ({'pitch': torch.full((B, N), 0.5)}, TypeError, 'integers'),
         ({'pitch': torch.full((B, N), 7)}, IndexError, r"x\['pitch'\]"),
     ],
 )

@@ -522,7 +522,7 @@ def test_flags_that_cannot_be(flags: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ('given', 'error', 'says'),
     [
-        ({'x': torch.zeros(2, 3)}, TypeError, 'token ids must be integers'),
+        ({'x': torch.full((2, 3), 0.5)}, TypeError, 'x must be integers'),
         ({'x': torch.full((1, 3), TOKENS)}, IndexError, 'range from 19 to 19'),
         ({'x': torch.zeros(3).long()}, ValueError, 'batch of sequences'),
         ({'x': torch.zeros(1, 33).long()}, ValueError, 'longer than max_seq_len=32'),

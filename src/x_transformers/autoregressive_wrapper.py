@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
 from x_transformers.generation import beam
 from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
@@ -31,7 +32,7 @@ from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, s
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.losses import token_cross_entropy
+from x_transformers.losses import at_least_single, token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -127,7 +128,7 @@ class AutoregressiveWrapper(Module):
         ``targets`` say what the output at each position is to predict, where that is not the next token of ``x``;
         ``ignore_index``: nothing.
         """
-        _check_batch(x)
+        x = _batch(x)
         front = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         if targets is None:
             # outputs are not sliced, as a target that does not count costs less than a copy of them
@@ -198,7 +199,7 @@ class AutoregressiveWrapper(Module):
     def _embed_loss(
         self, predicted: Float[Tensor, 'b n d'], embedded: Float[Tensor, 'b n d'], target: Int[Tensor, 'b m']
     ) -> Float[Tensor, '']:
-        distance = (predicted[:, :-1] - embedded[:, 1:].detach()).abs().mean(dim=-1)
+        distance = (at_least_single(predicted[:, :-1]) - embedded[:, 1:].detach()).abs().mean(dim=-1)
         counts = target != self.ignore_index
         return distance.masked_fill(~counts, 0.0).sum() / counts.sum()
 
@@ -389,9 +390,10 @@ class AutoregressiveWrapper(Module):
 
 
 def _run(models: Sequence[nn.Module], made: Iterator[Tensor], prompt: Prompt) -> Iterator[Int[Tensor, '...']]:
-    with evaluating(*models):
+    with evaluating(*models) as mode:
         for token in made:
             yield prompt.unpack(token)
+            mode.again()
 
 
 def _collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> Int[Tensor, '... s']:
@@ -401,13 +403,13 @@ def _collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> I
     return torch.cat(parts, dim=-1)
 
 
-def _check_batch(x: Tensor) -> None:
-    if x.ndim != 2:
-        raise ValueError(f'x must be token ids (batch, sequence), got shape {tuple(x.shape)}')
-    if x.is_floating_point() or x.dtype == torch.bool:
-        raise TypeError(f'x must be token ids of an integer dtype, got {x.dtype}')
-    if x.shape[1] < 2:
-        raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {x.shape[1]}')
+def _batch(x: Any) -> Int[Tensor, 'b n']:
+    ids: Tensor = token_ids(x)
+    if ids.ndim != 2:
+        raise ValueError(f'x must be token ids (batch, sequence), got shape {tuple(ids.shape)}')
+    if ids.shape[1] < 2:
+        raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {ids.shape[1]}')
+    return ids
 
 
 def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any], lookahead: int) -> None:

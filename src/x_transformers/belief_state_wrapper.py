@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.generation.decode import Tokens, decode, reader_for
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
+from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.randomness import happens
 from x_transformers.tensor_types import Float, Int
@@ -146,12 +147,11 @@ class BeliefStateWrapper(Module):
         given = both * self.to_distance_cond(j - i).to(both.dtype) if told else both
         logits = self.text_head(given).unflatten(-1, (2, self.num_tokens))
         labels = torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1)
-        text = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction='none').view(labels.shape)
+        text = token_cross_entropy(logits, labels, reduction='none')
         if not self.pred_distance or told:
             return text, None
         distance = (j - i).clamp(max=self.max_pred_distance - 1).expand(len(seq), -1)
-        off = F.cross_entropy(self.to_distance_logits(both).flatten(0, 1), distance.flatten(), reduction='none')
-        return text, off.view(distance.shape)
+        return text, token_cross_entropy(self.to_distance_logits(both), distance, reduction='none')
 
     def forward(
         self,
@@ -163,6 +163,7 @@ class BeliefStateWrapper(Module):
 
         ``loss_weight_by_fb_indices`` maps pairs ``p 2`` to weights ``p`` or ``p 2`` (next, previous token).
         """
+        seq = token_ids(seq, 'seq')
         check_sequence(seq, lens)
         rows, length = seq.shape
         lengths = torch.full((rows,), length, device=seq.device) if lens is None else lens
@@ -231,7 +232,7 @@ class BeliefStateWrapper(Module):
             fixed = self.forward_decoder(start, **given)[:, -1]
             given['prepend_embeds'] = self.suffix(rows)
         else:
-            behind = suffix_rows(suffix, prompt.tokens).flip(1)
+            behind = suffix_rows(None if suffix is None else token_ids(suffix, 'suffix'), prompt.tokens).flip(1)
             fixed = self.backward_decoder(behind, prepend_embeds=self.suffix(rows), **given)[:, -1]
         net: Any = self.beside(fixed, decode_backwards)
         reader = reader_for(net, given, prompt=prompt, steps=steps, cache=cache_kv, window=True)

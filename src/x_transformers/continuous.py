@@ -25,7 +25,7 @@ from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import Prompt, align_right, checked_length, right_aligned, whole_number
 from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
 from x_transformers.generation.views import VectorView
-from x_transformers.losses import shifted_mask
+from x_transformers.losses import at_least_single, shifted_mask
 from x_transformers.module import Module
 from x_transformers.returns import Asked, next_memories
 from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
@@ -227,7 +227,7 @@ class ContinuousAutoregressiveWrapper(Module):
         predicted = self.net(x[:, :-1], mask=inputs, **kwargs)
         if not isinstance(predicted, Tensor):
             raise TypeError(f'the net must return its outputs alone, got {type(predicted).__name__}; leave out return_*')
-        return self._reduced(self.loss_fn(predicted, x[:, 1:]), targets if self.mask_by_target else inputs)
+        return self._reduced(self.loss_fn(at_least_single(predicted), x[:, 1:]), targets if self.mask_by_target else inputs)
 
     def _reduced(self, loss: Float[Tensor, 'b n ...'], counts: Bool[Tensor, 'b n'] | None) -> Float[Tensor, '']:
         if loss.ndim == 0:
@@ -239,7 +239,7 @@ class ContinuousAutoregressiveWrapper(Module):
         each = loss if loss.ndim == 2 else loss.flatten(2).sum(dim=-1)
         if counts is None:
             return each.mean()
-        return (each.masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1)).mean()
+        return (each.masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)).mean()
 
     def _check_frames(self, x: Tensor, kwargs: dict[str, Any], least: int) -> None:
         check_frames(x, getattr(self.net, 'width_in', None))
@@ -316,7 +316,7 @@ class ContinuousAutoregressiveWrapper(Module):
         return torch.minimum(drawn, most - 1) + 1
 
     def _rollout_loss(self, predicted: Tensor, target: Tensor, enough: Bool[Tensor, ' b']) -> Float[Tensor, '']:
-        loss: Tensor = self.loss_fn(predicted, target)
+        loss: Tensor = self.loss_fn(at_least_single(predicted), target)
         if loss.ndim == 0:
             if bool(enough.all()):
                 return loss

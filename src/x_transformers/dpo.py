@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
@@ -85,6 +86,8 @@ class DPO(Module):
 
         Masks are over the tokens ``b n``, or over the predictions ``b (n - 1)``.
         """
+        preferred_seq = token_ids(preferred_seq, 'preferred_seq')
+        unpreferred_seq = token_ids(unpreferred_seq, 'unpreferred_seq')
         check_pair(preferred_seq, unpreferred_seq)
         if self.pad_id is not None:
             preferred_seq_mask = preferred_seq != self.pad_id if preferred_seq_mask is None else preferred_seq_mask

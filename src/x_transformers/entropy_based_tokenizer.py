@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.losses import calc_entropy
 from x_transformers.module import Module
@@ -64,6 +65,7 @@ class EntropyBasedTokenizer(Module):
             return_segmented_seq: return the segments in place of their lengths.
             decoder_forward_kwargs: for the decoder.
         """
+        seq = token_ids(seq, 'seq')
         check(seq, lens)
         batch = seq if seq.ndim == 2 else seq[None]
         logits = self.decoder(batch, **(decoder_forward_kwargs or {}))

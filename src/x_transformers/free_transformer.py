@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.generation.decode import Tokens, decode
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import checked_length, prepare
@@ -181,8 +182,10 @@ class FreeTransformer(Module):
         self, seq: Int[Tensor, 'b n'], seq_for_latents: Int[Tensor, 'b m'] | None = None, return_all_losses: bool = False
     ) -> Any:
         """Next-token loss given codes found in the sequence itself, or one code found in ``seq_for_latents``."""
+        seq = token_ids(seq, 'seq')
         check_tokens('seq', seq, at_least=2)
         if seq_for_latents is not None:
+            seq_for_latents = token_ids(seq_for_latents, 'seq_for_latents')
             check_tokens('seq_for_latents', seq_for_latents, at_least=1, rows=len(seq))
         inputs, labels = seq[:, :-1], seq[:, 1:]
         hidden = self.head(inputs)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.embedding.ids import token_ids
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.layers.stack import Decoder, Encoder
+from x_transformers.losses import at_least_single
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 from x_transformers.transformer_wrapper import TransformerWrapper
@@ -87,6 +89,7 @@ class GPTVAE(Module):
         self, seq: Int[Tensor, 'b n'], return_mean_log_var: bool = False, generator: torch.Generator | None = None
     ) -> Any:
         """A sample of each row's latent, ``b z``; optionally also its mean and log-variance."""
+        seq = token_ids(seq, 'seq')
         if seq.ndim != 2 or seq.shape[1] == 0:
             raise ValueError(f'the sequence to encode must be tokens (batch, length), not empty; got {tuple(seq.shape)}')
         mask = seq != self.pad_id
@@ -105,13 +108,15 @@ class GPTVAE(Module):
         self, seq: Int[Tensor, 'b n'], seq_for_latents: Int[Tensor, 'b m'] | None = None, return_all_losses: bool = False
     ) -> Any:
         """The loss of decoding ``seq`` from the latent of ``seq_for_latents`` (itself by default), plus the divergence."""
-        source = seq if seq_for_latents is None else seq_for_latents
+        seq = token_ids(seq, 'seq')
+        source = seq if seq_for_latents is None else token_ids(seq_for_latents, 'seq_for_latents')
         latents, (mean, log_variance) = self.encode_to_latents(source, return_mean_log_var=True)
         prefix = self.from_latent_to_prepend_token(latents)[:, None]
         visible = self.visible_prefix(len(seq))
         masked: dict[str, Any] = {} if visible is None else {'prepend_mask': visible}
         decoding_loss = self.ar_wrapped_decoder(seq, prepend_embeds=prefix, **masked)
 
+        mean, log_variance = at_least_single(mean), at_least_single(log_variance)
         divergence = 0.5 * (log_variance.exp() + mean.square() - log_variance - 1.0)
         kl_loss = (divergence - self.vae_kl_div_floor).relu().sum(dim=-1).mean()
         total = decoding_loss + kl_loss * self.vae_kl_loss_weight

@@ -27,7 +27,7 @@ def token_cross_entropy(
     is_log_prob: bool = False,
     reduction: str = 'mean',
 ) -> Float[Tensor, '...']:
-    """Cross entropy of every token that is not ``ignore_index``.
+    """Cross entropy of every token that is not ``ignore_index``, in single precision at least.
 
     The classes stay on the last, contiguous axis: with the classes on axis 1 the softmax walks memory in strides, which takes
     nearly twice the time on CPU.
@@ -39,10 +39,15 @@ def token_cross_entropy(
             0 where ignored).
     """
     check_targets('token_cross_entropy', logits, targets, 'logits')
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
+    flat, wanted = at_least_single(logits).reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     measure = F.nll_loss if is_log_prob else F.cross_entropy
     loss = measure(flat, wanted, ignore_index=ignore_index, reduction=reduction)
     return loss.view(targets.shape) if reduction == 'none' else loss
+
+
+def at_least_single(t: Tensor) -> Tensor:
+    """``t`` in float32 if it is in half precision, in which logarithms and means of many numbers go wrong."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def shifted_mask(
@@ -211,6 +216,7 @@ def linear_cross_entropy(
 
 def calc_entropy(t: Float[Tensor, '... v'], is_prob: bool = False) -> Float[Tensor, '...']:
     """Entropy over the last axis, in nats, of logits or of probabilities."""
+    t = at_least_single(t)
     probs = t if is_prob else t.softmax(dim=-1)
     return -(probs * log(probs)).sum(dim=-1)
 

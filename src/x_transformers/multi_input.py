@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.call import Call
+from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import add_named, named_tables
 from x_transformers.flags.other_inputs import MULTI_INPUT_RULES, MultiInputFlags
@@ -98,7 +99,7 @@ class MultiInputTransformerWrapper(StackWrapper):
             The first that applies of: (logits, embeddings); embeddings; logits. Then, wrapped around it: memories,
             intermediates, attention maps.
         """
-        self._check(x)
+        x = self._ids(x)
         asked = Asked(
             embeddings=return_embeddings,
             logits_and_embeddings=return_logits_and_embeddings,
@@ -116,13 +117,15 @@ class MultiInputTransformerWrapper(StackWrapper):
 
     # ------------------------------------------------------------ what is special about several inputs
 
-    def _check(self, x: Any) -> None:
-        """Names and their like are checked where ids are looked up."""
+    def _ids(self, x: Any) -> dict[str, Int[Tensor, 'b n']]:
+        """The ids of each input. Names and their like are checked where ids are looked up."""
         if not isinstance(x, Mapping) or not x:
             raise TypeError(f'x must be a dictionary of token ids for {", ".join(self.num_tokens)}, got {type(x).__name__}')
-        shapes = {name: tuple(ids.shape) for name, ids in x.items()}
+        found = {name: token_ids(ids, f'x[{name!r}]') for name, ids in x.items()}
+        shapes = {name: tuple(ids.shape) for name, ids in found.items()}
         if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
             raise ValueError(f'x: all inputs must be batches of sequences (b n) of one shape, got {shapes}')
+        return found
 
     @property
     def has_head(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.embedding.ids import token_ids
 from x_transformers.generation.prompts import checked_length
 from x_transformers.generation.sampling import check_temperature, gumbel_sample
 from x_transformers.module import Module
@@ -77,7 +78,7 @@ class SyntheticDataGenerator(Module):
 
     def forward(self, input: Int[Tensor, 'b n'], hiddens: Any = None) -> tuple[Float[Tensor, 'b n v'], Any]:
         """Logits, and the state to go on from."""
-        embedded = self.embed(input)
+        embedded = self.embed(token_ids(input, 'input'))
         out, hidden = self.net(embedded) if hiddens is None else self.net(embedded, hiddens)
         logits: Tensor = self.to_logits(out)
         return logits, hidden
@@ -92,6 +93,8 @@ class SyntheticDataGenerator(Module):
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, 'b k']:
         """Go on from seed and condition for ``length`` tokens; the newest ``max_seq_len`` of prefix and samples."""
+        seed = None if seed is None else token_ids(seed, 'seed')
+        condition = None if condition is None else token_ids(condition, 'condition')
         given = [part for part in (seed, condition) if part is not None]
         if not given:
             raise ValueError('generate needs a seed, a condition or both to start from; got neither')

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.call import Call
+from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
 from x_transformers.flags.other_inputs import XVAL_RULES, XValFlags
@@ -23,9 +24,8 @@ from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, 
 from x_transformers.generation.views import VectorView
 from x_transformers.heads import TiedHead
 from x_transformers.helpers import default
-from x_transformers.losses import shifted_mask, token_cross_entropy
+from x_transformers.losses import at_least_single, shifted_mask, token_cross_entropy
 from x_transformers.module import Module
-from x_transformers.position.absolute import check_ids
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
@@ -141,7 +141,7 @@ class XValTransformerWrapper(StackWrapper):
         Returns:
             outputs or embeddings (b n d); then, wrapped around it: memories, intermediates, attention maps.
         """
-        check_ids(x, 'x')
+        x = token_ids(x)
         _, numbers = read_numbers(x, x_num, self.numerical_token_id, elsewhere=1.0)
         asked = Asked(embeddings=return_embeddings, intermediates=return_intermediates, mems=return_mems, attn=return_attn)
         call = self._call(
@@ -191,7 +191,7 @@ class XValAutoregressiveWrapper(Module):
             kwargs: for the net; ``mask`` may be (b n), or (b n-1), which then serves inputs and targets alike.
         """
         token = self.net.numerical_token_id
-        check_ids(x, 'x')
+        x = token_ids(x)
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must hold at least two tokens per row, to read and to predict; got shape {tuple(x.shape)}')
         is_number, numbers = read_numbers(x, x_num, token, elsewhere=0.0)
@@ -202,7 +202,7 @@ class XValAutoregressiveWrapper(Module):
         wanted = x[:, 1:] if targets is None else x[:, 1:].masked_fill(~targets, self.ignore_index)
         counts = wanted != self.ignore_index
         entropy = token_cross_entropy(logits[:, front:], wanted, ignore_index=self.ignore_index, reduction='none')
-        error = (predicted[:, front:] - numbers[:, 1:]).square()
+        error = (at_least_single(predicted[:, front:]) - numbers[:, 1:]).square()
         error = error.masked_fill(~(is_number[:, 1:] & counts), 0.0)
         loss = (entropy + error * self.numerical_loss_weight).sum() / counts.sum()
         return (loss, LossBreakdown(entropy, error)) if return_loss_breakdown else loss
@@ -267,7 +267,7 @@ class XValAutoregressiveWrapper(Module):
 
     def _prompt(self, ids: Tensor, numbers: Tensor, lens: Tensor | Sequence[int] | None) -> Prompt:
         """A token as a vector of its id and its number."""
-        check_ids(ids, 'start_tokens')
+        ids = token_ids(ids, 'start_tokens')
         _, numbers = read_numbers(ids, numbers, self.net.numerical_token_id, elsewhere=1.0)
         # float32 counts to 2 ** 24
         wide = torch.float32 if self.net.num_tokens <= 2**24 else torch.float64

@@ -60,7 +60,7 @@ def test_ids_out_of_range_are_named() -> None:
         TokenEmbedding(4, 10)(torch.tensor([[3, 10]]))
 
 
-@pytest.mark.parametrize('ids', [torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)])
+@pytest.mark.parametrize('ids', [torch.full((1, 2), 0.5), torch.zeros(1, 2, dtype=torch.bool)])
 def test_ids_that_are_no_integers_are_refused(ids: torch.Tensor) -> None:
     with pytest.raises(TypeError, match='token ids must be integers'):
         TokenEmbedding(4, 10)(ids)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache.kv_cache import KVCache
+from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -59,8 +60,8 @@ def ids_or_none(x: Tensor | None, prepend_embeds: Tensor | None, *, own_table: b
         if prepend_embeds is None:
             raise ValueError('x is None: without token ids there must be prepend_embeds.')
         return torch.empty(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
-    if not isinstance(x, Tensor):
-        raise TypeError(f'x must be a tensor of token ids (b n), got a {type(x).__name__}; torch.tensor(...) makes one.')
+    if not own_table or not isinstance(x, Tensor):
+        x = token_ids(x)
     if x.ndim < 2 or (x.ndim > 2 and not own_table):
         raise ValueError(f'x must be a batch of sequences (b n), got shape {tuple(x.shape)}; a single one is x.unsqueeze(0).')
     return x

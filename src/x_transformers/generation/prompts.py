@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.tensor_types import Int
 
 
@@ -98,9 +99,8 @@ def prepare(
         prompts, lens = _from_list(prompts)
     if not isinstance(prompts, Tensor):
         raise TypeError(f'prompts must be a tensor of token ids or a list of such, got {type(prompts).__name__}')
-    _check_ids(prompts)
-    flat, leading = flattened(prompts)
-    return right_aligned(flat.long(), leading, lens, pad_value, may_be_empty)
+    flat, leading = flattened(token_ids(prompts, 'prompts'))
+    return right_aligned(flat, leading, lens, pad_value, may_be_empty)
 
 
 def right_aligned(
@@ -131,13 +131,8 @@ def _from_list(prompts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             shape = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise ValueError(f'prompt {index} of the list must be a tensor with one axis, got {shape}')
-        _check_ids(prompt)
-    return pad_sequence(list(prompts), batch_first=True), [len(prompt) for prompt in prompts]
-
-
-def _check_ids(prompts: Tensor) -> None:
-    if prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
-        raise TypeError(f'prompts must be token ids of an integer dtype, got {prompts.dtype}')
+    made = [token_ids(prompt, f'prompt {index}') for index, prompt in enumerate(prompts)]
+    return pad_sequence(made, batch_first=True), [len(prompt) for prompt in prompts]
 
 
 def _check_lens(lens: Tensor | Sequence[int], tokens: Tensor, may_be_empty: bool) -> int:

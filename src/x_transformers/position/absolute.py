@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
 from x_transformers.helpers import divisible_by, l2norm
 from x_transformers.module import Module, empty_parameter, untouched
@@ -39,9 +40,8 @@ def look_up(
     table: Table, ids: Int[Tensor, '...'], name: str, hint: str = '. Is a padding or ignored index still among them?'
 ) -> Float[Tensor, '... d']:
     """Rows of a table, with errors that name the ids and their range."""
-    check_ids(ids, name)
     if ids.dtype not in (torch.int64, torch.int32):
-        ids = ids.long()
+        ids = token_ids(ids, name)
     # a compiler has no use for the check, unless somebody listens to the table or has put another in its place
     if torch.compiler.is_compiling() and untouched(table, Table):
         return F.embedding(ids, table.weight)
@@ -54,13 +54,6 @@ def look_up(
             f'but they range from {low} to {high}{hint}'
         ) from None
     return found
-
-
-def check_ids(ids: Tensor, name: str) -> None:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(
-            f'{name} must be integers, got a tensor of {ids.dtype}; continuous inputs go through ContinuousTransformerWrapper.'
-        )
 
 
 class AbsolutePositionalEmbedding(Module):

@@ -1,0 +1,33 @@
+"""Token ids of any dtype, as int64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.notices import warn_user
+from x_transformers.tensor_types import Int
+
+
+def token_ids(ids: Any, name: str = 'x') -> Int[Tensor, '...']:
+    """Ids as int64: a byte cannot hold ``ignore_index=-100``, and several operations know no other integers.
+
+    Whole numbers of floating dtype are taken with a warning, as the original takes them. Raises TypeError for anything else.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f'{name} must be a tensor of token ids, got a {type(ids).__name__}; torch.tensor(...) makes one.')
+    if ids.is_complex() or ids.dtype == torch.bool or ids.is_quantized:
+        raise TypeError(f'{name} must be integers, which token ids are, got a tensor of {ids.dtype}.')
+    if not ids.is_floating_point():
+        return ids.long()
+    if torch.compiler.is_compiling() or ids.is_meta:
+        return ids.long()
+    if ids.requires_grad or not bool((ids == ids.trunc()).all()) or not bool(ids.isfinite().all()):
+        raise TypeError(
+            f'{name} must be integers, got a tensor of {ids.dtype} whose numbers are not whole; '
+            'continuous inputs go through ContinuousTransformerWrapper.'
+        )
+    warn_user(f'{name} must be integers, got whole numbers of {ids.dtype}, which are read as integers. Call .long() on them.')
+    return ids.long()
