@@ -22,6 +22,7 @@ from x_transformers import (
     Decoder,
     Encoder,
     FeedForward,
+    InertFlagWarning,
     MultiInputTransformerWrapper,
     NonAutoregressiveWrapper,
     PrefixDecoder,
@@ -75,7 +76,7 @@ PAIR = (torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8))
 @pytest.mark.parametrize(
     ('call', 'words'),
     [
-        case('float tokens', lambda: net()(IDS.float()), 'x', 'float32'),
+        case('float tokens', lambda: net()(IDS + 0.5), 'x', 'float32'),
         case('boolean tokens', lambda: net()(ONES), 'x', 'bool'),
         case('one sequence without batch', lambda: net()(IDS[0]), 'x', '(6,)', 'unsqueeze'),
         case('three axes', lambda: net()(IDS[None]), 'x', '(1, 2, 6)'),
@@ -201,10 +202,6 @@ def test_calls_of_parts(call: Call, words: tuple[str, ...]) -> None:
     [
         case('misspelt', lambda: Decoder(**STACK, rotary_pos_em=True), 'rotary_pos_em`', 'rotary_pos_emb`'),
         case('of a part', lambda: Decoder(**STACK, ff_gluu=True), 'ff_gluu', 'ff_glu'),
-        case('part of nobody', lambda: Decoder(**STACK, cross_attn_qk_norm=True), 'cross_attn_', 'cross_attend'),
-        case('sub-option alone', lambda: Decoder(**STACK, attn_qk_norm_groups=2), 'qk_norm_groups', 'qk_norm'),
-        case('sub-option of a bias', lambda: Decoder(**STACK, rel_pos_num_buckets=4), 'rel_pos_num_buckets', 'rel_pos_bias'),
-        case('sub-option of a feed-forward', lambda: FeedForward(8, glu_mult_bias=True), 'glu_mult_bias', 'glu'),
         case('heads that do not divide', lambda: Decoder(**STACK | {'heads': 3}, attn_kv_heads=2), 'kv_heads', '3', '2'),
         case('wrong kind', lambda: Decoder(**STACK, rotary_pos_emb='yes'), 'rotary_pos_emb', 'yes'),
         case('wrong range', lambda: Decoder(**STACK, layer_dropout=1.5), 'layer_dropout', '1.5'),
@@ -212,7 +209,6 @@ def test_calls_of_parts(call: Call, words: tuple[str, ...]) -> None:
         case('no stack', lambda: TransformerWrapper(num_tokens=3, max_seq_len=4, attn_layers=3), 'attn_layers'),
         case('no tokens', lambda: net(wrapper={'num_tokens': 0}), 'num_tokens', '0'),
         case('tied to another width', lambda: net(wrapper={'tie_embedding': True, 'emb_dim': 4}), 'tie_embedding', 'emb_dim'),
-        case('wrapper sub-option', lambda: net(wrapper={'num_cls_tokens': 2}), 'num_cls_tokens', 'use_cls_token'),
         case(
             'image not divisible',
             lambda: ViTransformerWrapper(image_size=9, patch_size=2, attn_layers=Encoder(**STACK)),
@@ -224,6 +220,24 @@ def test_calls_of_parts(call: Call, words: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_flags(call: Call, words: tuple[str, ...]) -> None:
     refuses(call, *words)
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('part of nobody', lambda: Decoder(**STACK, cross_attn_qk_norm=True), 'cross_attn_', 'cross_attend'),
+        case('sub-option alone', lambda: Decoder(**STACK, attn_qk_norm_groups=2), 'qk_norm_groups', 'qk_norm'),
+        case('sub-option of a bias', lambda: Decoder(**STACK, rel_pos_num_buckets=4), 'rel_pos_num_buckets', 'rel_pos_bias'),
+        case('sub-option of a feed-forward', lambda: FeedForward(8, glu_mult_bias=True), 'glu_mult_bias', 'glu'),
+        case('wrapper sub-option', lambda: net(wrapper={'num_cls_tokens': 2}), 'num_cls_tokens', 'use_cls_token'),
+    ],
+)  # fmt: skip
+def test_flags_without_effect(call: Call, words: tuple[str, ...]) -> None:
+    with pytest.warns(InertFlagWarning) as caught:
+        call()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert all(word in str(caught[0].message) for word in words)
 
 
 def gpt(**flags: Any) -> AutoregressiveWrapper:
@@ -362,7 +376,7 @@ def test_objectives(call: Call, words: tuple[str, ...]) -> None:
 def test_a_refused_call_leaves_the_model_as_it_was() -> None:
     model = gpt().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for bad in (IDS.float(), IDS + TOKENS, LATE[:, :0]):
+    for bad in (IDS + 0.5, IDS + TOKENS, LATE[:, :0]):
         with pytest.raises((ValueError, TypeError, IndexError)):
             model.generate(bad, 2)
         assert model.training

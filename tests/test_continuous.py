@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder, Encoder
+from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder, Encoder, InertFlagWarning
 from x_transformers.continuous import GaussianNLL, masked_mean, sample_from_mean_variance
 from x_transformers.flags.base import FlagError, UnknownFlag
 
@@ -387,8 +387,10 @@ def test_flags_that_do_not_go_together():
     refuse(FlagError, 'project_in', make, project_in=nn.Linear(D, 16))
     refuse(FlagError, 'project_out', make, project_out=nn.Linear(16, D))
     refuse(UnknownFlag, 'dim_in', make, dim_inn=3)
-    refuse(FlagError, 'max_seq_len', make, max_seq_len=None, scaled_sinu_pos_emb=True)
-    refuse(FlagError, 'max_mem_len', make, extend_mems=True)
+    with pytest.warns(InertFlagWarning, match='max_seq_len'):
+        make(max_seq_len=None, scaled_sinu_pos_emb=True)
+    with pytest.warns(InertFlagWarning, match='max_mem_len'):
+        make(extend_mems=True)
     refuse(FlagError, 'use_l1_loss', train, make(probabilistic=True), use_l1_loss=True)
     refuse(FlagError, 'loss_fn', train, make(), loss_fn=nn.MSELoss(), use_l1_loss=True)
 

@@ -19,15 +19,21 @@ from x_transformers import (
     Decoder,
     Encoder,
     EntropyBasedTokenizer,
+    InertFlagWarning,
     MultiInputTransformerWrapper,
+    NeoMLP,
     NonAutoregressiveWrapper,
+    PrefixDecoder,
     TransformerWrapper,
+    ViTransformerWrapper,
     XLAutoregressiveWrapper,
     XTransformer,
     XValAutoregressiveWrapper,
     XValTransformerWrapper,
 )
 from x_transformers.autoregressive_wrapper import gumbel_sample
+from x_transformers.dpo import log_prob_from_model_and_seq
+from x_transformers.flags.base import FlagError
 from x_transformers.free_transformer import FreeTransformer
 from x_transformers.gpt_vae import GPTVAE
 from x_transformers.nonautoregressive_wrapper import gumbel_sample as masked_gumbel_sample
@@ -292,3 +298,262 @@ def test_memories_of_no_length_are_none() -> None:
     assert torch.equal(net(x, mems=mems, mem_masks=masks), net(x))
     with pytest.raises(TypeError, match='mem_masks must be a list'):
         net(x, mems=[torch.randn(2, 4, 16)] * 2, mem_masks=torch.ones(2, 4, dtype=torch.bool))
+
+
+# ---------------------------------------------------------------- the z-loss of the attention
+
+
+def z_loss(net: nn.Module, x: Tensor, **given: object) -> Tensor:
+    return net(x, return_attn_z_loss=True, attn_z_loss_weight=1.0, **given)[1].attn_z_loss
+
+
+@pytest.mark.parametrize('wrapper', [{}, {'num_memory_tokens': 2}], ids=str)
+def test_the_z_loss_is_blind_to_padding(wrapper: dict) -> None:
+    x, mask = ids(2, N), torch.arange(N)[None] < torch.tensor([[N], [4]])
+    other = x.clone()
+    other[1, 4:] = 7
+    for kind in (Encoder, Decoder):
+        net = language_model(kind, wrapper=wrapper)
+        assert torch.equal(z_loss(net, x, mask=mask), z_loss(net, other, mask=mask))
+    net = language_model(wrapper=wrapper, rotary_pos_emb=True)
+    alone, rows = z_loss(net, x[:1, 3:]), torch.cat((torch.zeros(1, 3).long(), x[:1, 3:]), dim=1)
+    assert torch.allclose(z_loss(net, rows, seq_start_pos=torch.tensor([3])), alone, rtol=1e-5)
+
+
+def test_the_z_loss_of_rows_that_see_nothing_is_finite() -> None:
+    x, empty = ids(2, N), torch.ones(N, N, dtype=torch.bool)
+    empty[3] = False
+    hidden = torch.tensor([[True] * N, [False] * N])
+    context = torch.randn(2, 3, 16)
+    for net, given in (
+        (language_model(), {'attn_mask': empty}),
+        (language_model(Encoder), {'mask': hidden}),
+        (language_model(cross_attend=True), {'context': context, 'context_mask': torch.zeros(2, 3, dtype=torch.bool)}),
+        (language_model(residual_attn=True), {'seq_start_pos': torch.tensor([0, 3])}),
+    ):
+        loss = z_loss(net, x, **given)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+    model = AutoregressiveWrapper(language_model(), add_attn_z_loss=True)
+    assert model(x, seq_start_pos=torch.tensor([0, 3])).isfinite()
+
+
+# ---------------------------------------------------------------- ALiBi at positions of each head
+
+
+def alibi(**flags: object) -> TransformerWrapper:
+    return language_model(wrapper={'use_abs_pos_emb': False}, alibi_pos_bias=True, heads=4, **flags).eval()
+
+
+@pytest.mark.parametrize('biased', [4, 2])
+@pytest.mark.parametrize('kernel', ['reference', None])
+def test_alibi_at_positions_of_each_head(biased: int, kernel: str | None) -> None:
+    """Rows and columns of a grid as the positions of two heads, by a loop."""
+    slopes = [0.5, 1.0, 0.25, 2.0][:biased]
+    given = {} if biased == 4 else {'alibi_num_heads': biased}
+    net = alibi(rel_pos_kwargs={'slopes': slopes}, attn_flash=kernel is None, **given)
+    x, pos = ids(2, N), torch.randint(0, 20, (2, biased, N))
+    bias = torch.zeros(2, 4, N, N)
+    for b in range(2):
+        for h in range(biased):
+            for i in range(N):
+                for j in range(N):
+                    bias[b, h, i, j] = -slopes[h] * abs(int(pos[b, h, i]) - int(pos[b, h, j]))
+    plain = language_model(wrapper={'use_abs_pos_emb': False}, heads=4).eval()
+    plain.load_state_dict(net.state_dict())
+    wanted = plain(x, attn_bias=bias)
+    assert torch.allclose(net(x, pos=pos), wanted, atol=1e-5)
+    _, cache = net(x[:, :5], pos=pos[..., :5], return_intermediates=True)
+    for new in (pos, pos[..., 5:]):
+        assert torch.allclose(net(x, pos=new, cache=cache)[:, -3:], wanted[:, -3:], atol=1e-5)
+    _, cache = net(x[:, 5:7], pos=pos[..., 5:7], cache=cache, return_intermediates=True, input_not_include_cache=True)
+    assert torch.allclose(net(x, pos=pos[..., 7:], cache=cache)[:, -1], wanted[:, -1], atol=1e-5)
+
+
+def test_positions_of_each_head_in_generation_and_behind_a_prefix() -> None:
+    net = alibi(rel_pos_kwargs={'slopes': [1.0, 1.0, 0.5, 0.5]})
+    model, pos = AutoregressiveWrapper(net), torch.randint(0, 20, (2, 4, 12))
+    prompt = ids(2, 5)
+    cached, uncached = (model.generate(prompt, 7, temperature=0.0, pos=pos, cache_kv=c) for c in (True, False))
+    assert torch.equal(cached, uncached)
+    assert model.beam_search(prompt, 7, pos=pos, beams=2).shape == (2, 7)
+    x, prefix = ids(2, N), torch.randn(2, 2, 16)
+    assert net(x, pos=pos[..., :N], prepend_embeds=prefix).shape == (2, N + 2, V)
+    rows = torch.cat((torch.zeros(2, 3).long(), x), dim=1)
+    behind = torch.cat((torch.zeros(2, 4, 3).long(), pos[..., :N]), dim=-1)
+    padded = net(rows, pos=behind, prepend_embeds=prefix, seq_start_pos=torch.tensor([3, 3]))
+    assert torch.allclose(padded[:, -N:], net(x, pos=pos[..., :N], prepend_embeds=prefix)[:, -N:], atol=1e-5)
+
+
+def test_positions_of_each_head_that_fit_nothing() -> None:
+    pos = torch.zeros(2, 3, N, dtype=torch.long)
+    for net, says in (
+        (alibi(), 'each of the 4 heads'),
+        (language_model(rel_pos_bias=True), 'only a stack with alibi_pos_bias'),
+        (language_model(alibi_pos_bias=True), 'use_abs_pos_emb=False'),
+        (language_model(alibi_pos_bias=True, rotary_pos_emb=True, verbose=False), 'ALiBi alone'),
+    ):
+        with pytest.raises(ValueError, match=says):
+            net(ids(2, N), pos=pos)
+
+
+# ---------------------------------------------------------------- what is built can run
+
+
+def test_the_next_embedding_has_the_width_of_embeddings() -> None:
+    net = language_model(wrapper={'emb_dim': 12, 'add_continuous_pred_head': True})
+    assert AutoregressiveWrapper(net)(ids(2, N)).isfinite()
+
+
+def test_recycled_rounds_have_factors_of_tokens() -> None:
+    net = language_model(wrapper={'recycling': True, 'ff_deep_embed': True}).eval()
+    x = ids(2, N)
+    net(x, recycle_steps=2).sum().backward()
+    assert net.ff_deep_embed.grad.abs().sum() > 0
+    with torch.no_grad():
+        net.ff_deep_embed.uniform_(0.5, 1.5)
+        plain = language_model(wrapper={'ff_deep_embed': True}).eval()
+        plain.load_state_dict(net.state_dict(), strict=False)
+        assert torch.allclose(net(x, recycle_steps=1), plain(x))
+        table = {'deep_embeds_and_ids': (net.ff_deep_embed, x)}
+        fed = net.token_emb(x) + net.pos_emb(x)
+        again = fed + net.recycled_proj(net.attn_layers(fed, **table))
+        assert torch.allclose(net(x, recycle_steps=2), net.to_logits(net.attn_layers(again, **table)), atol=1e-5)
+
+
+def test_the_free_transformer_reads_anew_what_cannot_be_remembered() -> None:
+    model = FreeTransformer(
+        num_tokens=9, dim=16, dec_head_depth=1, dec_tail_depth=1, max_seq_len=16, latent_bits=2, heads=2,
+        dec_kwargs={'attn_selective': True},
+    )  # fmt: skip
+    prompt = ids(1, 3, high=9)
+    cached, uncached = (model.generate(prompt, 8, temperature=0.0, use_kv_cache=c) for c in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+BOTH = {
+    'dim': 16, 'enc_num_tokens': 9, 'enc_depth': 1, 'enc_heads': 2, 'enc_max_seq_len': 8,
+    'dec_num_tokens': 9, 'dec_depth': 1, 'dec_heads': 2, 'dec_max_seq_len': 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {'enc_use_cls_token': True}, {'enc_average_pool_embed': True}, {'enc_recycling': True},
+        {'enc_use_adaptive_rmsnorm': True}, {'enc_embed_num_tokens': {'kind': 3}}, {'dec_use_cls_token': True},
+        {'dec_average_pool_embed': True}, {'dec_num_output_heads': 2}, {'dec_use_adaptive_layernorm': True},
+        {'dec_recycling': True}, {'dec_logits_dim': 3}, {'dec_embed_num_tokens': {'kind': 3}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_encoder_decoder_that_could_not_run_is_refused(flags: dict) -> None:
+    with pytest.raises(FlagError, match=f'`{next(iter(flags))}='):
+        XTransformer(**BOTH, **flags)
+
+
+def test_keywords_of_encoder_and_decoder_without_effect_are_one_warning() -> None:
+    given = {'enc_max_mem_len': 4, 'enc_attn_z_loss_weight': 0.5, 'enc_add_continuous_pred_head': True, 'enc_attn_pool': True}
+    given |= {'dec_attn_qk_norm_scale': 3.0, 'enc_attn_qk_norm_groups': 2}
+    with pytest.warns(InertFlagWarning) as caught:
+        XTransformer(**BOTH, **given)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert all(f'`{name}=' in str(caught[0].message) for name in given)
+
+
+@pytest.mark.parametrize('flags', [{'cross_attend': True}, {'use_adaptive_layernorm': True}], ids=str)
+def test_models_that_are_told_nothing_beside_their_input(flags: dict) -> None:
+    sizes = {'num_tokens': 9, 'dim': 16, 'max_seq_len': 8}
+    free = {**sizes, 'dec_head_depth': 1, 'dec_tail_depth': 1, 'latent_bits': 2, 'heads': 2}
+    for build in (
+        lambda: ViTransformerWrapper(image_size=8, patch_size=4, attn_layers=stack(Encoder, **flags)),
+        lambda: NeoMLP(dim_in=2, dim_hidden=2, dim_out=2, dim_model=8, depth=1, encoder_kwargs=flags),
+        lambda: GPTVAE(**sizes, depth=1, enc_depth=1, dec_kwargs=flags),
+        lambda: GPTVAE(**sizes, depth=1, enc_depth=1, enc_kwargs=flags),
+        lambda: FreeTransformer(**free, dec_kwargs={'use_rmsnorm': False, **flags}),
+    ):
+        with pytest.raises(FlagError, match=next(iter(flags))):
+            build()
+
+
+def test_a_keyword_of_all_stacks_has_effect_if_it_has_in_one() -> None:
+    free = {
+        'num_tokens': 9,
+        'dim': 16,
+        'max_seq_len': 8,
+        'dec_head_depth': 1,
+        'dec_tail_depth': 1,
+        'latent_bits': 2,
+        'heads': 2,
+    }
+    FreeTransformer(**free, attn_selective=True)
+    with pytest.warns(InertFlagWarning) as caught:
+        FreeTransformer(**free, attn_qk_norm_scale=3.0, dim_latent=4, enc_kwargs={'dim_condition': 3})
+    assert len(caught) == 1
+    assert all(name in str(caught[0].message) for name in ('attn_qk_norm_scale', 'dim_latent', 'dim_condition'))
+
+
+@pytest.mark.parametrize('kind', [Decoder, PrefixDecoder])
+def test_class_tokens_of_a_stack_that_reads_from_left_to_right(kind: type) -> None:
+    with pytest.raises(FlagError, match='use_cls_token'):
+        language_model(kind, wrapper={'use_cls_token': True})
+
+
+# ---------------------------------------------------------------- xVal
+
+
+def test_a_mask_over_prefix_and_numbers() -> None:
+    net = XValTransformerWrapper(num_tokens=V, max_seq_len=16, numerical_token_id=3, attn_layers=stack(Encoder))
+    x, numbers, prefix = ids(2, N), torch.randn(2, N), torch.randn(2, 2, 16)
+    mask = torch.arange(N)[None] < torch.tensor([[N], [5]])
+    whole = torch.cat((torch.ones(2, 2, dtype=torch.bool), mask), dim=1)
+    for one, other in zip(
+        net(x, numbers, prepend_embeds=prefix, mask=whole), net(x, numbers, prepend_embeds=prefix, mask=mask), strict=True
+    ):
+        assert torch.equal(one, other)
+    hidden = whole.clone()
+    hidden[:, 0] = False
+    shown = torch.tensor([[False, True]]).expand(2, -1)
+    wanted = net(x, numbers, prepend_embeds=prefix, mask=mask, prepend_mask=shown)
+    assert torch.equal(net(x, numbers, prepend_embeds=prefix, mask=hidden)[0], wanted[0])
+    causal = XValTransformerWrapper(num_tokens=V, max_seq_len=16, numerical_token_id=3, attn_layers=stack())
+    model = XValAutoregressiveWrapper(causal)
+    assert torch.equal(
+        model(x, numbers, prepend_embeds=prefix, mask=whole), model(x, numbers, prepend_embeds=prefix, mask=mask)
+    )
+
+
+# ---------------------------------------------------------------- preferences
+
+
+def test_log_probabilities_of_a_sequence() -> None:
+    net, x = language_model(), ids(2, N)
+    wanted = net(x).log_softmax(dim=-1)[:, :-1].gather(-1, x[:, 1:, None]).squeeze(-1)
+    assert torch.allclose(log_prob_from_model_and_seq(net, x), wanted, atol=1e-5)
+
+
+def test_pads_that_are_no_token_are_not_looked_up() -> None:
+    model = shaken(DPO(language_model(), pad_id=-1))
+    other = DPO(language_model(), pad_id=0)
+    other.load_state_dict(model.state_dict())
+    x, y, prompt = ids(2, N), ids(2, N), torch.arange(N)[None].expand(2, -1) < 3
+    x[1, 5:] = 0
+    assert torch.equal(model(x.masked_fill(x == 0, -1), y, prompt_mask=prompt), other(x, y, prompt_mask=prompt))
+
+
+# ---------------------------------------------------------------- packed sequences
+
+
+def test_the_loss_of_packed_documents_is_that_of_each() -> None:
+    net = language_model(
+        rotary_pos_emb=True, attn_flash_pack_seq=True, verbose=False, attn_dim_head=8, wrapper={'use_abs_pos_emb': False}
+    ).eval()
+    model, documents = AutoregressiveWrapper(net), [ids(1, length) for length in (5, 3, 6)]
+    ends = torch.tensor([0, 5, 8, 14], dtype=torch.int32)
+    row, packing = torch.cat(documents, dim=1), {'cu_seqlens_q': ends, 'cu_seqlens_k': ends}
+    alone = sum(model(document) * (document.shape[1] - 1) for document in documents) / (14 - 3)
+    for asked in ({}, {'return_outputs': True}):
+        loss = model(row, flash_pack_seq_kwargs=packing, **asked)
+        assert torch.allclose(loss[0] if asked else loss, alone, atol=1e-5)

@@ -107,7 +107,7 @@ def test_built_on_meta(src: Tensor, tgt: Tensor) -> None:
         ({'dec_causal': False}, 'dec_causal'),
         ({'encoder_depth': 2}, 'encoder_depth'),
         ({'tie_token_emb': True, 'enc_num_tokens': 4}, 'enc_num_tokens and dec_num_tokens'),
-        ({'cross_attn_tokens_dropout': 1.0}, 'below 1'),
+        ({'cross_attn_tokens_dropout': 1.0}, 'less than 1'),
     ],
 )
 def test_flags_that_cannot_be(flags: dict[str, Any], says: str) -> None:

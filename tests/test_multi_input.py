@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from x_transformers import Decoder, Encoder, MultiInputTransformerWrapper
+from x_transformers import Decoder, Encoder, InertFlagWarning, MultiInputTransformerWrapper
 from x_transformers.flags.base import FlagError, UnknownFlag
 
 B, N = 3, 7
@@ -256,7 +256,6 @@ def test_what_is_no_dictionary_is_refused(x):
         ({'num_tokens': {'note': 0}}, 'whole number from 1'),
         ({'num_tokens': {'note.pitch': 3}}, 'without dots'),
         ({'num_tokens': {'keys': 3}}, 'without dots'),
-        ({'memory_tokens_interspersed_every': 2}, 'num_memory_tokens'),
         ({'num_memory_tokens': 2, 'memory_tokens_interspersed_every': 2, 'layers': Encoder}, 'Decoder'),
         ({'scaled_sinu_pos_emb': True, 'emb_dim': 5}, 'even'),
     ],
@@ -264,5 +263,7 @@ def test_what_is_no_dictionary_is_refused(x):
 def test_flags_that_do_not_go_together(flags, match):
     with pytest.raises(FlagError, match=match):
         make(**flags)
+    with pytest.warns(InertFlagWarning, match='num_memory_tokens'):
+        make(memory_tokens_interspersed_every=2)
     with pytest.raises(UnknownFlag, match='unrecognized kwargs'):
         make(tie_embedding=True)

@@ -479,7 +479,7 @@ def test_mask_of_a_continued_sequence(x: Tensor) -> None:
         torch.testing.assert_close(model(x[:, 8:], mask=given, cache=cache), wanted)
 
 
-@pytest.mark.parametrize('flag', ['num_memory_tokens', 'recycling', 'use_cls_token', 'average_pool_embed'])
+@pytest.mark.parametrize('flag', ['num_memory_tokens', 'recycling', 'average_pool_embed'])
 def test_models_that_cannot_go_on_from_a_cache_say_so(flag: str, x: Tensor) -> None:
     model = decoder(**{flag: 2 if flag == 'num_memory_tokens' else True})
     assert not model.can_cache_kv
@@ -505,7 +505,6 @@ def test_what_a_model_can_cache() -> None:
     [
         ({'num_memory_tokns': 2}, 'num_memory_tokens'),
         ({'max_seq_len': 'long'}, 'max_seq_len'),
-        ({'num_cls_tokens': 2}, 'use_cls_token'),
         ({'use_cls_token': True, 'average_pool_embed': True}, 'Keep one'),
         ({'tie_embedding': True, 'emb_dim': 3}, 'emb_dim'),
         ({'attn_layers': nn.Linear(2, 2)}, 'got Linear'),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper as NonAutoregressiveWrapper
     from x_transformers.norms import AdaptiveRMSNorm as AdaptiveRMSNorm
     from x_transformers.norms import RMSNorm as RMSNorm
+    from x_transformers.notices import InertFlagWarning as InertFlagWarning
     from x_transformers.transformer_wrapper import TransformerWrapper as TransformerWrapper
     from x_transformers.vision import ViTransformerWrapper as ViTransformerWrapper
     from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper as XLAutoregressiveWrapper
@@ -51,6 +52,7 @@ _HOME = {
     'Encoder': 'layers.stack',
     'EntropyBasedTokenizer': 'entropy_based_tokenizer',
     'FeedForward': 'feedforward',
+    'InertFlagWarning': 'notices',
     'MultiInputTransformerWrapper': 'multi_input',
     'NeoMLP': 'neo_mlp',
     'NextLatentWrapper': 'next_latent_wrapper',

@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.mask import PackedSequences
 from x_transformers.embedding.ids import token_ids
-from x_transformers.flags.base import FlagError
+from x_transformers.flags.fit import check_future, check_net
+from x_transformers.flags.objectives import AutoregressiveOptions, BeamOptions, GenerateOptions, options
 from x_transformers.generation import beam
 from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
 from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, no_program, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
-from x_transformers.generation.prompts import GenerateError, Prompt, align_right, checked_eos, checked_length, prepare
+from x_transformers.generation.prompts import (
+    GenerateError,
+    Prompt,
+    align_right,
+    check_reserved,
+    checked_eos,
+    checked_length,
+    prepare,
+    warn_of_end,
+)
 from x_transformers.generation.sampling import (
     FILTER_LOGITS_FN,
     Filter,
@@ -86,6 +97,8 @@ class AutoregressiveWrapper(Module):
         mask_prob: share of the tokens, never the first, that nobody may attend to (https://arxiv.org/abs/2210.13432).
         add_attn_z_loss: add the net's attention z-loss, weighted by its ``attn_z_loss_weight``.
         next_embed_loss_weight: weight of the loss on the next embedding, for nets with ``add_continuous_pred_head``.
+        allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``. Otherwise only a
+            call with a causal ``attn_mask`` trains it, as it would learn nothing but to copy.
     """
 
     # compiled programs that read tokens, made when first asked for
@@ -99,17 +112,21 @@ class AutoregressiveWrapper(Module):
         mask_prob: float = 0.0,
         add_attn_z_loss: bool = False,
         next_embed_loss_weight: float = 0.1,
+        *,
+        allow_future: bool = False,
     ) -> None:
         super().__init__()
-        if not 0.0 <= mask_prob < 1.0:
-            raise FlagError(f'mask_prob is a share of the tokens, at least 0 and less than 1; got {mask_prob}')
+        add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
+        options(AutoregressiveOptions, 'AutoregressiveWrapper', locals())
+        check_net(net, 'AutoregressiveWrapper')
         self.pad_value = pad_value
         self.ignore_index = ignore_index
         self.net = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
         self.mask_prob = mask_prob
         self.add_attn_z_loss = add_attn_z_loss
-        self.add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
+        self.add_continuous_pred_head = add_continuous_pred_head
+        self.allow_future = allow_future
         self.next_embed_loss_weight = next_embed_loss_weight
 
     # ------------------------------------------------------------ training
@@ -127,12 +144,20 @@ class AutoregressiveWrapper(Module):
 
         ``targets`` say what the output at each position is to predict, where that is not the next token of ``x``;
         ``ignore_index``: nothing.
+
+        With ``attn_flash_pack_seq=True`` in the stack, one row may hold several documents: ``flash_pack_seq_kwargs=
+        {'cu_seqlens_q': ends, 'cu_seqlens_k': ends}``, where ``ends`` are the places where documents begin, and the end of the
+        row: [0, 5, 12] for documents of 5 and 7 tokens. They see only themselves, and the last token of one does not predict
+        the first of the next.
         """
         x = _batch(x)
+        # targets of the caller's own may be something else than what comes next
+        check_future(self.net, kwargs, 'AutoregressiveWrapper', allowed=self.allow_future or targets is not None)
         front = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         if targets is None:
             # outputs are not sliced, as a target that does not count costs less than a copy of them
-            targets = pad_at_dim(x[:, 1:], (0, 1), value=self.ignore_index)
+            wanted = self._apart(x, kwargs.get('flash_pack_seq_kwargs'), front)[:, 1:]
+            targets = pad_at_dim(wanted, (0, 1), value=self.ignore_index)
         elif targets.shape != x.shape:
             raise ValueError(f'targets must have the shape of x, {tuple(x.shape)}, got {tuple(targets.shape)}.')
         wanted = pad_at_dim(targets, (front, 0), value=self.ignore_index)
@@ -177,6 +202,15 @@ class AutoregressiveWrapper(Module):
             ignore_index=self.ignore_index,
             is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
         )
+
+    def _apart(self, x: Int[Tensor, 'b n'], packing: Any, front: int) -> Int[Tensor, 'b n']:
+        """The tokens as targets: the first token of a packed sequence is not predicted from the last of the one before."""
+        if packing is None:
+            return x
+        starts = PackedSequences.of(packing).starts_q.to(x.device).long() - front
+        place = torch.arange(x.shape[1], device=x.device)
+        first = (place.unsqueeze(-1) == starts[:-1]).any(dim=-1)
+        return x.masked_fill(first, self.ignore_index)
 
     def _wants_loss_only(self, kwargs: Mapping[str, Any]) -> bool:
         """Nobody reads what the net reports beside its output, and the net can leave it out."""
@@ -257,6 +291,8 @@ class AutoregressiveWrapper(Module):
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
         """
+        options(GenerateOptions, 'generate', locals())
+        warn_of_end(self.net, eos_token)
         prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
         filter_fn = resolve_filter(filter_logits_fn)
         nets = amateur_nets(amateur_model, default(contrastive_decode_kwargs, {'alpha': 0.1, 'beta': 0.5}))
@@ -282,7 +318,7 @@ class AutoregressiveWrapper(Module):
         for net, _ in nets:
             check_vocabulary(self.net, net, 'amateur')
         if speculative:
-            _check_speculative(draft_model, prompt_lookup, nets, lookahead)
+            _check_speculative(draft_model, prompt_lookup, nets)
             if draft_model is not None:
                 small = unwrapped(draft_model)
                 check_vocabulary(self.net, small, 'draft model')
@@ -367,9 +403,9 @@ class AutoregressiveWrapper(Module):
             generator: makes what is drawn reproducible.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
         """
+        options(BeamOptions, 'beam_search', locals())
+        warn_of_end(self.net, eos_token)
         prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
-        if beams < 1:
-            raise ValueError(f'beams must be at least 1, got {beams}')
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
         reader = reader_for(self.net, kwargs, prompt=prompt, steps=steps, cache=cache_kv, window=restrict_to_max_seq_len)
         if eos_token is None and steps > 0:
@@ -384,6 +420,7 @@ class AutoregressiveWrapper(Module):
         return found.reshape(beams, *prompt.leading, -1), scores.reshape(beams, *prompt.leading)
 
     def _prompt(self, prompts: Any, lens: Any, kwargs: Mapping[str, Any]) -> Prompt:
+        check_reserved(kwargs)
         if getattr(self.net, 'has_multiple_heads', False):
             raise GenerateError('the net has several output heads; generation needs one (num_output_heads=1)')
         return prepare(prompts, lens, self.pad_value, may_be_empty=kwargs.get('prepend_embeds') is not None)
@@ -412,10 +449,8 @@ def _batch(x: Any) -> Int[Tensor, 'b n']:
     return ids
 
 
-def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any], lookahead: int) -> None:
+def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any]) -> None:
     if draft is not None and lookup is not None:
         raise GenerateError('draft_model and prompt_lookup are two ways to guess; give one of them')
     if amateurs:
         raise GenerateError('amateur_model cannot be combined with speculative decoding (draft_model, prompt_lookup)')
-    if lookahead < 1:
-        raise ValueError(f'lookahead must be at least 1 guess, got {lookahead}')

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.fit import check_net
+from x_transformers.flags.objectives import BeliefStateOptions, options
 from x_transformers.generation.decode import Tokens, decode, reader_for
 from x_transformers.generation.modes import eval_decorator
-from x_transformers.generation.prompts import checked_length, prepare
+from x_transformers.generation.prompts import check_reserved, checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
 from x_transformers.losses import token_cross_entropy
@@ -69,9 +71,10 @@ class BeliefStateWrapper(Module):
         max_pred_distance: int | None = None,
     ) -> None:
         super().__init__()
+        options(BeliefStateOptions, 'BeliefStateWrapper', locals())
         self.forward_decoder = forward_decoder
         self.backward_decoder = forward_decoder if backward_decoder is None else backward_decoder
-        check_decoders(self.forward_decoder, self.backward_decoder, cond_on_distance_prob, train_frac_forward_backward_pairs)
+        check_decoders(self.forward_decoder, self.backward_decoder)
         dim = self.forward_decoder.attn_layers.dim
         self.num_tokens, self.max_seq_len = self.forward_decoder.num_tokens, self.forward_decoder.max_seq_len
         self.suffix_token = empty_parameter(self.forward_decoder.emb_dim)
@@ -219,6 +222,7 @@ class BeliefStateWrapper(Module):
             generator: makes sampling reproducible.
             kwargs: for the decoders.
         """
+        check_reserved(kwargs)
         if suffix is not None and decode_backwards:
             raise ValueError('suffix is what forward decoding leads to; with decode_backwards=True leave it out')
         steps = checked_length(seq_len)
@@ -290,19 +294,17 @@ def pair_weights(weigh: PairWeights, pairs: Int[Tensor, 'p 2']) -> Float[Tensor,
     return given if given.ndim == 2 else given[:, None]
 
 
-def check_decoders(forward: Any, backward: Any, probability: float, share: float) -> None:
+def check_decoders(forward: Any, backward: Any) -> None:
+    for name, decoder in (('forward_decoder', forward), ('backward_decoder', backward)):
+        check_net(decoder, 'BeliefStateWrapper', name=name, told_nothing=True)
     broken = []
     for name in ('emb_dim', 'num_tokens'):
         if getattr(forward, name) != getattr(backward, name):
             broken.append(
                 f'the two decoders must have the same {name}, got {getattr(forward, name)} and {getattr(backward, name)}'
             )
-    if not (forward.attn_layers.causal and backward.attn_layers.causal):
+    if not (forward.attn_layers.is_causal and backward.attn_layers.is_causal):
         broken.append('both decoders must be causal (a Decoder)')
-    if not 0 < probability < 1:
-        broken.append(f'cond_on_distance_prob must lie between 0 and 1, both excluded; got {probability}')
-    if not 0 < share <= 1:
-        broken.append(f'train_frac_forward_backward_pairs must be above 0 and at most 1, got {share}')
     if broken:
         raise ValueError('; '.join(broken))
 

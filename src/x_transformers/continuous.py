@@ -15,14 +15,15 @@ from x_transformers.embedding.call import Call, check_frames
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.pooling import average
 from x_transformers.embedding.rows import Rows
-from x_transformers.flags.base import FlagError
+from x_transformers.flags.fit import check_future, check_net
+from x_transformers.flags.objectives import ContinuousOptions, options
 from x_transformers.flags.other_inputs import CONTINUOUS_RULES, ContinuousFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import Prompt, align_right, checked_length, right_aligned, whole_number
+from x_transformers.generation.prompts import Prompt, align_right, check_reserved, checked_length, right_aligned, whole_number
 from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
 from x_transformers.generation.views import VectorView
 from x_transformers.losses import at_least_single, shifted_mask
@@ -77,7 +78,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         super().__init__()
         given = {'attn_layers': attn_layers, 'max_seq_len': max_seq_len, **flags}
         own = ContinuousFlags.parse(given, where='ContinuousTransformerWrapper')
-        check_wrapper(own, stack_flags(attn_layers), CONTINUOUS_RULES)
+        check_wrapper(own, stack_flags(attn_layers), CONTINUOUS_RULES, where=type(self).__name__)
         # kept for reading; the modules live in their slots only
         self.flags = replace(own, attn_layers=nn.Identity(), project_in=None, project_out=None)
         self._build_positions(own, attn_layers)
@@ -186,6 +187,7 @@ class ContinuousAutoregressiveWrapper(Module):
             positions.
         mask_by_target: a position counts if the frame that it predicts is no padding. As upstream, the input at that position
             decides unless this is set, so that the first frame of the padding is predicted too.
+        allow_future: also train a net whose stack shows each frame those after it, such as an ``Encoder``.
     """
 
     def __init__(
@@ -196,12 +198,14 @@ class ContinuousAutoregressiveWrapper(Module):
         equal_loss_weight_batch: bool = False,
         *,
         mask_by_target: bool = False,
+        allow_future: bool = False,
     ) -> None:
         super().__init__()
-        self.probabilistic = bool(getattr(net, 'probabilistic', False))
-        if use_l1_loss and (loss_fn is not None or self.probabilistic):
-            other = 'loss_fn' if loss_fn is not None else 'a net with probabilistic=True, which has the Gaussian likelihood'
-            raise FlagError(f'`use_l1_loss=True` with {other}: there is one loss. Leave out one of them.')
+        probabilistic = bool(getattr(net, 'probabilistic', False))
+        options(ContinuousOptions, 'ContinuousAutoregressiveWrapper', locals())
+        check_net(net, 'ContinuousAutoregressiveWrapper')
+        self.probabilistic = probabilistic
+        self.allow_future = allow_future
         self.net = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
         usual: nn.Module = nn.L1Loss(reduction='none') if use_l1_loss else nn.MSELoss(reduction='none')
@@ -221,6 +225,7 @@ class ContinuousAutoregressiveWrapper(Module):
         if rollout_steps != 1:
             return self.forward_rollout(x, rollout_steps, **kwargs)
         self._check_frames(x, kwargs, 2)
+        check_future(self.net, kwargs, 'ContinuousAutoregressiveWrapper', allowed=self.allow_future)
         inputs, targets = shifted_mask(self._whole_mask(x, kwargs), x.shape[1])
         if inputs is not None and targets is None and self.mask_by_target:
             raise ValueError(f'mask_by_target=True needs a mask over all {x.shape[1]} frames, the last target among them')
@@ -273,6 +278,7 @@ class ContinuousAutoregressiveWrapper(Module):
         if whole_number(rollout_steps, 'rollout_steps') < 2:
             raise ValueError(f'rollout_steps must be at least 1, and 2 for a rollout; got {rollout_steps}')
         self._check_frames(x, kwargs, rollout_steps + 1)
+        check_future(self.net, kwargs, 'ContinuousAutoregressiveWrapper', allowed=self.allow_future)
         if moved := [name for name in OF_FRAMES if kwargs.get(name) is not None]:
             raise ValueError(f'{", ".join(moved)}: a rollout moves frames, so arguments for single frames cannot be given')
         lens = self._lengths(x, kwargs)
@@ -351,6 +357,7 @@ class ContinuousAutoregressiveWrapper(Module):
 
         Raises ValueError (GenerateError where the cache does not reach far enough) before anything is computed.
         """
+        check_reserved(kwargs)
         check_temperature(temperature)
         steps, prompt = checked_length(seq_len), self._prompt(start_tokens, prompt_lens)
         if kwargs.get('lens') is not None:

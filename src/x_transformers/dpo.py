@@ -10,11 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.base import FlagError
+from x_transformers.flags.fit import check_future, check_net
+from x_transformers.flags.objectives import DPOOptions, options
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 
 IGNORED = -100
+
+
+def log_prob_from_model_and_seq(model: nn.Module, seq: Int[Tensor, 'b n']) -> Float[Tensor, 'b m']:
+    """The log-probability of every token but the first, given those before it (m = n - 1)."""
+    seq = token_ids(seq, 'seq')
+    if seq.ndim != 2 or seq.shape[1] < 2:
+        raise ValueError(f'seq must be tokens of shape (batch, length) with at least 2 of them, got {tuple(seq.shape)}')
+    is_log_prob = bool(getattr(model, 'output_is_log_prob', False))
+    return -token_cross_entropy(model(seq[:, :-1]), seq[:, 1:], IGNORED, is_log_prob=is_log_prob, reduction='none')
 
 
 class DPO(Module):
@@ -28,6 +40,7 @@ class DPO(Module):
             response tokens, so the first response token is left out and a first pad is counted in. True: those *of*
             response tokens.
         reduction: 'mean' over a response's tokens, as in the original, or the paper's 'sum'.
+        allow_future: also train a model whose stack shows each token those after it, such as an ``Encoder``.
     """
 
     def __init__(
@@ -38,18 +51,22 @@ class DPO(Module):
         pad_id: int | None = None,
         select_by_target: bool = False,
         reduction: str = 'mean',
+        allow_future: bool = False,
     ) -> None:
         super().__init__()
-        if reduction not in ('mean', 'sum'):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        if not beta > 0:
-            raise ValueError(f'beta must be positive, got {beta}: at 0 nothing would be learned')
+        options(DPOOptions, 'DPO', locals())
+        check_net(model, 'DPO', name='model', told_nothing=True)
+        if hasattr(model, 'generate') and isinstance(getattr(model, 'net', None), nn.Module):
+            raise FlagError(
+                f'DPO: model must be a net that gives logits, got the objective {type(model).__name__}. Give its .net.'
+            )
         self.policy_model = model
         self.ref_model = deepcopy(model).requires_grad_(False)
         self.beta = beta
         self.pad_id = pad_id
         self.select_by_target = select_by_target
         self.reduction = reduction
+        self.allow_future = allow_future
 
     def init_own(self) -> None:
         """The reference starts as what the policy starts as."""
@@ -62,10 +79,16 @@ class DPO(Module):
     def score(self, model: nn.Module, seq: Int[Tensor, 'b n'], chosen: Bool[Tensor, 'b m']) -> Float[Tensor, 'b']:
         """The log-probability of a response under a model, mean or sum over the chosen predictions (m = n - 1)."""
         is_log_prob = bool(getattr(model, 'output_is_log_prob', False))
+        seq = self.readable(seq)
         targets = seq[:, 1:].masked_fill(~chosen, IGNORED)
-        losses = token_cross_entropy(model(seq)[:, :-1], targets, IGNORED, is_log_prob=is_log_prob, reduction='none')
+        logits = model(seq)[:, :-1]
+        losses = token_cross_entropy(logits, targets, IGNORED, is_log_prob=is_log_prob, reduction='none')
         total = -losses.sum(dim=-1)
         return total if self.reduction == 'sum' else total / chosen.sum(dim=-1).clamp(min=1e-5)
+
+    def readable(self, seq: Int[Tensor, 'b n']) -> Int[Tensor, 'b n']:
+        """A ``pad_id`` that is no token, such as -1, cannot be looked up; it is read as token 0."""
+        return seq if self.pad_id is None or self.pad_id >= 0 else seq.masked_fill(seq == self.pad_id, 0)
 
     def predictions(self, mask: Bool[Tensor, 'b k'], seq: Int[Tensor, 'b n']) -> Bool[Tensor, 'b m']:
         """A mask over tokens as one over the predictions; one that is a token short is over predictions already."""
@@ -89,6 +112,7 @@ class DPO(Module):
         preferred_seq = token_ids(preferred_seq, 'preferred_seq')
         unpreferred_seq = token_ids(unpreferred_seq, 'unpreferred_seq')
         check_pair(preferred_seq, unpreferred_seq)
+        check_future(self.policy_model, {}, 'DPO', allowed=self.allow_future)
         if self.pad_id is not None:
             preferred_seq_mask = preferred_seq != self.pad_id if preferred_seq_mask is None else preferred_seq_mask
             unpreferred_seq_mask = unpreferred_seq != self.pad_id if unpreferred_seq_mask is None else unpreferred_seq_mask

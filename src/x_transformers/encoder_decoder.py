@@ -10,7 +10,10 @@ from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, UnknownFlag, unknown_flags
+from x_transformers.flags.fit import PER_TOKEN_RULES, TOLD_NOTHING_RULES, check_rules
+from x_transformers.flags.objectives import XTransformerOptions, options
 from x_transformers.flags.parts import PARTS, keyword_names
+from x_transformers.flags.rule import Rule, how_many
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.generation.modes import evaluating
@@ -18,6 +21,7 @@ from x_transformers.helpers import groupby_prefix_and_trim
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.module import Module
+from x_transformers.notices import renamed, told_once
 from x_transformers.tensor_types import Bool, Float, Int
 from x_transformers.transformer_wrapper import TransformerWrapper
 
@@ -33,6 +37,51 @@ STACK_NAMES = [
 ]
 
 
+# the part's keywords with which it could never run, and those that nobody asks it for
+TOLD_NOTHING = tuple(rule for rule in TOLD_NOTHING_RULES if 'cross_attend' not in rule.flags)
+MEMORIES = ('max_mem_len', 'shift_mem_down', 'attn_z_loss_weight', 'input_not_include_cache')
+ENCODER_RULES = (
+    *TOLD_NOTHING,
+    Rule(
+        ('average_pool_embed', 'use_cls_token'),
+        lambda both, dim: both.average_pool_embed or both.use_cls_token,
+        'the decoder attends to an embedding of each token, and there is one for all of them',
+        {'average_pool_embed': True},
+        'Leave it out.',
+        only_changed=True,
+    ),
+    Rule(
+        (*MEMORIES, 'attn_pool', 'add_continuous_pred_head', 'logits_dim'),
+        lambda both, dim: how_many(both, (*MEMORIES, 'attn_pool', 'add_continuous_pred_head', 'logits_dim')) > 0,
+        'nothing but the embeddings of the encoder is used',
+        {'max_mem_len': 4},
+        'Leave it out.',
+        only_changed=True,
+        inert=True,
+    ),
+)
+DECODER_RULES = (
+    *TOLD_NOTHING,
+    *PER_TOKEN_RULES,
+    Rule(
+        ('logits_dim', 'num_tokens'),
+        lambda both, dim: both.logits_dim not in (None, both.num_tokens),
+        'the loss needs a logit for each token',
+        {'logits_dim': 3},
+        'Leave it out.',
+    ),
+    Rule(
+        MEMORIES,
+        lambda both, dim: how_many(both, MEMORIES) > 0,
+        'nobody asks the decoder for it',
+        {'max_mem_len': 4},
+        'Leave it out.',
+        only_changed=True,
+        inert=True,
+    ),
+)
+
+
 class XTransformer(Module):
     """An encoder whose output a decoder looks at (https://arxiv.org/abs/1706.03762).
 
@@ -45,6 +94,7 @@ class XTransformer(Module):
             ``max_seq_len`` of both must be given.
     """
 
+    @told_once
     def __init__(
         self,
         *,
@@ -56,10 +106,7 @@ class XTransformer(Module):
         **flags: Any,
     ) -> None:
         super().__init__()
-        if not 0.0 <= cross_attn_tokens_dropout < 1.0:
-            raise FlagError(
-                f'XTransformer: cross_attn_tokens_dropout is {cross_attn_tokens_dropout}; it must be at least 0 and below 1.'
-            )
+        options(XTransformerOptions, 'XTransformer', locals())
         enc, rest = groupby_prefix_and_trim(ENCODER, flags)
         dec, rest = groupby_prefix_and_trim(DECODER, rest)
         check_names(enc, dec, rest)
@@ -68,11 +115,16 @@ class XTransformer(Module):
         if tie_token_emb:
             check_tied(enc_wrapper, dec_wrapper)
         self.cross_attn_tokens_dropout = cross_attn_tokens_dropout
-        self.encoder = TransformerWrapper(**enc_wrapper, return_only_embed=True, attn_layers=Encoder(dim=dim, **enc_stack))
+        with renamed(lambda name: ENCODER + name):
+            stack = Encoder(dim=dim, **enc_stack)
+            self.encoder = TransformerWrapper(**enc_wrapper, return_only_embed=True, attn_layers=stack)
+            check_rules(ENCODER_RULES, self.encoder, 'XTransformer')
         if tie_token_emb:
             dec_wrapper['token_emb'] = self.encoder.token_emb
-        decoder = TransformerWrapper(**dec_wrapper, attn_layers=Decoder(dim=dim, cross_attend=True, **dec_stack))
-        self.decoder = AutoregressiveWrapper(decoder, ignore_index=ignore_index, pad_value=pad_value)
+        with renamed(lambda name: DECODER + name):
+            decoder = TransformerWrapper(**dec_wrapper, attn_layers=Decoder(dim=dim, cross_attend=True, **dec_stack))
+            check_rules(DECODER_RULES, decoder, 'XTransformer')
+            self.decoder = AutoregressiveWrapper(decoder, ignore_index=ignore_index, pad_value=pad_value)
 
     def encode(
         self,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.fit import check_net
+from x_transformers.flags.objectives import TokenizerOptions, options
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.losses import calc_entropy
 from x_transformers.module import Module
@@ -30,8 +32,8 @@ class EntropyBasedTokenizer(Module):
 
     def __init__(self, decoder: nn.Module, entropy_threshold: float, max_token_size: int | None = None) -> None:
         super().__init__()
-        if max_token_size is not None and max_token_size < 1:
-            raise ValueError(f'max_token_size must be at least 1, got {max_token_size}')
+        options(TokenizerOptions, 'EntropyBasedTokenizer', locals())
+        check_net(decoder, 'EntropyBasedTokenizer', name='decoder')
         self.decoder = decoder
         self.entropy_threshold = entropy_threshold
         self.max_token_size = max_token_size
@@ -74,7 +76,8 @@ class EntropyBasedTokenizer(Module):
         # the segment of a position: how many have been closed before it; what follows the last one is counted as nothing
         segment = closes.cumsum(dim=-1) - closes.long()
         counts = closes.sum(dim=-1)
-        lengths = torch.zeros(batch.shape[0], int(counts.max()) + 1, dtype=torch.long, device=seq.device)
+        most = int(counts.max()) if counts.numel() else 0
+        lengths = torch.zeros(batch.shape[0], most + 1, dtype=torch.long, device=seq.device)
         lengths = lengths.scatter_add_(1, segment, (segment < counts[:, None]).long())[:, :-1]
         if not return_segmented_seq:
             return lengths if seq.ndim == 2 else lengths[0]

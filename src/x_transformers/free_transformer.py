@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.fit import check_alone
+from x_transformers.flags.objectives import FreeTransformerOptions, options
 from x_transformers.generation.decode import Tokens, decode
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import checked_length, prepare
@@ -17,6 +19,7 @@ from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, 
 from x_transformers.layers.stack import CrossAttender, Decoder
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
+from x_transformers.notices import kept_back, told_once, warn_inert_in_all
 from x_transformers.tensor_types import Bool, Float, Int
 
 
@@ -97,6 +100,7 @@ class FreeTransformer(Module):
         pad_id: targets to ignore; such inputs are embedded as token 0.
     """
 
+    @told_once
     def __init__(
         self,
         *,
@@ -121,26 +125,29 @@ class FreeTransformer(Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if dec_tail_depth < 1 or dec_head_depth < 0:
-            raise ValueError(
-                f'dec_tail_depth must be at least 1 and dec_head_depth at least 0, got {dec_tail_depth} and {dec_head_depth}'
-            )
+        options(FreeTransformerOptions, 'FreeTransformer', locals())
         shared: dict[str, Any] = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads}
         shared |= {'rotary_pos_emb': True, 'use_rmsnorm': True} | kwargs
         self.dim, self.max_seq_len = dim, max_seq_len
         self.query_token_for_latents = empty_parameter(dim)
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.token_unembed = nn.Linear(dim, num_tokens, bias=False)
-        self.encoder = CrossAttender(depth=enc_depth, **(shared | (enc_kwargs or {})))
+        with kept_back() as inert_in_encoder:
+            self.encoder = CrossAttender(depth=enc_depth, **(shared | (enc_kwargs or {})))
+        check_alone(self.encoder, 'FreeTransformer', context=True)
         self.to_latent_bit_logits = nn.Linear(dim, latent_bits, bias=False)
         self.from_latent_to_condition = nn.Linear(2**latent_bits, dim, bias=False)
         self.latent_dropout = nn.Dropout(latent_dropout_prob)
         self.binary_mapper = BinaryMapper(latent_bits, kl_loss_threshold, **(binary_mapper_kwargs or {}))
         decoder = shared | (dec_kwargs or {})
-        self.decoder_head = (
-            Decoder(depth=dec_head_depth, pre_norm_has_final_norm=False, **decoder) if dec_head_depth > 0 else None
-        )
-        self.decoder_tail = Decoder(depth=dec_tail_depth, **decoder)
+        with kept_back() as inert_in_decoder:
+            self.decoder_head = (
+                Decoder(depth=dec_head_depth, pre_norm_has_final_norm=False, **decoder) if dec_head_depth > 0 else None
+            )
+            self.decoder_tail = Decoder(depth=dec_tail_depth, **decoder)
+        check_alone(self.decoder_tail, 'FreeTransformer')
+        parts = [(inert_in_encoder, enc_kwargs or {}), (inert_in_decoder, dec_kwargs or {})]
+        warn_inert_in_all('FreeTransformer', parts)
         self.per_token_latents = per_token_latents
         self.kl_loss_weight = kl_loss_weight
         self.pad_id = pad_id
@@ -272,6 +279,9 @@ class FreeReader:
     """Reads head and tail with a cache each, telling the tail the condition; for the decode loop."""
 
     def __init__(self, model: FreeTransformer, condition: Float[Tensor, 'b m d'] | None, caching: bool) -> None:
+        stacks = [stack for stack in (model.decoder_head, model.decoder_tail) if stack is not None]
+        # as everywhere, what cannot be remembered is read anew
+        caching = caching and all(stack.can_cache_kv for stack in stacks)
         self.model, self.condition, self.caching = model, condition, caching
         self.head_cache: Any = None
         self.tail_cache: Any = None

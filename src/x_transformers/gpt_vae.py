@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.fit import check_alone
+from x_transformers.flags.objectives import GPTVAEOptions, options
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.losses import at_least_single
 from x_transformers.module import Module
+from x_transformers.notices import kept_back, told_once, warn_inert_in_all
 from x_transformers.tensor_types import Bool, Float, Int
 from x_transformers.transformer_wrapper import TransformerWrapper
 
@@ -34,6 +37,7 @@ class GPTVAE(Module):
         encoder: a module in place of the default one, tokens and ``mask`` to ``b d``.
     """
 
+    @told_once
     def __init__(
         self,
         *,
@@ -55,27 +59,31 @@ class GPTVAE(Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        options(GPTVAEOptions, 'GPTVAE', locals())
         dim_latent = dim if dim_latent is None else dim_latent
-        if not 0 <= latents_dropout_prob <= 1:
-            raise ValueError(f'latents_dropout_prob must lie between 0 and 1, got {latents_dropout_prob}')
         shared: dict[str, Any] = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads} | kwargs
         self.num_tokens, self.dim_latent, self.pad_id = num_tokens, dim_latent, pad_id
+        parts: list[tuple[list[str], Any]] = []
         if encoder is None:
+            with kept_back() as inert:
+                stack = Encoder(depth=enc_depth, **(shared | (enc_kwargs or {})))
+            parts.append((inert, enc_kwargs or {}))
+            check_alone(stack, 'GPTVAE')
             encoder = TransformerWrapper(
                 num_tokens=num_tokens,
                 max_seq_len=max_seq_len + 1,
                 return_only_embed=True,
                 average_pool_embed=True,
-                attn_layers=Encoder(depth=enc_depth, **(shared | (enc_kwargs or {}))),
+                attn_layers=stack,
             )
         self.encoder = encoder
         self.to_latent_mean_log_variance = nn.Sequential(nn.Linear(dim, 2 * dim_latent))
         self.from_latent_to_prepend_token = nn.Sequential(nn.Linear(dim_latent, dim))
-        self.decoder = TransformerWrapper(
-            num_tokens=num_tokens,
-            max_seq_len=max_seq_len,
-            attn_layers=Decoder(depth=depth, **(shared | (dec_kwargs or {}))),
-        )
+        with kept_back() as inert:
+            layers = Decoder(depth=depth, **(shared | (dec_kwargs or {})))
+        warn_inert_in_all('GPTVAE', [*parts, (inert, dec_kwargs or {})])
+        check_alone(layers, 'GPTVAE')
+        self.decoder = TransformerWrapper(num_tokens=num_tokens, max_seq_len=max_seq_len, attn_layers=layers)
         self.ar_wrapped_decoder = AutoregressiveWrapper(self.decoder, ignore_index=pad_id)
         self.vae_kl_loss_weight = vae_kl_loss_weight
         self.vae_kl_div_floor = vae_kl_div_floor

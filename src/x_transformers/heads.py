@@ -135,9 +135,9 @@ class HeadTransform(nn.Sequential):
         super().__init__(nn.Linear(dim, dim, bias=bias), NAMED_ACTIVATIONS[activation](), norm)
 
 
-def next_embedding_head(dim: int) -> nn.Module:
+def next_embedding_head(dim: int, emb_dim: int) -> nn.Module:
     """Predicts the embedding of the next token."""
-    return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.SiLU(), nn.Linear(dim, dim, bias=False))
+    return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.SiLU(), nn.Linear(dim, emb_dim, bias=False))
 
 
 def sigsoftmax(logits: Float[Tensor, '... v']) -> Float[Tensor, '... v']:

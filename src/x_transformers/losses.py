@@ -59,6 +59,8 @@ def shifted_mask(
     """
     if mask is None:
         return None, None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f'mask must be a boolean tensor (True: counts), got a {type(mask).__name__}')
     if mask.dtype != torch.bool:
         raise TypeError(f'mask must be boolean (True: counts), got {mask.dtype}; use mask.bool() if 1 means True')
     if mask.ndim != 2 or mask.shape[1] not in (length, length - 1):
@@ -227,16 +229,26 @@ def calc_z_loss(
     """Keeps attention logits small (https://arxiv.org/abs/2202.08906).
 
     The log-sum-exps of all layers are added up, then squared, summed over heads and averaged over the positions that ``mask``
-    names (all of them without one).
+    names (all of them without one). A position that sees no key in a layer has no scores there.
     """
     if not pre_softmax_attns:
         raise ValueError('calc_z_loss: there are no attention logits to measure; the list of layers is empty.')
     widths = {tuple(attn.shape[:3]) for attn in pre_softmax_attns}
     if len(widths) > 1:
         raise ValueError(f'calc_z_loss: layers of different batch, heads or queries cannot be added up; got {sorted(widths)}.')
-    total = sum((attn.logsumexp(dim=-1) for attn in pre_softmax_attns[1:]), pre_softmax_attns[0].logsumexp(dim=-1))
-    squared = total.square().sum(dim=1)
-    if mask is None:
-        return squared.mean() * weight
-    kept = squared.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1e-5)
+    parts = [_log_sum_exp(attn) for attn in pre_softmax_attns]
+    total, seen = parts[0]
+    for part, sees in parts[1:]:
+        total, seen = total + part, seen | sees
+    counts = seen.any(dim=1) if mask is None else seen.any(dim=1) & mask
+    kept = total.square().sum(dim=1).masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
     return kept * weight
+
+
+def _log_sum_exp(scores: Float[Tensor, 'b h i j']) -> tuple[Float[Tensor, 'b h i'], Bool[Tensor, 'b h i']]:
+    """(the log-sum-exp of every row, 0 where it sees no key; which rows see one)."""
+    lowest = -torch.finfo(scores.dtype).max
+    # forbidden keys have the lowest finite score, or minus infinity, whose gradient would not be a number
+    found = at_least_single(scores.clamp(min=lowest)).logsumexp(dim=-1)
+    sees = found > lowest / 2
+    return found.masked_fill(~sees, 0.0), sees

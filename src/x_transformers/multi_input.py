@@ -41,7 +41,7 @@ class MultiInputTransformerWrapper(StackWrapper):
         super().__init__()
         given = {'num_tokens': num_tokens or {}, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
         own = MultiInputFlags.parse(given, where='MultiInputTransformerWrapper')
-        check_wrapper(own, stack_flags(attn_layers), MULTI_INPUT_RULES)
+        check_wrapper(own, stack_flags(attn_layers), MULTI_INPUT_RULES, where=type(self).__name__)
         # kept for reading; the stack lives in its slot only
         self.flags = replace(own, attn_layers=nn.Identity())
         self.num_tokens = dict(own.num_tokens)

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.flags.fit import check_alone
+from x_transformers.flags.objectives import NeoMLPOptions, options
 from x_transformers.layers.stack import Encoder
 from x_transformers.module import Module, empty_parameter
+from x_transformers.notices import told_once
 from x_transformers.tensor_types import Float
 
 
@@ -35,6 +38,7 @@ class NeoMLP(Module):
         encoder_kwargs: further keywords of that ``Encoder``.
     """
 
+    @told_once
     def __init__(
         self,
         *,
@@ -46,10 +50,7 @@ class NeoMLP(Module):
         encoder_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        sizes = {'dim_in': dim_in, 'dim_hidden': dim_hidden, 'dim_out': dim_out, 'dim_model': dim_model, 'depth': depth}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f'{name} must be at least 1, got {size}')
+        options(NeoMLPOptions, 'NeoMLP', locals())
         self.dim_in, self.dim_hidden, self.dim_out = dim_in, dim_hidden, dim_out
         self.input_embed = empty_parameter(dim_in, dim_model)
         self.hidden_embed = empty_parameter(dim_hidden, dim_model)
@@ -57,6 +58,7 @@ class NeoMLP(Module):
         self.random_fourier = nn.Sequential(RandomFourier(dim_model), nn.Linear(dim_model, dim_model))
         given: dict[str, Any] = {'attn_dim_head': 16, 'heads': 4} if encoder_kwargs is None else encoder_kwargs
         self.transformer = Encoder(dim=dim_model, depth=depth, **given)
+        check_alone(self.transformer, 'NeoMLP')
         self.to_output_weights = empty_parameter(dim_out, dim_model)
         self.to_output_bias = empty_parameter(dim_out)
         self.init_own()

@@ -16,7 +16,10 @@ from torch.func import grad_and_value, vmap
 
 from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.fit import check_net
+from x_transformers.flags.objectives import MaskedGenerateOptions, MaskedOptions, options
 from x_transformers.generation.modes import eval_decorator
+from x_transformers.generation.prompts import check_reserved
 from x_transformers.helpers import exists
 from x_transformers.losses import at_least_single, token_cross_entropy
 from x_transformers.module import Module, empty_parameter
@@ -155,19 +158,13 @@ class NonAutoregressiveWrapper(Module):
         critic_sees_masked_only: bool = True,
     ) -> None:
         super().__init__()
-        if exists(token_critic) and self_token_critic:
-            raise ValueError('token_critic and self_token_critic exclude each other: give one critic')
+        options(MaskedOptions, 'NonAutoregressiveWrapper', locals())
+        check_net(net, 'NonAutoregressiveWrapper')
         if getattr(net.attn_layers, 'causal', False):
             raise FlagError(
                 f'`net` has a causal stack, {type(net.attn_layers).__name__}, in which a hidden token sees only what stands '
                 'before it: masked generation needs both sides. Build it around an Encoder.'
             )
-        check_shares(
-            steps,
-            self_cond_train_prob=self_cond_train_prob,
-            no_replace_prob=no_replace_prob,
-            random_token_prob=random_token_prob,
-        )
         self.net = net
         dim, emb_dim = self.net.attn_layers.dim, self.net.emb_dim
         self.max_seq_len, self.num_tokens = self.net.max_seq_len, self.net.num_tokens
@@ -300,12 +297,9 @@ class NonAutoregressiveWrapper(Module):
             generator: makes sampling reproducible.
             kwargs: for the net.
         """
-        check_generation(batch_size, start_temperature, filter_thres)
-        if self.token_critic is None and noise_level_scale not in (0.0, 1.0):
-            raise ValueError(
-                f'noise_level_scale={noise_level_scale} is the noise on what a critic says, and there is no critic: '
-                'leave it out, or build the wrapper with token_critic or self_token_critic=True'
-            )
+        token_critic = self.token_critic
+        options(MaskedGenerateOptions, 'generate', locals())
+        check_reserved(kwargs)
         rows = 1 if batch_size is None else batch_size
         seq = torch.full((rows, self.max_seq_len), self.mask_id, device=self.device)
         hidden = torch.ones_like(seq, dtype=torch.bool)
@@ -361,20 +355,3 @@ def takes(critic: nn.Module, name: str) -> bool:
     if name == 'condition' and stack is not None:
         return bool(getattr(stack, 'need_condition', False))
     return name in inspect.signature(critic.forward).parameters and name != 'sum_embeds'
-
-
-def check_shares(steps: int, **shares: float) -> None:
-    if steps < 1:
-        raise ValueError(f'steps must be at least 1, got {steps}')
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f'{name} must lie between 0 and 1, got {share}')
-
-
-def check_generation(batch_size: int | None, temperature: float, filter_thres: float | None) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f'batch_size must be at least 1, or None for a sequence without a batch axis; got {batch_size}')
-    if not temperature >= 0:
-        raise ValueError(f'start_temperature must not be negative, got {temperature}')
-    if filter_thres is not None and not 0 <= filter_thres < 1:
-        raise ValueError(f'filter_thres must be at least 0 and below 1, the share that is never sampled; got {filter_thres}')

@@ -6,7 +6,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar, Token
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
 
 import torch
 
@@ -64,6 +66,43 @@ class one_warning:
         _collected.reset(self.token)
         if kind is None:
             warn_inert(self.where, self.found)
+
+
+P = ParamSpec('P')
+
+
+def told_once(init: Callable[P, None]) -> Callable[P, None]:
+    """A constructor that calls others: one warning for all of them, in the name of its class."""
+
+    @wraps(init)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> None:
+        with one_warning(type(args[0]).__name__):
+            init(*args, **kwargs)
+
+    return inner
+
+
+class kept_back:
+    """What constructors in here find without effect, for the outer one to judge."""
+
+    def __enter__(self) -> list[str]:
+        self.found: list[str] = []
+        self.token = _collected.set(self.found)
+        return self.found
+
+    def __exit__(self, *raised: object) -> None:
+        _collected.reset(self.token)
+
+
+def warn_inert_in_all(where: str, parts: Iterable[tuple[list[str], Iterable[str]]]) -> None:
+    """Warn of keywords that several parts were given, if they do nothing in any of them.
+
+    ``parts``: (the sentences of a part, the keywords that only it was given, which count by themselves).
+    """
+    every = list(parts)
+    common = set.intersection(*(set(found) for found, _ in every)) if every else set()
+    own = [s for found, names in every for s in found if s in common or any(f'`{name}' in s for name in names)]
+    warn_inert(where, own)
 
 
 class renamed:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.heads import Logits, map_logits
-from x_transformers.losses import calc_entropy, calc_z_loss
+from x_transformers.losses import calc_entropy
 from x_transformers.tensor_types import Float
 
 
@@ -88,8 +88,6 @@ class Asked:
             out = (out, next_embed())
         if self.logit_entropies and logits is not None:
             record.logit_entropies = map_logits(calc_entropy, logits)  # type: ignore[assignment]
-        if self.attn_z_loss:
-            record.attn_z_loss = calc_z_loss(scores(record), weight=self.z_loss_weight)
         if self.mems:
             record.mems = mems()
             if not self.intermediates_too:

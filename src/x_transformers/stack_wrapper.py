@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
-from x_transformers.embedding.call import Call, check_added, check_prepended, last_positions
+from x_transformers.embedding.call import Call, check_added, check_list, check_prepended, last_positions, moved_down, no_padding
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows, Shuffle
 from x_transformers.embedding.token import scale_gradient
@@ -19,10 +19,11 @@ from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import always, default
 from x_transformers.layers.checks import check_names, check_steps
+from x_transformers.losses import calc_z_loss
 from x_transformers.module import Dropout, Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
-from x_transformers.returns import Asked, next_memories
+from x_transformers.returns import Asked, next_memories, scores
 from x_transformers.tensor_types import Bool, Float, Int
 
 Memories = Sequence[Float[Tensor, 'b l d']]
@@ -96,7 +97,11 @@ class StackWrapper(Module):
     def can_cache_kv(self) -> bool:
         """Whether decoding may go on from a cache, with the modules that are there now."""
         known: bool | None = self.__dict__.get('can_cache_kv')
-        return not self._why_no_cache() and bool(self.attn_layers.can_cache_kv) if known is None else known
+        if known is not None:
+            return known
+        # where tokens see later ones, what is remembered of them is out of date with every new one
+        stack = self.attn_layers
+        return not self._why_no_cache() and bool(stack.can_cache_kv) and bool(stack.is_causal)
 
     @can_cache_kv.setter
     def can_cache_kv(self, value: bool) -> None:
@@ -256,10 +261,15 @@ class StackWrapper(Module):
             embeds = embeds + rows.newest(call.pos, 'pos', axis=call.pos.ndim - 2)
         elif self.has_absolute_positions:
             pos = call.pos_ids
+            if pos is not None and pos.ndim == 3:
+                raise ValueError(
+                    'pos of shape (b h n) gives each head positions of its own, and absolute positions are added to tokens: '
+                    'build the model with use_abs_pos_emb=False.'
+                )
             pos = pos if pos is None else rows.newest(behind_mems(pos, call.mems, rows), 'pos', axis=pos.ndim - 1)
             embeds = embeds + self.pos_emb(x, pos=pos, seq_start_pos=call.seq_start_pos, offset=rows.seen)
         if call.sum_embeds is not None:
-            embeds = embeds + rows.summand(call.sum_embeds, 'sum_embeds')
+            embeds = embeds + rows.summand(call.sum_embeds, 'sum_embeds').to(embeds.dtype)
         embeds = self.post_emb_norm(embeds)
         if call.prepend_embeds is not None:
             check_prepended(call.prepend_embeds, call.prepend_mask, embeds.shape[0], self.emb_dim)
@@ -292,6 +302,9 @@ class StackWrapper(Module):
             return self.attn_layers(x, **given), LayerIntermediates()
 
         h, record = self._rounds(run, h, call)
+        if asked.attn_z_loss:
+            counts = no_padding(h, given.get('mask'), None if rows.cached else call.seq_start_pos)
+            record.attn_z_loss = calc_z_loss(scores(record), counts, asked.z_loss_weight)
         if shuffle is not None:
             h = shuffle.restore(h)
         if rows.memory:
@@ -363,6 +376,9 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
         value = given.get(name)
         if value is None:
             continue
+        if name == 'pos' and value.ndim == 3:
+            given[name] = shuffle.lay(value.transpose(1, 2)).transpose(1, 2)
+            continue
         if name == 'pos' and value.ndim == 1:
             value = value.unsqueeze(0)
         if value.ndim > 1 and value.shape[1] >= rows and (value.ndim == 3 or name not in ('condition', 'in_attn_cond')):
@@ -381,22 +397,6 @@ def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> I
 
 def longest(mems: Memories | None) -> int:
     return max([0, *(mem.shape[1] for mem in mems or ())])
-
-
-def check_list(entries: Any, name: str) -> bool:
-    """Whether there is a list with an entry for each self attention."""
-    if entries is not None and not isinstance(entries, (list, tuple)):
-        raise TypeError(f'{name} must be a list with one tensor for each self attention, got {type(entries).__name__}')
-    for index, entry in enumerate(entries or ()):
-        if entry is not None and (not isinstance(entry, Tensor) or entry.ndim < 2):
-            got = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
-            raise TypeError(f'{name}[{index}] must be a tensor (batch, memories, ...) or None, got {got}')
-    return entries is not None
-
-
-def moved_down(entries: Sequence[Any] | None, layers: int) -> list[Any] | None:
-    """What belongs to memories, as the layers see them: layer i looks at those of layer i + ``layers``."""
-    return None if entries is None else [*entries[layers:], *entries[:layers]]
 
 
 def usual(flags: Flags, name: str) -> Any:

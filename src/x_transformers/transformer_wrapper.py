@@ -51,7 +51,8 @@ class TransformerWrapper(StackWrapper):
         super().__init__()
         given = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
         flags_ = WrapperFlags.parse(given, where='TransformerWrapper')
-        check_wrapper(flags_, stack_flags(attn_layers))
+        left_to_right = bool(getattr(attn_layers, 'is_causal', False))
+        check_wrapper(flags_, stack_flags(attn_layers), where=type(self).__name__, left_to_right=left_to_right)
         # kept for reading; the modules live in their slots only
         self.flags = replace(flags_, attn_layers=nn.Identity(), token_emb=None, to_logits=None)
         self._build_embedding(flags_)
@@ -114,7 +115,7 @@ class TransformerWrapper(StackWrapper):
             norm = self._entrance_norm(self.dim, flags.attn_layers)
             self.logits_transform = HeadTransform(self.dim, flags.logits_transform, norm, bias=flags.logits_transform_bias)
         self.add_continuous_pred_head = flags.add_continuous_pred_head
-        self.to_next_embed_pred = next_embedding_head(self.dim) if flags.add_continuous_pred_head else None
+        self.to_next_embed_pred = next_embedding_head(self.dim, self.emb_dim) if flags.add_continuous_pred_head else None
 
     @torch.no_grad()
     def init_own(self) -> None:
@@ -301,7 +302,7 @@ class TransformerWrapper(StackWrapper):
 
     def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows) -> dict[str, Any]:
         given = super()._for_stack(keys, call, rows)
-        if self.ff_deep_embed is not None and not self.recycling:
+        if self.ff_deep_embed is not None:
             given['deep_embeds_and_ids'] = self._deep_embeds(call, rows)
         return given
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.fit import check_future, check_net
+from x_transformers.flags.objectives import MachineOptions, PretrainOptions, options
 from x_transformers.generation.prompts import checked_length
 from x_transformers.generation.sampling import check_temperature, gumbel_sample
 from x_transformers.module import Module
@@ -54,6 +56,7 @@ class SyntheticDataGenerator(Module):
         rescale_recurrent: bool = False,
     ) -> None:
         super().__init__()
+        options(MachineOptions, 'SyntheticDataGenerator', locals())
         self.num_tokens, self.max_seq_len = num_tokens, max_seq_len
         self.rescale_recurrent = rescale_recurrent
         hidden_size = hidden_size or dim
@@ -123,6 +126,7 @@ class UniversalPretrainWrapper(Module):
         batch_size, seq_len, seed_length: of what is drawn, made and cropped.
         reset_turing_machine_every: draw another machine after so many steps; 0 never.
         keep_buffer_on_cpu: the buffer stays out of the state dict and on the CPU.
+        allow_future: also train a model whose stack shows each token those after it, such as an ``Encoder``.
     """
 
     step: Tensor
@@ -139,12 +143,16 @@ class UniversalPretrainWrapper(Module):
         seed_length: int = 8,
         reset_turing_machine_every: int = 0,
         keep_buffer_on_cpu: bool = False,
+        *,
+        allow_future: bool = False,
     ) -> None:
         super().__init__()
         stack: Any = model.attn_layers
         self.num_tokens = int(model.num_tokens)  # type: ignore[arg-type]
         buffer_size = 20 * batch_size if buffer_size is None else buffer_size
-        check_pretraining(stack.causal, buffer_size, batch_size, num_reset, seed_length, seq_len)
+        options(PretrainOptions, 'UniversalPretrainWrapper', locals())
+        check_net(model, 'UniversalPretrainWrapper', name='model', told_nothing=True)
+        check_future(model, {}, 'UniversalPretrainWrapper', allowed=allow_future)
         if data_generator is None:
             data_generator = SyntheticDataGenerator(stack.dim, self.num_tokens, max_seq_len=seq_len)
         check_machine(data_generator, model, seq_len)
@@ -154,7 +162,7 @@ class UniversalPretrainWrapper(Module):
         self.num_reset = num_reset
         self.reset_turing_machine_every = reset_turing_machine_every
         self.keep_buffer_on_cpu = keep_buffer_on_cpu
-        self.ar_wrapped = AutoregressiveWrapper(model)
+        self.ar_wrapped = AutoregressiveWrapper(model, allow_future=allow_future)
         if keep_buffer_on_cpu:
             # no buffer of the module: neither moved with it nor saved
             self.synth_data_buffer = torch.empty(buffer_size, seq_len, dtype=torch.long, device='cpu')
@@ -214,19 +222,5 @@ def check_machine(machine: SyntheticDataGenerator, model: nn.Module, seq_len: in
     longest = getattr(model, 'max_seq_len', 0)
     if getattr(model, 'has_absolute_positions', False) and longest < seq_len:
         broken.append(f'seq_len is {seq_len}, but the model has absolute positions for {longest} tokens only')
-    if broken:
-        raise ValueError('; '.join(broken))
-
-
-def check_pretraining(causal: bool, buffer_size: int, batch_size: int, num_reset: int, seed_length: int, seq_len: int) -> None:
-    broken = []
-    if not causal:
-        broken.append('model must be causal (a Decoder), since it is trained to predict the next token')
-    if buffer_size <= batch_size:
-        broken.append(f'buffer_size must be larger than batch_size, got {buffer_size} and {batch_size}')
-    if num_reset % 2 or not 0 <= num_reset <= buffer_size:
-        broken.append(f'num_reset must be even and at most buffer_size {buffer_size}, got {num_reset}')
-    if not 0 < seed_length < seq_len:
-        broken.append(f'seed_length must be positive and below seq_len {seq_len}, got {seed_length}')
     if broken:
         raise ValueError('; '.join(broken))

@@ -33,7 +33,7 @@ class ViTransformerWrapper(Module):
         super().__init__()
         given = {'image_size': image_size, 'patch_size': patch_size, 'attn_layers': attn_layers, **flags}
         flags_ = VisionFlags.parse(given, where='ViTransformerWrapper')
-        check_vision(flags_, stack_flags(attn_layers))
+        check_vision(flags_, stack_flags(attn_layers), type(self).__name__)
         # kept for reading; the stack lives in its slot only
         self.flags = replace(flags_, attn_layers=nn.Identity())
         stack: Any = attn_layers
@@ -62,7 +62,7 @@ class ViTransformerWrapper(Module):
         size = self.patch_size
         side = self.image_size // size
         grid = img.reshape(img.shape[0], self.channels, side, size, side, size)
-        return grid.permute(0, 2, 4, 3, 5, 1).reshape(img.shape[0], side * side, -1)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(img.shape[0], side * side, self.channels * size**2)
 
     def forward(
         self, img: Float[Tensor, 'b c h w'], return_embeddings: bool = False, return_logits_and_embeddings: bool = False
@@ -81,7 +81,7 @@ class ViTransformerWrapper(Module):
             )
         if not img.is_floating_point():
             raise TypeError(f'img must be of floating dtype, got {img.dtype}; bytes are scaled by img.float() / 255.')
-        x = self.patch_to_embedding(self.patches(img)) + self.pos_embedding
+        x = self.patch_to_embedding(self.patches(img.to(self.pos_embedding.dtype))) + self.pos_embedding
         x = self.dropout(self.post_emb_norm(x))
         length = x.shape[1]
         if self.register_tokens is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.fast_weights import (
     EpisodicNet,
     Path,
@@ -19,10 +20,12 @@ from x_transformers.fast_weights import (
     make_low_rank,
     sample_losses,
 )
+from x_transformers.flags.fit import check_future, check_net
+from x_transformers.flags.objectives import XLOptions, options
 from x_transformers.generation.decode import Reader, Tokens, decode
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import checked_eos, checked_length, prepare
+from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare, warn_of_end
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.latent_prediction import check_parameters
 from x_transformers.losses import token_cross_entropy
@@ -85,6 +88,7 @@ class XLAutoregressiveWrapper(Module):
         episodic_mem_len: so many learned keys and values for each self attention; their path is ``episodic_mems``.
         weight_by_valid: weigh each segment by its targets that count, which gives the mean over all of them; the default
             weighs by segment length, as the original does.
+        allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``.
 
     Raises:
         ValueError: parameters out of range, or paths that the net does not have.
@@ -109,8 +113,12 @@ class XLAutoregressiveWrapper(Module):
         *,
         ttt_low_rank_replaces: bool = False,
         weight_by_valid: bool = False,
+        allow_future: bool = False,
     ) -> None:
         super().__init__()
+        max_seq_len = getattr(net, 'max_seq_len', 0)
+        options(XLOptions, 'XLAutoregressiveWrapper', locals())
+        check_net(net, 'XLAutoregressiveWrapper')
         paths = [*ttt_module_paths, *(path for path, _ in ttt_low_rank_paths)]
         check_parameters(
             'XLAutoregressiveWrapper',
@@ -125,10 +133,9 @@ class XLAutoregressiveWrapper(Module):
         self.pad_value = pad_value
         self.ignore_index = ignore_index
         self.net: Any = EpisodicNet(net, episodic_mem_len) if episodic_mem_len else net
-        self.max_seq_len = getattr(net, 'max_seq_len', 0)
+        self.max_seq_len = max_seq_len
+        self.allow_future = allow_future
         self.weight_by_valid = weight_by_valid
-        if self.max_seq_len < 1:
-            raise ValueError(f'the net must have a max_seq_len, which is the length of a segment; got {self.max_seq_len}')
         self.tbptt_steps = tbptt_steps
         for path, rank in ttt_low_rank_paths:
             make_low_rank(self.net, path, rank, ttt_low_rank_replaces)
@@ -164,6 +171,8 @@ class XLAutoregressiveWrapper(Module):
             ttt_recurrent_steps: with test-time training, how often each segment is read, with an update between; the last time
                 counts.
         """
+        x = token_ids(x)
+        check_future(self.net, kwargs, 'XLAutoregressiveWrapper', allowed=self.allow_future)
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must be token ids (batch, at least two tokens), got shape {tuple(x.shape)}')
         if ttt_recurrent_steps < 1 or (ttt_recurrent_steps > 1 and self.ttt is None):
@@ -171,7 +180,6 @@ class XLAutoregressiveWrapper(Module):
                 f'ttt_recurrent_steps must be 1, or more with test-time training, got {ttt_recurrent_steps}. '
                 'Give ttt_module_paths in the constructor.'
             )
-        x = x.long()
         inputs, labels = x[:, :-1], x[:, 1:]
         if not 0 <= self.ignore_index < getattr(self.net, 'num_tokens', 0):
             # an ignored index that is a token of the vocabulary is read as that token
@@ -288,6 +296,8 @@ class XLAutoregressiveWrapper(Module):
         from the start of the prompt, on which test-time training works. Other arguments as in
         ``AutoregressiveWrapper.generate``.
         """
+        check_reserved(kwargs)
+        warn_of_end(self.net, eos_token)
         steps, eos = checked_length(seq_len), checked_eos(eos_token)
         prompt = prepare(start_tokens, None, self.pad_value)
         if prompt.start is not None:

@@ -14,12 +14,14 @@ from x_transformers.embedding.call import Call
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
+from x_transformers.flags.fit import check_future
+from x_transformers.flags.objectives import XValOptions, options
 from x_transformers.flags.other_inputs import XVAL_RULES, XValFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Tokens, decode, reader_for
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import Prompt, checked_length, right_aligned
+from x_transformers.generation.prompts import Prompt, check_reserved, checked_length, right_aligned
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.generation.views import VectorView
 from x_transformers.heads import TiedHead
@@ -87,7 +89,7 @@ class XValTransformerWrapper(StackWrapper):
         super().__init__()
         sizes = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'numerical_token_id': numerical_token_id}
         own = XValFlags.parse({**sizes, 'attn_layers': attn_layers, **flags}, where='XValTransformerWrapper')
-        check_wrapper(own, stack_flags(attn_layers), XVAL_RULES)
+        check_wrapper(own, stack_flags(attn_layers), XVAL_RULES, where=type(self).__name__)
         # kept for reading; the stack lives in its slot only
         self.flags = replace(own, attn_layers=nn.Identity())
         self.num_tokens, self.numerical_token_id = own.num_tokens, own.numerical_token_id
@@ -169,12 +171,21 @@ class XValAutoregressiveWrapper(Module):
         net: such as ``XValTransformerWrapper`` around a ``Decoder``.
         ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``, unless they are a token.
         numerical_loss_weight: weight of the squared error of the numbers.
+        allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``.
     """
 
     def __init__(
-        self, net: nn.Module, ignore_index: int = -100, pad_value: int = 0, numerical_loss_weight: float = 1.0
+        self,
+        net: nn.Module,
+        ignore_index: int = -100,
+        pad_value: int = 0,
+        numerical_loss_weight: float = 1.0,
+        *,
+        allow_future: bool = False,
     ) -> None:
         super().__init__()
+        options(XValOptions, 'XValAutoregressiveWrapper', locals())
+        self.allow_future = allow_future
         self.net: Any = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
         self.numerical_loss_weight = numerical_loss_weight
@@ -188,15 +199,20 @@ class XValAutoregressiveWrapper(Module):
 
         Args:
             return_loss_breakdown: also return both losses of every position, as ``LossBreakdown``.
-            kwargs: for the net; ``mask`` may be (b n), or (b n-1), which then serves inputs and targets alike.
+            kwargs: for the net; ``mask`` may be (b n), or (b n-1), which then serves inputs and targets alike; behind
+                ``prepend_embeds`` it may cover these, too.
         """
         token = self.net.numerical_token_id
         x = token_ids(x)
+        check_future(self.net, kwargs, 'XValAutoregressiveWrapper', allowed=self.allow_future)
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must hold at least two tokens per row, to read and to predict; got shape {tuple(x.shape)}')
         is_number, numbers = read_numbers(x, x_num, token, elsewhere=0.0)
-        inputs, targets = shifted_mask(kwargs.pop('mask', None), x.shape[1])
+        given = kwargs.pop('mask', None)
+        before, mask = self._cut_mask(given, x.shape[1], kwargs.get('prepend_embeds'))
+        inputs, targets = shifted_mask(mask, x.shape[1])
         targets = default(targets, inputs)
+        inputs = inputs if before is None or inputs is None else torch.cat((before, inputs), dim=1)
         logits, predicted = self.net(self._filled(x[:, :-1]), numbers[:, :-1], mask=inputs, **kwargs)
         front = logits.shape[1] - x.shape[1] + 1
         wanted = x[:, 1:] if targets is None else x[:, 1:].masked_fill(~targets, self.ignore_index)
@@ -206,6 +222,17 @@ class XValAutoregressiveWrapper(Module):
         error = error.masked_fill(~(is_number[:, 1:] & counts), 0.0)
         loss = (entropy + error * self.numerical_loss_weight).sum() / counts.sum()
         return (loss, LossBreakdown(entropy, error)) if return_loss_breakdown else loss
+
+    @staticmethod
+    def _cut_mask(
+        mask: Tensor | None, length: int, prefix: Float[Tensor, 'b p e'] | None
+    ) -> tuple[Bool[Tensor, 'b p'] | None, Tensor | None]:
+        """(the part of a mask over what is prepended, if it covers that, too; the part over the tokens)."""
+        front = 0 if prefix is None else prefix.shape[1]
+        widths = {length, length - 1}
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] not in widths and mask.shape[1] - front in widths:
+            return mask[:, :front], mask[:, front:]
+        return None, mask
 
     def _filled(self, ids: Int[Tensor, 'b n']) -> Int[Tensor, 'b n']:
         """An ignored index that is no token cannot be looked up."""
@@ -243,6 +270,7 @@ class XValAutoregressiveWrapper(Module):
             generator: makes sampling reproducible.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
         """
+        check_reserved(kwargs)
         steps = checked_length(seq_len)
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
         prompt = self._prompt(start_tokens, start_numbers, prompt_lens)

@@ -16,7 +16,8 @@ from x_transformers.flags.rules import check_attention, check_feedforward, check
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
-from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES
+from x_transformers.flags.wrapper_rules import ALONE_RULES, ON_STACK_RULES, VISION_RULES, WRAPPER_RULES
+from x_transformers.notices import InertFlagWarning
 
 DIM = 16
 
@@ -40,44 +41,65 @@ def refused(check, *args) -> FlagError:
     return caught.value
 
 
-def sentence_of(rule, error: FlagError) -> str:
-    """The one sentence that this rule made."""
+def warned(check, *args) -> str:
+    """The one warning about everything that does nothing."""
+    with pytest.warns(InertFlagWarning) as caught:
+        check(*args)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert not re.search(r'\[\w+\]|\{\w+\}', text), f'a placeholder was left in: {text}'
+    return text
+
+
+def sentence_of(rule, check, *args) -> str:
+    """The one sentence that this rule made, from its subject on."""
     beginning = rule.why.split('{')[0].split('[')[0]
-    found = [sentence for sentence in error.sentences if beginning in sentence]
-    assert len(found) == 1, (rule, error.sentences)
-    return found[0]
+    if rule.inert:
+        before, found, _ = warned(check, *args).partition(beginning)
+        assert found, rule
+        return before.rpartition('. ')[2] + found
+    error = refused(check, *args)
+    sentences = [sentence for sentence in error.sentences if beginning in sentence]
+    assert len(sentences) == 1, (rule, error.sentences)
+    return sentences[0]
 
 
 @pytest.mark.parametrize('rule', ATTENTION_RULES, ids=lambda rule: rule.flags[0])
 def test_rules_of_attention(rule):
-    error = refused(check_attention, AttentionFlags.parse(rule.example, where='Attention'), DIM, 'attn_')
-    assert f'`attn_{next(name for name in rule.flags if name in rule.example)}=' in sentence_of(rule, error)
+    sentence = sentence_of(rule, check_attention, AttentionFlags.parse(rule.example, where='Attention'), DIM, 'attn_')
+    assert f'`attn_{next(name for name in rule.flags if name in rule.example)}=' in sentence
 
 
 @pytest.mark.parametrize('rule', FEEDFORWARD_RULES, ids=lambda rule: rule.flags[0])
 def test_rules_of_feedforward(rule):
-    error = refused(check_feedforward, FeedForwardFlags.parse(rule.example, where='FeedForward'), DIM, 'ff_')
-    assert f'`ff_{next(name for name in rule.flags if name in rule.example)}=' in sentence_of(rule, error)
+    sentence = sentence_of(rule, check_feedforward, FeedForwardFlags.parse(rule.example, where='FeedForward'), DIM, 'ff_')
+    assert f'`ff_{next(name for name in rule.flags if name in rule.example)}=' in sentence
 
 
 @pytest.mark.parametrize('rule', STACK_RULES, ids=lambda rule: f'{rule.flags[0]}')
 def test_rules_of_a_stack(rule):
-    error = refused(check_stack, stack(**rule.example))
-    assert f'`{next(name for name in rule.flags if name in rule.example)}=' in sentence_of(rule, error)
+    sentence = sentence_of(rule, check_stack, stack(**rule.example))
+    assert f'`{next(name for name in rule.flags if name in rule.example)}=' in sentence
 
 
 @pytest.mark.parametrize('rule', WRAPPER_RULES + ON_STACK_RULES, ids=lambda rule: rule.flags[0])
 def test_rules_of_a_model(rule):
     own = dict(rule.example)
-    stack_flags = stack(**own.pop('stack', {}))
-    error = refused(check_wrapper, wrapper(**own), stack_flags)
-    assert f'`{next(name for name in rule.flags if name in own)}=' in sentence_of(rule, error)
+    stack_flags = stack(**({'causal': True} if 'use_cls_token' in rule.flags[:1] else {}), **own.pop('stack', {}))
+    sentence = sentence_of(rule, check_wrapper, wrapper(**own), stack_flags)
+    assert f'`{next(name for name in rule.flags if name in own)}=' in sentence
 
 
 @pytest.mark.parametrize('rule', VISION_RULES, ids=lambda rule: rule.flags[0])
 def test_rules_of_an_image_model(rule):
     flags = VisionFlags.parse(rule.example | {'attn_layers': nn.Identity()}, where='ViTransformerWrapper')
-    sentence_of(rule, refused(check_vision, flags, stack()))
+    sentence_of(rule, check_vision, flags, stack())
+
+
+@pytest.mark.parametrize('rule', ALONE_RULES, ids=lambda rule: rule.flags[0])
+def test_a_model_that_is_told_nothing_beside_its_input(rule):
+    flags = VisionFlags(image_size=8, patch_size=4, attn_layers=nn.Identity())
+    assert f'`{next(iter(rule.example))}=' in sentence_of(rule, check_vision, flags, stack(**rule.example))
 
 
 NOT_FUSED = sorted({rule.name for rule in ORDER if rule.unfused is not None})
@@ -121,7 +143,6 @@ def test_all_broken_rules_come_in_one_error():
         ff_relu_squared=True,
         ff_swish=True,
         attn_dropout=1.5,
-        attn_gumbel_softmax_temp=2.0,
     )
     error = refused(check_stack, flags)
     text = str(error)
@@ -130,8 +151,24 @@ def test_all_broken_rules_come_in_one_error():
     assert '`attn_one_kv_head=True` with `attn_kv_heads=3`' in text
     assert '`ff_relu_squared=True` with `ff_swish=True`' in text
     assert '`attn_dropout=1.5`: it must be at most 1' in text
+    assert len(error.sentences) == 5
+
+
+def test_everything_without_effect_comes_in_one_warning():
+    flags = {'attn_gumbel_softmax_temp': 2.0, 'dim_condition': 8, 'cross_attn_head_scale': True, 'ff_glu_mult_bias': True}
+    text = warned(check_stack, stack(**flags))
+    assert text.startswith('AttentionLayers: 4 keywords have no effect. ')
     assert '`attn_gumbel_softmax_temp=2.0` does nothing without `attn_gumbel_softmax`' in text
-    assert len(error.sentences) == 6
+    for name in flags:
+        assert f'`{name}' in text
+    text = warned(check_stack, stack(depth=None, custom_layers=('f',), attn_head_scale=True))
+    assert "`attn_head_scale`: there is no attention. Set a layer 'a', or leave this out." in text
+    text = warned(check_stack, stack(depth=None, custom_layers=('a',), ff_mult=3.0))
+    assert "`ff_mult`: there is no feed-forward. Set a layer 'f', or leave this out." in text
+
+
+def test_layers_that_are_spelt_out_have_cross_attention_without_its_flag():
+    check_stack(stack(depth=None, custom_layers=('a', 'c', 'f'), cross_attend=True, cross_attn_tokens_dropout=0.5))
 
 
 def test_names_in_sentences_are_those_that_the_user_wrote():
@@ -179,22 +216,20 @@ def other_value(cls: type[Flags], name: str):
 
 
 @pytest.mark.parametrize(('cls', 'name', 'parents'), list(off_parent_values()))
-def test_a_sub_option_without_its_parent_is_refused(cls, name, parents):
+def test_a_sub_option_without_its_parent_does_nothing(cls, name, parents):
     value = other_value(cls, name)
     if cls is AttentionFlags:
-        error = refused(check_attention, AttentionFlags(causal=True, **{name: value}), DIM)
+        text = warned(check_attention, AttentionFlags(causal=True, **{name: value}), DIM)
     elif cls is FeedForwardFlags:
-        error = refused(check_feedforward, FeedForwardFlags(**{name: value}), DIM)
+        text = warned(check_feedforward, FeedForwardFlags(**{name: value}), DIM)
     elif cls is StackFlags:
-        error = refused(check_stack, stack(causal=True, **{name: value}))
+        text = warned(check_stack, stack(causal=True, **{name: value}))
     else:
-        error = refused(check_wrapper, wrapper(**{name: value}), stack(causal=True))
-    orphaned = [
-        sentence for sentence in error.sentences if sentence.startswith(f'`{name}=') and 'does nothing without' in sentence
-    ]
-    assert len(orphaned) == 1
+        text = warned(check_wrapper, wrapper(**{name: value}), stack(causal=True))
+    assert text.count('does nothing without') == 1
+    assert f'`{name}=' in text
     for parent in parents:
-        assert f'`{parent}`' in orphaned[0]
+        assert f'`{parent}`' in text
 
 
 @pytest.mark.parametrize('cls', [AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags])
@@ -254,8 +289,8 @@ def test_layouts_that_cannot_be(flags, words):
 
 
 def test_cross_attention_flags_without_cross_attention():
-    assert '`cross_attn_head_scale`: there is no cross attention' in str(
-        refused(check_stack, stack(cross_attn_head_scale=True))
+    assert '`cross_attn_head_scale`: there is no cross attention. Set `cross_attend`' in warned(
+        check_stack, stack(cross_attn_head_scale=True)
     )
     check_stack(stack(cross_attn_head_scale=False))
 

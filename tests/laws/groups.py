@@ -417,7 +417,7 @@ WRAPPER = (
     group('recycling', wrapper={'recycling': True}, inputs=twice),
     group('embed_ids', wrapper={'embed_num_tokens': {'kind': 5}}, inputs=more_ids),
     group('average', WHOLE, wrapper={'average_pool_embed': True}),
-    group('cls', WHOLE, wrapper={'use_cls_token': True}),
+    group('cls', frozenset({ENCODER, CROSSER}), wrapper={'use_cls_token': True}),
     group('cls_two', frozenset({ENCODER}), wrapper={'use_cls_token': True, 'num_cls_tokens': 2}),
     group('attn_pool', frozenset({ENCODER}), wrapper={'attn_pool': True, 'num_pooled_tokens': 2}),
     group('attn_pool_deep', frozenset({ENCODER}), wrapper={'attn_pool': True, 'attn_pool_depth': 2, 'dim_pooled_tokens': 6}),

@@ -95,7 +95,7 @@ def row_independent(case: Combination) -> None:
 @torch.no_grad()
 def padding_blind(case: Combination) -> None:
     """Right padding under a mask: a row gives what it gives alone and cut, and what stands in the padding is not seen."""
-    if case.random or (case.has('shift', 'shift_two') and not case.causal):
+    if case.random:
         # kept as in the original: feed-forwards are not told of the mask, so the last token takes features of the first pad
         return
     model = case.build()

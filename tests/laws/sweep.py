@@ -13,6 +13,7 @@ import torch
 
 from tests.laws.combination import Combination, draw, singles
 from tests.laws.laws import DEEP_LAWS, LAWS, Broken
+from x_transformers import InertFlagWarning
 from x_transformers.flags.base import FlagError
 
 
@@ -24,13 +25,16 @@ def told() -> str:
 
 
 def check(case: Combination, laws: tuple) -> tuple[str, str]:
-    """('refused' | 'kept' | 'broken' | 'crashed', what happened)."""
+    """('refused' | 'kept' | 'inert' | 'broken' | 'crashed', what happened). 'inert': kept, with flags that do nothing."""
     try:
-        case.build()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always', InertFlagWarning)
+            case.build()
     except FlagError as refusal:
         return 'refused', str(refusal)
     except Exception:
         return 'crashed', 'constructor: ' + told()
+    inert = [str(each.message) for each in caught if each.category is InertFlagWarning]
     for law in laws:
         try:
             law(case)
@@ -38,7 +42,7 @@ def check(case: Combination, laws: tuple) -> tuple[str, str]:
             return 'broken', f'{law.__name__}: {broken}'
         except Exception:
             return 'crashed', f'{law.__name__}: ' + told()
-    return 'kept', ''
+    return ('inert', inert[0]) if inert else ('kept', '')
 
 
 def main() -> int:
@@ -61,7 +65,7 @@ def main() -> int:
     for case in cases:
         outcome, why = check(case, DEEP_LAWS if options.deep else LAWS)
         outcomes[outcome] += 1
-        if outcome in ('broken', 'crashed') or (options.singles and outcome == 'refused'):
+        if outcome in ('broken', 'crashed') or (options.singles and outcome in ('refused', 'inert')):
             print(f'{outcome.upper()} {case}\n    {why.strip()}', flush=True)
         torch.compiler.reset() if options.deep else None
     print(', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items())))

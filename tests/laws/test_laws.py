@@ -38,6 +38,8 @@ def test_every_flag_alone(case: Combination) -> None:
         law(case)
 
 
+# a flag that does nothing beside the others is told, and does no harm
+@pytest.mark.filterwarnings('ignore::x_transformers.InertFlagWarning')
 @pytest.mark.parametrize('case', draw(COUNT, SEED), ids=str)
 def test_random_combinations(case: Combination) -> None:
     if not build_or_refuse(case):

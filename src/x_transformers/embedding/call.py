@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
+from x_transformers.notices import warn_inert
 from x_transformers.tensor_types import Bool, Float, Int
 
 
@@ -67,21 +68,64 @@ def ids_or_none(x: Tensor | None, prepend_embeds: Tensor | None, *, own_table: b
     return x
 
 
+def check_list(entries: Any, name: str) -> bool:
+    """Whether there is a list with an entry for each self attention."""
+    if entries is not None and not isinstance(entries, (list, tuple)):
+        raise TypeError(f'{name} must be a list with one tensor for each self attention, got {type(entries).__name__}')
+    for index, entry in enumerate(entries or ()):
+        if entry is not None and (not isinstance(entry, Tensor) or entry.ndim < 2):
+            got = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
+            raise TypeError(f'{name}[{index}] must be a tensor (batch, memories, ...) or None, got {got}')
+    return entries is not None
+
+
+def moved_down(entries: Sequence[Any] | None, layers: int) -> list[Any] | None:
+    """What belongs to memories, as the layers see them: layer i looks at those of layer i + ``layers``."""
+    return None if entries is None else [*entries[layers:], *entries[:layers]]
+
+
+def no_padding(
+    h: Float[Tensor, 'b n d'], mask: Bool[Tensor, '#b m'] | None, start: Int[Tensor, ' b'] | None
+) -> Bool[Tensor, 'b n'] | None:
+    """Which rows of a stack are no padding, by a mask over those seen and these, or by where each sequence starts."""
+    shown = None if mask is None else mask[:, mask.shape[1] - h.shape[1] :].expand(h.shape[0], -1)
+    if start is None:
+        return shown
+    behind = torch.arange(h.shape[1], device=h.device) >= start.unsqueeze(-1)
+    return behind if shown is None else shown & behind
+
+
 def check_added(call: Call, batch: int, dim: int) -> None:
     """Positions, and what is added to the embeddings, fit batch and width. Lengths are checked where they are cut."""
     start = call.seq_start_pos
+    if start is not None and not isinstance(start, Tensor):
+        raise TypeError(f'seq_start_pos must be a tensor of whole numbers, one per row, got a {type(start).__name__}.')
     if start is not None and (start.shape != (batch,) or start.is_floating_point() or start.dtype == torch.bool):
         raise ValueError(
             f'seq_start_pos must be one whole number per row, ({batch},), got {start.dtype} of shape {tuple(start.shape)}.'
         )
+    readable = start is not None and not torch.compiler.is_compiling() and not start.is_meta and start.numel() > 0
+    if start is not None and readable and call.cache is None:
+        low, high, length = int(start.min()), int(start.max()), call.x.shape[1]
+        if low < 0 or high > length:
+            raise ValueError(
+                f'seq_start_pos must lie in 0 … {length}, the tokens of a row, got {low} to {high}. It counts the pads '
+                'in front of each row.'
+            )
+    if call.prepend_mask is not None and call.prepend_embeds is None and call.cache is None:
+        warn_inert('forward', ['`prepend_mask` does nothing without `prepend_embeds`. Give these, or leave this out.'])
     if call.pos is not None:
         axes = call.pos.shape[:-1] if call.pos_ids is not None else call.pos.shape[:-2]
-        if call.pos.ndim == 0 or tuple(axes) not in ((), (1,), (batch,)):
+        # of (b h n) the stack says whether it has heads with positions of their own
+        fits = tuple(axes[:1]) in ((), (1,), (batch,)) and len(axes) <= (2 if call.pos_ids is not None else 1)
+        if call.pos.ndim == 0 or not fits:
             raise ValueError(
                 f'pos must be one position per token, (n) or ({batch} n), or their embeddings, (n e) or ({batch} n e), '
                 f'got {call.pos.dtype} of shape {tuple(call.pos.shape)}.'
             )
     added = call.sum_embeds
+    if added is not None and not isinstance(added, Tensor):
+        raise TypeError(f'sum_embeds must be a tensor ({batch}, tokens, {dim}), got a {type(added).__name__}.')
     if added is not None and (added.ndim != 3 or added.shape[0] not in (1, batch) or added.shape[-1] not in (1, dim)):
         raise ValueError(f'sum_embeds must have shape ({batch}, tokens, {dim}), got {tuple(added.shape)}.')
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from x_transformers.flags.base import FlagError
 from x_transformers.helpers import default, masked_mean
 from x_transformers.module import Module, empty_parameter
+from x_transformers.notices import one_warning, renamed
 from x_transformers.tensor_types import Bool, Float
 
 
@@ -53,7 +54,8 @@ class AttentionPool(Module):
             from x_transformers.layers.stack import CrossAttender
 
             flags = {'attn_dim_head': dim_head, **{f'attn_{name}': value for name, value in more.items()}}
-            self.pooler = CrossAttender(dim=dim, depth=depth, heads=heads, cross_attn_dim_context=width, **flags)
+            with one_warning('AttentionPool'), renamed(lambda name: name.removeprefix('attn_')):
+                self.pooler = CrossAttender(dim=dim, depth=depth, heads=heads, cross_attn_dim_context=width, **flags)
         else:
             from x_transformers.attention.attention import Attention
 
@@ -91,8 +93,8 @@ class AttentionPool(Module):
 
 
 def average(x: Float[Tensor, 'b n d'], mask: Bool[Tensor, 'b n'] | None) -> Float[Tensor, 'b d']:
-    """Mean over the tokens that the mask names."""
-    return masked_mean(x, mask, dim=1)
+    """Mean over the tokens that the mask names; 0 where there are none."""
+    return masked_mean(x, mask, dim=1) if x.shape[1] else x.sum(dim=1)
 
 
 def read_cls(x: Float[Tensor, 'b n d'], count: int) -> tuple[Tensor, Float[Tensor, 'b m d']]:

@@ -31,6 +31,11 @@ class Shuffle(NamedTuple):
         return gathered(t, self.back)
 
 
+def _is_wide(mask: Any, length: int) -> bool:
+    """Whether a mask covers what stands in front of the tokens, too."""
+    return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == length
+
+
 def gathered(t: Tensor, index: Int[Tensor, 'b n']) -> Tensor:
     index = index.view(*index.shape, *(1,) * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
     return t.expand(index.shape[0], *t.shape[1:]).gather(1, index)
@@ -124,8 +129,11 @@ class Rows:
         if mask is None and prepend_mask is None:
             return None
         front = self.front_held if self.cached else self.front
-        if self.cached and mask is not None and mask.ndim == 2 and mask.shape[1] in (self.new, front + self.tokens):
+        if self.cached and (_is_wide(mask, self.new) or _is_wide(mask, front + self.tokens)) and mask is not None:
             # the stack remembers the mask of what it has seen; or all of it is here
+            check_mask(mask, batch, mask.shape[1])
+            return mask
+        if mask is not None and prepend_mask is None and self.front and _is_wide(mask, self.front + self.tokens):
             check_mask(mask, batch, mask.shape[1])
             return mask
         check_mask(

@@ -42,6 +42,8 @@ def check_mask(mask: Tensor | None, batch: int, length: int, name: str = 'mask',
     """A mask says True where there is something to see, for every row of a batch."""
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f'{name} must be a boolean tensor (True: may be looked at), got a {type(mask).__name__}.')
     if mask.dtype != torch.bool:
         raise TypeError(
             f'{name} must be boolean (True: may be looked at), got {mask.dtype}; use {name}.bool() if 1 means True.'

@@ -188,6 +188,7 @@ FEEDFORWARD_RULES = (
         'your own activation takes the place of the other, which would do nothing',
         {'custom_activation': nn.Tanh(), 'swish': True},
         only_changed=True,
+        inert=True,
     ),
     Rule(
         ('custom_activation',),

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from x_transformers.notices import written
+
 REQUIRED: Any = dataclasses.MISSING
 """The default of a flag that must be given."""
 
@@ -50,6 +52,8 @@ def flag(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
+    among: tuple[Any, ...] | None = None,
     since: str = '2.16.1',
     self_only: bool = False,
     one_of: str | None = None,
@@ -58,11 +62,11 @@ def flag(
     """One flag, as a dataclass field.
 
     ``says`` is its sentence, ``paper`` where the idea comes from. ``parent`` names the flag, or flags of which one is enough,
-    without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` is not included.
-    ``since`` is the release of x-transformers that has this keyword first, or 'here' for one that it never had. ``self_only``:
-    it needs the order of one sequence, so that cross attention does not inherit it. ``one_of`` names a group of flags of which
-    one can be on. ``each``, of a stack's own flags: 'layer' if it may differ between layers, 'attention' if between layers with
-    heads.
+    without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` and ``below`` are
+    not included. ``among`` names all values that there are. ``since`` is the release of x-transformers that has this keyword
+    first, or 'here' for one that it never had. ``self_only``: it needs the order of one sequence, so that cross attention does
+    not inherit it. ``one_of`` names a group of flags of which one can be on. ``each``, of a stack's own flags: 'layer' if it
+    may differ between layers, 'attention' if between layers with heads.
     """
     metadata = {
         'says': says,
@@ -71,6 +75,8 @@ def flag(
         'low': low,
         'high': high,
         'above': above,
+        'below': below,
+        'among': among,
         'since': since,
         'self_only': self_only,
         'one_of': one_of,
@@ -118,6 +124,8 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 def one_kind(kind: Any) -> tuple[str, Callable[[Any], bool]]:
     """(words for one kind of value, whether a value is of it)."""
     origin = get_origin(kind) or kind
+    if origin is Any:
+        return 'anything', lambda value: True
     if origin is bool:
         return 'True or False', lambda value: isinstance(value, bool)
     if origin is int:
@@ -215,7 +223,7 @@ class Flags:
     def check_complete(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> None:
         missing = [name for name, field in cls.flag_fields().items() if default_of(field) is REQUIRED and name not in given]
         if missing:
-            names = ', '.join(f'`{prefix}{name}`' for name in missing)
+            names = ', '.join(f'`{written(prefix + name)}`' for name in missing)
             raise MissingFlag(f'{where} needs {names}.')
 
     @classmethod
@@ -230,7 +238,8 @@ class Flags:
             if not any(fits(values[name]) for _, fits in kinds):
                 wanted = ' or '.join(words for words, _ in kinds)
                 wrong.append(
-                    f'{where}: `{prefix}{name}` must be {wanted}, but is {shown(value)} (of type {type(value).__name__}).'
+                    f'{where}: `{written(prefix + name)}` must be {wanted}, '
+                    f'but is {shown(value)} (of type {type(value).__name__}).'
                 )
         return values, wrong
 

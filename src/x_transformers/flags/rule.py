@@ -19,7 +19,8 @@ class Rule:
 
     ``flags`` are named with their values in the sentence (``only_changed``: those that are not at their default). ``broken``
     sees the flags and the width of the layer. ``why`` and ``way_out`` may hold ``{name}``, the value of a flag or a derived
-    value, and ``[name]``, a flag's name as the user writes it. ``example`` breaks the rule.
+    value, and ``[name]``, a flag's name as the user writes it. ``example`` breaks the rule. ``inert``: one of the flags only
+    does nothing, which is told in a warning.
     """
 
     flags: tuple[str, ...]
@@ -28,6 +29,7 @@ class Rule:
     example: Mapping[str, Any] = field(hash=False)
     way_out: str = 'Leave out one of them.'
     only_changed: bool = False
+    inert: bool = False
 
     def sentence(self, flags: Any, dim: int, name: Name) -> str:
         named = [flag for flag in self.flags if not self.only_changed or is_on(flags, flag)]
@@ -62,10 +64,13 @@ def filled(text: str, flags: Any, dim: int, name: Name) -> str:
     return re.sub(r'\{(\w+)\}', lambda found: str(dim) if found[1] == 'dim' else str(value_of(flags, found[1])), text)
 
 
-def broken_rules(rules: Iterable[Rule], flags: Any, dim: int, name: Name) -> list[str]:
-    """A sentence for each broken rule of a table. A number out of its range is not looked at any further."""
+def broken_rules(rules: Iterable[Rule], flags: Any, dim: int, name: Name, *, inert: bool = False) -> list[str]:
+    """A sentence for each broken rule of a table. A number out of its range is not looked at any further.
+
+    ``inert``: the rules about flags that do nothing, which are left out otherwise.
+    """
     senseless = out_of_range(flags, name)
-    applicable = [rule for rule in rules if not any(flag in senseless for flag in rule.flags)]
+    applicable = [rule for rule in rules if rule.inert == inert and not any(flag in senseless for flag in rule.flags)]
     return [rule.sentence(flags, dim, name) for rule in applicable if rule.broken(flags, dim)]
 
 
@@ -76,8 +81,10 @@ def out_of_range(flags: Flags, name: Name) -> dict[str, str]:
     """A sentence for each flag whose number is outside its range."""
     sentences = {}
     for flag, its_field in flags.flag_fields().items():
-        low, high, above = (its_field.metadata[bound] for bound in ('low', 'high', 'above'))
-        given = getattr(flags, flag)
+        low, high, above, below = (its_field.metadata[bound] for bound in ('low', 'high', 'above', 'below'))
+        given, among = getattr(flags, flag), its_field.metadata['among']
+        if among is not None and given not in among:
+            sentences[flag] = f'`{name(flag)}={shown(given)}`: it must be {" or ".join(map(repr, among))}.'
         values = given if isinstance(given, tuple) else (given,)
         for value in values:
             if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -88,6 +95,7 @@ def out_of_range(flags: Flags, name: Name) -> dict[str, str]:
                     ('at least', low, low is None or value >= low),
                     ('at most', high, high is None or value <= high),
                     ('greater than', above, above is None or value > above),
+                    ('less than', below, below is None or value < below),
                 )
                 if not fine
             ]
@@ -97,12 +105,22 @@ def out_of_range(flags: Flags, name: Name) -> dict[str, str]:
     return sentences
 
 
+def has_effect(flags: Any, parent: str) -> bool:
+    """Whether sub-options of a flag are asked: it was switched on, or is on by default."""
+    return getattr(flags, parent) is True or is_on(flags, parent)
+
+
 def orphans(flags: Flags, name: Name, skip: Callable[[str, tuple[str, ...]], bool] = lambda flag, parents: False) -> list[str]:
-    """A sentence for each sub-option that was changed although its parent is off, so that it would do nothing."""
+    """A sentence for each sub-option that was changed although its parent is off, so that it does nothing."""
     sentences = []
     for flag, its_field in flags.flag_fields().items():
         parents = as_tuple(its_field.metadata['parent'])
-        if not parents or not flags.is_changed(flag) or any(is_on(flags, parent) for parent in parents) or skip(flag, parents):
+        if (
+            not parents
+            or not flags.is_changed(flag)
+            or any(has_effect(flags, parent) for parent in parents)
+            or skip(flag, parents)
+        ):
             continue
         wanted = ' or '.join(f'`{name(parent)}`' for parent in parents)
         sentences.append(

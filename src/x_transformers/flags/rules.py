@@ -1,7 +1,7 @@
-"""Check flags against all rules and raise one error that names every broken one.
+"""Check flags against all rules: one error that names every broken one, one warning that names every flag without effect.
 
 The rules are rows in ``attention_rules.py``, ``stack_rules.py`` and ``wrapper_rules.py``; two more kinds follow from the fields
-themselves: a number out of its range, and a sub-option without its parent.
+themselves: a number out of its range, which is an error, and a sub-option without its parent, which has no effect.
 """
 
 from __future__ import annotations
@@ -14,36 +14,48 @@ from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RU
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import SET_BY_STACK
-from x_transformers.flags.rule import Name, Rule, broken_rules, is_on, orphans, out_of_range
+from x_transformers.flags.rule import Name, Rule, broken_rules, orphans, out_of_range
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import SAME_IN_ALL_LAYERS, STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags
-from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack
+from x_transformers.flags.wrapper_rules import ALONE_RULES, ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack
 from x_transformers.layers.plan import plan_layers
+from x_transformers.notices import warn_inert, written
 
 
-def check_attention(flags: AttentionFlags, dim: int, prefix: str = '') -> None:
+def check_attention(flags: AttentionFlags, dim: int, prefix: str = '', *, where: str = 'Attention') -> None:
     """Raise FlagError if the flags of an attention layer of width ``dim`` break a rule."""
-    refuse(broken_attention(flags, dim, lambda name: prefix + name))
+
+    def name(flag: str) -> str:
+        return written(prefix + flag)
+
+    refuse(broken_attention(flags, dim, name))
+    warn_inert(where, inert_attention(flags, dim, name))
 
 
-def check_feedforward(flags: FeedForwardFlags, dim: int, prefix: str = '') -> None:
+def check_feedforward(flags: FeedForwardFlags, dim: int, prefix: str = '', *, where: str = 'FeedForward') -> None:
     """Raise FlagError if the flags of a feed-forward layer of width ``dim`` break a rule."""
-    refuse(broken_feedforward(flags, dim, lambda name: prefix + name))
+
+    def name(flag: str) -> str:
+        return written(prefix + flag)
+
+    refuse(broken_feedforward(flags, dim, name))
+    warn_inert(where, inert_feedforward(flags, dim, name))
 
 
-def check_stack(flags: StackFlags) -> None:
+def check_stack(flags: StackFlags, where: str = 'AttentionLayers') -> None:
     """Raise FlagError if the flags of a stack, those of its parts included, break a rule."""
     if not flags.varying:
         refuse(broken_stack(flags))
     else:
-        refuse([*broken_rules(SAME_IN_ALL_LAYERS, flags, flags.dim, str), *broken_layers(flags)])
-    broken_plan(flags)
+        refuse([*broken_rules(SAME_IN_ALL_LAYERS, flags, flags.dim, written), *broken_layers(flags)])
+    check_plan(flags)
+    warn_inert(where, inert_stack(flags) if not flags.varying else inert_layers(flags))
 
 
 def broken_stack(flags: StackFlags, kinds: str = 'acf') -> list[str]:
     """What is wrong with a stack, and with its layers of these ``kinds``."""
-    broken = [*out_of_range(flags, str).values(), *orphans(flags, str), *broken_rules(STACK_RULES, flags, flags.dim, str)]
+    broken = [*out_of_range(flags, written).values(), *broken_rules(STACK_RULES, flags, flags.dim, written)]
     return broken + broken_parts(flags, kinds)
 
 
@@ -51,8 +63,8 @@ def broken_parts(flags: StackFlags, kinds: str) -> list[str]:
     broken = []
     if 'a' in kinds and (flags.has_self_attention or not flags.has_cross_attention):
         broken += broken_attention(flags.attention, flags.dim, stack_name('attn_'))
-    if 'c' in kinds:
-        broken += broken_cross_attention(flags)
+    if 'c' in kinds and flags.has_cross_attention:
+        broken += broken_attention(flags.cross_attention, flags.dim, cross_name(flags))
     if 'f' in kinds:
         broken += broken_feedforward(flags.feedforward, flags.dim, stack_name('ff_'))
     return broken
@@ -76,31 +88,47 @@ def broken_layers(flags: StackFlags) -> list[str]:
     return said
 
 
-def check_wrapper(flags: Flags, stack: StackFlags, rules: Iterable[Rule] = ()) -> None:
+def check_wrapper(
+    flags: Flags,
+    stack: StackFlags,
+    rules: Iterable[Rule] = (),
+    *,
+    where: str = 'TransformerWrapper',
+    left_to_right: bool = False,
+) -> None:
     """Raise FlagError if the flags of a model break a rule, by themselves or with the flags of its stack.
 
     Of the rules of ``TransformerWrapper`` those are asked whose flags the model has; ``rules`` are the model's own.
     """
+    both = [OnStack(flags, layer, left_to_right) for layer in (stack.by_layer if stack.varying else (stack,))]
     own = flags.flag_fields()
     general = [rule for rule in WRAPPER_RULES if all(name in own for name in rule.flags)]
     on_stack = [rule for rule in ON_STACK_RULES if all(name in own or is_stack_flag(name) for name in rule.flags)]
     refuse(
         [
-            *out_of_range(flags, str).values(),
-            *orphans(flags, str),
-            *broken_rules([*general, *rules], flags, stack.dim, str),
-            *(
-                sentence
-                for layer in (stack.by_layer if stack.varying else (stack,))
-                for sentence in broken_rules(on_stack, OnStack(flags, layer), stack.dim, str)
-            ),
+            *out_of_range(flags, written).values(),
+            *broken_rules([*general, *rules], flags, stack.dim, written),
+            *(sentence for each in both for sentence in broken_rules(on_stack, each, stack.dim, written)),
         ]
     )
+    inert = [
+        *orphans(flags, written),
+        *broken_rules([*general, *rules], flags, stack.dim, written, inert=True),
+        *in_all(broken_rules(on_stack, each, stack.dim, written, inert=True) for each in both),
+    ]
+    warn_inert(where, inert)
 
 
-def check_vision(flags: VisionFlags, stack: StackFlags) -> None:
+def check_vision(flags: VisionFlags, stack: StackFlags, where: str = 'ViTransformerWrapper') -> None:
     """Raise FlagError if the flags of an image model break a rule."""
-    refuse([*out_of_range(flags, str).values(), *orphans(flags, str), *broken_rules(VISION_RULES, flags, stack.dim, str)])
+    refuse(
+        [
+            *out_of_range(flags, written).values(),
+            *broken_rules(VISION_RULES, flags, stack.dim, written),
+            *broken_rules(ALONE_RULES, stack, stack.dim, written),
+        ]
+    )
+    warn_inert(where, orphans(flags, written))
 
 
 # ---------------------------------------------------------------- the parts of a check
@@ -113,44 +141,98 @@ def refuse(sentences: Iterable[str]) -> None:
         raise FlagError(*sentences)
 
 
-def broken_attention(
-    flags: AttentionFlags, dim: int, name: Name, skip: Callable[[str, tuple[str, ...]], bool] = lambda flag, parents: False
-) -> list[str]:
-    broken = [
-        *out_of_range(flags, name).values(),
-        *orphans(flags, name, skip),
-        *broken_rules(ATTENTION_RULES, flags, dim, name),
-    ]
+def broken_attention(flags: AttentionFlags, dim: int, name: Name) -> list[str]:
+    broken = [*out_of_range(flags, name).values(), *broken_rules(ATTENTION_RULES, flags, dim, name)]
     # the scores that residual attention hands on are the stack's affair
     broken += fused_refusals(flags, name)
     return broken
 
 
+def inert_attention(
+    flags: AttentionFlags, dim: int, name: Name, skip: Callable[[str, tuple[str, ...]], bool] = lambda flag, parents: False
+) -> list[str]:
+    return [*orphans(flags, name, skip), *broken_rules(ATTENTION_RULES, flags, dim, name, inert=True)]
+
+
 def broken_feedforward(flags: FeedForwardFlags, dim: int, name: Name) -> list[str]:
-    return [*out_of_range(flags, name).values(), *orphans(flags, name), *broken_rules(FEEDFORWARD_RULES, flags, dim, name)]
+    return [*out_of_range(flags, name).values(), *broken_rules(FEEDFORWARD_RULES, flags, dim, name)]
 
 
-def broken_cross_attention(flags: StackFlags) -> list[str]:
-    if not flags.has_cross_attention:
-        given = ', '.join(f'`cross_attn_{name}`' for name in sorted(flags.cross_given) if is_on(flags.cross_attention, name))
-        return [f'{given}: there is no cross attention. Set `cross_attend`, or leave this out.'] if given else []
+def inert_feedforward(flags: FeedForwardFlags, dim: int, name: Name) -> list[str]:
+    return [*orphans(flags, name), *broken_rules(FEEDFORWARD_RULES, flags, dim, name, inert=True)]
+
+
+def in_all(found: Iterable[list[str]]) -> list[str]:
+    """The sentences that are said every time."""
+    first, *rest = [*found] or [[]]
+    return [sentence for sentence in first if all(sentence in other for other in rest)]
+
+
+def inert_layers(flags: StackFlags) -> list[str]:
+    """A sentence for each flag that does nothing in any layer of its kind, of a stack whose layers differ."""
+    kinds = flags.kinds
+    inert = in_all(inert_stack(flags.layer(index), '') for index in range(len(kinds)))
+    for kind in 'acf':
+        layers = [index for index, its in enumerate(kinds) if its == kind]
+        inert += in_all(inert_parts(flags.layer(index), kind) for index in layers) if layers else inert_parts(flags, kind)
+    return inert
+
+
+def inert_stack(flags: StackFlags, kinds: str = 'acf') -> list[str]:
+    """A sentence for each flag of a stack, and of its layers of these ``kinds``, that does nothing."""
+
+    def spelt_out(flag: str, parents: tuple[str, ...]) -> bool:
+        # layers that are spelt out may be cross attention without cross_attend
+        return 'cross_attend' in parents and flags.has_cross_attention
+
+    inert = [*orphans(flags, written, spelt_out), *broken_rules(STACK_RULES, flags, flags.dim, written, inert=True)]
+    return inert + inert_parts(flags, kinds)
+
+
+def inert_parts(flags: StackFlags, kinds: str) -> list[str]:
+    inert: list[str] = []
+    if 'a' in kinds and flags.has_self_attention:
+        inert += inert_attention(flags.attention, flags.dim, stack_name('attn_'))
+    elif 'a' in kinds and not flags.has_cross_attention:
+        inert += without_part(flags.attention, 'attn_', 'attention', "a layer 'a'", flags.attn_given)
+    if 'c' in kinds and flags.has_cross_attention:
+
+        def taken_over(flag: str, parents: tuple[str, ...]) -> bool:
+            # attn_qk_norm_scale is no mistake where cross_attn_qk_norm=False turns off only what was taken over
+            return flag not in flags.cross_given and any(parent in flags.cross_given for parent in parents)
+
+        inert += inert_attention(flags.cross_attention, flags.dim, cross_name(flags), taken_over)
+    elif 'c' in kinds:
+        inert += without_part(flags.cross_attention, 'cross_attn_', 'cross attention', 'cross_attend', flags.cross_given)
+    if 'f' in kinds and flags.has_feedforward:
+        inert += inert_feedforward(flags.feedforward, flags.dim, stack_name('ff_'))
+    elif 'f' in kinds:
+        inert += without_part(flags.feedforward, 'ff_', 'feed-forward', "a layer 'f'", flags.ff_given)
+    return inert
+
+
+def without_part(part: Flags, prefix: str, kind: str, way: str, given: Iterable[str]) -> list[str]:
+    """One sentence for the flags of a part that the stack does not have."""
+    names = [f'`{stack_name(prefix)(name)}`' for name in sorted(given) if part.is_changed(name)]
+    way = f'`{written(way)}`' if way.isidentifier() else way
+    return [f'{", ".join(names)}: there is no {kind}. Set {way}, or leave this out.'] if names else []
+
+
+def cross_name(flags: StackFlags) -> Name:
+    """The name of a flag of cross attention as it was given: with ``cross_attn_``, or with ``attn_`` for both."""
     usual = 'cross_attn_' if flags.cross_given else 'attn_'
 
     def name(flag: str) -> str:
         if flag in flags.cross_given:
-            return f'cross_attn_{flag}'
+            return written(f'cross_attn_{flag}')
         if flags.cross_attention.is_changed(flag) or flag in SET_BY_STACK:
             return stack_name('attn_')(flag)
-        return usual + flag
+        return written(usual + flag)
 
-    def taken_over(flag: str, parents: tuple[str, ...]) -> bool:
-        # attn_qk_norm_scale is no mistake where cross_attn_qk_norm=False turns off only what was taken over
-        return flag not in flags.cross_given and any(parent in flags.cross_given for parent in parents)
-
-    return broken_attention(flags.cross_attention, flags.dim, name, taken_over)
+    return name
 
 
-def broken_plan(flags: StackFlags) -> None:
+def check_plan(flags: StackFlags) -> None:
     """Raise FlagError if the layers cannot be laid out."""
     plan = plan_layers(flags)
     if flags.unet_skips and all(layer.skip_from is None for layer in plan.layers):
@@ -164,7 +246,7 @@ def is_stack_flag(name: str) -> bool:
 
 def stack_name(prefix: str) -> Name:
     """The name of a part's flag in its stack: a few have no prefix, because the stack sets them."""
-    return lambda flag: flag if prefix == 'attn_' and flag in SET_BY_STACK else prefix + flag
+    return lambda flag: written(flag if prefix == 'attn_' and flag in SET_BY_STACK else prefix + flag)
 
 
 __all__ = [

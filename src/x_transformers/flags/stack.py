@@ -186,13 +186,19 @@ class StackFlags(LayeredFlags):
     )
     num_residual_streams: int = flag(1, 'Hyper connections: number of residual streams.', paper=HYPER, low=1, one_of='residual')
     hyper_conn_sinkhorn_iters: int = flag(
-        5, 'Rounds that make the mixing of the streams doubly stochastic.', paper=HYPER, parent='num_residual_streams', low=1
+        5,
+        'Rounds that make the mixing of the streams doubly stochastic.',
+        paper=HYPER,
+        parent='hyper_conn_doubly_stochastic',
+        low=1,
     )
     qkv_receive_diff_residuals: bool = flag(False, 'Queries, keys and values of self attention are made of different mixtures.')
     reinject_input: bool = flag(False, 'A projection of the input is added before every layer.', paper=REINJECT)
     learned_reinject_input_gate: bool = flag(False, 'A gate per token on what is injected.', paper=REINJECT)
     add_value_residual: bool = flag(False, 'Values are mixed with those of the first layer.', paper=VALUE_RESIDUAL)
-    learned_value_residual_mix: bool = flag(True, 'How much is learned per token and head.', paper=VALUE_RESIDUAL)
+    learned_value_residual_mix: bool = flag(
+        True, 'How much is learned per token and head.', paper=VALUE_RESIDUAL, parent='add_value_residual'
+    )
     verbose: bool = flag(True, 'Warn about doubtful settings.')
     resi_dual: bool = flag(
         False,
@@ -235,6 +241,9 @@ class StackFlags(LayeredFlags):
     cross_given: frozenset[str] = frozenset()
     # keywords with a value for each layer of their kind; the fields hold those of the first
     varying: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # the names that were given with attn_ and ff_ in front
+    attn_given: frozenset[str] = frozenset()
+    ff_given: frozenset[str] = frozenset()
 
     # ---------------------------------------------------------------- from keywords
 
@@ -280,6 +289,8 @@ class StackFlags(LayeredFlags):
             feedforward=FeedForwardFlags(**read['ff_']),
             cross_given=frozenset(name.removeprefix('cross_attn_') for name in given if name in CROSS_NAMES),
             varying={name: over for name, over in varying.items() if getattr(stack, name, None) != over},
+            attn_given=given_to('attn_', given),
+            ff_given=given_to('ff_', given),
         )
 
     @classmethod
@@ -406,9 +417,19 @@ class StackFlags(LayeredFlags):
         return 'c' in self.custom_layers if self.custom_layers is not None else self.cross_attend
 
     @cached_property
+    def has_feedforward(self) -> bool:
+        return self.custom_layers is None or 'f' in self.custom_layers
+
+    @cached_property
     def separate_views(self) -> bool:
         return self.qkv_receive_diff_residuals or self.integrate_layers
 
     @cached_property
     def streams(self) -> int:
         return self.num_residual_streams
+
+
+def given_to(part: str, given: Mapping[str, Any]) -> frozenset[str]:
+    """The names of a part's keywords among those of its stack."""
+    known = frozenset(keyword_names(part))
+    return frozenset(name.removeprefix(part) for name in given if name in known)

@@ -252,12 +252,14 @@ STACK_RULES = (
         'only a plain residual sum has a constant factor',
         {'scale_residual_constant': 0.5, 'gate_residual': True},
         only_changed=True,
+        inert=True,
     ),
     Rule(
         ('scale_residual', 'num_residual_streams'),
         lambda flags, dim: flags.scale_residual and flags.streams > 1,
         'hyper connections learn their own factors',
         {'scale_residual': True, 'num_residual_streams': 2},
+        inert=True,
     ),
     Rule(
         ('qkv_receive_diff_residuals',),
@@ -355,6 +357,7 @@ STACK_RULES = (
         'there is no cross attention',
         {'cross_residual_attn': True},
         'Set [cross_attend], or leave this out.',
+        inert=True,
     ),
     Rule(
         ('attn_flash_pack_seq', 'rotary_pos_emb'),
@@ -412,5 +415,6 @@ STACK_RULES = (
         {'cross_attend': True, 'only_cross': True, 'causal': True, 'attn_selective': True},
         'Leave it out.',
         only_changed=True,
+        inert=True,
     ),
 )

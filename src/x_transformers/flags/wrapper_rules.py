@@ -57,6 +57,7 @@ WRAPPER_RULES = (
         'there are no logits that it could act on',
         {'return_only_embed': True, 'sigsoftmax_logits': True},
         only_changed=True,
+        inert=True,
     ),
     Rule(
         ('logits_bias', 'to_logits'),
@@ -88,12 +89,14 @@ WRAPPER_RULES = (
         lambda flags, dim: flags.scaled_sinu_pos_emb and not flags.use_abs_pos_emb,
         'the second turns the first off',
         {'scaled_sinu_pos_emb': True, 'use_abs_pos_emb': False},
+        inert=True,
     ),
     Rule(
         ('scaled_sinu_pos_emb', 'max_seq_len'),
         lambda flags, dim: flags.scaled_sinu_pos_emb and not flags.max_seq_len,
         'a length of 0 turns absolute positions off',
         {'scaled_sinu_pos_emb': True, 'max_seq_len': 0},
+        inert=True,
     ),
     Rule(
         ('scaled_sinu_pos_emb', 'emb_dim'),
@@ -101,12 +104,6 @@ WRAPPER_RULES = (
         'half of the channels are sines and half are cosines, so their number must be even',
         {'scaled_sinu_pos_emb': True, 'emb_dim': 3},
         'Choose an even width.',
-    ),
-    Rule(
-        ('recycling', 'ff_deep_embed'),
-        lambda flags, dim: flags.recycling and flags.ff_deep_embed,
-        'the factors per token do not reach recycled rounds, so they would never learn',
-        {'recycling': True, 'ff_deep_embed': True},
     ),
     Rule(
         ('embed_num_tokens',),
@@ -119,10 +116,14 @@ WRAPPER_RULES = (
 
 
 class OnStack:
-    """A model's flags together with those of its stack, for rules about both."""
+    """A model's flags together with those of its stack, for rules about both.
 
-    def __init__(self, flags: Any, stack: Any) -> None:
+    ``left_to_right``: no token sees a later one, but for the prefix of a prefix decoder.
+    """
+
+    def __init__(self, flags: Any, stack: Any, left_to_right: bool = False) -> None:
         self.own, self.stack = flags, stack
+        self.left_to_right = left_to_right or stack.causal
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.own if name in self.own.flag_fields() else self.stack, name)
@@ -136,6 +137,14 @@ class OnStack:
 
 # rules of a model with its stack
 ON_STACK_RULES = (
+    Rule(
+        ('use_cls_token',),
+        lambda both, dim: both.use_cls_token and both.left_to_right and both.has_self_attention,
+        'the stack reads from left to right, so tokens in front of the sequence see nothing of it and the output is the same '
+        'for any input',
+        {'use_cls_token': True},
+        'Use an Encoder, or average_pool_embed or attn_pool.',
+    ),
     Rule(
         ('memory_tokens_interspersed_every', 'causal'),
         lambda both, dim: both.memory_tokens_interspersed_every is not None and not both.causal,
@@ -152,6 +161,27 @@ ON_STACK_RULES = (
     ),
 )
 
+ADAPTIVE = ('use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'use_adaptive_layerscale')
+
+# rules of a stack in a model that has nothing to tell it beside its input
+ALONE_RULES = (
+    Rule(
+        ('cross_attend',),
+        lambda flags, dim: flags.has_cross_attention,
+        'there is no other sequence to attend to here',
+        {'cross_attend': True},
+        'Leave it out.',
+    ),
+    Rule(
+        ADAPTIVE,
+        lambda flags, dim: flags.needs_condition,
+        'there is no condition here',
+        {'use_adaptive_rmsnorm': True},
+        'Leave it out.',
+        only_changed=True,
+    ),
+)
+
 VISION_RULES = (
     Rule(
         ('image_size', 'patch_size'),
@@ -162,4 +192,4 @@ VISION_RULES = (
     ),
 )
 
-__all__ = ['ON_STACK_RULES', 'VISION_RULES', 'WRAPPER_RULES', 'OnStack']
+__all__ = ['ADAPTIVE', 'ALONE_RULES', 'ON_STACK_RULES', 'VISION_RULES', 'WRAPPER_RULES', 'OnStack']

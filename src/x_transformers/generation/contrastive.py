@@ -39,6 +39,12 @@ def amateur_nets(
         )
     for setting in settings:
         check_options(contrastive_decode_fn, 2, setting, 'contrastive_decode_kwargs')
+        alpha = setting.get('alpha', 0.1)
+        if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
+            raise ValueError(
+                f'contrastive_decode_kwargs: alpha must be a share of the likeliest token, 0 to 1, got {alpha}. Beyond 1 no '
+                'token is left.'
+            )
     return [(unwrapped(net), setting) for net, setting in zip(nets, settings, strict=True)]
 
 

@@ -46,6 +46,10 @@ class Keywords:
         self._check()
 
     def _check(self) -> None:
+        for name in (*EXTENDED, *PAIRS):
+            given = self.given.get(name)
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f'{name} must be a tensor, got a {type(given).__name__}; torch.tensor(...) makes one')
         for name in EXTENDED:
             mask = self.given.get(name)
             if mask is not None and mask.shape[-1] < self.prompt:

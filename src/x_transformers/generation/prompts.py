@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.notices import warn_inert
 from x_transformers.tensor_types import Int
+
+# what generation tells a net beside return_...
+RESERVED = ('logits_last', 'cache', 'input_not_include_cache', 'cache_age', 'seq_start_pos')
 
 
 class GenerateError(ValueError, AssertionError):
@@ -27,6 +31,16 @@ def whole_number(value: Any, name: str) -> int:
     except TypeError:
         pass
     raise TypeError(f'{name} must be a whole number, got {value!r}')
+
+
+def check_reserved(kwargs: Mapping[str, Any]) -> None:
+    """Raise for keywords of the net that generation sets by itself."""
+    taken = [name for name in kwargs if name.startswith('return_') or name in RESERVED]
+    if taken:
+        raise GenerateError(
+            f'{", ".join(taken)} cannot be given here, as generation itself decides what the net returns and remembers. '
+            'Leave it out; rows of different lengths are told by prompt_lens.'
+        )
 
 
 def checked_length(seq_len: int) -> int:
@@ -45,6 +59,13 @@ def checked_eos(eos_token: int | None) -> int | None:
     if token < 0:
         raise ValueError(f'eos_token must be a token id, 0 or more; got {token}')
     return token
+
+
+def warn_of_end(net: Any, eos_token: Any) -> None:
+    """An end token that a net does not have never ends anything."""
+    size = getattr(net, 'num_tokens', None)
+    if isinstance(eos_token, int) and isinstance(size, int) and eos_token >= size:
+        warn_inert('generate', [f'`eos_token={eos_token}` is no token of the net, which has {size}, so nothing ends there.'])
 
 
 def align_right(t: Tensor, lens: Int[Tensor, ' b'], pad_id: float = 0) -> Tensor:

@@ -128,13 +128,27 @@ def check_options(fn: Callable[..., Tensor], tensors: int, options: Mapping[str,
         ) from None
 
 
+def check_keeps(fn: Callable[..., Tensor], options: Mapping[str, Any]) -> None:
+    """Raise if one of our own filters, with these keywords, removes even the likeliest token."""
+    if fn not in FILTER_LOGITS_FN.values():
+        return
+    try:
+        kept = fn(torch.tensor([3.0, 2.0, 1.0, 0.0]), **options)
+    except TypeError:
+        raise TypeError(f'filter_kwargs {dict(options)} must be numbers') from None
+    if not bool(kept.isfinite().any()):
+        raise GenerateError(
+            f'filter_kwargs {dict(options)} leave no token that {fn.__name__} may keep; choose a smaller threshold'
+        )
+
+
 def check_temperature(temperature: float) -> None:
     try:
         fits = bool(temperature >= 0)
     except (TypeError, RuntimeError):
         raise TypeError(f'temperature must be a number, got {temperature!r}') from None
-    if not fits:
-        raise ValueError(f'temperature must be 0 (greedy) or positive, got {temperature}')
+    if not fits or temperature == math.inf:
+        raise ValueError(f'temperature must be 0 (greedy) or positive and finite, got {temperature}')
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,7 @@ class Sampler:
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         check_options(self.filter_fn, 1, self.filter_kwargs, 'filter_kwargs')
+        check_keeps(self.filter_fn, self.filter_kwargs)
 
     def probs(self, logits: Float[Tensor, '... v']) -> Float[Tensor, '... v']:
         """The distribution that is sampled; with temperature 0 all mass is on the most likely token."""
@@ -165,7 +180,16 @@ class Sampler:
         return self.draw(self.probs(logits))
 
     def draw(self, probs: Float[Tensor, 'b v']) -> Int[Tensor, ' b']:
-        return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+        try:
+            return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+        except RuntimeError as error:
+            if 'probabilit' not in str(error) and 'multinomial' not in str(error):
+                raise
+        name = getattr(self.filter_fn, '__name__', 'filter_logits_fn')
+        raise GenerateError(
+            f'{name} with filter_kwargs={dict(self.filter_kwargs)} must leave a token whose logit is a number, got none. '
+            'Change the filter; without one, the net itself gives logits that are no numbers.'
+        )
 
 
 def pick_token(

@@ -180,7 +180,7 @@ class Inputs:
     context: Float[Tensor, 'b j c'] | None = None
     rows: Bool[Tensor, 'b n'] | None = None
     padding: Bool[Tensor, 'b n'] | None = None
-    start_padding: Bool[Tensor, 'b n'] | None = None
+    shift_padding: Bool[Tensor, 'b n'] | None = None
     bias: Bias | None = None
     positions: Positions | None = None
     cross_positions: Positions | None = None
@@ -212,7 +212,7 @@ class Inputs:
             return BranchInputs(
                 mask=self.masks.base,
                 deep_embed=self.deep_embed(step.nth),
-                padding=self.start_padding,
+                padding=self.shift_padding,
                 past=past,
                 condition=self.condition,
             )

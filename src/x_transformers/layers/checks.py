@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.mask import PackedSequences
+from x_transformers.cache.kv_cache import KVCache
 from x_transformers.layers.plan import KINDS, Step, check_order
 
 if TYPE_CHECKING:
@@ -52,11 +53,20 @@ def check_names(model: Any, names: Iterable[str]) -> None:
     )
 
 
+# attention's flags that choose among keys, or run over tokens
+NEED_TOKENS = ('selective', 'hard', 'gumbel_softmax', 'hybrid_module')
+
+
 def check_input(stack: AttentionLayers, x: Any) -> None:
     if not is_float(x, 3) or x.shape[-1] != stack.dim:
         raise ValueError(
             f'x must be (batch, sequence, {stack.dim}) of floating point numbers, but is {shape_of(x)}; '
             'token ids need an embedding first, as in TransformerWrapper'
+        )
+    if x.shape[1] == 0 and (names := [name for name in NEED_TOKENS if getattr(stack.flags.attention, name)]):
+        raise ValueError(
+            f'x must hold at least one token per row for {", ".join(f"attn_{name}" for name in names)}, '
+            f'got shape {tuple(x.shape)}'
         )
 
 
@@ -252,6 +262,24 @@ def check_cache(stack: AttentionLayers, given: Given) -> None:
         raise ValueError(
             'a cache was given, but selective attention, or a module of your own that mixes tokens, cannot continue from one: '
             'pass the whole sequence, or give the module a state, forward(x, state) -> (y, state)'
+        )
+    held = getattr(given.cache, 'kv_cache', given.cache)
+    if isinstance(held, KVCache) and held.length and given.layers_execute_order is None:
+        check_layers_of_cache(stack, held)
+
+
+def check_layers_of_cache(stack: AttentionLayers, cache: KVCache) -> None:
+    """A cache must be of a stack with these layers: one without some of them would be read as if those had seen nothing."""
+    kept = {index for index in cache.steps if index >= 0}
+    steps = stack.plan.steps()
+    beyond = [index for index in kept if index >= len(steps)]
+    attends = [type(getattr(layer, 'inside', None)).__name__ == 'Attention' for layer in stack.layers]
+    own = [step.index for step in steps if step.kind == 'a' and attends[step.layer]]
+    missing = [index for index in own if index not in kept]
+    if beyond or (missing and kept):
+        raise ValueError(
+            f'cache must be of a stack like this one, with {len(steps)} layers, got one that holds layers {sorted(kept)}. '
+            'Give the cache that this model returned.'
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.feedforward import FeedForward
+from x_transformers.flags.base import unknown_flags
 from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
 from x_transformers.layers.hyper_connections import HyperConnection
 from x_transformers.layers.residual import GRUGating, OrthogonalResidual, ResiDual, Residual, ResidualPath, read, write
@@ -146,11 +148,17 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
 
 # the ways to join a branch to the stream, the first that is on
 RESIDUALS: tuple[type[ResidualPath], ...] = (ResiDual, HyperConnection, GRUGating, OrthogonalResidual, Residual)
+# all of them are told these, as in the original, and some have no use for them
+SCALES = ('scale_residual', 'scale_residual_constant')
 
 
 def choose_residual(flags: StackFlags, spec: LayerSpec) -> ResidualPath:
-    """How the branch is joined to the stream."""
-    return next(path.from_flags(flags, spec) for path in RESIDUALS if path.is_on(flags))
+    """How the branch is joined to the stream. Raises FlagError for keywords that it does not have, though it takes any."""
+    path = next(path for path in RESIDUALS if path.is_on(flags))
+    known = {*inspect.signature(path.__init__).parameters, *SCALES} - {'self', 'dim', 'kwargs'}
+    if unknown := [name for name in flags.residual_fn_kwargs if name not in known]:
+        raise unknown_flags(unknown, where=f'residual_fn_kwargs of {path.__name__}', known=sorted(known))
+    return path.from_flags(flags, spec)
 
 
 def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:

@@ -56,10 +56,11 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         span=span,
         masks=SelfMasks(base, span.held, mems, tuple(given.mem_masks or ())),
         cross_mask=Mask(keys=given.context_mask),
-        context=given.context,
+        # as what is prepended, a context of another precision is read in that of the sequence
+        context=given.context if given.context is None else given.context.to(x.dtype),
         rows=None if given.mask is None else span.newest(given.mask),
         padding=padding(given, span, starts),
-        start_padding=None if starts is None else span.newest(starts),
+        shift_padding=shift_padding(stack, given, span, starts),
         bias=position_bias(stack, given, span, pos, working),
         positions=positions(stack, given, span, pos, working, base.keys),
         cross_positions=cross_positions(stack, given, span, pos, working),
@@ -217,6 +218,16 @@ def padding(given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Boo
     return starts if mask is None else mask & starts
 
 
+def shift_padding(
+    stack: AttentionLayers, given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None
+) -> Bool[Tensor, 'b n'] | None:
+    """Which new tokens feed-forward layers may take features of. In a causal stack nobody but padding sees what is padded on
+    the right, and recorded outputs hold what padding sees."""
+    if not stack.is_causal:
+        return padding(given, span, starts)
+    return None if starts is None else span.newest(starts)
+
+
 def packed(kwargs: Any, causal: bool) -> PackedSequences | None:
     return None if kwargs is None else PackedSequences.of(kwargs, causal=causal)
 
@@ -236,10 +247,22 @@ def custom_positions(stack: AttentionLayers, given: Given, span: Span, cache: KV
         if (
             not isinstance(pos, Tensor)
             or pos.dtype == torch.bool
-            or pos.ndim not in (1, 2)
-            or pos.shape[0] not in ((span.batch, 1) if pos.ndim == 2 else (pos.shape[0],))
+            or pos.ndim not in (1, 2, 3)
+            or pos.shape[0] not in ((span.batch, 1) if pos.ndim > 1 else (pos.shape[0],))
         ):
             raise ValueError(f'pos must be one position per token, (tokens,) or ({span.batch}, tokens), but is {shape_of(pos)}')
+        if pos.ndim == 3 and not stack.flags.alibi_pos_bias:
+            raise ValueError(
+                f'pos of shape {tuple(pos.shape)} has positions for each head, which only a stack with alibi_pos_bias=True has '
+                f'a use for; others take (tokens,) or ({span.batch}, tokens)'
+            )
+        if pos.ndim == 3 and (stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None):
+            raise ValueError('pos of shape (batch, heads, tokens) is for ALiBi alone: all heads are rotated alike')
+        if pos.ndim == 3 and pos.shape[1] not in (1, stack.flags.alibi_heads, stack.flags.heads):
+            raise ValueError(
+                f'pos must have positions for each of the {stack.flags.alibi_heads} heads with a bias, '
+                f'({span.batch}, {stack.flags.alibi_heads}, tokens), but is {shape_of(pos)}'
+            )
         if span.mems and pos.shape[-1] in (span.given, span.new) and pos.shape[-1] < span.whole:
             raise ValueError(
                 f'pos has {pos.shape[-1]} positions, but keys are {span.mems} memories and {span.held} tokens: '
@@ -249,13 +272,22 @@ def custom_positions(stack: AttentionLayers, given: Given, span: Span, cache: KV
             raise ValueError(f'pos has {pos.shape[-1]} positions, but x has {span.given} tokens (pos is {shape_of(pos)})')
     if cache is not None and span.placed is not None:
         new = counted(span.begin + span.first, span.new, span.placed.device) if pos is None else pos
-        rows = (new if new.ndim == 2 else new.unsqueeze(0)).expand(span.batch, -1)
-        return cache.step(OWN_STEP).extend(pos=rows.unsqueeze(-1))[0].squeeze(-1)
+        return _by_head(cache.step(OWN_STEP).extend(pos=_kept(new, span))[0])
     whole = _whole_positions(pos, known, span)
     if cache is not None:
-        rows = (whole if whole.ndim == 2 else whole.unsqueeze(0)).expand(span.batch, -1)
-        cache.step(OWN_STEP).replace(pos=rows[:, span.mems :].unsqueeze(-1))
+        cache.step(OWN_STEP).replace(pos=_kept(whole[..., span.mems :], span))
     return whole
+
+
+def _kept(pos: Int[Tensor, '...'], span: Span) -> Int[Tensor, 'b n h']:
+    """Positions (n), (b n) or (b h n) as the cache keeps them."""
+    by_head = pos if pos.ndim == 3 else pos.unsqueeze(-2)
+    return by_head.expand(span.batch, *by_head.shape[-2:]).transpose(1, 2)
+
+
+def _by_head(kept: Int[Tensor, 'b n h']) -> Int[Tensor, '...']:
+    """What ``_kept`` has made, (b n), or (b h n) where heads have positions of their own."""
+    return kept.squeeze(-1) if kept.shape[-1] == 1 else kept.transpose(1, 2)
 
 
 def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Tensor:
@@ -266,11 +298,14 @@ def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Te
     elif pos.shape[-1] == span.held:
         return pos
     pos = pos[..., pos.shape[-1] - span.new :]
-    past = known.squeeze(-1) if known is not None else counted(span.begin, span.past, pos.device)
-    rows = max(past.shape[0] if past.ndim == 2 else 1, pos.shape[0] if pos.ndim == 2 else 1)
+    past = counted(span.begin, span.past, pos.device) if known is None else _by_head(known)
     if past.ndim == pos.ndim == 1:
         return torch.cat((past.to(pos.dtype), pos))
-    return torch.cat((past.to(pos.dtype).expand(rows, -1), pos.expand(rows, -1)), dim=-1)
+    # positions of rows, or of heads, are the same for those that have none of their own
+    axes = max(past.ndim, pos.ndim)
+    past, pos = (t.unsqueeze(1) if t.ndim == 2 and axes == 3 else t for t in (past, pos))
+    outer = torch.broadcast_shapes(past.shape[:-1], pos.shape[:-1])
+    return torch.cat((past.to(pos.dtype).expand(*outer, -1), pos.expand(*outer, -1)), dim=-1)
 
 
 def _table(

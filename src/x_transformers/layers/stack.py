@@ -60,7 +60,7 @@ class AttentionLayers(Module):
         super().__init__()
         given = {'dim': dim, 'depth': depth, 'heads': heads, 'causal': causal, **flags}
         parsed = StackFlags.parse(given, where=type(self).__name__)
-        check_stack(parsed)
+        check_stack(parsed, type(self).__name__)
         self._build(parsed, plan_layers(parsed))
         self.init_own()
 

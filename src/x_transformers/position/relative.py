@@ -7,6 +7,7 @@ from math import log
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
@@ -111,6 +112,9 @@ class DistanceBias(Module):
 
         There are i + j - 1 distances, so that many numbers are computed and laid out along the diagonals.
         """
+        if i == 0 or j == 0:
+            none = self.of_distances(torch.zeros(1, dtype=torch.long, device=self.device))
+            return none.new_zeros(none.shape[0], i, j)
         distances = torch.arange(i + j - 1, device=self.device) - (first + i - 1)
         return along_diagonals(self.of_distances(distances).contiguous(), i, j)
 
@@ -119,14 +123,21 @@ class DistanceBias(Module):
 
     def forward_custom_pos(
         self,
-        pos_i: Int[Tensor, 'i'] | Int[Tensor, 'b i'],
-        pos_j: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None,
+        pos_i: Int[Tensor, 'i'] | Int[Tensor, 'b i'] | Int[Tensor, 'b h i'],
+        pos_j: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | Int[Tensor, 'b h j'] | None = None,
     ) -> Float[Tensor, 'h i j'] | Float[Tensor, 'b h i j']:
-        """The same for positions that are given; keys are at those of the queries unless told."""
+        """The same for positions that are given, one for all heads or one for each; keys are at those of the queries unless
+        told."""
         pos_j = pos_i if pos_j is None else pos_j
         distances = pos_j.unsqueeze(-2) - pos_i.unsqueeze(-1)
+        if distances.ndim == 4:
+            return self.of_heads(distances)
         bias = self.of_distances(distances.flatten())
         return bias.reshape(bias.shape[0], *distances.shape).movedim(0, -3)
+
+    def of_heads(self, distances: Int[Tensor, 'b h i j']) -> Float[Tensor, 'b h i j']:
+        """Each head at distances of its own."""
+        raise ValueError(f'pos of shape (b h n), positions for each head, is for ALiBi, and this is a {type(self).__name__}')
 
     @property
     def device(self) -> torch.device:
@@ -237,3 +248,13 @@ class AlibiPositionalBias(DistanceBias):
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
         return -distances.abs() * self.slopes.squeeze(-1)
+
+    def of_heads(self, distances: Int[Tensor, 'b h i j']) -> Float[Tensor, 'b h i j']:
+        given = distances.shape[1]
+        if given not in (1, self.heads, self.total_heads):
+            raise ValueError(
+                f'pos must have positions for each of the {self.heads} heads that are biased, (batch, {self.heads}, tokens), '
+                f'got {given} heads'
+            )
+        biased = -distances[:, : self.heads].abs() * self.slopes[: self.heads]
+        return F.pad(biased, (0, 0, 0, 0, 0, self.total_heads - self.heads))

@@ -1,0 +1,134 @@
+"""Whether a net fits an objective: what it would need and is never given, and whether it sees what it is to predict.
+
+Asked of our own models only; what a net of the user's own does is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.flags.base import FlagError
+from x_transformers.flags.rule import Rule, broken_rules, how_many
+from x_transformers.flags.stack import StackFlags
+from x_transformers.flags.wrapper_rules import ALONE_RULES, POOLS, OnStack
+from x_transformers.notices import warn_inert, written
+
+# rules of a net whose outputs are predictions of single tokens
+PER_TOKEN_RULES = (
+    Rule(
+        POOLS,
+        lambda both, dim: how_many(both, POOLS) > 0,
+        'there is an output for the whole sequence, and none for each token, which this needs',
+        {'average_pool_embed': True},
+        'Leave it out.',
+        only_changed=True,
+    ),
+    Rule(
+        ('num_output_heads',),
+        lambda both, dim: both.num_output_heads > 1,
+        'there are several outputs for a token, and this needs one (num_output_heads=1)',
+        {'num_output_heads': 2},
+        'Leave it out.',
+    ),
+    Rule(
+        ('return_only_embed',),
+        lambda both, dim: both.return_only_embed,
+        'there are no logits',
+        {'return_only_embed': True},
+        'Leave it out.',
+    ),
+)
+
+# rules of a net that is given nothing but tokens
+TOLD_NOTHING_RULES = (
+    *ALONE_RULES,
+    Rule(
+        ('recycling',),
+        lambda both, dim: both.recycling,
+        'a call must say how often the output is fed back, and nobody can say it here',
+        {'recycling': True},
+        'Leave it out.',
+    ),
+    Rule(
+        ('embed_num_tokens',),
+        lambda both, dim: bool(both.embed_num_tokens),
+        'a call must give ids for these embeddings, and nobody can give them here',
+        {'embed_num_tokens': {'kind': 2}},
+        'Leave it out.',
+    ),
+)
+
+
+def both_of(net: Any) -> OnStack | None:
+    """The flags of one of our models and its stack; None for all others."""
+    flags, stack = getattr(net, 'flags', None), getattr(getattr(net, 'attn_layers', None), 'flags', None)
+    known = isinstance(stack, StackFlags) and hasattr(flags, 'flag_fields')
+    return OnStack(flags, stack) if known else None
+
+
+def check_net(net: Any, where: str, *, name: str = 'net', per_token: bool = True, told_nothing: bool = False) -> None:
+    """Raise FlagError for flags of a net with which an objective can never run."""
+    rules = (*(PER_TOKEN_RULES if per_token else ()), *(TOLD_NOTHING_RULES if told_nothing else ()))
+    check_rules(rules, net, where, f'{name} has ')
+
+
+def check_rules(rules: Iterable[Rule], net: Any, where: str, subject: str = '') -> None:
+    """Ask those rules whose flags a net has: one error for all that are broken, a warning for what does nothing."""
+    both = both_of(net)
+    if both is None:
+        return
+    known = {*both.own.flag_fields(), *both.stack.flag_fields()}
+    applicable = [rule for rule in rules if all(flag in known for flag in rule.flags)]
+    if sentences := broken_rules(applicable, both, both.stack.dim, written):
+        raise FlagError(*(f'{where}: {subject}{sentence}' for sentence in sentences))
+    warn_inert(where, broken_rules(applicable, both, both.stack.dim, written, inert=True))
+
+
+def check_alone(stack: Any, where: str, *, context: bool = False) -> None:
+    """Raise FlagError for a stack that needs more than its input; ``context``: it is given another sequence."""
+    rules = [rule for rule in ALONE_RULES if not (context and 'cross_attend' in rule.flags)]
+    if sentences := broken_rules(rules, stack.flags, stack.dim, written):
+        raise FlagError(*(f'{where}: {sentence}' for sentence in sentences))
+
+
+# ---------------------------------------------------------------- the future
+
+
+def sees_future(net: Any) -> bool:
+    """Whether one of our own stacks shows tokens what comes after them. Nothing is said of classes that forward otherwise."""
+    from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.stack_wrapper import StackWrapper
+
+    stack = getattr(net, 'attn_layers', None)
+    if not isinstance(net, StackWrapper) or not isinstance(stack, AttentionLayers) or stack.is_causal:
+        return False
+    if not type(net).forward.__module__.startswith('x_transformers.') or 'forward' in vars(net):
+        return False
+    if not type(stack).forward.__module__.startswith('x_transformers.') or 'forward' in vars(stack):
+        return False
+    shifts = any(layer.shift > 0 for layer in stack.plan.layers)
+    return stack.flags.has_self_attention or shifts
+
+
+def check_future(net: Any, given: Mapping[str, Any], where: str, *, allowed: bool) -> None:
+    """Raise FlagError if a net would be trained to predict tokens that it sees, and ``attn_mask`` does not hide them."""
+    if allowed or not sees_future(net) or given.get('attn_bias') is not None or hides_future(given.get('attn_mask')):
+        return
+    raise FlagError(
+        f'{where}: net must not see the tokens that it is to predict, but its stack is an {type(net.attn_layers).__name__}, '
+        'in which every token sees all others. Use a Decoder, give a causal attn_mask, or set allow_future=True.'
+    )
+
+
+def hides_future(mask: Any) -> bool:
+    """Whether a mask (True: may look) shows no query a key behind it."""
+    if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.dtype != torch.bool:
+        return False
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return True
+    # keys in front of the tokens come first
+    return not bool(mask.triu(1 + mask.shape[-1] - mask.shape[-2]).any())
