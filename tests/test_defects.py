@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import warnings
 
 import pytest
 import torch
@@ -557,3 +558,127 @@ def test_the_loss_of_packed_documents_is_that_of_each() -> None:
     for asked in ({}, {'return_outputs': True}):
         loss = model(row, flash_pack_seq_kwargs=packing, **asked)
         assert torch.allclose(loss[0] if asked else loss, alone, atol=1e-5)
+
+
+# ---------------------------------------------------------------- said by name, not by torch
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [{}, {'rotary_pos_emb': True}, {'alibi_pos_bias': True}, {'rel_pos_bias': True}, {'dynamic_pos_bias': True}],
+    ids=str,
+)
+def test_sequences_without_tokens_and_batches_without_rows(flags: dict) -> None:
+    net = language_model(verbose=False, **flags)
+    assert net(ids(2, 0)).shape == (2, 0, V)
+    assert net(ids(0, N)).shape == (0, N, V)
+
+
+@pytest.mark.parametrize('flags', [{'attn_selective': True}, {'attn_hard': True}, {'attn_gumbel_softmax': True}], ids=str)
+def test_attention_that_chooses_among_keys_needs_some(flags: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(flags))):
+        language_model(**flags)(ids(2, 0))
+
+
+def test_pools_and_images_of_nothing() -> None:
+    assert language_model(Encoder, wrapper={'average_pool_embed': True})(ids(2, 0)).isfinite().all()
+    net = ViTransformerWrapper(image_size=8, patch_size=4, num_classes=3, attn_layers=stack(Encoder))
+    assert net(torch.randn(0, 3, 8, 8)).shape == (0, 3)
+    assert EntropyBasedTokenizer(language_model(), 1.0)(ids(0, N)).shape == (0, 0)
+
+
+def test_other_precisions_are_read_in_that_of_the_model() -> None:
+    x, added, context = ids(2, N), torch.randn(2, N, 16), torch.randn(2, 3, 16)
+    net = language_model(cross_attend=True).eval()
+    wanted = net(x, context=context, sum_embeds=added)
+    assert torch.allclose(net(x, context=context.double(), sum_embeds=added.double()), wanted, atol=1e-6)
+    image = ViTransformerWrapper(image_size=8, patch_size=4, attn_layers=stack(Encoder))
+    assert image(torch.randn(1, 3, 8, 8).double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ('given', 'says'),
+    [
+        ({'temperature': float('inf')}, 'finite'),
+        ({'filter_logits_fn': 'min_p', 'filter_kwargs': {'min_p': 2.0}}, 'must leave a token|leave no token'),
+        ({'filter_logits_fn': lambda logits: logits - torch.inf}, 'must leave a token'),
+        ({'draft_model': 'x'}, 'draft_model'),
+        ({'return_intermediates': False}, 'return_intermediates cannot be given here'),
+        ({'return_embeddings': True}, 'return_embeddings cannot be given here'),
+        ({'logits_last': 1}, 'logits_last cannot'),
+        ({'seq_start_pos': torch.tensor([0, 1])}, 'prompt_lens'),
+        ({'mask': [[True] * 5] * 2}, 'mask must be a tensor'),
+        ({'amateur_model': True}, 'amateur_model'),
+    ],
+    ids=lambda part: '',
+)
+def test_generation_that_cannot_be(given: dict, says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        AutoregressiveWrapper(language_model()).generate(ids(2, 5), 3, **given)
+
+
+def test_an_amateur_leaves_a_token() -> None:
+    model = AutoregressiveWrapper(language_model())
+    with pytest.raises(ValueError, match='alpha must be a share'):
+        model.generate(ids(2, 5), 3, amateur_model=language_model(), contrastive_decode_kwargs={'alpha': 1.5})
+
+
+@pytest.mark.parametrize('given', [{'eos_token': 99}, {'lookahead': 7}, {'contrastive_decode_kwargs': {'alpha': 0.3}}], ids=str)
+def test_arguments_of_generation_without_effect(given: dict) -> None:
+    model = AutoregressiveWrapper(language_model())
+    for call in (model.generate, lambda *args, **more: list(model.stream(*args, **more))):
+        with pytest.warns(InertFlagWarning, match=next(iter(given))) as caught:
+            call(ids(2, 5), 3, **given)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize('given', [{'temperature': 0.5}, {'filter_kwargs': {'k': 2}}], ids=str)
+def test_arguments_of_beams_without_effect(given: dict) -> None:
+    with pytest.warns(InertFlagWarning, match='stochastic'):
+        AutoregressiveWrapper(language_model()).beam_search(ids(2, 5), 3, **given)
+
+
+def test_arguments_of_a_model_that_cannot_be() -> None:
+    net, x = language_model(), ids(2, N)
+    with pytest.warns(InertFlagWarning, match='prepend_mask'):
+        net(x, prepend_mask=torch.zeros(2, 3, dtype=torch.bool))
+    for start in (torch.tensor([-3, 0]), torch.tensor([0, N + 1]), [0, 1]):
+        with pytest.raises((ValueError, TypeError), match='seq_start_pos'):
+            net(x, seq_start_pos=start)
+    with pytest.raises(TypeError, match='mask must be a boolean tensor'):
+        net(x, mask=[[True] * N] * 2)
+    for depth in (1, 3):
+        _, cache = language_model(depth=depth)(x[:, :3], return_intermediates=True)
+        with pytest.raises(ValueError, match='cache must be of a stack like this one'):
+            net(x, cache=cache)
+
+
+@pytest.mark.parametrize('flags', [{}, {'gate_residual': True}, {'num_residual_streams': 2}, {'resi_dual': True}], ids=str)
+def test_keywords_that_a_residual_does_not_have(flags: dict) -> None:
+    with pytest.raises(FlagError, match='scale_residual_constantt'):
+        Decoder(dim=16, depth=1, heads=2, residual_fn_kwargs={'scale_residual_constantt': 2.0}, **flags)
+    Decoder(dim=16, depth=1, heads=2, residual_fn_kwargs={'scale_residual_constant': 2.0}, **flags)
+
+
+# ---------------------------------------------------------------- keywords without effect
+
+
+def test_copies_and_stored_models_are_silent(tmp_path) -> None:
+    with pytest.warns(InertFlagWarning) as caught:
+        net = language_model(attn_qk_norm_scale=3.0)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        copy.deepcopy(net)
+        torch.save(net, tmp_path / 'net.pt')
+        torch.load(tmp_path / 'net.pt', weights_only=False)
+        net.load_state_dict(copy.deepcopy(net.state_dict()))
+        language_model(attn_qk_norm_scale=10.0, cross_attn_head_scale=False, dim_condition=None)
+
+
+def test_contradictions_and_unknown_names_stay_errors() -> None:
+    for flags in ({'rotary_pos_emb': True, 'polar_pos_emb': True}, {'attn_qk_nrm': True}, {'cross_attn_headscale': True}):
+        with pytest.raises(FlagError):
+            language_model(**flags)
