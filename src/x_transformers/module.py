@@ -154,7 +154,7 @@ def spread_as(value: Tensor, parameter: Tensor) -> Tensor:
     """``value`` in the dtype of a parameter of the same shape; spread over processes as it is, each of which takes its part."""
     value = value.to(device=parameter.device, dtype=parameter.dtype)
     mesh = getattr(parameter, 'device_mesh', None)
-    if mesh is None:
+    if mesh is None or hasattr(value, 'device_mesh'):
         return value
     from torch.distributed.tensor import distribute_tensor
 

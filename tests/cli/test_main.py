@@ -443,7 +443,15 @@ def test_a_pipe_is_no_data(tmp_path, capsys):
     assert 'must be a file or a folder, got a pipe' in sentence_of(capsys, train(tmp_path / 'pipe', tmp_path / 'run'))
 
 
-def test_several_processes_are_refused(tmp_path, text, capsys, monkeypatch):
+def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, capsys, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    assert 'WORLD_SIZE must be 1, got 2' in sentence_of(capsys, train(text, tmp_path / 'run'))
+    monkeypatch.setenv('RANK', '0')
+    said = sentence_of(capsys, train(text, tmp_path / 'run', '--batch', '3'))
+    assert '--batch must be a multiple of 2' in said
+    assert '--tensor must be 1' in sentence_of(capsys, train(text, tmp_path / 'run', '--batch', '4', '--tensor', '2'))
+    monkeypatch.setenv('RANK', '1')
+    assert main(train(text, tmp_path / 'run', '--batch', '3')) == 2
+    assert capsys.readouterr().err == ''
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    assert 'torchrun' in sentence_of(capsys, train(text, tmp_path / 'run', '--tensor', '2'))
     assert list(tmp_path.iterdir()) == [text]

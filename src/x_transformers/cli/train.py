@@ -19,8 +19,11 @@ from x_transformers.cli.toml import config_path, from_file
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import TrainOptions
-from x_transformers.training.run import begin, finish, prepare
+from x_transformers.training.report import Comparison
+from x_transformers.training.run import Run, begin, finish, prepare
 from x_transformers.training.trainer import Interrupted
+
+AXES = ('tensor', 'context', 'pipeline')
 
 ABOUT = """Train a language model and write it, its losses, their picture and a sample into a run folder.
 
@@ -67,12 +70,20 @@ def parse(arguments: Sequence[str]) -> Parsed:
     return Parsed(flags, read.training, frozenset(typed_names(arguments, known) | file.names))
 
 
+def check_alone(options: TrainOptions) -> None:
+    """Refuse what takes several processes."""
+    wrong = [f'--{name} must be 1 in one process, got {value}.' for name in AXES if (value := getattr(options, name)) > 1]
+    if wrong:
+        raise TrainingError(' '.join(wrong) + ' Start several: torchrun --nproc-per-node N -m x_transformers train.')
+
+
 def main(arguments: Sequence[str]) -> int:
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
-        raise TrainingError(
-            f'WORLD_SIZE must be 1, got {os.environ["WORLD_SIZE"]}: this command trains in one process. Start it alone.'
-        )
+        from x_transformers.distributed.command import train
+
+        return train(lambda: parse([with_long_name(argument) for argument in arguments]))
     asked = parse([with_long_name(argument) for argument in arguments])
+    check_alone(asked.options)
     with locked(Path(asked.options.run_dir), create=not asked.options.resume):
         config = begin(asked.flags, asked.options, typed=asked.typed, typed_flags=asked.typed_flags)
         with Bar(config.options.steps) as bar:
@@ -84,12 +95,17 @@ def main(arguments: Sequence[str]) -> int:
                 bar.bar.close()
                 return stopped(stop, config.options)
         comparison = finish(run, print)
-    print(f'written to {config.options.run_dir}')
-    if config.options.json:
+    written(run, comparison)
+    return 0
+
+
+def written(run: Run, comparison: Comparison) -> None:
+    """Say where everything is."""
+    print(f'written to {run.options.run_dir}')
+    if run.options.json:
         loss = run.trainer.history.losses[-1] if run.trainer.history.steps else None
         result = {'run': str(run.folder), 'step': run.trainer.step, 'loss': loss, 'tokens': run.trainer.tokens}
         print(json.dumps(result | {'seconds': round(run.trainer.seconds, 3)} | dataclasses.asdict(comparison)))
-    return 0
 
 
 def with_long_name(argument: str) -> str:

@@ -34,6 +34,7 @@ STATE = 'state.pt'
 EXPORT = 'export.safetensors'  # the weights for use, where they are not those that training goes on with
 BEST = 'best.safetensors'
 MANIFEST = 'manifest.json'
+PARTS = '.metadata'  # there where several processes have written a checkpoint in parts
 
 
 # single files
@@ -225,6 +226,10 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]
 
     Errors: ``CheckpointError`` if a file is missing, shorter or otherwise not what was written.
     """
+    if (path / PARTS).exists():
+        from x_transformers.distributed.checkpoint import read_whole
+
+        return read_whole(path)
     manifest = read_json(path / MANIFEST)
     try:
         step, expected = int(manifest['step']), dict(manifest['files'])
@@ -251,6 +256,28 @@ def _read_checked(path: Path, expected: Mapping[str, Any]) -> bytes:
     if _digest(data) != expected['blake2b']:
         raise CheckpointError(f'{path} is damaged: its checksum is not the one that was written; remove its folder')
     return data
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """The size and checksum of a file, which need not fit into memory."""
+    total = hashlib.blake2b(digest_size=16)
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 24):
+            total.update(chunk)
+    return {'bytes': path.stat().st_size, 'blake2b': total.hexdigest()}
+
+
+def check_entry(path: Path, expected: Mapping[str, Any]) -> None:
+    """Errors: ``CheckpointError`` for a file that is not what was written."""
+    try:
+        found = entry_of(path)
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {_reason(error)}') from error
+    if found != dict(expected):
+        raise CheckpointError(
+            f'{path} is truncated or damaged: its size or checksum is not the one that was written; remove its folder to '
+            'start again from an earlier checkpoint or from the beginning'
+        )
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from x_transformers.module import fill
+
+WRAPPED = '_checkpoint_wrapped_module.'
+
 
 class AveragedWeights:
     """``average = decay * average + (1 - decay) * weight`` after every step.
@@ -19,7 +23,9 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # a wrapper that runs a layer again has a name in front, which its state dict leaves out
+        named = ((name.replace(WRAPPED, ''), p) for name, p in model.named_parameters())
+        self.parameters = {name: p for name, p in named if p.requires_grad}
         self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -54,4 +60,4 @@ class AveragedWeights:
             raise ValueError('the averaged weights are those of another model')
         self.steps = int(str(state['steps']))
         for name, average in self.averages.items():
-            average.copy_(averages[name])
+            fill(average, averages[name])

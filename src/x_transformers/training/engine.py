@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from x_transformers.training.checkpoint import Checkpoints, load_checkpoint
 
 
 class Engine:
@@ -17,6 +20,8 @@ class Engine:
     rank: int = 0  # among those that read different data
     world_size: int = 1  # how many read different data
     is_main: bool = True  # writes files and reports
+    devices: int = 1  # that work on one step
+    device: torch.device | None = None  # where steps run; None: where the model is
 
     def build(self, make: Callable[[], nn.Module], device: torch.device, seed: int) -> nn.Module:
         """The model on its device. The generators are seeded with ``seed`` before."""
@@ -28,6 +33,9 @@ class Engine:
             return model
         forward: Callable[..., Any] = torch.compile(model)
         return forward
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Before anything of a step is drawn. One process goes on with its generators."""
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of one micro-batch; only after the last one must gradients agree."""
@@ -60,6 +68,18 @@ class Engine:
     def load_optimizers(self, model: nn.Module, optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+    def store(self, run: Path, keep: int = 1) -> Any:
+        """Writes the checkpoints of a run folder."""
+        return Checkpoints(run, keep)
+
+    def read(self, path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+        """(step, weights, state) of a checkpoint, for ``Trainer.resume``."""
+        return load_checkpoint(path)
+
+    def main_first(self) -> AbstractContextManager[Any]:
+        """Inside, the main process comes first, and the others find what it has made."""
+        return nullcontext()
 
     def barrier(self) -> None:
         """Wait for the other processes."""

@@ -85,7 +85,7 @@ def make_optimizers(
     if by_muon:
         ordered = [p for p in decay if p in by_muon]
         optimizers.append(
-            torch.optim.Muon(
+            muon_of(ordered)(
                 ordered, lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn='match_rms_adamw'
             )
         )  # fmt: skip
@@ -93,6 +93,15 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group['peak'] = group['lr']
     return optimizers
+
+
+def muon_of(parameters: Iterable[nn.Parameter]) -> type[torch.optim.Muon]:
+    """PyTorch's, or for matrices that are cut over processes one that puts each together once."""
+    if any(hasattr(parameter, 'device_mesh') for parameter in parameters):
+        from x_transformers.distributed.optimizers import Muon
+
+        return Muon
+    return torch.optim.Muon
 
 
 def lr_share(step: int, options: TrainerOptions) -> float:

@@ -15,7 +15,7 @@ from x_transformers.training.errors import TrainingError
 FREE_ON_RESUME = {
     'data', 'data_cache', 'device', 'threads', 'compile', 'log', 'tensorboard', 'val_every', 'val_bytes', 'val_data',
     'final_bytes', 'save_every', 'keep', 'keep_best', 'sample_prompt', 'sample_length', 'sample_every', 'steps', 'peak_flops',
-    'exit_on_term', 'json',
+    'exit_on_term', 'json', 'shard', 'tensor', 'context', 'pipeline', 'checkpointing', 'offload',
 }  # fmt: skip
 
 # (lowest, below which it must stay) of each number
@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float]] = {
     'seq_len': (2, math.inf), 'val_bytes': (1, math.inf), 'final_bytes': (2, math.inf), 'sample_length': (0, math.inf),
     'threads': (1, math.inf), 'vocab': (257, math.inf), 'keep': (1, math.inf), 'sample_every': (0, math.inf),
     'lora': (0, math.inf), 'exit_on_term': (0, 256), 'peak_flops': (1, math.inf),
+    'tensor': (1, math.inf), 'context': (1, math.inf), 'pipeline': (1, math.inf),
 }  # fmt: skip
 
 
@@ -133,11 +134,23 @@ class TrainOptions(TrainerOptions):
     """Threads on the CPU; None: PyTorch's choice."""
     bf16: bool = False
     """The same as --precision bf16."""
+    shard: Literal['none', 'full', 'hybrid'] = 'none'
+    """Under torchrun, none: copies; full: parts over all processes; hybrid: parts within a node, copies between nodes."""
+    tensor: int = 1
+    """Under torchrun, processes that share the heads and features of each layer."""
+    context: int = 1
+    """Under torchrun, processes that share each sequence."""
+    pipeline: int = 1
+    """Under torchrun, stages of layers, one after the other."""
+    checkpointing: Literal['none', 'full', 'selective'] = 'none'
+    """Under torchrun, what is computed again for gradients; full: all in a layer; selective: all but matrix products."""
+    offload: bool = False
+    """With --shard: keep weights, gradients and the optimizer's state in the memory of the CPU."""
 
     steps: int = 450
     """Number of optimizer steps."""
     batch: int = 8
-    """Sequences per micro-batch."""
+    """Sequences per micro-batch, over all processes."""
     seq_len: int = 256
     """Bytes per sequence; all but the first are predicted."""
 

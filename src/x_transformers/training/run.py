@@ -16,9 +16,7 @@ from x_transformers.training.batches import Prefetched
 from x_transformers.training.build import NUM_BYTES, build_model, choose_device, reading_arguments
 from x_transformers.training.checkpoint import (
     WEIGHTS,
-    Checkpoints,
     find_checkpoints,
-    load_checkpoint,
     publish,
     read_json,
     read_weights,
@@ -150,7 +148,8 @@ class Run:
     sets: Mapping[str, Prepared] = dataclasses.field(default_factory=dict)
 
     def train(self) -> None:
-        self.metrics.forget_after(self.trainer.step)
+        if self.trainer.engine.is_main:
+            self.metrics.forget_after(self.trainer.step)
         self.trainer.train()
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -186,6 +185,8 @@ class Samples(Callback):
         if every and record['step'] % every == 0:
             prompt, written = self.run.sample(self.run.options.sample_length or 200)
             text = (prompt + written).decode(errors='replace')
+            if not trainer.engine.is_main:
+                return
             with open(self.run.folder / SAMPLES, 'a', encoding='utf-8') as file:
                 file.write(f'--- step {record["step"]}\n{text}\n')
             for log in self.run.metrics.logs:
@@ -197,11 +198,12 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
     options, folder, engine = config.options, Path(config.options.run_dir), engine or Engine()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = choose_device(options.device or 'auto')
+    device = engine.device or choose_device(options.device or 'auto')
     first = Path(options.from_run) if options.from_run else None
     checkpoints = find_checkpoints(folder) if options.resume else []
     own = folder if options.resume else first if first is not None and first.is_dir() else None
-    data = load_data(options, say, run=own)
+    with engine.main_first():
+        data = load_data(options, say, run=own)
     vocabulary = data.tokenizer.size
     if own is not None:
         check_vocabulary(data.tokenizer, config.vocabulary)
@@ -210,7 +212,7 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
     seed_everything(options.seed)
     model = engine.build(lambda: build_model(config.flags, vocabulary), device, options.seed)
     if first is not None and not options.resume:
-        load_weights(model, first / WEIGHTS if first.is_dir() else first)
+        load_weights(model, first / WEIGHTS if first.is_dir() else first, engine)
     if options.lora:
         add_lora(model, options.lora)
     rehearse(model, data, options)
@@ -218,16 +220,18 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
     fingerprint = data.fingerprint()
     if options.resume and config.fingerprint and fingerprint != config.fingerprint:
         raise TrainingError(f'the data are not those that the run in {folder} was started with: {data.about}')
-    loaded = load_checkpoint(checkpoints[-1]) if checkpoints else None
+    loaded = engine.read(checkpoints[-1]) if checkpoints else None
     if loaded is not None and options.steps < loaded[0]:
         raise TrainingError(f'--steps must be at least {loaded[0]}, which this run has done already, got {options.steps}.')
     if folder.joinpath(METRICS).exists():
         read_metrics(folder / METRICS)
-    sets = load_sets(options, data.tokenizer, say)
+    with engine.main_first():
+        sets = load_sets(options, data.tokenizer, say)
     if engine.is_main:
         data.tokenizer.save(folder)
         dataclasses.replace(config, fingerprint=fingerprint, vocabulary=vocabulary).write(folder)
-    metrics = Metrics(folder, data.bytes_per_token, open_logs(options.log, folder, options.to_json()))
+    logs = open_logs(options.log, folder, options.to_json()) if engine.is_main else []
+    metrics = Metrics(folder, data.bytes_per_token, logs)
     batches = Prefetched(
         data.batches(options, engine.rank, engine.world_size),
         last=options.steps * options.grad_accum,
@@ -237,10 +241,11 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
     before: list[Callback] = []
     if peak is not None:
         flops = training_flops(model, data.first(options.seq_len).to(device)) / (options.seq_len - 1)
-        before.append(Utilization(flops, peak))
+        before.append(Utilization(flops, peak * engine.devices))
+    told = [*before, metrics, *callbacks] if engine.is_main else []
     trainer = Trainer(
-        model, batches, dataclasses.replace(options, device=None), callbacks=[*before, metrics, *callbacks],
-        store=Checkpoints(folder, keep=options.keep), best='held_out_loss' if options.keep_best else None,
+        model, batches, dataclasses.replace(options, device=None), callbacks=told,
+        store=engine.store(folder, options.keep), best='held_out_loss' if options.keep_best else None,
         exported=merged if options.lora else None, engine=engine,
     )  # fmt: skip
     run = Run(folder, options, data, trainer, metrics, sets)
@@ -248,7 +253,8 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
     trainer.callbacks.append(Samples(run))
     if loaded is not None:
         trainer.resume(*loaded, where=str(checkpoints[-1]))
-        publish(checkpoints[-1])
+        if engine.is_main:
+            publish(checkpoints[-1])
         say(f'resuming {folder} after step {trainer.step} of {options.steps}')
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f'{count:,} parameters on {device}, {options.optimizer}, {options.steps} steps')
@@ -286,14 +292,17 @@ def rehearse(model: nn.Module, data: Data, options: TrainOptions) -> None:
 def finish(run: Run, say: Say) -> Comparison:
     """Measure the final figures, write the picture and the sample."""
     options, trainer, folder = run.options, run.trainer, run.folder
+    is_main = trainer.engine.is_main
     with trainer.evaluating():
         text, bits = run.data.final(run.loss, options)
     comparison = Comparison.of(text, bits)
-    run.metrics.add(step=trainer.step, final=dataclasses.asdict(comparison))
-    draw_losses(read_metrics(folder / METRICS), folder / PICTURE, comparison)
+    if is_main:
+        run.metrics.add(step=trainer.step, final=dataclasses.asdict(comparison))
+        draw_losses(read_metrics(folder / METRICS), folder / PICTURE, comparison)
     if options.sample_length:
         prompt, written = run.sample(options.sample_length)
-        write_atomically(folder / SAMPLE, prompt + written + b'\n')
+        if is_main:
+            write_atomically(folder / SAMPLE, prompt + written + b'\n')
         say('a sample:\n' + indent((prompt + written).decode(errors='replace')))
     say(str(comparison))
     run.metrics.close()
@@ -304,11 +313,11 @@ def indent(text: str) -> str:
     return '\n'.join(f'    {line}' for line in text.splitlines())
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, engine: Engine | None = None) -> None:
     """Errors: ``CheckpointError`` if the file is missing, damaged, or of another model."""
     try:
-        model.load_state_dict(read_weights(path))
-    except RuntimeError as error:
+        (engine or Engine()).load_model(model, read_weights(path))
+    except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f'{path} must hold the weights of a model with these flags, got others: {reason}') from error
 

@@ -145,7 +145,7 @@ class Trainer:
         if self.options.device is not None:
             model = model.to(choose_device(self.options.device))
         self.model = model
-        self.device = next((p.device for p in model.parameters()), torch.device('cpu'))
+        self.device = self.engine.device or next((p.device for p in model.parameters()), torch.device('cpu'))
         self.batch: Callable[[int], Any] = batches if not hasattr(batches, 'batch') else batches.batch
         self.predictions: Callable[[Any], int] | None = getattr(batches, 'predictions', None)
         self.evaluate = evaluate
@@ -206,6 +206,7 @@ class Trainer:
     def one_step(self) -> dict[str, Any]:
         """One optimizer step; what is to be told of it."""
         options, started = self.options, time.perf_counter()
+        self.engine.begin_step(options.seed, self.step)
         set_lr(self.optimizers, lr_share(self.step, options))
         first = self.step * options.grad_accum
         batches = [self.batch(first + micro) for micro in range(options.grad_accum)]

@@ -1,0 +1,186 @@
+"""Checkpoints that every process writes its part of, and any number of processes reads (torch.distributed.checkpoint).
+
+A folder ``checkpoint-NNNNNNNN`` holds the parts, what is no tensor (``state.pt``), the whole weights for use
+(``export.safetensors``) and a manifest with checksums. It is renamed into place once all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from x_transformers.distributed.mesh import World
+from x_transformers.training import checkpoint as files
+from x_transformers.training.errors import CheckpointError
+
+PARTS = '.metadata'  # the file by which such a checkpoint is known
+ELSEWHERE = 'tensor:'  # stands in state.pt for a tensor that lies in the parts
+SPREAD = ('optimizers', 'averaged')  # what of the state has the shapes of parameters
+
+
+def is_distributed(path: Path) -> bool:
+    return (path / PARTS).exists()
+
+
+class DistributedCheckpoints:
+    """The checkpoints of one run folder; every process calls every method."""
+
+    def __init__(self, run: Path, keep: int, world: World) -> None:
+        self.run, self.keep, self.world = run, keep, world
+        self._finished: list[Path] = []
+
+    def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]) -> None:
+        target = self.run / f'{files.PREFIX}{step:08d}'
+        temporary = self.run / f'{files.UNFINISHED}{target.name}'
+        tensors: dict[str, Tensor] = {f'model.{name}': tensor for name, tensor in weights.items()}
+        rest = {name: put_aside(value, name, tensors) if name in SPREAD else value for name, value in state.items()}
+        self.alike(lambda: make_empty(temporary), 'cannot be written', main_only=True)
+        self.alike(lambda: save(dict(tensors), checkpoint_id=temporary), 'cannot be written')
+        for_use = whole_on_main(export, self.world)
+        digests = self.alike(lambda: digests_of(temporary, self.world), 'cannot be written')
+
+        def finish() -> None:
+            buffer = io.BytesIO()
+            torch.save(rest, buffer)
+            more = {files.STATE: buffer.getvalue(), files.EXPORT: files.weights_as_bytes(for_use)}
+            manifest = {name: entry for each in digests for name, entry in each.items()}
+            for name, data in more.items():
+                files._write(temporary / name, data)
+                manifest[name] = {'bytes': len(data), 'blake2b': files._digest(data)}
+            files._write(temporary / files.MANIFEST, json.dumps({'step': step, 'files': manifest}, indent=2).encode())
+            files._sync_folder(temporary)
+            files._remove(target)
+            os.rename(temporary, target)
+            files._sync_folder(self.run)
+            for older in files.find_checkpoints(self.run)[: -self.keep]:
+                files._remove(older)
+            files.write_atomically(self.run / files.WEIGHTS, more[files.EXPORT])
+
+        self.alike(finish, 'cannot be written', main_only=True)
+        self._finished.append(target)
+
+    def alike(self, act: Callable[[], Any], problem: str, main_only: bool = False) -> list[Any]:
+        """What every process gets out of ``act``; when one of them fails, all do, and earlier checkpoints are untouched."""
+        found, error = None, ''
+        if self.world.is_main or not main_only:
+            try:
+                found = act()
+            except CheckpointError as failure:
+                error = str(failure)
+            except Exception as failure:
+                error = f'the checkpoint {problem} to {self.run}: {failure}; earlier ones are untouched'
+        everywhere: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everywhere, (found, error))
+        if told := [each for _, each in everywhere if each]:
+            raise CheckpointError(told[0])
+        return [each for each, _ in everywhere]
+
+    def finished(self) -> list[Path]:
+        done, self._finished = self._finished, []
+        return done
+
+    def wait(self) -> None:
+        """Nothing is written in the background."""
+
+    def save_best(self, step: int, value: float, export: Mapping[str, Tensor]) -> None:
+        whole = whole_on_main(export, self.world)
+        about = {'step': str(step), 'value': repr(value)}
+        data = files.weights_as_bytes(whole, about)
+        self.alike(lambda: files.write_atomically(self.run / files.BEST, data), 'cannot be written', main_only=True)
+
+
+def make_empty(folder: Path) -> None:
+    files._remove(folder)
+    folder.mkdir()
+
+
+def put_aside(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The same tree with a word in the place of each tensor, which goes to ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return ELSEWHERE + path
+    if isinstance(value, Mapping):
+        return {name: put_aside(each, f'{path}.{name}', tensors) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(put_aside(each, f'{path}.{index}', tensors) for index, each in enumerate(value))
+    return value
+
+
+def put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, str) and value.startswith(ELSEWHERE):
+        return tensors[value.removeprefix(ELSEWHERE)]
+    if isinstance(value, Mapping):
+        return {name: put_back(each, tensors) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(put_back(each, tensors) for each in value)
+    return value
+
+
+def whole_on_main(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The whole tensors on the CPU of the main process, one after the other; nothing elsewhere."""
+    found = {}
+    for name, tensor in state.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            found[name] = full.detach().to('cpu', copy=True)
+    return found
+
+
+def digests_of(folder: Path, world: World) -> dict[str, Any]:
+    """Of the files that this process has written."""
+    own = sorted(folder.glob(f'__{world.rank}_*')) + ([folder / PARTS] if world.is_main else [])
+    return {path.name: files.entry_of(path) for path in own}
+
+
+def verify(path: Path, rank: int = 0, size: int = 1) -> dict[str, Any]:
+    """The manifest, once this process's share of the files has been compared with it."""
+    manifest = files.read_json(path / files.MANIFEST)
+    try:
+        entries = sorted(dict(manifest['files']).items())
+        int(manifest['step'])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f'{path / files.MANIFEST} is not the manifest of a checkpoint ({error!r})') from error
+    for name, entry in entries[rank::size]:
+        files.check_entry(path / name, entry)
+    return dict(manifest)
+
+
+def read(path: Path, template: Callable[[str, Any], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(weights, the tensors of the state by their paths, the state with words in their places).
+
+    Args:
+        template: (path, metadata) -> an empty tensor of the form in which it is wanted: whole, or this process's part.
+    """
+    state = torch.load(path / files.STATE, map_location='cpu', weights_only=True)
+    metadata = FileSystemReader(path).read_metadata()
+    wanted = {
+        name: template(name, entry)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    try:
+        load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except Exception as error:
+        raise CheckpointError(f'{path} does not fit the model of this run: {str(error).splitlines()[0]}') from error
+    weights = {name.removeprefix('model.'): tensor for name, tensor in wanted.items() if name.startswith('model.')}
+    return weights, wanted, state
+
+
+def read_whole(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """(step, weights, state) for one process, as ``load_checkpoint`` gives them."""
+    manifest = verify(path)
+    weights, tensors, state = read(path, lambda name, entry: torch.empty(entry.size, dtype=entry.properties.dtype))
+    return int(manifest['step']), weights, put_back(state, tensors)

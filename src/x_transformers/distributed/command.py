@@ -1,0 +1,172 @@
+"""``torchrun … -m x_transformers train``: the same run as in one process, on a grid. The main process speaks and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch.distributed as dist
+
+from x_transformers.distributed.engine import MeshEngine
+from x_transformers.distributed.mesh import Degrees, MeshError, World, check_built, start, stop
+from x_transformers.flags.base import FlagError
+from x_transformers.training.errors import TrainingError
+from x_transformers.training.lock import locked
+from x_transformers.training.options import TrainOptions
+from x_transformers.training.run import RunConfig, begin, finish, prepare
+from x_transformers.training.trainer import Interrupted
+
+BAD_INPUT = 2
+LOST = 1
+T = TypeVar('T')
+
+
+def train(parse: Callable[[], Any]) -> int:
+    """The exit status of this process. One of all processes says what was wrong."""
+    is_main = os.environ.get('RANK', '0') == '0'
+    try:
+        with contextlib.nullcontext() if is_main else silent():
+            asked = parse()
+        options: TrainOptions = asked.options
+        size = int(os.environ['WORLD_SIZE'])
+        degrees = replace(Degrees.of(options.shard, tensor=options.tensor), context=options.context, pipeline=options.pipeline)
+        check_built(degrees)
+        check_rows(options, degrees.resolved(size))
+        world = start(degrees, options.device or 'auto')
+    except (FlagError, TrainingError):
+        if is_main:
+            raise
+        return BAD_INPUT
+    try:
+        with ExitStack() as held:
+            status = train_on(world, asked, held)
+        stop()
+        return status
+    except (FlagError, TrainingError):
+        if speaks_first(world):
+            raise
+        return BAD_INPUT
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        if speaks_first(world):
+            print(
+                f'x-transformers: process {world.rank} has lost another one ({str(error).splitlines()[0][:120]}); start all of '
+                'them again with --resume',
+                file=sys.stderr,
+            )
+        return LOST
+
+
+def train_on(world: World, asked: Any, held: ExitStack) -> int:
+    options: TrainOptions = asked.options
+
+    def open_folder() -> RunConfig:
+        held.enter_context(locked(Path(options.run_dir), create=not options.resume))
+        return begin(asked.flags, options, typed=asked.typed, typed_flags=asked.typed_flags)
+
+    from x_transformers.cli.train import stopped, written
+
+    check_alike(world, asked)
+    config = of_main(world, open_folder)
+    options = config.options
+    check_rows(options, world.degrees)
+    if options.lora:
+        raise MeshError('a run with --lora must be trained in one process: its low-rank changes are not cut over several.')
+    precision: Literal['bf16'] | None = 'bf16' if options.precision == 'bf16' and options.shard != 'none' else None
+    engine = MeshEngine(
+        world, shard=options.shard, precision=precision, checkpoint=options.checkpointing, compile=options.compile,
+        offload=options.offload,
+    )  # fmt: skip
+    if world.is_main:
+        from x_transformers.cli.bar import Bar
+
+        bar: Any = held.enter_context(Bar(options.steps))
+        run = prepare(config, bar.bar.write, [bar], engine)
+        bar.start(run.trainer.step)
+    else:
+        run = prepare(config, lambda text: None, [], engine)
+    try:
+        run.train()
+    except Interrupted as stop:
+        with contextlib.nullcontext() if world.is_main else silent():
+            if world.is_main:
+                bar.bar.close()
+            return stopped(stop, options)
+    if world.is_main:
+        bar.bar.close()
+    comparison = finish(run, print if world.is_main else lambda text: None)
+    if world.is_main:
+        written(run, comparison)
+    return 0
+
+
+# what must fit
+
+
+def check_rows(options: TrainOptions, degrees: Degrees) -> None:
+    """Errors: ``MeshError`` for a batch that the processes cannot share."""
+    readers = degrees.replicate * degrees.shard
+    if options.batch % readers:
+        raise MeshError(
+            f'--batch must be a multiple of {readers}, the number of processes that read different data, got {options.batch}: '
+            'it counts the sequences of all of them. Give another.'
+        )
+
+
+def check_alike(world: World, asked: Any) -> None:
+    """Errors: ``MeshError`` if processes were started with different options."""
+    everywhere: list[Any] = [None] * world.size
+    dist.all_gather_object(everywhere, (asked.flags, asked.options.to_json()))
+    for rank, (flags, options) in enumerate(everywhere):
+        if (flags, options) != everywhere[0]:
+            first = {**everywhere[0][0], **everywhere[0][1]}
+            names = sorted(name for name, value in {**flags, **options}.items() if first.get(name) != value)
+            raise MeshError(
+                f'all processes must have the same options, got others in process {rank}: {", ".join(names)}. Start them alike.'
+            )
+
+
+def of_main(world: World, act: Callable[[], T]) -> T:
+    """What the main process gets out of ``act``, everywhere; its error, too."""
+    found: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            found = [act(), None]
+        except (FlagError, TrainingError) as error:
+            found = [None, error]
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise TrainingError(str(found[1]))
+    result: T = found[0]
+    return result
+
+
+def speaks_first(world: World) -> bool:
+    """Whether this process is to say what went wrong: the main one if it knows, else the first of the others."""
+    if not world.is_main:
+        time.sleep(0.5)
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add('complained', 1) == 1)
+    except Exception:  # whoever held the store is gone
+        return True
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error says that another process is gone, or does not answer."""
+    text = str(error)
+    signs = ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting', 'gloo', 'Broken pipe')
+    return isinstance(error, (dist.DistError, dist.DistBackendError)) or any(sign in text for sign in signs)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield

@@ -1,0 +1,185 @@
+"""A training step on several processes: what the loop of ``training/trainer.py`` asks for, answered for a grid."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from x_transformers.distributed import checkpoint
+from x_transformers.distributed.mesh import Shard, World
+from x_transformers.distributed.parallelize import Checkpointing, parallelize
+from x_transformers.module import fill
+from x_transformers.randomness import decide_alike
+from x_transformers.training.checkpoint import load_checkpoint
+from x_transformers.training.ema import WRAPPED
+from x_transformers.training.engine import Engine
+
+
+class MeshEngine(Engine):
+    """A grid of processes. All of them run the same loop; those that read different data read different rows of each batch."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        shard: Shard = 'none',
+        precision: Literal['bf16'] | None = None,
+        checkpoint: Checkpointing = 'none',
+        compile: bool = False,
+        offload: bool = False,
+    ) -> None:
+        self.world = world
+        self.rank, self.world_size, self.is_main = world.data_rank, world.data_size, world.is_main
+        self.device, self.devices = world.device, world.size
+        self.shard = shard
+        self.options: dict[str, Any] = {
+            'precision': precision,
+            'checkpoint': checkpoint,
+            'compile': compile,
+            'offload': offload,
+        }
+        self.model: nn.Module | None = None
+
+    def build(self, make: Callable[[], nn.Module], device: torch.device, seed: int) -> nn.Module:
+        """Spread over the processes; what is cut is built without numbers, and filled part by part."""
+        if self.shard == 'none':
+            model = make()
+        else:
+            with torch.device('meta'):
+                model = make()
+        return self.spread(model, seed)
+
+    def spread(self, model: nn.Module, seed: int = 0) -> nn.Module:
+        self.model = parallelize(model, self.world, shard=self.shard, seed=seed, **self.options)
+        return self.model
+
+    def forward(self, model: nn.Module, compiled: bool) -> Callable[..., Any]:
+        return model  # each layer is compiled by itself
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Draws depend on seed and step alone: decisions are the same everywhere, units that drop out differ between data."""
+        decide_alike(seed, step)
+        random.seed(number_of(seed, step))
+        torch.manual_seed(number_of(seed, step, self.rank))
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        model: Any = self.model
+        model.set_requires_gradient_sync(last)
+        yield
+
+    def total(self, value: Tensor) -> Tensor:
+        value = value.detach().clone().to(self.device)
+        dist.all_reduce(value, group=self.world.data_mesh.get_group())
+        return value
+
+    def agree(self, number: int) -> int:
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        cut = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
+        kept = [grad for grad in grads if not isinstance(grad, DTensor)]
+        squares = torch.zeros((), device=self.device, dtype=torch.float64)
+        if cut:
+            squares = torch.stack(torch._foreach_norm(cut)).to(self.device).double().square().sum()
+            dist.all_reduce(squares, group=self.world.mesh.get_group('shard'))
+        if kept:
+            squares = squares + torch.stack(torch._foreach_norm(kept)).to(self.device).double().square().sum()
+        return squares.sqrt()
+
+    def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        share = (most / (norm + 1e-6)).clamp(max=1.0)
+        for part in parts:
+            part.mul_(share.to(part.device))
+
+    # checkpoints
+
+    def store(self, run: Path, keep: int = 1) -> Any:
+        return checkpoint.DistributedCheckpoints(run, keep, self.world)
+
+    def read(self, path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+        """Any checkpoint of the run, whatever number of processes wrote it; each process reads its own part."""
+        if not checkpoint.is_distributed(path):
+            return load_checkpoint(path)
+        manifest = checkpoint.verify(path, self.world.rank, self.world.size)
+        model: Any = self.model
+        state = model.state_dict()
+        named = {name.replace(WRAPPED, ''): p for name, p in model.named_parameters() if p.requires_grad}
+
+        def template(name: str, entry: Any) -> Tensor:
+            kind, _, rest = name.partition('.')
+            like = (
+                state.get(rest)
+                if kind == 'model'
+                else named.get(rest.removeprefix('averages.'))
+                if kind == 'averaged'
+                else None
+            )
+            if kind == 'optimizers':
+                like = next((p for p in named.values() if p.shape == entry.size and isinstance(p, DTensor)), None)
+            if like is None or like.shape != entry.size:
+                return torch.empty(entry.size, dtype=entry.properties.dtype)
+            return torch.empty_like(like, dtype=entry.properties.dtype)
+
+        weights, tensors, rest = checkpoint.read(path, template)
+        return int(manifest['step']), weights, checkpoint.put_back(rest, tensors)
+
+    def load_model(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        own = model.state_dict()
+        if own.keys() != state.keys():
+            other = sorted(own.keys() ^ state.keys())
+            raise ValueError(f'names of weights differ: {", ".join(other[:3])}')
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f'{name} must have the shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}')
+            fill(tensor, state[name])
+
+    def load_optimizers(self, model: nn.Module, optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
+        """States are known by the numbers of their parameters, which every grid gives in the same order."""
+        for optimizer, given in zip(optimizers, states, strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group['params']]
+            spread = {
+                int(number): {name: as_its_parameter(value, parameters[int(number)]) for name, value in values.items()}
+                for number, values in given['state'].items()
+            }
+            optimizer.load_state_dict({'state': spread, 'param_groups': given['param_groups']})
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def barrier(self) -> None:
+        self.world.barrier()
+
+
+def number_of(*parts: int) -> int:
+    """A seed that depends on all of them."""
+    return int.from_bytes(hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=7).digest(), 'big')
+
+
+def as_its_parameter(value: Any, parameter: Tensor) -> Any:
+    """A whole tensor of a parameter's shape, cut as that is."""
+    if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    target = torch.empty_like(parameter, dtype=value.dtype)
+    fill(target, value if not isinstance(value, DTensor) else value.redistribute(parameter.device_mesh, parameter.placements))
+    return target

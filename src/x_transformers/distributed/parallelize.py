@@ -1,0 +1,275 @@
+"""Spread a model over processes, in place: first what cuts layers, then checkpointing, compiling, and sharding around all.
+
+The model's own code knows nothing of it. Layers are units: what one needs is gathered when it runs and let go of afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from x_transformers.distributed.mesh import Shard, World
+from x_transformers.distributed.refusals import check
+from x_transformers.layers.stack import AttentionLayers
+from x_transformers.module import Module
+from x_transformers.stack_wrapper import StackWrapper
+
+# methods that run the model without its forward
+METHODS = ('generate', 'beam_search')
+
+Checkpointing = Literal['none', 'full', 'selective'] | int
+
+
+def parallelize(
+    model: nn.Module,
+    world: World,
+    *,
+    shard: Shard = 'none',
+    precision: Literal['bf16'] | None = None,
+    checkpoint: Checkpointing = 'none',
+    compile: bool = False,
+    reshard: bool = True,
+    offload: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Spread ``model`` over the processes of ``world``; the same model, changed.
+
+    Args:
+        shard: none: each process has a copy (DDP); full: parts over all processes (FSDP2); hybrid: parts within a node and
+            copies between nodes.
+        precision: bf16: weights are gathered and used in bfloat16, gradients are summed in float32. Only with ``shard``.
+        checkpoint: full: a layer's intermediate results are computed again for its gradients; a number: those of every n-th
+            layer; selective: results of matrix products are kept, all others computed again.
+        compile: each layer by itself.
+        reshard: let go of a layer's weights after its forward, and gather them again for its gradients.
+        offload: shards, gradients and the optimizer's state lie in the memory of the CPU.
+        seed: of a model on the meta device, which is filled here, the same whatever the grid.
+
+    Call ``randomness.decide_alike(seed, step)`` before each step where layers are left out or run again by chance.
+
+    Errors: ``MeshError`` naming the flags that cannot be spread in this way.
+    """
+    check(model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, offload=offload)
+    model = model if on_meta(model) else model.to(world.device)
+    if checkpoint != 'none':
+        checkpoint_layers(model, checkpoint)
+    if compile:
+        for layer in layers_of(model):
+            layer.compile()
+    if shard == 'none':
+        Filling(model, world.device, seed).fill(model)
+        replicate(model, process_group=world.data_mesh.get_group(), find_unused_parameters=may_leave_out(model))
+        return model
+    shard_layers(model, world, precision=precision, reshard=reshard, offload=offload, seed=seed)
+    return model
+
+
+def may_leave_out(model: nn.Module) -> bool:
+    """Whether a step may have no gradient for some parameters: copies must then look for those, or would wait for them."""
+    if any(chance > 0 for stack in stacks_of(model) for chance in stack.layer_dropouts):
+        return True
+    return any(getattr(module, 'attn_pool', None) is not None for module in model.modules())
+
+
+# what the parts are
+
+
+def stacks_of(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, AttentionLayers))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Every layer of every stack, once."""
+    return list(dict.fromkeys(layer for stack in stacks_of(model) for layer in stack.layers))
+
+
+def units(model: nn.Module) -> list[list[nn.Module]]:
+    """Modules whose parameters are gathered together: each layer, and for each model what stands around its stack.
+
+    The table of tokens, the final norm and the head are one unit: a tied head reads the table. A module that several models
+    share is left to the unit of the whole.
+    """
+    found: list[list[nn.Module]] = [[layer] for layer in layers_of(model)]
+    taken = {module for layer in layers_of(model) for module in layer.modules()}
+    ends = [ends_of(module) for module in model.modules() if isinstance(module, StackWrapper)]
+    inside = [[each for part in parts for each in part.modules()] for parts in ends]
+    for index, parts in enumerate(ends):
+        others = {each for other, modules in enumerate(inside) if other != index for each in modules}
+        own = [part for part in parts if not taken.intersection(part.modules())]
+        if own and not others.intersection(inside[index]):
+            found.append(own)
+    return found
+
+
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    stack = getattr(model, 'attn_layers', None)
+    parts = (getattr(model, 'token_emb', None), getattr(stack, 'final_norm', None), getattr(model, 'to_logits', None))
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    return list(dict.fromkeys(part for part in modules if next(part.parameters(), None) is not None or is_tied(part)))
+
+
+def is_tied(module: nn.Module) -> bool:
+    return hasattr(module, '_embedding')
+
+
+# activation checkpointing
+
+
+def checkpoint_layers(model: nn.Module, how: Checkpointing) -> None:
+    """Wrap layers so that what lies between their input and output is computed again for the gradients."""
+    every = how if isinstance(how, int) else 1
+    keywords: dict[str, Any] = {} if how != 'selective' else {'context_fn': keep_products}
+    for stack in stacks_of(model):
+        wrapped: dict[nn.Module, nn.Module] = {}
+        for index, layer in enumerate(stack.layers):
+            if index % every == 0:
+                wrapped.setdefault(layer, checkpoint_wrapper(layer, **keywords))
+                stack.layers[index] = wrapped[layer]
+
+
+def keep_products() -> Any:
+    """Results of matrix products and of fused attention are dear: they are kept."""
+    names = (
+        'mm', 'addmm', 'bmm', '_scaled_dot_product_flash_attention', '_scaled_dot_product_flash_attention_for_cpu',
+        '_scaled_dot_product_efficient_attention', '_scaled_dot_product_cudnn_attention',
+    )  # fmt: skip
+    dear = {getattr(torch.ops.aten, name).default for name in names}
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+# sharding
+
+
+def shard_layers(model: nn.Module, world: World, *, precision: str | None, reshard: bool, offload: bool, seed: int) -> None:
+    """FSDP2 with a unit for each layer, one for the ends, and the whole as the root."""
+    degrees = world.degrees
+    mesh: DeviceMesh = world.mesh['replicate', 'shard'] if degrees.replicate > 1 else world.mesh['shard']
+    policy = MixedPrecisionPolicy()
+    if precision == 'bf16':
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
+
+    def how(unit: list[nn.Module]) -> dict[str, Any]:
+        return {'mesh': mesh, 'mp_policy': policy, 'offload_policy': offloading, 'ignored_params': scalars_of(*unit)}
+
+    filling = Filling(model, world.device, seed)
+    for unit in units(model):
+        for part in unit:
+            filling.fill(part)
+        fully_shard(unit[0] if len(unit) == 1 else unit, reshard_after_forward=reshard, **how(unit))
+    filling.fill(model)
+    fully_shard(model, **how([model]))
+    group, size = world.data_mesh.get_group(), world.data_size
+
+    def average(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad.div_(size), group=group)
+
+    for parameter in scalars_of(model):
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(average)
+    model.register_forward_hook(reshard_unless_trained)
+    for name in METHODS:
+        if hasattr(model, name):
+            gather_in(model, name)
+
+
+def reshard_unless_trained(model: Any, args: Any, out: Any) -> None:
+    """Without gradients nobody needs the gathered weights of the root again."""
+    if not torch.is_grad_enabled():
+        model.reshard()
+
+
+def gather_in(model: Any, name: str) -> None:
+    """Weights are there in a method that runs the model without its forward, also where it gives its results one by one."""
+    register_fsdp_forward_method(model, name)
+    inner = getattr(model, name)
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        try:
+            out = inner(*args, **kwargs)
+        finally:
+            model.reshard()
+        return one_by_one(out) if isinstance(out, Iterator) else out
+
+    def one_by_one(made: Iterator[Any]) -> Iterator[Any]:
+        model.unshard()
+        try:
+            yield from made
+        finally:
+            model.reshard()
+
+    setattr(model, name, method)
+
+
+def scalars_of(*modules: nn.Module) -> set[nn.Parameter]:
+    """Parameters without an axis, which cannot be cut: every process keeps them, and averages their gradients."""
+    return {parameter for module in modules for parameter in module.parameters() if parameter.ndim == 0}
+
+
+# a model that has no numbers yet
+
+
+def on_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+class Filling:
+    """Fills a model that was built on the meta device, part by part; one that has numbers stays as it is.
+
+    Every process draws the same numbers, whatever the grid, and keeps its share of each part once that is filled. So no process
+    ever holds more than one part in full.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, seed: int) -> None:
+        self.needed = on_meta(model)
+        self.device = device
+        self.done: set[nn.Module] = set()
+        if self.needed:
+            torch.manual_seed(seed)
+
+    @torch.no_grad()
+    def fill(self, part: nn.Module) -> None:
+        if not self.needed:
+            return
+        fresh = [module for module in part.modules() if module not in self.done]
+        for module in fresh:
+            module.to_empty(device=self.device, recurse=False)
+        self._reset(part)
+        self.done.update(fresh)
+
+    def _reset(self, module: nn.Module) -> None:
+        if module in self.done:
+            return
+        own = getattr(type(module), 'reset_parameters', None)
+        if own is not None and own is not Module.reset_parameters:
+            module.reset_parameters()  # type: ignore[operator]
+            return
+        for child in module.children():
+            self._reset(child)
+        if isinstance(module, Module):
+            module.init_own()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)

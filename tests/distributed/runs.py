@@ -1,0 +1,261 @@
+"""``python -m tests.distributed.runs [name …]``: what two processes train, save, read and write, against what one does."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from tests.distributed.equality import WORLD, free_port, whole
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.distributed.engine import MeshEngine
+from x_transformers.distributed.mesh import Degrees, World, start, stop
+from x_transformers.distributed.parallelize import Filling
+from x_transformers.randomness import decide_alike
+from x_transformers.training.checkpoint import find_checkpoints, load_checkpoint
+from x_transformers.training.engine import Engine
+from x_transformers.training.errors import CheckpointError
+from x_transformers.training.options import TrainerOptions
+from x_transformers.training.trainer import Trainer
+
+Worlds = dict[str, World]
+GRIDS = {'copies': Degrees(replicate=2), 'shards': Degrees(shard=2)}
+SHARD = {'copies': 'none', 'shards': 'full'}
+
+
+def make(dtype: torch.dtype = torch.float64, **flags: Any) -> nn.Module:
+    # one parameter without an axis in each layer, grouped heads, a tied head
+    flags = {'attn_kv_heads': 1, 'rotary_pos_emb': True, 'use_dynamic_tanh': True, 'ff_glu': True} | flags
+    stack = Decoder(dim=16, depth=2, heads=2, attn_dim_head=8, verbose=False, **flags)
+    net = TransformerWrapper(num_tokens=32, max_seq_len=16, attn_layers=stack, tie_embedding=True)
+    return AutoregressiveWrapper(net).to(dtype)
+
+
+class Rows:
+    """Eight random rows for each index, of which a process reads its part."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    def batch(self, index: int) -> Tensor:
+        return torch.randint(32, (8, 12), generator=torch.Generator().manual_seed(index))[self.rank :: self.size]
+
+    def predictions(self, batch: Tensor) -> int:
+        return batch.shape[0] * (batch.shape[1] - 1)
+
+
+def trainer(engine: Engine, model: nn.Module, options: TrainerOptions, **more: Any) -> Trainer:
+    return Trainer(model, Rows(engine.rank, engine.world_size), options, engine=engine, **more)
+
+
+def on(world: World, name: str, model: nn.Module, **how: Any) -> tuple[MeshEngine, nn.Module]:
+    engine = MeshEngine(world, shard=SHARD[name], **how)  # type: ignore[arg-type]
+    return engine, engine.spread(copy.deepcopy(model))
+
+
+def gap(model: nn.Module, other: nn.Module) -> float:
+    mine, its = model.state_dict(), other.state_dict()
+    assert mine.keys() == its.keys()
+    return max((whole(mine[name]).double() - whole(its[name]).double()).abs().max().item() for name in its)
+
+
+def losses_agree(worlds: Worlds, folder: Path, dtype: torch.dtype, limit: float, **options: Any) -> None:
+    torch.manual_seed(1)
+    model = make(dtype)
+    given = TrainerOptions(**{'steps': 10, 'lr': 1e-2, 'clip': 0.2, 'grad_accum': 2, 'ema': 0.9, **options})
+    alone_model = copy.deepcopy(model)
+    alone = trainer(Engine(), alone_model, given)
+    alone.train()
+    assert max(record['grad_norm'] for record in alone.history.steps) > 2 * given.clip, 'clipping must matter'
+    for name, world in worlds.items():
+        engine, mine = on(world, name, model, checkpoint='full' if name == 'shards' else 'none')
+        run = trainer(engine, mine, given)
+        run.train()
+        for record, want in zip(run.history.steps, alone.history.steps, strict=True):
+            for key in ('loss', 'grad_norm'):
+                assert abs(record[key] - want[key]) <= limit * max(1.0, want[key]), (name, record, want)
+        assert gap(mine, alone_model) <= 10 * limit, (name, gap(mine, alone_model))
+        assert run.averaged is not None
+        assert alone.averaged is not None
+        for key, average in run.averaged.averages.items():
+            expected = alone.averaged.averages[key]
+            assert (whole(average) - expected).abs().max() <= max(10 * limit, 1e-6), (name, key)
+
+
+def adamw_in_double_precision(worlds: Worlds, folder: Path) -> None:
+    losses_agree(worlds, folder, torch.float64, 1e-8)
+
+
+def adamw_in_single_precision(worlds: Worlds, folder: Path) -> None:
+    losses_agree(worlds, folder, torch.float32, 1e-4)
+
+
+def muon_moves_whole_matrices(worlds: Worlds, folder: Path) -> None:
+    """A matrix is moved where it is whole, so the update is that of one process, but for how gradients are summed."""
+    losses_agree(worlds, folder, torch.float64, 1e-5, optimizer='muon', steps=4, muon_lr=1e-2)
+
+
+def a_checkpoint_goes_on_elsewhere(worlds: Worlds, folder: Path) -> None:
+    options = TrainerOptions(steps=3, lr=1e-2, optimizer='muon', ema=0.9)
+    longer = TrainerOptions(steps=6, lr=1e-2, optimizer='muon', ema=0.9, schedule='constant')
+    torch.manual_seed(1)
+    model = make()
+    for name, world in worlds.items():
+        engine, mine = on(world, name, model)
+        first = trainer(engine, mine, options, store=engine.store(folder / name))
+        first.train()
+        (path,) = find_checkpoints(folder / name)
+        step, weights, state = load_checkpoint(path)
+        assert step == 3
+        kept = {key: whole(tensor) for key, tensor in mine.state_dict().items()}
+        assert all(torch.equal(weights[key], tensor) for key, tensor in kept.items())
+        alone_model = make()
+        alone = trainer(Engine(), alone_model, longer)
+        alone.resume(step, weights, state)
+        for optimizer, its in zip(first.optimizers, alone.optimizers, strict=True):
+            mine_state, its_state = optimizer.state_dict()['state'], its.state_dict()['state']
+            assert mine_state.keys() == its_state.keys()
+            for number, values in its_state.items():
+                for key, value in values.items():
+                    assert torch.equal(whole(mine_state[number][key]), value), (name, number, key)
+        alone.train()
+        for other, elsewhere in worlds.items():
+            second, there = on(elsewhere, other, make())
+            again = trainer(second, there, longer)
+            again.resume(*second.read(path))
+            assert all(torch.equal(whole(tensor), kept[key]) for key, tensor in there.state_dict().items()), (name, other)
+            again.train()
+            for record, want in zip(again.history.steps, alone.history.steps, strict=True):
+                assert abs(record['loss'] - want['loss']) <= 1e-5, (name, other, record, want)
+    # what one process has written is read by several
+    single = trainer(Engine(), copy.deepcopy(model), options, store=Engine().store(folder / f'alone-{dist.get_rank()}'))
+    single.train()
+    (path,) = find_checkpoints(folder / f'alone-{dist.get_rank()}')
+    for name, world in worlds.items():
+        engine, mine = on(world, name, make())
+        trainer(engine, mine, longer).resume(*engine.read(path))
+        assert gap(mine, single.model) == 0.0, name
+
+
+def a_damaged_checkpoint_is_refused(worlds: Worlds, folder: Path) -> None:
+    engine, mine = on(worlds['shards'], 'shards', make())
+    trainer(engine, mine, TrainerOptions(steps=1), store=engine.store(folder)).train()
+    (path,) = find_checkpoints(folder)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (damaged,) = path.glob('__1_*')
+        data = bytearray(damaged.read_bytes())
+        data[-1] ^= 1
+        damaged.write_bytes(bytes(data))
+    dist.barrier()
+    with pytest.raises(CheckpointError, match='damaged'):
+        load_checkpoint(path)
+
+
+def text_is_written_from_shards(worlds: Worlds, folder: Path) -> None:
+    torch.manual_seed(1)
+    model: Any = make().eval()
+    prompt = torch.randint(32, (2, 4))
+    want = model.generate(prompt, 8, temperature=0.0)
+    for name, world in worlds.items():
+        _, mine = on(world, name, model)
+        writer: Any = mine.eval()
+        assert torch.equal(writer.generate(prompt, 8, temperature=0.0), want), name
+        one_by_one = torch.stack(list(writer.generate(prompt, 8, temperature=0.0, stream=True)), dim=-1)
+        assert torch.equal(one_by_one, want), name
+        writer(prompt).backward()  # and it can still be trained
+
+
+def a_model_without_numbers_is_filled_alike(worlds: Worlds, folder: Path) -> None:
+    found = []
+    for name, world in worlds.items():
+        with torch.device('meta'):
+            model = make(torch.float32)
+        engine = MeshEngine(world, shard=SHARD[name])  # type: ignore[arg-type]
+        mine = engine.spread(model, seed=5)
+        found.append({key: whole(tensor) for key, tensor in mine.state_dict().items()})
+        assert all(tensor.isfinite().all() for tensor in found[-1].values())
+        assert engine.model is mine
+    assert all(found[0][key].std() > 0 for key in found[0] if key.endswith(('to_q.weight', 'emb.weight')))
+    with torch.device('meta'):
+        alone = make(torch.float32)
+    Filling(alone, torch.device('cpu'), 5).fill(alone)
+    assert all(tensor.isfinite().all() for tensor in alone.state_dict().values())
+
+
+def layers_are_left_out_alike(worlds: Worlds, folder: Path) -> None:
+    """Layer dropout is decided alike, unit dropout is not."""
+    for name, world in worlds.items():
+        torch.manual_seed(1)
+        engine, mine = on(world, name, make(layer_dropout=0.5, attn_dropout=0.2))
+        run = trainer(engine, mine, TrainerOptions(steps=4))
+        run.train()
+        engine.begin_step(0, 3)
+        drawn: list[Any] = [None] * WORLD
+        dist.all_gather_object(drawn, float(torch.rand(())))
+        assert drawn[0] != drawn[1]
+
+
+CASES: dict[str, Callable[[Worlds, Path], None]] = {
+    case.__name__: case
+    for case in (
+        adamw_in_double_precision, adamw_in_single_precision, muon_moves_whole_matrices, a_checkpoint_goes_on_elsewhere,
+        a_damaged_checkpoint_is_refused, text_is_written_from_shards, a_model_without_numbers_is_filled_alike,
+        layers_are_left_out_alike,
+    )
+}  # fmt: skip
+
+
+@contextmanager
+def started(rank: int, port: int) -> Iterator[Worlds]:
+    os.environ.update(
+        MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD)
+    )
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore')
+    yield {name: start(degrees, 'cpu') for name, degrees in GRIDS.items()}
+    stop()
+
+
+def worker(rank: int, port: int, names: list[str], folder: str) -> None:
+    failed = []
+    with started(rank, port) as worlds:
+        for name in names:
+            place = Path(folder) / name
+            for kind in (*worlds, f'alone-{rank}'):
+                (place / kind).mkdir(parents=True, exist_ok=True)
+            try:
+                CASES[name](worlds, place)
+                problem = ''
+            except Exception:
+                problem = f'{name}: {traceback.format_exc()[-1500:]}'
+            decide_alike(None)
+            problems: list[Any] = [None] * WORLD
+            dist.all_gather_object(problems, problem)
+            failed += [each for each in problems if each][:1]
+    if rank == 0:
+        (Path(folder) / 'found').write_text('\n'.join(failed), encoding='utf-8')
+
+
+def run(names: list[str], folder: Path) -> str:
+    """What failed."""
+    mp.spawn(worker, (free_port(), names, str(folder)), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return (folder / 'found').read_text(encoding='utf-8')
+
+
+if __name__ == '__main__':
+    with tempfile.TemporaryDirectory() as made:
+        print(run(sys.argv[1:] or list(CASES), Path(made)) or 'all passed')
