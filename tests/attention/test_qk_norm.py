@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.functional import normalize
 
@@ -42,3 +43,32 @@ def test_memory_keys_are_normed_over_the_whole_head():
     q = unit_heads(attn.to_q(x).unflatten(-1, (2, 6)).transpose(1, 2), 2, attn.qk_norm_q_scale)
     expected = 10 * q @ (normalize(attn.mem_k, dim=-1) * attn.qk_norm_k_scale).transpose(-1, -2)
     torch.testing.assert_close(inter.qk_similarities[..., :3], expected)
+
+
+@pytest.mark.parametrize('flags', [{'qk_rmsnorm': True}, {'k_rmsnorm': True}, {'k_rmsnorm': True, 'qk_norm': True}])
+def test_rms_norm_of_heads(flags):
+    attn = Attention(D, heads=4, kv_heads=2, dim_head=6, **flags)
+    norms = [norm for norm in (attn.q_rmsnorm, attn.k_rmsnorm) if norm is not None]
+    assert len(norms) == (2 if flags.get('qk_rmsnorm') else 1)
+    for norm in norms:
+        torch.nn.init.normal_(norm.gamma)
+    x = torch.randn(B, N, D)
+    _, inter = attn(x, return_intermediates=True)
+
+    def rms(t, gamma):
+        return t * t.square().mean(dim=-1, keepdim=True).rsqrt() * (gamma + 1)
+
+    for h in range(4):
+        q = attn.to_q(x)[..., 6 * h : 6 * h + 6]
+        k = attn.to_k(x)[..., 6 * (h % 2) : 6 * (h % 2) + 6]
+        if flags.get('qk_norm'):
+            q, k = normalize(q, dim=-1), normalize(k, dim=-1)
+        q = rms(q, attn.q_rmsnorm.gamma[h]) if attn.q_rmsnorm is not None else q
+        k = rms(k, attn.k_rmsnorm.gamma[h % 2])
+        scores = (10 if flags.get('qk_norm') else 6**-0.5) * q @ k.transpose(-1, -2)
+        torch.testing.assert_close(inter.qk_similarities[:, h], scores)
+
+
+def test_one_norm_of_keys_is_enough():
+    with pytest.raises(ValueError, match='qk_rmsnorm'):
+        Attention(D, qk_rmsnorm=True, k_rmsnorm=True)

@@ -80,3 +80,32 @@ def test_start_of_the_queries_and_meta_build() -> None:
 def test_what_contradicts_itself(options: dict[str, Any], says: str) -> None:
     with pytest.raises(FlagError, match=says):
         AttentionPool(8, **options)
+
+
+@pytest.mark.parametrize('depth', [1, 2])
+def test_queries_of_the_call(depth: int) -> None:
+    pool = AttentionPool(6, 0, dim_context=4, heads=2, dim_head=3, depth=depth)
+    assert pool.queries is None
+    assert 'queries' not in pool.state_dict()
+    learned = AttentionPool(6, 3, dim_context=4, heads=2, dim_head=3, depth=depth)
+    learned.pooler.load_state_dict(pool.pooler.state_dict())
+    assert learned.queries is not None
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[True] * 5, [True, True, False, False, True]])
+    torch.testing.assert_close(pool(x, mask, queries=learned.queries.expand(2, -1, -1)), learned(x, mask))
+
+
+def test_queries_are_either_learned_or_given() -> None:
+    x = torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match='queries must be given'):
+        AttentionPool(6, 0, heads=2)(x)
+    with pytest.raises(ValueError, match='queries must not be given'):
+        AttentionPool(6, 2, heads=2)(x, queries=x)
+    with pytest.raises(FlagError, match='squeeze_output'):
+        AttentionPool(6, 0, squeeze_output=True)
+
+
+def test_more_keywords_go_to_the_attention() -> None:
+    pool = AttentionPool(6, 2, heads=2)
+    out, inter = pool(torch.randn(2, 5, 6), return_intermediates=True)
+    assert out.shape == (2, 2, 6)
+    assert inter.post_softmax_attn.shape == (2, 2, 2, 5)

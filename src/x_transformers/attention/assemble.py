@@ -56,7 +56,9 @@ BIASES: dict[str, Callable[[int, AttentionFlags], nn.Module | None]] = {
 
 
 def build_output(dim: int, flags: AttentionFlags) -> nn.Module:
-    dim_in = flags.heads * flags.value_dim * flags.orthogonal_outputs
+    if flags.project_out is False:
+        return nn.Identity()
+    dim_in = flags.dim_attended * flags.orthogonal_outputs
     build = attention_on_attention if flags.on_attn else output_projection
     return build(dim_in, flags.dim_out or dim, flags.zero_init_output, flags.out_bias)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from x_transformers.attention import latent, project
 from x_transformers.attention.assemble import BIASES, build_attend, build_hybrid, build_output
 from x_transformers.attention.extra_keys import put_in_front
-from x_transformers.attention.gates import gate_channels, gate_heads, open_gate
+from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.hybrid import mask_keywords, mix_hybrid, run_module
 from x_transformers.attention.inputs import BranchInputs, Intermediates
@@ -102,6 +102,8 @@ class Attention(Module):
         q_gains, k_gains = (1, 1) if flags.qk_norm_shared_gain else (heads, kv_heads)
         self.qk_norm_q_scale = empty_parameter(q_gains, 1, dim_head) if gains else None
         self.qk_norm_k_scale = empty_parameter(k_gains, 1, dim_head) if gains else None
+        self.q_rmsnorm = MultiheadRMSNorm(dim_head, heads) if flags.qk_rmsnorm else None
+        self.k_rmsnorm = MultiheadRMSNorm(dim_head, kv_heads) if flags.qk_rmsnorm or flags.k_rmsnorm else None
         self.value_rmsnorm = MultiheadRMSNorm(self.value_dim_head, kv_heads) if flags.value_rmsnorm else None
         self.laser_clamp = flags.laser_softclamp_value if flags.laser else None
         self.num_mem_kv = flags.num_mem_kv
@@ -115,7 +117,8 @@ class Attention(Module):
         flags, heads, value_dim = self.flags, self.heads, self.value_dim_head
         self.head_scale_params = empty_parameter(1, heads, 1, 1) if flags.head_scale else None
         self.to_v_head_gate = open_gate(self.dim, heads) if flags.gate_value_heads else None
-        self.to_v_gate = open_gate(self.dim, heads * value_dim) if flags.gate_values else None
+        self.to_v_gate = value_gate(self.dim, flags)
+        self.to_output_gate = output_gate(flags)
         self.gate_is_silu = flags.swiglu_values
         self.hybrid_module = build_hybrid(flags)
         self.hybrid_norms = self.hybrid_mix = None
@@ -234,8 +237,7 @@ class Attention(Module):
         if self.laser_clamp is not None:
             out = laser_out(out, own.dtype)
         out, hidden = self.gated_heads(out, seen.x, given)
-        merged = gate_channels(merge_heads(out), seen.x, self.to_v_gate, self.gate_is_silu)
-        result = self.to_out(self.orthogonal_to(merged, own))
+        result = self.to_out(self.orthogonal_to(self.gated_channels(merge_heads(out), seen.x), own))
         if self.sublayer_dropout is not None:
             result = self.sublayer_dropout(result)
         if given.rows is not None:
@@ -245,10 +247,14 @@ class Attention(Module):
     # ------------------------------------------------------------ its steps
 
     def normed_queries(self, q: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        return unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale, self.qk_norm_eps) if self.qk_norm else q
+        if self.qk_norm:
+            q = unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale, self.qk_norm_eps)
+        return q if self.q_rmsnorm is None else self.q_rmsnorm(q).to(q.dtype)
 
     def normed_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m d']:
-        return unit_heads(k, self.qk_norm_groups, self.qk_norm_k_scale, self.qk_norm_eps) if self.qk_norm else k
+        if self.qk_norm:
+            k = unit_heads(k, self.qk_norm_groups, self.qk_norm_k_scale, self.qk_norm_eps)
+        return k if self.k_rmsnorm is None else self.k_rmsnorm(k).to(k.dtype)
 
     def mixed_values(self, own: Tensor, seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:
         """Values mixed with the first layer's, if there are any."""
@@ -291,6 +297,9 @@ class Attention(Module):
         keywords = mask_keywords(self.flags.hybrid_mask_kwarg, given.padding, self.causal)
         other, hidden = run_module(self.hybrid_module, x, given.past, **keywords)
         return mix_hybrid(out, other, self.hybrid_norms, None if self.hybrid_mix is None else self.hybrid_mix(x)), hidden
+
+    def gated_channels(self, merged: Float[Tensor, 'b n (h e)'], x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n (h e)']:
+        return gate_channels(merged, x, self.to_v_gate, self.to_output_gate, heads=self.heads, silu=self.gate_is_silu)
 
     def orthogonal_to(self, merged: Float[Tensor, 'b n (h e)'], own: Tensor) -> Float[Tensor, 'b n c']:
         """Each token's output without its component along the token's own values, once for each of the two flags.

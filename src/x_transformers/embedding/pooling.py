@@ -20,7 +20,7 @@ class AttentionPool(Module):
 
     Args:
         dim: width of the queries and of the result.
-        num_pooled_tokens: number of queries.
+        num_pooled_tokens: number of learned queries; 0: none, the call gives ``queries``.
         dim_context: width of the sequence; ``dim`` unless given.
         add_residual: add the queries to the result (without blocks, which have their own residuals).
         depth: more than one takes whole cross-attending blocks.
@@ -48,7 +48,7 @@ class AttentionPool(Module):
         self.add_residual = add_residual
         self._check(depth, blocks, num_pooled_tokens)
         width, more = default(dim_context, dim), dict(attn_kwargs or {})
-        self.queries = empty_parameter(num_pooled_tokens, dim)
+        self.queries = empty_parameter(num_pooled_tokens, dim) if num_pooled_tokens else None
         self.pooler: nn.Module
         if blocks:
             from x_transformers.layers.stack import CrossAttender
@@ -64,32 +64,54 @@ class AttentionPool(Module):
 
     def _check(self, depth: int, blocks: bool, tokens: int) -> None:
         wrong = []
-        if depth < 1 or tokens < 1:
-            wrong.append(f'AttentionPool: depth ({depth}) and num_pooled_tokens ({tokens}) must be at least 1.')
+        if depth < 1:
+            wrong.append(f'AttentionPool: depth must be at least 1, got {depth}.')
+        if tokens < 0:
+            wrong.append(f'AttentionPool: num_pooled_tokens must be at least 0, got {tokens}.')
         if depth > 1 and not blocks:
             wrong.append(f'AttentionPool: depth={depth} needs use_transformer_blocks=True; a single attention has depth 1.')
         if self.add_residual and blocks:
             wrong.append(
                 'AttentionPool: add_residual=True is for a single attention; transformer blocks have their own residuals.'
             )
-        if self.squeeze_output and tokens > 1:
+        if self.squeeze_output and tokens != 1:
             wrong.append(f'AttentionPool: squeeze_output=True needs num_pooled_tokens=1, got {tokens}.')
         if wrong:
             raise FlagError(*wrong)
 
     @torch.no_grad()
     def init_own(self) -> None:
-        nn.init.normal_(self.queries, std=0.01)
+        if self.queries is not None:
+            nn.init.normal_(self.queries, std=0.01)
 
     def forward(
-        self, context: Float[Tensor, 'b n c'], mask: Bool[Tensor, 'b n'] | None = None
+        self,
+        context: Float[Tensor, 'b n c'],
+        mask: Bool[Tensor, 'b n'] | None = None,
+        queries: Float[Tensor, 'b p d'] | None = None,
+        **kwargs: Any,
     ) -> Float[Tensor, 'b p d'] | Float[Tensor, 'b d']:
-        """Returns (b p d), or (b d) with ``squeeze_output``."""
-        queries = self.queries.expand(context.shape[0], -1, -1)
-        pooled: Tensor = self.pooler(queries, context, context_mask=mask)
+        """Returns (b p d), or (b d) with ``squeeze_output``. ``kwargs`` go to the attention, or to the blocks.
+
+        Raises ValueError if ``queries`` are missing, or given where they are learned.
+        """
+        queries = self._queries(queries, context.shape[0])
+        pooled: Tensor = self.pooler(queries, context, context_mask=mask, **kwargs)
         if self.add_residual:
             pooled = pooled + queries
         return pooled.squeeze(1) if self.squeeze_output else pooled
+
+    def _queries(self, given: Tensor | None, batch: int) -> Float[Tensor, 'b p d']:
+        if self.queries is not None:
+            if given is not None:
+                raise ValueError(
+                    f'queries must not be given: this pool has learned {self.queries.shape[0]}. '
+                    'Leave them out, or build it with num_pooled_tokens=0.'
+                )
+            return self.queries.expand(batch, -1, -1)
+        if given is None:
+            raise ValueError('queries must be given, (b p d): this pool was built with num_pooled_tokens=0, got none.')
+        return given
 
 
 def average(x: Float[Tensor, 'b n d'], mask: Bool[Tensor, 'b n'] | None) -> Float[Tensor, 'b d']:

@@ -17,6 +17,7 @@ from torch import nn
 from x_transformers.flags.base import Flags, flag
 
 DEFAULT_DIM_HEAD = 64
+LATER = '2.31.10'
 SDP_KWARGS = {'enable_flash': True, 'enable_math': True, 'enable_mem_efficient': True}
 
 COG = 'https://openreview.net/forum?id=ezRrwwbxd0'
@@ -29,6 +30,7 @@ BELIEF = 'https://openreview.net/forum?id=Ard2QzPAUK'
 TALKING = 'https://arxiv.org/abs/2003.02436'
 TOPK = 'https://arxiv.org/abs/2505.22074'
 ATTENTION_PAPER = 'https://arxiv.org/abs/1706.03762'
+HYBRID_GATES = 'https://arxiv.org/abs/2608.11805'
 VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/2412.15113')
 
 
@@ -127,7 +129,9 @@ class AttentionFlags(ScoreFlags):
         False, 'A sigmoid gate per token and head, so that a head can do nothing.', paper='https://arxiv.org/abs/2306.12929'
     )
     gate_values: bool = flag(False, 'A gate per token and channel on the aggregated values.')
-    swiglu_values: bool = flag(False, 'The gate of the values is SiLU instead of sigmoid.', parent='gate_values')
+    swiglu_values: bool = flag(
+        False, 'The gate of the values is SiLU instead of sigmoid.', parent=('gate_values', 'output_gate')
+    )
     on_attn: bool = flag(
         False, 'Attention on attention: the output projection is a gated linear unit.', paper='https://arxiv.org/abs/1908.06954'
     )
@@ -235,6 +239,31 @@ class AttentionFlags(ScoreFlags):
         None, 'Added to the mean square of a head before its norm; None: nothing.', parent='qk_norm', above=0, since='here'
     )
 
+    qk_rmsnorm: bool = flag(False, 'RMS norm of each query and key head, with gains.', since=LATER)
+    k_rmsnorm: bool = flag(False, 'RMS norm of each key head alone, with gains.', since=LATER)
+    gate_values_rank: int | None = flag(
+        None, 'The gate on the aggregated values is made through this many channels, and starts half open.',
+        parent='gate_values', since=LATER, low=1,
+    )  # fmt: skip
+    gate_values_headwise: bool = flag(
+        False, 'That gate is one number per head, and starts half open.', parent='gate_values', since=LATER
+    )
+    output_gate: bool = flag(
+        False, 'A gate on the aggregated values that is made of them, too; one with that of `gate_values` if both are on.',
+        paper=HYBRID_GATES, since=LATER,
+    )  # fmt: skip
+    output_gate_rank: int | None = flag(
+        None, 'This gate is made through so many channels.', paper=HYBRID_GATES, parent='output_gate', since=LATER, low=1
+    )
+    output_gate_headwise: bool = flag(
+        False, 'This gate is one number per head.', paper=HYBRID_GATES, parent='output_gate', since=LATER
+    )
+    low_rank_silu_gates: bool = flag(
+        True, 'Gates of low rank have a SiLU between their two maps.', parent=('gate_values_rank', 'output_gate_rank'),
+        since=LATER,
+    )  # fmt: skip
+    project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
+
     @cached_property
     def num_kv_heads(self) -> int:
         if self.one_kv_head:
@@ -263,6 +292,16 @@ class AttentionFlags(ScoreFlags):
     @cached_property
     def key_heads_from_latent(self) -> int:
         return self.num_kv_heads - (self.latent_rope_subheads or 0)
+
+    @cached_property
+    def gate_starts_open(self) -> bool:
+        """Whether ``gate_values`` alone is asked for, which is the gate of 2.16.1."""
+        return self.gate_values_rank is None and not (self.gate_values_headwise or self.output_gate)
+
+    @cached_property
+    def dim_attended(self) -> int:
+        """Width of the heads side by side."""
+        return self.heads * self.value_dim
 
     @cached_property
     def orthogonal_outputs(self) -> int:

@@ -92,6 +92,59 @@ ATTENTION_RULES = (
         'Give [qk_norm_scale].',
     ),
     Rule(
+        ('qk_rmsnorm', 'k_rmsnorm'),
+        lambda flags, dim: flags.qk_rmsnorm and flags.k_rmsnorm,
+        'the first norms keys already',
+        {'qk_rmsnorm': True, 'k_rmsnorm': True},
+    ),
+    Rule(
+        ('gate_values_rank', 'gate_values_headwise'),
+        lambda flags, dim: flags.gate_values_rank is not None and flags.gate_values_headwise,
+        'a gate per head is narrow already',
+        {'gate_values': True, 'gate_values_rank': 4, 'gate_values_headwise': True},
+    ),
+    Rule(
+        ('output_gate_rank', 'output_gate_headwise'),
+        lambda flags, dim: flags.output_gate_rank is not None and flags.output_gate_headwise,
+        'a gate per head is narrow already',
+        {'output_gate': True, 'output_gate_rank': 4, 'output_gate_headwise': True},
+    ),
+    Rule(
+        ('gate_values_rank',),
+        lambda flags, dim: flags.gate_values_rank is not None and flags.gate_values_rank >= max(dim, flags.dim_attended),
+        'both widths of the gate, {dim} and {dim_attended}, are no larger, so that it saves nothing',
+        {'gate_values': True, 'gate_values_rank': 100_000},
+        'Choose less than the larger of the two.',
+    ),
+    Rule(
+        ('output_gate_rank',),
+        lambda flags, dim: flags.output_gate_rank is not None and flags.output_gate_rank >= flags.dim_attended,
+        'the width of the gate, {dim_attended}, is no larger, so that it saves nothing',
+        {'output_gate': True, 'output_gate_rank': 100_000},
+        'Choose less than {dim_attended}.',
+    ),
+    Rule(
+        ('project_out',),
+        lambda flags, dim: (
+            flags.project_out is False and flags.dim_attended * flags.orthogonal_outputs != (flags.dim_out or dim)
+        ),
+        'without a projection the {dim_attended} channels of the heads must be as many as those of the output',
+        {'project_out': False, 'heads': 8, 'dim_head': 100},
+        'Choose heads as wide as the output, or leave it out.',
+    ),
+    Rule(
+        ('project_out', 'on_attn'),
+        lambda flags, dim: flags.project_out is False and flags.on_attn,
+        'attention on attention is an output projection',
+        {'project_out': False, 'heads': 1, 'dim_head': 64, 'on_attn': True},
+    ),
+    Rule(
+        ('project_out', 'out_bias'),
+        lambda flags, dim: flags.project_out is False and flags.out_bias,
+        'the bias is that of the output projection',
+        {'project_out': False, 'heads': 1, 'dim_head': 64, 'out_bias': True},
+    ),
+    Rule(
         ('qkv_bias',),
         lambda flags, dim: not isinstance(flags.qkv_bias, bool) and not set(flags.qkv_bias) <= set('qkv'),
         "the projections are called 'q', 'k' and 'v'",

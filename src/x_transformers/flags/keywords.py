@@ -126,6 +126,15 @@ class AttentionKeywords(TypedDict, total=False):
     scale: float | None
     qk_norm_shared_gain: bool
     qk_norm_eps: float | None
+    qk_rmsnorm: bool
+    k_rmsnorm: bool
+    gate_values_rank: int | None
+    gate_values_headwise: bool
+    output_gate: bool
+    output_gate_rank: int | None
+    output_gate_headwise: bool
+    low_rank_silu_gates: bool
+    project_out: bool | None
 
 
 class FeedForwardKeywords(TypedDict, total=False):
@@ -302,6 +311,15 @@ class StackKeywords(TypedDict, total=False):
     attn_scale: Each[float | None]
     attn_qk_norm_shared_gain: Each[bool]
     attn_qk_norm_eps: Each[float | None]
+    attn_qk_rmsnorm: Each[bool]
+    attn_k_rmsnorm: Each[bool]
+    attn_gate_values_rank: Each[int | None]
+    attn_gate_values_headwise: Each[bool]
+    attn_output_gate: Each[bool]
+    attn_output_gate_rank: Each[int | None]
+    attn_output_gate_headwise: Each[bool]
+    attn_low_rank_silu_gates: Each[bool]
+    attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
     cross_attn_pre_talking_heads: Each[bool]
@@ -376,6 +394,15 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_scale: Each[float | None]
     cross_attn_qk_norm_shared_gain: Each[bool]
     cross_attn_qk_norm_eps: Each[float | None]
+    cross_attn_qk_rmsnorm: Each[bool]
+    cross_attn_k_rmsnorm: Each[bool]
+    cross_attn_gate_values_rank: Each[int | None]
+    cross_attn_gate_values_headwise: Each[bool]
+    cross_attn_output_gate: Each[bool]
+    cross_attn_output_gate_rank: Each[int | None]
+    cross_attn_output_gate_headwise: Each[bool]
+    cross_attn_low_rank_silu_gates: Each[bool]
+    cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
     ff_glu: Each[bool]
