@@ -11,7 +11,7 @@ LAWS_SEED := $(or $(LAWS_SEED),$(shell date +%s))
 # one thread per process: two test workers with two threads each wait for each other most of the time
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install train test test-deep check format examples bench docs site clean
+.PHONY: help install train test test-deep check format examples bench atlas docs site clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12

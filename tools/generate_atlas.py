@@ -23,7 +23,7 @@ PAGE, PICTURE = ROOT / 'docs/atlas.md', ROOT / 'docs/assets/atlas.svg'
 PUBLIC = (
     ('residual scalars', 'scale-residual', '+', '+', '+', ''),
     ('value residual (value embeddings there)', 'value-residual', '+', '+', '', ''),
-    ('logit soft cap (on scores here)', 'soft-clamp', '+', '+', 'used', ''),
+    ('logit soft cap', 'logit-soft-cap', '+', '+', 'used', ''),
     ('smear, a look at the token before', 'shift-tokens', '+', '0, then +', '+', ''),
     ('output gate per head', 'head-gates', '+', '0', '+', 'needed'),
     ('remove the part along the own value', 'orthogonal-values', '+', '+ per step, − per second', '+', '+, slower'),

@@ -120,6 +120,13 @@ def test_an_arm_of_far_larger_spread_is_judged_by_its_own() -> None:
     assert float(found.variance[0]) < 10
 
 
+def test_two_arms_are_judged_each_by_its_own() -> None:
+    differences = draw(2, 5, seed=11)
+    found = moderated_variance(differences)
+    assert found.variance.tolist() == pytest.approx(differences.var(dim=1).tolist())
+    assert found.dof.tolist() == [4, 4]
+
+
 # ---------------------------------------------------------------- verdicts
 
 

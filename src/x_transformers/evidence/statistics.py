@@ -76,7 +76,8 @@ def moderated_variances(differences: Float[Tensor, 'f k n'], floor: float = 0.0)
     dof = seeds - 1
     own = differences.var(dim=-1).clamp_min(floor)
     alone = torch.full_like(own, float(dof))
-    if arms == 1 or seeds < 3:
+    # how far variances differ cannot be seen from two of them
+    if arms < 3 or seeds < 3:
         return Moderated(own, own, alone, torch.zeros_like(own, dtype=torch.bool))
     outlying, excluded = (outlying_arms(own, dof, level) for level in (OUTLYING, EXCLUDED))
     kept = (~excluded).to(own.dtype)
