@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLI := $(VENV)/.installed-cli
 RUN_DIR ?= runs/quickstart
 WORKERS ?= 2
 LAWS_COUNT ?= 2000
@@ -20,11 +21,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=... picks another")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ $(CLI)
+
+# for those who only train: less to fetch, and what is fetched is shown
+$(CLI): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=... picks another")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing PyTorch and the command line into $(VENV), once; PyTorch is large'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cli]'
 	touch $@
 
 install: $(STAMP)  ## make .venv with the package (editable) and its tools
 
-train: $(STAMP)  ## train a byte-level GPT on the standard library's source: runs/quickstart; goes on where it was stopped
+train: $(CLI)  ## train a byte-level GPT on the standard library's source: runs/quickstart; goes on where it was stopped
 	$(BIN)/x-transformers train --run-dir $(RUN_DIR) $(if $(wildcard $(RUN_DIR)/config.json),--resume)
 
 test: $(STAMP)  ## all tests but the deep ones

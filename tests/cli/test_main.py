@@ -455,3 +455,46 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, cap
     monkeypatch.setenv('WORLD_SIZE', '1')
     assert 'torchrun' in sentence_of(capsys, train(text, tmp_path / 'run', '--tensor', '2'))
     assert list(tmp_path.iterdir()) == [text]
+
+
+def test_an_error_about_the_default_model_says_so(tmp_path, text, capsys):
+    said = sentence_of(capsys, train(text, tmp_path / 'run', '--use-scalenorm'))
+    assert (
+        '`use_rmsnorm=True` is not yours, but of the small model that this command trains by default; --no-use-rmsnorm' in said
+    )
+    said = sentence_of(capsys, train(text, tmp_path / 'run', '--use-scalenorm', '--use-rmsnorm'))
+    assert 'is not yours' not in said
+
+
+@pytest.mark.parametrize(('more', 'status'), [([], 143), (['--exit-on-term', '0'], 0)])
+def test_the_status_after_a_signal(tmp_path, text, more, status, monkeypatch):
+    from x_transformers.training import trainer
+
+    real = trainer.Trainer.tell
+
+    def tell(self, record):
+        real(self, record)
+        if record['step'] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.Trainer, 'tell', tell)
+    assert main(train(text, tmp_path / 'run', *more)) == status
+    assert [path.name for path in (tmp_path / 'run').glob('checkpoint-*')] == ['checkpoint-00000002']
+
+
+def test_every_command_ends_in_one_line_of_json(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    keys = {}
+    for command in (
+        [*train(text, run), '--json', '--peak-flops', '1e12'],
+        ['generate', str(run), '--length', '5', '--seed', '1', '--json'],
+        ['eval', str(run), '--data', str(text), '--json'],
+        ['info', '--run', str(run), '--json'],
+    ):
+        assert main(command) == 0
+        keys[command[0]] = json.loads(capsys.readouterr().out.splitlines()[-1]).keys()
+    assert keys['train'] >= {'run', 'step', 'loss', 'model', 'gzip', 'xz', 'seconds'}
+    assert keys['generate'] == {'run', 'prompt', 'texts'}
+    assert keys['eval'] >= {'loss', 'perplexity', 'bits_per_byte'}
+    assert keys['info'] >= {'parameters', 'flops_per_token', 'cache_bytes', 'kept_bytes'}
+    assert all(0 < share < 1 for _, share in metrics(run, 'mfu'))

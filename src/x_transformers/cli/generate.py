@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ class GenerateOptions:
     """Seed of the choice; None: another text each time."""
     device: str = 'cpu'
     """cpu, cuda, ...; auto: the first accelerator there is."""
+    json: bool = False
+    """Print one line of JSON with the texts at the end."""
 
     def check(self) -> None:
         if self.length < 0:
@@ -70,6 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.manual_seed(options.seed)
     else:
         torch.seed()
+    texts = []
     for number in range(options.samples):
         if options.samples > 1:
             print(f'{"" if number == 0 else chr(10)}--- {number + 1} of {options.samples}')
@@ -78,8 +82,13 @@ def main(arguments: Sequence[str]) -> int:
             model, tokenizer, options.prompt.encode('utf-8', 'surrogateescape'), options.length,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         )  # fmt: skip
+        written = []
         for text in as_text(pieces):
+            written.append(text)
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write('\n')
+        texts.append(''.join(written))
+    if options.json:
+        print(json.dumps({'run': options.run, 'prompt': options.prompt, 'texts': texts}))
     return 0

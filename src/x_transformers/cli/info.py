@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import shown
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.plan import KINDS, LayerPlan, plan_layers
-from x_transformers.training.build import build_network, choose_device
+from x_transformers.training.build import NUM_BYTES, build_network, choose_device
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.run import RunConfig
 
@@ -47,6 +48,8 @@ class InfoOptions:
     """Compute in bfloat16."""
     training: bool = True
     """For a training step (gradients, dropout); else for evaluation."""
+    json: bool = False
+    """Print one line of JSON at the end."""
 
 
 def info_class() -> type:
@@ -77,11 +80,12 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
 def main(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
     device = choose_device(options.device)
+    vocabulary = NUM_BYTES if options.run is None else RunConfig.read(Path(options.run)).vocabulary
     with torch.device('meta'):
-        network = build_network(flags).train(options.training)
+        network = build_network(flags, vocabulary).train(options.training)
     stack_flags: StackFlags = network.attn_layers.flags  # type: ignore[union-attr, assignment]
     seen = look(network, options)
-    kept = kept_bytes(flags, options, device) if options.training else None
+    kept = kept_bytes(flags, options, device, vocabulary) if options.training else None
     parts = [
         layer_lines(plan_layers(stack_flags), stack_flags),
         parameter_lines(network),
@@ -95,6 +99,10 @@ def main(arguments: Sequence[str]) -> int:
         kernel_lines(seen.calls, device),
     ]
     print('\n\n'.join('\n'.join(lines) for lines in parts))
+    if options.json:
+        count = sum(parameter.numel() for parameter in network.parameters())
+        found = {'parameters': count, 'flops_per_token': seen.flops / options.seq_len, 'cache_bytes': seen.cache_bytes}
+        print(json.dumps(found | {'kept_bytes': kept, 'seq_len': options.seq_len}))
     return 0
 
 
@@ -132,13 +140,13 @@ def watched_choices() -> Iterator[list[tuple[Needs, CallFacts]]]:
         yield calls
 
 
-def kept_bytes(flags: dict[str, Any], options: InfoOptions, device: torch.device) -> int:
+def kept_bytes(flags: dict[str, Any], options: InfoOptions, device: torch.device, vocabulary: int = NUM_BYTES) -> int:
     """What a forward keeps for its backward, beside the parameters: found out on tensors that have a device but no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kept: dict[int, tuple[Tensor, int]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        network = build_network(flags).train()
+        network = build_network(flags, vocabulary).train()
         if options.bf16:
             halve(network)
         own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}

@@ -16,6 +16,8 @@ import tyro
 from x_transformers.cli.bar import Bar
 from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
+from x_transformers.flags.base import FlagError
+from x_transformers.training.build import QUICKSTART
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import TrainOptions
@@ -84,6 +86,24 @@ def main(arguments: Sequence[str]) -> int:
         return train(lambda: parse([with_long_name(argument) for argument in arguments]))
     asked = parse([with_long_name(argument) for argument in arguments])
     check_alone(asked.options)
+    try:
+        return train_alone(asked)
+    except FlagError as error:
+        raise FlagError(*error.sentences, *preset_sentences(error, asked)) from error
+
+
+def preset_sentences(error: FlagError, asked: Parsed) -> list[str]:
+    """Which of the flags that the error names nobody typed: they are those of the small model that is the default."""
+    text = ' '.join(error.sentences)
+    named = [name for name in QUICKSTART if f'`{name}' in text and name not in asked.typed and asked.flags.get(name)]
+    return [
+        f'`{name}={asked.flags[name]!r}` is not yours, but of the small model that this command trains by default; '
+        f'{"--no-" + name.replace("_", "-") if asked.flags[name] is True else "--" + name.replace("_", "-")} changes it.'
+        for name in named
+    ]
+
+
+def train_alone(asked: Parsed) -> int:
     with locked(Path(asked.options.run_dir), create=not asked.options.resume):
         config = begin(asked.flags, asked.options, typed=asked.typed, typed_flags=asked.typed_flags)
         with Bar(config.options.steps) as bar:
