@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.mask import PackedSequences
-from x_transformers.embedding.ids import token_ids
+from x_transformers.embedding.ids import training_ids
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import AutoregressiveOptions, BeamOptions, GenerateOptions, options
 from x_transformers.generation import beam
@@ -150,7 +150,7 @@ class AutoregressiveWrapper(Module):
         row: [0, 5, 12] for documents of 5 and 7 tokens. They see only themselves, and the last token of one does not predict
         the first of the next.
         """
-        x = _batch(x)
+        x = training_ids(x)
         # targets of the caller's own may be something else than what comes next
         check_future(self.net, kwargs, 'AutoregressiveWrapper', allowed=self.allow_future or targets is not None)
         front = 0 if prepend_embeds is None else prepend_embeds.shape[1]
@@ -438,15 +438,6 @@ def _collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> I
     if include_prompt or not parts:
         parts.insert(0, prompt.unpack(prompt.tokens if include_prompt else prompt.tokens[:, :0]))
     return torch.cat(parts, dim=-1)
-
-
-def _batch(x: Any) -> Int[Tensor, 'b n']:
-    ids: Tensor = token_ids(x)
-    if ids.ndim != 2:
-        raise ValueError(f'x must be token ids (batch, sequence), got shape {tuple(ids.shape)}')
-    if ids.shape[1] < 2:
-        raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {ids.shape[1]}')
-    return ids
 
 
 def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any]) -> None:

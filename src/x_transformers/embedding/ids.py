@@ -31,3 +31,13 @@ def token_ids(ids: Any, name: str = 'x') -> Int[Tensor, '...']:
         )
     warn_user(f'{name} must be integers, got whole numbers of {ids.dtype}, which are read as integers. Call .long() on them.')
     return ids.long()
+
+
+def training_ids(x: Any) -> Int[Tensor, 'b n']:
+    """A batch of ids with something to predict in every row."""
+    ids: Tensor = token_ids(x)
+    if ids.ndim != 2:
+        raise ValueError(f'x must be token ids (batch, sequence), got shape {tuple(ids.shape)}')
+    if ids.shape[1] < 2:
+        raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {ids.shape[1]}')
+    return ids
