@@ -164,7 +164,8 @@ class FeedForward(Module):
 
     def _takes_pieces(self, x: Float[Tensor, '... n d']) -> bool:
         """Whether the inner features of all tokens need not be there at once: no gradient keeps them, nobody else sees them."""
-        if torch.is_grad_enabled() or x.numel() <= PIECE * self.dim or self.training or torch.compiler.is_compiling():
+        # asked first: a compiler would bind the number of tokens to what is compared with it
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training or x.numel() <= PIECE * self.dim:
             return False
         heard = any(module._forward_hooks or module._forward_pre_hooks for module in self.ff.modules())
         return self.flags.custom_activation is None and not heard

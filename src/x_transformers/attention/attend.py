@@ -255,7 +255,7 @@ def facts_of(args: KernelArgs) -> CallFacts:
         geometry=geometry,
         plain_causal=mask.plain_causal(geometry),
         masked=mask.keys is not None or mask.dense is not None or mask.prefix is not None or limits_past,
-        windowed=limits_past and mask.past is not None and 2 * mask.past < geometry.own,
+        windowed=limits_past and mask.past is not None and not geometry.is_open and 2 * mask.past < geometry.own,
         causal=mask.causal,
         packed=mask.packed is not None,
         biased=args.bias is not None,

@@ -30,6 +30,11 @@ class ScoreShape:
         """Index among the own keys of the first query."""
         return self.keys - self.front - self.queries
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an exporter has left lengths open, so that nothing may be decided by them."""
+        return not (isinstance(self.queries, int) and isinstance(self.keys, int))
+
     def with_front(self, columns: int) -> ScoreShape:
         """The same after ``columns`` more keys were put in front."""
         return ScoreShape(self.queries, self.keys + columns, self.front + columns)

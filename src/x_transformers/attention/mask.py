@@ -192,11 +192,11 @@ class Mask:
 
     def limits_future(self, geometry: ScoreShape) -> bool:
         """Whether causality forbids anything: not for one query."""
-        return self.causal and (geometry.queries > 1 or geometry.first < 0)
+        return self.causal and (geometry.is_open or geometry.queries > 1 or geometry.first < 0)
 
     def limits_past(self, geometry: ScoreShape) -> bool:
         """Whether the window forbids anything."""
-        return self.past is not None and self.past < geometry.own - 1
+        return self.past is not None and (geometry.is_open or self.past < geometry.own - 1)
 
     def plain_causal(self, geometry: ScoreShape) -> bool:
         """Only causality is asked, of as many queries as keys."""

@@ -44,7 +44,11 @@ def sparse_topk_attn(
     https://arxiv.org/abs/2505.22074
     """
     lowest = max_neg_value(logits)
-    least = logits.topk(min(sparse_topk, logits.shape[-1]), dim=-1).values[..., -1:]
+    if isinstance(logits.shape[-1], int):
+        least = logits.topk(min(sparse_topk, logits.shape[-1]), dim=-1).values[..., -1:]
+    else:
+        # an exporter that leaves the length open cannot tell that the smaller of two lengths fits
+        least = logits.sort(dim=-1, descending=True).values[..., :sparse_topk].amin(dim=-1, keepdim=True)
     sparse = logits.masked_fill((logits < least) | (logits <= lowest), lowest).softmax(dim=-1)
     if not straight_through:
         return sparse

@@ -28,6 +28,8 @@ class Blocks:
 
     def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
         reasons = usual_refusals(needs, call, weights=WEIGHTS, whole=MIXERS)
+        if call.geometry.is_open:
+            reasons.append('lengths are left open, and a loop over blocks needs them')
         if call.dropout:
             reasons.append('dropout would have to forget the same weights again in the backward')
         if call.masked_heads and any(rule in MIXERS for rule in needs.whole):

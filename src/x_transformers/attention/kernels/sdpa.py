@@ -47,9 +47,10 @@ class Sdpa:
                 reasons.append('with dropout it holds the whole score matrix on CPU, slower than the reference')
             if call.learned_bias or (needs.sink and call.gradients):
                 reasons.append('a bias that learns makes it hold the whole score matrix on CPU')
-            if call.by_distance and call.geometry.queries >= BLOCKS_PAY_FROM:
+            large = not call.geometry.is_open and call.geometry.queries >= BLOCKS_PAY_FROM
+            if call.by_distance and large:
                 reasons.append('a bias by distance would be written out for all pairs')
-            if call.windowed and call.geometry.queries >= BLOCKS_PAY_FROM:
+            if call.windowed and large:
                 reasons.append('it looks at keys outside the window, too')
         return tuple(reasons)
 
@@ -97,7 +98,9 @@ def lead_of(args: KernelArgs) -> int | None:
     causal. Padded keys are kept out by a channel of their own.
     """
     mask, geometry = args.mask, args.geometry
-    if not mask.limits_future(geometry) or mask.limits_past(geometry) or geometry.queries < COPIES_PAY_FROM:
+    if geometry.is_open or not mask.limits_future(geometry) or mask.limits_past(geometry):
+        return None
+    if geometry.queries < COPIES_PAY_FROM:
         return None
     if args.bias is not None or args.sink is not None or args.backends is not None:
         return None

@@ -1,0 +1,6 @@
+"""Models as programs: ``torch.export`` with free batch and length, and ONNX. Imported only when asked for."""
+
+from x_transformers.export.onnx import onnx
+from x_transformers.export.program import ExportError, Step, export, save
+
+__all__ = ['ExportError', 'Step', 'export', 'onnx', 'save']
