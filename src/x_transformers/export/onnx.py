@@ -48,9 +48,7 @@ def onnx(
         written = Path(folder) / target.name
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            program = torch.onnx.export(
-                wanted.module, wanted.args, dynamo=True, dynamic_shapes=wanted.free, verbose=False, external_data=False
-            )
+            program = _converted(wanted)
         if program is None:
             raise ExportError('torch.onnx.export must return a program, but gave nothing. Is torch complete?')
         program.save(written)
@@ -59,6 +57,21 @@ def onnx(
             _compare(session, wanted.module, args, tolerance)
         written.replace(target)
     return target
+
+
+def _converted(wanted: Traced) -> Any:
+    try:
+        return torch.onnx.export(
+            wanted.module, wanted.args, dynamo=True, dynamic_shapes=wanted.free, verbose=False, external_data=False
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(
+            f'model must be made of operations that ONNX has, but torch.onnx says: {str(cause).strip()[:300]} '
+            'Leave out the flag that needs them, or write a .pt2 file.'
+        ) from error
 
 
 def unseen(wanted: Traced, batch: Range, length: Range) -> Iterator[tuple[Any, ...]]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.helpers import default
 from x_transformers.tensor_types import Float, Int
 
 What = Literal['logits', 'loss', 'step']
@@ -170,7 +169,7 @@ def traced(model: nn.Module, batch: Range, length: Range, what: What, mask: bool
     if getattr(net, 'num_tokens', None) is not None:
         x = torch.randint(net.num_tokens, (b, n), device=device)
     else:
-        x = torch.randn(b, n, width, device=device)
+        x = torch.randn(b, n, int(width or 0), device=device)
     free = {**free_batch, **free_tokens}
     if what == 'step':
         step = Step(model)
@@ -249,4 +248,4 @@ def save(program: ExportedProgram, path: str | PathLike[str]) -> Path:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    return default(target, target)
+    return target

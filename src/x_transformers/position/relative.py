@@ -92,7 +92,10 @@ def along_diagonals(values: Float[Tensor, 'h m'], i: int, j: int) -> Float[Tenso
         return values.unfold(-1, j, 1).flip(-2).contiguous()
     # the window of ``unfold`` has one size for ever; so here rows of i + j values are written one after the other and read in
     # rows of i + j - 1, by which each begins one value earlier
-    numbers = (torch.arange(i + j, device=values.device) + (i - 1)) % (i + j)
+    place = torch.arange(i + j, device=values.device)
+    last, numbers = place[-1:], place + (i - 1)
+    # a remainder, in operations of tensors alone: exporters know no other one by an open length
+    numbers = numbers - (numbers > last) * (last + 1)
     turned = values.index_select(-1, numbers.clamp(max=i + j - 2))
     flat = turned.unsqueeze(-2).expand(-1, i, -1).reshape(values.shape[0], i * (i + j))
     return flat[:, : i * (i + j - 1)].view(values.shape[0], i, i + j - 1)[..., :j].contiguous()
