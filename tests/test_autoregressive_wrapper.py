@@ -503,3 +503,21 @@ def test_targets_say_what_each_output_predicts(large: bool, monkeypatch: pytest.
     torch.testing.assert_close(model(x, targets=own), wanted)
     with pytest.raises(ValueError, match='targets must have the shape of x'):
         model(x, targets=own[:, :-1])
+
+
+def test_lens_leave_targets_out():
+    stack = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=stack))
+    ids, lens = torch.randint(1, 9, (3, 8)), torch.tensor([8, 5, 2])
+    marked = ids.masked_fill(torch.arange(8) >= lens[:, None], -100)
+    assert torch.equal(model(ids, lens=lens), model(marked))
+    for wrong in (torch.tensor([1, 2]), torch.tensor([1.0, 2.0, 3.0]), [1, 2, 3]):
+        with pytest.raises(ValueError, match='lens must be one whole number per row'):
+            model(ids, lens=wrong)
+
+
+def test_the_loss_of_an_excised_prefix_is_that_of_the_tokens():
+    stack = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=stack))
+    ids, prefix = torch.randint(1, 9, (3, 8)), torch.randn(3, 2, 16)
+    assert torch.allclose(model(ids, prepend_embeds=prefix), model(ids, prepend_embeds=prefix, excise_prepend_embeds=True))

@@ -120,3 +120,36 @@ def test_bad_input_is_named(given: dict[str, Any], says: str) -> None:
     assert model.decoder.modes == []
     with pytest.raises(ValueError, match='max_token_size'):
         tokenizer([2], size=0)
+
+
+def test_accumulated_entropies_close_segments_as_a_loop_does():
+    tokenizer = EntropyBasedTokenizer(torch.nn.Identity(), 1.0, accumulate_entropy=True)
+    entropies = torch.tensor([[0.3, 0.3, 0.5, 0.2, 1.5, 0.1, 0.9, 0.2]])
+    assert tokenizer.boundaries(entropies, None)[0].nonzero()[:, 0].tolist() == [2, 4, 6, 7]
+    for length in (1, 2, 3, 31, 64, 65):
+        entropies = torch.rand(5, length, generator=torch.Generator().manual_seed(length)) * 0.7
+        tokenizer.ignore_entropy_below = 0.2
+        wanted = torch.zeros(5, length, dtype=torch.bool)
+        for row in range(5):
+            total = 0.0
+            for at, entropy in enumerate(entropies[row].tolist()):
+                total += entropy if entropy >= 0.2 else 0.0
+                if total >= 1.0:
+                    wanted[row, at], total = True, 0.0
+        wanted[:, -1] = True
+        assert torch.equal(tokenizer.boundaries(entropies, None), wanted)
+
+
+def test_a_floor_at_the_threshold_is_the_plain_rule():
+    entropies = torch.rand(4, 50, generator=torch.Generator().manual_seed(0)) * 2
+    plain = EntropyBasedTokenizer(torch.nn.Identity(), 1.0)
+    floored = EntropyBasedTokenizer(torch.nn.Identity(), 1.0, accumulate_entropy=True, ignore_entropy_below=1.0)
+    lens = torch.tensor([50, 20, 1, 33])
+    assert torch.equal(plain.boundaries(entropies, lens), floored.boundaries(entropies, lens))
+
+
+def test_floors_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match='ignore_entropy_below must be at most'):
+        EntropyBasedTokenizer(torch.nn.Identity(), 1.0, accumulate_entropy=True, ignore_entropy_below=1.5)
+    with pytest.raises(ValueError, match='ignore_entropy_below must be left out'):
+        EntropyBasedTokenizer(torch.nn.Identity(), 1.0, ignore_entropy_below=0.5)

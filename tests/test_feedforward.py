@@ -174,3 +174,28 @@ def test_without_gradient_tokens_are_taken_in_pieces(flags: dict[str, Any]) -> N
         feedforward.ff[0].register_forward_hook(lambda module, given, out: heard.append(out.shape))
         torch.testing.assert_close(feedforward(x), want)
     assert [shape[:2] for shape in heard] == [(2, PIECE)]
+
+
+@pytest.mark.parametrize('swish', [False, True])
+def test_both_factors_of_a_gated_unit_are_clamped(swish):
+    """https://arxiv.org/abs/2607.24653, as a loop over the features."""
+    torch.manual_seed(0)
+    layer = FeedForward(
+        4, glu=True, glu_softclamp=True, glu_gate_softclamp_value=0.5, glu_up_softclamp_value=0.8, swish=swish
+    ).double()
+    x = 3 * torch.randn(5, 4, dtype=torch.float64)
+    projected = layer.ff[0].proj(x)
+    wanted = torch.zeros(5, 16, dtype=torch.float64)
+    for row in range(5):
+        for feature in range(16):
+            up, gate = projected[row, feature].item(), projected[row, 16 + feature].item()
+            share = 1 / (1 + math.exp(-gate)) if swish else 0.5 * (1 + math.erf(gate / math.sqrt(2)))
+            wanted[row, feature] = 0.8 * math.tanh(up / 0.8) * 0.5 * math.tanh(gate / 0.5) * share
+    assert torch.allclose(layer.ff[0](x), wanted)
+
+
+def test_the_input_of_the_activation_is_clamped():
+    layer = FeedForward(4, softclamp_value=0.5).double()
+    x = 3 * torch.randn(5, 4, dtype=torch.float64)
+    inner = layer.ff[0][0](x)
+    assert torch.allclose(layer(x), layer.ff[2](F.gelu(0.5 * torch.tanh(inner / 0.5))))

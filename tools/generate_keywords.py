@@ -72,6 +72,10 @@ def generated() -> str:
             'StackKeywords, total=False',
         ),
         typed_dict(
+            'BlockKeywords', 'Of ``TransformerBlock``, beside ``dim``, ``depth`` and ``pre_norm_has_final_norm``.',
+            entries(StackFlags, BY_POSITION[2:]), 'StackKeywords, total=False',
+        ),
+        typed_dict(
             'CrossAttenderKeywords', 'Of ``CrossAttender``.', cross, 'EncoderKeywords, total=False'
         ),
         typed_dict(

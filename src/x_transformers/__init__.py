@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from x_transformers.flags.per_layer import layer_schedule as layer_schedule
     from x_transformers.flags.per_layer import per_layer as per_layer
     from x_transformers.generation.continuation import Continuation as Continuation
+    from x_transformers.helpers import default_device as default_device
     from x_transformers.layers.stack import CrossAttender as CrossAttender
     from x_transformers.layers.stack import Decoder as Decoder
     from x_transformers.layers.stack import Encoder as Encoder
     from x_transformers.layers.stack import PrefixDecoder as PrefixDecoder
+    from x_transformers.layers.stack import TransformerBlock as TransformerBlock
     from x_transformers.multi_input import MultiInputTransformerWrapper as MultiInputTransformerWrapper
     from x_transformers.neo_mlp import NeoMLP as NeoMLP
     from x_transformers.next_latent_wrapper import NextLatentWrapper as NextLatentWrapper
@@ -59,12 +61,14 @@ _HOME = {
     'NonAutoregressiveWrapper': 'nonautoregressive_wrapper',
     'PrefixDecoder': 'layers.stack',
     'RMSNorm': 'norms',
+    'TransformerBlock': 'layers.stack',
     'TransformerWrapper': 'transformer_wrapper',
     'ViTransformerWrapper': 'vision',
     'XLAutoregressiveWrapper': 'xl_autoregressive_wrapper',
     'XTransformer': 'encoder_decoder',
     'XValAutoregressiveWrapper': 'xval',
     'XValTransformerWrapper': 'xval',
+    'default_device': 'helpers',
     'layer_schedule': 'flags.per_layer',
     'per_layer': 'flags.per_layer',
 }

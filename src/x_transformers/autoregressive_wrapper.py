@@ -136,14 +136,15 @@ class AutoregressiveWrapper(Module):
         x: Int[Tensor, 'b n'],
         return_outputs: bool = False,
         prepend_embeds: Float[Tensor, 'b p d'] | None = None,
+        lens: Int[Tensor, 'b'] | None = None,
         *,
         targets: Int[Tensor, 'b n'] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The mean loss of predicting ``x[:, 1:]``, or (loss, (logits (b, n - 1, v), intermediates)).
 
-        ``targets`` say what the output at each position is to predict, where that is not the next token of ``x``;
-        ``ignore_index``: nothing.
+        ``lens``: how many tokens of each row count; the others are no targets, and padding in the input. ``targets`` say what
+        the output at each position is to predict, where that is not the next token of ``x``; ``ignore_index``: nothing.
 
         With ``attn_flash_pack_seq=True`` in the stack, one row may hold several documents: ``flash_pack_seq_kwargs=
         {'cu_seqlens_q': ends, 'cu_seqlens_k': ends}``, where ``ends`` are the places where documents begin, and the end of the
@@ -151,19 +152,25 @@ class AutoregressiveWrapper(Module):
         the first of the next.
         """
         x = training_ids(x)
+        if lens is not None:
+            x = x.masked_fill(beyond(x, lens), self.ignore_index)
         # targets of the caller's own may be something else than what comes next
         check_future(self.net, kwargs, 'AutoregressiveWrapper', allowed=self.allow_future or targets is not None)
-        front = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        prefix = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        # what is in front of the outputs
+        front = 0 if kwargs.get('excise_prepend_embeds') else prefix
         if targets is None:
             # outputs are not sliced, as a target that does not count costs less than a copy of them
-            wanted = self._apart(x, kwargs.get('flash_pack_seq_kwargs'), front)[:, 1:]
+            wanted = self._apart(x, kwargs.get('flash_pack_seq_kwargs'), prefix)[:, 1:]
             targets = pad_at_dim(wanted, (0, 1), value=self.ignore_index)
         elif targets.shape != x.shape:
             raise ValueError(f'targets must have the shape of x, {tuple(x.shape)}, got {tuple(targets.shape)}.')
+        elif lens is not None:
+            targets = targets.masked_fill(beyond(x, lens), self.ignore_index)
         wanted = pad_at_dim(targets, (front, 0), value=self.ignore_index)
         inputs = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0.0:
-            kwargs['self_attn_kv_mask'] = self._forgetful_mask(inputs, front, kwargs)
+            kwargs['self_attn_kv_mask'] = self._forgetful_mask(inputs, prefix, kwargs)
         if self.add_continuous_pred_head:
             kwargs['return_next_embed_pred'] = True
         if self.add_attn_z_loss:
@@ -438,6 +445,14 @@ def _collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> I
     if include_prompt or not parts:
         parts.insert(0, prompt.unpack(prompt.tokens if include_prompt else prompt.tokens[:, :0]))
     return torch.cat(parts, dim=-1)
+
+
+def beyond(x: Int[Tensor, 'b n'], lens: Int[Tensor, 'b']) -> Bool[Tensor, 'b n']:
+    """True for what is behind each row's length."""
+    if not isinstance(lens, Tensor) or lens.is_floating_point() or lens.shape != x.shape[:1]:
+        got = tuple(lens.shape) if isinstance(lens, Tensor) else type(lens).__name__
+        raise ValueError(f'lens must be one whole number per row, ({x.shape[0]},), got {got}.')
+    return torch.arange(x.shape[1], device=x.device) >= lens[:, None]
 
 
 def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any]) -> None:

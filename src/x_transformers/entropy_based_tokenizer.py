@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
@@ -28,12 +29,31 @@ class EntropyBasedTokenizer(Module):
         decoder: a causal language model, tokens ``b n`` to logits ``b n v``.
         entropy_threshold: a position whose next-token entropy (in nats) reaches this closes a segment.
         max_token_size: no segment is longer.
+        accumulate_entropy: a segment ends where the entropy since the last one reaches the threshold
+            (https://www.nature.com/articles/s41467-026-73345-0).
+        ignore_entropy_below: entropies below this do not count for that.
     """
 
-    def __init__(self, decoder: nn.Module, entropy_threshold: float, max_token_size: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: nn.Module,
+        entropy_threshold: float,
+        max_token_size: int | None = None,
+        accumulate_entropy: bool = False,
+        ignore_entropy_below: float = 0.0,
+    ) -> None:
         super().__init__()
         options(TokenizerOptions, 'EntropyBasedTokenizer', locals())
         check_net(decoder, 'EntropyBasedTokenizer', name='decoder')
+        if ignore_entropy_below > entropy_threshold:
+            raise ValueError(
+                f'ignore_entropy_below must be at most entropy_threshold={entropy_threshold}, got {ignore_entropy_below}. '
+                'Above it, no entropy that closes a segment would count.'
+            )
+        if ignore_entropy_below != 0.0 and not accumulate_entropy:
+            raise ValueError('ignore_entropy_below must be left out without accumulate_entropy=True, where nothing is summed.')
+        self.accumulate_entropy = accumulate_entropy
+        self.ignore_entropy_below = ignore_entropy_below
         self.decoder = decoder
         self.entropy_threshold = entropy_threshold
         self.max_token_size = max_token_size
@@ -43,7 +63,11 @@ class EntropyBasedTokenizer(Module):
         rows, length = entropies.shape
         seq = torch.arange(length, device=entropies.device)
         last = torch.full((rows, 1), length - 1, device=seq.device) if lens is None else lens[:, None] - 1
-        closes = ((entropies >= self.entropy_threshold) | (seq == last)) & (seq <= last)
+        surprises = entropies >= self.entropy_threshold
+        if self.accumulate_entropy:
+            counted = entropies.masked_fill(entropies < self.ignore_entropy_below, 0.0)
+            surprises = reached(counted, self.entropy_threshold)
+        closes = (surprises | (seq == last)) & (seq <= last)
         if self.max_token_size is not None:
             start_after = (torch.where(closes, seq + 1, 0)).cummax(dim=-1).values
             start = torch.cat((torch.zeros_like(start_after[:, :1]), start_after[:, :-1]), dim=-1)
@@ -86,6 +110,27 @@ class EntropyBasedTokenizer(Module):
             for row, sizes, count in zip(batch, lengths, counts.tolist(), strict=True)
         ]
         return pieces if seq.ndim == 2 else pieces[0]
+
+
+def reached(amounts: Float[Tensor, 'b n'], threshold: float) -> Bool[Tensor, 'b n']:
+    """True where the sum of the amounts since the last such place, that one excluded, reaches the threshold.
+
+    From each place where a sum may begin, the place where it ends is searched for; which of these places really occur is found
+    by following ever longer chains of them.
+    """
+    rows, length = amounts.shape
+    sums = F.pad(amounts.double().cumsum(dim=-1), (1, 0))
+    # a sum that begins at 0 ... n ends at 0 ... n - 1, or nowhere: then the next one begins beyond the end
+    # 0.1 + 0.9 is less than 1 for some numbers of single precision that are written so
+    enough = threshold * (1.0 - torch.finfo(amounts.dtype).eps)
+    ends = torch.searchsorted(sums[:, 1:].contiguous(), sums + enough)
+    following = F.pad(ends + 1, (0, 1), value=length + 1)
+    begins = torch.zeros(rows, length + 2, dtype=torch.long, device=amounts.device)
+    begins[:, 0] = 1
+    for _ in range(length.bit_length() + 1):
+        begins = begins.scatter_reduce(1, following, begins, 'amax')
+        following = following.gather(1, following)
+    return begins[:, 1 : length + 1].bool()
 
 
 def check(seq: Tensor, lens: Tensor | None) -> None:

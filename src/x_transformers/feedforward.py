@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.helpers import Sequential
-from x_transformers.module import ConstantLinear, Dropout, Module, empty_parameter
+from x_transformers.helpers import Sequential, softclamp
+from x_transformers.module import Dropout, Module, branch_output, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
 
@@ -76,14 +76,51 @@ NAMED_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Clamped(Module):
+    """An activation of ``limit * tanh(x / limit)``. forward: (…) -> (…)."""
+
+    def __init__(self, limit: float, activation: nn.Module) -> None:
+        super().__init__()
+        self.limit = limit
+        self.activation = activation
+
+    def forward(self, x: Float[Tensor, '...']) -> Float[Tensor, '...']:
+        out: Tensor = self.activation(softclamp(x, self.limit))
+        return out
+
+
+class ClampedGate(Module):
+    """GELU or SiLU whose linear factor is clamped: ``limit * tanh(x / limit) * Φ(x)`` or ``* σ(x)``,
+    https://arxiv.org/abs/2607.24653. forward: (…) -> (…)."""
+
+    def __init__(self, limit: float, silu: bool = False) -> None:
+        super().__init__()
+        self.limit = limit
+        self.silu = silu
+
+    def forward(self, x: Float[Tensor, '...']) -> Float[Tensor, '...']:
+        gate = x.sigmoid() if self.silu else 0.5 * (1.0 + torch.erf(x * 0.5**0.5))
+        return softclamp(x, self.limit) * gate
+
+
 class GLU(Module):
     """Gated linear unit, https://arxiv.org/abs/2002.05202: one half of a linear map, times the activation of the other.
 
-    forward: (… dim_in) -> (… dim_out). ``mult_bias`` adds a learned factor per feature, which starts at 1.
+    forward: (… dim_in) -> (… dim_out). ``mult_bias`` adds a learned factor per feature, which starts at 1. ``limit``: the half
+    without activation becomes ``limit * tanh(x / limit)``.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module, mult_bias: bool = False, bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        activation: nn.Module,
+        mult_bias: bool = False,
+        bias: bool = True,
+        limit: float | None = None,
+    ) -> None:
         super().__init__()
+        self.limit = limit
         self.act = activation
         self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
         self.mult_bias = empty_parameter(dim_out) if mult_bias else 1.0
@@ -95,6 +132,8 @@ class GLU(Module):
 
     def forward(self, x: Float[Tensor, '... c']) -> Float[Tensor, '... d']:
         value, gate = self.proj(x).chunk(2, dim=-1)
+        if self.limit is not None:
+            value = softclamp(value, self.limit)
         out: Tensor = value * self.act(gate)
         return out * self.mult_bias if isinstance(self.mult_bias, Tensor) else out
 
@@ -129,16 +168,22 @@ class FeedForward(Module):
         dim_inner = flags.inner(dim)
         activation = choose_activation(flags, dim_inner)
         first = (
-            GLU(dim, dim_inner, activation, mult_bias=flags.glu_mult_bias, bias=flags.glu_bias)
+            GLU(
+                dim,
+                dim_inner,
+                activation,
+                mult_bias=flags.glu_mult_bias,
+                bias=flags.glu_bias,
+                limit=flags.glu_up_softclamp_value if flags.glu_softclamp else None,
+            )
             if flags.glu
             else nn.Sequential(nn.Linear(dim, dim_inner, bias=not flags.no_bias), activation)
         )
-        last = ConstantLinear if flags.zero_init_output else nn.Linear
         self.ff = Sequential(
             first,
             LayerNorm(dim_inner) if flags.post_act_ln else None,
             Dropout(flags.dropout),
-            last(dim_inner, dim_out, bias=not flags.no_bias),
+            branch_output(dim_inner, dim_out, not flags.no_bias, zero=flags.zero_init_output, depth=flags.output_proj_depth),
             Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
         )
 
@@ -183,12 +228,17 @@ class FeedForward(Module):
 def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:
     """The activation that the flags name; a user's own is copied, so that no two layers share its parameters."""
     custom = flags.custom_activation
+    made: nn.Module
     if isinstance(custom, str):
-        return NAMED_ACTIVATIONS[custom]()
-    if custom is not None:
-        return deepcopy(custom) if isinstance(custom, nn.Module) else Activation(custom)
-    if flags.relu_squared:
-        return ReluSquared()
-    if flags.solu:
-        return SoLU(dim)
-    return nn.SiLU() if flags.swish else nn.GELU()
+        made = NAMED_ACTIVATIONS[custom]()
+    elif custom is not None:
+        made = deepcopy(custom) if isinstance(custom, nn.Module) else Activation(custom)
+    elif flags.relu_squared:
+        made = ReluSquared()
+    elif flags.solu:
+        made = SoLU(dim)
+    elif flags.glu_softclamp:
+        made = ClampedGate(flags.glu_gate_softclamp_value, silu=flags.swish)
+    else:
+        made = nn.SiLU() if flags.swish else nn.GELU()
+    return made if flags.softclamp_value is None else Clamped(flags.softclamp_value, made)

@@ -37,6 +37,15 @@ def remember(memo: Memo, key: tuple[Any, ...], value: Any, owner: Any = None) ->
 # ---------------------------------------------------------------- presence
 
 
+def default_device() -> torch.device:
+    """The first that there is of an XPU, a CUDA GPU, Apple's GPU and the CPU."""
+    if torch.xpu.is_available():
+        return torch.device('xpu')
+    if torch.cuda.is_available():
+        return torch.device('cuda')
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
 def exists(value: Any) -> bool:
     return value is not None
 

@@ -135,6 +135,26 @@ class ConstantLinear(nn.Linear):
             nn.init.constant_(self.bias, self.bias_value)
 
 
+class DepthScaledLinear(nn.Linear):
+    """A linear map that starts with variance 1 / (2 · width · depth), for the output of a branch ``depth`` blocks deep."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True, *, depth: int) -> None:
+        self.depth = depth
+        super().__init__(dim_in, dim_out, bias=bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.weight, std=(2 * self.in_features * self.depth) ** -0.5)
+
+
+def branch_output(dim_in: int, dim_out: int, bias: bool, *, zero: bool = False, depth: int | None = None) -> nn.Linear:
+    """The last linear map of a branch: it may start at zero, or smaller the deeper it is."""
+    if zero:
+        return ConstantLinear(dim_in, dim_out, bias=bias)
+    return nn.Linear(dim_in, dim_out, bias=bias) if depth is None else DepthScaledLinear(dim_in, dim_out, bias, depth=depth)
+
+
 class Dropout(nn.Dropout):
     """Dropout that is no operation at all where nothing is dropped: it would be called for every token that is decoded."""
 

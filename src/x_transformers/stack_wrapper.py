@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,11 +144,12 @@ class StackWrapper(Module):
 
     # ------------------------------------------------------------ forward
 
-    def _attention_steps(self, cache: Cache, order: Sequence[int] | None) -> list[int] | None:
+    def _attention_steps(self, cache: Cache, more: Mapping[str, Any]) -> list[int] | None:
         """The steps that the keys of intermediates put together by hand belong to."""
         if cache is None or isinstance(cache, KVCache):
             return None
-        return [step.index for step in check_steps(self.attn_layers, order) if step.kind != 'f']
+        order, repeats = more.get('layers_execute_order'), more.get('repeat_blocks')
+        return [step.index for step in check_steps(self.attn_layers, order, repeats) if step.kind != 'f']
 
     def _call(
         self,
@@ -186,7 +187,7 @@ class StackWrapper(Module):
             prepend_mask=prepend_mask,
             sum_embeds=sum_embeds,
             seq_start_pos=seq_start_pos,
-            cache=KVCache.of(cache, self._attention_steps(cache, more.get('layers_execute_order'))),
+            cache=KVCache.of(cache, self._attention_steps(cache, more)),
             new_only=default(new_only, self.input_not_include_cache),
             logits_last=logits_last,
             cache_age=more.pop('cache_age', None),
@@ -204,6 +205,8 @@ class StackWrapper(Module):
         h, record = self._through_stack(initial, keys, call, rows, asked)
         record.initial_embeds = initial
         h, pooled = self._pool(h, keys, record, asked)
+        if call.excise_prepend and call.prepend_embeds is not None and not rows.cached and self._is_sequence(h):
+            h, initial = (t[:, call.prepend_embeds.shape[1] :] for t in (h, initial))
         logits, embeds = None, h
         if asked.logits(has_head=self.has_head, pooled=pooled is not None):
             logits, embeds = self._logits(h, call, whole=asked.logits_and_embeddings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from x_transformers.heads import (
     next_embedding_head,
 )
 from x_transformers.helpers import default
+from x_transformers.layers.repeat import block_transform, later_blocks
 from x_transformers.module import Module, empty_parameter
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import StackWrapper, stack_flags
@@ -99,7 +101,9 @@ class TransformerWrapper(StackWrapper):
         self.to_mixture, self.combine_mixture = None, None
         if flags.mixture_of_softmax:
             self.to_mixture, self.combine_mixture = mixture_modules(self.dim, flags.mixture_of_softmax_k)
-        self.head_form = HeadForm(flags.sigsoftmax_logits, flags.squeeze_out_last_dim, flags.logits_scale, flags.logits_softcap)
+        self.head_form = HeadForm(
+            flags.sigsoftmax_logits, flags.squeeze_out_last_dim, flags.logits_factor, flags.logits_softcap
+        )
         self.has_multiple_heads = flags.num_output_heads > 1
         self.to_logits = choose_head(
             self.dim,
@@ -191,6 +195,9 @@ class TransformerWrapper(StackWrapper):
         to_logits_kwargs: Mapping[str, Any] | None = None,
         logits_last: int | None = None,
         detach_mems: bool = True,
+        excise_prepend_embeds: bool = False,
+        transform_token_embeds: Callable[[Tensor], Tensor] | None = None,
+        transform_block_inputs: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Logits (b n v), or what the ``return_*`` arguments ask for.
@@ -217,6 +224,10 @@ class TransformerWrapper(StackWrapper):
             token_emb_kwargs, to_logits_kwargs: keywords for a ``token_emb`` or ``to_logits`` of one's own.
             logits_last: logits for the last so many positions only.
             detach_mems: no gradient reaches the segment through the memories that are returned.
+            excise_prepend_embeds: no outputs for the prepended embeddings.
+            transform_token_embeds: a function of the token embeddings, before positions are added.
+            transform_block_inputs: functions of what enters a block, by the number of the executed block, or one function
+                (number, x). That of block 1 is of the token embeddings, unless ``transform_token_embeds`` is given.
             kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
 
         Returns:
@@ -235,13 +246,17 @@ class TransformerWrapper(StackWrapper):
             attn_z_loss=return_attn_z_loss,
             z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
         )
+        change = block_transform(transform_block_inputs)
+        if change is not None:
+            kwargs['transform_block_inputs'] = partial(later_blocks, change)
+            if transform_token_embeds is None:
+                transform_token_embeds = partial(change, 1)
         call = self._call(
             ids_or_none(x, prepend_embeds, own_table=self._own_token_emb),
             mask=mask,
             mems=mems,
             mem_masks=mem_masks,
             recycle_steps=recycle_steps,
-            detach_mems=detach_mems,
             pos=pos,
             prepend_embeds=prepend_embeds,
             prepend_mask=prepend_mask,
@@ -253,6 +268,9 @@ class TransformerWrapper(StackWrapper):
             token_emb_kwargs=token_emb_kwargs or {},
             to_logits_kwargs=to_logits_kwargs or {},
             logits_last=logits_last,
+            detach_mems=detach_mems,
+            excise_prepend=excise_prepend_embeds,
+            transform_token_embeds=transform_token_embeds,
             more=kwargs,
         )
         return self.run(call, asked)
@@ -284,6 +302,8 @@ class TransformerWrapper(StackWrapper):
     def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         vectors = self.token_emb(x, **call.token_emb_kwargs)
         vectors = vectors if self.embed_scale is None else vectors * self.embed_scale
+        if call.transform_token_embeds is not None:
+            vectors = call.transform_token_embeds(vectors)
         return add_named(vectors, self.embeds, call.embed_ids, rows.summand)
 
     def _enter(self, embeds: Float[Tensor, 'b n e']) -> Float[Tensor, 'b m d']:

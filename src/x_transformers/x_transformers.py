@@ -69,7 +69,7 @@ from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, 
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.hyper_connections import HyperConnection, sinkhorn
 from x_transformers.layers.residual import GRUGating, Residual
-from x_transformers.layers.stack import AttentionLayers, CrossAttender, Decoder, Encoder, PrefixDecoder
+from x_transformers.layers.stack import AttentionLayers, CrossAttender, Decoder, Encoder, PrefixDecoder, TransformerBlock
 from x_transformers.losses import calc_entropy, calc_z_loss
 from x_transformers.norms import (
     AdaptiveLayerNorm,

@@ -205,6 +205,7 @@ def other_value(cls: type[Flags], name: str):
         'rotary_layout': 'halves',
         'rel_pos_kwargs': {'slopes': [1.0]},
         'data_dependent_alibi_kwargs': {'post_log_scale': 2.0},
+        'attn_aggregated_residual_kwargs': {'lora_rank': 2},
     }
     if name in given:
         return given[name]

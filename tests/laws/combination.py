@@ -182,8 +182,13 @@ OWN_BIASES = {'attn_bias', 'attn_bias_heads', 'attn_bias_whole'}
 
 
 PER_TOKEN = {'condition_per_token', 'in_attn_cond_per_token', 'kv_shift'}
+# without blocks that repeat, or with something for each attention
+NO_BLOCKS = {
+    'lime', 'lime_relu', 'custom_layers', 'par_ratio', 'only_attn_ratio', 'sandwich_coef', 'execute_order', 'mems', 'kv_shift',
+    'additional_kv', 'additional_cache', 'unet',
+}  # fmt: skip
 FOR_HEADS = {'attn_mask_heads', 'attn_mask_whole', 'attn_bias_heads', 'attn_bias_whole', 'additional_kv', 'additional_cache'}
-FRONT = {'memory_tokens', 'interspersed', 'prepend', 'cls', 'cls_two'}
+FRONT = {'memory_tokens', 'interspersed', 'prepend', 'excise_prepend', 'cls', 'cls_two'}
 
 
 def contradicts(names: set[str]) -> bool:
@@ -203,6 +208,7 @@ def contradicts(names: set[str]) -> bool:
         # what is given for each head, or of heads of one width, fits no layer with others
         or bool('per_layer_heads' in names and names & FOR_HEADS)
         or bool('per_layer_dim_head' in names and 'additional_cache' in names)
+        or bool('repeat_blocks' in names and names & NO_BLOCKS)
         # positions must then be given for the memories too
         or bool('mems' in names and names & {'pos', 'pos_rows'})
     )

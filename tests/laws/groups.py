@@ -155,6 +155,18 @@ def twice(draw: Draw) -> dict[str, Tensor | Along]:
     return {'recycle_steps': Along(2, rows=None)}
 
 
+def repeated(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'repeat_blocks': Along((0, 2), rows=None)}
+
+
+def transformed(draw: Draw) -> dict[str, Tensor | Along]:
+    return {'transform_block_inputs': Along({1: torch.tanh, 2: torch.sin}, rows=None)}
+
+
+def excised(draw: Draw) -> dict[str, Tensor | Along]:
+    return {**prepended(draw), 'excise_prepend_embeds': Along(True, rows=None)}
+
+
 class Recurrent(nn.Module):
     """A causal mixer that can go on from its hidden state."""
 
@@ -377,6 +389,22 @@ STACK = (
     group('streams_sinkhorn', num_residual_streams=2, hyper_conn_doubly_stochastic=True, hyper_conn_sinkhorn_iters=2),
     group('shift_two', WHOLE, shift_tokens=(0, 2, 1, 0)),
     group('softclamp_output', softclamp_output=True, softclamp_output_value=5.0),
+    group('only_attn', only_attn=True),
+    group('only_attn_ratio', WHOLE, only_attn=True, par_ratio=2),
+    group('pre_and_post_norm', pre_and_post_norm=True),
+    group('depth_scale', depth_scale_residual=True),
+    group('branch_scale', depth_scale_residual=0.5),
+    group('branch_scale_residual', scale_residual=0.7),
+    group('aggregated', attn_aggregated_residuals=True, attn_aggregated_residual_kwargs={'lora_rank': 4}),
+    group(
+        'aggregated_qkv',
+        attn_aggregated_residuals=True,
+        attn_aggregated_residual_kwargs={'lora_rank': 4, 'lora_activation': nn.SiLU()},
+        qkv_receive_diff_residuals=True,
+    ),
+    group('mv_split', mv_split_residual=True),
+    group('mv_split_learned', mv_split_residual=True, residual_fn_kwargs={'learned': True, 'init_alpha': 0.5}),
+    group('gated_streams', num_residual_streams=2, gated_multi_residual=True, residual_fn_kwargs={'read_gate_rank': 3}),
     group('layer_dropout', layer_dropout=0.3, only_training=True),
     group('cross_dropout', frozenset({CROSS}), cross_attn_tokens_dropout=0.6, only_training=True),
 )
@@ -387,6 +415,17 @@ FEEDFORWARD = (
     group('swish', ff_swish=True),
     group('relu_squared', ff_relu_squared=True),
     group('solu', ff_solu=True),
+    group('ff_softclamp', ff_softclamp_value=0.5),
+    group('glu_softclamp', ff_glu=True, ff_glu_softclamp=True),
+    group(
+        'glu_softclamp_values',
+        ff_glu=True,
+        ff_swish=True,
+        ff_glu_softclamp=True,
+        ff_glu_gate_softclamp_value=0.5,
+        ff_glu_up_softclamp_value=0.7,
+    ),
+    group('output_proj_depth', attn_output_proj_depth=3, ff_output_proj_depth=2),
     group('post_act_ln', ff_post_act_ln=True),
     group('no_bias', ff_no_bias=True),
     group('ff_mult', ff_mult=2),
@@ -415,6 +454,7 @@ PER_LAYER = (
 WRAPPER = (
     group('emb_dim', wrapper={'emb_dim': 12}),
     group('tied', wrapper={'tie_embedding': True}),
+    group('tied_scale', wrapper={'tie_embedding': True, 'tie_embedding_scale': 0.3}),
     group('l2norm_embed', wrapper={'l2norm_embed': True}),
     group('post_emb_norm', wrapper={'post_emb_norm': True}),
     group('frac_gradient', wrapper={'emb_frac_gradient': 0.3}),
@@ -461,6 +501,9 @@ CALLS = (
     group('mems', SELF, inputs=memories),
     group('prepend', inputs=prepended),
     group('sum_embeds', inputs=summed),
+    group('repeat_blocks', inputs=repeated),
+    group('transform_blocks', inputs=transformed),
+    group('excise_prepend', inputs=excised),
     group('kv_shift', SELF, inputs=key_shifts),
     group('context_shift', frozenset({CROSS, CROSSER}), inputs=context_shifts),
 )

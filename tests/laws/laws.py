@@ -136,7 +136,7 @@ def left_padding_blind(case: Combination) -> None:
 
 def left_padding_refused(case: Combination) -> bool:
     """A module of the user's own would read the padding; rows in front would move the entries of a dense mask."""
-    front = case.has('memory_tokens', 'interspersed', 'prepend')
+    front = case.has('memory_tokens', 'interspersed', 'prepend', 'excise_prepend')
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
     return has_hybrid(case) or (front and dense) or case.has('interspersed')
 
@@ -277,8 +277,19 @@ def segments_promised(case: Combination) -> bool:
     - memory tokens and what is prepended stand in front of every segment anew, and what is said about pairs of tokens, or about
       keys in general, is said about one segment.
     """
-    carried_otherwise = {'selective', 'shift', 'shift_two', 'streams_qkv', 'memory_tokens', 'interspersed', 'recycling'}
-    said_of_one = {'mems', 'prepend', 'kv_shift', 'additional_kv', 'additional_cache'}
+    carried_otherwise = {
+        'selective',
+        'mv_split',
+        'mv_split_learned',
+        'aggregated_qkv',
+        'shift',
+        'shift_two',
+        'streams_qkv',
+        'memory_tokens',
+        'interspersed',
+        'recycling',
+    }
+    said_of_one = {'mems', 'prepend', 'excise_prepend', 'kv_shift', 'additional_kv', 'additional_cache'}
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
     return not (has_hybrid(case) or dense or case.has(*carried_otherwise, *said_of_one))
 

@@ -60,7 +60,7 @@ def build_output(dim: int, flags: AttentionFlags) -> nn.Module:
         return nn.Identity()
     dim_in = flags.dim_attended * flags.orthogonal_outputs
     build = attention_on_attention if flags.on_attn else output_projection
-    return build(dim_in, flags.dim_out or dim, flags.zero_init_output, flags.out_bias)
+    return build(dim_in, flags.dim_out or dim, flags.zero_init_output, flags.out_bias, flags.output_proj_depth)
 
 
 def build_hybrid(flags: AttentionFlags) -> nn.Module | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.module import ConstantLinear, Module
+from x_transformers.module import ConstantLinear, Module, branch_output
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -94,10 +94,12 @@ def gate_channels(
     return gated.flatten(-2)
 
 
-def attention_on_attention(dim_in: int, dim_out: int, zero: bool, bias: bool = False) -> nn.Sequential:
+def attention_on_attention(
+    dim_in: int, dim_out: int, zero: bool, bias: bool = False, depth: int | None = None
+) -> nn.Sequential:
     """The output projection as a gated linear unit. https://arxiv.org/abs/1908.06954"""
-    return nn.Sequential(output_projection(dim_in, dim_out * 2, zero, bias), nn.GLU())
+    return nn.Sequential(output_projection(dim_in, dim_out * 2, zero, bias, depth), nn.GLU())
 
 
-def output_projection(dim_in: int, dim_out: int, zero: bool, bias: bool = False) -> nn.Linear:
-    return ConstantLinear(dim_in, dim_out, bias=bias) if zero else nn.Linear(dim_in, dim_out, bias=bias)
+def output_projection(dim_in: int, dim_out: int, zero: bool, bias: bool = False, depth: int | None = None) -> nn.Linear:
+    return branch_output(dim_in, dim_out, bias, zero=zero, depth=depth)

@@ -20,6 +20,7 @@ class LayerIntermediates:
     """Everything a stack, and the wrapper around it, can report; handed back as ``cache=`` it continues the sequence.
 
     - ``hiddens``: per self attention, the stream (b n d) that entered it; ``layer_hiddens``: what each branch saw;
+      ``block_hiddens``: what left each executed block, the last one's being the stack's output;
     - ``last_hidden``, ``last_layer_hiddens``: the stack's output, and the part of it that belongs to tokens;
     - ``attn_intermediates``: one per executed attention, with maps that are computed when read;
     - ``initial_embeds`` (also ``initial_embed``): the embeddings that entered the stack;
@@ -38,6 +39,7 @@ class LayerIntermediates:
     memory_tokens: Float[Tensor, 'b m d'] | None = None
     logit_entropies: Float[Tensor, 'b n'] | None = None
     logits: Tensor | tuple[Tensor, ...] | None = None
+    block_hiddens: list[Float[Tensor, 'b n d']] | None = None
     cache_length: int = 0
     kv_cache: KVCache | None = None
 

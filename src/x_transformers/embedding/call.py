@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ class Call:
     numbers: Float[Tensor, 'b n'] | None = None
     mems: Sequence[Float[Tensor, 'b l d']] | None = None
     mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
-    detach_mems: bool = True
     recycle_steps: int | None = None
     pos: Tensor | None = None
     prepend_embeds: Float[Tensor, 'b p e'] | None = None
@@ -43,6 +42,9 @@ class Call:
     token_emb_kwargs: Mapping[str, Any] = field(default_factory=dict)
     to_logits_kwargs: Mapping[str, Any] = field(default_factory=dict)
     logits_last: int | None = None
+    excise_prepend: bool = False
+    detach_mems: bool = True
+    transform_token_embeds: Callable[[Tensor], Tensor] | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
     @property

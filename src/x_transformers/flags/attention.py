@@ -238,6 +238,9 @@ class AttentionFlags(ScoreFlags):
     qk_norm_eps: float | None = flag(
         None, 'Added to the mean square of a head before its norm; None: nothing.', parent='qk_norm', above=0, since='here'
     )
+    output_proj_depth: int | None = flag(
+        None, 'The output projection starts with variance 1 / (2 · width · this).', since='2.31.10', low=1
+    )
 
     qk_rmsnorm: bool = flag(False, 'RMS norm of each query and key head, with gains.', since=LATER)
     k_rmsnorm: bool = flag(False, 'RMS norm of each key head alone, with gains.', since=LATER)

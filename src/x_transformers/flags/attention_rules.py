@@ -257,6 +257,20 @@ FEEDFORWARD_RULES = (
         {'mult': 2, 'dim_inner': 30},
     ),
     Rule(
+        ('glu_softclamp', 'relu_squared', 'solu', 'custom_activation'),
+        lambda flags, dim: flags.glu_softclamp and flags.activation not in ('gelu', 'swish'),
+        'the clamped gate is defined for GELU and SiLU',
+        {'glu': True, 'glu_softclamp': True, 'relu_squared': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('softclamp_value', 'glu'),
+        lambda flags, dim: flags.softclamp_value is not None and flags.glu,
+        'a gated linear unit has two inputs to clamp',
+        {'glu': True, 'softclamp_value': 2.0},
+        'Use [glu_softclamp].',
+    ),
+    Rule(
         ('mult',),
         lambda flags, dim: flags.inner(dim) < 1,
         'the hidden layer would have no channel (input width {dim})',

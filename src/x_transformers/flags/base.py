@@ -100,7 +100,9 @@ def _type_hints(cls: Any) -> dict[str, Any]:
 
 @cache
 def _flag_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(cls) if 'says' in field.metadata}
+    fields = [field for field in dataclasses.fields(cls) if 'says' in field.metadata]
+    # what 2.16.1 does not have stands behind what it has
+    return {field.name: field for field in sorted(fields, key=lambda field: field.metadata['since'] != '2.16.1')}
 
 
 def type_hints(cls: Any) -> dict[str, Any]:

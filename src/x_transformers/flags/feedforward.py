@@ -39,6 +39,24 @@ class FeedForwardFlags(Flags):
 
     glu_bias: bool = flag(True, 'A bias in the projection of a gated linear unit.', parent='glu', since='here')
     dim_inner: int | None = flag(None, 'Hidden width; None: the input width times mult.', low=1, since='here')
+    softclamp_value: float | None = flag(
+        None, 'Keep the input of the activation inside a range with tanh.', since='2.19.0', above=0
+    )
+    glu_softclamp: bool = flag(
+        False, 'Keep both factors of the gated linear unit inside a range with tanh; GELU or SiLU only.',
+        paper='https://arxiv.org/abs/2607.24653', parent='glu', since='2.31.10',
+    )  # fmt: skip
+    glu_gate_softclamp_value: float = flag(
+        4.0, 'The largest absolute value of the gate.', paper='https://arxiv.org/abs/2607.24653', parent='glu_softclamp',
+        since='2.31.10', above=0,
+    )  # fmt: skip
+    glu_up_softclamp_value: float = flag(
+        25.0, 'The largest absolute value of the other factor.', paper='https://arxiv.org/abs/2607.24653',
+        parent='glu_softclamp', since='2.31.10', above=0,
+    )  # fmt: skip
+    output_proj_depth: int | None = flag(
+        None, 'The output projection starts with variance 1 / (2 · width · this).', since='2.31.10', low=1
+    )
 
     @cached_property
     def activation(self) -> str:

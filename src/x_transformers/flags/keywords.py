@@ -103,9 +103,6 @@ class AttentionKeywords(TypedDict, total=False):
     cope_max_pos: int
     cope_soft_onehot_pos: bool
     cope_talking_heads: bool
-    use_rel_proj_pos_bias: bool
-    rel_proj_num_distance_basis: int
-    rel_proj_max_dist: int
     learned_value_residual_mix: bool
     orthog_projected_values: bool
     orthog_projected_values_per_head: bool
@@ -121,11 +118,15 @@ class AttentionKeywords(TypedDict, total=False):
     hybrid_mask_kwarg: str | None
     hybrid_fold_axial_dim: int | None
     hybrid_learned_mix: bool
+    use_rel_proj_pos_bias: bool
+    rel_proj_num_distance_basis: int
+    rel_proj_max_dist: int
     qkv_bias: bool | tuple[str, ...]
     out_bias: bool
     scale: float | None
     qk_norm_shared_gain: bool
     qk_norm_eps: float | None
+    output_proj_depth: int | None
     qk_rmsnorm: bool
     k_rmsnorm: bool
     gate_values_rank: int | None
@@ -155,6 +156,11 @@ class FeedForwardKeywords(TypedDict, total=False):
     zero_init_output: bool
     glu_bias: bool
     dim_inner: int | None
+    softclamp_value: float | None
+    glu_softclamp: bool
+    glu_gate_softclamp_value: float
+    glu_up_softclamp_value: float
+    output_proj_depth: int | None
 
 
 class StackKeywords(TypedDict, total=False):
@@ -206,8 +212,7 @@ class StackKeywords(TypedDict, total=False):
     pre_norm_has_final_norm: bool
     sandwich_norm: bool
     gate_residual: bool
-    orthog_residual: bool
-    scale_residual: bool
+    scale_residual: bool | float
     scale_residual_constant: Each[float]
     residual_fn_kwargs: Mapping[str, Any]
     shift_tokens: int | tuple[int, ...] | PerLayer
@@ -230,6 +235,14 @@ class StackKeywords(TypedDict, total=False):
     add_value_residual: bool
     learned_value_residual_mix: bool
     verbose: bool
+    only_attn: bool
+    pre_and_post_norm: bool
+    depth_scale_residual: bool | float
+    attn_aggregated_residuals: bool
+    attn_aggregated_residual_kwargs: Mapping[str, Any]
+    mv_split_residual: bool
+    gated_multi_residual: bool
+    orthog_residual: bool
     resi_dual: bool
     resi_dual_scale: float
     hyper_conn_doubly_stochastic: bool
@@ -290,9 +303,6 @@ class StackKeywords(TypedDict, total=False):
     attn_cope_max_pos: Each[int]
     attn_cope_soft_onehot_pos: Each[bool]
     attn_cope_talking_heads: Each[bool]
-    attn_use_rel_proj_pos_bias: Each[bool]
-    attn_rel_proj_num_distance_basis: Each[int]
-    attn_rel_proj_max_dist: Each[int]
     attn_orthog_projected_values: Each[bool]
     attn_orthog_projected_values_per_head: Each[bool]
     attn_laser: Each[bool]
@@ -306,11 +316,15 @@ class StackKeywords(TypedDict, total=False):
     attn_hybrid_mask_kwarg: Each[str | None]
     attn_hybrid_fold_axial_dim: Each[int | None]
     attn_hybrid_learned_mix: Each[bool]
+    attn_use_rel_proj_pos_bias: Each[bool]
+    attn_rel_proj_num_distance_basis: Each[int]
+    attn_rel_proj_max_dist: Each[int]
     attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     attn_out_bias: Each[bool]
     attn_scale: Each[float | None]
     attn_qk_norm_shared_gain: Each[bool]
     attn_qk_norm_eps: Each[float | None]
+    attn_output_proj_depth: Each[int | None]
     attn_qk_rmsnorm: Each[bool]
     attn_k_rmsnorm: Each[bool]
     attn_gate_values_rank: Each[int | None]
@@ -372,9 +386,6 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_cope_max_pos: Each[int]
     cross_attn_cope_soft_onehot_pos: Each[bool]
     cross_attn_cope_talking_heads: Each[bool]
-    cross_attn_use_rel_proj_pos_bias: Each[bool]
-    cross_attn_rel_proj_num_distance_basis: Each[int]
-    cross_attn_rel_proj_max_dist: Each[int]
     cross_attn_learned_value_residual_mix: Each[bool]
     cross_attn_orthog_projected_values: Each[bool]
     cross_attn_orthog_projected_values_per_head: Each[bool]
@@ -389,11 +400,15 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_hybrid_mask_kwarg: Each[str | None]
     cross_attn_hybrid_fold_axial_dim: Each[int | None]
     cross_attn_hybrid_learned_mix: Each[bool]
+    cross_attn_use_rel_proj_pos_bias: Each[bool]
+    cross_attn_rel_proj_num_distance_basis: Each[int]
+    cross_attn_rel_proj_max_dist: Each[int]
     cross_attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     cross_attn_out_bias: Each[bool]
     cross_attn_scale: Each[float | None]
     cross_attn_qk_norm_shared_gain: Each[bool]
     cross_attn_qk_norm_eps: Each[float | None]
+    cross_attn_output_proj_depth: Each[int | None]
     cross_attn_qk_rmsnorm: Each[bool]
     cross_attn_k_rmsnorm: Each[bool]
     cross_attn_gate_values_rank: Each[int | None]
@@ -418,6 +433,11 @@ class StackKeywords(TypedDict, total=False):
     ff_zero_init_output: Each[bool]
     ff_glu_bias: Each[bool]
     ff_dim_inner: Each[int | None]
+    ff_softclamp_value: Each[float | None]
+    ff_glu_softclamp: Each[bool]
+    ff_glu_gate_softclamp_value: Each[float]
+    ff_glu_up_softclamp_value: Each[float]
+    ff_output_proj_depth: Each[int | None]
 
 
 class EncoderKeywords(StackKeywords, total=False):
@@ -426,6 +446,13 @@ class EncoderKeywords(StackKeywords, total=False):
     dim: int
     depth: int | None
     heads: Each[int]
+
+
+class BlockKeywords(StackKeywords, total=False):
+    """Of ``TransformerBlock``, beside ``dim``, ``depth`` and ``pre_norm_has_final_norm``."""
+
+    heads: Each[int]
+    causal: bool
 
 
 class CrossAttenderKeywords(EncoderKeywords, total=False):
@@ -478,6 +505,7 @@ class WrapperKeywords(TypedDict, total=False):
     logits_bias: bool
     logits_transform: str | None
     logits_transform_bias: bool
+    tie_embedding_scale: float | None
 
 
 class VisionKeywords(TypedDict, total=False):

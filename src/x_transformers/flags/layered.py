@@ -12,7 +12,7 @@ from x_transformers.flags.base import FlagError, Flags, kinds_of, type_hints
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import PARTS, first_prefix
 from x_transformers.flags.per_layer import PerLayer, as_per_layer, spread, takes
-from x_transformers.layers.plan import KINDS, plan_kinds
+from x_transformers.layers.plan import KINDS, block_numbers, plan_kinds
 
 KIND_OF_PART = {'attn_': 'a', 'cross_attn_': 'c', 'ff_': 'f'}
 
@@ -66,9 +66,20 @@ class LayeredFlags(Flags):
             raise FlagError(*wrong)
         return varying
 
+    def depths(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, PerLayer]:
+        """``output_proj_depth`` of each layer, its block counted from 1, for the parts that are not ``given`` one."""
+        stack: Any = self
+        numbers = block_numbers(stack)
+        found = {}
+        for part, kind in KIND_OF_PART.items():
+            own = tuple(number for number, its in zip(numbers, self.kinds, strict=True) if its == kind)
+            if own and 'output_proj_depth' not in given[part]:
+                found[f'{part}output_proj_depth'] = PerLayer(values=own)
+        return found
+
     def layer(self, index: int) -> Self:
         """The flags of layer ``index``: every flag has the one value that holds there, its own part's flags too."""
-        return self.by_layer[index] if self.varying else self
+        return self.by_layer[index] if self.varying and index < len(self.by_layer) else self
 
     @cached_property
     def by_layer(self) -> tuple[Self, ...]:

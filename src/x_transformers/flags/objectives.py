@@ -283,6 +283,8 @@ class TokenizerOptions(Options):
 
     entropy_threshold: float = flag(0.0, 'A position with at least this entropy closes a segment.')
     max_token_size: int | None = flag(None, 'No segment is longer.', low=1)
+    accumulate_entropy: bool = flag(False, 'Entropies add up until a segment is closed.')
+    ignore_entropy_below: float = flag(0.0, 'Smaller entropies do not add up.')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

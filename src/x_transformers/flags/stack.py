@@ -22,10 +22,11 @@ from typing import Any, Self
 from x_transformers.flags.attention import VALUE_RESIDUAL, AttentionFlags
 from x_transformers.flags.base import REQUIRED, FlagError, flag, type_hints
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.layered import LayeredFlags, taken_apart
+from x_transformers.flags.layered import taken_apart
 from x_transformers.flags.parts import PARTS, cross_inherits, first_prefix, keyword_names, split
 from x_transformers.flags.per_layer import PerLayer, takes
 from x_transformers.flags.rotary_scaling import BY_LENGTH, complaints
+from x_transformers.flags.structure import StructureFlags
 
 ADAPTIVE_SCALE = 'https://arxiv.org/abs/2212.09748'
 DYNAMIC = 'https://arxiv.org/abs/2108.00154'
@@ -49,7 +50,7 @@ ANY_POSITION_BIAS = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class StackFlags(LayeredFlags):
+class StackFlags(StructureFlags):
     """Every keyword of ``AttentionLayers``; the parts' keywords come with ``attn_``, ``cross_attn_`` and ``ff_`` in front."""
 
     dim: int = flag(REQUIRED, 'Width of the stack.', low=1)
@@ -152,7 +153,10 @@ class StackFlags(LayeredFlags):
         False, 'Add only what is orthogonal to the stream, token by token.', paper='https://arxiv.org/abs/2505.11881',
         since='2.18.0', one_of='residual',
     )  # fmt: skip
-    scale_residual: bool = flag(False, 'Learned factors on the residual.', paper='https://arxiv.org/abs/2110.09456')
+    scale_residual: bool | float = flag(
+        False, "Learned factors on the residual; a number: a constant factor on the branches' outputs instead.",
+        paper='https://arxiv.org/abs/2110.09456',
+    )  # fmt: skip
     scale_residual_constant: float = flag(
         1.0, 'A constant factor on the residual.', paper='https://arxiv.org/abs/2203.00555', each='layer'
     )
@@ -266,6 +270,8 @@ class StackFlags(LayeredFlags):
         if wrong:
             raise FlagError(*wrong)
         stack = cls(**values)
+        if stack.depth_scale_residual is True:
+            apart = stack.depths(parts) | apart
         varying = stack.spread(apart, prefix)
         for name, over in varying.items():
             part = first_prefix(name) or ''
@@ -308,7 +314,7 @@ class StackFlags(LayeredFlags):
     @property
     def post_norm(self) -> bool:
         """Norms stand behind the residual sums."""
-        return not self.pre_norm or self.resi_dual
+        return not self.pre_norm or self.resi_dual or self.pre_and_post_norm
 
     @property
     def told_to_attention(self) -> dict[str, Any]:
@@ -423,6 +429,18 @@ class StackFlags(LayeredFlags):
     @cached_property
     def separate_views(self) -> bool:
         return self.qkv_receive_diff_residuals or self.integrate_layers
+
+    @property
+    def has_final_norm(self) -> bool:
+        return (
+            self.gated_streams
+            or self.resi_dual
+            or (self.pre_norm and self.pre_norm_has_final_norm and not self.pre_and_post_norm)
+        )
+
+    @property
+    def learns_residual_scale(self) -> bool:
+        return self.scale_residual is True
 
     @cached_property
     def streams(self) -> int:

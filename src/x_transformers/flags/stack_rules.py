@@ -5,6 +5,7 @@ from __future__ import annotations
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rule import Rule, how_many, is_on
 from x_transformers.flags.stack import ANY_POSITION_BIAS, StackFlags
+from x_transformers.flags.structure_rules import STRUCTURE_RULES
 
 POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
 LAYOUTS_OF_PAIRS = ('interleaved', 'halves')
@@ -229,12 +230,12 @@ STACK_RULES = (
     ),
     Rule(
         ('sandwich_norm', 'pre_norm', 'resi_dual'),
-        lambda flags, dim: flags.sandwich_norm and flags.post_norm,
+        lambda flags, dim: flags.sandwich_norm and (not flags.pre_norm or flags.resi_dual),
         'a sandwich has a norm in front of the branch, and post-norm has none',
         {'sandwich_norm': True, 'pre_norm': False},
     ),
     Rule(
-        ('use_dynamic_tanh', 'pre_norm', 'resi_dual'),
+        ('use_dynamic_tanh', 'pre_norm', 'resi_dual', 'pre_and_post_norm'),
         lambda flags, dim: flags.use_dynamic_tanh and flags.post_norm,
         'tanh in the place of a norm must not lie on the residual stream',
         {'use_dynamic_tanh': True, 'pre_norm': False},
@@ -256,17 +257,17 @@ STACK_RULES = (
     ),
     Rule(
         ('scale_residual', 'num_residual_streams'),
-        lambda flags, dim: flags.scale_residual and flags.streams > 1,
+        lambda flags, dim: flags.learns_residual_scale and flags.streams > 1,
         'hyper connections learn their own factors',
         {'scale_residual': True, 'num_residual_streams': 2},
         inert=True,
     ),
     Rule(
         ('qkv_receive_diff_residuals',),
-        lambda flags, dim: flags.qkv_receive_diff_residuals and flags.streams == 1 and not flags.integrate_layers,
+        lambda flags, dim: flags.qkv_receive_diff_residuals and flags.streams == 1 and not flags.mixes_layers,
         'there is only one view of the residual to make queries, keys and values of',
         {'qkv_receive_diff_residuals': True},
-        'Set [num_residual_streams] above 1, or [integrate_layers].',
+        'Set [num_residual_streams] above 1, [integrate_layers] or [attn_aggregated_residuals].',
     ),
     Rule(
         ('integrate_layers', 'weight_tie_layers'),
@@ -417,4 +418,5 @@ STACK_RULES = (
         only_changed=True,
         inert=True,
     ),
+    *STRUCTURE_RULES,
 )

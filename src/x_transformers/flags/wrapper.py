@@ -101,6 +101,14 @@ class WrapperFlags(Flags):
         paper='https://arxiv.org/abs/1810.04805', since='here',
     )  # fmt: skip
     logits_transform_bias: bool = flag(True, 'A bias in that linear map.', parent='logits_transform', since='here')
+    tie_embedding_scale: float | None = flag(
+        None, 'Factor of the logits from the token embedding; None: 1 (dim ** -0.5 from 2.31.10 on).', parent='tie_embedding',
+        since='2.31.10',
+    )  # fmt: skip
+
+    @property
+    def logits_factor(self) -> float | None:
+        return self.logits_scale if self.tie_embedding_scale is None else self.tie_embedding_scale
 
     @cached_property
     def num_mem_tokens(self) -> int:

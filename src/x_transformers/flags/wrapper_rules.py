@@ -18,6 +18,12 @@ POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
 # rules of the model alone; ``dim`` is the stack's width
 WRAPPER_RULES = (
     Rule(
+        ('tie_embedding_scale', 'logits_scale'),
+        lambda flags, dim: None not in (flags.tie_embedding_scale, flags.logits_scale),
+        'each is the factor on the logits',
+        {'tie_embedding': True, 'tie_embedding_scale': 0.5, 'logits_scale': 0.5},
+    ),
+    Rule(
         POOLS,
         lambda flags, dim: how_many(flags, POOLS) > 1,
         'each makes the output out of all tokens in its own way',
@@ -135,6 +141,9 @@ class OnStack:
         return bool((self.own if name in self.own.flag_fields() else self.stack).is_changed(name))
 
 
+# keys and values do not see the stream itself
+MIXTURES = ('qkv_receive_diff_residuals', 'integrate_layers', 'attn_aggregated_residuals')
+
 # rules of a model with its stack
 ON_STACK_RULES = (
     Rule(
@@ -153,9 +162,9 @@ ON_STACK_RULES = (
         'Use a Decoder, or memory tokens in front only.',
     ),
     Rule(
-        ('max_mem_len', 'qkv_receive_diff_residuals', 'integrate_layers'),
-        lambda both, dim: both.max_mem_len > 0 and how_many(both, ('qkv_receive_diff_residuals', 'integrate_layers')) > 0,
-        'memories are one sequence, and keys and values have inputs of their own',
+        ('max_mem_len', *MIXTURES),
+        lambda both, dim: both.max_mem_len > 0 and how_many(both, MIXTURES) > 0,
+        'a memory is one state of the stream, and keys and values have inputs of their own',
         {'max_mem_len': 4, 'stack': {'integrate_layers': True}},
         only_changed=True,
     ),

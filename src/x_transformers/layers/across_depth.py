@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from x_transformers.helpers import Sequential
-from x_transformers.module import Module
+from x_transformers.module import ConstantLinear, Module
 from x_transformers.norms import RMSNorm
 from x_transformers.tensor_types import Float
 
@@ -39,6 +40,43 @@ class DynamicLIMe(Module):
         stacked = hiddens if isinstance(hiddens, Tensor) else torch.stack(tuple(hiddens))
         mixed = torch.einsum('b n v l, l b n d -> v b n d', self.to_weights(x), stacked)
         return mixed if self.multiple_views else mixed[0]
+
+
+class LowRank(Module):
+    """A linear map of low rank that starts at zero; ``activation`` between its halves. forward: (… d) -> (… e)."""
+
+    def __init__(self, dim: int, dim_out: int, rank: int, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.activation = deepcopy(activation)
+        self.up = ConstantLinear(rank, dim_out, bias=False)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... e']:
+        narrow = self.down(x)
+        out: Tensor = self.up(narrow if self.activation is None else self.activation(narrow))
+        return out
+
+
+class AggregatedResiduals(Module):
+    """What entered all layers so far, mixed by attention over depth, https://arxiv.org/abs/2603.15031.
+
+    Each layer's input is a key; the query comes from this layer's own input, with a correction of low rank. forward: x (b n d)
+    and the inputs of any number of layers, its own last -> (b n d), or ``num_views`` mixtures (v b n d).
+    """
+
+    def __init__(self, dim: int, num_views: int = 1, lora_rank: int = 64, lora_activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.num_views = num_views
+        self.to_keys = nn.RMSNorm(dim)
+        self.to_query = nn.Sequential(nn.RMSNorm(dim), LowRank(dim, dim * num_views, lora_rank, lora_activation))
+        self.norm = nn.RMSNorm(dim)
+
+    def forward(self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Tensor) -> Tensor:
+        stacked = hiddens if isinstance(hiddens, Tensor) else torch.stack(tuple(hiddens))
+        query = self.norm(x.unsqueeze(-2) + self.to_query(x).unflatten(-1, (self.num_views, -1)))
+        scores = torch.einsum('b n v d, l b n d -> v b n l', query, self.to_keys(stacked)) * x.shape[-1] ** -0.5
+        mixed = torch.einsum('v b n l, l b n d -> v b n d', scores.softmax(dim=-1), stacked)
+        return mixed if self.num_views > 1 else mixed[0]
 
 
 class ConcatCombine(Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,8 @@ class Given:
     flash_pack_seq_kwargs: Any = None
     flash_pack_seq_context_kwargs: Any = None
     prefix_attn_len: int | Tensor | None = None
+    repeat_blocks: Any = None
+    transform_block_inputs: Any = None
 
 
 # what may be handed on to any stack
@@ -196,6 +198,7 @@ class Inputs:
     deep_table: Float[Tensor, 't l d'] | None = None
     deep_ids: Int[Tensor, 'b n'] | None = None
     cache: KVCache | None = None
+    transform_block: Callable[[int, Tensor], Tensor] | None = None
     continues: bool = False
     return_attn: bool = False
 
@@ -283,6 +286,7 @@ class Around:
         shows: bool = False,
         drop: bool | Bool[Tensor, ''] = False,
         checkpoint: bool = False,
+        tokens: Bool[Tensor, 'b n'] | None = None,
     ) -> None:
         """
         Args:
@@ -293,6 +297,7 @@ class Around:
             shows: somebody wants to know what enters.
             drop: the branch is left out.
             checkpoint: the branch runs again for its gradients.
+            tokens: which of the new rows are tokens; None: all.
         """
         self.given = given
         self.injected = injected
@@ -302,6 +307,7 @@ class Around:
         self.shows = shows
         self.drop = drop
         self.checkpoint = checkpoint
+        self.tokens = tokens
         self.entered: Tensor | None = None
 
     def enter(self, h: Float[Tensor, 'b n d']) -> Tensor:
@@ -354,6 +360,7 @@ class Record:
     intermediates: list[Intermediates] = field(default_factory=list)
     hiddens: list[Tensor] = field(default_factory=list)
     layer_hiddens: list[Tensor] = field(default_factory=list)
+    block_hiddens: list[Tensor] = field(default_factory=list)
     cache: KVCache | None = None
 
     def enter(self, step: Step, h: Tensor | None, injected: Tensor | None) -> None:
@@ -384,6 +391,7 @@ class Record:
             last_hidden=last,
             attn_intermediates=self.intermediates,
             layer_hiddens=self.layer_hiddens,
+            block_hiddens=self.block_hiddens,
             cache_length=length,
             kv_cache=self.cache,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.layers.plan import KINDS, Step, check_order
+from x_transformers.layers.repeat import repeated_steps
 
 if TYPE_CHECKING:
     from x_transformers.layers.call import Given, Span
@@ -70,8 +71,10 @@ def check_input(stack: AttentionLayers, x: Any) -> None:
         )
 
 
-def check_steps(stack: AttentionLayers, order: Sequence[int] | None) -> tuple[Step, ...]:
-    """The steps of a call, in the caller's order if there is one."""
+def check_steps(stack: AttentionLayers, order: Sequence[int] | None, repeats: Any = None) -> tuple[Step, ...]:
+    """The steps of a call, in the caller's order if there is one, or with some blocks repeated."""
+    if repeats is not None:
+        return repeated_steps(stack.flags, stack.plan, repeats, order)
     if order is None:
         return stack.plan.steps()
     if isinstance(order, (str, Tensor)) or not isinstance(order, Sequence):
@@ -265,7 +268,7 @@ def check_cache(stack: AttentionLayers, given: Given) -> None:
             'pass the whole sequence, or give the module a state, forward(x, state) -> (y, state)'
         )
     held = getattr(given.cache, 'kv_cache', given.cache)
-    if isinstance(held, KVCache) and held.length and given.layers_execute_order is None:
+    if isinstance(held, KVCache) and held.length and given.layers_execute_order is None and given.repeat_blocks is None:
         check_layers_of_cache(stack, held)
 
 

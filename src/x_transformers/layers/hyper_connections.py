@@ -54,7 +54,7 @@ class HyperConnection(ResidualPath):
         settings = {
             'layer_index': spec.index,
             'num_residual_streams': flags.num_residual_streams,
-            'num_input_views': 1 if flags.integrate_layers else spec.views,
+            'num_input_views': 1 if flags.mixes_layers else spec.views,
             'sinkhorn_iters': flags.hyper_conn_sinkhorn_iters,
             'doubly_stochastic': flags.hyper_conn_doubly_stochastic,
         }

@@ -12,9 +12,11 @@ from x_transformers.attention.attention import Attention
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import unknown_flags
 from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
+from x_transformers.layers.gated_streams import GatedMultiResidual
 from x_transformers.layers.hyper_connections import HyperConnection
 from x_transformers.layers.residual import GRUGating, OrthogonalResidual, ResiDual, Residual, ResidualPath, read, write
 from x_transformers.layers.slots import call_branch, call_norm, split_result
+from x_transformers.layers.split_residual import MVSplitResidual
 from x_transformers.norms import choose_norm
 
 if TYPE_CHECKING:
@@ -40,11 +42,14 @@ class Layer(nn.ModuleList):
         after: nn.Module | None,
         branch: nn.Module,
         residual: nn.Module,
+        scale: float = 1.0,
     ) -> None:
         norms = nn.ModuleList()
         for index, norm in enumerate((before, behind, after)):
             norms.add_module(str(index), norm)
         super().__init__([norms, branch, residual])
+        # a constant factor on what the branch writes
+        self.scale = scale
 
     @classmethod
     def of(cls, parts: Any) -> nn.Module:
@@ -92,7 +97,7 @@ class Layer(nn.ModuleList):
         run = run_checkpointed if around.checkpoint else call_branch
         out, seen = split_result(run(self.branch, h, given))
         del h
-        written = write(self.residual, self.norm_behind(out, condition), rest)
+        written = write(self.residual, self.norm_behind(out, condition), rest, around)
         return self.norm_after(written, wide_condition), seen
 
     def norm_before(self, x: Tensor, condition: Tensor | None) -> Tensor:
@@ -100,8 +105,9 @@ class Layer(nn.ModuleList):
         return call_norm(self.norms._modules['0'], x, condition)
 
     def norm_behind(self, out: Tensor, condition: Tensor | None) -> Tensor:
-        """Sandwich norm, of the branch's output."""
-        return call_norm(self.norms._modules['1'], out, condition)
+        """Sandwich norm, of the branch's output, and its constant factor."""
+        out = call_norm(self.norms._modules['1'], out, condition)
+        return out if self.scale == 1.0 else out * self.scale
 
     def norm_after(self, streams: Tensor, condition: Tensor | None) -> Tensor:
         """Post-norm, of the stream after the layer."""
@@ -147,18 +153,22 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
 
 
 # the ways to join a branch to the stream, the first that is on
-RESIDUALS: tuple[type[ResidualPath], ...] = (ResiDual, HyperConnection, GRUGating, OrthogonalResidual, Residual)
+RESIDUALS: tuple[type[ResidualPath], ...] = (
+    ResiDual, GatedMultiResidual, HyperConnection, GRUGating, OrthogonalResidual, MVSplitResidual, Residual,
+)  # fmt: skip
 # all of them are told these, as in the original, and some have no use for them
 SCALES = ('scale_residual', 'scale_residual_constant')
 
 
-def choose_residual(flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+def choose_residual(flags: StackFlags, spec: LayerSpec, causal: bool) -> ResidualPath:
     """How the branch is joined to the stream. Raises FlagError for keywords that it does not have, though it takes any."""
     path = next(path for path in RESIDUALS if path.is_on(flags))
     known = {*inspect.signature(path.__init__).parameters, *SCALES} - {'self', 'dim', 'kwargs'}
     if unknown := [name for name in flags.residual_fn_kwargs if name not in known]:
         raise unknown_flags(unknown, where=f'residual_fn_kwargs of {path.__name__}', known=sorted(known))
-    return path.from_flags(flags, spec)
+    made = path.from_flags(flags, spec)
+    made.is_causal = causal
+    return made
 
 
 def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:
@@ -167,11 +177,12 @@ def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:
     A prefix decoder is ``causal`` whatever its flag says.
     """
     flags = flags.layer(spec.index)
-    before = flags.pre_norm and not flags.resi_dual
+    before = flags.pre_norm and not flags.resi_dual and not flags.gated_streams
     return Layer(
         before=make_norm(flags) if before else None,
         behind=make_norm(flags) if before and flags.sandwich_norm else None,
-        after=None if before else make_norm(flags),
+        after=make_norm(flags) if flags.post_norm else None,
         branch=choose_branch(flags, spec, causal),
-        residual=choose_residual(flags, spec),
+        residual=choose_residual(flags, spec, causal),
+        scale=flags.branch_scale,
     )

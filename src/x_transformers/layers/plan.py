@@ -42,12 +42,16 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """One execution: the ``index``-th of the call, of layer ``layer``, and the ``nth`` of its kind."""
+    """One execution: the ``index``-th of the call, of layer ``layer``, and the ``nth`` of its kind.
+
+    ``block``: which executed block it begins, counted from 1; 0: it is in the middle of one.
+    """
 
     index: int
     layer: int
     kind: str
     nth: int
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class LayerPlan:
     order: tuple[int, ...]
     blocks: tuple[int, ...]
     depth: int
+    # layers of a block; 1 where they do not repeat one block
+    block_size: int = 1
 
     def __post_init__(self) -> None:
         # computed now, as the compiler cannot trace a cached property that is still to be filled
@@ -72,22 +78,29 @@ class LayerPlan:
 
     def steps(self, order: tuple[int, ...] | None = None) -> tuple[Step, ...]:
         """The steps of one call, in the given order or the plan's own."""
-        return self.own_steps if order is None else _steps(self.kinds, order)
+        return self.own_steps if order is None else _steps(self.kinds, order, 1)
 
     @cached_property
     def own_steps(self) -> tuple[Step, ...]:
-        return _steps(self.kinds, self.order)
+        return _steps(self.kinds, self.order, self.block_size)
+
+    def repeated(self, blocks: Sequence[int]) -> tuple[Step, ...]:
+        """The steps that execute these of the blocks."""
+        size = self.block_size
+        order = tuple(layer for block in blocks for layer in self.order[block * size : (block + 1) * size])
+        return _steps(self.kinds, order, size)
 
     def mixed_views(self, index: int) -> int:
         """How many views the mixture of earlier layers gives to step ``index`` of the plan's own order."""
         return self.layers[self.order[index]].views
 
 
-def _steps(kinds: tuple[str, ...], order: tuple[int, ...]) -> tuple[Step, ...]:
+def _steps(kinds: tuple[str, ...], order: tuple[int, ...], block_size: int) -> tuple[Step, ...]:
     steps, seen = [], dict.fromkeys(KINDS, 0)
     for index, layer in enumerate(order):
         kind = kinds[layer]
-        steps.append(Step(index, layer, kind, seen[kind]))
+        block = 0 if index % block_size else index // block_size + 1
+        steps.append(Step(index, layer, kind, seen[kind], block))
         seen[kind] += 1
     return tuple(steps)
 
@@ -98,7 +111,8 @@ def default_block(flags: StackFlags) -> str:
         block = 'cf' if flags.only_cross else 'acf'
     else:
         block = 'af'
-    return 'f' + block if flags.macaron else block
+    block = 'f' + block if flags.macaron else block
+    return block.replace('f', '') if flags.only_attn else block
 
 
 def plan_kinds(flags: StackFlags) -> tuple[str, ...]:
@@ -109,11 +123,16 @@ def plan_kinds(flags: StackFlags) -> tuple[str, ...]:
     if flags.depth is None:
         raise FlagError('`depth` is needed: the number of blocks, unless `custom_layers` spells out the layers.')
     if flags.par_ratio is not None:
-        return tuple(_thinned(block, flags.depth, flags.par_ratio))
+        return _without_feedforward(flags, _thinned(block, flags.depth, flags.par_ratio))
     if flags.sandwich_coef is not None:
         coef = flags.sandwich_coef
-        return tuple('a' * coef + block * (flags.depth - coef) + 'f' * coef)
+        return _without_feedforward(flags, 'a' * coef + block * (flags.depth - coef) + 'f' * coef)
     return tuple(block * (1 if flags.weight_tie_layers else flags.depth))
+
+
+def _without_feedforward(flags: StackFlags, letters: str) -> tuple[str, ...]:
+    """The layout is made first: of layers that were counted in it, ``only_attn`` drops the feed-forwards."""
+    return tuple(letters.replace('f', '') if flags.only_attn else letters)
 
 
 def _thinned(block: str, depth: int, ratio: int) -> str:
@@ -162,10 +181,21 @@ def check_order(order: Sequence[int], layers: int) -> None:
         )
 
 
-def block_starts(flags: StackFlags, layers: int) -> tuple[int, ...]:
-    """Where blocks begin. Layers that do not repeat one block are blocks of their own."""
+def block_size(flags: StackFlags) -> int:
+    """How many layers make a block. Layers that do not repeat one block are blocks of their own."""
     irregular = exists(flags.custom_layers) or exists(flags.par_ratio) or exists(flags.sandwich_coef)
-    return tuple(range(0, layers, 1 if irregular else len(default_block(flags))))
+    return 1 if irregular else len(default_block(flags))
+
+
+def block_starts(flags: StackFlags, layers: int) -> tuple[int, ...]:
+    """Where blocks begin."""
+    return tuple(range(0, layers, block_size(flags)))
+
+
+def block_numbers(flags: StackFlags) -> tuple[int, ...]:
+    """For each layer, which block it is in, counted from 1."""
+    size = block_size(flags)
+    return tuple(layer // size + 1 for layer in range(len(plan_kinds(flags))))
 
 
 def plan_skips(blocks: tuple[int, ...]) -> dict[int, int]:
@@ -229,7 +259,13 @@ def plan_layers(flags: StackFlags) -> LayerPlan:
         for index, kind in enumerate(kinds)
     )
     depth = len(order) if flags.depth is None else flags.depth
-    return LayerPlan(layers=layers, order=order, blocks=blocks, depth=1 if flags.weight_tie_layers else depth)
+    return LayerPlan(
+        layers=layers,
+        order=order,
+        blocks=blocks,
+        depth=1 if flags.weight_tie_layers else depth,
+        block_size=1 if exists(flags.layers_execute_order) else block_size(flags),
+    )
 
 
 def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...], layers: int, flags: StackFlags) -> LayerPlan:
@@ -244,7 +280,7 @@ def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...]
             f'layer_types must name the kind of each of the {layers} layers, by a letter of {", ".join(KINDS)}, got {kinds}. '
             'Exchange layers, layer_types and layer_dropouts together.'
         )
-    across = [name for name in ('integrate_layers', 'unet_skips') if getattr(flags, name)]
+    across = [name for name in ('integrate_layers', 'attn_aggregated_residuals', 'unet_skips') if getattr(flags, name)]
     if across and tuple(kinds) != plan.kinds:
         raise ValueError(
             f'layer_types must stay {plan.kinds} in a stack with {" and ".join(across)}, which was made for them, got {kinds}. '

@@ -16,6 +16,7 @@ from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span,
 from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_float, shape_of
 from x_transformers.layers.condition import of_memories, read_condition
 from x_transformers.layers.external import external_keys
+from x_transformers.layers.repeat import block_transform
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     # once for a text: a cache that this stack has handed out has passed
     if getattr(given.cache, 'known', None) != id(stack):
         check_cache(stack, given)
-    steps = check_steps(stack, given.layers_execute_order)
+    steps = check_steps(stack, given.layers_execute_order, given.repeat_blocks)
     cache = KVCache.of(given.cache, [step.index for step in steps if step.kind != 'f'])
     span = read_span(x, given, cache)
     check_call(stack, given, span, steps)
@@ -76,6 +77,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         deep_table=given.deep_embeds_and_ids[0] if given.deep_embeds_and_ids else None,
         deep_ids=span.newest(given.deep_embeds_and_ids[1]) if given.deep_embeds_and_ids else None,
         cache=working,
+        transform_block=block_transform(given.transform_block_inputs),
         continues=cache is not None and span.past > 0,
         return_attn=given.return_hiddens,
     )

@@ -27,10 +27,13 @@ Norm = Callable[[Tensor], Tensor]
 class ResidualPath(Module):
     """One layer's way around its branch. It is called with what the branch said and what ``read`` left over.
 
-    ``name`` is the flag that chooses it.
+    ``name`` is the flag that chooses it. One that ``looks_around`` is given ``around``, too: which tokens there are, and the
+    layer's cache. ``is_causal``: tokens see no later ones.
     """
 
     name: ClassVar[str]
+    looks_around = False
+    is_causal = False
 
     @classmethod
     def is_on(cls, flags: StackFlags) -> bool:
@@ -75,11 +78,11 @@ def read(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
     return h, (rest, keywords)
 
 
-def write(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any) -> Tensor:
+def write(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any, around: Any = None) -> Tensor:
     """The streams, with the branch's output: ``residual(out, stream)``; a module with one input changes what is added."""
     written: Tensor
     if isinstance(residual, ResidualPath):
-        written = residual(out, rest)
+        written = residual(out, rest, around=around) if residual.looks_around else residual(out, rest)
         return written
     stream, keywords = rest
     written = residual(out, stream, **keywords) if accepts(residual, SECOND) else stream + residual(out)
@@ -96,7 +99,7 @@ class Residual(ResidualPath):
 
     @classmethod
     def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
-        settings = {'scale_residual': flags.scale_residual, 'scale_residual_constant': flags.scale_residual_constant}
+        settings = {'scale_residual': flags.learns_residual_scale, 'scale_residual_constant': flags.scale_residual_constant}
         return cls(flags.dim, **{**settings, **flags.residual_fn_kwargs})
 
     def __init__(self, dim: int, scale_residual: bool = False, scale_residual_constant: float = 1.0, **kwargs: Any) -> None:
@@ -134,7 +137,7 @@ class OrthogonalResidual(Residual):
 
     @classmethod
     def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
-        return cls(flags.dim, **{'scale_residual': flags.scale_residual, **flags.residual_fn_kwargs})
+        return cls(flags.dim, **{'scale_residual': flags.learns_residual_scale, **flags.residual_fn_kwargs})
 
     def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
         if self.residual_scale is not None:
@@ -149,7 +152,7 @@ class GRUGating(ResidualPath):
 
     @classmethod
     def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
-        return cls(flags.dim, **{'scale_residual': flags.scale_residual, **flags.residual_fn_kwargs})
+        return cls(flags.dim, **{'scale_residual': flags.learns_residual_scale, **flags.residual_fn_kwargs})
 
     def __init__(self, dim: int, scale_residual: bool = False, **kwargs: Any) -> None:
         super().__init__()

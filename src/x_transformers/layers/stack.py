@@ -19,7 +19,7 @@ from x_transformers.flags.rules import check_stack
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
-from x_transformers.layers.across_depth import ConcatCombine, DynamicLIMe
+from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe
 from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams
 from x_transformers.layers.call import Around, Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
@@ -34,7 +34,7 @@ from x_transformers.tensor_types import Bool, Float, Int
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from x_transformers.flags.keywords import CrossAttenderKeywords, EncoderKeywords, StackKeywords
+    from x_transformers.flags.keywords import BlockKeywords, CrossAttenderKeywords, EncoderKeywords, StackKeywords
     from x_transformers.flags.per_layer import Each
 
 
@@ -71,8 +71,7 @@ class AttentionLayers(Module):
         self._plan = plan
         self._tell(flags, plan)
         self.layers = nn.ModuleList([make_layer(flags, spec, self.is_causal) for spec in plan.layers])
-        has_final = flags.resi_dual or (flags.pre_norm and flags.pre_norm_has_final_norm)
-        self.final_norm = make_norm(flags) if has_final else Identity()
+        self.final_norm = make_norm(flags) if flags.has_final_norm else Identity()
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
         self._build_depth(flags, plan)
         self._build_positions(flags)
@@ -111,6 +110,11 @@ class AttentionLayers(Module):
             mixes = [plan.mixed_views(index) for index in range(len(plan.order))]
             self.layer_integrators = nn.ModuleList(
                 [DynamicLIMe(dim, index + 1, num_views=views, use_softmax=softmax) for index, views in enumerate(mixes)]
+            )
+        if flags.attn_aggregated_residuals:
+            kwargs = {'lora_rank': flags.aggregated_rank, **flags.attn_aggregated_residual_kwargs}
+            self.layer_integrators = nn.ModuleList(
+                [AggregatedResiduals(dim, num_views=layer.views, **kwargs) for layer in plan.layers]
             )
         self.skip_combines = nn.ModuleList()
         for layer in plan.layers:
@@ -168,6 +172,8 @@ class AttentionLayers(Module):
         streams = self.streams.open(x, self.stream_emb)
         layers = self._layers()
         for step in call.steps:
+            if step.block:
+                streams = self._begin_block(step.block, streams, call, record)
             streams = self._join(step, streams, carry)
             around = self._around(step, call, carry, x.device)
             written, seen = layers[step.layer](streams, condition, wide_condition, around)
@@ -187,7 +193,10 @@ class AttentionLayers(Module):
             streams = softclamp(streams, self.softclamp_value)
         if call.cache is not None:
             call.cache.advance(call.span.new)
-        return self.streams.close(streams, lambda t: call_norm(self.final_norm, t, condition)), record
+        out = self.streams.close(streams, lambda t: call_norm(self.final_norm, t, condition))
+        if record.wanted:
+            record.block_hiddens.append(out)
+        return out, record
 
     def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device) -> Around:
         given = call.for_step(step, carry, self._lost_context())
@@ -196,12 +205,25 @@ class AttentionLayers(Module):
             given,
             injected=call.injected,
             mem_condition=call.condition_of_memory(given.mem),
-            mixture=None if self.layer_integrators is None else self.layer_integrators[step.index],
+            mixture=self._mixture(step),
+            tokens=call.padding,
             before=tuple(carry.seen),
             shows=call.return_attn,
             drop=self._drops(step, call, device),
             checkpoint=self.flags.gradient_checkpointing and self.training,
         )
+
+    def _begin_block(self, block: int, streams: Tensor, call: Inputs, record: Record) -> Tensor:
+        """The streams that enter the ``block``-th executed block, changed as the caller wishes."""
+        if record.wanted and block > 1:
+            record.block_hiddens.append(self.streams.last(streams))
+        return streams if call.transform_block is None else call.transform_block(block, streams)
+
+    def _mixture(self, step: Step) -> nn.Module | None:
+        """What mixes the inputs of all layers so far: one for each step, or for each layer where any number can be mixed."""
+        if self.layer_integrators is None:
+            return None
+        return self.layer_integrators[step.layer if self.flags.attn_aggregated_residuals else step.index]
 
     def _join(self, step: Step, streams: Tensor, carry: Carry) -> Tensor:
         """U-Net: a later layer is joined with what an earlier one saw."""
@@ -254,6 +276,8 @@ class AttentionLayers(Module):
         cross_attn_kv_residuals: Tensor | None = None,
         flash_pack_seq_kwargs: dict[str, Any] | None = None,
         flash_pack_seq_context_kwargs: dict[str, Any] | None = None,
+        repeat_blocks: Any = None,
+        transform_block_inputs: Any = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack. Every boolean mask: True is a token, or may be seen.
 
@@ -273,7 +297,11 @@ class AttentionLayers(Module):
           added to every branch's input.
         - ``self_attn_kv_residuals``, ``cross_attn_kv_residuals``: added to the keys' and values' input, (b n d) in the first
           layer or (layers b n d). ``deep_embeds_and_ids``: a table of factors for feed-forwards, and ids into it.
-        - ``layers_execute_order``: indices of layers. ``flash_pack_seq_kwargs``, ``flash_pack_seq_context_kwargs``:
+        - ``layers_execute_order``: indices of layers. ``repeat_blocks``: ``(block, times)`` or ``((first, last), times)``, or a
+          tuple of those: these blocks run so often, the others once (https://dnhkng.github.io/posts/rys/).
+          ``transform_block_inputs``: by the number of an executed block, from 1, a function of what enters it; or one function
+          (number, stream).
+        - ``flash_pack_seq_kwargs``, ``flash_pack_seq_context_kwargs``:
           ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
 
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
@@ -284,7 +312,7 @@ class AttentionLayers(Module):
             input_not_include_cache, cache_age, return_hiddens, rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias,
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
             condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
-            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs,
+            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, None, repeat_blocks, transform_block_inputs,
         ))  # fmt: skip
 
     def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:
@@ -386,6 +414,17 @@ class PrefixDecoder(AttentionLayers):
         return self.answer(x, Given(*args, **kwargs))
 
 
+class TransformerBlock(AttentionLayers):
+    """One block, or ``depth`` of them, without a final norm: a piece of a model of one's own."""
+
+    __signature__ = ClassSignature(StackFlags)
+
+    def __init__(  # type: ignore[misc]
+        self, dim: int, *, depth: int = 1, pre_norm_has_final_norm: bool = False, **flags: Unpack[BlockKeywords]
+    ) -> None:
+        super().__init__(dim, depth=depth, pre_norm_has_final_norm=pre_norm_has_final_norm, **flags)
+
+
 class CrossAttender(AttentionLayers):
     """Cross attention and feed-forwards, no self attention."""
 
@@ -395,4 +434,4 @@ class CrossAttender(AttentionLayers):
         super().__init__(**sets('CrossAttender', flags, cross_attend=True, only_cross=True))
 
 
-__all__ = ['AttentionLayers', 'CrossAttender', 'Decoder', 'Encoder', 'Intermediates', 'PrefixDecoder']
+__all__ = ['AttentionLayers', 'CrossAttender', 'Decoder', 'Encoder', 'Intermediates', 'PrefixDecoder', 'TransformerBlock']

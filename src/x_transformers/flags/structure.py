@@ -1,0 +1,75 @@
+"""Flags of a stack that 2.16.1 does not have: its structure, its residuals, and what enters it.
+
+Derived: ``branch_scale``, the constant factor on what branches write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from x_transformers.flags.base import flag
+from x_transformers.flags.layered import LayeredFlags
+
+AGGREGATED = ('https://arxiv.org/abs/2603.15031', 'https://arxiv.org/abs/2601.21582')
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StructureFlags(LayeredFlags):
+    """Base of ``StackFlags``; in the signature these stand behind those of 2.16.1."""
+
+    if TYPE_CHECKING:
+        # of 2.16.1
+        scale_residual: bool | float
+        num_residual_streams: int
+        integrate_layers: bool
+
+    only_attn: bool = flag(False, 'No feed-forwards.', paper='https://arxiv.org/abs/2607.18363', since='2.31.10')
+    pre_and_post_norm: bool = flag(
+        False, 'Norm before each branch and again after each residual sum; no final norm.', since='2.17.0'
+    )
+    depth_scale_residual: bool | float = flag(
+        False,
+        'Output projections start smaller the deeper they are, with variance 1 / (2 · width · block); a number: a constant '
+        "factor on the branches' outputs instead.",
+        paper=('https://arxiv.org/abs/2309.16620', 'https://arxiv.org/abs/2310.02244'), since='2.31.10',
+    )  # fmt: skip
+
+    attn_aggregated_residuals: bool = flag(
+        False, 'Attention residuals: each branch sees a mixture of the inputs of all layers so far, weighted by attention.',
+        paper=AGGREGATED, since='2.17.0',
+    )  # fmt: skip
+    attn_aggregated_residual_kwargs: Mapping[str, Any] = flag(
+        {}, 'Of the queries of that attention: lora_rank (64), lora_activation.', paper=AGGREGATED,
+        parent='attn_aggregated_residuals', since='2.17.0',
+    )  # fmt: skip
+    mv_split_residual: bool = flag(
+        False, 'The mean over time (so far, in causal stacks) and the deviation from it are written by different factors.',
+        paper='https://arxiv.org/abs/2605.06169', since='2.19.0', one_of='residual',
+    )  # fmt: skip
+    gated_multi_residual: bool = flag(
+        False, 'Streams are read and written through low-rank gates per channel; residual_fn_kwargs needs read_gate_rank.',
+        paper='https://qwen.ai/blog?id=qwen3.8-flash-next', parent='num_residual_streams', since='2.31.10',
+    )  # fmt: skip
+
+    @property
+    def mixes_layers(self) -> bool:
+        """Branches see mixtures of what entered all layers so far."""
+        return self.integrate_layers or self.attn_aggregated_residuals
+
+    @property
+    def gated_streams(self) -> bool:
+        return self.gated_multi_residual and self.num_residual_streams > 1
+
+    @property
+    def aggregated_rank(self) -> int:
+        return int(self.attn_aggregated_residual_kwargs.get('lora_rank', 64))
+
+    @property
+    def branch_scale(self) -> float:
+        """The constant factor on what branches write."""
+        for given in (self.depth_scale_residual, self.scale_residual):
+            if not isinstance(given, bool):
+                return float(given)
+        return 1.0
