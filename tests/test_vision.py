@@ -100,3 +100,54 @@ def test_bytes_and_two_answers_at_once_are_refused() -> None:
         build()(torch.zeros(1, 2, 6, 6, dtype=torch.uint8))
     with pytest.raises(ValueError, match='exclude each other'):
         build()(torch.randn(1, 2, 6, 6), return_embeddings=True, return_logits_and_embeddings=True)
+
+
+def of_patches(**flags):
+    from x_transformers import Encoder, ViTransformerWrapper
+
+    torch.manual_seed(0)
+    stack = Encoder(dim=16, depth=1, heads=2)
+    return ViTransformerWrapper(image_size=(4, 6), patch_size=(2, 3), channels=2, attn_layers=stack, **flags).eval()
+
+
+def test_patches_that_are_not_square_are_read_row_by_row():
+    model = of_patches()
+    img = torch.arange(2 * 4 * 6.0).view(1, 2, 4, 6)
+    patches = model.patches(img)
+    assert patches.shape == (1, 4, 12)
+    for number, (top, left) in enumerate(((0, 0), (0, 3), (2, 0), (2, 3))):
+        wanted = [img[0, c, top + y, left + x] for y in range(2) for x in range(3) for c in range(2)]
+        torch.testing.assert_close(patches[0, number], torch.stack(wanted))
+    with pytest.raises(ValueError, match=r'\(batch, 2, 4, 6\)'):
+        model(torch.randn(1, 2, 6, 4))
+
+
+def test_a_cls_token_has_a_position_and_makes_the_logits():
+    model = of_patches(use_cls_token=True, num_classes=3, patch_norm=False, patch_bias=False)
+    assert model.pos_embedding.shape == (1, 5, 16)
+    linear = model.patch_to_embedding[1]
+    assert linear.bias is None
+    img = torch.randn(2, 2, 4, 6)
+    rows = torch.cat((model.cls_token.expand(2, 1, -1), model.patches(img) @ linear.weight.t()), dim=1) + model.pos_embedding
+    wanted = model.attn_layers(rows)
+    torch.testing.assert_close(model(img, return_embeddings=True), wanted)
+    torch.testing.assert_close(model(img), model.mlp_head(wanted[:, 0]))
+
+
+def test_registers_that_are_kept_stand_between_cls_token_and_patches():
+    model = of_patches(use_cls_token=True, cls_and_mean=True, num_classes=3, num_register_tokens=2, keep_register_tokens=True)
+    img = torch.randn(2, 2, 4, 6)
+    logits, embeds = model(img, return_logits_and_embeddings=True)
+    assert embeds.shape == (2, 7, 16)
+    wanted = torch.cat((embeds[:, 0], embeds[:, 3:].mean(dim=1)), dim=-1)
+    torch.testing.assert_close(logits, model.mlp_head(wanted))
+
+
+def test_sizes_of_images_are_one_number_or_two():
+    from x_transformers import Encoder, ViTransformerWrapper
+    from x_transformers.flags.base import FlagError
+
+    with pytest.raises(FlagError, match='one side, or height and width'):
+        ViTransformerWrapper(image_size=(4, 4, 4), patch_size=2, attn_layers=Encoder(dim=16, depth=1))
+    with pytest.raises(FlagError, match='patches tile the image'):
+        ViTransformerWrapper(image_size=(4, 6), patch_size=4, attn_layers=Encoder(dim=16, depth=1))

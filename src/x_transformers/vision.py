@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,9 @@ class ViTransformerWrapper(Module):
 
     __signature__: Any = ClassSignature(VisionFlags)
 
-    def __init__(self, *, image_size: int, patch_size: int, attn_layers: nn.Module, **flags: Any) -> None:
+    def __init__(
+        self, *, image_size: int | tuple[int, int], patch_size: int | tuple[int, int], attn_layers: nn.Module, **flags: Any
+    ) -> None:
         super().__init__()
         given = {'image_size': image_size, 'patch_size': patch_size, 'attn_layers': attn_layers, **flags}
         flags_ = VisionFlags.parse(given, where='ViTransformerWrapper')
@@ -37,18 +40,25 @@ class ViTransformerWrapper(Module):
         # kept for reading; the stack lives in its slot only
         self.flags = replace(flags_, attn_layers=nn.Identity())
         stack: Any = attn_layers
-        dim, patch_dim = stack.dim, flags_.channels * patch_size**2
+        dim, patch_dim = stack.dim, flags_.channels * math.prod(flags_.patch_sides)
         self.dim, self.image_size, self.patch_size, self.channels = dim, image_size, patch_size, flags_.channels
-        self.pos_embedding = empty_parameter(1, flags_.num_patches, dim)
+        self.cls_token = empty_parameter(1, dim) if flags_.use_cls_token else None
+        self.pos_embedding = empty_parameter(1, flags_.num_patches + flags_.use_cls_token, dim)
         registers = flags_.num_register_tokens
         self.num_register_tokens = registers
         self.register_tokens = empty_parameter(registers, dim) if registers else None
-        self.patch_to_embedding = nn.Sequential(LayerNorm(patch_dim), nn.Linear(patch_dim, dim), LayerNorm(dim))
+        self.patch_to_embedding = nn.Sequential(
+            LayerNorm(patch_dim) if flags_.patch_norm else nn.Identity(),
+            nn.Linear(patch_dim, dim, bias=flags_.patch_bias),
+            LayerNorm(dim) if flags_.patch_norm else nn.Identity(),
+        )
         norm = LayerNorm(dim, bias=stack.flags.norm_bias, eps=stack.flags.norm_eps) if flags_.post_emb_norm else nn.Identity()
         self.post_emb_norm = norm
         self.dropout = nn.Dropout(flags_.emb_dropout)
         self.attn_layers: Any = attn_layers
-        self.mlp_head = nn.Identity() if flags_.num_classes is None else nn.Linear(dim, flags_.num_classes)
+        self.mlp_head = (
+            nn.Identity() if flags_.num_classes is None else nn.Linear(dim * (1 + flags_.cls_and_mean), flags_.num_classes)
+        )
         self.init_own()
 
     @torch.no_grad()
@@ -56,24 +66,27 @@ class ViTransformerWrapper(Module):
         nn.init.normal_(self.pos_embedding)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
 
     def patches(self, img: Float[Tensor, 'b c h w']) -> Float[Tensor, 'b n p']:
         """Patches row by row; the features of each are ordered by row, column and channel."""
-        size = self.patch_size
-        side = self.image_size // size
-        grid = img.reshape(img.shape[0], self.channels, side, size, side, size)
-        return grid.permute(0, 2, 4, 3, 5, 1).reshape(img.shape[0], side * side, self.channels * size**2)
+        (height, width), (down, across) = self.flags.image_sides, self.flags.patch_sides
+        grid = img.reshape(img.shape[0], self.channels, height // down, down, width // across, across)
+        width_of_patch = self.channels * down * across
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(img.shape[0], self.flags.num_patches, width_of_patch)
 
     def forward(
         self, img: Float[Tensor, 'b c h w'], return_embeddings: bool = False, return_logits_and_embeddings: bool = False
     ) -> Any:
         """Logits (b classes); the mean embedding (b d) if there are no classes.
 
-        ``return_embeddings``: an embedding per patch, (b n d); ``return_logits_and_embeddings``: both.
+        ``return_embeddings``: an embedding per patch, (b n d), behind those of a cls token and, if they are kept, of registers;
+        ``return_logits_and_embeddings``: both.
         """
         if return_embeddings and return_logits_and_embeddings:
             raise ValueError('return_embeddings and return_logits_and_embeddings exclude each other; the second returns both.')
-        wanted = (self.channels, self.image_size, self.image_size)
+        wanted = (self.channels, *self.flags.image_sides)
         if img.ndim != 4 or tuple(img.shape[1:]) != wanted:
             raise ValueError(
                 f'img must have shape (batch, {", ".join(map(str, wanted))}), as channels={self.channels} and '
@@ -81,13 +94,27 @@ class ViTransformerWrapper(Module):
             )
         if not img.is_floating_point():
             raise TypeError(f'img must be of floating dtype, got {img.dtype}; bytes are scaled by img.float() / 255.')
-        x = self.patch_to_embedding(self.patches(img.to(self.pos_embedding.dtype))) + self.pos_embedding
-        x = self.dropout(self.post_emb_norm(x))
+        x = self.patch_to_embedding(self.patches(img.to(self.pos_embedding.dtype)))
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
+        x = self.dropout(self.post_emb_norm(x + self.pos_embedding))
         length = x.shape[1]
         if self.register_tokens is not None:
             x = torch.cat((x, self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1)
-        embeds = self.attn_layers(x)[:, :length]
+        out = self.attn_layers(x)
+        embeds, registers = out[:, :length], out[:, length:]
+        pooled = self.pooled(embeds)
+        if self.flags.keep_register_tokens:
+            front = 0 if self.cls_token is None else 1
+            embeds = torch.cat((embeds[:, :front], registers, embeds[:, front:]), dim=1)
         if return_embeddings:
             return embeds
-        logits = self.mlp_head(embeds.mean(dim=1))
+        logits = self.mlp_head(pooled)
         return (logits, embeds) if return_logits_and_embeddings else logits
+
+    def pooled(self, embeds: Float[Tensor, 'b n d']) -> Float[Tensor, 'b c']:
+        """What logits are made of: the mean of the patches, the cls token, or both."""
+        if self.cls_token is None:
+            return embeds.mean(dim=1)
+        cls, patches = embeds[:, 0], embeds[:, 1:]
+        return torch.cat((cls, patches.mean(dim=1)), dim=-1) if self.flags.cls_and_mean else cls

@@ -516,3 +516,8 @@ class VisionKeywords(TypedDict, total=False):
     post_emb_norm: bool
     num_register_tokens: int
     emb_dropout: float
+    patch_norm: bool
+    patch_bias: bool
+    use_cls_token: bool
+    cls_and_mean: bool
+    keep_register_tokens: bool

@@ -5,6 +5,7 @@ Derived, WrapperFlags: ``num_mem_tokens`` (memory tokens as a number).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,12 +116,17 @@ class WrapperFlags(Flags):
         return self.num_memory_tokens or 0
 
 
+def sides(size: int | tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of what is given by one side or by both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class VisionFlags(Flags):
     """Every keyword of ``ViTransformerWrapper``."""
 
-    image_size: int = flag(REQUIRED, 'Height and width of the image.', low=1)
-    patch_size: int = flag(REQUIRED, 'Height and width of a patch.', low=1)
+    image_size: int | tuple[int, ...] = flag(REQUIRED, 'Side of the image; or its height and width.', low=1)
+    patch_size: int | tuple[int, ...] = flag(REQUIRED, 'Side of a patch; or its height and width.', low=1)
     attn_layers: nn.Module = flag(REQUIRED, 'The stack, usually an Encoder.')
     channels: int = flag(3, 'Channels of the image.', low=1)
     num_classes: int | None = flag(None, 'Number of logits; None: the pooled embedding is returned.', low=1)
@@ -129,7 +135,29 @@ class VisionFlags(Flags):
         0, 'Learned tokens behind the patches that are dropped afterwards.', paper='https://arxiv.org/abs/2309.16588', low=0
     )
     emb_dropout: float = flag(0.0, 'Dropout on the embedded patches.', low=0.0, high=1.0)
+    patch_norm: bool = flag(True, 'Layer norms around the map that embeds patches.', since='here')
+    patch_bias: bool = flag(True, 'A bias in the map that embeds patches.', since='here')
+    use_cls_token: bool = flag(
+        False, 'Logits of a learned token in front of the patches, which has a position too.',
+        paper='https://arxiv.org/abs/2010.11929', since='here',
+    )  # fmt: skip
+    cls_and_mean: bool = flag(
+        False, 'Logits of that token beside the mean of the patches.', paper='https://arxiv.org/abs/2304.07193',
+        parent='use_cls_token', since='here',
+    )  # fmt: skip
+    keep_register_tokens: bool = flag(
+        False, 'The embeddings hold the register tokens too, in front of the patches.', parent='num_register_tokens',
+        since='here',
+    )  # fmt: skip
+
+    @cached_property
+    def image_sides(self) -> tuple[int, int]:
+        return sides(self.image_size)
+
+    @cached_property
+    def patch_sides(self) -> tuple[int, int]:
+        return sides(self.patch_size)
 
     @cached_property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(image // patch for image, patch in zip(self.image_sides, self.patch_sides, strict=True))

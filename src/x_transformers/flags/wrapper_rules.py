@@ -194,7 +194,14 @@ ALONE_RULES = (
 VISION_RULES = (
     Rule(
         ('image_size', 'patch_size'),
-        lambda flags, dim: flags.image_size % flags.patch_size != 0,
+        lambda flags, dim: any(isinstance(size, tuple) and len(size) != 2 for size in (flags.image_size, flags.patch_size)),
+        'a size is one side, or height and width',
+        {'image_size': (8, 8, 3), 'patch_size': 4},
+        'Give one number or two.',
+    ),
+    Rule(
+        ('image_size', 'patch_size'),
+        lambda flags, dim: any(image % patch for image, patch in zip(flags.image_sides, flags.patch_sides, strict=True)),
         'patches tile the image',
         {'image_size': 10, 'patch_size': 4},
         'Choose a divisor of {image_size}.',
