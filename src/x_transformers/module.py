@@ -6,7 +6,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -85,6 +86,16 @@ class Module(nn.Module):
     a class that knows it (``ConstantLinear``). Hence ``to_empty(device=...)``, then ``reset_parameters()``, gives a new model.
     """
 
+    made_with: tuple[tuple[Any, ...], dict[str, Any]]
+    # the config of the published model that the weights came from
+    hf_config: dict[str, Any] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        # in the dictionary, as nn.Module's own __setattr__ needs its constructor to have run
+        self.__dict__['made_with'] = (args, kwargs)
+        return self
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         modes.asked(self, mode)
@@ -98,6 +109,37 @@ class Module(nn.Module):
         for child in self.children():
             reset_parameters(child)
         self.init_own()
+
+    # ------------------------------------------------------------ a model is a folder
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a folder: ``config.json`` with its flags, its weights as safetensors, a model card.
+
+        Raises FlagError if a flag is no plain data, such as a function.
+        """
+        from x_transformers.saving.folder import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The model of this class that ``save_pretrained`` has written, in evaluation mode; or a name on the Hugging Face Hub.
+
+        ``dtype``: of its floating weights; None: as they are stored. Raises FolderError if the folder holds no such model.
+        """
+        from x_transformers.saving.folder import load
+        from x_transformers.saving.hub import fetched
+
+        model: Self = load(cls, fetched(folder), device=device, dtype=dtype)
+        return model
+
+    def push_to_hub(self, repo_id: str, **keywords: Any) -> str:
+        """Upload what ``save_pretrained`` writes, by ``huggingface_hub``; ``keywords`` are those of its ``ModelHubMixin``."""
+        from x_transformers.saving.hub import push
+
+        return push(self, repo_id, **keywords)
 
 
 class ExactBuffers(Module):

@@ -1,0 +1,1 @@
+"""A model is a folder: its flags in config.json, its weights in safetensors files."""

@@ -1,0 +1,232 @@
+"""Saving a model as a folder, and making a model of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.flags.base import FlagError
+from x_transformers.module import Module
+from x_transformers.saving.errors import FolderError
+from x_transformers.saving.plain import from_plain, to_plain
+from x_transformers.saving.tensors import Weights, read_json, write
+
+CONFIG, CARD = 'config.json', 'README.md'
+FORMAT = 'x_transformers'
+# raised when an older library could no longer read a folder
+VERSION = 1
+HEADER = ('format', 'format_version', 'library_version', 'model', 'tied', 'hf')
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its name when everything is written; files that others put there stay."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f'{folder} must be a folder or a new name, but is a file.')
+    fresh = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        if not folder.exists():
+            fresh.rename(folder)
+            return
+        names = {file.name for file in fresh.iterdir()}
+        # weights of an earlier save would be taken for some of this one's
+        stale = [*folder.glob('*.safetensors'), *folder.glob('*.safetensors.index.json')]
+        for file in fresh.iterdir():
+            file.replace(folder / file.name)
+        for file in stale:
+            if file.name not in names:
+                file.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def library_version() -> str:
+    try:
+        return version('x-transformers')
+    except PackageNotFoundError:
+        return 'unknown'
+
+
+def once_each(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(every tensor under its first name, the names of others that are the same: their first name)."""
+    first: dict[int, str] = {}
+    kept: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    # keep_vars: the parameters themselves, by which sharing is told
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            same[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            kept[name] = tensor
+    return kept, same
+
+
+def save(model: Module, folder: str | Path) -> None:
+    """Write ``config.json``, ``model.safetensors`` and, unless there is one, a model card. Existing weights are replaced."""
+    folder = Path(folder)
+    plain = to_plain(model)
+    tensors, same = once_each(model)
+    config = {
+        'format': FORMAT,
+        'format_version': VERSION,
+        'library_version': library_version(),
+        'model': plain,
+        **({'tied': same} if same else {}),
+        **({'hf': model.hf_config} if getattr(model, 'hf_config', None) is not None else {}),
+    }
+    with written_whole(folder) as fresh:
+        write(fresh, tensors.items(), metadata={'format': 'pt'})
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        if not (folder / CARD).exists():
+            (fresh / CARD).write_text(card(model, plain), encoding='utf-8')
+
+
+def card(model: nn.Module, plain: Mapping[str, Any]) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    flags = json.dumps(plain, indent=2)
+    return (
+        '---\nlibrary_name: x-transformers\ntags:\n- x-transformers\n- pytorch\n---\n\n'
+        f'# {plain["class"]}\n\n{count:,} parameters.\n\n'
+        f'```python\nfrom x_transformers import {plain["class"]}\n\n'
+        f"model = {plain['class']}.from_pretrained('path/of/this/folder')\n```\n\n## Flags\n\n```json\n{flags}\n```\n"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of one of our folders. Raises FolderError for any other."""
+    if not folder.is_dir():
+        raise FolderError(f'{folder} is no folder.')
+    config = read_json(folder / CONFIG)
+    if config.get('format') != FORMAT:
+        kind = config.get('model_type')
+        hint = f' Its model_type is {kind!r}: use x_transformers.hf.from_hf.' if kind else ''
+        raise FolderError(f'{folder / CONFIG} must have "format": "{FORMAT}", got {config.get("format")!r}.{hint}')
+    if not isinstance(config.get('format_version'), int) or config['format_version'] > VERSION:
+        raise FolderError(
+            f'{folder / CONFIG} is of format version {config.get("format_version")!r}, and this library reads {VERSION}. '
+            'Install a newer one.'
+        )
+    unknown = [name for name in config if name not in HEADER]
+    if unknown or not isinstance(config.get('model'), Mapping):
+        what = f'unknown keys {", ".join(map(repr, unknown))}' if unknown else "no 'model'"
+        raise FolderError(f'{folder / CONFIG} has {what}; its keys are {", ".join(HEADER)}.')
+    return config
+
+
+def load(
+    cls: type[Module], folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Any:
+    """A model in evaluation mode from a folder that ``save`` has written, one tensor at a time.
+
+    ``cls``: what it must be. ``dtype``: of floating weights; None: as they are stored. Raises FolderError for a folder that
+    does not hold such a model, UnknownFlag for flags that this version does not know.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    name = config['model'].get('class')
+    with torch.device('meta'):
+        model = from_plain(config['model'], extra=cls)
+    if not isinstance(model, cls):
+        raise FolderError(f'{folder} holds a {name}, not a {cls.__name__}. Use {name}.from_pretrained.')
+    weights = Weights(folder)
+    same = config.get('tied', {})
+    wanted, _ = once_each(model)
+    check_names(folder, wanted, weights, same)
+    fill(model, {target: partial(weights.__getitem__, target) for target in wanted}, device=device, dtype=dtype)
+    if 'hf' in config:
+        model.hf_config = config['hf']
+    return model.eval()
+
+
+def check_names(folder: Path, wanted: Mapping[str, Tensor], weights: Weights, same: Mapping[str, str]) -> None:
+    missing = [name for name in wanted if name not in weights]
+    left = [name for name in weights if name not in wanted and name not in same]
+    shapes = [
+        f'{name} is {weights.shape(name)} in the file and {tuple(t.shape)} in the model'
+        for name, t in wanted.items()
+        if name in weights and weights.shape(name) != tuple(t.shape)
+    ]
+    complain(folder, missing, left, shapes)
+
+
+def complain(folder: Path, missing: list[str], left: list[str], shapes: list[str]) -> None:
+    """Raise one FolderError for names that are missing, left over or of another shape."""
+    parts = [
+        f'{what}: {", ".join(names[:5])}{f" and {len(names) - 5} more" if len(names) > 5 else ""}'
+        for what, names in (('missing', missing), ('left over', left), ('of another shape', shapes))
+        if names
+    ]
+    if parts:
+        raise FolderError(f'The weights in {folder} do not fit its config: {"; ".join(parts)}.')
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    sources: Mapping[str, Callable[[], Tensor]],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give a model that was built on the meta device its tensors, one after the other.
+
+    Buffers without a source are made as the constructors make them. A parameter that several modules share stays shared.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    fresh_buffers(model, device)
+    filled: dict[int, nn.Parameter] = {}
+    slots: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for slot, parameter in module._parameters.items():
+            if parameter is not None:
+                slots.setdefault(id(parameter), []).append((module, slot))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, source in sources.items():
+        tensor = source()
+        if dtype is not None and tensor.is_floating_point() and name in named:
+            tensor = tensor.to(dtype)
+        if name in buffers:
+            buffers[name].copy_(tensor)
+            continue
+        old = named[name]
+        if tuple(tensor.shape) != tuple(old.shape):
+            raise FolderError(f'{name} is {tuple(tensor.shape)} in the file and {tuple(old.shape)} in the model.')
+        new = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
+        filled[id(old)] = new
+        for module, slot in slots[id(old)]:
+            module._parameters[slot] = new
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise FolderError(f'No tensor was given for {", ".join(left[:5])}.')
+
+
+def fresh_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers on the meta device become real ones, filled as the constructors fill them."""
+    for module in model.modules():
+        if not any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        if isinstance(module, Module):
+            module.init_own()
+        elif hasattr(module, 'reset_parameters'):
+            raise FlagError(f'{type(module).__name__} has buffers that cannot be made again.')
+
+
+__all__ = ['card', 'complain', 'fill', 'load', 'once_each', 'read_config', 'save', 'written_whole']

@@ -1,0 +1,116 @@
+"""Models as plain data: the class and the keywords that it was made with, in a form that a JSON file can hold."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+import x_transformers
+from x_transformers.flags.base import FlagError, UnknownFlag
+from x_transformers.module import Module
+from x_transformers.saving.errors import FolderError
+
+# classes that are saved with models but are not names of the top level
+OTHERS = {
+    'AttentionLayers': 'x_transformers.layers.stack',
+    'TokenEmbedding': 'x_transformers.embedding.token',
+    'SelfCritic': 'x_transformers.nonautoregressive_wrapper',
+    'FreeTransformer': 'x_transformers.free_transformer',
+    'GPTVAE': 'x_transformers.gpt_vae',
+    'UniversalPretrainWrapper': 'x_transformers.up_wrapper',
+    'SyntheticDataGenerator': 'x_transformers.up_wrapper',
+    'LatentAutoregressive': 'x_transformers.gpt_lejepa',
+    'XMLatentDecoder': 'x_transformers.xm_latent_decoder',
+    'DiscoverDecoder': 'x_transformers.discover_wrapper',
+    'ContinuousTransformerAutoencoder': 'x_transformers.continuous_autoencoder',
+    'WhisperEncoder': 'x_transformers.hf.modules',
+    'TypedTokenEmbedding': 'x_transformers.hf.modules',
+}
+
+
+def class_named(name: Any, extra: type | None = None) -> type[Module]:
+    """The class of the library of that name, or ``extra``, the caller's own."""
+    if extra is not None and name == extra.__name__:
+        return extra
+    found: Any = None
+    if name in OTHERS:
+        found = getattr(import_module(OTHERS[name]), name)
+    elif name in x_transformers.__all__:
+        found = getattr(x_transformers, name)
+    if not (isinstance(found, type) and issubclass(found, Module)):
+        raise FolderError(f'There is no model class {name!r} in this version of the library.')
+    return found
+
+
+def keywords_of(model: Module) -> dict[str, Any]:
+    """The keywords that a model was made with; modules among them are those that it holds now."""
+    args, kwargs = model.made_with
+    cls = type(model)
+    bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)
+    found: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise FlagError(f'{cls.__name__} was made with unnamed arguments, which a file cannot name. Give keywords.')
+        else:
+            found[name] = value
+    return {name: getattr(model, name, value) if isinstance(value, nn.Module) else value for name, value in found.items()}
+
+
+def to_plain(model: nn.Module) -> dict[str, Any]:
+    """``{'class': ..., **keywords}`` of a model. Raises FlagError naming all keywords that a file cannot hold."""
+    wrong: list[str] = []
+    plain = _plain_module(model, type(model).__name__, wrong)
+    if wrong:
+        raise FlagError(*wrong)
+    return plain
+
+
+def _plain_module(model: nn.Module, path: str, wrong: list[str]) -> dict[str, Any]:
+    if not isinstance(model, Module) or not hasattr(model, 'made_with'):
+        wrong.append(f'{path} must be a model of the library to be saved with its flags, got {type(model).__name__}.')
+        return {}
+    flags = {name: _plain(value, f'{path}: {name}', wrong) for name, value in keywords_of(model).items()}
+    return {'class': type(model).__name__, **flags}
+
+
+def _plain(value: Any, path: str, wrong: list[str]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, path, wrong) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry, f'{path}[{name!r}]', wrong) for name, entry in value.items()}
+    if isinstance(value, Module):
+        return _plain_module(value, path, wrong)
+    what = getattr(value, '__name__', type(value).__name__)
+    wrong.append(f'{path} must be plain data to be saved in a file, got {what}. Save the state_dict instead, or give a name.')
+    return None
+
+
+def from_plain(plain: Mapping[str, Any], extra: type | None = None) -> Module:
+    """The model that ``to_plain`` describes, untrained. Raises UnknownFlag for keywords that its class does not have."""
+    cls = class_named(plain.get('class'), extra)
+    keywords = {name: _value(value) for name, value in plain.items() if name != 'class'}
+    known = inspect.signature(cls.__init__).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        unknown = [name for name in keywords if name not in known]
+        if unknown:
+            raise UnknownFlag(*(f'{cls.__name__}: there is no keyword `{name}`.' for name in unknown))
+    return cls(**keywords)
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if 'class' in value:
+            return from_plain(value)
+        return {name: _value(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return tuple(_value(entry) for entry in value)
+    return value
