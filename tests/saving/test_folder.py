@@ -12,6 +12,7 @@ from torch import nn
 
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper, ViTransformerWrapper, XTransformer
 from x_transformers.flags.base import FlagError, UnknownFlag
+from x_transformers.flags.per_layer import per_layer
 from x_transformers.saving import tensors
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.tensors import Weights
@@ -87,6 +88,20 @@ def test_saving_again_leaves_no_old_weights_and_no_foreign_file_is_touched(tmp_p
     assert [file.name for file in tmp_path.glob('*.safetensors*')] == ['model.safetensors']
     assert (tmp_path / 'notes.txt').read_text() == 'mine'
     same_weights(model, TransformerWrapper.from_pretrained(tmp_path))
+
+
+def test_values_that_differ_between_layers(tmp_path):
+    stack = Decoder(
+        dim=16, depth=2, heads=2, attn_max_attend_past=(None, 3), ff_mult=lambda layer: layer + 1,
+        attn_qkv_bias=per_layer((('q',), True)),
+    )  # fmt: skip
+    model = TransformerWrapper(num_tokens=20, max_seq_len=32, attn_layers=stack).eval()
+    model.save_pretrained(tmp_path)
+    again = TransformerWrapper.from_pretrained(tmp_path)
+    same_weights(model, again)
+    assert again.attn_layers.flags.changed() == stack.flags.changed()
+    ids = torch.randint(0, 20, (2, 9))
+    torch.testing.assert_close(model(ids), again(ids), rtol=0, atol=0)
 
 
 def test_a_function_cannot_be_saved(tmp_path):

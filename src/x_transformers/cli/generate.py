@@ -19,7 +19,7 @@ class GenerateOptions:
     """Write with a trained model; the text is shown as it is sampled."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run folder, as written by x-transformers train."""
+    """Run folder, as written by x-transformers train; or a model folder with a tokenizer, as written by hf import."""
     prompt: str = '\n'
     """Beginning of the text."""
     length: int = 400
@@ -62,13 +62,20 @@ def main(arguments: Sequence[str]) -> int:
     options.check()
 
     import torch
+    from torch import nn
 
+    from x_transformers.hf.text import is_model_folder, language_model
     from x_transformers.training.build import choose_device
     from x_transformers.training.run import load_run, tokenizer_of
     from x_transformers.training.sample import as_text, sample_text
+    from x_transformers.training.tokens import load_tokenizer
 
-    model = load_run(Path(options.run), choose_device(options.device))
-    tokenizer = tokenizer_of(Path(options.run))
+    folder, device = Path(options.run), choose_device(options.device)
+    model: nn.Module
+    if is_model_folder(folder):
+        model, tokenizer = language_model(folder, device), load_tokenizer(folder)
+    else:
+        model, tokenizer = load_run(folder, device), tokenizer_of(folder)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     else:

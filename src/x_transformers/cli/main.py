@@ -14,6 +14,7 @@ COMMANDS = {
     'info': 'show what a set of flags builds: layers, parameters, operations, kernel, memory, cache',
     'ablate': 'train a baseline and ideas on the same seeds: which idea helps, with intervals and a page',
     'evidence': 'train on a published suite of tasks and show the result beside the published numbers',
+    'hf': 'explain, import and export models in the Hugging Face format',
     'bench': 'measure speed and memory against a minimal hand-written model (in a clone of the repository)',
 }
 BAD_INPUT = 2
@@ -51,11 +52,12 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
             return complain(EXTRA)
         raise
     from x_transformers.flags.base import FlagError
+    from x_transformers.saving.errors import FolderError
     from x_transformers.training.errors import TrainingError
 
     try:
         return int(command.main(arguments))
-    except (FlagError, TrainingError) as error:
+    except (FlagError, FolderError, TrainingError) as error:
         return complain(str(error))
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)

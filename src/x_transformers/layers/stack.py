@@ -15,6 +15,7 @@ from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.per_layer import per_layer
 from x_transformers.flags.rules import check_stack
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
@@ -61,6 +62,10 @@ class AttentionLayers(Module):
         given = {'dim': dim, 'depth': depth, 'heads': heads, 'causal': causal, **flags}
         parsed = StackFlags.parse(given, where=type(self).__name__)
         check_stack(parsed, type(self).__name__)
+        # values per layer as they are, not the function that they came from
+        made = {name: per_layer(value) for name, value in parsed.varying.items()}
+        args, keywords = self.made_with
+        self.made_with = args, {name: made.get(name, value) for name, value in keywords.items()}
         self._build(parsed, plan_layers(parsed))
         self.init_own()
 

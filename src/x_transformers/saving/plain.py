@@ -11,9 +11,12 @@ from torch import nn
 
 import x_transformers
 from x_transformers.flags.base import FlagError, UnknownFlag
+from x_transformers.flags.per_layer import PerLayer, per_layer
 from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
 
+# the key of a value for each layer
+PER_LAYER = 'per_layer'
 # classes that are saved with models but are not names of the top level
 OTHERS = {
     'AttentionLayers': 'x_transformers.layers.stack',
@@ -85,6 +88,8 @@ def _plain(value: Any, path: str, wrong: list[str]) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [_plain(entry, path, wrong) for entry in value]
+    if isinstance(value, PerLayer):
+        return {PER_LAYER: _plain(value.values, path, wrong)}
     if isinstance(value, Mapping):
         return {str(name): _plain(entry, f'{path}[{name!r}]', wrong) for name, entry in value.items()}
     if isinstance(value, Module):
@@ -110,6 +115,8 @@ def _value(value: Any) -> Any:
     if isinstance(value, Mapping):
         if 'class' in value:
             return from_plain(value)
+        if set(value) == {PER_LAYER}:
+            return per_layer(_value(value[PER_LAYER]))
         return {name: _value(entry) for name, entry in value.items()}
     if isinstance(value, list):
         return tuple(_value(entry) for entry in value)

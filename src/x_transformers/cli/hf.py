@@ -1,0 +1,91 @@
+"""x-transformers hf: models in the Hugging Face format, explained, imported and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from x_transformers.saving.errors import FolderError
+
+
+@dataclasses.dataclass(frozen=True)
+class Explain:
+    """Print the flags that a folder's config becomes, as Python that builds the model."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder in the Hugging Face format, or a name on the Hub."""
+
+    def run(self) -> None:
+        from x_transformers.hf import explain
+        from x_transformers.saving.hub import fetched
+        from x_transformers.saving.tensors import read_json
+
+        print(explain(read_json(fetched(self.folder) / 'config.json')))
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Make a folder of this library out of one in the Hugging Face format; the tokenizer comes along."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder in the Hugging Face format, or a name on the Hub."""
+    target: Annotated[str, tyro.conf.Positional]
+    """Folder to write."""
+    dtype: str | None = None
+    """Such as bfloat16; None: as the weights are stored."""
+
+    def run(self) -> None:
+        from x_transformers.hf import from_hf
+        from x_transformers.hf.convert import copy_tokenizer
+        from x_transformers.saving.hub import fetched
+
+        source, target = fetched(self.source), Path(self.target)
+        from_hf(source, dtype=dtype_named(self.dtype)).save_pretrained(target)
+        report(target, copy_tokenizer(source, target))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a model of this library in the Hugging Face format."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder that save_pretrained or hf import has written."""
+    target: Annotated[str, tyro.conf.Positional]
+    """Folder to write."""
+    family: str | None = None
+    """The model_type to write, such as llama; None: that of the import, or any that fits."""
+
+    def run(self) -> None:
+        from x_transformers.hf import to_hf
+        from x_transformers.hf.convert import copy_tokenizer
+        from x_transformers.module import Module
+
+        source, target = Path(self.source), Path(self.target)
+        to_hf(Module.from_pretrained(source), target, family=self.family)
+        report(target, copy_tokenizer(source, target))
+
+
+def dtype_named(name: str | None) -> Any:
+    import torch
+
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(found, torch.dtype):
+        raise FolderError(f'--dtype must name a dtype of torch, such as bfloat16, got {name!r}.')
+    return found
+
+
+def report(target: Path, tokenizer: list[str]) -> None:
+    print(f'wrote {target}' + (f' with {", ".join(tokenizer)}' if tokenizer else ', without a tokenizer'))
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {'explain': Explain, 'import': Import, 'export': Export}
+
+
+def main(arguments: Sequence[str]) -> int:
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=list(arguments), prog='x-transformers hf')
+    command.run()
+    return 0

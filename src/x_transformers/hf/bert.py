@@ -1,0 +1,98 @@
+"""BERT. Ids of segments are given as ``token_emb_kwargs={'token_type_ids': ids}``; the pooler is left out."""
+
+from __future__ import annotations
+
+from x_transformers.hf.family import (
+    NAMES_OF_ACTIVATIONS,
+    Config,
+    Family,
+    KeyRule,
+    Plain,
+    activation,
+    for_layers,
+    headless,
+    layer_norm,
+    rule,
+    with_bias,
+)
+from x_transformers.hf.maps import scaled
+
+
+def bert(config: Config) -> Plain:
+    dim, heads, tokens = config.need('hidden_size'), config.need('num_attention_heads'), config.need('vocab_size')
+    config.only('is_decoder', False, 'this family is read as an encoder')
+    config.only('add_cross_attention', False, 'this family is read as an encoder')
+    config.only('position_embedding_type', 'absolute', 'relative positions of keys are not there')
+    config.skip('layer_norm_eps')
+    act = config.get('hidden_act', 'gelu')
+    head: Plain = {'return_only_embed': True}
+    if not headless(config.architecture):
+        if config.architecture not in ('', 'BertForMaskedLM', 'BertForPreTraining'):
+            config.wrong.append(
+                f'`architectures` is {config.architecture}: heads are those of BertForMaskedLM, or none (BertModel)'
+            )
+        if act not in NAMES_OF_ACTIVATIONS:
+            config.wrong.append(f'`hidden_act` is {act!r}: the head has {", ".join(NAMES_OF_ACTIVATIONS)}')
+        tied = {'tie_embedding': True} if config.get('tie_word_embeddings', True) else {}
+        head = {**tied, 'logits_bias': True, 'logits_transform': NAMES_OF_ACTIVATIONS.get(act)}
+    config.skip('tie_word_embeddings')
+    return {
+        'class': 'TransformerWrapper',
+        'num_tokens': tokens,
+        'max_seq_len': config.need('max_position_embeddings'),
+        'token_emb': {
+            'class': 'TypedTokenEmbedding', 'dim': dim, 'num_tokens': tokens, 'num_types': config.get('type_vocab_size', 2),
+        },
+        'post_emb_norm': True,
+        **head,
+        'attn_layers': {
+            'class': 'Encoder',
+            'dim': dim,
+            'depth': config.need('num_hidden_layers'),
+            'heads': heads,
+            'attn_dim_head': dim // heads,
+            'attn_qkv_bias': True,
+            'attn_out_bias': True,
+            'pre_norm': False,
+            'norm_add_unit_offset': False,
+            'norm_bias': True,
+            'norm_eps': config.get('layer_norm_eps', 1e-12),
+            'ff_dim_inner': config.need('intermediate_size'),
+            **activation(config, 'hidden_act', 'gelu'),
+            'verbose': False,
+        },
+    }  # fmt: skip
+
+
+def bert_rules(config: Config, model: Plain) -> list[KeyRule]:
+    stack, theirs, embeddings = model['attn_layers'], 'bert.encoder.layer.{i}', 'bert.embeddings'
+    attention, forward = 'attn_layers.layers.{a}', 'attn_layers.layers.{f}'
+    rules = [
+        rule(f'{embeddings}.word_embeddings.weight', 'token_emb.emb.weight'),
+        rule(f'{embeddings}.token_type_embeddings.weight', 'token_emb.types.weight'),
+        # ours are multiplied by dim ** -0.5
+        rule(f'{embeddings}.position_embeddings.weight', 'pos_emb.emb.weight', scaled(stack['dim'] ** 0.5)),
+        *layer_norm(f'{embeddings}.LayerNorm', 'post_emb_norm'),
+        *with_bias(f'{theirs}.attention.self.query', f'{attention}.1.to_q'),
+        *with_bias(f'{theirs}.attention.self.key', f'{attention}.1.to_k'),
+        *with_bias(f'{theirs}.attention.self.value', f'{attention}.1.to_v'),
+        *with_bias(f'{theirs}.attention.output.dense', f'{attention}.1.to_out'),
+        *layer_norm(f'{theirs}.attention.output.LayerNorm', f'{attention}.0.2'),
+        *with_bias(f'{theirs}.intermediate.dense', f'{forward}.1.ff.0.0'),
+        *with_bias(f'{theirs}.output.dense', f'{forward}.1.ff.2'),
+        *layer_norm(f'{theirs}.output.LayerNorm', f'{forward}.0.2'),
+    ]
+    if 'logits_transform' in model:
+        head = 'cls.predictions'
+        rules += [
+            *with_bias(f'{head}.transform.dense', 'logits_transform.0'),
+            *layer_norm(f'{head}.transform.LayerNorm', 'logits_transform.2'),
+            rule(f'{head}.bias', 'to_logits.bias'),
+        ]
+        if not model.get('tie_embedding'):
+            rules.append(rule(f'{head}.decoder.weight', 'to_logits.weight'))
+    return for_layers(rules, stack['depth'])
+
+
+UNUSED = r'(bert\.)?pooler\..*|.*position_ids|cls\.predictions\.decoder\.(bias|weight)|cls\.seq_relationship\..*'
+BERT = Family(('bert',), bert, bert_rules, prefix='bert.', unused=UNUSED)

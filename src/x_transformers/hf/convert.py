@@ -1,0 +1,281 @@
+"""Models in and out: a config becomes keywords, weights are moved one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.flags.base import FlagError, Flags
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, headless
+from x_transformers.module import Module
+from x_transformers.saving.errors import FolderError
+from x_transformers.saving.folder import complain, fill, written_whole
+from x_transformers.saving.hub import fetched
+from x_transformers.saving.plain import from_plain, to_plain
+from x_transformers.saving.tensors import Weights, read_json, write
+
+# the model_type of a config: the file of its family, the name of the family there
+FAMILIES = {
+    'llama': ('llama', 'LLAMA'),
+    'mistral': ('llama', 'MISTRAL'),
+    'ministral': ('llama', 'MISTRAL'),
+    'qwen2': ('llama', 'QWEN2'),
+    'qwen3': ('llama', 'QWEN3'),
+    'gpt2': ('gpt2', 'GPT2'),
+    'bert': ('bert', 'BERT'),
+    'vit': ('vit', 'VIT'),
+    'dinov2_with_registers': ('vit', 'DINOV2'),
+}
+# what stands beside the weights and belongs to the text
+TOKENIZER = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt', 'vocab.txt',
+    'tokenizer.model', 'added_tokens.json', 'generation_config.json', 'preprocessor_config.json', 'chat_template.jinja',
+)  # fmt: skip
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Raises FlagError for a model_type that no family has."""
+    kind = config.get('model_type')
+    if kind not in FAMILIES:
+        raise FlagError(f'`model_type` is {kind!r}; the families are {", ".join(FAMILIES)}. There is no other yet.')
+    file, name = FAMILIES[kind]
+    family: Family = getattr(import_module(f'x_transformers.hf.{file}'), name)
+    return family
+
+
+def keywords(config: Mapping[str, Any]) -> Plain:
+    """The class and the keywords of the model that a config describes, as plain data; nothing is built.
+
+    Raises FlagError that names each key that cannot be expressed, and what is missing.
+    """
+    reader = Config(config)
+    made = family_of(config).keywords(reader)
+    reader.finish()
+    return made
+
+
+def from_hf(path_or_model: Any, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
+    """A model of this library with the weights of a folder in the Hugging Face format, in evaluation mode.
+
+    Args:
+        path_or_model: the folder, a name on the Hub, or a model of ``transformers``.
+        dtype: of the weights; None: as they are stored.
+        device: where they go, one tensor after the other; None: the default device.
+
+    Raises FlagError if the config cannot be expressed by flags, FolderError if the weights do not fit it. Both are found out
+    before any weight is read.
+    """
+    if not isinstance(path_or_model, (str, Path)):
+        with tempfile.TemporaryDirectory() as made:
+            path_or_model.save_pretrained(made)
+            return from_hf(made, dtype=dtype, device=device)
+    folder = fetched(path_or_model)
+    config = read_json(folder / 'config.json')
+    if config.get('format') == 'x_transformers':
+        raise FolderError(f'{folder} is a folder of this library: use from_pretrained.')
+    plain = keywords(config)
+    family = family_of(config)
+    with torch.device('meta'):
+        model = from_plain(plain)
+    weights = Weights(folder)
+    rules = rules_for(family, config, plain, weights)
+    sources = checked_sources(folder, model, rules, weights, family, plain)
+    fill(model, sources, device=device, dtype=dtype)
+    model.hf_config = dict(config)
+    return model.eval()
+
+
+def rules_for(family: Family, config: Mapping[str, Any], plain: Plain, weights: Mapping[str, Any]) -> list[KeyRule]:
+    """The family's rules with the names as this file has them: with the prefix or without, old or new."""
+    rules = family.rules(Config(config), plain)
+    if not family.prefix or any(name.startswith(family.prefix) for name in weights):
+        return rules
+    return [KeyRule(tuple(name.removeprefix(family.prefix) for name in r.theirs), r.ours, r.map) for r in rules]
+
+
+def checked_sources(
+    folder: Path, model: Module, rules: list[KeyRule], weights: Weights, family: Family, plain: Plain
+) -> dict[str, Callable[[], Tensor]]:
+    """For each tensor of ours, what makes it. Raises FolderError, before any tensor is read, if names or shapes do not fit."""
+    wanted = {name: tuple(t.shape) for name, t in own_tensors(model).items()}
+    used = {name for r in rules for name in r.theirs}
+    unused = re.compile(family.unused or r'(?!)')
+    tied = bool(plain.get('tie_embedding') or plain.get('tie_token_emb'))
+    left = [name for name in weights if name not in used and not unused.fullmatch(name)]
+    heads = [name for name in left if tied and name in ('lm_head.weight', 'embed_out.weight')]
+    missing = [name for r in rules for name in r.theirs if name not in weights]
+    given = {name for r in rules for name in r.ours}
+    missing += [f'{name} (of ours)' for name in wanted if name not in given]
+    shapes = [] if missing else list(other_shapes(rules, weights, wanted))
+    complain(folder, missing, [name for name in left if name not in heads], shapes)
+    if heads:
+        check_tied(folder, heads[0], rules, weights)
+    sources: dict[str, Callable[[], Tensor]] = {}
+    for entry in rules:
+        sources |= sources_of(entry, weights)
+    return sources
+
+
+def own_tensors(model: Module) -> dict[str, Tensor]:
+    """Parameters of a model, those that are shared once."""
+    return dict(model.named_parameters())
+
+
+def sources_of(entry: KeyRule, weights: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """What makes each of a rule's tensors; several that are made of one are kept until all have been taken."""
+    made: dict[str, Tensor] = {}
+
+    def take(name: str) -> Callable[[], Tensor]:
+        def taken() -> Tensor:
+            if name not in made:
+                made.update(zip(entry.ours, entry.map.into(tuple(weights[t] for t in entry.theirs)), strict=True))
+            return made.pop(name)
+
+        return taken
+
+    return {name: take(name) for name in entry.ours}
+
+
+def other_shapes(rules: list[KeyRule], weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Found out on the meta device: maps are run on tensors without memory."""
+    for entry in rules:
+        empty = tuple(torch.empty(weights.shape(name), device='meta') for name in entry.theirs)
+        try:
+            shapes = [tuple(t.shape) for t in entry.map.into(empty)]
+        except (RuntimeError, ValueError, IndexError):
+            yield f'{", ".join(entry.theirs)} is {", ".join(str(tuple(t.shape)) for t in empty)}'
+            continue
+        for name, shape in zip(entry.ours, shapes, strict=True):
+            if name in wanted and shape != wanted[name]:
+                theirs = ', '.join(f'{n} {weights.shape(n)}' for n in entry.theirs)
+                yield f'{theirs} gives {shape}, but the config wants {wanted[name]}'
+
+
+def check_tied(folder: Path, head: str, rules: list[KeyRule], weights: Weights) -> None:
+    """A head that is stored beside a table it is tied to must be that table."""
+    table = next(r.theirs[0] for r in rules if r.ours[0].endswith('token_emb.emb.weight'))
+    if weights.shape(head) != weights.shape(table) or not torch.equal(weights[head], weights[table]):
+        raise FolderError(f'{folder}: the config ties {head} to {table}, but they differ. Set tie_word_embeddings to false.')
+
+
+# ---------------------------------------------------------------- out
+
+
+def to_hf(model: Module, folder: str | Path, *, family: str | None = None) -> None:
+    """Write a model in the Hugging Face format: ``config.json`` and safetensors files.
+
+    A model that came from there takes its own config back; for one that was made here ``family`` (None: any that fits) makes a
+    config. Raises FlagError that names the flags which the family does not have.
+    """
+    folder = Path(folder)
+    plain = to_plain(model)
+    config = matching_config(model, plain, family)
+    chosen = family_of(config)
+    rules = chosen.rules(Config(config), keywords(config))
+    if chosen.prefix and is_headless(config):
+        rules = [KeyRule(tuple(name.removeprefix(chosen.prefix) for name in r.theirs), r.ours, r.map) for r in rules]
+    own = own_tensors(model)
+    dtype = next((t.dtype for t in own.values() if t.is_floating_point()), torch.float32)
+    config = {**config, 'dtype': str(dtype).removeprefix('torch.')}
+    config.pop('torch_dtype', None)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        with torch.no_grad():
+            for entry in rules:
+                made = entry.map.back(tuple(own[name].detach() for name in entry.ours))
+                # a part that is a view of a larger tensor would be saved with all of it
+                yield from ((name, t.clone()) for name, t in zip(entry.theirs, made, strict=True))
+
+    with written_whole(folder) as fresh:
+        write(fresh, tensors(), metadata={'format': 'pt'})
+        (fresh / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
+def is_headless(config: Mapping[str, Any]) -> bool:
+    return headless(Config(config).architecture)
+
+
+def matching_config(model: Module, plain: Plain, family: str | None) -> Plain:
+    """A config whose keywords build this very model."""
+    known = getattr(model, 'hf_config', None)
+    if known is not None and family in (None, known.get('model_type')):
+        differing = differences(plain, keywords(known))
+        if differing:
+            raise FlagError(f'to_hf: the model differs from the config it came with in {"; ".join(differing)}.')
+        return dict(known)
+    reasons = []
+    for kind in [family] if family is not None else FAMILIES:
+        made = family_of({'model_type': kind}).config_of
+        if made is None:
+            continue
+        try:
+            config = made(plain)
+            differing = differences(plain, keywords(config))
+        except (FlagError, KeyError, TypeError) as error:
+            reasons.append(f'{kind}: {error}')
+            continue
+        if not differing:
+            return config
+        reasons.append(f'{kind} does not have {"; ".join(differing)}')
+    raise FlagError(f'to_hf: no family has this model. {". ".join(reasons) or "Give the family"}.')
+
+
+def differences(plain: Plain, wanted: Plain) -> list[str]:
+    """Flags in which two models differ, whatever was left at its default."""
+    with torch.device('meta'):
+        one, other = (flat(from_plain(each)) for each in (plain, wanted))
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [f'{name}={one.get(name)!r} (it would be {other.get(name)!r})' for name in names]
+
+
+# flags that change nothing in evaluation, or not what a model computes
+FREE = re.compile(
+    r'(.*dropout.*|.*verbose|.*gradient_checkpointing|.*flash|.*attend_sdp_kwargs|.*attn_z_loss_weight|.*onnxable)'
+)
+
+
+def flat(model: Module, path: str = '') -> dict[str, Any]:
+    """All flags of a model that are not at their default, and those of the modules in it, by name."""
+    flags = getattr(model, 'flags', None)
+    found: dict[str, Any] = {f'{path}class': type(model).__name__}
+    parts = {'': flags, **{f'{name}.': getattr(flags, name, None) for name in ('attention', 'cross_attention', 'feedforward')}}
+    for prefix, part in parts.items():
+        changed = part.changed() if isinstance(part, Flags) else {}
+        found |= {f'{path}{prefix}{name}': value for name, value in changed.items() if not isinstance(value, nn.Module)}
+    for name, child in model.named_children():
+        if isinstance(child, Module) and (hasattr(child, 'flags') or name in ('decoder', 'encoder', 'net')):
+            found |= flat(child, f'{path}{name}.')
+    return {name: value for name, value in found.items() if not FREE.fullmatch(name)}
+
+
+# ---------------------------------------------------------------- folders
+
+
+def explain(config: Mapping[str, Any]) -> str:
+    """The keywords of a config, as Python that builds the model."""
+    return shown(keywords(config))
+
+
+def shown(plain: Any, indent: int = 0) -> str:
+    space = ' ' * (indent + 4)
+    if isinstance(plain, Mapping) and 'class' in plain:
+        inside = ''.join(f'{space}{name}={shown(value, indent + 4)},\n' for name, value in plain.items() if name != 'class')
+        return f'{plain["class"]}(\n{inside}{" " * indent})'
+    return repr(plain)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """The files of the tokenizer, if there are any; their names."""
+    names = [name for name in TOKENIZER if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

@@ -1,0 +1,201 @@
+"""Llama 2, 3 and 3.1, and the families that differ from it in a few keys: Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, headless, rotary, rule
+from x_transformers.hf.maps import SAME, Map, chain, joined, paired, regrouped, scaled, shaped
+
+
+def decoder(config: Config, **more: Any) -> Plain:
+    """The keywords of a pre-norm decoder with RMS norms, rotary positions and a gated feed-forward."""
+    dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
+    dim_head = config.get('head_dim', dim // heads)
+    kv_heads = config.get('num_key_value_heads', heads)
+    turned = rotary(config)
+    partial = turned.pop('partial')
+    mlp_bias = bool(config.get('mlp_bias', False))
+    stack: Plain = {
+        'class': 'Decoder',
+        'dim': dim,
+        'depth': config.need('num_hidden_layers'),
+        'heads': heads,
+        'attn_dim_head': dim_head,
+        **({} if kv_heads == heads else {'attn_kv_heads': kv_heads}),
+        'use_rmsnorm': True,
+        'norm_add_unit_offset': False,
+        'norm_eps': config.get('rms_norm_eps', 1e-6),
+        'rotary_pos_emb': True,
+        'rotary_emb_dim': int(dim_head * partial),
+        **turned,
+        'ff_glu': True,
+        'ff_dim_inner': config.need('intermediate_size'),
+        'ff_no_bias': not mlp_bias,
+        'ff_glu_bias': mlp_bias,
+        'verbose': False,
+        **more,
+    }
+    return wrapper(config, stack)
+
+
+def wrapper(config: Config, stack: Plain, **more: Any) -> Plain:
+    tied = bool(config.get('tie_word_embeddings', False))
+    head: Plain = {'return_only_embed': True} if headless(config.architecture) else {'tie_embedding': True} if tied else {}
+    return {
+        'class': 'TransformerWrapper',
+        'num_tokens': config.need('vocab_size'),
+        'max_seq_len': config.get('max_position_embeddings', 2048),
+        **head,
+        **more,
+        'attn_layers': stack,
+    }
+
+
+def biases(config: Config) -> Plain:
+    has = bool(config.get('attention_bias', False))
+    return {'attn_qkv_bias': True, 'attn_out_bias': True} if has else {}
+
+
+def llama(config: Config) -> Plain:
+    return decoder(config, **activation(config, 'hidden_act', 'silu'), **biases(config))
+
+
+def mistral(config: Config) -> Plain:
+    window = config.get('sliding_window')
+    config.skip('layer_types')
+    limit = {} if window is None else {'attn_max_attend_past': window - 1}
+    return decoder(config, **activation(config, 'hidden_act', 'silu'), **limit)
+
+
+def windows(config: Config, default_types: list[str] | None = None) -> Plain:
+    """``attn_max_attend_past`` where some of the layers look at a window only."""
+    depth, window = config.need('num_hidden_layers'), config.get('sliding_window')
+    kinds = config.get('layer_types', default_types)
+    if kinds is None or window is None or 'sliding_attention' not in kinds:
+        return {}
+    unknown = sorted(set(kinds) - {'sliding_attention', 'full_attention'})
+    if unknown:
+        config.wrong.append(f'`layer_types` has {", ".join(unknown)}: layers are full_attention or sliding_attention')
+    limits = [window - 1 if kind == 'sliding_attention' else None for kind in kinds[:depth]]
+    return {'attn_max_attend_past': limits[0] if len(set(limits)) == 1 else limits}
+
+
+def qwen_windows(config: Config) -> Plain:
+    config.skip('max_window_layers', 'sliding_window', 'layer_types')
+    if not config.get('use_sliding_window', False):
+        return {}
+    depth, first = config.need('num_hidden_layers'), config.get('max_window_layers', 28)
+    return windows(config, ['full_attention' if layer < first else 'sliding_attention' for layer in range(depth)])
+
+
+def qwen2(config: Config) -> Plain:
+    return decoder(config, **activation(config, 'hidden_act', 'silu'), **qwen_windows(config), attn_qkv_bias=True)
+
+
+def head_norms(config: Config, scale: float) -> Plain:
+    """RMS norms of queries and keys, with one gain for all heads."""
+    return {
+        'attn_qk_norm': True, 'attn_qk_norm_dim_scale': True, 'attn_qk_norm_shared_gain': True, 'attn_qk_norm_scale': scale,
+        'attn_qk_norm_eps': config.get('rms_norm_eps', 1e-6),
+    }  # fmt: skip
+
+
+def qwen3(config: Config) -> Plain:
+    dim_head = config.get('head_dim', 128)
+    norms = head_norms(config, dim_head**-0.5)
+    return decoder(config, **activation(config, 'hidden_act', 'silu'), **qwen_windows(config), **biases(config), **norms)
+
+
+# ---------------------------------------------------------------- weights
+
+
+ATTENTION, FORWARD = 'attn_layers.layers.{a}', 'attn_layers.layers.{f}'
+
+
+def attention_rules(theirs: str, stack: Plain) -> list[KeyRule]:
+    """Projections of queries, keys, values and outputs, biases, norms of heads, sinks."""
+    heads, dim_head = int(stack['heads']), int(stack['attn_dim_head'])
+    kv_heads = int(stack.get('attn_kv_heads', heads))
+    turned = stack.get('rotary_emb_dim', dim_head) if stack.get('rotary_pos_emb') else 0
+    turn, turn_keys = (paired(count, dim_head, turned) if turned else SAME for count in (heads, kv_heads))
+    maps: dict[str, Map] = {'q': chain(turn, regrouped(heads, kv_heads)), 'k': turn_keys, 'v': SAME}
+    ours = f'{ATTENTION}.1'
+    rules = [rule(f'{theirs}.{name}_proj.weight', f'{ours}.to_{name}.weight', map) for name, map in maps.items()]
+    rules.append(rule(f'{theirs}.o_proj.weight', f'{ours}.to_out.weight', regrouped(heads, kv_heads, dim=1)))
+    if stack.get('attn_qkv_bias'):
+        rules += [rule(f'{theirs}.{name}_proj.bias', f'{ours}.to_{name}.bias', map) for name, map in maps.items()]
+    if stack.get('attn_out_bias'):
+        rules.append(rule(f'{theirs}.o_proj.bias', f'{ours}.to_out.bias'))
+    if stack.get('attn_qk_norm'):
+        gain = chain(
+            paired(1, dim_head, turned) if turned else SAME, scaled(dim_head**0.5), shaped((1, 1, dim_head), (dim_head,))
+        )
+        rules += [rule(f'{theirs}.{name}_norm.weight', f'{ours}.qk_norm_{name}_scale', gain) for name in 'qk']
+    if stack.get('attn_head_learned_sink'):
+        rules.append(rule(f'{theirs}.sinks', f'{ours}.attend.head_attn_sink', regrouped(heads, kv_heads)))
+    return rules
+
+
+def ends(tables: Plain, prefix: str = 'model.') -> list[KeyRule]:
+    rules = [
+        rule(f'{prefix}embed_tokens.weight', 'token_emb.emb.weight'),
+        rule(f'{prefix}norm.weight', 'attn_layers.final_norm.g'),
+    ]
+    if not tables.get('tie_embedding') and not tables.get('return_only_embed'):
+        rules.append(rule('lm_head.weight', 'to_logits.weight'))
+    return rules
+
+
+def gated_rules(theirs: str, bias: bool) -> list[KeyRule]:
+    both = (f'{theirs}.up_proj', f'{theirs}.gate_proj')
+    kinds = ('weight', 'bias') if bias else ('weight',)
+    rules = [rule(tuple(f'{name}.{kind}' for name in both), f'{FORWARD}.1.ff.0.proj.{kind}', joined()) for kind in kinds]
+    return rules + [rule(f'{theirs}.down_proj.{kind}', f'{FORWARD}.1.ff.2.{kind}') for kind in kinds]
+
+
+def llama_rules(config: Config, model: Plain) -> list[KeyRule]:
+    stack, layer = model['attn_layers'], 'model.layers.{i}'
+    rules = [
+        *ends(model),
+        rule(f'{layer}.input_layernorm.weight', f'{ATTENTION}.0.0.g'),
+        rule(f'{layer}.post_attention_layernorm.weight', f'{FORWARD}.0.0.g'),
+        *attention_rules(f'{layer}.self_attn', stack),
+        *gated_rules(f'{layer}.mlp', not stack['ff_no_bias']),
+    ]
+    return for_layers(rules, stack['depth'])
+
+
+def llama_config(model: Plain) -> Plain:
+    """For a model that was made here."""
+    stack = model['attn_layers']
+    heads = stack.get('heads', 8)
+    scaling = dict(stack.get('rotary_scaling') or {})
+    rope: Plain = {'rope_theta': stack.get('rotary_theta', 10000.0), 'rope_type': scaling.pop('type', 'default'), **scaling}
+    if 'original_length' in rope:
+        rope['original_max_position_embeddings'] = rope.pop('original_length')
+    return {
+        'architectures': ['LlamaForCausalLM'],
+        'model_type': 'llama',
+        'vocab_size': model['num_tokens'],
+        'hidden_size': stack['dim'],
+        'intermediate_size': stack.get('ff_dim_inner') or int(stack['dim'] * stack.get('ff_mult', 4)),
+        'num_hidden_layers': stack['depth'],
+        'num_attention_heads': heads,
+        'num_key_value_heads': 1 if stack.get('attn_one_kv_head') else stack.get('attn_kv_heads', heads),
+        'head_dim': stack.get('attn_dim_head', 64),
+        'hidden_act': 'silu',
+        'max_position_embeddings': model['max_seq_len'],
+        'rms_norm_eps': stack.get('norm_eps') or 1e-12,
+        'tie_word_embeddings': model.get('tie_embedding', False),
+        'attention_bias': bool(stack.get('attn_qkv_bias', False)),
+        'mlp_bias': not stack.get('ff_no_bias', False),
+        'rope_parameters': rope,
+    }
+
+
+UNUSED = r'.*rotary_emb\.inv_freq'
+LLAMA = Family(('llama',), llama, llama_rules, prefix='model.', unused=UNUSED, config_of=llama_config)
+MISTRAL = Family(('mistral', 'ministral'), mistral, llama_rules, prefix='model.', unused=UNUSED)
+QWEN2 = Family(('qwen2',), qwen2, llama_rules, prefix='model.', unused=UNUSED)
+QWEN3 = Family(('qwen3',), qwen3, llama_rules, prefix='model.', unused=UNUSED)

@@ -1,0 +1,114 @@
+"""What happens to a tensor between the two formats: maps, each with its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """From their tensors to ours, and back."""
+
+    into: Callable[[Tensors], Tensors]
+    back: Callable[[Tensors], Tensors]
+
+    def then(self, other: Map) -> Map:
+        return Map(lambda t: other.into(self.into(t)), lambda t: self.back(other.back(t)))
+
+
+def each(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Map:
+    """The same for every tensor of a rule."""
+    return Map(lambda t: tuple(into(one) for one in t), lambda t: tuple(back(one) for one in t))
+
+
+def chain(*maps: Map) -> Map:
+    return reduce(Map.then, maps, SAME)
+
+
+SAME = each(lambda t: t, lambda t: t)
+TRANSPOSED = each(lambda t: t.t().contiguous(), lambda t: t.t().contiguous())
+
+
+def scaled(factor: float) -> Map:
+    return each(lambda t: t * factor, lambda t: t / factor)
+
+
+def shaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> Map:
+    return each(lambda t: t.reshape(ours), lambda t: t.reshape(theirs))
+
+
+def paired(heads: int, dim_head: int, turned: int | None = None) -> Map:
+    """Rows of heads whose k-th channels of both halves turn together, in the order in which neighbours do.
+
+    ``turned``: how many channels of a head turn, the first ones.
+    """
+    turned = dim_head if turned is None else turned
+
+    def rows(sizes: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        def move(t: Tensor) -> Tensor:
+            whole = t.reshape(heads, dim_head, *t.shape[1:])
+            first = whole[:, :turned].reshape(heads, *sizes, *t.shape[1:]).transpose(1, 2)
+            return torch.cat((first.reshape(heads, turned, *t.shape[1:]), whole[:, turned:]), dim=1).reshape(t.shape)
+
+        return move
+
+    return each(rows((2, turned // 2)), rows((turned // 2, 2)))
+
+
+def regrouped(heads: int, kv_heads: int, dim: int = 0) -> Map:
+    """Query heads that share a key head lie together in theirs; in ours query head h has key head h mod kv_heads."""
+    groups = heads // kv_heads
+    if groups == 1 or kv_heads == 1:
+        return SAME
+
+    def move(first: int, second: int) -> Callable[[Tensor], Tensor]:
+        def moved(t: Tensor) -> Tensor:
+            t = t.transpose(0, dim)
+            out = t.reshape(first, second, -1, *t.shape[1:]).transpose(0, 1).reshape(t.shape)
+            return out.transpose(0, dim).contiguous()
+
+        return moved
+
+    return each(move(kv_heads, groups), move(groups, kv_heads))
+
+
+def joined(dim: int = 0) -> Map:
+    """Several of theirs are one of ours, of equal parts."""
+    return Map(
+        lambda t: (torch.cat(t, dim=dim),),
+        lambda t: tuple(part.contiguous() for part in t[0].chunk(2, dim=dim)),
+    )
+
+
+def split(parts: int, dim: int = 0) -> Map:
+    """One of theirs is several of ours, of equal parts."""
+    return Map(lambda t: tuple(part.contiguous() for part in t[0].chunk(parts, dim=dim)), lambda t: (torch.cat(t, dim=dim),))
+
+
+def split_in_heads(heads: int, dim_head: int) -> Map:
+    """Queries, keys and values of each head lie together in theirs."""
+
+    def into(t: Tensors) -> Tensors:
+        whole = t[0].reshape(heads, 3, dim_head, *t[0].shape[1:])
+        return tuple(whole[:, k].reshape(heads * dim_head, *t[0].shape[1:]) for k in range(3))
+
+    def back(t: Tensors) -> Tensors:
+        each_head = [part.reshape(heads, 1, dim_head, *part.shape[1:]) for part in t]
+        return (torch.cat(each_head, dim=1).reshape(3 * heads * dim_head, *t[0].shape[1:]),)
+
+    return Map(into, back)
+
+
+def apart(*maps: Map) -> Map:
+    """A map of its own for each of our tensors."""
+    return Map(
+        lambda t: tuple(m.into((one,))[0] for m, one in zip(maps, t, strict=True)),
+        lambda t: tuple(m.back((one,))[0] for m, one in zip(maps, t, strict=True)),
+    )

@@ -1,0 +1,23 @@
+"""Language models in model folders, for those who write text with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.module import Module
+from x_transformers.saving.folder import CONFIG, FORMAT
+from x_transformers.saving.tensors import read_json
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether ``save_pretrained`` or ``hf import`` has written it."""
+    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get('format') == FORMAT
+
+
+def language_model(folder: Path, device: torch.device | str) -> AutoregressiveWrapper:
+    model: nn.Module = Module.from_pretrained(folder, device=device)
+    return (model if isinstance(model, AutoregressiveWrapper) else AutoregressiveWrapper(model)).eval()

@@ -1,0 +1,194 @@
+"""Small models of published families, with random weights, and how far ours are from them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LIMIT = 1e-4
+TOKENS, LENGTH, STEPS = 61, 21, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """``make`` builds a model of ``transformers``; ``writes``: it generates text."""
+
+    name: str
+    make: Callable[[], Any]
+    writes: bool = False
+    limit: float = LIMIT
+
+
+def decoder(name: str, cls: str, config: str, **changes: Any) -> Case:
+    usual = {
+        'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 3, 'num_attention_heads': 4,
+        'num_key_value_heads': 2, 'max_position_embeddings': 128, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
+    }  # fmt: skip
+    return Case(name, lambda: build(cls, config, usual | changes), writes=True)
+
+
+def build(cls: str, config: str, keywords: dict[str, Any]) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    return getattr(transformers, cls)(getattr(transformers, config)(**keywords))
+
+
+def other(name: str, cls: str, config: str, **keywords: Any) -> Case:
+    return Case(name, lambda: build(cls, config, keywords))
+
+
+LLAMA = ('LlamaForCausalLM', 'LlamaConfig')
+BERT = {
+    'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+    'max_position_embeddings': 64, 'pad_token_id': 0,
+}  # fmt: skip
+IMAGES = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'image_size': 16, 'patch_size': 4}
+SCALINGS: dict[str, dict[str, Any]] = {
+    'linear': {'factor': 4.0},
+    'dynamic': {'factor': 4.0},
+    'yarn': {'factor': 4.0, 'original_max_position_embeddings': 16},
+    'llama3': {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16},
+    'longrope': {
+        'short_factor': [1.0, 1.1, 1.2, 1.3], 'long_factor': [2.0, 3.0, 4.0, 5.0], 'factor': 4.0,
+        'original_max_position_embeddings': 128,
+    },
+}  # fmt: skip
+
+CASES = (
+    decoder('Llama', *LLAMA),
+    decoder('Llama, one key head, wide heads', *LLAMA, num_key_value_heads=1, head_dim=12, rms_norm_eps=1e-3),
+    decoder('Llama, biases, tied', *LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    *(
+        decoder(f'Llama, {kind} rotary scaling', *LLAMA, rope_parameters={'rope_type': kind, 'rope_theta': 5e4, **scaling})
+        for kind, scaling in SCALINGS.items()
+    ),
+    decoder('Mistral, window of 5', 'MistralForCausalLM', 'MistralConfig', sliding_window=5, head_dim=16),
+    decoder('Mistral, no window', 'MistralForCausalLM', 'MistralConfig', sliding_window=None),
+    decoder('Qwen2', 'Qwen2ForCausalLM', 'Qwen2Config'),
+    decoder('Qwen2, windows in some layers', 'Qwen2ForCausalLM', 'Qwen2Config', use_sliding_window=True, sliding_window=4,
+            max_window_layers=1),
+    decoder('Qwen3', 'Qwen3ForCausalLM', 'Qwen3Config', head_dim=12),
+    decoder('Qwen3, all heads', 'Qwen3ForCausalLM', 'Qwen3Config', head_dim=8, num_key_value_heads=4, rms_norm_eps=1e-4),
+    Case('GPT-2', lambda: build('GPT2LMHeadModel', 'GPT2Config', {
+        'vocab_size': TOKENS, 'n_embd': 32, 'n_layer': 2, 'n_head': 4, 'n_positions': 128, 'bos_token_id': 1, 'eos_token_id': 2,
+    }), writes=True),
+    Case('GPT-2, untied, ReLU, by layer', lambda: build('GPT2LMHeadModel', 'GPT2Config', {
+        'vocab_size': TOKENS, 'n_embd': 32, 'n_layer': 3, 'n_head': 4, 'n_positions': 128, 'n_inner': 50,
+        'tie_word_embeddings': False, 'activation_function': 'relu', 'scale_attn_by_inverse_layer_idx': True,
+        'bos_token_id': 1, 'eos_token_id': 2,
+    }), writes=True),
+    other('BERT, masked words', 'BertForMaskedLM', 'BertConfig', **BERT),
+    other('BERT', 'BertModel', 'BertConfig', **BERT, hidden_act='relu', type_vocab_size=3),
+    other('ViT', 'ViTModel', 'ViTConfig', **IMAGES, intermediate_size=44, qkv_bias=False),
+    other('ViT, classes', 'ViTForImageClassification', 'ViTConfig', **IMAGES, intermediate_size=44),
+    other('ViT, not square', 'ViTModel', 'ViTConfig', **IMAGES | {'image_size': (16, 24)}, intermediate_size=44),
+    other('DINOv2 with registers', 'Dinov2WithRegistersModel', 'Dinov2WithRegistersConfig', **IMAGES),
+    other('DINOv2 with registers, SwiGLU, classes', 'Dinov2WithRegistersForImageClassification', 'Dinov2WithRegistersConfig',
+          **IMAGES, use_swiglu_ffn=True),
+)  # fmt: skip
+
+
+def noisy(model: nn.Module) -> Any:
+    """With noise on every parameter, so that no bias is zero and no gain is one."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def inputs(model: Any) -> dict[str, Tensor]:
+    """What their model takes."""
+    torch.manual_seed(2)
+    config = model.config
+    if getattr(config, 'vocab_size', None) is None:
+        sides = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        return {'pixel_values': torch.randn(2, config.num_channels, *sides)}
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, LENGTH - 6 :] = 0
+    given = {'input_ids': torch.randint(0, config.vocab_size, (2, LENGTH)), 'attention_mask': mask}
+    if config.model_type == 'bert':
+        given['token_type_ids'] = torch.randint(0, config.type_vocab_size, (2, LENGTH))
+    return given
+
+
+def read(output: Any) -> Tensor:
+    logits: Tensor = output.logits if 'logits' in output else output.last_hidden_state
+    return logits
+
+
+def ours(model: Any, given: dict[str, Tensor], embeddings: bool) -> Tensor:
+    """What our model says to the same."""
+    if 'pixel_values' in given:
+        out: Tensor = model(given['pixel_values'], return_embeddings=embeddings)
+        return out
+    more = {'token_emb_kwargs': {'token_type_ids': given['token_type_ids']}} if 'token_type_ids' in given else {}
+    return model(given['input_ids'], mask=given['attention_mask'].bool(), return_embeddings=embeddings, **more)
+
+
+def gap(a: Tensor, b: Tensor, given: dict[str, Tensor]) -> float:
+    """The largest difference, at tokens."""
+    mask = given.get('attention_mask')
+    return float((a - b).abs().max() if mask is None else (a - b).abs()[mask.bool()].max())
+
+
+@torch.no_grad()
+def import_gap(case: Case) -> tuple[Any, Any, float]:
+    from x_transformers.hf import from_hf
+
+    theirs = noisy(case.make())
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        model = from_hf(folder)
+    given = inputs(theirs)
+    output = theirs(**given)
+    return theirs, model, gap(read(output), ours(model, given, 'logits' not in output), given)
+
+
+@torch.no_grad()
+def export_gap(theirs: Any, model: Any) -> float:
+    """Of their model made of our files."""
+    from x_transformers.hf import to_hf
+
+    given = inputs(theirs)
+    with tempfile.TemporaryDirectory() as folder:
+        to_hf(model, Path(folder) / 'model')
+        again = type(theirs).from_pretrained(Path(folder) / 'model').eval()
+    return gap(read(theirs(**given)), read(again(**given)), given)
+
+
+@torch.no_grad()
+def cache_gap(theirs: Any, model: Any) -> float:
+    """Of our logits token by token from their logits of the whole."""
+    ids = inputs(theirs)['input_ids']
+    whole, cache, largest = theirs(ids).logits, None, 0.0
+    for at in range(ids.shape[1]):
+        logits, record = model(ids[:, at : at + 1], cache=cache, return_intermediates=True, input_not_include_cache=True)
+        cache = record.kv_cache
+        largest = max(largest, float((logits[:, 0] - whole[:, at]).abs().max()))
+    return largest
+
+
+@torch.no_grad()
+def greedy(theirs: Any, model: Any) -> tuple[bool, int]:
+    """(whether both write the same, prompts padded on the left; how often their two best logits lie within the limit)."""
+    from x_transformers import AutoregressiveWrapper
+
+    ids, start = inputs(theirs)['input_ids'][:, :9], torch.tensor([0, 3])
+    mask = (torch.arange(9) >= start[:, None]).long()
+    written = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    best = torch.stack(written.logits).topk(2, dim=-1).values
+    ties = int(((best[..., 0] - best[..., 1]) < LIMIT).sum())
+    prompts = [row[begin:] for row, begin in zip(ids, start.tolist(), strict=True)]
+    made = AutoregressiveWrapper(model).generate(prompts, STEPS, temperature=0.0)
+    return bool((written.sequences[:, 9:] == made).all()), ties

@@ -1,0 +1,182 @@
+"""Folders in the Hugging Face format: refused configs, broken files, shards, home-made models, the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.cli.main import main
+from x_transformers.flags.base import FlagError
+from x_transformers.hf import explain, from_hf, keywords, to_hf
+from x_transformers.saving import tensors
+from x_transformers.saving.errors import FolderError
+from x_transformers.saving.tensors import Weights
+
+CONFIG = {
+    'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 20,
+    'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 4, 'hidden_act': 'silu',
+    'max_position_embeddings': 64, 'rms_norm_eps': 1e-5, 'rope_theta': 5e5, 'tie_word_embeddings': False,
+    'torch_dtype': 'float32', 'transformers_version': '4.40.0', 'use_cache': True, 'bos_token_id': 1, 'eos_token_id': 2,
+    'attention_bias': False, 'mlp_bias': False, 'initializer_range': 0.02, 'pretraining_tp': 1, 'attention_dropout': 0.0,
+}  # fmt: skip
+
+
+def home_made(**flags):
+    """A model of ours that is a Llama."""
+    torch.manual_seed(0)
+    stack = {
+        'dim': 16, 'depth': 2, 'heads': 4, 'attn_dim_head': 4, 'attn_kv_heads': 2, 'use_rmsnorm': True,
+        'norm_add_unit_offset': False, 'norm_eps': 1e-5, 'rotary_pos_emb': True, 'rotary_emb_dim': 4, 'rotary_theta': 5e5,
+        'ff_glu': True, 'ff_swish': True, 'ff_no_bias': True, 'ff_glu_bias': False, 'ff_dim_inner': 20,
+    } | flags  # fmt: skip
+    model = TransformerWrapper(num_tokens=40, max_seq_len=64, attn_layers=Decoder(**stack)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    to_hf(home_made(), tmp_path / 'llama', family='llama')
+    return tmp_path / 'llama'
+
+
+def test_a_model_that_was_made_here_goes_out_and_comes_back(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['model_type'] == 'llama'
+    assert 'model.layers.1.self_attn.q_proj.weight' in Weights(folder)
+    ids = torch.randint(0, 40, (2, 9))
+    torch.testing.assert_close(from_hf(folder)(ids), home_made()(ids))
+
+
+def test_what_no_family_has_is_named(tmp_path):
+    with pytest.raises(FlagError, match=r'llama does not have .*attention.gate_values=True') as caught:
+        to_hf(home_made(attn_gate_values=True), tmp_path / 'model', family='llama')
+    assert 'heads' not in str(caught.value).replace('attn_heads', '')
+    assert not (tmp_path / 'model').exists()
+
+
+def test_old_and_new_configs_say_the_same():
+    new = {key: value for key, value in CONFIG.items() if key != 'rope_theta'}
+    scaled = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
+    old = CONFIG | {'rope_scaling': {'rope_type': 'llama3', **scaled}}
+    new['rope_parameters'] = {'rope_theta': 5e5, 'rope_type': 'llama3', **scaled}
+    assert keywords(old) == keywords(new)
+    assert keywords(old)['attn_layers']['rotary_scaling']['type'] == 'llama3'
+    older = CONFIG | {'rope_scaling': {'type': 'linear', 'factor': 2.0}}
+    assert keywords(older)['attn_layers']['rotary_scaling'] == {'type': 'linear', 'factor': 2.0}
+
+
+def test_explained_as_python():
+    text = explain(CONFIG)
+    namespace = {'TransformerWrapper': TransformerWrapper, 'Decoder': Decoder}
+    model = eval(text, namespace)
+    assert model.attn_layers.flags.rotary_theta == 5e5
+    assert model.attn_layers.attn_dim_head == 4
+
+
+@pytest.mark.parametrize(
+    ('change', 'says'),
+    [
+        ({'model_type': 'mamba'}, r"`model_type` is 'mamba'; the families are llama"),
+        ({'hidden_act': 'tanh'}, r'`hidden_act` is .tanh.: there is no flag for this activation'),
+        ({'rope_scaling': {'type': 'su', 'factor': 2.0}}, r"`rope_type` is 'su'"),
+        ({'quantization_config': {'bits': 4}}, r'`quantization_config` is .* which this family does not know'),
+        ({'hidden_size': None}, r'`hidden_size` is missing'),
+    ],
+)
+def test_configs_that_cannot_be_expressed_are_refused_by_key(change, says):
+    with pytest.raises(FlagError, match=says):
+        keywords(CONFIG | change)
+
+
+def rewrite(folder, change):
+    held = dict(Weights(folder).items())
+    change(held)
+    tensors.write(folder, held.items(), metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize(
+    ('change', 'says'),
+    [
+        (lambda held: held.pop('model.norm.weight'), 'missing: model.norm.weight'),
+        (lambda held: held.update(more=torch.zeros(2)), 'left over: more'),
+        (
+            lambda held: held.update({'model.layers.0.self_attn.k_proj.weight': torch.zeros(4, 16)}),
+            r'of another shape: .*self_attn.k_proj.weight .*\(4, 16\)',
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_before_any_is_read(folder, change, says, monkeypatch):
+    rewrite(folder, change)
+    monkeypatch.setattr(tensors, 'read', lambda place: pytest.fail('a tensor was read'))
+    with pytest.raises(FolderError, match=says):
+        from_hf(folder)
+
+
+def test_a_tied_head_that_is_none(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | {'tie_word_embeddings': True}))
+    with pytest.raises(FolderError, match=r'ties lm_head.weight to model.embed_tokens.weight, but they differ'):
+        from_hf(folder)
+    rewrite(folder, lambda held: held.update({'lm_head.weight': held['model.embed_tokens.weight'].clone()}))
+    assert from_hf(folder).flags.tie_embedding
+
+
+def test_a_missing_shard_is_named(folder):
+    held = dict(Weights(folder).items())
+    (folder / 'model.safetensors').unlink()
+    tensors.write(folder, held.items(), metadata={'format': 'pt'}, shard=4000)
+    whole = from_hf(folder)
+    ids = torch.randint(0, 40, (2, 9))
+    torch.testing.assert_close(whole(ids), home_made()(ids))
+    gone = sorted(folder.glob('model-*.safetensors'))[1]
+    gone.unlink()
+    with pytest.raises(FolderError, match=f'lacks {gone.name}'):
+        from_hf(folder)
+
+
+def test_dtype_and_a_folder_of_ours(folder, tmp_path):
+    model = from_hf(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.attn_layers.rotary_pos_emb.inv_freq.dtype == torch.float32
+    model.save_pretrained(tmp_path / 'ours')
+    with pytest.raises(FolderError, match='use from_pretrained'):
+        from_hf(tmp_path / 'ours')
+    with pytest.raises(FolderError, match=r'use x_transformers.hf.from_hf'):
+        TransformerWrapper.from_pretrained(folder)
+
+
+def tokenizer(folder):
+    tokenizers = pytest.importorskip('tokenizers', reason='text needs tokenizers (extra: hf)')
+    words = {f'w{number}': number for number in range(40)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='w0'))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(folder / 'tokenizer.json'))
+    return made
+
+
+def test_the_command_line_explains_imports_writes_and_exports(folder, tmp_path, capsys):
+    made = tokenizer(folder)
+    config = json.loads((folder / 'config.json').read_text())
+    assert main(['hf', 'explain', str(folder)]) == 0
+    assert 'rotary_theta=500000.0' in capsys.readouterr().out
+    assert main(['hf', 'import', str(folder), str(tmp_path / 'ours')]) == 0
+    assert 'tokenizer.json' in capsys.readouterr().out
+    prompt = ['--prompt', 'w3 w4', '--length', '6', '--temperature', '0']
+    assert main(['generate', str(tmp_path / 'ours'), *prompt]) == 0
+    said = capsys.readouterr().out
+    wanted = AutoregressiveWrapper(home_made()).generate(torch.tensor([[3, 4]]), 6, temperature=0.0)[0].tolist()
+    assert said.split() == ['w3', 'w4', *made.decode(wanted).split()]
+    assert main(['hf', 'export', str(tmp_path / 'ours'), str(tmp_path / 'theirs')]) == 0
+    assert json.loads((tmp_path / 'theirs/config.json').read_text()) == config
+    one, other = Weights(folder), Weights(tmp_path / 'theirs')
+    assert set(one) == set(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    assert main(['hf', 'import', str(tmp_path / 'none'), str(tmp_path / 'x')]) == 2
+    assert 'has no config.json' in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""Write the table of docs/hugging_face.md: how far our models are from those of transformers."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+PAGE = ROOT / 'docs/hugging_face.md'
+
+
+def shown(gap: float) -> str:
+    return '0' if gap == 0 else f'{gap:.0e}'.replace('e-0', 'e-')
+
+
+def row(case: object) -> str:
+    from tests.hf.published import cache_gap, export_gap, greedy, import_gap
+
+    theirs, model, gap = import_gap(case)
+    cells = [case.name, shown(gap), shown(export_gap(theirs, model))]
+    if case.writes:
+        same, ties = greedy(theirs, model)
+        cells += [shown(cache_gap(theirs, model)), 'same' if same else f'{ties} ties']
+    else:
+        cells += ['', '']
+    return f'| {" | ".join(cells)} |'
+
+
+def main() -> None:
+    from tests.hf.published import CASES
+
+    warnings.filterwarnings('ignore')
+    head = ['| model | import | export | cache | greedy |', '| --- | --- | --- | --- | --- |']
+    table = '\n'.join([*head, *(row(case) for case in CASES)])
+    text = PAGE.read_text(encoding='utf-8')
+    text = re.sub(
+        r'(<!-- parity -->\n).*?(<!-- /parity -->)', lambda found: f'{found[1]}{table}\n{found[2]}', text, flags=re.DOTALL
+    )
+    PAGE.write_text(text, encoding='utf-8')
+    print(table)
+
+
+if __name__ == '__main__':
+    main()
