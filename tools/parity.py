@@ -35,9 +35,9 @@ def main() -> None:
     head = ['| model | import | export | cache | greedy |', '| --- | --- | --- | --- | --- |']
     table = '\n'.join([*head, *(row(case) for case in CASES)])
     text = PAGE.read_text(encoding='utf-8')
-    text = re.sub(
-        r'(<!-- parity -->\n).*?(<!-- /parity -->)', lambda found: f'{found[1]}{table}\n{found[2]}', text, flags=re.DOTALL
-    )
+    before, _, rest = text.partition('<!-- parity -->\n')
+    behind = rest.partition('<!-- /parity -->')[2]
+    text = f'{before}<!-- parity -->\n{table}\n<!-- /parity -->{behind}'
     PAGE.write_text(text, encoding='utf-8')
     print(table)
 

@@ -49,6 +49,10 @@ BERT = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 2, 'num_attention_heads': 4,
     'max_position_embeddings': 64, 'pad_token_id': 0,
 }  # fmt: skip
+T5 = {
+    'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
+    'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 20,
+}  # fmt: skip
 IMAGES = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'image_size': 16, 'patch_size': 4}
 SCALINGS: dict[str, dict[str, Any]] = {
     'linear': {'factor': 4.0},
@@ -84,6 +88,13 @@ CASES = (
         'tie_word_embeddings': False, 'activation_function': 'relu', 'scale_attn_by_inverse_layer_idx': True,
         'bos_token_id': 1, 'eos_token_id': 2,
     }), writes=True),
+    decoder('Gemma 2', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=12, sliding_window=5, query_pre_attn_scalar=20),
+    decoder('Gemma 2, low caps', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=8, sliding_window=4,
+            attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
+    other('T5 1.0', 'T5ForConditionalGeneration', 'T5Config', **T5),
+    other('T5 1.1', 'T5ForConditionalGeneration', 'T5Config', **T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False,
+          num_decoder_layers=3),
+    other('T5, encoder', 'T5EncoderModel', 'T5Config', **T5),
     other('BERT, masked words', 'BertForMaskedLM', 'BertConfig', **BERT),
     other('BERT', 'BertModel', 'BertConfig', **BERT, hidden_act='relu', type_vocab_size=3),
     other('ViT', 'ViTModel', 'ViTConfig', **IMAGES, intermediate_size=44, qkv_bias=False),
@@ -114,6 +125,10 @@ def inputs(model: Any) -> dict[str, Tensor]:
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, LENGTH - 6 :] = 0
     given = {'input_ids': torch.randint(0, config.vocab_size, (2, LENGTH)), 'attention_mask': mask}
+    if config.model_type == 't5' and config.is_encoder_decoder:
+        given['decoder_input_ids'] = torch.randint(0, config.vocab_size, (2, LENGTH))
+        # of the answer all tokens count, of the question those that the mask shows
+        given['attention_mask'] = mask
     if config.model_type == 'bert':
         given['token_type_ids'] = torch.randint(0, config.type_vocab_size, (2, LENGTH))
     return given
@@ -129,13 +144,17 @@ def ours(model: Any, given: dict[str, Tensor], embeddings: bool) -> Tensor:
     if 'pixel_values' in given:
         out: Tensor = model(given['pixel_values'], return_embeddings=embeddings)
         return out
+    if 'decoder_input_ids' in given:
+        encoded, mask = model.encode(given['input_ids'], given['attention_mask'].bool())
+        said: Tensor = model.decoder.net(given['decoder_input_ids'], context=encoded, context_mask=mask)
+        return said
     more = {'token_emb_kwargs': {'token_type_ids': given['token_type_ids']}} if 'token_type_ids' in given else {}
     return model(given['input_ids'], mask=given['attention_mask'].bool(), return_embeddings=embeddings, **more)
 
 
 def gap(a: Tensor, b: Tensor, given: dict[str, Tensor]) -> float:
     """The largest difference, at tokens."""
-    mask = given.get('attention_mask')
+    mask = None if 'decoder_input_ids' in given else given.get('attention_mask')
     return float((a - b).abs().max() if mask is None else (a - b).abs()[mask.bool()].max())
 
 

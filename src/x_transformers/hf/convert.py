@@ -32,6 +32,8 @@ FAMILIES = {
     'qwen3': ('llama', 'QWEN3'),
     'gpt2': ('gpt2', 'GPT2'),
     'bert': ('bert', 'BERT'),
+    'gemma2': ('gemma', 'GEMMA2'),
+    't5': ('t5', 'T5'),
     'vit': ('vit', 'VIT'),
     'dinov2_with_registers': ('vit', 'DINOV2'),
 }

@@ -1,0 +1,52 @@
+"""Gemma 2: norms on both sides of a branch, windows in every other layer, soft caps on scores and logits."""
+
+from __future__ import annotations
+
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, rule
+from x_transformers.hf.llama import ATTENTION, FORWARD, UNUSED, attention_rules, biases, decoder, ends, gated_rules, windows
+
+
+def gemma2(config: Config) -> Plain:
+    depth, dim = config.need('num_hidden_layers'), config.need('hidden_size')
+    config.only('use_bidirectional_attention', False, 'this family is read from left to right')
+    config.skip('query_pre_attn_scalar', 'sliding_window_pattern', '_sliding_window_pattern', 'cache_implementation')
+    usual = ['full_attention' if layer % 2 else 'sliding_attention' for layer in range(depth)]
+    cap, last = config.get('attn_logit_softcapping'), config.get('final_logit_softcapping')
+    caps = {} if cap is None else {'attn_softclamp_logits': True, 'attn_logit_softclamp_value': cap}
+    model = decoder(
+        config,
+        **activation(config, 'hidden_activation', config.get('hidden_act', 'gelu_pytorch_tanh')),
+        **windows(config, usual),
+        **biases(config),
+        **caps,
+        attn_scale=config.get('query_pre_attn_scalar', 256) ** -0.5,
+        norm_add_unit_offset=True,
+        sandwich_norm=True,
+    )
+    # ties are what this family has unless its config says otherwise
+    if config.get('tie_word_embeddings', True) and 'return_only_embed' not in model:
+        model['tie_embedding'] = True
+    head = {'embed_scale': dim**0.5}
+    if last is not None and 'return_only_embed' not in model:
+        head['logits_softcap'] = last
+    return {**model, **head}
+
+
+def gemma_rules(config: Config, model: Plain) -> list[KeyRule]:
+    stack, layer = model['attn_layers'], 'model.layers.{i}'
+    norms = {
+        'input_layernorm': f'{ATTENTION}.0.0',
+        'post_attention_layernorm': f'{ATTENTION}.0.1',
+        'pre_feedforward_layernorm': f'{FORWARD}.0.0',
+        'post_feedforward_layernorm': f'{FORWARD}.0.1',
+    }
+    rules = [
+        *ends(model),
+        *(rule(f'{layer}.{name}.weight', f'{ours}.g') for name, ours in norms.items()),
+        *attention_rules(f'{layer}.self_attn', stack),
+        *gated_rules(f'{layer}.mlp', not stack['ff_no_bias']),
+    ]
+    return for_layers(rules, stack['depth'])
+
+
+GEMMA2 = Family(('gemma2',), gemma2, gemma_rules, prefix='model.', unused=UNUSED)
