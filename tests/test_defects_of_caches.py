@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from x_transformers import AutoregressiveWrapper, Decoder, PrefixDecoder, TransformerWrapper
+from x_transformers import AutoregressiveWrapper, Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.free_transformer import FreeTransformer
+from x_transformers.generation.continuation import Continuation
+from x_transformers.generation.decode import Reader, Tokens
 from x_transformers.generation.prompts import GenerateError
 
 
@@ -166,3 +169,139 @@ def test_a_cache_by_hand_lacks_forget_gates(per_row: bool) -> None:
     net, x = model(attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=per_row), prompts(1, 7)
     with pytest.raises(ValueError, match='must hold the forget gates'):
         net(x, cache=by_hand(net, x[:, :6]))
+
+
+def test_a_cache_by_hand_lacks_shifted_tokens() -> None:
+    net, x = model(shift_tokens=1), prompts(1, 7)
+    with pytest.raises(ValueError, match='must hold the tokens that shift_tokens shifts'):
+        net(x, cache=by_hand(net, x[:, :6]))
+
+
+class Around(nn.Module):
+    """A net by the contract of the original: it is given the whole window and what the call before returned."""
+
+    can_cache_kv = can_cache_kv_outside_max_seq_len = True
+
+    def __init__(self, net: TransformerWrapper) -> None:
+        super().__init__()
+        self.net, self.max_seq_len = net, net.max_seq_len
+
+    def forward(self, x: Tensor, return_intermediates: bool = False, cache: Any = None, seq_start_pos: Any = None) -> Any:
+        return self.net(x, return_intermediates=return_intermediates, cache=cache, seq_start_pos=seq_start_pos)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {'rotary_pos_emb': True},
+        {'rotary_pos_emb': True, 'shift_tokens': 1},
+        {'rotary_pos_emb': True, 'attn_num_mem_kv': 2},
+        {'attn_data_dependent_alibi': True},
+    ],
+    ids=str,
+)
+def test_nets_around_ours_decode_as_ours(flags: dict[str, Any]) -> None:
+    net = model(wrapper={'max_seq_len': 8, 'use_abs_pos_emb': False}, **flags)
+    own, around = AutoregressiveWrapper(net), AutoregressiveWrapper(Around(net))
+    for given in ({}, {'prompt_lens': [5, 2] * 2}):
+        found = [made.generate(prompts(4, 5), 14, temperature=0.0, **given) for made in (own, around)]
+        assert torch.equal(*found)
+    found = [made.beam_search(prompts(2, 5), 12, beams=3) for made in (own, around)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    'flags', [{}, {'attn_hybrid_module': nn.GRU(16, 16, batch_first=True)}, {'shift_tokens': 1}], ids=['plain', 'gru', 'shift']
+)
+def test_what_a_mask_hides_is_not_read_beside_attention(flags: dict[str, Any]) -> None:
+    net, x = model(attn_dim_head=8, **flags), prompts(1, 8)
+    mask = torch.tensor([[True] * 3 + [False] * 2 + [True] * 3])
+    y = torch.where(mask, x, (x + 7) % 24)
+    full, cache, parts = net(x, mask=mask), None, []
+    torch.testing.assert_close(full[:, 5:], net(y, mask=mask)[:, 5:])
+    for start, stop in ((0, 3), (3, 5), (5, 8)):
+        given = {'mask': mask[:, start:stop], 'cache': cache, 'input_not_include_cache': True}
+        out, cache = net(x[:, start:stop], return_intermediates=True, **given)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hybrid_that_reads_both_ways_does_not_read_padding() -> None:
+    class BothWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(16, 8, batch_first=True, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.gru(x)[0]
+
+    net, x = model(Encoder, attn_dim_head=8, attn_hybrid_module=BothWays()), prompts(1, 8)
+    mask = torch.tensor([[True] * 5 + [False] * 3])
+    y = torch.where(mask, x, (x + 7) % 24)
+    torch.testing.assert_close(net(x, mask=mask)[:, :5], net(y, mask=mask)[:, :5])
+
+
+UNTURNED = [
+    {'rotary_pos_emb': True},
+    {'rotary_xpos': True},
+    {'polar_pos_emb': True},
+    {'rotary_pos_emb': True, 'attn_use_latent_kv': True, 'attn_dim_latent_kv': 6},
+    {
+        'rotary_pos_emb': True,
+        'attn_use_latent_kv': True,
+        'attn_dim_latent_kv': 6,
+        'attn_latent_rope_subheads': 1,
+    },
+    {'rotary_scaling': {'type': 'dynamic', 'factor': 2.0, 'original_length': 4}, 'rotary_pos_emb': True},
+]
+
+
+def against_the_window(net: TransformerWrapper, ids: Tensor, start: Tensor | None = None) -> float:
+    """How far cached reading beyond the window is from reading the window anew, one layer deep."""
+    begin, length, most = 5, net.max_seq_len, 0.0
+    pads = 0 if start is None else int(start.max())
+    reader, tokens = Reader(net, start=start, most_pads=pads), Tokens(ids[:, :begin], 30)
+    with torch.no_grad():
+        for end in range(begin, ids.shape[1]):
+            got = reader.read(tokens)[:, -1]
+            tokens.append(ids[:, end])
+            low = max(0, end - length)
+            given = {} if start is None else {'seq_start_pos': (start - low).clamp(min=0)}
+            most = max(most, (net(ids[:, low:end], **given)[:, -1] - got).abs().max().item())
+    return most
+
+
+@pytest.mark.parametrize('flags', UNTURNED, ids=str)
+@pytest.mark.parametrize('padded', [False, True])
+def test_beyond_the_window_places_count_from_its_beginning(flags: dict[str, Any], padded: bool) -> None:
+    """Learned keys have no place, so they notice where places are counted from."""
+    net = model(wrapper={'max_seq_len': 7}, depth=1, attn_num_mem_kv=2, **flags)
+    assert against_the_window(net, prompts(2, 24), torch.tensor([0, 3]) if padded else None) < 1e-5
+
+
+def test_contextual_positions_count_from_the_beginning_of_the_window() -> None:
+    net = model(wrapper={'max_seq_len': 7}, depth=1, attn_use_cope=True, attn_cope_max_pos=4, rotary_pos_emb=True)
+    assert against_the_window(net, prompts(2, 24)) < 1e-5
+
+
+def test_a_program_counts_places_from_the_beginning_of_the_window() -> None:
+    net = model(wrapper={'max_seq_len': 7}, depth=1, attn_num_mem_kv=2, rotary_pos_emb=True)
+    ids = prompts(2, 24)
+    cache = net(ids[:, :5], return_intermediates=True)[1]
+    program = Continuation(net, cache, capacity=24, reach=7)
+    for end in range(5, 24):
+        out = program.read(ids[:, end : end + 1])[:, -1]
+        whole = net(ids[:, max(0, end - 6) : end + 1])[:, -1]
+        torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_free_transformer_that_cannot_be_cached_reads_all_tokens_again() -> None:
+    torch.manual_seed(0)
+    given: dict[str, Any] = {'dim': 16, 'heads': 2, 'max_seq_len': 16, 'latent_bits': 2}
+    made = FreeTransformer(
+        num_tokens=9, dec_head_depth=1, dec_tail_depth=1, dec_kwargs={'attn_selective': True}, verbose=False, **given
+    )
+    prompt = torch.ones(1, 3).long()
+    cached, full = (made.generate(prompt, 8, temperature=0.0, use_kv_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, full)
+    assert cached.shape == (1, 8)

@@ -251,7 +251,7 @@ class FreeTransformer(Module):
         Args:
             latents: code numbers or soft codes (k = ``2 ** bits`` channels): one for all, one per row (``b`` or ``b k``),
                 or one per position (``b seq_len`` or ``b seq_len k``); the tail is told nothing without them.
-            use_kv_cache: feed only new tokens, to head and tail alike.
+            use_kv_cache: feed only new tokens, to head and tail alike, if both can be cached.
             generator: makes sampling reproducible.
         """
         prompt = prepare(prompts)

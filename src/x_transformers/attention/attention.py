@@ -14,7 +14,7 @@ from x_transformers.attention.assemble import BIASES, build_attend, build_hybrid
 from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
-from x_transformers.attention.hybrid import mask_keywords, mix_hybrid, run_module
+from x_transformers.attention.hybrid import shown, mix_hybrid, run_module
 from x_transformers.attention.inputs import BranchInputs, Intermediates
 from x_transformers.attention.maps import Maps
 from x_transformers.attention.project import Seen, merge_heads, split_heads
@@ -212,7 +212,14 @@ class Attention(Module):
         bias = self.bias(seen, given)
         mask = given.mask.narrowed(self.causal, self.max_attend_past)
         k, v, mask, front = put_in_front(
-            k, v, mask, heads=self.heads, memory=self.memory(), extra=given.extra, positions=given.positions
+            k,
+            v,
+            mask,
+            heads=self.heads,
+            memory=self.memory(),
+            extra=given.extra,
+            positions=given.positions,
+            rotated_heads=self.rotated_heads,
         )
         if self.laser_clamp is not None:
             v = laser_in(v, self.laser_clamp)
@@ -294,8 +301,8 @@ class Attention(Module):
         out = gate_heads(out, x, self.to_v_head_gate)
         if self.hybrid_module is None or self.hybrid_norms is None:
             return out, None
-        keywords = mask_keywords(self.flags.hybrid_mask_kwarg, given.padding, self.causal)
-        other, hidden = run_module(self.hybrid_module, x, given.past, **keywords)
+        x_shown, keywords = shown(x, self.flags.hybrid_mask_kwarg, given.padding, self.causal)
+        other, hidden = run_module(self.hybrid_module, x_shown, given.past, **keywords)
         return mix_hybrid(out, other, self.hybrid_norms, None if self.hybrid_mix is None else self.hybrid_mix(x)), hidden
 
     def gated_channels(self, merged: Float[Tensor, 'b n (h e)'], x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n (h e)']:

@@ -27,9 +27,9 @@ class Fronted(NamedTuple):
     front: int
 
 
-def unplaced(keys: Float[Tensor, 'b kh m d'], positions: Positions | None) -> Tensor:
+def unplaced(keys: Float[Tensor, 'b kh m d'], positions: Positions | None, rotated_heads: int | None) -> Tensor:
     """Keys that have no position, as wide as those that have."""
-    return keys if positions is None else positions.unplaced_keys(keys)
+    return keys if positions is None else positions.unplaced_keys(keys, rotated_heads)
 
 
 def with_front(mask: Mask, visible: Bool[Tensor, 'b m'], behind: int) -> Mask:
@@ -50,6 +50,7 @@ def put_in_front(
     memory: tuple[Float[Tensor, 'kh m d'], Float[Tensor, 'kh m e']] | None = None,
     extra: ExtraKeys | None = None,
     positions: Positions | None = None,
+    rotated_heads: int | None = None,
 ) -> Fronted:
     """External keys, then memory keys, then the own ones.
 
@@ -59,7 +60,7 @@ def put_in_front(
     front = 0
     if memory is not None:
         mem_k, mem_v = (t.expand(keys.shape[0], -1, -1, -1) for t in memory)
-        keys = torch.cat((unplaced(mem_k, positions).to(keys.dtype), keys), dim=-2)
+        keys = torch.cat((unplaced(mem_k, positions, rotated_heads).to(keys.dtype), keys), dim=-2)
         values = torch.cat((mem_v.to(values.dtype), values), dim=-2)
         front += mem_k.shape[-2]
     if extra is None:
@@ -69,6 +70,6 @@ def put_in_front(
         keys, values, extra_k, extra_v = (tiled_heads(t, heads) for t in (keys, values, extra_k, extra_v))
     if extra.mask is not None:
         mask = with_front(mask, extra.mask, front)
-    keys = torch.cat((unplaced(extra_k, positions).to(keys.dtype), keys), dim=-2)
+    keys = torch.cat((unplaced(extra_k, positions, rotated_heads).to(keys.dtype), keys), dim=-2)
     values = torch.cat((extra_v.to(values.dtype), values), dim=-2)
     return Fronted(keys, values, mask, front + extra_k.shape[-2])

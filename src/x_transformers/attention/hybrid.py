@@ -138,6 +138,13 @@ def mix_hybrid(
     return torch.lerp(out, other, share.sigmoid().transpose(1, 2).unsqueeze(-1).to(out.dtype))
 
 
-def mask_keywords(name: str | None, padding: Bool[Tensor, 'b n'] | None, causal: bool) -> dict[str, Any]:
-    """The padding mask (True: a token) under the module's own keyword; a causal module is not told."""
-    return {} if name is None or causal else {name: padding}
+def shown(
+    x: Float[Tensor, 'b n d'], name: str | None, padding: Bool[Tensor, 'b n'] | None, causal: bool
+) -> tuple[Float[Tensor, 'b n d'], dict[str, Any]]:
+    """(what the module reads, its keywords): the padding mask (True: a token) under the module's own keyword.
+
+    A causal module, or one without such a keyword, is not told: it reads zeros where there is no token.
+    """
+    if name is not None and not causal:
+        return x, {name: padding}
+    return x if padding is None else x.masked_fill(~padding.unsqueeze(-1), 0.0), {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -50,6 +51,19 @@ class LayerIntermediates:
     @initial_embed.setter
     def initial_embed(self, value: Float[Tensor, 'b n d'] | None) -> None:
         self.initial_embeds = value
+
+
+def with_cache(seen: LayerIntermediates, cache: KVCache) -> LayerIntermediates:
+    """The same with another cache, also where attentions report theirs."""
+    old = {} if seen.kv_cache is None else {id(layer): index for index, layer in seen.kv_cache.steps.items()}
+    attentions = []
+    for each in seen.attn_intermediates or []:
+        index = None if each.cache is None else old.get(id(each.cache))
+        if index is not None:
+            each = copy(each)
+            each.cache = cache.steps[index]
+        attentions.append(each)
+    return replace(seen, kv_cache=cache, cache_length=cache.length, attn_intermediates=attentions)
 
 
 def get_cached_kvs(intermediates: LayerIntermediates) -> list[Any]:

@@ -199,7 +199,7 @@ class KVCache:
     number of rows it has processed and returns that fork.
     """
 
-    __slots__ = ('_length', 'cursor', 'front', 'front_held', 'known', 'pos_offset', 'steps')
+    __slots__ = ('_length', 'cursor', 'front', 'front_held', 'known', 'pos_offset', 'steps', 'uncounted')
 
     def __init__(self, length: int = 0, front: int = 0) -> None:
         self._length = length
@@ -208,6 +208,8 @@ class KVCache:
         self.cursor: Cursor | None = None
         # what was added to counted positions (``seq_pos_offset``), for tokens that follow
         self.pos_offset = 0
+        # rows that had been seen and dropped before ``length`` began to count
+        self.uncounted = 0
         # the stack that has handed it out, by its id
         self.known: int | None = None
         # of a fixed capacity: how many of the rows in front it began with
@@ -288,7 +290,7 @@ class KVCache:
 
     def _mapped(self, change: Callable[[LayerCache], LayerCache], length: int | None = None) -> KVCache:
         twin = KVCache(self._length if length is None else length, self.front)
-        twin.pos_offset, twin.known = self.pos_offset, self.known
+        twin.pos_offset, twin.known, twin.uncounted = self.pos_offset, self.known, self.uncounted
         twin.steps = {index: change(layer) for index, layer in self.steps.items()}
         if self.cursor is not None:
             twin._at(self.cursor if length is None else self.cursor.moved(length - self.length), self.front_held)
@@ -348,6 +350,13 @@ class KVCache:
     def window(self, last: int) -> KVCache:
         """Only the newest ``last`` rows of self attention; ``length`` stays."""
         return self._mapped(lambda layer: layer.changed(lambda tape: tape.last(last)))
+
+    def begun(self) -> KVCache:
+        """The same, counted from the oldest row held: as if the rows before it had never been seen, though places stay."""
+        held = self.retained
+        twin = self._mapped(LayerCache.fork, held)
+        twin.uncounted = self.uncounted + self.length - held
+        return twin
 
     def reorder(self, rows: Int[Tensor, ' r'], context: bool = True) -> KVCache:
         """Batch rows gathered by ``rows``: permuted, repeated or chosen.

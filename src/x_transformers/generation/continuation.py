@@ -131,7 +131,7 @@ class Continuation:
         held = cache.retained
         self._cursor.row.fill_(held)
         self._cursor.seen.fill_(cache.length)
-        self.cache.front, self.cache.pos_offset = cache.front, cache.pos_offset
+        self.cache.front, self.cache.pos_offset, self.cache.uncounted = cache.front, cache.pos_offset, cache.uncounted
         self.cache.front_held = max(cache.front - (cache.length - held), 0)
         self.length, self.seen = held, cache.length
         self._kinds.clear()

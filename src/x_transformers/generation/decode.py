@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.cache.intermediates import LayerIntermediates, with_cache
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
@@ -28,11 +28,25 @@ Pick = Callable[[Tensor], Tensor]
 
 
 def modify_cached_kv(cache: LayerIntermediates, fn: Callable[[Tensor], Tensor], kinds: str = 'a') -> None:
-    """Apply ``fn`` to both cached tensors of every self attention, in place of the old ones."""
+    """Apply ``fn`` to both cached tensors of every self attention, in place of the old ones.
+
+    What else a cache of this library remembers stays as it is; ``KVCache.window`` and ``reorder`` change all of it alike.
+    """
     for inter in cache.attn_intermediates or []:
         if (inter.layer_type or '-') in kinds and inter.cached_kv is not None:
             first, second = inter.cached_kv
             inter.cached_kv = (fn(first), None if second is None else fn(second))
+
+
+def last_rows_of(cache: LayerIntermediates, room: int) -> LayerIntermediates:
+    """The newest ``room`` rows of what a net by the original's contract returned; of ours all that it remembers is cut."""
+    held = cache.kv_cache
+    if not isinstance(held, KVCache):
+        modify_cached_kv(cache, lambda t: t[..., max(t.shape[-2] - room, 0) :, :])
+        return cache
+    held = held.window(room)
+    # such a net is told of padding from the window's beginning on
+    return with_cache(cache, held if held.front else held.begun())
 
 
 class Tokens:
@@ -209,8 +223,7 @@ class Reader:
         # by contract such a net processes one new token when it is given a cache
         cache = self.cache if self.caching and high - self.seen == 1 and last == 1 else None
         if cache is not None and self.limit is not None:
-            room = self.limit - 1
-            modify_cached_kv(cache, lambda t: t[..., max(t.shape[-2] - room, 0) :, :])
+            cache = last_rows_of(cache, self.limit - 1)
         out, intermediates = self.net(x, return_intermediates=True, cache=cache, **given)
         self.cache = intermediates if self.caching else None
         self.seen = high
@@ -263,6 +276,8 @@ class Reader:
         """Continue with batch rows ``index``. ``repeated_from``: the batch changes size; all that belongs to it follows."""
         if isinstance(self.cache, KVCache):
             self.cache = self.cache.reorder(index, context=repeated_from is not None)
+        elif isinstance(held := getattr(self.cache, 'kv_cache', None), KVCache):
+            self.cache = with_cache(self.cache, held.reorder(index, context=repeated_from is not None))
         elif self.cache is not None:
             modify_cached_kv(self.cache, lambda t: t.index_select(0, index), kinds='ac')
         if repeated_from is not None:

@@ -145,6 +145,9 @@ class ShiftTokens(Module):
         width = dim // len(self.shifts)
         return [(by, nth * width, (nth + 1) * width) for nth, by in enumerate(self.shifts) if by != 0 and width > 0]
 
+    def moves(self, dim: int) -> bool:
+        return bool(self._chunks(dim))
+
     def forward(self, x: Float[Tensor, '... n d'], **kwargs: Any) -> Any:
         around: BranchInputs | None = kwargs.get('around')
         shifted = self.shifted(x, kwargs.get('mask')) if around is None else self.shifted(x, around.padding, around.past)

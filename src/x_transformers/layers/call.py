@@ -74,7 +74,8 @@ class Span:
     """Where the tokens of this call lie.
 
     ``given`` tokens came in, of which ``new`` are unseen; the cache holds ``past`` rows beside them, memories ``mems`` rows
-    before those. ``begin`` is the position of the first row held; ``dropped`` rows have left the window of the cache.
+    before those. ``begin`` is the position of the first row held; ``dropped`` rows have left the window of the cache, and
+    ``uncounted`` ones before it began to count.
 
     In a cache of fixed capacity the new tokens are not the last rows: ``placed`` is the number of the first of them.
     """
@@ -87,6 +88,7 @@ class Span:
     begin: int | Int[Tensor, ' 1']
     dropped: int | Int[Tensor, ' 1'] = 0
     placed: Int[Tensor, ' 1'] | None = None
+    uncounted: int = 0
 
     @property
     def held(self) -> int:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
+from x_transformers.layers.branch import ShiftTokens
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
 
 if TYPE_CHECKING:
+    from x_transformers.cache.kv_cache import KVCache
     from x_transformers.layers.call import Given, Span
     from x_transformers.layers.stack import AttentionLayers
 
@@ -165,7 +167,7 @@ def check_pairs(name: str, t: Tensor, stack: AttentionLayers, span: Span, extern
     heads_fit = t.ndim < 3 or all(t.shape[-3] in (1, flags.heads) for flags in stack.flags.attentions)
     batch_fits = t.ndim < 4 or t.shape[0] in (1, span.batch)
     # memory keys may be covered too; columns for another model's keys are counted where those are known
-    front = max((flags.num_mem_kv + flags.add_zero_kv for flags in stack.flags.attentions), default=0)
+    front = max([0, *[flags.num_mem_kv + flags.add_zero_kv for flags in stack.flags.attentions]])
     wide_enough = (
         columns in (1, span.held) or span.whole <= columns <= span.whole + front or (external and columns > span.whole)
     )
@@ -284,6 +286,21 @@ def check_layers_of_cache(stack: AttentionLayers, cache: KVCache) -> None:
         raise ValueError(
             f'cache must be of a stack like this one, with {len(steps)} layers, got one that holds layers {sorted(kept)}. '
             'Give the cache that this model returned.'
+        )
+
+
+def check_history(stack: AttentionLayers, cache: KVCache, steps: Sequence[Step]) -> None:
+    """Whether a cache that this stack has not made has what its branches need of earlier tokens beside keys and values."""
+    layers = stack._layers()
+    shifting = [
+        step.index
+        for step in steps
+        if any(isinstance(part, ShiftTokens) and part.moves(stack.dim) for part in layers[step.layer].modules())
+    ]
+    if shifting and cache.retained and not any('shift' in cache.step(index).tapes for index in shifting):
+        raise ValueError(
+            'the cache must hold the tokens that shift_tokens shifts, got keys and values alone. '
+            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
         )
 
 

@@ -13,7 +13,7 @@ from x_transformers.cache.kv_cache import Cursor, KVCache
 from x_transformers.helpers import exists
 from x_transformers.layers.across_depth import injection
 from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span, counted
-from x_transformers.layers.checks import check_cache, check_call, check_input, check_steps, is_float, shape_of
+from x_transformers.layers.checks import check_cache, check_call, check_history, check_input, check_steps, is_float, shape_of
 from x_transformers.layers.condition import of_memories, read_condition
 from x_transformers.layers.external import external_keys
 from x_transformers.layers.repeat import block_transform
@@ -32,10 +32,13 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     """
     check_input(stack, x)
     # once for a text: a cache that this stack has handed out has passed
-    if getattr(given.cache, 'known', None) != id(stack):
+    passed = getattr(given.cache, 'known', None) == id(stack)
+    if not passed:
         check_cache(stack, given)
     steps = check_steps(stack, given.layers_execute_order, given.repeat_blocks)
     cache = KVCache.of(given.cache, [step.index for step in steps if step.kind != 'f'])
+    if cache is not None and not passed:
+        check_history(stack, cache, steps)
     span = read_span(x, given, cache)
     check_call(stack, given, span, steps)
     normed_mems = span.mems if stack.norm_need_condition else 0
@@ -61,7 +64,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         context=given.context if given.context is None else given.context.to(x.dtype),
         rows=None if given.mask is None else span.newest(given.mask),
         padding=padding(given, span, starts),
-        shift_padding=shift_padding(stack, given, span, starts),
+        shift_padding=shift_padding(stack, given, span, starts, working),
         bias=position_bias(stack, given, span, pos, working),
         positions=positions(stack, given, span, pos, working, base.keys),
         cross_positions=cross_positions(stack, given, span, pos, working),
@@ -92,14 +95,24 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
     batch, length = x.shape[:2]
     offset = pos_offset(given, cache)
     if cache is not None and cache.cursor is not None:
-        return fixed_span(batch, length, given, cache.cursor, offset)
+        return fixed_span(batch, length, given, cache, cache.cursor, offset)
     past = 0 if cache is None else cache.retained
     if cache is not None and past:
         check_batch(cache, batch)
     new = unseen(length, past, given) if cache is not None else length
     mems = memory_length(given)
     dropped = 0 if cache is None else cache.length - past
-    return Span(batch=batch, given=length, new=new, past=past, mems=mems, begin=dropped + offset, dropped=dropped)
+    before = 0 if cache is None else cache.uncounted
+    return Span(
+        batch=batch,
+        given=length,
+        new=new,
+        past=past,
+        mems=mems,
+        begin=dropped + before + offset,
+        dropped=dropped,
+        uncounted=before,
+    )
 
 
 def pos_offset(given: Given, cache: KVCache | None) -> int:
@@ -109,7 +122,7 @@ def pos_offset(given: Given, cache: KVCache | None) -> int:
     return 0 if cache is None else cache.pos_offset
 
 
-def fixed_span(batch: int, length: int, given: Given, cursor: Cursor, offset: int) -> Span:
+def fixed_span(batch: int, length: int, given: Given, cache: KVCache, cursor: Cursor, offset: int) -> Span:
     """Behind a cache of fixed capacity all of x is new, and everything that depends on how far it is written is a tensor."""
     if length > cursor.capacity:
         raise ValueError(f'x must be at most the {cursor.capacity} tokens that the cache has room for, got {length}')
@@ -120,9 +133,10 @@ def fixed_span(batch: int, length: int, given: Given, cursor: Cursor, offset: in
         new=length,
         past=cursor.capacity - length,
         mems=memory_length(given),
-        begin=dropped + offset if offset else dropped,
+        begin=dropped + (offset + cache.uncounted) if offset + cache.uncounted else dropped,
         dropped=dropped,
         placed=cursor.row,
+        uncounted=cache.uncounted,
     )
 
 
@@ -221,13 +235,17 @@ def padding(given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Boo
 
 
 def shift_padding(
-    stack: AttentionLayers, given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None
+    stack: AttentionLayers, given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None, cache: KVCache | None
 ) -> Bool[Tensor, 'b n'] | None:
-    """Which new tokens feed-forward layers may take features of. In a causal stack nobody but padding sees what is padded on
-    the right, and recorded outputs hold what padding sees."""
-    if not stack.is_causal:
-        return padding(given, span, starts)
-    return None if starts is None else span.newest(starts)
+    """Which new tokens feed-forward layers may take features of.
+
+    In a causal stack nobody but padding sees what is padded on the right, and recorded outputs hold what padding sees.
+    """
+    tokens = padding(given, span, starts)
+    if tokens is None or given.mask is None or cache is not None or not stack.is_causal:
+        return tokens
+    followed = (tokens.flip(-1).cumsum(-1) > 0).flip(-1)
+    return tokens | ~followed
 
 
 def packed(kwargs: Any, causal: bool) -> PackedSequences | None:
@@ -311,20 +329,45 @@ def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Te
 
 
 def _table(
-    stack: AttentionLayers, span: Span, pos: Tensor | None, only_new: bool, begins: Int[Tensor, 'b 1'] | None = None
+    stack: AttentionLayers,
+    span: Span,
+    pos: Tensor | None,
+    only_new: bool,
+    begins: Int[Tensor, 'b 1'] | None = None,
+    window: int | Int[Tensor, '#b 1'] = 0,
 ) -> Tensor:
-    """Positions for a table of angles, of all keys, or of memories and new tokens; counted from where each row begins."""
+    """Positions for a table of angles, of all keys, or of memories and new tokens; counted from where each row begins.
+
+    ``window``: of the first token in sight, as counted from there.
+    """
     if pos is not None:
         if not only_new:
             return pos
         new = span.newest(pos, axis=pos.ndim - 1)
         return torch.cat((pos[..., : span.mems], new), dim=-1) if span.mems else new
     count = span.positions(next(stack.parameters()).device, only_new)
-    if begins is None or not span.mems:
+    if not span.mems or (begins is None and isinstance(window, int)):
         return count if begins is None else count - begins
-    # memories lie before the first token of each row, and not before its padding
-    mems = count[: span.mems].expand(begins.shape[0], -1)
-    return torch.cat((mems, count[span.mems :] - begins), dim=-1)
+    # memories lie before the first token in sight of each row, and not before its padding
+    mems = count[: span.mems] + (window - span.dropped - span.uncounted)
+    tokens = count[span.mems :] if begins is None else count[span.mems :] - begins
+    if mems.ndim == tokens.ndim == 1:
+        return torch.cat((mems, tokens))
+    rows = max(t.shape[0] for t in (mems, tokens) if t.ndim == 2)
+    return torch.cat((mems.expand(rows, -1), tokens.expand(rows, -1)), dim=-1)
+
+
+def window_begin(
+    span: Span, begins: Int[Tensor, 'b 1'] | None, cursor: Cursor | None
+) -> int | Int[Tensor, ' 1'] | Int[Tensor, 'b 1']:
+    """How far behind the first token of each row the first one that the newest sees is: rows that have left, but for padding.
+
+    Without ``begins`` rows begin at 0.
+    """
+    gone = span.dropped + span.uncounted if span.uncounted else span.dropped
+    if cursor is not None and cursor.reach is not None:
+        gone = gone + (cursor.row + span.new - cursor.reach).clamp(min=0)
+    return gone if begins is None or (isinstance(gone, int) and gone == 0) else (gone - begins).clamp(min=0)
 
 
 def packed_positions(given: Given, span: Span) -> Int[Tensor, '1 n'] | None:
@@ -365,10 +408,17 @@ def rotates_only_new(stack: AttentionLayers, cache: KVCache | None) -> bool:
     """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
     rotary = stack.rotary_pos_emb
     latent = any(flags.use_latent_kv for flags in stack.flags.attentions)
-    if rotary is None or rotary.scale is not None or rotary.depends_on_length or latent:
+    if rotary is None or rotary.scale is not None or latent or not keys_last(stack):
         return False
     tapes = [] if cache is None else [layer.tapes for layer in cache]
     return all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
+
+
+def keys_last(stack: AttentionLayers) -> bool:
+    """Whether a key that is turned stays what it is: not if the length counts, nor where places count from the window's
+    beginning and what queries meet there (contextual positions) cannot be turned along."""
+    rotary: Any = stack.rotary_pos_emb
+    return not rotary.depends_on_length and not any(flags.use_cope for flags in stack.flags.attentions)
 
 
 def positions(
@@ -393,15 +443,25 @@ def positions(
     if rotary is None and polar is None:
         pos = packed_positions(given, span) if pos is None else pos
         only_new = rotates_only_new(stack, cache)
-        table = _table(stack, span, pos, only_new, row_begins(stack, given, span, cache))
+        begins = row_begins(stack, given, span, cache)
+        window = window_begin(span, begins, None if cache is None else cache.cursor)
+        table = _table(stack, span, pos, only_new, begins, window)
+        # caller's positions are what they are; of counted ones the window's first is 0, where it matters
+        counts = pos is None and not (isinstance(window, int) and window == 0)
+        counts = counts and (stack.depends_on_places or from_outside(given))
         made: Positions
         if stack.polar_pos_emb is not None:
-            made = PolarPositions(*stack.polar_pos_emb(table))
+            made = PolarPositions(*stack.polar_pos_emb(table - window if counts else table))
         else:
             embedding: Any = stack.rotary_pos_emb
             seen = seen_so_far(span, seen) if embedding.depends_on_length else None
-            angles = embedding(table, centred=not from_outside(given), seen=seen)
-            made = RotaryPositions(*angles, layout=embedding.layout, lasting=not embedding.depends_on_length)
+            lasting = keys_last(stack)
+            again = counts and not (lasting and embedding.scale is None)
+            angles = embedding(table - window if again else table, centred=not from_outside(given), seen=seen)
+            made = RotaryPositions(*angles, layout=embedding.layout, lasting=lasting)
+            if counts and not again:
+                first = window if isinstance(window, Tensor) else torch.tensor([window], device=table.device)
+                made.begin_window(embedding(first)[0])
         if span.placed is not None and not only_new:
             made.place_queries(span.new_rows(table.device, span.mems))
         return made
@@ -422,7 +482,10 @@ def cross_positions(
 
     rotary: Any = stack.rotary_pos_emb
     pos = packed_positions(given, span) if pos is None else pos
-    table = _table(stack, span, pos, True, row_begins(stack, given, span, cache))
+    begins = row_begins(stack, given, span, cache)
+    window = window_begin(span, begins, None if cache is None else cache.cursor)
+    table = _table(stack, span, pos, True, begins, window)
+    table = table - window if pos is None else table
     own = given.rotary_pos_emb or rotary(table, centred=False)
     of_context = rotary(given.context_pos, centred=False)
     return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
@@ -445,8 +508,10 @@ def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor 
             f'attn_bias was given to a stack whose scores already have a bias ({stack.flags.position_bias}): '
             'leave out one of them, or add your own to a bias module'
         )
-    if pos is None and (begins := row_begins(stack, given, span, cache)) is not None and span.mems:
-        pos = _table(stack, span, None, False, begins)
+    if pos is None and span.mems:
+        begins = row_begins(stack, given, span, cache)
+        window = window_begin(span, begins, None if cache is None else cache.cursor)
+        pos = None if begins is None and isinstance(window, int) else _table(stack, span, None, False, begins, window)
     if span.placed is None:
         return RelativeBias(stack.rel_pos, positions=pos)
     if pos is None:

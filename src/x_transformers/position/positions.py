@@ -37,7 +37,7 @@ class Positions(ABC):
     def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m e']:
         """Keys with positions; ``before``: rows of the table that come after the keys' last one."""
 
-    def unplaced_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m e']:
+    def unplaced_keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None) -> Float[Tensor, 'b kh m e']:
         """Keys that have no position (memory keys, another model's), in the same width as those of ``keys``."""
         return k
 
@@ -88,6 +88,10 @@ class RotaryTable:
             return turned if width == dim else torch.cat((turned, t[..., width:]), dim=-1)
         turns = self._turns(n, dim, before, inverse)
         return turn(t, turns.conj() if back else turns)
+
+    def spread(self, rows: int) -> RotaryTable:
+        """The same turn for several rows."""
+        return RotaryTable(self.angles.expand(-1, rows, -1), self.scale, self.layout)
 
     def scale_of(self, dim: int) -> Tensor:
         """The factor of each channel of a head of ``dim`` channels, where it is one number for all that turn."""
@@ -145,6 +149,14 @@ class RotaryPositions(Positions):
         self._of_keys = self._of_queries if context is None else RotaryTable.of(*context, layout)
         # the scale of xpos is centred on the whole sequence, so it changes as the sequence grows
         self.cache_form = 'positioned' if lasting and not isinstance(self._of_keys.scale, Tensor) else 'raw'
+        self._of_window: RotaryTable | None = None
+
+    def begin_window(self, freqs: Float[Tensor, '#b 1 r']) -> None:
+        """The angles of the first row that is in sight, where earlier ones have left: places count from there.
+
+        Queries and keys keep their angles, as only their difference counts; what has no place is turned along.
+        """
+        self._of_window = RotaryTable.of(freqs, 1.0, self._of_keys.layout)
 
     def place_queries(self, rows: Int[Tensor, ' i']) -> None:
         keys = self._of_keys
@@ -156,6 +168,9 @@ class RotaryPositions(Positions):
 
     def keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None, before: int = 0) -> Float[Tensor, 'b kh m d']:
         return self._of_keys.rotated(k, heads, before, inverse=True)
+
+    def unplaced_keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None) -> Float[Tensor, 'b kh m d']:
+        return k if self._of_window is None else self._of_window.spread(k.shape[-2]).rotated(k, heads)
 
     @property
     def form(self) -> tuple[str, float] | None:
@@ -204,7 +219,7 @@ class PolarPositions(Positions):
         self._refuse(heads, k)
         return place(k, *self._cos_sin('keys', k.shape[-2], before))
 
-    def unplaced_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m e']:
+    def unplaced_keys(self, k: Float[Tensor, 'b kh m d'], heads: int | None = None) -> Float[Tensor, 'b kh m e']:
         """At angle 0."""
         still = torch.zeros_like(k)
         return place(k, still + 1.0, still)
