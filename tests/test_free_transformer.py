@@ -119,13 +119,9 @@ def test_the_condition_enters_the_first_layer_of_the_tail_only() -> None:
     net = model(dec_tail_depth=2)
     given: list[Any] = []
     for layer in net.decoder_tail.layers:
-        run = layer[1].run
-
-        def watched(x: Tensor, call: Any, run: Any = run) -> Any:
-            given.append(call.kv_shift)
-            return run(x, call)
-
-        layer[1].run = watched
+        layer[1].register_forward_pre_hook(
+            lambda module, inputs, keywords: given.append(keywords['around'].kv_shift), with_kwargs=True
+        )
     condition = torch.randn(1, 1, 16)
     net.decoder_tail(torch.randn(1, 3, 16), self_attn_kv_residuals=condition)
     assert given[0] is not None
