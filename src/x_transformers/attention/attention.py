@@ -14,7 +14,7 @@ from x_transformers.attention.assemble import BIASES, build_attend, build_hybrid
 from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
-from x_transformers.attention.hybrid import shown, mix_hybrid, run_module
+from x_transformers.attention.hybrid import mix_hybrid, run_module, shown
 from x_transformers.attention.inputs import BranchInputs, Intermediates
 from x_transformers.attention.maps import Maps
 from x_transformers.attention.project import Seen, merge_heads, split_heads
