@@ -466,6 +466,13 @@ def test_an_error_about_the_default_model_says_so(tmp_path, text, capsys):
     assert 'is not yours' not in said
 
 
+def test_flags_without_effect_are_refused_if_they_were_typed(tmp_path, text, capsys):
+    said = sentence_of(capsys, train(text, tmp_path / 'run', '--cross-attn-qk-norm', 'True'))
+    assert '`cross_attn_qk_norm`: there is no cross attention' in said
+    assert not (tmp_path / 'run').exists()
+    assert main(train(text, tmp_path / 'run', '--no-ff-glu')) == 0
+
+
 @pytest.mark.parametrize(('more', 'status'), [([], 143), (['--exit-on-term', '0'], 0)])
 def test_the_status_after_a_signal(tmp_path, text, more, status, monkeypatch):
     from x_transformers.training import trainer
@@ -498,3 +505,42 @@ def test_every_command_ends_in_one_line_of_json(tmp_path, text, capsys):
     assert keys['eval'] >= {'loss', 'perplexity', 'bits_per_byte'}
     assert keys['info'] >= {'parameters', 'flops_per_token', 'cache_bytes', 'kept_bytes'}
     assert all(0 < share < 1 for _, share in metrics(run, 'mfu'))
+
+
+@pytest.mark.slow
+def test_the_first_samples_are_text(tmp_path, capsys):
+    """A short run on the standard library, and the defaults of ``generate``: blanks are likely, and feed on themselves."""
+    from x_transformers.cli.generate import GenerateOptions
+    from x_transformers.training.run import load_run
+    from x_transformers.training.sample import sample_text
+    from x_transformers.training.tokens import Bytes
+
+    small = [
+        '--dim',
+        '64',
+        '--depth',
+        '2',
+        '--heads',
+        '2',
+        '--seq-len',
+        '128',
+        '--steps',
+        '150',
+        '--threads',
+        '1',
+        '--device',
+        'cpu',
+    ]
+    assert main(['train', '--run-dir', str(tmp_path / 'run'), *small, '--val-every', '0', '--sample-length', '0']) == 0
+    model, defaults = load_run(tmp_path / 'run', torch.device('cpu')), GenerateOptions(run='')
+    blank = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        written = b''.join(
+            sample_text(
+                model, Bytes(), defaults.prompt.encode(), 150, temperature=defaults.temperature, top_k=defaults.top_k,
+                top_p=defaults.top_p, min_p=defaults.min_p,
+            )
+        )  # fmt: skip
+        blank += len(written.split()) < 5 or sum(bytes([byte]).isspace() for byte in written) > 0.8 * len(written)
+    assert blank <= 1

@@ -19,12 +19,12 @@ from x_transformers.attention import attend
 from x_transformers.attention.kernels.base import CallFacts, Kernel, Needs
 from x_transformers.attention.kernels.choose import KERNELS, explain
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, parse_typed
+from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import shown
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.plan import KINDS, LayerPlan, plan_layers
-from x_transformers.training.build import NUM_BYTES, build_network, choose_device
+from x_transformers.training.build import NUM_BYTES, build_network, choose_device, refuse_inert
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.run import RunConfig
 
@@ -74,7 +74,9 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
     if options.run is not None:
         return RunConfig.read(Path(options.run)).flags, options
     flags = ModelOptions(**{group: getattr(read, group) for group in GROUPS}).given() | file.only_here
-    return flags | {'max_seq_len': flags.get('max_seq_len', options.seq_len)}, options
+    flags = flags | {'max_seq_len': flags.get('max_seq_len', options.seq_len)}
+    refuse_inert(flags, typed_names(arguments, all_keywords()) | file.names)
+    return flags, options
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from x_transformers.flags.base import FlagError
 from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.notices import InertFlagWarning
 from x_transformers.training.errors import TrainingError
 
 NUM_BYTES = 256
@@ -82,8 +85,30 @@ def build_network(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> nn.M
     missing = [name for name in ('dim', 'depth') if stack.get(name) is None]
     if missing:
         raise TrainingError(f'the flags of the model must hold {" and ".join(missing)}, got {sorted(flags)}.')
-    network: nn.Module = TransformerWrapper(num_tokens=vocabulary, attn_layers=Decoder(**stack), **wrapper)
+    with warnings.catch_warnings():
+        # flags come from a stored configuration or from the default model, too: see refuse_inert for those that were typed
+        warnings.simplefilter('ignore', InertFlagWarning)
+        network: nn.Module = TransformerWrapper(num_tokens=vocabulary, attn_layers=Decoder(**stack), **wrapper)
     return network
+
+
+def refuse_inert(flags: Mapping[str, Any], typed: Collection[str]) -> None:
+    """Refuse flags that somebody typed and that have no effect.
+
+    Errors: ``FlagError`` with the sentences about them.
+    """
+    from x_transformers import Decoder, TransformerWrapper
+
+    if not typed or flags.get('dim') is None or flags.get('depth') is None:
+        return
+    wrapper, stack = split_flags(flags)
+    with warnings.catch_warnings(record=True) as caught, torch.device('meta'):
+        warnings.simplefilter('always', InertFlagWarning)
+        TransformerWrapper(num_tokens=NUM_BYTES, attn_layers=Decoder(**stack), **wrapper)
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, InertFlagWarning)]
+    found = [text for text in told if any(f'`{name}`' in text for name in typed)]
+    if found:
+        raise FlagError(*found)
 
 
 def build_model(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> nn.Module:

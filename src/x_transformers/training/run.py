@@ -13,7 +13,7 @@ from torch import nn
 
 from x_transformers.flags.base import FlagError
 from x_transformers.training.batches import Prefetched
-from x_transformers.training.build import NUM_BYTES, build_model, choose_device, reading_arguments
+from x_transformers.training.build import NUM_BYTES, build_model, choose_device, reading_arguments, refuse_inert
 from x_transformers.training.checkpoint import (
     WEIGHTS,
     find_checkpoints,
@@ -114,6 +114,7 @@ def begin(
         return RunConfig(base.flags, options, vocabulary=base.vocabulary)
     if first is not None and not first.exists():
         raise CheckpointError(f'--from must be a run folder or a file of weights, but {first} does not exist.')
+    refuse_inert(flags, typed_flags)
     return RunConfig(dict(flags), options)
 
 
