@@ -45,11 +45,11 @@ def mqar() -> Suite:
         'Multi-query associative recall: the value of a key that was shown before.',
         'https://arxiv.org/abs/2312.04927',
         'One layer runs at the published length 64 with 4 pairs, and a vocabulary of 1024 in the place of 8192. Two layers run '
-        'at length 32 with a vocabulary of 64, rotary positions and 600 steps; published runs see 100,000 rows many times.',
+        'at length 32 with a vocabulary of 64, rotary positions and 1,500 steps; published runs see 100,000 rows many times.',
         (
             Entry('one layer', 'mqar', one, {**ATTENTION, 'depth': 1}, 2000, 3e-3, {guess: 0.25}),
             Entry('one layer, shift_tokens=1', 'mqar', one, {**ATTENTION, 'depth': 1, 'shift_tokens': 1}, 2000, 3e-3),
-            Entry('two layers, rotary', 'mqar', two, {**ATTENTION, **TWO}, 600, 3e-3, {paper: 1.0}),
+            Entry('two layers, rotary', 'mqar', two, {**ATTENTION, **TWO}, 1500, 3e-3, {paper: 1.0}),
         ),
     )
 
