@@ -7,12 +7,13 @@ CLI := $(VENV)/.installed-cli
 RUN_DIR ?= runs/quickstart
 WORKERS ?= 2
 LAWS_COUNT ?= 2000
+BUDGET ?= 480
 LAWS_SEED := $(or $(LAWS_SEED),$(shell date +%s))
 
 # one thread per process: two test workers with two threads each wait for each other most of the time
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install train test test-deep check format examples bench atlas docs site clean
+.PHONY: help install train test test-deep check format examples bench gpu atlas docs site clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -64,6 +65,9 @@ bench: $(STAMP)  ## speed against a minimal hand-written GPT
 atlas: $(STAMP)  ## run what is missing of the atlas of ideas (hours; BUDGET=minutes stops earlier), then write docs/atlas.md
 	$(BIN)/python tools/atlas.py --workers $(WORKERS) $(if $(BUDGET),--budget $(BUDGET))
 	$(BIN)/python tools/generate_atlas.py
+
+gpu: $(STAMP)  ## what only a GPU can show, within BUDGET seconds: build/gpu/gpu.md; goes on where it was stopped
+	$(BIN)/python benchmarks/gpu.py --budget $(BUDGET)
 
 docs: $(STAMP)  ## write what is generated from the flags
 	@for script in tools/generate_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

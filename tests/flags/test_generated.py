@@ -23,7 +23,9 @@ def tool(name: str):
     return module
 
 
-@pytest.mark.parametrize('name', ['generate_keywords', 'generate_features', 'generate_kernels', 'generate_masks'])
+@pytest.mark.parametrize(
+    'name', ['generate_keywords', 'generate_features', 'generate_kernels', 'generate_masks', 'generate_scaling']
+)
 def test_generated_files_are_current(name):
     module = tool(name)
     assert module.PATH.read_text(encoding='utf-8') == module.generated(), 'run `make docs`'

@@ -12,6 +12,7 @@ COMMANDS = {
     'generate': 'write with a trained model',
     'eval': 'loss, perplexity and bits per byte of a trained model on other texts',
     'info': 'show what a set of flags builds: layers, parameters, operations, kernel, memory, cache',
+    'plan': 'what a model would need on many devices: memory, operations, which grid fits',
     'ablate': 'train a baseline and ideas on the same seeds: which idea helps, with intervals and a page',
     'evidence': 'train on a published suite of tasks and show the result beside the published numbers',
     'hf': 'explain, import and export models in the Hugging Face format',

@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 
 from x_transformers.distributed.engine import MeshEngine
-from x_transformers.distributed.mesh import Degrees, MeshError, World, check_built, start, stop
+from x_transformers.distributed.mesh import Degrees, MeshError, World, start, stop
+from x_transformers.distributed.refusals import option_refusals
 from x_transformers.flags.base import FlagError
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
@@ -37,7 +38,7 @@ def train(parse: Callable[[], Any]) -> int:
         options: TrainOptions = asked.options
         size = int(os.environ['WORLD_SIZE'])
         degrees = replace(Degrees.of(options.shard, tensor=options.tensor), context=options.context, pipeline=options.pipeline)
-        check_built(degrees)
+        check_options(options, degrees)
         check_rows(options, degrees.resolved(size))
         world = start(degrees, options.device or 'auto')
     except (FlagError, TrainingError):
@@ -78,8 +79,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
     config = of_main(world, open_folder)
     options = config.options
     check_rows(options, world.degrees)
-    if options.lora:
-        raise MeshError('a run with --lora must be trained in one process: its low-rank changes are not cut over several.')
+    check_options(options, world.degrees)
     precision: Literal['bf16'] | None = 'bf16' if options.precision == 'bf16' and options.shard != 'none' else None
     engine = MeshEngine(
         world, shard=options.shard, precision=precision, checkpoint=options.checkpointing, compile=options.compile,
@@ -119,6 +119,15 @@ def check_rows(options: TrainOptions, degrees: Degrees) -> None:
             f'--batch must be a multiple of {readers}, the number of processes that read different data, got {options.batch}: '
             'it counts the sequences of all of them. Give another.'
         )
+
+
+def check_options(options: TrainOptions, degrees: Degrees) -> None:
+    """Errors: ``MeshError`` naming every option that several processes cannot have."""
+    wrong = option_refusals(degrees, compile=options.compile, offload=options.offload)
+    if options.lora:
+        wrong.append('--lora must be 0 with several processes: low-rank changes are added in one process.')
+    if wrong:
+        raise MeshError(' '.join(wrong))
 
 
 def check_alike(world: World, asked: Any) -> None:

@@ -118,7 +118,10 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
     """
     size = int(os.environ.get('WORLD_SIZE', '1'))
     whole = (degrees or Degrees(replicate=-1)).resolved(size)
-    check_built(whole)
+    from x_transformers.distributed.refusals import option_refusals
+
+    if wrong := option_refusals(whole, compile=False, offload=False):
+        raise MeshError(' '.join(wrong))
     place = local_device(device)
     if not dist.is_initialized():
         backend = 'gloo' if place.type == 'cpu' else dist.get_default_backend_for_device(place)
@@ -130,15 +133,6 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
     shape = (whole.replicate, whole.shard, whole.tensor)
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=('replicate', 'shard', 'tensor'))
     return World(mesh, whole, place, dist.get_rank(), size)
-
-
-def check_built(degrees: Degrees) -> None:
-    """Errors: ``MeshError`` for an axis that does not exist yet."""
-    from x_transformers.distributed.refusals import NOT_BUILT
-
-    wrong = [sentence for name, sentence in NOT_BUILT.items() if getattr(degrees, name) > 1]
-    if wrong:
-        raise MeshError(' '.join(wrong))
 
 
 def local_device(name: str) -> torch.device:

@@ -65,7 +65,7 @@ def parallelize(
 
     Errors: ``MeshError`` naming the flags that cannot be spread in this way.
     """
-    check(model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, offload=offload)
+    check(model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, compile=compile, offload=offload)
     model = model if on_meta(model) else model.to(world.device)
     if checkpoint != 'none':
         checkpoint_layers(model, checkpoint)

@@ -1,0 +1,119 @@
+"""``x-transformers plan``: what a model would need on many devices, found without any."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, parse_typed
+from x_transformers.cli.toml import config_path, from_file
+from x_transformers.distributed.plan import GIB, Need, Size, needs
+from x_transformers.training.errors import TrainingError
+
+ABOUT = """Plan a training run: parameters, operations, and for each grid of devices the memory of one of them.
+
+Nothing is computed, and no device is needed. Figures are planned, not measured.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    config: str | None = None
+    """TOML file with any of these options; the command line overrides it."""
+    gpus: int = 8
+    """Devices that train together."""
+    per_node: int = 8
+    """Devices of one node, between which data moves fast."""
+    memory: float = 80.0
+    """GiB of one device."""
+    batch: int = 0
+    """Sequences of a step, over all devices; 0: one for each."""
+    seq_len: int = 4096
+    """Tokens of a sequence."""
+    vocab: int = 256
+    """Tokens of the vocabulary."""
+    bf16: bool = True
+    """Compute in bfloat16; weights, gradients and the optimizer's state stay in float32."""
+    peak_flops: float | None = None
+    """Operations per second that one device could do at most; with it, tokens per second are told."""
+    mfu: float = 0.4
+    """Share of the peak that is taken to be reached."""
+
+
+def plan_class() -> type:
+    fields: list[tuple[str, Any, Any]] = [
+        ('options', Annotated[PlanOptions, tyro.conf.arg(name='')], dataclasses.field(default_factory=PlanOptions)),
+        *model_fields(),
+    ]
+    made = dataclasses.make_dataclass('Plan', fields, frozen=True)
+    made.__doc__ = ABOUT
+    return made
+
+
+def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
+    command, path = plan_class(), config_path(arguments)
+    file = from_file(path, PlanOptions)
+    default = command(options=PlanOptions(**file.own | {'config': path}), **file.groups)
+    read = parse_typed(default, arguments, 'x-transformers plan')
+    options: PlanOptions = read.options
+    lowest = {'gpus': 1, 'per_node': 1, 'batch': 0, 'seq_len': 2, 'vocab': 2}
+    wrong = [
+        f'--{name.replace("_", "-")} must be at least {low}, got {getattr(options, name)}.'
+        for name, low in lowest.items()
+        if getattr(options, name) < low
+    ]
+    if not options.memory > 0:
+        wrong.append(f'--memory must be above 0, got {options.memory:g}.')
+    if not 0 < options.mfu <= 1:
+        wrong.append(f'--mfu must be above 0 and at most 1, got {options.mfu:g}.')
+    if options.peak_flops is not None and not options.peak_flops > 0:
+        wrong.append(f'--peak-flops must be above 0, got {options.peak_flops:g}.')
+    if wrong:
+        raise TrainingError(' '.join(wrong))
+    flags = ModelOptions(**{group: getattr(read, group) for group in GROUPS}).given() | file.only_here
+    return flags, options
+
+
+def main(arguments: Sequence[str]) -> int:
+    flags, options = parse(arguments)
+    size = Size.of(flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16)
+    batch = options.batch or options.gpus
+    found = list(needs(size, devices=options.gpus, per_node=options.per_node, batch=batch, half=options.bf16))
+    print('\n'.join([*about(size, options, batch), '', *table(found, options.memory * GIB)]))
+    return 0
+
+
+def about(size: Size, options: PlanOptions, batch: int) -> list[str]:
+    step = size.flops * batch
+    lines = [
+        f'{size.parameters:,} parameters in {size.layers} layers',
+        f'{options.gpus} devices, {batch} x {options.seq_len} tokens a step',
+        f'{size.flops / size.tokens:.3g} operations per token (forward and backward), {step:.3g} per step',
+    ]
+    if options.peak_flops is not None:
+        speed = options.gpus * options.peak_flops * options.mfu * size.tokens / size.flops
+        lines.append(f'{speed:,.0f} tokens per second, if {100 * options.mfu:g} % of {options.peak_flops:.3g} are reached')
+    return lines
+
+
+def table(found: Sequence[Need], memory: float) -> list[str]:
+    """One line for each grid, in GiB of one device, and which is the first that fits."""
+    head = f'{"GiB of each device":<44}{"weights":>9}{"grads":>9}{"optimizer":>11}{"gathered":>10}{"kept":>9}{"sum":>9}'
+    lines = [head]
+    for need in found:
+        name = need.name + (', again' if need.checkpointing else '')
+        sizes = (need.weights, need.gradients, need.optimizer, need.gathered, need.activations, need.total)
+        widths = (9, 9, 11, 10, 9, 9)
+        numbers = ''.join(f'{value / GIB:>{width}.2f}' for value, width in zip(sizes, widths, strict=True))
+        lines.append(f'{name:<44}{numbers}')
+    lines.append('again: layers are computed again for their gradients (--checkpointing full); kept: for the backward')
+    fits = next((need for need in found if need.total <= memory), None)
+    if fits is None:
+        lines.append(f'none of them fits into {memory / GIB:g} GiB: take more devices, a smaller --batch or --seq-len')
+    else:
+        again = ' --checkpointing full' if fits.checkpointing else ''
+        lines.append(f'first that fits into {memory / GIB:g} GiB: {fits.name}{again}')
+    return lines

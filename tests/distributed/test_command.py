@@ -1,0 +1,133 @@
+"""The command on two processes: resumed on one and back, stopped by a signal, one process killed, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.equality import free_port
+
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without torch.distributed'),
+]
+
+SMALL = [
+    '--dim', '16', '--depth', '2', '--heads', '2', '--attn-dim-head', '8', '--attn-kv-heads', '1', '--seq-len', '32', '--batch',
+    '4', '--val-every', '50', '--val-bytes', '200', '--final-bytes', '300', '--sample-length', '5', '--warmup', '1',
+]  # fmt: skip
+
+
+def launch(arguments: list[str], world: int = 2, **per_rank: list[str]) -> list[subprocess.Popen[str]]:
+    """What torchrun does: one process for each rank, with its variables."""
+    started, port = [], str(free_port())
+    for rank in range(world):
+        env = os.environ | {'OMP_NUM_THREADS': '1'}
+        if world > 1:
+            env |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': port, 'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world)}
+            env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+        command = [sys.executable, '-m', 'x_transformers', *arguments, *per_rank.get(f'rank{rank}', [])]
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def ended(processes: list[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str]]:
+    """(exit status, what was said on stderr) of each."""
+    return [(process.wait(timeout), err) for process in processes for _, err in [process.communicate(timeout=timeout)]]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / 'text'
+    path.write_text('the cat sat on the mat, the dog ran. ' * 400, encoding='utf-8')
+    return path
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+
+def until(found: object, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 240
+    while not found():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.05)
+
+
+def test_a_run_changes_its_processes(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / 'run'
+    given = ['train', '--data', str(text), '--run-dir', str(run)]
+    # a schedule without an end, so that a longer run has the same rates
+    first = ended(launch([*given, *SMALL, '--steps', '3', '--shard', 'full', '--schedule', 'constant']))
+    assert [status for status, _ in first] == [0, 0], first
+    then = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', '5', '--data', str(text)], world=1))
+    assert then[0][0] == 0, then
+    last = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', '7', '--shard', 'none', '--data', str(text)]))
+    assert [status for status, _ in last] == [0, 0], last
+    whole = tmp_path / 'whole'
+    same = ended(
+        launch(
+            ['train', '--data', str(text), '--run-dir', str(whole), *SMALL, '--steps', '7', '--shard', 'full', '--schedule',
+             'constant']
+        )
+    )  # fmt: skip
+    assert [status for status, _ in same] == [0, 0], same
+    mine, want = losses(run), losses(whole)
+    assert mine.keys() == want.keys() == set(range(1, 8))
+    for step, loss in want.items():
+        assert abs(mine[step] - loss) <= 1e-3 * loss, (step, mine[step], loss)
+
+
+def test_a_signal_saves_and_a_killed_process_ends_all(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / 'run'
+    given = [
+        'train', '--data', str(text), '--run-dir', str(run), *SMALL, '--steps', '100000', '--shard', 'full', '--save-every', '2'
+    ]  # fmt: skip
+    processes = launch(given)
+    until(lambda: list(run.glob('checkpoint-*')), processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    found = ended(processes)
+    assert [status for status, _ in found] == [143, 143], found
+    assert found[0][1].count('everything is saved') == 1
+    assert 'everything is saved' not in found[1][1]
+    (saved,) = run.glob('checkpoint-*')
+
+    processes = launch(['train', '--run-dir', str(run), '--resume', '--data', str(text)])
+    until(lambda: not saved.exists() and list(run.glob('checkpoint-*')), processes)
+    processes[1].kill()
+    began = time.monotonic()
+    found = ended(processes)
+    assert time.monotonic() - began < 10
+    assert found[1][0] == -signal.SIGKILL
+    assert found[0][0] == 1, found
+    assert 'start all of them again with --resume' in found[0][1]
+    (newest,) = run.glob('checkpoint-*')
+    step = int(newest.name.removeprefix('checkpoint-'))
+
+    again = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', str(step + 2), '--data', str(text)]))
+    assert [status for status, _ in again] == [0, 0], again
+    assert max(losses(run)) == step + 2
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / 'run'
+    given = ['train', '--data', str(text), '--run-dir', str(run), *SMALL, '--steps', '2']
+    began = time.monotonic()
+    found = ended(launch(given, rank1=['--lr', '0.5']))
+    assert [status for status, _ in found] == [2, 2], found
+    said = [line for _, err in found for line in err.splitlines() if line.startswith('x-transformers:')]
+    assert len(said) == 1
+    assert 'same options, got others in process 1: lr' in said[0]
+    assert time.monotonic() - began < 120
+    assert not run.exists() or not any(run.iterdir())

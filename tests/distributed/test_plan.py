@@ -1,0 +1,80 @@
+"""What is planned is what tensors that have numbers take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from x_transformers.cli.main import main
+from x_transformers.distributed.mesh import MeshError
+from x_transformers.distributed.plan import Size, needs
+from x_transformers.training.build import build_model
+
+FLAGS: dict[str, Any] = {'dim': 32, 'depth': 3, 'heads': 2, 'attn_dim_head': 16, 'rotary_pos_emb': True, 'max_seq_len': 64}
+
+
+@pytest.fixture(scope='module')
+def size() -> Size:
+    return Size.of(FLAGS, seq_len=64, half=False)
+
+
+def test_a_model_is_counted(size: Size) -> None:
+    model = build_model(FLAGS)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert size.layers == 6
+    assert size.tokens == 63
+    # two operations per weight and token forward, and twice that backward
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and 'token_emb' not in name)
+    assert size.flops > 0.98 * 6 * matrices * size.tokens
+    kept: dict[int, Tensor] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.train()(torch.zeros(1, 64, dtype=torch.long))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert loss.isfinite()
+    assert abs(size.kept - real) <= 0.1 * real
+    assert size.kept_less < size.kept
+
+
+def test_a_large_vocabulary_is_counted() -> None:
+    large = Size.of(FLAGS, seq_len=64, vocabulary=40_000)
+    small = Size.of(FLAGS, seq_len=64)
+    more = large.parameters - small.parameters
+    assert more == 2 * 32 * (40_000 - 256)
+    # the loss reads one row more, which it leaves out
+    assert large.flops - small.flops == pytest.approx(3 * more * (large.tokens + 1))
+
+
+def test_parts_need_less(size: Size) -> None:
+    found = {
+        (need.name.split()[-1].rstrip(')'), need.checkpointing): need for need in needs(size, devices=16, per_node=8, batch=32)
+    }
+    assert found['none', False].weights == 4 * size.parameters
+    assert found['hybrid', False].weights == 4 * size.parameters / 8
+    assert found['full', False].optimizer == 8 * size.parameters / 16
+    assert found['full', True].activations < found['full', False].activations == 2 * size.kept
+    with pytest.raises(MeshError, match='--batch must be a multiple of --gpus'):
+        list(needs(size, devices=16, per_node=8, batch=8))
+
+
+def test_the_command_tells_which_grid_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ['plan', '--dim', '32', '--depth', '2', '--heads', '2', '--attn-dim-head', '16', '--seq-len', '64', '--gpus', '4']
+    assert main([*given, '--peak-flops', '1e12']) == 0
+    out = capsys.readouterr().out
+    assert 'first that fits into 80 GiB: copies' in out
+    assert 'tokens per second, if 40 %' in out
+    assert main([*given, '--memory', '1e-6']) == 0
+    assert 'none of them fits' in capsys.readouterr().out
+    assert main([*given, '--gpus', '0', '--mfu', '2']) == 2
+    said = capsys.readouterr().err
+    assert '--gpus must be at least 1' in said
+    assert '--mfu must be above 0' in said

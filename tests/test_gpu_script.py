@@ -1,0 +1,52 @@
+"""``make gpu`` runs through where there is no GPU, at toy size, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parent.parent / 'benchmarks/gpu.py'
+
+
+@pytest.fixture(scope='module')
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location('gpu_script', PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['gpu_script'] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_it_runs_and_goes_on(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, 'SAMPLE', {name: script.SAMPLE[name] for name in ('plain', 'softclamp')})
+    given = ['--device', 'cpu', '--out', str(tmp_path)]
+    assert script.main([*given, '--budget', '0']) == 0
+    left = json.loads((tmp_path / 'gpu.json').read_text())
+    assert not left['results']
+    assert len(left['left']) == 16
+    for part in ('bf16/', 'kernel/', 'sync/', 'train/', 'decode/b1', 'packing'):
+        assert script.main([*given, '--only', part]) == 0
+    found = json.loads((tmp_path / 'gpu.json').read_text())['results']
+    assert found['bf16/softclamp']['good']
+    assert found['kernel/sdpa']['good']
+    assert 'no backward on CPU' in found['kernel/flex']['left_out']
+    assert found['train/124M']['tokens_per_second'] > 0
+    text = (tmp_path / 'gpu.md').read_text()
+    assert 'This is no GPU' in text
+    assert '| bf16/plain |' in text
+
+
+@pytest.mark.deep
+def test_all_of_it_runs(script: Any, tmp_path: Path) -> None:
+    assert script.main(['--device', 'cpu', '--out', str(tmp_path), '--budget', '3000']) == 0
+    found = json.loads((tmp_path / 'gpu.json').read_text())
+    assert not found['left']
+    assert not [name for name, result in found['results'].items() if 'error' in result]
