@@ -53,7 +53,7 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
     if 'curve' not in result:
         return {name: [float(f'{value:.4g}') for value in values] for name, values in result.items()}
     curve = [[step, value, None] for step, value, _ in result['curve']]
-    return {'value': float(f'{result["value"]:.6g}'), 'last': {}, 'curve': curve, 'seconds': round(result['seconds'], 1)}
+    return {'value': float(f'{result["value"]:.10g}'), 'last': {}, 'curve': curve, 'seconds': round(result['seconds'], 1)}
 
 
 def keep(atlas: Experiment, broken: dict[tuple[str, str], str]) -> int:

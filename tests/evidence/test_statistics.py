@@ -166,6 +166,11 @@ def test_a_rounded_accuracy_has_at_least_the_variance_of_its_rounding() -> None:
     assert found.p > 0
 
 
+def test_differences_of_the_size_of_rounding_are_none() -> None:
+    found = compare([3.5, 3.6], [[3.49999, 3.59999]], margin=0.01, better='lower')[0]
+    assert found.verdict == 'no difference'
+
+
 def test_one_seed_resolves_nothing() -> None:
     found = compare([0.5], [[0.9]], margin=0.1)[0]
     assert found.verdict == 'not resolved'

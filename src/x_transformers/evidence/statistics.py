@@ -23,6 +23,8 @@ LEVEL = 0.05
 # *helps* and *hurts* take a corrected p below this. The exact test of a single arm errs in just this share of comparisons, and
 # of a thousand no more than LEVEL may be wrong: 0.04 leaves room for the chance in the thousand
 VERDICT = 0.04
+# relative size of differences that the order of a sum can make
+ROUNDING = 1e-5
 # an arm whose variance is larger than that of the others at this level is judged by its own
 OUTLYING = 0.05
 # at this level it is left out of the pooled variance too; a milder limit would cut off the largest variances of equal arms
@@ -321,7 +323,9 @@ def compare(
     p_holm, outlying = torch.ones_like(p), torch.zeros(count, dtype=torch.bool)
     if different:
         # values of an accuracy are rounded to whole answers: their difference has at least the variance of that rounding
-        found_p, found = two_sided(differences[None, different], floor=resolution**2 / 6)
+        # and what lies below the rounding of 32-bit sums is no difference that could be measured
+        floor = max(resolution**2 / 6, (ROUNDING * float(base.abs().mean())) ** 2)
+        found_p, found = two_sided(differences[None, different], floor=floor)
         p[different], variances[different], dofs[different] = found_p[0], found.variance[0], found.dof[0]
         p_holm[different], outlying[different] = holm(found_p)[0], found.outlying[0]
     result = []
