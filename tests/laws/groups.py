@@ -242,6 +242,8 @@ ATTENTION = (
     group('hybrid_mix', CAUSAL, attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_learned_mix=True),
     group('hybrid_fold', CAUSAL, attn_hybrid_module=Recurrent(HEADS * DIM_HEAD), attn_hybrid_fold_axial_dim=1),
     group('zero_init', zero_init_branch_output=True),
+    # what a query sees depends on the other queries
+    group('inverted', frozenset({ENCODER, CROSSER}), attn_inverted_attention=True),
     group('attn_dropout', attn_dropout=0.2, only_training=True),
     group('sublayer_dropout', attn_sublayer_dropout=0.2, ff_sublayer_dropout=0.2, only_training=True),
     group('onnxable', attn_onnxable=True, same=True),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
+from x_transformers.attention.inputs import BranchInputs, Deltas, ExtraKeys, Intermediates
 from x_transformers.attention.mask import Mask, PackedSequences
 from x_transformers.attention.project import held_rows
 
@@ -223,6 +223,42 @@ def extra_keys(attn: Attention, given: Keywords, batch: int) -> ExtraKeys | None
     return ExtraKeys(keys, values, mask)
 
 
+def deltas(attn: Attention, given: Keywords, sizes: tuple[int, int, int], mems: int, own: int) -> Deltas:
+    """What is added to projections, heads and weights, in whole and in the right shape."""
+    batch, queries, keys = sizes
+    front = front_columns(attn, given)
+    wanted = {
+        'q_delta': (queries, attn.heads * attn.dim_head, 'that of the projected queries'),
+        'k_delta': (mems + keys, attn.kv_heads * attn.dim_head, 'that of the projected keys'),
+        'v_delta': (mems + keys, attn.kv_heads * attn.value_dim_head, 'that of the projected values'),
+        'o_delta': (queries, attn.heads * attn.value_dim_head, 'that of the heads side by side'),
+    }
+    for name, (length, width, says) in wanted.items():
+        if given[name] is not None:
+            shaped(name, given[name], batch, length, width, says=says)
+            numbers(name, given[name])
+    for name in ('k_delta', 'v_delta'):
+        if given[name] is not None and attn.to_latent_kv is not None:
+            raise ValueError(f'{name} must not be given with use_latent_kv: keys and values are made of the latent anew.')
+    weights = given['attn_delta']
+    if weights is not None:
+        broadcasts('attn_delta', weights, batch, attn.heads, queries, (own, own + front))
+        numbers('attn_delta', weights)
+    return Deltas(given['q_delta'], given['k_delta'], given['v_delta'], given['o_delta'], weights)
+
+
+def check_causal(attn: Attention, causal: Any) -> None:
+    if causal is None:
+        return
+    if not isinstance(causal, bool):
+        raise TypeError(f'causal must be True, False or None, got {causal!r}.')
+    if causal != attn.causal and attn.flags.tied_to_causality:
+        raise ValueError(
+            f'causal must be {attn.causal}, as this layer was built, got {causal}: '
+            f'{", ".join(attn.flags.tied_to_causality)} depends on it. Build a layer for each.'
+        )
+
+
 def past_of(attn: Attention, given: Keywords) -> LayerCache | None:
     """A cache to write into: a fork of the given one, or a new one if it will be handed out."""
     from x_transformers.cache.kv_cache import LayerCache
@@ -233,7 +269,7 @@ def past_of(attn: Attention, given: Keywords) -> LayerCache | None:
     if not isinstance(cache, Intermediates):
         raise TypeError(f'cache must be the Intermediates of an earlier call, but is of type {type(cache).__name__}')
     if not attn.can_cache_kv:
-        raise ValueError('selective attention cannot continue from a cache: pass the whole sequence')
+        raise ValueError('selective and inverted attention cannot continue from a cache: pass the whole sequence')
     if cache.cache is not None:
         return cache.cache.fork()
     past = LayerCache()
@@ -251,10 +287,14 @@ def past_of(attn: Attention, given: Keywords) -> LayerCache | None:
 def branch_inputs(attn: Attention, x: Tensor, *, return_intermediates: bool, **given: Any) -> BranchInputs:
     """What surrounds an attention, from the keywords of ``Attention.forward``."""
     given['return_intermediates'] = return_intermediates
+    check_causal(attn, given['causal'])
     batch, queries, keys = check_tokens(attn, x, given)
     past = past_of(attn, given)
     held = 0 if past is None or given['context'] is not None else past.length
     if given['context'] is not None:
+        fixed = [name for name in ('k_delta', 'v_delta') if given[name] is not None]
+        if fixed and held_rows(past, 'k'):
+            raise ValueError(f'{" and ".join(fixed)} must not be given: the cache holds the keys and values of the context.')
         # what a cache holds of the context counts, not what is given again
         keys = max(held_rows(past, 'k'), held_rows(past, 'latent')) or keys
     sizes = (batch, queries, keys)
@@ -269,6 +309,7 @@ def branch_inputs(attn: Attention, x: Tensor, *, return_intermediates: bool, **g
     if packed is not None and not attn.flags.flash_pack_seq:
         raise ValueError('flash_pack_seq_kwargs needs an attention with flash_pack_seq=True')
     rows = rows_to_keep(given, batch, queries, held)
+    causal = attn.causal if given['causal'] is None else given['causal']
     return BranchInputs(
         context=given['context'],
         mask=whole_mask(attn, given, sizes, mems, held),
@@ -281,7 +322,9 @@ def branch_inputs(attn: Attention, x: Tensor, *, return_intermediates: bool, **g
         extra=extra,
         kv_shift=given['kv_input_residual'],
         past=past,
-        packed=None if packed is None else PackedSequences.of(packed, causal=attn.causal),
+        packed=None if packed is None else PackedSequences.of(packed, causal=causal),
         padding=given['mask'],
         return_attn=return_intermediates,
+        deltas=deltas(attn, given, sizes, mems, own),
+        causal=given['causal'],
     )

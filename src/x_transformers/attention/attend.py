@@ -20,6 +20,7 @@ from x_transformers.attention.mask import Mask, PackedSequences
 from x_transformers.attention.scores.additive import (
     AddBias,
     AddPrevious,
+    AddToWeights,
     ApplyMask,
     RecordScores,
     RecordSimilarities,
@@ -27,6 +28,7 @@ from x_transformers.attention.scores.additive import (
 )
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
 from x_transformers.attention.scores.contextual import AddContextualPositions, Forget
+from x_transformers.attention.scores.inverted import AverageKeys, CloseQueries, TurnScores
 from x_transformers.attention.scores.pointwise import RestoreSign, SoftClamp, SplitSign
 from x_transformers.attention.scores.similarity import Distance, Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
@@ -60,13 +62,17 @@ ORDER: tuple[type[ScoreRule], ...] = (
     AddBias,
     SoftClamp,
     SplitSign,
+    CloseQueries,
     ApplyMask,
     AddContextualPositions,
     Forget,
     PutSink,
     RecordScores,
+    TurnScores,
     *NORMALIZERS,
+    AverageKeys,
     RestoreSign,
+    AddToWeights,
     RecordWeights,
     DropSink,
     Dropout,
@@ -113,6 +119,7 @@ class Attend(Module):
         self.causal, self.heads, self.scale, self.flash = flags.causal, flags.heads, flags.scale, flags.flash
         self.dropout, self.l2_distance, self.add_zero_kv = flags.dropout, flags.l2_distance, flags.add_zero_kv
         self.softclamp = flags.logit_softclamp_value if flags.softclamp_logits else None
+        self.inverted = flags.inverted_attention
         self.sigmoid, self.sparse_topk = flags.sigmoid, flags.sparse_topk
         self.backends = allowed_backends(flags.sdp_kwargs)
         # in the order of the flags, which is that of 2.16.1's parameters: optimisers count them
@@ -145,11 +152,13 @@ class Attend(Module):
         bias: Bias | None = None,
         previous: Float[Tensor, 'b h i j'] | None = None,
         packed: PackedSequences | Mapping[str, Any] | None = None,
+        rows: Bool[Tensor, 'b i'] | None = None,
+        delta: Float[Tensor, '... i j'] | None = None,
         return_attn: bool = False,
         return_scores: bool = False,
     ) -> tuple[Float[Tensor, 'b h i e'], Maps]:
         """(output, maps). Causality is in the mask. ``return_attn``: the caller may read the maps; ``return_scores``: the next
-        layer will."""
+        layer will. ``rows``: which queries are tokens; ``delta`` is added to the weights."""
         if self.add_zero_kv:
             k, v, geometry = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), geometry.with_front(1)
             previous = previous if previous is None or previous.shape[-1] == geometry.keys else F.pad(previous, (1, 0))
@@ -165,6 +174,8 @@ class Attend(Module):
             scale=q.shape[-1] ** -0.5 if self.scale is None else self.scale,
             bias=bias,
             previous=previous,
+            rows=rows if self.inverted else None,
+            delta=delta,
             sink=self.head_attn_sink,
             softclamp=self.softclamp,
             sigmoid=self.sigmoid,
@@ -262,6 +273,7 @@ def facts_of(args: KernelArgs) -> CallFacts:
         learned_bias=args.bias is not None and recording and args.bias.learns(geometry),
         by_distance=args.bias is not None and args.bias.by_distance,
         previous=args.previous is not None,
+        delta=args.delta is not None,
         return_scores=args.return_scores,
         transformed=under_transform(),
         masked_heads=mask.dense is not None and mask.dense.ndim > 2 and mask.dense.shape[-3] != 1,

@@ -17,10 +17,11 @@ from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.hybrid import mix_hybrid, run_module, shown
 from x_transformers.attention.inputs import BranchInputs, Intermediates
 from x_transformers.attention.maps import Maps
-from x_transformers.attention.project import Seen, merge_heads, split_heads
+from x_transformers.attention.project import Seen, added, merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
 from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values
+from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature
@@ -66,7 +67,7 @@ class Attention(Module):
         self.max_attend_past = flags.max_attend_past
         self.rotated_heads = flags.rotated_heads
         self.separate_views = flags.qkv_receive_diff_residuals
-        self.can_cache_kv = not flags.selective
+        self.can_cache_kv = not (flags.selective or flags.inverted_attention)
         self._build_projections()
         self._build_keys_and_values()
         self._build_output()
@@ -165,6 +166,12 @@ class Attention(Module):
         kv_input_residual: Float[Tensor, 'b j c'] | None = None,
         flash_pack_seq_kwargs: dict[str, Any] | None = None,
         *,
+        causal: bool | None = None,
+        q_delta: Float[Tensor, 'b n (h d)'] | None = None,
+        k_delta: Float[Tensor, 'b m (kh d)'] | None = None,
+        v_delta: Float[Tensor, 'b m (kh e)'] | None = None,
+        o_delta: Float[Tensor, 'b n (h e)'] | None = None,
+        attn_delta: Float[Tensor, '... n j'] | None = None,
         around: BranchInputs | None = None,
     ) -> Float[Tensor, 'b n o'] | tuple[Float[Tensor, 'b n o'], Intermediates]:
         """Attend. Every boolean mask: True is a token, or may be seen.
@@ -181,6 +188,9 @@ class Attention(Module):
         - ``additional_key_values``: keys and values in front of all, whose heads divide the query heads.
         - ``cache``: the intermediates of an earlier call; x is what comes after.
         - ``flash_pack_seq_kwargs``: ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
+        - ``causal``: in this call, whatever the layer was built for.
+        - ``q_delta``, ``k_delta``, ``v_delta``: added to what is projected (k and v: with memories); ``o_delta``: to the heads
+          side by side, before they are gated; ``attn_delta`` (n j), (h n j) or (b h n j): to the weights.
 
         - ``around``: all of these at once, checked, as a stack gives them.
 
@@ -197,7 +207,8 @@ class Attention(Module):
             polar_pos_emb=polar_pos_emb, pos=pos, prev_attn=prev_attn, mem=mem, mem_mask=mem_mask, cache=cache,
             value_residual=value_residual, additional_key_values=additional_key_values,
             additional_key_value_mask=additional_key_value_mask, kv_input_residual=kv_input_residual,
-            flash_pack_seq_kwargs=flash_pack_seq_kwargs, return_intermediates=return_intermediates,
+            flash_pack_seq_kwargs=flash_pack_seq_kwargs, return_intermediates=return_intermediates, causal=causal,
+            q_delta=q_delta, k_delta=k_delta, v_delta=v_delta, o_delta=o_delta, attn_delta=attn_delta,
         )  # fmt: skip
         out, intermediates = self._attended(x, around)
         return (out, intermediates) if return_intermediates else out
@@ -205,12 +216,12 @@ class Attention(Module):
     def _attended(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         """The layer on x, (b n d) or with separate views (3 b n d)."""
         seen = project.gather(self, x, given)
-        q = self.normed_queries(split_heads(self.to_q(seen.queries), self.heads))
+        q = self.normed_queries(split_heads(added(self.to_q(seen.queries), given.deltas.queries), self.heads))
         k, v, own = self._keys_values(self, seen, given)
         if given.positions is not None:
             q = given.positions.queries(q, self.rotated_heads)
         bias = self.bias(seen, given)
-        mask = given.mask.narrowed(self.causal, self.max_attend_past)
+        mask = given.mask.narrowed(self.causal if given.causal is None else given.causal, self.max_attend_past)
         k, v, mask, front = put_in_front(
             k,
             v,
@@ -233,6 +244,8 @@ class Attention(Module):
             previous=given.previous,
             geometry=geometry,
             packed=given.packed,
+            rows=given.padding,
+            delta=given.deltas.weights,
             return_attn=given.return_attn,
             return_scores=given.return_scores,
         )
@@ -244,7 +257,7 @@ class Attention(Module):
         if self.laser_clamp is not None:
             out = laser_out(out, own.dtype)
         out, hidden = self.gated_heads(out, seen.x, given)
-        result = self.to_out(self.orthogonal_to(self.gated_channels(merge_heads(out), seen.x), own))
+        result = self.to_out(self.orthogonal_to(self.gated_channels(added(merge_heads(out), given.deltas.heads), seen.x), own))
         if self.sublayer_dropout is not None:
             result = self.sublayer_dropout(result)
         if given.rows is not None:
@@ -319,7 +332,10 @@ class Attention(Module):
         return torch.cat([without_component(merged, merge_heads(own))] * self.orthogonal_copies, dim=-1)
 
     def report(self, own: Tensor, maps: Maps, given: BranchInputs, hidden: Any) -> Intermediates:
-        return Intermediates(values=own, hybrid_hidden=hidden, maps=maps, cache=given.past)
+        seen = Intermediates(values=own, hybrid_hidden=hidden, maps=maps, cache=given.past)
+        if given.log_probs:
+            seen.log_probs = log_prob_from_hard_attend(seen)
+        return seen
 
     # ------------------------------------------------------------ training
 

@@ -28,12 +28,26 @@ class ExtraKeys(NamedTuple):
     mask: Bool[Tensor, 'b m'] | None = None
 
 
+class Deltas(NamedTuple):
+    """What a call adds inside attention: to projected queries, keys and values, to the heads, to the weights.
+
+    https://arxiv.org/abs/2605.12357, https://openreview.net/forum?id=uomCTwGflg
+    """
+
+    queries: Float[Tensor, 'b n hd'] | None = None
+    keys: Float[Tensor, 'b m hd'] | None = None
+    values: Float[Tensor, 'b m he'] | None = None
+    heads: Float[Tensor, 'b n he'] | None = None
+    weights: Float[Tensor, '#b #h n j'] | None = None
+
+
 class BranchInputs:
     """What surrounds one branch, attention, cross attention or feed-forward, in a call. Everything is optional.
 
     ``mask`` says who may look over the branch's own keys: memories, past, new. ``past`` is the cache of this
     execution step; without one nothing is kept. ``return_attn``: somebody may read the attention maps;
     ``return_scores``: the next layer will, for residual attention. ``maps_now``: the maps are made before the forward ends.
+    ``causal``: in this call, whatever the layer was built for. ``log_probs``: of the keys that hard attention chooses.
 
     It is no dataclass: casts of mixed precision would rebuild one, and copy the cache in it.
     """
@@ -59,6 +73,9 @@ class BranchInputs:
         return_attn: bool = False,
         return_scores: bool = False,
         maps_now: bool = False,
+        deltas: Deltas = Deltas(),  # noqa: B008 (it never changes)
+        causal: bool | None = None,
+        log_probs: bool = False,
     ) -> None:
         self.context = context
         self.mask = Mask() if mask is None else mask
@@ -78,6 +95,9 @@ class BranchInputs:
         self.return_attn = return_attn
         self.return_scores = return_scores
         self.maps_now = maps_now
+        self.deltas = deltas
+        self.causal = causal
+        self.log_probs = log_probs
 
     def having(self, **changed: Any) -> BranchInputs:
         """A copy in which some are others."""
@@ -92,7 +112,8 @@ class Intermediates:
     ``qk_similarities`` (scores before biases and masks), ``pre_softmax_attn`` (scores that the weights are made of) and
     ``post_softmax_attn`` (weights before dropout), all (b h i j), are computed when they are first read, if not given;
     gradients flow through them. ``cached_kv`` is (keys, values) of this layer so far, keys neither rotated nor repeated, or
-    (latent, rotated-head keys) with a latent; assigning it replaces the cache.
+    (latent, rotated-head keys) with a latent; assigning it replaces the cache. ``log_probs`` (b h i) are those of the keys
+    that hard attention has chosen, if the call asked for them.
     """
 
     def __init__(
@@ -104,6 +125,7 @@ class Intermediates:
         cached_kv: CachedKeys | None = None,
         layer_type: str | None = None,
         hybrid_hidden: Any = None,
+        log_probs: Float[Tensor, 'b h i'] | None = None,
         *,
         maps: Maps | None = None,
         cache: LayerCache | None = None,
@@ -117,6 +139,7 @@ class Intermediates:
         self.values = values
         self.layer_type = layer_type
         self.hybrid_hidden = hybrid_hidden
+        self.log_probs = log_probs
         self.maps = maps
         self.cache = cache
 

@@ -43,6 +43,10 @@ def merge_heads(t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n (h d)']:
     return t.transpose(1, 2).flatten(2)
 
 
+def added(t: Tensor, delta: Tensor | None) -> Tensor:
+    return t if delta is None else t + delta
+
+
 def with_memories(t: Tensor, mem: Tensor | None) -> Tensor:
     return t if mem is None else torch.cat((mem.to(t.dtype), t), dim=-2)
 
@@ -90,9 +94,9 @@ def keys_values(attn: Attention, seen: Seen, given: BranchInputs) -> KeysValues:
     cross = given.context is not None
     if cross and held_rows(given.past, 'k'):
         return cross_from_cache(attn, given)
-    own = split_heads(attn.to_v(seen.values), attn.kv_heads)
+    own = split_heads(added(attn.to_v(seen.values), given.deltas.values), attn.kv_heads)
     v = attn.normed_values(attn.mixed_values(own, seen, given))
-    k = attn.normed_keys(split_heads(attn.to_k(seen.keys), attn.kv_heads))
+    k = attn.normed_keys(split_heads(added(attn.to_k(seen.keys), given.deltas.keys), attn.kv_heads))
     positions = given.positions
     if keeps_placed(positions, given.past, cross):
         k, v = place_and_remember(attn, k, v, seen.mems, given)

@@ -27,6 +27,7 @@ HYBRID = 'https://arxiv.org/abs/2411.13676'
 LASER = 'https://arxiv.org/abs/2411.03493'
 LATENT = 'https://arxiv.org/abs/2405.04434'
 BELIEF = 'https://openreview.net/forum?id=Ard2QzPAUK'
+INVERTED = 'https://openreview.net/forum?id=WgQZNoQ5AB'
 TALKING = 'https://arxiv.org/abs/2003.02436'
 TOPK = 'https://arxiv.org/abs/2505.22074'
 ATTENTION_PAPER = 'https://arxiv.org/abs/1706.03762'
@@ -82,6 +83,9 @@ class ScoreFlags(Flags):
     onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.')
     flash_pack_seq: bool = flag(False, 'Several sequences lie behind each other in one row; the call gives their boundaries.')
     qk_norm: bool = flag(False, 'Unit-length queries and keys: cosine similarity.', paper='https://arxiv.org/abs/2010.04245')
+    inverted_attention: bool = flag(
+        False, 'Inverted (slot) attention: each key is shared out among the queries, and each query averages what it got.',
+        paper=INVERTED, since=LATER)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -295,6 +299,12 @@ class AttentionFlags(ScoreFlags):
     @cached_property
     def key_heads_from_latent(self) -> int:
         return self.num_kv_heads - (self.latent_rope_subheads or 0)
+
+    @cached_property
+    def tied_to_causality(self) -> tuple[str, ...]:
+        """The flags that are on and were built for a layer that is causal, or for one that is not."""
+        names = ('selective', 'use_cope', 'data_dependent_alibi', 'hybrid_module', 'inverted_attention')
+        return tuple(name for name in names if getattr(self, name))
 
     @cached_property
     def gate_starts_open(self) -> bool:

@@ -180,6 +180,22 @@ ATTENTION_RULES = (
         'Use a causal layer, or leave out [selective].',
     ),
     Rule(
+        ('inverted_attention', 'causal'),
+        lambda flags, dim: flags.inverted_attention and flags.causal,
+        'later queries would take from what earlier ones see',
+        {'inverted_attention': True, 'causal': True},
+        'Use a layer that is not causal, or leave out [inverted_attention].',
+    ),
+    Rule(
+        ('inverted_attention', 'cog_signed', 'head_learned_sink', 'flash_pack_seq'),
+        lambda flags, dim: (
+            flags.inverted_attention and how_many(flags, ('cog_signed', 'head_learned_sink', 'flash_pack_seq')) > 0
+        ),
+        'each key is shared out among the queries, of which these know nothing',
+        {'inverted_attention': True, 'head_learned_sink': True},
+        only_changed=True,
+    ),
+    Rule(
         ('use_cope', 'causal'),
         lambda flags, dim: flags.use_cope and not flags.causal,
         'contextual positions count the keys between a query and an earlier key',

@@ -44,6 +44,7 @@ class AttendKeywords(TypedDict, total=False):
     scale: float | None
     cope: nn.Module | None
     sdp_kwargs: Mapping[str, Any]
+    inverted_attention: bool
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -118,6 +119,7 @@ class AttentionKeywords(TypedDict, total=False):
     hybrid_mask_kwarg: str | None
     hybrid_fold_axial_dim: int | None
     hybrid_learned_mix: bool
+    inverted_attention: bool
     use_rel_proj_pos_bias: bool
     rel_proj_num_distance_basis: int
     rel_proj_max_dist: int
@@ -316,6 +318,7 @@ class StackKeywords(TypedDict, total=False):
     attn_hybrid_mask_kwarg: Each[str | None]
     attn_hybrid_fold_axial_dim: Each[int | None]
     attn_hybrid_learned_mix: Each[bool]
+    attn_inverted_attention: Each[bool]
     attn_use_rel_proj_pos_bias: Each[bool]
     attn_rel_proj_num_distance_basis: Each[int]
     attn_rel_proj_max_dist: Each[int]
@@ -400,6 +403,7 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_hybrid_mask_kwarg: Each[str | None]
     cross_attn_hybrid_fold_axial_dim: Each[int | None]
     cross_attn_hybrid_learned_mix: Each[bool]
+    cross_attn_inverted_attention: Each[bool]
     cross_attn_use_rel_proj_pos_bias: Each[bool]
     cross_attn_rel_proj_num_distance_basis: Each[int]
     cross_attn_rel_proj_max_dist: Each[int]

@@ -33,6 +33,12 @@ def choose_rotary(flags: StackFlags) -> RotaryEmbedding | None:
     )
 
 
+def warn_of_leaks(flags: StackFlags, causal: bool) -> None:
+    """Of what is allowed in a causal stack though it is not causal."""
+    if flags.verbose and causal and any(cross.inverted_attention for cross in flags.cross_attentions):
+        logger.warning('cross_attn_inverted_attention in a causal stack: later tokens take from what earlier ones see')
+
+
 def choose_polar(flags: StackFlags) -> PolarEmbedding | None:
     if not flags.polar:
         return None

@@ -63,6 +63,8 @@ class Given:
     prefix_attn_len: int | Tensor | None = None
     repeat_blocks: Any = None
     transform_block_inputs: Any = None
+    causal: bool | None = None
+    return_gumbel_log_probs: bool = False
 
 
 # what may be handed on to any stack
@@ -203,6 +205,8 @@ class Inputs:
     transform_block: Callable[[int, Tensor], Tensor] | None = None
     continues: bool = False
     return_attn: bool = False
+    causal: bool | None = None
+    log_probs: bool = False
 
     def deep_embed(self, nth: int) -> Float[Tensor, 'b n d'] | None:
         """The factor of the ``nth`` feed-forward; there may be fewer than feed-forwards."""
@@ -231,6 +235,7 @@ class Inputs:
             condition=self.condition,
             return_attn=self.return_attn,
             return_scores=step.kind in carry.hands_on_scores,
+            log_probs=self.log_probs,
         )
         if step.kind == 'a':
             self._for_self(given, step)
@@ -247,6 +252,7 @@ class Inputs:
         given.extra = _at(self.extra, step.nth) if self.extra else None
         given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
         given.packed = self.packed
+        given.causal = self.causal
 
     def condition_of_memory(self, mem: Float[Tensor, 'b l d'] | None) -> Float[Tensor, 'b #l c'] | None:
         """What the norm of a memory depends on; a shorter memory ends where the others end."""

@@ -256,18 +256,38 @@ def check_deep_embeds(stack: AttentionLayers, pair: Any, span: Span) -> None:
     check_per_token('the ids of deep_embeds_and_ids', ids, span)
 
 
+def runs_causally(stack: AttentionLayers, given: Given) -> bool:
+    """Whether tokens see none to their right, but for a prefix: as built, or as this call says."""
+    return stack.is_causal if given.causal is None else given.causal
+
+
+def check_causal(stack: AttentionLayers, causal: Any) -> None:
+    if causal is None:
+        return
+    if not isinstance(causal, bool):
+        raise TypeError(f'causal must be True, False or None, got {causal!r}.')
+    tied = [f'attn_{name}' for flags in stack.flags.attentions for name in flags.tied_to_causality]
+    tied += ['shift_tokens'] * any(layer.shift for layer in stack.plan.layers)
+    tied += ['mv_split_residual'] * bool(stack.flags.mv_split_residual)
+    if causal != stack.is_causal and tied:
+        raise ValueError(
+            f'causal must be {stack.is_causal}, as this stack was built, got {causal}: '
+            f'{", ".join(dict.fromkeys(tied))} depends on it. Build a stack for each.'
+        )
+
+
 def check_cache(stack: AttentionLayers, given: Given) -> None:
     if given.cache is None:
         return
-    if not stack.is_causal:
+    if not runs_causally(stack, given):
         raise ValueError(
             'a cache was given to a stack that is not causal: its earlier tokens would have to see the new ones; '
             'build a Decoder or PrefixDecoder, or pass the whole sequence without a cache'
         )
     if not stack.can_cache_kv:
         raise ValueError(
-            'a cache was given, but selective attention, or a module of your own that mixes tokens, cannot continue from one: '
-            'pass the whole sequence, or give the module a state, forward(x, state) -> (y, state)'
+            'a cache was given, but selective or inverted attention, or a module of your own that mixes tokens, cannot '
+            'continue from one: pass the whole sequence, or give the module a state, forward(x, state) -> (y, state)'
         )
     held = getattr(given.cache, 'kv_cache', given.cache)
     if isinstance(held, KVCache) and held.length and given.layers_execute_order is None and given.repeat_blocks is None:
@@ -343,6 +363,7 @@ def check_whole(kwargs: str, packed: PackedSequences, queries: int, keys: int) -
 
 def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
+    check_causal(stack, given.causal)
     check_masks(stack, given, span)
     if given.seq_start_pos is not None and any(flags.hybrid_module is not None for flags in stack.flags.attentions):
         raise ValueError(

@@ -13,7 +13,16 @@ from x_transformers.cache.kv_cache import Cursor, KVCache
 from x_transformers.helpers import exists
 from x_transformers.layers.across_depth import injection
 from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span, counted
-from x_transformers.layers.checks import check_cache, check_call, check_history, check_input, check_steps, is_float, shape_of
+from x_transformers.layers.checks import (
+    check_cache,
+    check_call,
+    check_history,
+    check_input,
+    check_steps,
+    is_float,
+    runs_causally,
+    shape_of,
+)
 from x_transformers.layers.condition import of_memories, read_condition
 from x_transformers.layers.external import external_keys
 from x_transformers.layers.repeat import block_transform
@@ -72,7 +81,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         extra=extra,
         self_kv_shift=kv_shifts(given.self_attn_kv_residuals, span),
         cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals),
-        packed=packed(given.flash_pack_seq_kwargs, stack.is_causal),
+        packed=packed(given.flash_pack_seq_kwargs, runs_causally(stack, given)),
         cross_packed=packed(given.flash_pack_seq_context_kwargs, False),
         condition=None if condition is None else span.newest(condition),
         mem_condition=None if condition is None or not normed_mems else of_memories(condition, normed_mems),
@@ -83,6 +92,8 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         transform_block=block_transform(given.transform_block_inputs),
         continues=cache is not None and span.past > 0,
         return_attn=given.return_hiddens,
+        causal=given.causal,
+        log_probs=given.return_gumbel_log_probs and given.return_hiddens,
     )
     return x, inputs
 
@@ -216,7 +227,7 @@ def self_mask(
         prefix = prefix - span.dropped
     cursor = None if cache is None else cache.cursor
     return Mask(
-        causal=stack.is_causal and not stack.causal,
+        causal=(stack.is_causal and not stack.causal) if given.causal is None else given.causal,
         past=None if cursor is None or cursor.reach is None else cursor.reach - 1,
         keys=keys,
         prefix=prefix,
@@ -242,7 +253,7 @@ def shift_padding(
     In a causal stack nobody but padding sees what is padded on the right, and recorded outputs hold what padding sees.
     """
     tokens = padding(given, span, starts)
-    if tokens is None or given.mask is None or cache is not None or not stack.is_causal:
+    if tokens is None or given.mask is None or cache is not None or not runs_causally(stack, given):
         return tokens
     followed = (tokens.flip(-1).cumsum(-1) > 0).flip(-1)
     return tokens | ~followed

@@ -21,7 +21,7 @@ from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe
-from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams
+from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams, warn_of_leaks
 from x_transformers.layers.call import Around, Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
@@ -78,6 +78,7 @@ class AttentionLayers(Module):
         self.layers = nn.ModuleList([make_layer(flags, spec, self.is_causal) for spec in plan.layers])
         self.final_norm = make_norm(flags) if flags.has_final_norm else Identity()
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
+        warn_of_leaks(flags, self.is_causal)
         self._build_depth(flags, plan)
         self._build_positions(flags)
 
@@ -283,6 +284,8 @@ class AttentionLayers(Module):
         flash_pack_seq_context_kwargs: dict[str, Any] | None = None,
         repeat_blocks: Any = None,
         transform_block_inputs: Any = None,
+        causal: bool | None = None,
+        return_gumbel_log_probs: bool = False,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack. Every boolean mask: True is a token, or may be seen.
 
@@ -308,6 +311,9 @@ class AttentionLayers(Module):
           (number, stream).
         - ``flash_pack_seq_kwargs``, ``flash_pack_seq_context_kwargs``:
           ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
+        - ``causal``: self attention is so in this call, whatever the stack was built for.
+        - ``return_gumbel_log_probs``: with ``return_hiddens`` every attention's ``log_probs`` (b h n) are those of the keys
+          that hard or Gumbel attention has chosen.
 
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
         Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
@@ -317,7 +323,8 @@ class AttentionLayers(Module):
             input_not_include_cache, cache_age, return_hiddens, rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias,
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
             condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
-            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, None, repeat_blocks, transform_block_inputs,
+            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, None, repeat_blocks, transform_block_inputs, causal,
+            return_gumbel_log_probs,
         ))  # fmt: skip
 
     def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:

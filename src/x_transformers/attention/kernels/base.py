@@ -14,7 +14,7 @@ from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
 from x_transformers.helpers import recall, remember
 from x_transformers.position.bias import Bias, rendered_bias
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Bool, Float
 
 
 class Needs(NamedTuple):
@@ -72,6 +72,7 @@ class CallFacts(NamedTuple):
     learned_bias: bool = False
     by_distance: bool = False
     previous: bool = False
+    delta: bool = False
     return_scores: bool = False
     masked_heads: bool = False
     transformed: bool = False
@@ -95,6 +96,8 @@ class KernelArgs:
     scale: float
     bias: Bias | None = None
     previous: Float[Tensor, 'b h i j'] | None = None
+    rows: Bool[Tensor, 'b i'] | None = None
+    delta: Float[Tensor, '... i j'] | None = None
     sink: Float[Tensor, 'h'] | None = None
     softclamp: float | None = None
     sigmoid: bool = False
@@ -134,6 +137,8 @@ def usual_refusals(
         reasons.append('onnxable asks for plain operations')
     if call.previous:
         reasons.append('the scores of the layer before are added')
+    if call.delta:
+        reasons.append('something is added to the weights')
     return reasons
 
 

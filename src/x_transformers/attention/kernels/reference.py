@@ -32,7 +32,19 @@ class Reference:
 
 def state_of(args: KernelArgs) -> ScoreState:
     wanted = ALL_MAPS if args.return_attn else ('scores',) if args.return_scores else ()
-    return ScoreState(args.q, args.k, args.v, args.mask, args.geometry, args.scale, args.bias, args.previous, wanted=wanted)
+    return ScoreState(
+        args.q,
+        args.k,
+        args.v,
+        args.mask,
+        args.geometry,
+        args.scale,
+        args.bias,
+        args.previous,
+        wanted=wanted,
+        rows=args.rows,
+        delta=args.delta,
+    )
 
 
 def maps_of(args: KernelArgs) -> dict[str, Tensor]:

@@ -45,12 +45,26 @@ class ApplyMask(ScoreRule):
 
     def apply(self, state: ScoreState) -> None:
         state.allowed = state.mask.rendered(state.geometry, state.q.device)
-        if state.allowed is None:
+        if state.allowed is None or state.inverted:
             return
         scores, lowest = state.scores, max_neg_value(state.scores)
         state.scores = (
             scores.masked_fill(~state.allowed, lowest) if state.shared else scores.masked_fill_(~state.allowed, lowest)
         )
+
+
+class AddToWeights(ScoreRule):
+    """Add what the call gives to the weights, https://openreview.net/forum?id=uomCTwGflg."""
+
+    name = 'attn_delta'
+    form = Form.BIAS
+    unfused = None
+
+    def apply(self, state: ScoreState) -> None:
+        if state.delta is not None:
+            # it says nothing of columns that are put in front
+            missing = state.scores.shape[-1] - state.delta.shape[-1]
+            state.scores = state.scores + pad_at_dim(state.delta, (missing, 0))
 
 
 class RecordMap(ScoreRule):

@@ -38,6 +38,7 @@ class ScoreState:
 
     ``scores`` become weights along the way, and these ``out``. ``wanted`` names the maps to record. ``shared`` says that
     somebody else holds the present ``scores`` (a record, or the backward of a mixer): do not change them in place.
+    ``rows`` tells which queries are tokens, ``delta`` is added to the weights, ``inverted`` says that keys are shared out.
     """
 
     q: Float[Tensor, 'b h i d']
@@ -51,6 +52,9 @@ class ScoreState:
     wanted: tuple[str, ...] = ()
     records: dict[str, Tensor] = field(default_factory=dict)
     shared: bool = False
+    rows: Bool[Tensor, 'b i'] | None = None
+    delta: Float[Tensor, '#b #h i j'] | None = None
+    inverted: bool = False
     allowed: Bool[Tensor, '#b #h i j'] | None = None
     sign: Tensor | None = None
     gamma: Tensor | None = None
