@@ -36,7 +36,6 @@ MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'shards': (Degrees(shard=2), {'shard': 'full'}),
     'shards+full': (Degrees(shard=2), {'shard': 'full', 'checkpoint': 'full'}),
     'shards+every': (Degrees(shard=2), {'shard': 'full', 'checkpoint': 2}),
-    'shards+selective': (Degrees(shard=2), {'shard': 'full', 'checkpoint': 'selective'}),
     'shards+kept': (Degrees(shard=2), {'shard': 'full', 'reshard': False}),
     'hybrid': (Degrees(replicate=2, shard=1), {'shard': 'hybrid'}),
 }

@@ -123,7 +123,7 @@ def check_rows(options: TrainOptions, degrees: Degrees) -> None:
 
 def check_options(options: TrainOptions, degrees: Degrees) -> None:
     """Errors: ``MeshError`` naming every option that several processes cannot have."""
-    wrong = option_refusals(degrees, compile=options.compile, offload=options.offload)
+    wrong = option_refusals(degrees, compile=options.compile, offload=options.offload, checkpoint=options.checkpointing)
     if options.lora:
         wrong.append('--lora must be 0 with several processes: low-rank changes are added in one process.')
     if wrong:

@@ -21,6 +21,8 @@ NOT_BUILT = {
 }
 NOT_PROVEN = {
     'compile': '--compile must be off with several processes: it is not proven that results stay the same.',
+    'checkpointing selective': '--checkpointing must be none or full: selective gave wrong gradients with '
+    '`gate_residual` and `attn_hybrid_module`.',
     'offload': '--offload must be off: it moves shards between a GPU and the CPU, which has not been tried.',
 }
 
@@ -48,10 +50,10 @@ def is_set(model: nn.Module, flag: str) -> bool:
     return any(bool(getattr(getattr(module, 'flags', None), flag, False)) for module in model.modules())
 
 
-def option_refusals(degrees: Degrees, *, compile: bool, offload: bool) -> list[str]:
+def option_refusals(degrees: Degrees, *, compile: bool, offload: bool, checkpoint: Any = 'none') -> list[str]:
     """A sentence for each option that is refused whatever the flags."""
     found = [sentence for name, sentence in NOT_BUILT.items() if getattr(degrees, name) > 1]
-    asked = {'compile': compile, 'offload': offload}
+    asked = {'compile': compile, 'offload': offload, 'checkpointing selective': checkpoint == 'selective'}
     return found + [sentence for name, sentence in NOT_PROVEN.items() if asked[name]]
 
 
@@ -64,11 +66,11 @@ def check(
     """
     from x_transformers.distributed.mesh import MeshError
 
-    found = option_refusals(degrees, compile=compile, offload=offload)
+    found = option_refusals(degrees, compile=compile, offload=offload, checkpoint=checkpoint)
     if precision is not None and shard == 'none':
         found.append('precision must be None for copies, got bf16: their weights stay as they are. Use autocast, or shard.')
     if checkpoint not in ('none', 'full', 'selective') and not (isinstance(checkpoint, int) and checkpoint >= 1):
-        found.append(f"checkpoint must be 'none', 'full', 'selective' or a number of layers, got {checkpoint!r}.")
+        found.append(f"checkpoint must be 'none', 'full' or a number of layers, got {checkpoint!r}.")
     if shard == 'none' and degrees.shard > 1:
         found.append(f"shard must be 'full' or 'hybrid' where {degrees.shard} processes hold parts of a parameter, got 'none'.")
     found += refusals(model, {f'shard {shard}', *(() if checkpoint == 'none' else ('checkpoint',))})
