@@ -82,7 +82,6 @@ def test_absolute_positions_end() -> None:
     ('made', 'named'),
     [
         (model({'num_memory_tokens': 2}), 'num_memory_tokens'),
-        (model({'use_cls_token': True}), 'use_cls_token'),
         (model(attn_selective=True), 'attn_selective'),
         (model(attn_hybrid_module=torch.nn.GRU(32, 32, batch_first=True)), 'attn_hybrid_module'),
     ],

@@ -290,7 +290,14 @@ def check_cache(stack: AttentionLayers, given: Given) -> None:
             'continue from one: pass the whole sequence, or give the module a state, forward(x, state) -> (y, state)'
         )
     held = getattr(given.cache, 'kv_cache', given.cache)
-    if isinstance(held, KVCache) and held.length and given.layers_execute_order is None and given.repeat_blocks is None:
+    # how far a cache of fixed capacity is written is a tensor; it was made of one that has passed
+    if (
+        isinstance(held, KVCache)
+        and held.cursor is None
+        and held.length
+        and given.layers_execute_order is None
+        and given.repeat_blocks is None
+    ):
         check_layers_of_cache(stack, held)
 
 
@@ -311,6 +318,8 @@ def check_layers_of_cache(stack: AttentionLayers, cache: KVCache) -> None:
 
 def check_history(stack: AttentionLayers, cache: KVCache, steps: Sequence[Step]) -> None:
     """Whether a cache that this stack has not made has what its branches need of earlier tokens beside keys and values."""
+    if cache.cursor is not None:
+        return
     layers = stack._layers()
     shifting = [
         step.index
