@@ -97,6 +97,8 @@ class AutoregressiveWrapper(Module):
         mask_prob: share of the tokens, never the first, that nobody may attend to (https://arxiv.org/abs/2210.13432).
         add_attn_z_loss: add the net's attention z-loss, weighted by its ``attn_z_loss_weight``.
         next_embed_loss_weight: weight of the loss on the next embedding, for nets with ``add_continuous_pred_head``.
+        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: when the gate of a ``looped`` net is to open,
+            where the next step lowers the loss by less than this; how surely; and the weight of that part of the loss.
         allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``. Otherwise only a
             call with a causal ``attn_mask`` trains it, as it would learn nothing but to copy.
     """
@@ -113,9 +115,13 @@ class AutoregressiveWrapper(Module):
         add_attn_z_loss: bool = False,
         next_embed_loss_weight: float = 0.1,
         *,
+        looped_loss_threshold_exit: float = 0.05,
+        looped_loss_slope: float = 50.0,
+        looped_exit_loss_weight: float = 1.0,
         allow_future: bool = False,
     ) -> None:
         super().__init__()
+        looped = bool(getattr(net, 'looped', False))
         add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
         options(AutoregressiveOptions, 'AutoregressiveWrapper', locals())
         check_net(net, 'AutoregressiveWrapper')
@@ -126,7 +132,10 @@ class AutoregressiveWrapper(Module):
         self.mask_prob = mask_prob
         self.add_attn_z_loss = add_attn_z_loss
         self.add_continuous_pred_head = add_continuous_pred_head
-        self.allow_future = allow_future
+        self.allow_future, self.looped = allow_future, looped
+        self.looped_loss = {
+            'threshold': looped_loss_threshold_exit, 'slope': looped_loss_slope, 'exit_weight': looped_exit_loss_weight
+        }  # fmt: skip
         self.next_embed_loss_weight = next_embed_loss_weight
 
     # ------------------------------------------------------------ training
@@ -175,11 +184,13 @@ class AutoregressiveWrapper(Module):
             kwargs['return_next_embed_pred'] = True
         if self.add_attn_z_loss:
             kwargs['return_attn_z_loss'] = True
-        if not return_outputs and self._wants_loss_only(kwargs):
+        if self.looped:
+            kwargs['looped_pred_all_logits'] = True
+        elif not return_outputs and self._wants_loss_only(kwargs):
             return self._loss_only(wanted, inputs, {'prepend_embeds': prepend_embeds, **kwargs})
         out, intermediates = self.net(inputs, return_intermediates=True, prepend_embeds=prepend_embeds, **kwargs)
         logits, following = out if self.add_continuous_pred_head else (out, None)
-        loss = self._token_loss(logits, wanted)
+        loss = self._looped_loss(intermediates, wanted) if self.looped else self._token_loss(logits, wanted)
         if self.add_attn_z_loss:
             loss = loss + intermediates.attn_z_loss
         if following is not None:
@@ -209,6 +220,16 @@ class AutoregressiveWrapper(Module):
             ignore_index=self.ignore_index,
             is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
         )
+
+    def _looped_loss(self, intermediates: Any, targets: Int[Tensor, 'b m']) -> Float[Tensor, '']:
+        from x_transformers.embedding.loop import looped_loss
+
+        losses = [
+            token_cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction='none')
+            for logits in intermediates.all_pred_logits
+        ]
+        gates = [gate[:, gate.shape[1] - targets.shape[1] :, 0] for gate in intermediates.exit_logits]
+        return looped_loss(losses, gates, targets != self.ignore_index, **self.looped_loss)
 
     def _apart(self, x: Int[Tensor, 'b n'], packing: Any, front: int) -> Int[Tensor, 'b n']:
         """The tokens as targets: the first token of a packed sequence is not predicted from the last of the one before."""
@@ -267,6 +288,7 @@ class AutoregressiveWrapper(Module):
         prompt_lookup: int | None = None,
         lookahead: int = 4,
         compile: bool = False,
+        return_intermediates: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Sample ``seq_len`` tokens after each prompt; the new tokens (..., s), s <= seq_len.
@@ -294,6 +316,8 @@ class AutoregressiveWrapper(Module):
                 stays exactly that of plain sampling.
             compile: read with one compiled program, in memory of fixed shape. The first call compiles, for a minute or so;
                 later ones use the program again as long as the batch is the same and the text is about as long.
+            return_intermediates: return (tokens, the net's intermediates of the last call), whose cache goes on from all
+                tokens but the last.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
@@ -321,6 +345,11 @@ class AutoregressiveWrapper(Module):
             )
 
         main = reader(self.net)
+        main.keeps_intermediates = return_intermediates
+        if return_intermediates and (stream or compile):
+            raise GenerateError(
+                'return_intermediates must go without stream and compile, which do not return them. Leave them out.'
+            )
         rest: dict[str, Any] = {'eos': checked_eos(eos_token), 'pad': self.pad_value}
         for net, _ in nets:
             check_vocabulary(self.net, net, 'amateur')
@@ -346,7 +375,8 @@ class AutoregressiveWrapper(Module):
         run = _run(models, made, prompt)
         if stream:
             return run
-        return _collected(run, prompt, include_prompt)
+        made_tokens = _collected(run, prompt, include_prompt)
+        return (made_tokens, main.intermediates) if return_intermediates else made_tokens
 
     def _compiled(self, net: nn.Module, *, cached: bool, speculative: bool) -> Programs:
         """The programs made so far; they are not copied or pickled with the model. Refused before anything is computed."""

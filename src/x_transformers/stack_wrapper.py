@@ -298,11 +298,11 @@ class StackWrapper(Module):
         if shuffle is not None:
             h, given = shuffle.lay(h), shuffled(given, shuffle)
 
-        def run(x: Tensor) -> tuple[Tensor, LayerIntermediates]:
+        def run(x: Tensor, **changed: Any) -> tuple[Tensor, LayerIntermediates]:
             if asked.record:
-                out: tuple[Tensor, LayerIntermediates] = self.attn_layers(x, return_hiddens=True, **given)
+                out: tuple[Tensor, LayerIntermediates] = self.attn_layers(x, return_hiddens=True, **{**given, **changed})
                 return out
-            return self.attn_layers(x, **given), LayerIntermediates()
+            return self.attn_layers(x, **{**given, **changed}), LayerIntermediates()
 
         h, record = self._rounds(run, h, call)
         if asked.attn_z_loss:
@@ -318,7 +318,7 @@ class StackWrapper(Module):
         return h, record
 
     def _rounds(
-        self, run: Callable[[Tensor], tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
+        self, run: Callable[..., tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
     ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
         """The stack, as often as it is to be run."""
         return run(h)

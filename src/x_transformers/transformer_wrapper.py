@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.call import Call, ids_or_none, last_positions
+from x_transformers.embedding.loop import LoopCall, run_loops
 from x_transformers.embedding.pooling import AttentionPool, average, read_cls
 from x_transformers.embedding.recycle import recycle, rounds
 from x_transformers.embedding.rows import Rows
@@ -31,6 +32,7 @@ from x_transformers.heads import (
     next_embedding_head,
 )
 from x_transformers.helpers import default
+from x_transformers.layers.checks import check_steps
 from x_transformers.layers.repeat import block_transform, later_blocks
 from x_transformers.module import Module, empty_parameter
 from x_transformers.returns import Asked
@@ -79,6 +81,8 @@ class TransformerWrapper(StackWrapper):
         self._build_entrance(flags, flags.attn_layers)
         self.recycling, self.train_max_recycle_steps = flags.recycling, flags.train_max_recycle_steps
         self.recycled_proj = nn.Linear(dim, dim, bias=False) if flags.recycling else None
+        self.looped, self.max_looped_steps = flags.looped, flags.max_looped_steps
+        self.exit_gate = nn.Linear(dim, 1, bias=False) if flags.looped else None
         self.cls_token = empty_parameter(flags.num_cls_tokens, dim) if flags.use_cls_token else None
         self._build_memory_tokens(flags)
 
@@ -198,6 +202,10 @@ class TransformerWrapper(StackWrapper):
         excise_prepend_embeds: bool = False,
         transform_token_embeds: Callable[[Tensor], Tensor] | None = None,
         transform_block_inputs: Any = None,
+        looped_steps: int | None = None,
+        looped_pred_all_logits: bool | None = None,
+        looped_inference: bool = True,
+        looped_exit_prob_threshold: float = 0.9,
         **kwargs: Any,
     ) -> Any:
         """Logits (b n v), or what the ``return_*`` arguments ask for.
@@ -214,6 +222,10 @@ class TransformerWrapper(StackWrapper):
             mask: True for tokens, False for padding.
             mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
             recycle_steps: how often the output is fed back, with ``recycling``.
+            looped_steps: with ``looped``, run the stack so often; by default up to ``max_looped_steps`` times.
+            looped_pred_all_logits: keep the logits of every step in ``intermediates.all_pred_logits``; by default in training.
+            looped_inference: with a cache, a token that is read alone stops when the probabilities of its gates add up to
+                ``looped_exit_prob_threshold``.
             pos: positions of the tokens, (n,) or (b n); of floating dtype: their position embeddings themselves.
             prepend_embeds, prepend_mask: embeddings in front of the tokens; outputs for them are returned as well.
             embed_ids: ids for each table of ``embed_num_tokens``; ``sum_embeds``: embeddings to be added.
@@ -257,6 +269,7 @@ class TransformerWrapper(StackWrapper):
             mems=mems,
             mem_masks=mem_masks,
             recycle_steps=recycle_steps,
+            loop=self._loop_call(looped_steps, looped_pred_all_logits, looped_inference, looped_exit_prob_threshold),
             pos=pos,
             prepend_embeds=prepend_embeds,
             prepend_mask=prepend_mask,
@@ -314,17 +327,34 @@ class TransformerWrapper(StackWrapper):
         return torch.cat((self.cls_token.to(h.dtype).expand(h.shape[0], -1, -1), h), dim=1)
 
     def _rounds(
-        self, run: Callable[[Tensor], tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
+        self, run: Callable[..., tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
     ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
+        if self.exit_gate is not None:
+            return self._loops(run, h, call)
         longest = self.train_max_recycle_steps
         steps = rounds(call.recycle_steps, recycling=self.recycling, training=self.training, longest=longest)
         return recycle(run, h, self.recycled_proj, steps)
+
+    def _loops(
+        self, run: Callable[..., tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
+    ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
+        size = len(check_steps(self.attn_layers, call.more.get('layers_execute_order')))
+        gate, most = self.exit_gate, self.max_looped_steps
+        outputs, h, record = run_loops(run, h, gate, call.loop, most=most, cache=call.cache, size=size)  # type: ignore[arg-type]
+        if default(call.loop.all_logits, self.training):
+            record.all_pred_logits = [self._logits(each, call, whole=False)[0] for each in outputs]
+        return h, record
 
     def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows) -> dict[str, Any]:
         given = super()._for_stack(keys, call, rows)
         if self.ff_deep_embed is not None:
             given['deep_embeds_and_ids'] = self._deep_embeds(call, rows)
         return given
+
+    def _loop_call(self, steps: int | None, all_logits: bool | None, exits: bool, threshold: float) -> LoopCall:
+        call = LoopCall(steps, all_logits, exits, threshold)
+        call.check(self.looped)
+        return call
 
     def _deep_embeds(self, call: Call, rows: Rows) -> tuple[Float[Tensor, 'v l d'], Int[Tensor, 'b n']]:
         """(a factor per token, layer and channel; ids of all rows). Rows that are no tokens have the factor one."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import Intermediates
@@ -24,6 +24,7 @@ class LayerIntermediates:
       ``block_hiddens``: what left each executed block, the last one's being the stack's output;
     - ``last_hidden``, ``last_layer_hiddens``: the stack's output, and the part of it that belongs to tokens;
     - ``attn_intermediates``: one per executed attention, with maps that are computed when read;
+    - ``exit_logits``, ``all_pred_logits``: of every step of a looped model; ``exit_indices``: the last step of each call;
     - ``initial_embeds`` (also ``initial_embed``): the embeddings that entered the stack;
     - ``kv_cache``: the memory behind ``cached_kv``; ``cache_length``: how many rows have been seen.
     """
@@ -41,6 +42,9 @@ class LayerIntermediates:
     logit_entropies: Float[Tensor, 'b n'] | None = None
     logits: Tensor | tuple[Tensor, ...] | None = None
     block_hiddens: list[Float[Tensor, 'b n d']] | None = None
+    exit_logits: list[Float[Tensor, 'b n 1']] | None = None
+    all_pred_logits: list[Tensor | tuple[Tensor, ...]] | None = None
+    exit_indices: Int[Tensor, 'b c'] | None = None
     cache_length: int = 0
     kv_cache: KVCache | None = None
 

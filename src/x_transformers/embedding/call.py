@@ -30,6 +30,7 @@ class Call:
     mems: Sequence[Float[Tensor, 'b l d']] | None = None
     mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
     recycle_steps: int | None = None
+    loop: Any = None
     pos: Tensor | None = None
     prepend_embeds: Float[Tensor, 'b p e'] | None = None
     prepend_mask: Bool[Tensor, 'b p'] | None = None

@@ -503,6 +503,8 @@ class WrapperKeywords(TypedDict, total=False):
     to_logits: Callable[..., Any] | None
     add_continuous_pred_head: bool
     input_not_include_cache: bool
+    looped: bool
+    max_looped_steps: int
     embed_scale: float | None
     logits_scale: float | None
     logits_softcap: float | None

@@ -63,6 +63,10 @@ class AutoregressiveOptions(Options):
     next_embed_loss_weight: float = flag(
         0.1, 'Weight of the loss on the next embedding.', parent='add_continuous_pred_head'
     )  # fmt: skip
+    looped_loss_threshold_exit: float = flag(0.05, 'Gates open where a step gains less.', parent='looped')
+    looped_loss_slope: float = flag(50.0, 'How surely.', parent='looped', above=0.0)
+    looped_exit_loss_weight: float = flag(1.0, 'Weight of the loss of the gates.', parent='looped', low=0.0)
+    looped: bool = flag(False, OF_NET)
     allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
     add_continuous_pred_head: bool = flag(False, OF_NET)
 

@@ -20,6 +20,9 @@ MEMORY = 'https://arxiv.org/abs/2006.11527'
 MIXTURE = 'https://arxiv.org/abs/1711.03953'
 
 
+LOOPED = 'https://arxiv.org/abs/2510.25741'
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WrapperFlags(Flags):
     """Every keyword of ``TransformerWrapper``."""
@@ -54,6 +57,13 @@ class WrapperFlags(Flags):
     train_max_recycle_steps: int = flag(
         4, 'In training the number of rounds is drawn from 1 to this.', parent='recycling', low=1
     )
+    looped: bool = flag(
+        False,
+        'Run the stack several times on its own output, until a gate says that it is enough.',
+        paper=LOOPED,
+        since='2.31.10',
+    )
+    max_looped_steps: int = flag(4, 'So often at most.', paper=LOOPED, parent='looped', low=1, since='2.31.10')
     emb_frac_gradient: float = flag(
         1.0,
         'Fraction of the gradient that reaches the embeddings.',

@@ -16,6 +16,9 @@ LOGITS = (*HEADS, 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_d
 POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
 
 # rules of the model alone; ``dim`` is the stack's width
+# what stands beside the tokens, or makes them rows of another kind
+UNLOOPED = ('recycling', 'num_memory_tokens', 'use_cls_token', 'average_pool_embed', 'attn_pool', 'ff_deep_embed')
+
 WRAPPER_RULES = (
     Rule(
         ('tie_embedding_scale', 'logits_scale'),
@@ -55,6 +58,13 @@ WRAPPER_RULES = (
         'each is a way to make the logits',
         {'tie_embedding': True, 'num_output_heads': 2},
         'Keep one.',
+        only_changed=True,
+    ),
+    Rule(
+        ('looped', *UNLOOPED),
+        lambda flags, dim: flags.looped and how_many(flags, UNLOOPED) > 0,
+        'the stack is run on its own output, row by row',
+        {'looped': True, 'recycling': True},
         only_changed=True,
     ),
     Rule(
@@ -146,6 +156,13 @@ MIXTURES = ('qkv_receive_diff_residuals', 'integrate_layers', 'attn_aggregated_r
 
 # rules of a model with its stack
 ON_STACK_RULES = (
+    Rule(
+        ('looped', 'pre_and_post_norm'),
+        lambda flags, dim: flags.looped and not flags.pre_and_post_norm,
+        'only a normed output can go in again',
+        {'looped': True},
+        'Build the stack with pre_and_post_norm=True.',
+    ),
     Rule(
         ('use_cls_token',),
         lambda both, dim: both.use_cls_token and both.left_to_right and both.has_self_attention,

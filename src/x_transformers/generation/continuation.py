@@ -199,6 +199,8 @@ def _refusals(net: nn.Module) -> Iterator[str]:
 
     if not reads_new_tokens(net):
         yield f'{type(net).__name__} does not read new tokens alone'
+    if getattr(net, 'looped', False):
+        yield 'looped, whose steps depend on the tokens'
     why_no_cache: Callable[[], list[str]] = getattr(net, '_why_no_cache', list)
     reasons = why_no_cache()
     yield from reasons

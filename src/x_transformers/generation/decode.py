@@ -151,6 +151,9 @@ class Reader:
         self.origin = origin
         self.seen = origin
         self.cache: Any = None
+        # what the net reported last, if somebody wants it
+        self.keeps_intermediates = False
+        self.intermediates: Any = None
         self.programs = programs
         self.continuation: Continuation | None = None
         self._skipped = 0
@@ -193,6 +196,8 @@ class Reader:
             tokens.part(low, high), return_intermediates=True, input_not_include_cache=True, logits_last=last, **given
         )
         made = KVCache.of(intermediates)
+        if self.keeps_intermediates:
+            self.intermediates = intermediates
         self.cache = made.reserve(self._room()) if cache is None and made is not None else made
         self.seen = high
         if self.programs is not None and cache is None and made is not None:
@@ -218,14 +223,18 @@ class Reader:
         given = self.keywords.whole(low, high)
         given.update(self._start(low - self.origin))
         x = tokens.part(low, high)
-        if self.own_net:
+        if self.own_net and not self.keeps_intermediates:
             return self._newest(self.net(x, logits_last=last, **given), last)
+        if self.own_net:
+            out, self.intermediates = self.net(x, logits_last=last, return_intermediates=True, **given)
+            return self._newest(out, last)
         # by contract such a net processes one new token when it is given a cache
         cache = self.cache if self.caching and high - self.seen == 1 and last == 1 else None
         if cache is not None and self.limit is not None:
             cache = last_rows_of(cache, self.limit - 1)
         out, intermediates = self.net(x, return_intermediates=True, cache=cache, **given)
         self.cache = intermediates if self.caching else None
+        self.intermediates = intermediates if self.keeps_intermediates else None
         self.seen = high
         return self._newest(out, last)
 

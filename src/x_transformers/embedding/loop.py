@@ -1,0 +1,182 @@
+"""Looped language models: the stack is run several times on its own output, and a gate says when that is enough.
+
+https://arxiv.org/abs/2510.25741
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.cache.intermediates import LayerIntermediates
+from x_transformers.cache.kv_cache import KVCache, LayerCache
+from x_transformers.cache.tape import Tape
+from x_transformers.latent_prediction import masked_average
+from x_transformers.tensor_types import Bool, Float, Int
+
+Run = Callable[..., tuple[Tensor, LayerIntermediates]]
+
+
+@dataclass(frozen=True)
+class LoopCall:
+    """What one forward says of its loops.
+
+    ``steps``: that many; None: as many as the model was made for, of which a gate may save some. ``all_logits``: keep the
+    logits of every step; None: in training. ``exits``: with a cache, stop when the gates' probabilities reach ``threshold``.
+    """
+
+    steps: int | None = None
+    all_logits: bool | None = None
+    exits: bool = True
+    threshold: float = 0.9
+
+    def check(self, looped: bool) -> None:
+        if not looped and self != LoopCall():
+            raise ValueError('looped_... arguments must go to a model with looped=True. Build it so, or leave them out.')
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f'looped_steps must be at least 1, got {self.steps}.')
+
+
+def run_loops(
+    run: Run, x: Float[Tensor, 'b n d'], gate: nn.Module, call: LoopCall, *, most: int, cache: KVCache | None, size: int
+) -> tuple[list[Float[Tensor, 'b n d']], Float[Tensor, 'b n d'], LayerIntermediates]:
+    """(the output of every step, that of each row's last step, the record of the last).
+
+    ``size`` is the number of execution steps of one loop. Each loop has a cache of its own for what was read with several
+    tokens at once; a token that is read alone leaves in all of them the keys and values of its last step.
+    """
+    steps = most if call.steps is None else call.steps
+    before = split(cache, size)
+    if cache is not None and len(before) != steps:
+        raise ValueError(f'looped_steps must be {len(before)} with this cache, which was made so, got {steps}.')
+    exits = None if cache is None else cache.steps[steps * size]
+    batch = x.shape[0]
+    early = call.exits and call.steps is None and cache is not None and x.shape[1] == 1
+    exit_index = torch.full((batch,), steps - 1, device=x.device)
+    going = torch.ones(batch, dtype=torch.bool, device=x.device)
+    left, out = x.new_ones(batch, dtype=torch.float32), x
+    outputs, gates, caches = [], [], []
+    for step in range(steps):
+        x, record = run(x) if cache is None else run(x, cache=before[step])
+        outputs.append(x)
+        gates.append(gate(x))
+        caches.append(record.kv_cache)
+        out = torch.where(going[:, None, None], x, out) if early else x
+        if early:
+            left = left * (1.0 - gates[-1][:, 0, 0].float().sigmoid())
+            # what has left is one less what is left; a row leaves once
+            leaves = going & (1.0 - left >= call.threshold)
+            exit_index = exit_index.masked_fill(leaves & going, step)
+            going = going & ~leaves
+            if not bool(going.any()):
+                break
+    record.exit_logits = gates
+    if caches[0] is not None:
+        record.kv_cache, record.exit_indices = joined(caches, before, exit_index, exits, size=size, steps=steps, early=early)
+        record.cache_length = record.kv_cache.length
+    else:
+        record.exit_indices = exit_index[:1, None]
+    return outputs, out, record
+
+
+# ---------------------------------------------------------------- one cache for all loops
+
+
+def split(cache: KVCache | None, size: int) -> list[KVCache]:
+    """The caches of the loops: the steps of loop i are those from ``i * size`` on, the record of exits is behind the last."""
+    if cache is None:
+        return []
+    loops = []
+    for low in range(0, max(cache.steps), size):
+        part = cache.fork()
+        part.steps = {index - low: layer for index, layer in part.steps.items() if low <= index < low + size}
+        loops.append(part)
+    return loops
+
+
+def joined(
+    caches: list[KVCache | None],
+    before: list[KVCache],
+    exit_index: Int[Tensor, ' b'],
+    exits: LayerCache | None,
+    *,
+    size: int,
+    steps: int,
+    early: bool,
+) -> tuple[KVCache, Int[Tensor, 'b c']]:
+    """(one cache of all loops, the index of the last step of every call)."""
+    parts: list[Any] = list(caches)
+    whole: Any = parts[0].fork()
+    if early:
+        parts = _shared(parts, before, exit_index, steps)
+    whole.steps = {loop * size + index: layer for loop, part in enumerate(parts) for index, layer in part.steps.items()}
+    new = whole.length - (before[0].length if before else 0)
+    rows = exit_index[:, None, None].expand(-1, new, 1)
+    record = LayerCache()
+    if exits is not None:
+        record.tapes, record.carry = {'exit': exits.tapes['exit'].append(rows)}, dict(exits.carry)
+    else:
+        record.tapes, record.carry = {'exit': Tape.of(rows.contiguous())}, {'first': new}
+    whole.steps[steps * size] = record
+    if not before:
+        # nobody left early
+        return whole, exit_index[:1, None]
+    return whole, record.tapes['exit'].value[:, record.carry['first'] - 1 :, 0]
+
+
+def _shared(parts: list[Any], before: list[KVCache], exit_index: Int[Tensor, ' b'], steps: int) -> list[Any]:
+    """The caches of all loops, with what each row's last step left of the newest token."""
+    rows = torch.arange(exit_index.shape[0], device=exit_index.device)
+    made = []
+    for loop in range(steps):
+        part = before[loop].fork()
+        for index, layer in parts[0].steps.items():
+            kept = part.steps.setdefault(index, LayerCache())
+            for name, tape in layer.tapes.items():
+                if tape.fixed:
+                    kept.tapes[name] = before[loop].steps[index].tapes.get(name, tape) if index in before[loop].steps else tape
+                    continue
+                newest = torch.stack([each.steps[index].tapes[name].value[..., -1:, :] for each in parts])
+                chosen = newest[exit_index.clamp(max=len(parts) - 1), rows]
+                held = before[loop].steps[index].tapes.get(name) if index in before[loop].steps else None
+                kept.tapes[name] = Tape.of(chosen) if held is None else held.append(chosen)
+            kept.carry = dict(layer.carry)
+        made.append(part)
+    return made
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def looped_loss(
+    losses: list[Float[Tensor, 'b n']],
+    gates: list[Float[Tensor, 'b n']],
+    counts: Bool[Tensor, 'b n'],
+    *,
+    threshold: float,
+    slope: float,
+    exit_weight: float,
+) -> Float[Tensor, '']:
+    """The mean over steps and tokens of the losses, each weighted by the probability to leave there, and the gates' loss.
+
+    A gate is to open where the next step lowers the loss by less than ``threshold``, the more surely the larger ``slope``. As
+    in 2.31.10 the mean is over steps, too: one K-th of the expected loss of K steps.
+    """
+    left, weighted = torch.ones_like(losses[0]), []
+    for step, loss in enumerate(losses):
+        leaves = gates[step].float().sigmoid() if step < len(losses) - 1 else torch.ones_like(left)
+        weighted.append((left * leaves).detach() * loss)
+        left = left * (1.0 - leaves)
+    total = masked_average(torch.stack(weighted).mean(dim=0), counts)
+    if len(losses) == 1:
+        return total
+    ones = []
+    for step in range(len(losses) - 1):
+        wanted = (slope * (losses[step + 1] - losses[step] + threshold)).sigmoid().detach()
+        ones.append(F.binary_cross_entropy_with_logits(gates[step].float(), wanted.float(), reduction='none'))
+    return total + exit_weight * masked_average(torch.stack(ones).mean(dim=0), counts)
