@@ -33,6 +33,10 @@ def decoder(name: str, cls: str, config: str, **changes: Any) -> Case:
     return Case(name, lambda: build(cls, config, usual | changes), writes=True)
 
 
+def neox(name: str, **changes: Any) -> Case:
+    return Case(name, lambda: build('GPTNeoXForCausalLM', 'GPTNeoXConfig', NEOX | changes), writes=True)
+
+
 def build(cls: str, config: str, keywords: dict[str, Any]) -> Any:
     import transformers
 
@@ -48,6 +52,10 @@ LLAMA = ('LlamaForCausalLM', 'LlamaConfig')
 BERT = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 2, 'num_attention_heads': 4,
     'max_position_embeddings': 64, 'pad_token_id': 0,
+}  # fmt: skip
+NEOX = {
+    'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 3, 'num_attention_heads': 4,
+    'max_position_embeddings': 128, 'rotary_pct': 0.5, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
 }  # fmt: skip
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
@@ -80,6 +88,10 @@ CASES = (
             max_window_layers=1),
     decoder('Qwen3', 'Qwen3ForCausalLM', 'Qwen3Config', head_dim=12),
     decoder('Qwen3, all heads', 'Qwen3ForCausalLM', 'Qwen3Config', head_dim=8, num_key_value_heads=4, rms_norm_eps=1e-4),
+    neox('GPT-NeoX'),
+    neox('GPT-NeoX, whole heads, one after the other', rotary_pct=1.0, use_parallel_residual=False),
+    neox('GPT-NeoX, tied, no biases, tanh', rotary_pct=0.75, tie_word_embeddings=True, attention_bias=False,
+         hidden_act='gelu_new'),
     Case('GPT-2', lambda: build('GPT2LMHeadModel', 'GPT2Config', {
         'vocab_size': TOKENS, 'n_embd': 32, 'n_layer': 2, 'n_head': 4, 'n_positions': 128, 'bos_token_id': 1, 'eos_token_id': 2,
     }), writes=True),

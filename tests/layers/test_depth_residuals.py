@@ -69,6 +69,13 @@ def test_shared_layers_have_one_mixture_for_any_number_of_inputs():
         ({'mv_split_residual': True, 'gate_residual': True}, 'each is a way to write'),
         ({'mv_split_residual': True, 'num_residual_streams': 2}, 'each is a way to write'),
         ({'mv_split_residual': True, 'scale_residual': True}, 'factors of their own'),
+        ({'parallel_block': True, 'gate_residual': True}, 'each is a way to write'),
+        ({'parallel_block': True, 'custom_layers': ('a', 'f')}, 'these layouts have none'),
+        ({'parallel_block': True, 'layers_execute_order': (1, 0)}, 'these layouts have none'),
+        ({'parallel_block': True, 'only_attn': True}, 'has none beside it'),
+        ({'parallel_block': True, 'pre_norm': False}, 'no sum of their own'),
+        ({'parallel_block': True, 'scale_residual': True}, 'learns a factor'),
+        ({'parallel_block': True, 'layer_dropout': (0.0, 0.1, 0.0, 0.0)}, 'cannot be left out'),
         (GATED | {'residual_fn_kwargs': {}}, 'the rank of the gates is missing'),
         (GATED | {'sandwich_norm': True}, 'the gates norm what they read'),
     ],
@@ -76,6 +83,42 @@ def test_shared_layers_have_one_mixture_for_any_number_of_inputs():
 def test_what_does_not_fit_is_refused(flags, says):
     with pytest.raises(FlagError, match=says):
         Decoder(**SMALL | flags)
+
+
+# ---------------------------------------------------------------- side by side
+
+
+@pytest.mark.parametrize(
+    ('flags', 'size'),
+    [({}, 2), ({'sandwich_norm': True}, 2), ({'macaron': True}, 3), ({'cross_attend': True}, 3), ({'scale_residual': 0.5}, 2)],
+)
+def test_layers_of_a_block_read_what_enters_it(flags, size):
+    """https://arxiv.org/abs/2204.02311, block by block."""
+    stack = made(parallel_block=True, **flags)
+    context = {'context': X.flip(1)} if 'cross_attend' in flags else {}
+    x = X
+    for start in range(0, len(stack.layers), size):
+        total = x
+        for at in range(start, start + size):
+            layer = stack.layers[at]
+            before, behind, after = layer.norms
+            assert after is None
+            out = layer.branch(before(x), **(context if stack.plan.kinds[at] == 'c' else {}))
+            out = out if behind is None else behind(out)
+            total = total + out * flags.get('scale_residual', 1.0)
+        x = total
+    said, seen = stack(X, **context, return_hiddens=True)
+    assert torch.allclose(said, stack.final_norm(x))
+    assert torch.allclose(seen.layer_hiddens[-1], x)
+
+
+def test_blocks_side_by_side_are_shared_and_decoded():
+    layers = Decoder(**SMALL, parallel_block=True, weight_tie_layers=True, rotary_pos_emb=True)
+    assert len(layers.layers) == 2
+    net = shaken(TransformerWrapper(num_tokens=9, max_seq_len=12, attn_layers=layers), 0).double().eval()
+    ids = torch.randint(0, 9, (2, 8), generator=torch.Generator().manual_seed(0))
+    _, cache = net(ids[:, :3], return_intermediates=True)
+    assert torch.allclose(net(ids, cache=cache)[:, -5:], net(ids)[:, 3:])
 
 
 # ---------------------------------------------------------------- mean and deviation

@@ -243,6 +243,7 @@ class StackKeywords(TypedDict, total=False):
     attn_aggregated_residuals: bool
     attn_aggregated_residual_kwargs: Mapping[str, Any]
     mv_split_residual: bool
+    parallel_block: bool
     gated_multi_residual: bool
     orthog_residual: bool
     resi_dual: bool

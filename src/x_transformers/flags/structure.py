@@ -48,6 +48,10 @@ class StructureFlags(LayeredFlags):
         False, 'The mean over time (so far, in causal stacks) and the deviation from it are written by different factors.',
         paper='https://arxiv.org/abs/2605.06169', since='2.19.0', one_of='residual',
     )  # fmt: skip
+    parallel_block: bool = flag(
+        False, 'The layers of a block all read what enters it, each through its own norm, and their outputs are added to it.',
+        paper='https://arxiv.org/abs/2204.02311', since='here', one_of='residual',
+    )  # fmt: skip
     gated_multi_residual: bool = flag(
         False, 'Streams are read and written through low-rank gates per channel; residual_fn_kwargs needs read_gate_rank.',
         paper='https://qwen.ai/blog?id=qwen3.8-flash-next', parent='num_residual_streams', since='2.31.10',

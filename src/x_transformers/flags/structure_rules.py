@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from x_transformers.flags.rule import Rule, how_many
+from x_transformers.flags.rule import Rule, how_many, is_on
+
+# layouts that repeat no block, and orders that may take one apart
+LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio', 'layers_execute_order')
 
 STRUCTURE_RULES = (
     Rule(
@@ -41,6 +44,39 @@ STRUCTURE_RULES = (
         'the mean and the deviation have factors of their own',
         {'mv_split_residual': True, 'scale_residual': True},
         only_changed=True,
+    ),
+    Rule(
+        ('parallel_block', *LAYOUTS),
+        lambda flags, dim: flags.parallel_block and how_many(flags, LAYOUTS) > 0,
+        'layers side by side are those of one block, and these layouts have none',
+        {'parallel_block': True, 'sandwich_coef': 1},
+        only_changed=True,
+    ),
+    Rule(
+        ('parallel_block', 'only_attn', 'only_cross', 'cross_attend'),
+        lambda flags, dim: flags.parallel_block and flags.only_attn and (flags.only_cross or not flags.cross_attend),
+        'a block of one layer has none beside it',
+        {'parallel_block': True, 'only_attn': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('parallel_block', 'pre_norm', 'pre_and_post_norm'),
+        lambda flags, dim: flags.parallel_block and flags.post_norm,
+        'layers side by side have no sum of their own that a norm could follow',
+        {'parallel_block': True, 'pre_norm': False},
+        only_changed=True,
+    ),
+    Rule(
+        ('parallel_block', 'scale_residual'),
+        lambda flags, dim: flags.parallel_block and flags.learns_residual_scale,
+        'only a plain residual sum learns a factor',
+        {'parallel_block': True, 'scale_residual': True},
+    ),
+    Rule(
+        ('parallel_block', 'layer_dropout'),
+        lambda flags, dim: flags.parallel_block and is_on(flags, 'layer_dropout'),
+        'the first layer of a block hands on to the others what they read, so it cannot be left out',
+        {'parallel_block': True, 'layer_dropout': 0.5},
     ),
     Rule(
         ('gated_multi_residual', 'num_residual_streams', 'residual_fn_kwargs'),

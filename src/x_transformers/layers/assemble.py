@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from x_transformers.flags.stack import StackFlags
-from x_transformers.layers.residual import DualStreams, ParallelStreams, SingleStream
+from x_transformers.layers.residual import BlockStreams, DualStreams, ParallelStreams, SingleStream
 from x_transformers.position.polar import PolarEmbedding
 from x_transformers.position.rotary import RotaryEmbedding
 
@@ -49,6 +49,8 @@ def choose_streams(flags: StackFlags) -> SingleStream:
     """What the residual stream is made of."""
     if flags.resi_dual:
         return DualStreams(flags.resi_dual_scale)
+    if flags.parallel_block:
+        return BlockStreams()
     return ParallelStreams(flags.streams) if flags.streams > 1 else SingleStream()
 
 

@@ -14,7 +14,16 @@ from x_transformers.flags.base import unknown_flags
 from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
 from x_transformers.layers.gated_streams import GatedMultiResidual
 from x_transformers.layers.hyper_connections import HyperConnection
-from x_transformers.layers.residual import GRUGating, OrthogonalResidual, ResiDual, Residual, ResidualPath, read, write
+from x_transformers.layers.residual import (
+    GRUGating,
+    OrthogonalResidual,
+    ParallelBlock,
+    ResiDual,
+    Residual,
+    ResidualPath,
+    read,
+    write,
+)
 from x_transformers.layers.slots import call_branch, call_norm, split_result
 from x_transformers.layers.split_residual import MVSplitResidual
 from x_transformers.norms import choose_norm
@@ -154,7 +163,7 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
 
 # the ways to join a branch to the stream, the first that is on
 RESIDUALS: tuple[type[ResidualPath], ...] = (
-    ResiDual, GatedMultiResidual, HyperConnection, GRUGating, OrthogonalResidual, MVSplitResidual, Residual,
+    ResiDual, ParallelBlock, GatedMultiResidual, HyperConnection, GRUGating, OrthogonalResidual, MVSplitResidual, Residual,
 )  # fmt: skip
 # all of them are told these, as in the original, and some have no use for them
 SCALES = ('scale_residual', 'scale_residual_constant')

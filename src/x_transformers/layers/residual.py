@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.helpers import without_component
+from x_transformers.layers.plan import block_size
 from x_transformers.layers.slots import SECOND, accepts
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
@@ -202,6 +203,29 @@ class ResiDual(ResidualPath):
         return torch.stack((norm(streams[0]), streams[1]))
 
 
+class ParallelBlock(ResidualPath):
+    """Layers of a block side by side, https://arxiv.org/abs/2204.02311: all read what enters the block, and its end is the sum.
+
+    Of the two streams the first is what layers of the block read; the second adds up. The ``first`` layer begins with the sum.
+    """
+
+    name = 'parallel_block'
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        return cls(first=spec.index % block_size(flags) == 0, **flags.residual_fn_kwargs)
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+
+    def read(self, streams: Float[Tensor, '2 b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, '2 b n d']]:
+        return streams[int(self.first)], streams
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, '2 b n d']) -> Float[Tensor, '2 b n d']:
+        return torch.stack((rest[int(self.first)], rest[1] + out))
+
+
 class SingleStream:
     """One tensor from the first layer to the last."""
 
@@ -240,6 +264,19 @@ class ParallelStreams(SingleStream):
 
     def condition(self, condition: Tensor) -> Tensor:
         return condition.repeat_interleave(self.count, dim=0)
+
+
+class BlockStreams(SingleStream):
+    """The two streams of ``ParallelBlock``, 2 b n d; the sum leaves the stack."""
+
+    def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Float[Tensor, '2 b n d']:
+        return torch.stack((x, x))
+
+    def close(self, streams: Float[Tensor, '2 b n d'], norm: Norm) -> Float[Tensor, 'b n d']:
+        return norm(streams[1])
+
+    def last(self, streams: Float[Tensor, '2 b n d']) -> Float[Tensor, 'b n d']:
+        return streams[1]
 
 
 class DualStreams(SingleStream):

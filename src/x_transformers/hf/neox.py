@@ -1,0 +1,79 @@
+"""GPT-NeoX and Pythia: attention and feed-forward side by side, rotary positions in a part of each head."""
+
+from __future__ import annotations
+
+from x_transformers.hf.family import (
+    Config,
+    Family,
+    KeyRule,
+    Plain,
+    activation,
+    for_layers,
+    layer_norm,
+    rotary,
+    rule,
+    with_bias,
+)
+from x_transformers.hf.llama import ATTENTION, FORWARD, wrapper
+from x_transformers.hf.maps import SAME, apart, chain, paired, split_in_heads
+
+
+def neox(config: Config) -> Plain:
+    dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
+    config.only('is_decoder', False, 'this family is read as a decoder', True)
+    turned = rotary(config)
+    share = turned.pop('partial')
+    # older configs have names of their own
+    if 'rope_parameters' not in config.values:
+        share = config.get('rotary_pct', 0.25)
+        turned['rotary_theta'] = float(config.get('rotary_emb_base', turned['rotary_theta']))
+    config.skip('rotary_pct', 'rotary_emb_base')
+    channels = int(dim // heads * share)
+    stack: Plain = {
+        'class': 'Decoder',
+        'dim': dim,
+        'depth': config.need('num_hidden_layers'),
+        'heads': heads,
+        'attn_dim_head': dim // heads,
+        **({'attn_qkv_bias': True, 'attn_out_bias': True} if config.get('attention_bias', True) else {}),
+        **({'parallel_block': True} if config.get('use_parallel_residual', True) else {}),
+        'rotary_pos_emb': True,
+        'rotary_emb_dim': channels,
+        **turned,
+        'norm_add_unit_offset': False,
+        'norm_bias': True,
+        'norm_eps': config.get('layer_norm_eps', 1e-5),
+        'ff_dim_inner': config.need('intermediate_size'),
+        **activation(config, 'hidden_act', 'gelu'),
+        'verbose': False,
+    }
+    return wrapper(config, stack)
+
+
+def neox_rules(config: Config, model: Plain) -> list[KeyRule]:
+    stack, theirs = model['attn_layers'], 'gpt_neox.layers.{i}'
+    heads, dim_head, bias = int(stack['heads']), int(stack['attn_dim_head']), bool(stack.get('attn_qkv_bias'))
+    turn = paired(heads, dim_head, stack['rotary_emb_dim'])
+    fused = chain(split_in_heads(heads, dim_head), apart(turn, turn, SAME))
+    rules = [
+        rule('gpt_neox.embed_in.weight', 'token_emb.emb.weight'),
+        *layer_norm(f'{theirs}.input_layernorm', f'{ATTENTION}.0.0'),
+        *layer_norm(f'{theirs}.post_attention_layernorm', f'{FORWARD}.0.0'),
+        *layer_norm('gpt_neox.final_layer_norm', 'attn_layers.final_norm'),
+        *(
+            rule(
+                f'{theirs}.attention.query_key_value.{kind}', tuple(f'{ATTENTION}.1.to_{name}.{kind}' for name in 'qkv'), fused
+            )
+            for kind in (('weight', 'bias') if bias else ('weight',))
+        ),
+        *with_bias(f'{theirs}.attention.dense', f'{ATTENTION}.1.to_out', bias=bias),
+        *with_bias(f'{theirs}.mlp.dense_h_to_4h', f'{FORWARD}.1.ff.0.0'),
+        *with_bias(f'{theirs}.mlp.dense_4h_to_h', f'{FORWARD}.1.ff.2'),
+    ]
+    if not model.get('tie_embedding') and not model.get('return_only_embed'):
+        rules.append(rule('embed_out.weight', 'to_logits.weight'))
+    return for_layers(rules, stack['depth'])
+
+
+UNUSED = r'(gpt_neox\.)?layers\.\d+\.attention\.(masked_)?bias|.*rotary_emb\.inv_freq'
+GPT_NEOX = Family(('gpt_neox',), neox, neox_rules, prefix='gpt_neox.', unused=UNUSED)
