@@ -57,6 +57,7 @@ NEOX = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 3, 'num_attention_heads': 4,
     'max_position_embeddings': 128, 'rotary_pct': 0.5, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
 }  # fmt: skip
+GEMMA3 = {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20, 'sliding_window_pattern': 2}
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
     'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 20,
@@ -103,6 +104,12 @@ CASES = (
     decoder('Gemma 2', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=12, sliding_window=5, query_pre_attn_scalar=20),
     decoder('Gemma 2, low caps', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=8, sliding_window=4,
             attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
+    decoder('Gemma 3', 'Gemma3ForCausalLM', 'Gemma3TextConfig', **GEMMA3, num_hidden_layers=4),
+    decoder('Gemma 3, scaled where all is seen', 'Gemma3ForCausalLM', 'Gemma3TextConfig', **GEMMA3,
+            layer_types=['sliding_attention', 'full_attention', 'sliding_attention'], rope_parameters={
+                'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e3},
+                'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 5e4},
+            }),
     other('T5 1.0', 'T5ForConditionalGeneration', 'T5Config', **T5),
     other('T5 1.1', 'T5ForConditionalGeneration', 'T5Config', **T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False,
           num_decoder_layers=3),

@@ -271,6 +271,7 @@ POSITIONS = (
     group('rotary_scaled', SELF, rotary_pos_emb=True, rotary_interpolation_factor=2.0, rotary_base_rescale_factor=2.0),
     group('rotary_theta', SELF, rotary_pos_emb=True, rotary_theta=100.0),
     group('rotary_halves', SELF, rotary_pos_emb=True, rotary_layout='halves'),
+    group('rotary_by_layer', SELF, rotary_pos_emb=True, rotary_theta=(100.0, 10.0)),
     group('rope_linear', SELF, rotary_pos_emb=True, rotary_scaling={'type': 'linear', 'factor': 3.0}),
     group('rope_yarn', SELF, rotary_pos_emb=True, rotary_scaling={'type': 'yarn', 'factor': 4.0, 'original_length': 20}),
     group(

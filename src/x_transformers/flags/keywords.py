@@ -250,8 +250,8 @@ class StackKeywords(TypedDict, total=False):
     resi_dual_scale: float
     hyper_conn_doubly_stochastic: bool
     gradient_checkpointing: bool
-    rotary_theta: float
-    rotary_scaling: Mapping[str, Any] | None
+    rotary_theta: Each[float]
+    rotary_scaling: Each[Mapping[str, Any] | None]
     rotary_layout: str
     norm_eps: float | None
     norm_bias: bool

@@ -222,12 +222,12 @@ class StackFlags(StructureFlags):
     )  # fmt: skip
     rotary_theta: float = flag(
         10000.0, 'Base of the wavelengths: the slowest pair turns once in about 2π times this many tokens.', paper=ROTARY,
-        parent=ANY_ROTARY, above=0, since='here',
+        parent=ANY_ROTARY, above=0, since='here', each='attention',
     )  # fmt: skip
     rotary_scaling: Mapping[str, Any] | None = flag(
         None, "Other frequencies for longer sequences: {'type': 'linear', 'factor': 4.0}, or dynamic, yarn, llama3, longrope.",
         paper=('https://arxiv.org/abs/2309.00071', 'https://arxiv.org/abs/2407.21783', 'https://arxiv.org/abs/2402.13753'),
-        parent=ANY_ROTARY, since='here',
+        parent=ANY_ROTARY, since='here', each='attention',
     )  # fmt: skip
     rotary_layout: str = flag(
         'interleaved', "Which channels turn together: neighbours, or 'halves': the k-th of both halves.", parent=ANY_ROTARY,
@@ -386,8 +386,9 @@ class StackFlags(StructureFlags):
 
     @cached_property
     def rotary_by_length(self) -> bool:
-        """Whether the frequencies depend on how long the sequence is."""
-        return self.rotary_scaling is not None and self.rotary_scaling.get('type') in BY_LENGTH
+        """Whether the frequencies of any layer depend on how long the sequence is."""
+        scalings = self.varying.get('rotary_scaling', (self.rotary_scaling,))
+        return any(scaling is not None and scaling.get('type') in BY_LENGTH for scaling in scalings)
 
     @cached_property
     def rotary_scaling_complaints(self) -> str:

@@ -34,6 +34,7 @@ FAMILIES = {
     'gpt2': ('gpt2', 'GPT2'),
     'bert': ('bert', 'BERT'),
     'gemma2': ('gemma', 'GEMMA2'),
+    'gemma3_text': ('gemma', 'GEMMA3'),
     't5': ('t5', 'T5'),
     'vit': ('vit', 'VIT'),
     'dinov2_with_registers': ('vit', 'DINOV2'),

@@ -1,16 +1,61 @@
-"""Gemma 2: norms on both sides of a branch, windows in every other layer, soft caps on scores and logits."""
+"""Gemma 2 and 3: norms on both sides of a branch, windows in some layers.
+
+Gemma 2 has soft caps on scores and logits, Gemma 3 norms of heads, and rotary bases of its own in layers with windows.
+"""
 
 from __future__ import annotations
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, rule
-from x_transformers.hf.llama import ATTENTION, FORWARD, UNUSED, attention_rules, biases, decoder, ends, gated_rules, windows
+from typing import Any
+
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, rotary, rule
+from x_transformers.hf.llama import (
+    ATTENTION,
+    FORWARD,
+    UNUSED,
+    attention_rules,
+    biases,
+    decoder,
+    ends,
+    gated_rules,
+    head_norms,
+    windows,
+)
 
 
 def gemma2(config: Config) -> Plain:
-    depth, dim = config.need('num_hidden_layers'), config.need('hidden_size')
+    depth = config.need('num_hidden_layers')
+    usual = ['full_attention' if layer % 2 else 'sliding_attention' for layer in range(depth)]
+    return gemma(config, usual, attn_scale=config.get('query_pre_attn_scalar', 256) ** -0.5)
+
+
+def gemma3(config: Config) -> Plain:
+    depth, period = config.need('num_hidden_layers'), config.get('sliding_window_pattern', 6)
+    usual = ['sliding_attention' if (layer + 1) % period else 'full_attention' for layer in range(depth)]
+    norms = head_norms(config, config.get('query_pre_attn_scalar', 256) ** -0.5)
+    return gemma(config, usual, **norms, **rotary_by_kind(config, config.get('layer_types', usual)[:depth]))
+
+
+def rotary_by_kind(config: Config, kinds: list[str]) -> Plain:
+    """``rotary_theta`` and ``rotary_scaling`` of each layer, where windows have others than full attention."""
+    by_kind = {kind: rotary(config, kind) for kind in ('full_attention', 'sliding_attention')}
+    if 'sliding_attention' not in config.get('rope_parameters', {}):
+        # older configs: the usual keys are about full attention
+        full = {'rotary_theta': 1e6} if config.get('rope_theta') is None else {}
+        by_kind['full_attention'] |= full
+        by_kind['sliding_attention'] = {'rotary_theta': float(config.get('rope_local_base_freq', 1e4))}
+    config.skip('rope_local_base_freq')
+    made: Plain = {}
+    for name in ('rotary_theta', 'rotary_scaling'):
+        values = [by_kind.get(kind, {}).get(name) for kind in kinds]
+        made[name] = values[0] if all(value == values[0] for value in values) else values
+    return made
+
+
+def gemma(config: Config, usual: list[str], **more: Any) -> Plain:
+    """``usual``: the kinds of layers, unless the config has its own."""
+    dim = config.need('hidden_size')
     config.only('use_bidirectional_attention', False, 'this family is read from left to right')
     config.skip('query_pre_attn_scalar', 'sliding_window_pattern', '_sliding_window_pattern', 'cache_implementation')
-    usual = ['full_attention' if layer % 2 else 'sliding_attention' for layer in range(depth)]
     cap, last = config.get('attn_logit_softcapping'), config.get('final_logit_softcapping')
     caps = {} if cap is None else {'attn_softclamp_logits': True, 'attn_logit_softclamp_value': cap}
     model = decoder(
@@ -19,7 +64,7 @@ def gemma2(config: Config) -> Plain:
         **windows(config, usual),
         **biases(config),
         **caps,
-        attn_scale=config.get('query_pre_attn_scalar', 256) ** -0.5,
+        **more,
         norm_add_unit_offset=True,
         sandwich_norm=True,
     )
@@ -43,10 +88,11 @@ def gemma_rules(config: Config, model: Plain) -> list[KeyRule]:
     rules = [
         *ends(model),
         *(rule(f'{layer}.{name}.weight', f'{ours}.g') for name, ours in norms.items()),
-        *attention_rules(f'{layer}.self_attn', stack),
+        *attention_rules(f'{layer}.self_attn', stack, unit_offset=True),
         *gated_rules(f'{layer}.mlp', not stack['ff_no_bias']),
     ]
     return for_layers(rules, stack['depth'])
 
 
 GEMMA2 = Family(('gemma2',), gemma2, gemma_rules, prefix='model.', unused=UNUSED)
+GEMMA3 = Family(('gemma3_text',), gemma3, gemma_rules, prefix='model.', unused=UNUSED)

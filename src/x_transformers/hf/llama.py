@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, headless, rotary, rule
-from x_transformers.hf.maps import SAME, Map, chain, joined, paired, regrouped, scaled, shaped
+from x_transformers.hf.maps import SAME, Map, chain, joined, paired, regrouped, scaled, shaped, shifted
 
 
 def decoder(config: Config, **more: Any) -> Plain:
@@ -113,8 +113,11 @@ def qwen3(config: Config) -> Plain:
 ATTENTION, FORWARD = 'attn_layers.layers.{a}', 'attn_layers.layers.{f}'
 
 
-def attention_rules(theirs: str, stack: Plain) -> list[KeyRule]:
-    """Projections of queries, keys, values and outputs, biases, norms of heads, sinks."""
+def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False) -> list[KeyRule]:
+    """Projections of queries, keys, values and outputs, biases, norms of heads, sinks.
+
+    ``unit_offset``: gains of heads are stored as the difference from 1.
+    """
     heads, dim_head = int(stack['heads']), int(stack['attn_dim_head'])
     kv_heads = int(stack.get('attn_kv_heads', heads))
     turned = stack.get('rotary_emb_dim', dim_head) if stack.get('rotary_pos_emb') else 0
@@ -129,7 +132,10 @@ def attention_rules(theirs: str, stack: Plain) -> list[KeyRule]:
         rules.append(rule(f'{theirs}.o_proj.bias', f'{ours}.to_out.bias'))
     if stack.get('attn_qk_norm'):
         gain = chain(
-            paired(1, dim_head, turned) if turned else SAME, scaled(dim_head**0.5), shaped((1, 1, dim_head), (dim_head,))
+            shifted(1.0) if unit_offset else SAME,
+            paired(1, dim_head, turned) if turned else SAME,
+            scaled(dim_head**0.5),
+            shaped((1, 1, dim_head), (dim_head,)),
         )
         rules += [rule(f'{theirs}.{name}_norm.weight', f'{ours}.qk_norm_{name}_scale', gain) for name in 'qk']
     if stack.get('attn_head_learned_sink'):

@@ -40,6 +40,10 @@ def scaled(factor: float) -> Map:
     return each(lambda t: t * factor, lambda t: t / factor)
 
 
+def shifted(by: float) -> Map:
+    return each(lambda t: t + by, lambda t: t - by)
+
+
 def shaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> Map:
     return each(lambda t: t.reshape(ours), lambda t: t.reshape(theirs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,22 @@ from x_transformers.position.rotary import RotaryEmbedding
 logger = logging.getLogger('x_transformers')
 
 
-def choose_rotary(flags: StackFlags) -> RotaryEmbedding | None:
+def choose_rotaries(flags: StackFlags) -> tuple[list[RotaryEmbedding], tuple[int, ...]]:
+    """(One embedding for each base and scaling that layers of attention have, which of them each layer has.)"""
     if not flags.rotary:
-        return None
+        return [], ()
+    settings = [(flags.rotary_theta, flags.rotary_scaling)]
+    which = []
+    for index, kind in enumerate(flags.kinds):
+        layer = flags.layer(index)
+        own = (layer.rotary_theta, layer.rotary_scaling) if kind != 'f' else settings[0]
+        if own not in settings:
+            settings.append(own)
+        which.append(settings.index(own))
+    return [make_rotary(flags, *own) for own in settings], tuple(which)
+
+
+def make_rotary(flags: StackFlags, theta: float, scaling: Mapping[str, Any] | None) -> RotaryEmbedding:
     if flags.verbose and flags.rotary_dim < 32:
         logger.warning('rotary positions turn only %d channels of each head; 32 or more are advised', flags.rotary_dim)
     return RotaryEmbedding(
@@ -26,9 +40,9 @@ def choose_rotary(flags: StackFlags) -> RotaryEmbedding | None:
         scale_base=flags.rotary_xpos_scale_base,
         interpolation_factor=flags.rotary_interpolation_factor,
         base_rescale_factor=flags.rotary_base_rescale_factor,
-        base=flags.rotary_theta,
+        base=theta,
         centred=not flags.depends_on_places,
-        scaling=flags.rotary_scaling,
+        scaling=scaling,
         layout=flags.rotary_layout,
     )
 

@@ -189,7 +189,9 @@ class Inputs:
     shift_padding: Bool[Tensor, 'b n'] | None = None
     bias: Bias | None = None
     positions: Positions | None = None
+    positions_of_layers: tuple[Positions | None, ...] = ()
     cross_positions: Positions | None = None
+    cross_positions_of_layers: tuple[Positions | None, ...] = ()
     mems: tuple[Tensor | None, ...] = ()
     extra: tuple[ExtraKeys | None, ...] = ()
     self_kv_shift: tuple[Tensor, ...] = ()
@@ -248,7 +250,7 @@ class Inputs:
         if given.mem is not None:
             given.mask = self.masks.of(step.nth)
         given.bias = self.bias
-        given.positions = self.positions
+        given.positions = _at(self.positions_of_layers, step.layer) or self.positions
         given.extra = _at(self.extra, step.nth) if self.extra else None
         given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
         given.packed = self.packed
@@ -268,7 +270,7 @@ class Inputs:
             whole = given.context if shift is None else given.context + shift
             given.context, keys = dropout_seq(whole, self.cross_mask.keys, dropout)
             given.mask = Mask(keys=keys)
-        given.positions = self.cross_positions
+        given.positions = _at(self.cross_positions_of_layers, step.layer) or self.cross_positions
         given.packed = self.cross_packed
 
 

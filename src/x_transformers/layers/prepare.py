@@ -61,6 +61,8 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     pos = custom_positions(stack, given, span, working)
     starts = start_mask(given, span)
     base = self_mask(stack, given, span, working, starts)
+    cross_places = cross_positions(stack, given, span, pos, working)
+    places = positions(stack, given, span, pos, working, base.keys)
     mems = tuple(given.mems or ())
     if condition is not None and stack.adaptive_mlp is not None:
         condition = stack.adaptive_mlp(condition)
@@ -75,8 +77,10 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         padding=padding(given, span, starts),
         shift_padding=shift_padding(stack, given, span, starts, working),
         bias=position_bias(stack, given, span, pos, working),
-        positions=positions(stack, given, span, pos, working, base.keys),
-        cross_positions=cross_positions(stack, given, span, pos, working),
+        positions=places,
+        positions_of_layers=positions_of_layers(stack, given, span, pos, working, base.keys, places),
+        cross_positions=cross_places,
+        cross_positions_of_layers=cross_positions_of_layers(stack, given, span, pos, working, cross_places),
         mems=mems,
         extra=extra,
         self_kv_shift=kv_shifts(given.self_attn_kv_residuals, span),
@@ -428,8 +432,9 @@ def rotates_only_new(stack: AttentionLayers, cache: KVCache | None) -> bool:
 def keys_last(stack: AttentionLayers) -> bool:
     """Whether a key that is turned stays what it is: not if the length counts, nor where places count from the window's
     beginning and what queries meet there (contextual positions) cannot be turned along."""
-    rotary: Any = stack.rotary_pos_emb
-    return not rotary.depends_on_length and not any(flags.use_cope for flags in stack.flags.attentions)
+    rotaries: list[Any] = [stack.rotary_pos_emb, *(stack.other_rotaries or ())]
+    by_length = any(rotary.depends_on_length for rotary in rotaries)
+    return not by_length and not any(flags.use_cope for flags in stack.flags.attentions)
 
 
 def positions(
@@ -439,8 +444,12 @@ def positions(
     pos: Tensor | None,
     cache: KVCache | None,
     seen: Bool[Tensor, 'b j'] | None,
+    embedding: Any = None,
 ) -> Positions | None:
-    """Where queries and keys of self attention are. ``seen``: which of past and new are tokens."""
+    """Where queries and keys of self attention are. ``seen``: which of past and new are tokens.
+
+    ``embedding``: of the rotary positions, where layers have several; None: that of the first.
+    """
     rotary, polar = given.rotary_pos_emb, given.polar_pos_emb
     if rotary is not None and polar is not None:
         raise ValueError('rotary_pos_emb and polar_pos_emb were both given: keys are rotated or polar, not both')
@@ -464,7 +473,7 @@ def positions(
         if stack.polar_pos_emb is not None:
             made = PolarPositions(*stack.polar_pos_emb(table - window if counts else table))
         else:
-            embedding: Any = stack.rotary_pos_emb
+            embedding = stack.rotary_pos_emb if embedding is None else embedding
             seen = seen_so_far(span, seen) if embedding.depends_on_length else None
             lasting = keys_last(stack)
             again = counts and not (lasting and embedding.scale is None)
@@ -483,15 +492,41 @@ def positions(
     return RotaryPositions(*pair, layout=layout) if polar is None else PolarPositions(*pair)
 
 
+def positions_of_layers(
+    stack: AttentionLayers,
+    given: Given,
+    span: Span,
+    pos: Tensor | None,
+    cache: KVCache | None,
+    seen: Bool[Tensor, 'b j'] | None,
+    first: Positions | None,
+) -> tuple[Positions | None, ...]:
+    """The positions of each layer where rotary bases or scalings differ; () where ``first`` serves all, as the caller's do."""
+    if stack.other_rotaries is None or given.rotary_pos_emb is not None or given.polar_pos_emb is not None:
+        return ()
+    made = [first, *(positions(stack, given, span, pos, cache, seen, other) for other in stack.other_rotaries)]
+    return tuple(made[which] for which in stack.rotary_of_layer)
+
+
+def cross_positions_of_layers(
+    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, first: Positions | None
+) -> tuple[Positions | None, ...]:
+    """The same of the layers of cross attention."""
+    if stack.other_rotaries is None or first is None:
+        return ()
+    made = [first, *(cross_positions(stack, given, span, pos, cache, other) for other in stack.other_rotaries)]
+    return tuple(made[which] for which in stack.rotary_of_layer)
+
+
 def cross_positions(
-    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None
+    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, embedding: Any = None
 ) -> Positions | None:
-    """Where queries and the context's keys are, if the caller says where the context is."""
+    """Where queries and the context's keys are, if the caller says where the context is; ``embedding`` as in ``positions``."""
     if given.context_pos is None:
         return None
     from x_transformers.position.positions import RotaryPositions
 
-    rotary: Any = stack.rotary_pos_emb
+    rotary: Any = stack.rotary_pos_emb if embedding is None else embedding
     pos = packed_positions(given, span) if pos is None else pos
     begins = row_begins(stack, given, span, cache)
     window = window_begin(span, begins, None if cache is None else cache.cursor)

@@ -21,7 +21,7 @@ from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe
-from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotary, choose_streams, warn_of_leaks
+from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotaries, choose_streams, warn_of_leaks
 from x_transformers.layers.call import Around, Carry, Given, Inputs, Record
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
@@ -134,7 +134,11 @@ class AttentionLayers(Module):
             self.adaptive_mlp = AdaptiveMLP(flags.condition_dim, flags.adaptive_condition_mlp_expansion)
 
     def _build_positions(self, flags: StackFlags) -> None:
-        self.rotary_pos_emb, self.polar_pos_emb = choose_rotary(flags), choose_polar(flags)
+        rotaries, self.rotary_of_layer = choose_rotaries(flags)
+        # the first, and the others where bases or scalings differ between layers
+        self.rotary_pos_emb = rotaries[0] if rotaries else None
+        self.other_rotaries = nn.ModuleList(rotaries[1:]) if len(rotaries) > 1 else None
+        self.polar_pos_emb = choose_polar(flags)
         self.rel_pos = choose_position_bias(flags)
         self.uses_positions = flags.rotary or flags.polar or self.rel_pos is not None
         self.depends_on_places = flags.depends_on_places
