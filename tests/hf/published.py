@@ -62,6 +62,11 @@ T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
     'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 20,
 }  # fmt: skip
+WHISPER = {
+    'vocab_size': TOKENS, 'd_model': 32, 'encoder_layers': 2, 'encoder_attention_heads': 4, 'encoder_ffn_dim': 44,
+    'decoder_layers': 1, 'decoder_attention_heads': 4, 'decoder_ffn_dim': 44, 'num_mel_bins': 8, 'max_source_positions': 20,
+    'max_target_positions': 16, 'pad_token_id': 0, 'decoder_start_token_id': 1,
+}  # fmt: skip
 IMAGES = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'image_size': 16, 'patch_size': 4}
 SCALINGS: dict[str, dict[str, Any]] = {
     'linear': {'factor': 4.0},
@@ -116,6 +121,7 @@ CASES = (
     other('T5, encoder', 'T5EncoderModel', 'T5Config', **T5),
     other('BERT, masked words', 'BertForMaskedLM', 'BertConfig', **BERT),
     other('BERT', 'BertModel', 'BertConfig', **BERT, hidden_act='relu', type_vocab_size=3),
+    Case('Whisper, encoder', lambda: whisper_encoder(WHISPER)),
     other('ViT', 'ViTModel', 'ViTConfig', **IMAGES, intermediate_size=44, qkv_bias=False),
     other('ViT, classes', 'ViTForImageClassification', 'ViTConfig', **IMAGES, intermediate_size=44),
     other('ViT, not square', 'ViTModel', 'ViTConfig', **IMAGES | {'image_size': (16, 24)}, intermediate_size=44),
@@ -123,6 +129,12 @@ CASES = (
     other('DINOv2 with registers, SwiGLU, classes', 'Dinov2WithRegistersForImageClassification', 'Dinov2WithRegistersConfig',
           **IMAGES, use_swiglu_ffn=True),
 )  # fmt: skip
+
+
+def whisper_encoder(keywords: dict[str, Any]) -> Any:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    return WhisperEncoder(build('WhisperModel', 'WhisperConfig', keywords).config)
 
 
 def noisy(model: nn.Module) -> Any:
@@ -138,6 +150,8 @@ def inputs(model: Any) -> dict[str, Tensor]:
     """What their model takes."""
     torch.manual_seed(2)
     config = model.config
+    if config.model_type == 'whisper':
+        return {'input_features': torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)}
     if getattr(config, 'vocab_size', None) is None:
         sides = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         return {'pixel_values': torch.randn(2, config.num_channels, *sides)}
@@ -160,6 +174,9 @@ def read(output: Any) -> Tensor:
 
 def ours(model: Any, given: dict[str, Tensor], embeddings: bool) -> Tensor:
     """What our model says to the same."""
+    if 'input_features' in given:
+        frames: Tensor = model(given['input_features'])
+        return frames
     if 'pixel_values' in given:
         out: Tensor = model(given['pixel_values'], return_embeddings=embeddings)
         return out

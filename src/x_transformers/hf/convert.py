@@ -36,6 +36,7 @@ FAMILIES = {
     'gemma2': ('gemma', 'GEMMA2'),
     'gemma3_text': ('gemma', 'GEMMA3'),
     't5': ('t5', 'T5'),
+    'whisper': ('whisper', 'WHISPER'),
     'vit': ('vit', 'VIT'),
     'dinov2_with_registers': ('vit', 'DINOV2'),
 }
@@ -184,6 +185,8 @@ def to_hf(model: Module, folder: str | Path, *, family: str | None = None) -> No
     plain = to_plain(model)
     config = matching_config(model, plain, family)
     chosen = family_of(config)
+    if chosen.exported_as:
+        config = {**config, 'architectures': [chosen.exported_as]}
     rules = chosen.rules(Config(config), keywords(config))
     if chosen.prefix and is_headless(config):
         rules = [KeyRule(tuple(name.removeprefix(chosen.prefix) for name in r.theirs), r.ours, r.map) for r in rules]

@@ -119,6 +119,8 @@ class Family:
     rules: Callable[[Config, Plain], list[KeyRule]]
     prefix: str = ''
     unused: str = ''
+    exported_as: str = ''
+    """The architecture of what is written, where only a part of a model is read."""
     renamed: tuple[tuple[str, str], ...] = field(default=())
     config_of: Callable[[Plain], Plain] | None = None
     """A config for a model that was made here, from its keywords; it counts only if ``keywords`` leads back to them."""

@@ -30,6 +30,7 @@ OTHERS = {
     'XMLatentDecoder': 'x_transformers.xm_latent_decoder',
     'DiscoverDecoder': 'x_transformers.discover_wrapper',
     'ContinuousTransformerAutoencoder': 'x_transformers.continuous_autoencoder',
+    'WhisperEncoder': 'x_transformers.hf.modules',
     'TypedTokenEmbedding': 'x_transformers.hf.modules',
 }
 
