@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.mask import PackedSequences
-from x_transformers.embedding.ids import training_ids
+from x_transformers.embedding.ids import beyond, training_ids
+from x_transformers.embedding.loop import loss_of_loops
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import AutoregressiveOptions, BeamOptions, GenerateOptions, options
 from x_transformers.generation import beam
@@ -40,10 +41,11 @@ from x_transformers.generation.sampling import (
     top_p,
 )
 from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, speculate
+from x_transformers.generation.texts import check_speculative, collected, run_text
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.losses import at_least_single, token_cross_entropy
+from x_transformers.losses import next_embedding_loss, token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -97,14 +99,13 @@ class AutoregressiveWrapper(Module):
         mask_prob: share of the tokens, never the first, that nobody may attend to (https://arxiv.org/abs/2210.13432).
         add_attn_z_loss: add the net's attention z-loss, weighted by its ``attn_z_loss_weight``.
         next_embed_loss_weight: weight of the loss on the next embedding, for nets with ``add_continuous_pred_head``.
-        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: when the gate of a ``looped`` net is to open,
-            where the next step lowers the loss by less than this; how surely; and the weight of that part of the loss.
+        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: gates of a ``looped`` net open where a step
+            gains less than this; how surely; and their weight in the loss.
         allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``. Otherwise only a
             call with a causal ``attn_mask`` trains it, as it would learn nothing but to copy.
     """
 
-    # compiled programs that read tokens, made when first asked for
-    _programs: Programs | None = None
+    _programs: Programs | None = None  # compiled ones that read tokens, made when first asked for
 
     def __init__(
         self,
@@ -125,17 +126,15 @@ class AutoregressiveWrapper(Module):
         add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
         options(AutoregressiveOptions, 'AutoregressiveWrapper', locals())
         check_net(net, 'AutoregressiveWrapper')
-        self.pad_value = pad_value
-        self.ignore_index = ignore_index
+        self.pad_value, self.ignore_index = pad_value, ignore_index
         self.net = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
         self.mask_prob = mask_prob
         self.add_attn_z_loss = add_attn_z_loss
         self.add_continuous_pred_head = add_continuous_pred_head
         self.allow_future, self.looped = allow_future, looped
-        self.looped_loss = {
-            'threshold': looped_loss_threshold_exit, 'slope': looped_loss_slope, 'exit_weight': looped_exit_loss_weight
-        }  # fmt: skip
+        threshold, slope = looped_loss_threshold_exit, looped_loss_slope
+        self.looped_loss = {'threshold': threshold, 'slope': slope, 'exit_weight': looped_exit_loss_weight}
         self.next_embed_loss_weight = next_embed_loss_weight
 
     # ------------------------------------------------------------ training
@@ -190,12 +189,17 @@ class AutoregressiveWrapper(Module):
             return self._loss_only(wanted, inputs, {'prepend_embeds': prepend_embeds, **kwargs})
         out, intermediates = self.net(inputs, return_intermediates=True, prepend_embeds=prepend_embeds, **kwargs)
         logits, following = out if self.add_continuous_pred_head else (out, None)
-        loss = self._looped_loss(intermediates, wanted) if self.looped else self._token_loss(logits, wanted)
+        if self.looped:
+            loss = loss_of_loops(intermediates, wanted, self.ignore_index, **self.looped_loss)
+        else:
+            loss = self._token_loss(logits, wanted)
         if self.add_attn_z_loss:
             loss = loss + intermediates.attn_z_loss
         if following is not None:
             predicted, embedded = (t[:, front:] for t in following)
-            loss = loss + self.next_embed_loss_weight * self._embed_loss(predicted, embedded, targets[:, :-1])
+            loss = loss + self.next_embed_loss_weight * next_embedding_loss(
+                predicted, embedded, targets[:, :-1] != self.ignore_index
+            )
         return (loss, (logits[:, front:-1], intermediates)) if return_outputs else loss
 
     def _forgetful_mask(self, inputs: Int[Tensor, 'b n'], front: int, given: Mapping[str, Any]) -> Bool[Tensor, 'b m']:
@@ -220,16 +224,6 @@ class AutoregressiveWrapper(Module):
             ignore_index=self.ignore_index,
             is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
         )
-
-    def _looped_loss(self, intermediates: Any, targets: Int[Tensor, 'b m']) -> Float[Tensor, '']:
-        from x_transformers.embedding.loop import looped_loss
-
-        losses = [
-            token_cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction='none')
-            for logits in intermediates.all_pred_logits
-        ]
-        gates = [gate[:, gate.shape[1] - targets.shape[1] :, 0] for gate in intermediates.exit_logits]
-        return looped_loss(losses, gates, targets != self.ignore_index, **self.looped_loss)
 
     def _apart(self, x: Int[Tensor, 'b n'], packing: Any, front: int) -> Int[Tensor, 'b n']:
         """The tokens as targets: the first token of a packed sequence is not predicted from the last of the one before."""
@@ -257,13 +251,6 @@ class AutoregressiveWrapper(Module):
         asked = {'targets': targets, 'ignore_index': self.ignore_index}
         loss: Tensor = self.net(inputs, to_logits_kwargs=asked, **kwargs)
         return loss
-
-    def _embed_loss(
-        self, predicted: Float[Tensor, 'b n d'], embedded: Float[Tensor, 'b n d'], target: Int[Tensor, 'b m']
-    ) -> Float[Tensor, '']:
-        distance = (at_least_single(predicted[:, :-1]) - embedded[:, 1:].detach()).abs().mean(dim=-1)
-        counts = target != self.ignore_index
-        return distance.masked_fill(~counts, 0.0).sum() / counts.sum()
 
     # ------------------------------------------------------------ generation
 
@@ -354,7 +341,7 @@ class AutoregressiveWrapper(Module):
         for net, _ in nets:
             check_vocabulary(self.net, net, 'amateur')
         if speculative:
-            _check_speculative(draft_model, prompt_lookup, nets)
+            check_speculative(draft_model, prompt_lookup, nets)
             if draft_model is not None:
                 small = unwrapped(draft_model)
                 check_vocabulary(self.net, small, 'draft model')
@@ -372,10 +359,10 @@ class AutoregressiveWrapper(Module):
             made = decode(whole, tokens, steps, sampler, check=whole.check_length, **rest)
         if eos_token is None and steps > 0:
             whole.check_length(prompt.tokens.shape[1] + steps - 1)
-        run = _run(models, made, prompt)
+        run = run_text(models, made, prompt)
         if stream:
             return run
-        made_tokens = _collected(run, prompt, include_prompt)
+        made_tokens = collected(run, prompt, include_prompt)
         return (made_tokens, main.intermediates) if return_intermediates else made_tokens
 
     def _compiled(self, net: nn.Module, *, cached: bool, speculative: bool) -> Programs:
@@ -461,32 +448,3 @@ class AutoregressiveWrapper(Module):
         if getattr(self.net, 'has_multiple_heads', False):
             raise GenerateError('the net has several output heads; generation needs one (num_output_heads=1)')
         return prepare(prompts, lens, self.pad_value, may_be_empty=kwargs.get('prepend_embeds') is not None)
-
-
-def _run(models: Sequence[nn.Module], made: Iterator[Tensor], prompt: Prompt) -> Iterator[Int[Tensor, '...']]:
-    with evaluating(*models) as mode:
-        for token in made:
-            yield prompt.unpack(token)
-            mode.again()
-
-
-def _collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> Int[Tensor, '... s']:
-    parts = [t.unsqueeze(-1) for t in run]
-    if include_prompt or not parts:
-        parts.insert(0, prompt.unpack(prompt.tokens if include_prompt else prompt.tokens[:, :0]))
-    return torch.cat(parts, dim=-1)
-
-
-def beyond(x: Int[Tensor, 'b n'], lens: Int[Tensor, 'b']) -> Bool[Tensor, 'b n']:
-    """True for what is behind each row's length."""
-    if not isinstance(lens, Tensor) or lens.is_floating_point() or lens.shape != x.shape[:1]:
-        got = tuple(lens.shape) if isinstance(lens, Tensor) else type(lens).__name__
-        raise ValueError(f'lens must be one whole number per row, ({x.shape[0]},), got {got}.')
-    return torch.arange(x.shape[1], device=x.device) >= lens[:, None]
-
-
-def _check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any]) -> None:
-    if draft is not None and lookup is not None:
-        raise GenerateError('draft_model and prompt_lookup are two ways to guess; give one of them')
-    if amateurs:
-        raise GenerateError('amateur_model cannot be combined with speculative decoding (draft_model, prompt_lookup)')

@@ -70,6 +70,14 @@ def shifted_mask(
     return (mask[:, :-1], mask[:, 1:]) if mask.shape[1] == length else (mask, None)
 
 
+def next_embedding_loss(
+    predicted: Float[Tensor, 'b n d'], embedded: Float[Tensor, 'b n d'], counts: Bool[Tensor, 'b m']
+) -> Float[Tensor, '']:
+    """Mean absolute distance of predicted embeddings from those of the next token, at the positions that count."""
+    distance = (predicted[:, :-1] - embedded[:, 1:].detach()).abs().mean(dim=-1)
+    return distance.masked_fill(~counts, 0.0).sum() / counts.sum()
+
+
 def check_targets(where: str, rows: Tensor, targets: Tensor, name: str) -> None:
     if rows.shape[:-1] != targets.shape:
         raise ValueError(

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,19 +291,24 @@ def main(arguments: Sequence[str]) -> int:
     if options.tracker:
         track(options.tracker, report)
     if not options.json:
-        print(report.table())
-        for note in report.notes():
-            print(note)
-        for line in extra.get('power', []):
-            seeds = 'more than 10,000' if line['seeds'] is None else line['seeds']
-            print(f'{line["task"]}: {line["idea"]}: {seeds} seeds find a difference of {options.power:g} with probability 0.8')
-        if stopped:
-            print('stopped; what was finished is kept, the same command with --resume goes on')
+        show(report, extra.get('power', []), options.power, stopped)
         print(f'page: {page}')
     print(report.json(**extra))
     if stopped:
         return 130
     return 1 if all(outcome.verdict == 'failed' for outcome in report.outcomes) else 0
+
+
+def show(report: Report, power: Sequence[Mapping[str, Any]], difference: float | None, stopped: bool) -> None:
+    """The outcome in words."""
+    print(report.table())
+    for note in report.notes():
+        print(note)
+    for line in power:
+        seeds = 'more than 10,000' if line['seeds'] is None else line['seeds']
+        print(f'{line["task"]}: {line["idea"]}: {seeds} seeds find a difference of {difference:g} with probability 0.8')
+    if stopped:
+        print('stopped; what was finished is kept, the same command with --resume goes on')
 
 
 def flags_text(flags: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.notices import warn_user
-from x_transformers.tensor_types import Int
+from x_transformers.tensor_types import Bool, Int
 
 
 def token_ids(ids: Any, name: str = 'x') -> Int[Tensor, '...']:
@@ -41,3 +41,11 @@ def training_ids(x: Any) -> Int[Tensor, 'b n']:
     if ids.shape[1] < 2:
         raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {ids.shape[1]}')
     return ids
+
+
+def beyond(x: Int[Tensor, 'b n'], lens: Int[Tensor, 'b']) -> Bool[Tensor, 'b n']:
+    """True for what is behind each row's length."""
+    if not isinstance(lens, Tensor) or lens.is_floating_point() or lens.shape != x.shape[:1]:
+        got = tuple(lens.shape) if isinstance(lens, Tensor) else type(lens).__name__
+        raise ValueError(f'lens must be one whole number per row, ({x.shape[0]},), got {got}.')
+    return torch.arange(x.shape[1], device=x.device) >= lens[:, None]

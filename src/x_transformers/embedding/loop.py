@@ -17,6 +17,7 @@ from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache, LayerCache
 from x_transformers.cache.tape import Tape
 from x_transformers.latent_prediction import masked_average
+from x_transformers.losses import token_cross_entropy
 from x_transformers.tensor_types import Bool, Float, Int
 
 Run = Callable[..., tuple[Tensor, LayerIntermediates]]
@@ -180,3 +181,13 @@ def looped_loss(
         wanted = (slope * (losses[step + 1] - losses[step] + threshold)).sigmoid().detach()
         ones.append(F.binary_cross_entropy_with_logits(gates[step].float(), wanted.float(), reduction='none'))
     return total + exit_weight * masked_average(torch.stack(ones).mean(dim=0), counts)
+
+
+def loss_of_loops(
+    intermediates: LayerIntermediates, targets: Int[Tensor, 'b m'], ignore_index: int, **settings: float
+) -> Float[Tensor, '']:
+    """``looped_loss`` of what a looped model has reported; a prefix has no gates of its own in it."""
+    every: Any = intermediates.all_pred_logits
+    losses = [token_cross_entropy(logits, targets, ignore_index=ignore_index, reduction='none') for logits in every]
+    gates = [gate[:, gate.shape[1] - targets.shape[1] :, 0] for gate in intermediates.exit_logits or []]
+    return looped_loss(losses, gates, targets != ignore_index, **settings)

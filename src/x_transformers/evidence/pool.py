@@ -152,7 +152,8 @@ def run_in_workers(store: Store, jobs: Iterable[Job], workers: int, told: Told, 
                 if worker.pipe not in ready and worker.process.sentinel not in ready:
                     continue
                 job = worker.job
-                assert job is not None
+                if job is None:
+                    continue
                 try:
                     outcome, _ = worker.pipe.recv()
                 except (EOFError, OSError):

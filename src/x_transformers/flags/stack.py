@@ -433,11 +433,8 @@ class StackFlags(StructureFlags):
 
     @property
     def has_final_norm(self) -> bool:
-        return (
-            self.gated_streams
-            or self.resi_dual
-            or (self.pre_norm and self.pre_norm_has_final_norm and not self.pre_and_post_norm)
-        )
+        before_alone = self.pre_norm and self.pre_norm_has_final_norm and not self.pre_and_post_norm
+        return self.gated_streams or self.resi_dual or before_alone
 
     @property
     def learns_residual_scale(self) -> bool:

@@ -79,6 +79,12 @@ STRUCTURE_RULES = (
         {'parallel_block': True, 'layer_dropout': 0.5},
     ),
     Rule(
+        ('mv_split_residual', 'attn_flash_pack_seq'),
+        lambda flags, dim: flags.mv_split_residual and any(part.flash_pack_seq for part in flags.attentions),
+        'its means would run over all sequences of a row',
+        {'mv_split_residual': True, 'attn_flash_pack_seq': True},
+    ),
+    Rule(
         ('gated_multi_residual', 'num_residual_streams', 'residual_fn_kwargs'),
         lambda flags, dim: flags.gated_streams and not flags.residual_fn_kwargs.get('read_gate_rank', 0) > 0,
         'the rank of the gates is missing',

@@ -238,12 +238,7 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
         last=options.steps * options.grad_accum,
         pinned=device.type == 'cuda',
     )
-    peak = options.peak_flops or peak_of(device)
-    before: list[Callback] = []
-    if peak is not None:
-        flops = training_flops(model, data.first(options.seq_len).to(device)) / (options.seq_len - 1)
-        before.append(Utilization(flops, peak * engine.devices))
-    told = [*before, metrics, *callbacks] if engine.is_main else []
+    told = [*utilization(model, data, options, engine, device), metrics, *callbacks] if engine.is_main else []
     trainer = Trainer(
         model, batches, dataclasses.replace(options, device=None), callbacks=told,
         store=engine.store(folder, options.keep), best='held_out_loss' if options.keep_best else None,
@@ -260,6 +255,15 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f'{count:,} parameters on {device}, {options.optimizer}, {options.steps} steps')
     return run
+
+
+def utilization(model: nn.Module, data: Data, options: TrainOptions, engine: Engine, device: torch.device) -> list[Callback]:
+    """What measures the share of the device's peak, if that is known."""
+    peak = options.peak_flops or peak_of(device)
+    if peak is None:
+        return []
+    flops = training_flops(model, data.first(options.seq_len).to(device)) / (options.seq_len - 1)
+    return [Utilization(flops, peak * engine.devices)]
 
 
 def rehearse(model: nn.Module, data: Data, options: TrainOptions) -> None:

@@ -1,0 +1,323 @@
+"""Positions of one call of a stack: of tokens, of what a cache holds, of a context, and biases by position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.mask import PackedSequences, places
+from x_transformers.cache.kv_cache import Cursor, KVCache
+from x_transformers.helpers import exists
+from x_transformers.layers.call import OWN_STEP, Given, Span, counted
+from x_transformers.layers.checks import (
+    is_float,
+    shape_of,
+)
+from x_transformers.tensor_types import Bool, Int
+
+if TYPE_CHECKING:
+    from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.position.bias import Bias
+    from x_transformers.position.positions import Positions
+
+
+def custom_positions(stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None) -> Tensor | None:
+    """The caller's ``pos`` for memories, past and new tokens, if anything here depends on it; None: count."""
+    if not stack.uses_positions:
+        return None
+    pos = given.pos
+    known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('pos')
+    if pos is None and known is None:
+        return None
+    if pos is not None:
+        if (
+            not isinstance(pos, Tensor)
+            or pos.dtype == torch.bool
+            or pos.ndim not in (1, 2, 3)
+            or pos.shape[0] not in ((span.batch, 1) if pos.ndim > 1 else (pos.shape[0],))
+        ):
+            raise ValueError(f'pos must be one position per token, (tokens,) or ({span.batch}, tokens), but is {shape_of(pos)}')
+        if pos.ndim == 3 and not stack.flags.alibi_pos_bias:
+            raise ValueError(
+                f'pos of shape {tuple(pos.shape)} has positions for each head, which only a stack with alibi_pos_bias=True has '
+                f'a use for; others take (tokens,) or ({span.batch}, tokens)'
+            )
+        if pos.ndim == 3 and (stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None):
+            raise ValueError('pos of shape (batch, heads, tokens) is for ALiBi alone: all heads are rotated alike')
+        if pos.ndim == 3 and pos.shape[1] not in (1, stack.flags.alibi_heads, stack.flags.heads):
+            raise ValueError(
+                f'pos must have positions for each of the {stack.flags.alibi_heads} heads with a bias, '
+                f'({span.batch}, {stack.flags.alibi_heads}, tokens), but is {shape_of(pos)}'
+            )
+        if span.mems and pos.shape[-1] in (span.given, span.new) and pos.shape[-1] < span.whole:
+            raise ValueError(
+                f'pos has {pos.shape[-1]} positions, but keys are {span.mems} memories and {span.held} tokens: '
+                f'with mems it must cover them too, {span.whole} in all'
+            )
+        if pos.shape[-1] not in (span.given, span.new, span.held, span.whole):
+            raise ValueError(f'pos has {pos.shape[-1]} positions, but x has {span.given} tokens (pos is {shape_of(pos)})')
+    if cache is not None and span.placed is not None:
+        new = counted(span.begin + span.first, span.new, span.placed.device) if pos is None else pos
+        return _by_head(cache.step(OWN_STEP).extend(pos=_kept(new, span))[0])
+    whole = _whole_positions(pos, known, span)
+    if cache is not None:
+        cache.step(OWN_STEP).replace(pos=_kept(whole[..., span.mems :], span))
+    return whole
+
+
+def _kept(pos: Int[Tensor, '...'], span: Span) -> Int[Tensor, 'b n h']:
+    """Positions (n), (b n) or (b h n) as the cache keeps them."""
+    by_head = pos if pos.ndim == 3 else pos.unsqueeze(-2)
+    return by_head.expand(span.batch, *by_head.shape[-2:]).transpose(1, 2)
+
+
+def _by_head(kept: Int[Tensor, 'b n h']) -> Int[Tensor, '...']:
+    """What ``_kept`` has made, (b n), or (b h n) where heads have positions of their own."""
+    return kept.squeeze(-1) if kept.shape[-1] == 1 else kept.transpose(1, 2)
+
+
+def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Tensor:
+    if pos is not None and pos.shape[-1] == span.whole:
+        return pos
+    if pos is None:
+        pos = counted(span.begin + span.first, span.new, known.device)  # type: ignore[union-attr]
+    elif pos.shape[-1] == span.held:
+        return pos
+    pos = pos[..., pos.shape[-1] - span.new :]
+    past = counted(span.begin, span.past, pos.device) if known is None else _by_head(known)
+    if past.ndim == pos.ndim == 1:
+        return torch.cat((past.to(pos.dtype), pos))
+    # positions of rows, or of heads, are the same for those that have none of their own
+    axes = max(past.ndim, pos.ndim)
+    past, pos = (t.unsqueeze(1) if t.ndim == 2 and axes == 3 else t for t in (past, pos))
+    outer = torch.broadcast_shapes(past.shape[:-1], pos.shape[:-1])
+    return torch.cat((past.to(pos.dtype).expand(*outer, -1), pos.expand(*outer, -1)), dim=-1)
+
+
+def _table(
+    stack: AttentionLayers,
+    span: Span,
+    pos: Tensor | None,
+    only_new: bool,
+    begins: Int[Tensor, 'b 1'] | None = None,
+    window: int | Int[Tensor, '#b 1'] = 0,
+) -> Tensor:
+    """Positions for a table of angles, of all keys, or of memories and new tokens; counted from where each row begins.
+
+    ``window``: of the first token in sight, as counted from there.
+    """
+    if pos is not None:
+        if not only_new:
+            return pos
+        new = span.newest(pos, axis=pos.ndim - 1)
+        return torch.cat((pos[..., : span.mems], new), dim=-1) if span.mems else new
+    count = span.positions(next(stack.parameters()).device, only_new)
+    if not span.mems or (begins is None and isinstance(window, int)):
+        return count if begins is None else count - begins
+    # memories lie before the first token in sight of each row, and not before its padding
+    mems = count[: span.mems] + (window - span.dropped - span.uncounted)
+    tokens = count[span.mems :] if begins is None else count[span.mems :] - begins
+    if mems.ndim == tokens.ndim == 1:
+        return torch.cat((mems, tokens))
+    rows = max(t.shape[0] for t in (mems, tokens) if t.ndim == 2)
+    return torch.cat((mems.expand(rows, -1), tokens.expand(rows, -1)), dim=-1)
+
+
+def window_begin(
+    span: Span, begins: Int[Tensor, 'b 1'] | None, cursor: Cursor | None
+) -> int | Int[Tensor, ' 1'] | Int[Tensor, 'b 1']:
+    """How far behind the first token of each row the first one that the newest sees is: rows that have left, but for padding.
+
+    Without ``begins`` rows begin at 0.
+    """
+    gone = span.dropped + span.uncounted if span.uncounted else span.dropped
+    if cursor is not None and cursor.reach is not None:
+        gone = gone + (cursor.row + span.new - cursor.reach).clamp(min=0)
+    return gone if begins is None or (isinstance(gone, int) and gone == 0) else (gone - begins).clamp(min=0)
+
+
+def packed(kwargs: Any, causal: bool) -> PackedSequences | None:
+    return None if kwargs is None else PackedSequences.of(kwargs, causal=causal)
+
+
+def packed_positions(given: Given, span: Span) -> Int[Tensor, '1 n'] | None:
+    """Every packed sequence begins anew."""
+    sequences = packed(given.flash_pack_seq_kwargs, False)
+    return None if sequences is None else places(sequences.starts_q, span.given)
+
+
+def seen_so_far(span: Span, seen: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, '#b j'] | None:
+    """``seen`` without the rows of a fixed capacity that are not yet written."""
+    if span.placed is None:
+        return seen
+    written = torch.arange(span.held, device=span.placed.device) < span.placed + span.new
+    return written[None] if seen is None else seen & written
+
+
+def from_outside(given: Given) -> bool:
+    """Whether queries meet keys whose places do not move along with theirs."""
+    return given.self_attn_additional_kv is not None or given.context_pos is not None
+
+
+def row_begins(stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
+    """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
+    if not (stack.depends_on_places or from_outside(given) or (span.mems and stack.uses_positions)):
+        return None
+    # also where the padding is out of sight, and nobody speaks of it any more
+    known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('begins')
+    if known is None:
+        if given.seq_start_pos is None:
+            return None
+        known = given.seq_start_pos[:, None, None]
+        if cache is not None:
+            cache.step(OWN_STEP).fixed('begins', known)
+    return known[:, 0]
+
+
+def rotates_only_new(stack: AttentionLayers, cache: KVCache | None) -> bool:
+    """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
+    rotary = stack.rotary_pos_emb
+    latent = any(flags.use_latent_kv for flags in stack.flags.attentions)
+    if rotary is None or rotary.scale is not None or latent or not keys_last(stack):
+        return False
+    tapes = [] if cache is None else [layer.tapes for layer in cache]
+    return all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
+
+
+def keys_last(stack: AttentionLayers) -> bool:
+    """Whether a key that is turned stays what it is: not if the length counts, nor where places count from the window's
+    beginning and what queries meet there (contextual positions) cannot be turned along."""
+    rotaries: list[Any] = [stack.rotary_pos_emb, *(stack.other_rotaries or ())]
+    by_length = any(rotary.depends_on_length for rotary in rotaries)
+    return not by_length and not any(flags.use_cope for flags in stack.flags.attentions)
+
+
+def positions(
+    stack: AttentionLayers,
+    given: Given,
+    span: Span,
+    pos: Tensor | None,
+    cache: KVCache | None,
+    seen: Bool[Tensor, 'b j'] | None,
+    embedding: Any = None,
+) -> Positions | None:
+    """Where queries and keys of self attention are. ``seen``: which of past and new are tokens.
+
+    ``embedding``: of the rotary positions, where layers have several; None: that of the first.
+    """
+    rotary, polar = given.rotary_pos_emb, given.polar_pos_emb
+    if rotary is not None and polar is not None:
+        raise ValueError('rotary_pos_emb and polar_pos_emb were both given: keys are rotated or polar, not both')
+    if not any(exists(part) for part in (rotary, polar, stack.rotary_pos_emb, stack.polar_pos_emb)):
+        return None
+    from x_transformers.position.positions import PolarPositions, Positions, RotaryPositions
+
+    for ready in (rotary, polar):
+        if isinstance(ready, Positions):
+            return ready
+    if rotary is None and polar is None:
+        pos = packed_positions(given, span) if pos is None else pos
+        only_new = rotates_only_new(stack, cache)
+        begins = row_begins(stack, given, span, cache)
+        window = window_begin(span, begins, None if cache is None else cache.cursor)
+        table = _table(stack, span, pos, only_new, begins, window)
+        # caller's positions are what they are; of counted ones the window's first is 0, where it matters
+        counts = pos is None and not (isinstance(window, int) and window == 0)
+        counts = counts and (stack.depends_on_places or from_outside(given))
+        made: Positions
+        if stack.polar_pos_emb is not None:
+            made = PolarPositions(*stack.polar_pos_emb(table - window if counts else table))
+        else:
+            embedding = stack.rotary_pos_emb if embedding is None else embedding
+            seen = seen_so_far(span, seen) if embedding.depends_on_length else None
+            lasting = keys_last(stack)
+            again = counts and not (lasting and embedding.scale is None)
+            angles = embedding(table - window if again else table, centred=not from_outside(given), seen=seen)
+            made = RotaryPositions(*angles, layout=embedding.layout, lasting=lasting)
+            if counts and not again:
+                first = window if isinstance(window, Tensor) else torch.tensor([window], device=table.device)
+                made.begin_window(embedding(first)[0])
+        if span.placed is not None and not only_new:
+            made.place_queries(span.new_rows(table.device, span.mems))
+        return made
+    name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
+        raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {shape_of(pair)}')
+    layout = stack.flags.rotary_layout
+    return RotaryPositions(*pair, layout=layout) if polar is None else PolarPositions(*pair)
+
+
+def positions_of_layers(
+    stack: AttentionLayers,
+    given: Given,
+    span: Span,
+    pos: Tensor | None,
+    cache: KVCache | None,
+    seen: Bool[Tensor, 'b j'] | None,
+    first: Positions | None,
+) -> tuple[Positions | None, ...]:
+    """The positions of each layer where rotary bases or scalings differ; () where ``first`` serves all, as the caller's do."""
+    if stack.other_rotaries is None or given.rotary_pos_emb is not None or given.polar_pos_emb is not None:
+        return ()
+    made = [first, *(positions(stack, given, span, pos, cache, seen, other) for other in stack.other_rotaries)]
+    return tuple(made[which] for which in stack.rotary_of_layer)
+
+
+def cross_positions_of_layers(
+    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, first: Positions | None
+) -> tuple[Positions | None, ...]:
+    """The same of the layers of cross attention."""
+    if stack.other_rotaries is None or first is None:
+        return ()
+    made = [first, *(cross_positions(stack, given, span, pos, cache, other) for other in stack.other_rotaries)]
+    return tuple(made[which] for which in stack.rotary_of_layer)
+
+
+def cross_positions(
+    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, embedding: Any = None
+) -> Positions | None:
+    """Where queries and the context's keys are, if the caller says where the context is; ``embedding`` as in ``positions``."""
+    if given.context_pos is None:
+        return None
+    from x_transformers.position.positions import RotaryPositions
+
+    rotary: Any = stack.rotary_pos_emb if embedding is None else embedding
+    pos = packed_positions(given, span) if pos is None else pos
+    begins = row_begins(stack, given, span, cache)
+    window = window_begin(span, begins, None if cache is None else cache.cursor)
+    table = _table(stack, span, pos, True, begins, window)
+    table = table - window if pos is None else table
+    own = given.rotary_pos_emb or rotary(table, centred=False)
+    of_context = rotary(given.context_pos, centred=False)
+    return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
+
+
+def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None) -> Bias | None:
+    """What is added to the scores of self attention: by position, or the caller's own."""
+    if stack.rel_pos is None and given.attn_bias is None:
+        return None
+    from x_transformers.position.bias import DenseBias
+    from x_transformers.position.relative import RelativeBias
+
+    if stack.rel_pos is None:
+        bias = cast(Tensor, given.attn_bias)
+        if span.mems and bias.shape[-1] == span.held:
+            bias = F.pad(bias, (span.mems, 0))
+        return DenseBias(span.newest(bias, axis=bias.ndim - 2))
+    if given.attn_bias is not None:
+        raise ValueError(
+            f'attn_bias was given to a stack whose scores already have a bias ({stack.flags.position_bias}): '
+            'leave out one of them, or add your own to a bias module'
+        )
+    if pos is None and span.mems:
+        begins = row_begins(stack, given, span, cache)
+        window = window_begin(span, begins, None if cache is None else cache.cursor)
+        pos = None if begins is None and isinstance(window, int) else _table(stack, span, None, False, begins, window)
+    if span.placed is None:
+        return RelativeBias(stack.rel_pos, positions=pos)
+    if pos is None:
+        pos = span.positions(span.placed.device)
+    return RelativeBias(stack.rel_pos, positions=pos, queries=span.new_rows(pos.device, span.mems))
