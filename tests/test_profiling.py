@@ -25,7 +25,7 @@ def test_every_room_is_named_as_often_as_it_runs():
     torch.testing.assert_close(out, net(x), rtol=0, atol=0)
     assert seen['room: Attention'] == seen['room: Attend'] == seen['room: FeedForward'] == 2
     assert seen['room: RMSNorm'] == 5
-    assert seen['room: TransformerWrapper'] == seen['room: Decoder'] == seen['room: to_logits'] == 1
+    assert seen['room: TransformerWrapper'] == seen['room: Decoder'] == seen['room: LinearLogits'] == 1
     assert seen['room: TokenEmbedding'] == 1
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import Sequential, softclamp
@@ -163,7 +164,7 @@ class FeedForward(Module):
 
     def _build(self, dim: int, flags: FeedForwardFlags) -> None:
         self.dim = dim
-        self.flags = flags
+        self.flags = flags = effective(flags)
         dim_out = dim if flags.dim_out is None else flags.dim_out
         dim_inner = flags.inner(dim)
         activation = choose_activation(flags, dim_inner)

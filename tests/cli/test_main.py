@@ -147,7 +147,7 @@ def test_damaged_runs_are_refused(tmp_path, text, capsys):
     state.write_bytes(state.read_bytes()[:-10])
     assert 'state.pt is truncated' in sentence_of(capsys, ['train', '--run-dir', str(run), '--resume'])
     (run / 'config.json').write_text('{"flags": ')
-    assert 'config.json is not valid JSON' in sentence_of(capsys, ['generate', str(run)])
+    assert 'config.json cannot be read as JSON' in sentence_of(capsys, ['generate', str(run)])
 
 
 @pytest.mark.slow

@@ -311,7 +311,7 @@ def solve(name: str, question: list[int]) -> list[int]:
 @pytest.mark.parametrize('name', [name for name in sorted(TASKS) if name.startswith('length/')])
 @pytest.mark.parametrize('test', [False, True])
 def test_length_tasks(name: str, test: bool) -> None:
-    _, batch = made(name, count=96, test=test, trained=9, tested=17)
+    task, batch = made(name, count=96, test=test, trained=9, tested=17)
     equals, fill = task.num_tokens - 2, task.num_tokens - 1
     sizes = set()
     for row, targets in zip(batch.inputs.tolist(), batch.targets, strict=True):
@@ -330,7 +330,7 @@ def test_length_tasks(name: str, test: bool) -> None:
 
 
 def test_random_positions_are_sorted_and_different() -> None:
-    _, batch = made('length/copy', trained=5, tested=8, random_positions=64)
+    task, batch = made('length/copy', trained=5, tested=8, random_positions=64)
     assert batch.positions is not None
     places = batch.positions.tolist()
     assert len(places) == batch.inputs.shape[1]

@@ -175,7 +175,7 @@ class Recurrent(nn.Module):
         self.gru = nn.GRU(DIM, width, batch_first=True)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.gru(x if mask is None else x * mask.unsqueeze(-1), hidden)
+        return self.gru(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 1.0), hidden)
 
 
 def group(name: str, kinds: frozenset[str] = EVERYWHERE, *, wrapper: dict[str, Any] | None = None, inputs: Inputs = no_inputs,

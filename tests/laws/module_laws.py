@@ -48,7 +48,7 @@ def hooks_fire(case: Combination, checkpointing: bool = False) -> None:
     fired, handles = listen(list({id(m): m for m in (*layers, *norms, *parts, *heads, *final)}.values()))
     rounds = given.get('recycle_steps', 1) if case.wrapper.get('recycling') else 1
     out = case.call(model, tokens(ROWS), given)
-    steps = check_steps(stack, given.get('layers_execute_order'))
+    steps = check_steps(stack, given.get('layers_execute_order'), given.get('repeat_blocks'))
     times = collections.Counter(step.layer for step in steps)
     in_front = collections.Counter(step.layer for step in steps if step.kind == 'a' and memories_of(case, given, step.nth))
     counted = dict(fired)

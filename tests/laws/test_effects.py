@@ -29,6 +29,8 @@ NOT_DRAWN = {
     'attn_z_loss_weight': WRAPPED + 'test_z_loss_weight_of_the_constructor_is_the_default',
     'train_max_recycle_steps': WRAPPED + 'test_rounds_of_recycling_are_drawn_in_training',
     'input_not_include_cache': WRAPPED + 'test_all_is_new_if_the_caller_says_so',
+    'looped': 'tests/embedding/test_loop.py::net',
+    'max_looped_steps': 'tests/embedding/test_loop.py::test_the_loss_is_the_formula',
     'token_emb': WRAPPED + 'test_your_own_embedding_is_started_too',
     'to_logits': WRAPPED + 'test_linear_head_gives_the_loss_without_logits',
 }

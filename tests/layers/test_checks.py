@@ -56,7 +56,7 @@ def pair(heads: int = 2, length: int = 3, width: int = 4, batch: int = 2) -> tup
         ({}, {'mems': [X, None], 'mem_masks': [None, ONES]}, r'mem_masks\[1\] must be None'),
         ({'rotary_pos_emb': True}, {'pos': torch.arange(4)}, 'pos has 4 positions, but x has 5 tokens'),
         ({'rotary_pos_emb': True}, {'pos': torch.zeros(3, 5)}, 'pos must be one position per token'),
-        ({'rotary_pos_emb': True}, {'pos': torch.zeros(2, 5, 8)}, 'pos must be one position per token'),
+        ({'rotary_pos_emb': True}, {'pos': torch.zeros(2, 5, 8)}, 'has positions for each head, which only'),
         ({'rotary_pos_emb': True}, {'pos': torch.arange(5), 'mems': [X, X]}, 'with mems it must cover them too, 10 in all'),
         ({}, {'rotary_pos_emb': (X, 1.0), 'polar_pos_emb': (X, X)}, 'both given'),
         ({}, {'rotary_pos_emb': torch.randn(5)}, 'what the embedding returns'),

@@ -23,6 +23,7 @@ from x_transformers.attention.qk_norm import unit_heads
 from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import without_component
@@ -58,7 +59,7 @@ class Attention(Module):
 
     def _build(self, dim: int, flags: AttentionFlags) -> None:
         super().__init__()
-        self.flags = flags
+        self.flags = flags = effective(flags)
         self.dim = dim
         self.heads, self.kv_heads = flags.heads, flags.num_kv_heads
         self.dim_head, self.value_dim_head = flags.dim_head, flags.value_dim

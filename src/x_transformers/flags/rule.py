@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from x_transformers.flags.base import Flags, as_tuple, shown
+
+FlagsT = TypeVar('FlagsT', bound=Flags)
 
 Name = Callable[[str], str]
 """A flag's name as the user writes it, with its prefix."""
@@ -108,6 +111,21 @@ def out_of_range(flags: Flags, name: Name) -> dict[str, str]:
 def has_effect(flags: Any, parent: str) -> bool:
     """Whether sub-options of a flag are asked: it was switched on, or is on by default."""
     return getattr(flags, parent) is True or is_on(flags, parent)
+
+
+def effective(flags: FlagsT) -> FlagsT:
+    """The flags, with every sub-option whose parent is off at its default: what does nothing must build nothing either."""
+    while True:
+        idle = {
+            name: flags.default(name)
+            for name, its_field in flags.flag_fields().items()
+            if (parents := as_tuple(its_field.metadata['parent']))
+            and flags.is_changed(name)
+            and not any(is_on(flags, parent) for parent in parents)
+        }
+        if not idle:
+            return flags
+        flags = dataclasses.replace(flags, **idle)  # type: ignore[type-var]
 
 
 def orphans(flags: Flags, name: Name, skip: Callable[[str, tuple[str, ...]], bool] = lambda flag, parents: False) -> list[str]:

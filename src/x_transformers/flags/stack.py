@@ -5,9 +5,8 @@ Derived values, for those who build from the flags: ``norm_kind``; ``norm_needs_
 what norms and scales receive; ``rotary``, ``rotary_dim``, ``polar``; ``position_bias``, the flag's name or None;
 ``alibi_heads``; ``disables_abs_pos_emb``, which is ``disable_abs_pos_emb`` or its default resolved;
 ``has_self_attention``, ``has_cross_attention``; ``separate_views``: queries, keys and values have inputs of their
-own; ``streams``; ``attn_dim_head``; ``self_attention_flags(first=...)`` for the first and the later self-attention
-modules. ``layer(index)`` are the flags of one layer, ``attentions`` and ``cross_attentions`` those of all layers with
-heads, for flags that differ between layers.
+own; ``streams``; ``attn_dim_head``; ``self_attention_flags(first=...)``. ``layer(index)`` are the flags of one layer,
+``attentions`` and ``cross_attentions`` those of all layers with heads, for flags that differ between layers.
 """
 
 from __future__ import annotations
@@ -425,7 +424,7 @@ class StackFlags(StructureFlags):
 
     @cached_property
     def has_feedforward(self) -> bool:
-        return self.custom_layers is None or 'f' in self.custom_layers
+        return 'f' in (self.custom_layers or 'f')
 
     @cached_property
     def separate_views(self) -> bool:

@@ -51,8 +51,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
     cache = KVCache.of(given.cache, [step.index for step in steps if step.kind != 'f'])
     if cache is not None and not passed:
         check_history(stack, cache, steps)
-    span = read_span(x, given, cache)
-    check_call(stack, given, span, steps)
+    check_call(stack, given, span := read_span(x, given, cache), steps)
     normed_mems = span.mems if stack.norm_need_condition else 0
     condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given, normed_mems)
     extra = external_keys(stack, given, steps, span.batch)

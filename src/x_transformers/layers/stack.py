@@ -94,14 +94,11 @@ class AttentionLayers(Module):
         self.pre_norm, self.sandwich_norm = flags.pre_norm, flags.sandwich_norm
         self.residual_attn, self.cross_residual_attn = flags.residual_attn, flags.cross_residual_attn
         self.cross_attend = flags.cross_attend
-        self.need_condition = flags.needs_condition
-        self.norm_need_condition = flags.norm_needs_condition
+        self.need_condition, self.norm_need_condition = flags.needs_condition, flags.norm_needs_condition
         self.post_branch_fn_needs_condition = flags.branch_needs_condition
-        self.dim_condition = flags.condition_dim
-        self.num_residual_streams = flags.streams
+        self.dim_condition, self.num_residual_streams = flags.condition_dim, flags.streams
         self.unet_skips, self.reinject_input = flags.unet_skips, flags.reinject_input
-        self.add_value_residual = flags.add_value_residual
-        self.cross_attn_tokens_dropout = flags.cross_attn_tokens_dropout
+        self.add_value_residual, self.cross_attn_tokens_dropout = flags.add_value_residual, flags.cross_attn_tokens_dropout
         self.softclamp_value = flags.softclamp_output_value if flags.softclamp_output else None
         self.streams = choose_streams(flags)
         hands_on = (('a', flags.residual_attn), ('c', flags.cross_residual_attn))
