@@ -138,7 +138,8 @@ def left_padding_refused(case: Combination) -> bool:
     """A module of the user's own would read the padding; rows in front would move the entries of a dense mask."""
     front = case.has('memory_tokens', 'interspersed', 'prepend', 'excise_prepend')
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
-    return has_hybrid(case) or (front and dense) or case.has('interspersed')
+    projected = case.has('rel_proj') and case.has('mems')
+    return has_hybrid(case) or (front and dense) or case.has('interspersed') or projected
 
 
 def has_hybrid(case: Combination) -> bool:

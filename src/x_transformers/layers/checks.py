@@ -379,6 +379,11 @@ def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[St
             'seq_start_pos says that there is padding on the left, which attn_hybrid_module would read: '
             'run rows of different lengths one by one'
         )
+    if given.seq_start_pos is not None and given.mems and any(flags.use_rel_proj_pos_bias for flags in stack.flags.attentions):
+        raise ValueError(
+            'seq_start_pos must be left out with mems and attn_use_rel_proj_pos_bias, whose distances would count the padding: '
+            'run rows of different lengths one by one'
+        )
     check_context(stack, given, span.batch)
     check_mems(stack, given, steps, span.batch)
     check_packing(stack, given, span.batch, span.given)

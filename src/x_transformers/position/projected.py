@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,31 @@ from x_transformers.attention.geometry import ScoreShape
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.module import Module, empty_parameter
 from x_transformers.position.bias import Bias
-from x_transformers.tensor_types import Float
+from x_transformers.position.forgetting import placed_queries
+from x_transformers.tensor_types import Float, Int
+
+if TYPE_CHECKING:
+    from x_transformers.cache.kv_cache import LayerCache
 
 
 class ProjectedBias(Bias):
     """``sum_k weights[h, i, k] * bank[k, i - j]`` where the distance is 0 or more and in the bank, else 0."""
 
-    def __init__(self, weights: Float[Tensor, 'b h i k'], bank: Float[Tensor, 'k r']) -> None:
+    def __init__(
+        self, weights: Float[Tensor, 'b h i k'], bank: Float[Tensor, 'k r'], queries: Int[Tensor, 'i'] | None = None
+    ) -> None:
+        """``queries``: their places among the own keys, where these are not the last ones."""
         super().__init__()
         self.weights = weights
         self.bank = bank
+        self.queries = queries
 
     def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, 'b h r j']:
         by_distance = self.weights[..., start:stop, :] @ self.bank.to(self.weights.dtype)
-        query = torch.arange(geometry.first + start, geometry.first + stop, device=by_distance.device)[:, None]
+        if self.queries is None:
+            query = torch.arange(geometry.first + start, geometry.first + stop, device=by_distance.device)[:, None]
+        else:
+            query = self.queries[start:stop, None]
         distance = query - torch.arange(geometry.own, device=by_distance.device)
         far = self.bank.shape[-1] - 1
         index = distance.clamp(0, far).expand(*by_distance.shape[:-1], -1)
@@ -52,6 +63,9 @@ class RelativeProjectedBias(Module):
             return None
         return cls(dim, flags.heads, flags.rel_proj_num_distance_basis, flags.rel_proj_max_dist)
 
-    def bias(self, x: Float[Tensor, 'b n d'], **given: Any) -> ProjectedBias:
+    def bias(
+        self, x: Float[Tensor, 'b n d'], past: LayerCache | None = None, mem: Tensor | None = None, **_: Any
+    ) -> ProjectedBias:
         weights: Tensor = self.to_distance_weights(x)
-        return ProjectedBias(weights.unflatten(-1, (self.heads, -1)).transpose(1, 2), self.distance_bank)
+        by_head = weights.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return ProjectedBias(by_head, self.distance_bank, placed_queries(past, x.shape[-2], mem))
