@@ -18,7 +18,7 @@ from .formula import FixedBias, attention
 ORDER = [
     'similarity', 'residual_attn', 'record', 'pre_scale_post_talking_heads', 'pre_talking_heads', 'attn_bias',
     'softclamp_logits', 'cog_signed', 'mask', 'use_cope', 'selective', 'head_learned_sink', 'record', 'softmax', 'cog_signed',
-    'record', 'head_learned_sink', 'dropout', 'post_talking_heads', 'pre_scale_post_talking_heads', 'values', 'empty rows',
+    'attn_delta', 'record', 'head_learned_sink', 'dropout', 'post_talking_heads', 'pre_scale_post_talking_heads', 'values', 'empty rows',
 ]  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def test_the_order_of_rules():
     )
     assert [rule.name for rule in attend.rules()] == ORDER
     assert [rule.name for rule in Attend().rules()] == [
-        'similarity', 'residual_attn', 'record', 'attn_bias', 'mask', 'record', 'softmax', 'record', 'values', 'empty rows',
+        'similarity', 'residual_attn', 'record', 'attn_bias', 'mask', 'record', 'softmax', 'attn_delta', 'record', 'values',
+        'empty rows',
     ]  # fmt: skip
 
 
