@@ -603,7 +603,7 @@ def test_other_precisions_are_read_in_that_of_the_model() -> None:
         ({'filter_logits_fn': 'min_p', 'filter_kwargs': {'min_p': 2.0}}, 'must leave a token|leave no token'),
         ({'filter_logits_fn': lambda logits: logits - torch.inf}, 'must leave a token'),
         ({'draft_model': 'x'}, 'draft_model'),
-        ({'return_intermediates': False}, 'return_intermediates cannot be given here'),
+        ({'return_attn': True}, 'return_attn cannot be given here'),
         ({'return_embeddings': True}, 'return_embeddings cannot be given here'),
         ({'logits_last': 1}, 'logits_last cannot'),
         ({'seq_start_pos': torch.tensor([0, 1])}, 'prompt_lens'),
