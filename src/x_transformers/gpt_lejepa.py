@@ -17,6 +17,7 @@ from x_transformers.latent_prediction import (
     masked_average,
     mlp,
     normalized_weights,
+    rollout_inputs,
     sigreg,
 )
 from x_transformers.losses import token_cross_entropy
@@ -117,14 +118,7 @@ class LatentAutoregressive(Module):
 
         Raises ValueError if the sequences are too short for the rollouts.
         """
-        if x.ndim != 2 or x.shape[1] <= self.num_rollouts + 1:
-            raise ValueError(
-                f'x must be token ids (batch, more than {self.num_rollouts + 1} tokens), as num_rollouts={self.num_rollouts} '
-                f'looks that far ahead, got shape {tuple(x.shape)}. Give longer sequences, or predict fewer positions.'
-            )
-        x = x.long()
-        valid = x != self.ignore_index
-        inputs = x.masked_fill(~valid, self.pad_value)
+        x, inputs, valid = rollout_inputs(x, self.num_rollouts, self.ignore_index, self.pad_value)
         embeds, intermediates = self.net(inputs, return_embeddings_and_intermediates=True, **kwargs)
         logits = self.net.to_logits(scale_gradient(embeds, self.frac_gradient))
         ce = token_cross_entropy(logits[:, :-1], x[:, 1:], ignore_index=self.ignore_index)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.heads import TiedHead
 from x_transformers.module import ConstantLinear
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Int
 
 SIGREG_KWARGS = {'num_slices': 1024, 'domain': (-5.0, 5.0), 'num_knots': 17}
 
@@ -23,6 +24,20 @@ def check_parameters(where: str, *broken: str | bool) -> None:
     sentences = [sentence for sentence in broken if isinstance(sentence, str)]
     if sentences:
         raise ValueError(f'{where}: ' + ' '.join(sentences))
+
+
+def rollout_inputs(
+    x: Int[Tensor, 'b n'], rollouts: int, ignore_index: int, pad_value: int
+) -> tuple[Int[Tensor, 'b n'], Int[Tensor, 'b n'], Bool[Tensor, 'b n']]:
+    """(the ids, what the net reads, which of them count); ValueError if they are too short to look that far ahead."""
+    if x.ndim != 2 or x.shape[1] <= rollouts + 1:
+        raise ValueError(
+            f'x must be token ids (batch, more than {rollouts + 1} tokens), as num_rollouts={rollouts} looks that far ahead, '
+            f'got shape {tuple(x.shape)}. Give longer sequences, or predict fewer positions.'
+        )
+    x = token_ids(x)
+    valid = x != ignore_index
+    return x, x.masked_fill(~valid, pad_value), valid
 
 
 def masked_average(t: Float[Tensor, 'b n ...'], mask: Bool[Tensor, 'b n'] | None) -> Float[Tensor, '']:
