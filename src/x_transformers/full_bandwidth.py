@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from x_transformers.embedding.ids import token_ids
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import checked_eos, checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
@@ -288,7 +289,7 @@ class FullBandwidth(Module):
         """
         if x.ndim != 2 or x.shape[1] < 1 + return_loss:
             raise ValueError(f'x must be token ids (batch, at least {1 + return_loss} tokens), got shape {tuple(x.shape)}.')
-        x = x.long()
+        x = token_ids(x)
         given = x[:, :-1] if return_loss else x
         inputs = given
         if not 0 <= self.ignore_index < self.net.num_tokens:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.embedding.ids import token_ids
 from x_transformers.latent_prediction import check_parameters, masked_average
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
@@ -132,7 +133,7 @@ class XMLatentDecoder(Module):
         """
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must be token ids (batch, at least two tokens), got shape {tuple(x.shape)}.')
-        x = x.long()
+        x = token_ids(x)
         valid = x != self.ignore_index if mask is None else (x != self.ignore_index) & mask
         inputs = x.masked_fill(x == self.ignore_index, 0)
         if return_loss and latents is None and self.training and float(torch.rand(())) < self.latent_drop_prob:
