@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.generation import sampling
-from x_transformers.training.build import reading_arguments
+from x_transformers.training.build import network_of, reading_arguments
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.tokens import Bytes, Tokenizer
 
@@ -46,10 +46,14 @@ def sample_text(
             logits = sampling.top_p(logits, thres=top_p)
         return logits if min_p is None else sampling.min_p(logits, min_p=min_p)
 
+    net: Any = network_of(model)
+    beyond = bool(getattr(net, 'max_seq_len', 0)) and len(ids) + length > net.max_seq_len
+    # a table of positions ends there, and cached keys carry theirs: then the window is read anew for every token
+    caches = not beyond or bool(getattr(net, 'can_cache_kv_outside_max_seq_len', True))
     told = ids_told = 0
     for token in writer.generate(
         torch.tensor([ids], device=device), length, temperature=temperature, filter_logits_fn=filtered, stream=True,
-        **reading_arguments(model),
+        cache_kv=caches, **reading_arguments(model),
     ):  # fmt: skip
         new = int(token)
         if isinstance(tokenizer, Bytes):
