@@ -28,7 +28,8 @@ def byte_model(dim: int, depth: int) -> AutoregressiveWrapper:
 def counts(model: AutoregressiveWrapper, rows: int, draft: AutoregressiveWrapper | None) -> Tensor:
     """How often each letter, or anything else, stands at the second place after a prompt."""
     prompt = torch.tensor([list(b'    return self.')]).expand(rows, -1)
-    second = model.generate(prompt, 2, filter_logits_fn=identity, draft_model=draft, lookahead=2)[:, 1]
+    guesses = {} if draft is None else {'draft_model': draft, 'lookahead': 2}
+    second = model.generate(prompt, 2, filter_logits_fn=identity, **guesses)[:, 1]
     return torch.bincount((second - ord('a')).clamp(-1, 26) + 1, minlength=28)
 
 

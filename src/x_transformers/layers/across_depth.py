@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.helpers import Sequential
 from x_transformers.module import ConstantLinear, Module
-from x_transformers.norms import RMSNorm
+from x_transformers.norms import RMSNorm, rms_norm
 from x_transformers.tensor_types import Float
 
 
@@ -57,6 +57,13 @@ class LowRank(Module):
         return out
 
 
+class DepthNorm(nn.RMSNorm):
+    """The RMS norm of torch, by its keys and numbers, also where autocast gives it another precision than its weight."""
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+
+
 class AggregatedResiduals(Module):
     """What entered all layers so far, mixed by attention over depth, https://arxiv.org/abs/2603.15031.
 
@@ -67,9 +74,9 @@ class AggregatedResiduals(Module):
     def __init__(self, dim: int, num_views: int = 1, lora_rank: int = 64, lora_activation: nn.Module | None = None) -> None:
         super().__init__()
         self.num_views = num_views
-        self.to_keys = nn.RMSNorm(dim)
-        self.to_query = nn.Sequential(nn.RMSNorm(dim), LowRank(dim, dim * num_views, lora_rank, lora_activation))
-        self.norm = nn.RMSNorm(dim)
+        self.to_keys = DepthNorm(dim)
+        self.to_query = nn.Sequential(DepthNorm(dim), LowRank(dim, dim * num_views, lora_rank, lora_activation))
+        self.norm = DepthNorm(dim)
 
     def forward(self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Tensor) -> Tensor:
         stacked = hiddens if isinstance(hiddens, Tensor) else torch.stack(tuple(hiddens))
