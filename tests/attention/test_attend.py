@@ -18,7 +18,8 @@ from .formula import FixedBias, attention
 ORDER = [
     'similarity', 'residual_attn', 'record', 'pre_scale_post_talking_heads', 'pre_talking_heads', 'attn_bias',
     'softclamp_logits', 'cog_signed', 'mask', 'use_cope', 'selective', 'head_learned_sink', 'record', 'softmax', 'cog_signed',
-    'attn_delta', 'record', 'head_learned_sink', 'dropout', 'post_talking_heads', 'pre_scale_post_talking_heads', 'values', 'empty rows',
+    'attn_delta', 'record', 'head_learned_sink', 'dropout', 'post_talking_heads', 'pre_scale_post_talking_heads', 'values',
+    'empty rows',
 ]  # fmt: skip
 
 
