@@ -207,3 +207,15 @@ def test_compiled_code_reads_the_same(flags: dict[str, Any]) -> None:
     going_on = Continuation(net, net(ids[:, :6], return_intermediates=True)[1], capacity=64, compile=True)
     for at in range(6, 14):
         torch.testing.assert_close(going_on.read(ids[:, at : at + 1]), full[:, at : at + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_condition_for_memories_and_tokens_reaches_the_new_token() -> None:
+    torch.manual_seed(0)
+    layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_pos_emb=True, use_adaptive_rmsnorm=True, verbose=False)
+    model = TransformerWrapper(num_tokens=11, max_seq_len=16, max_mem_len=4, attn_layers=layers).eval()
+    x, mems, condition = torch.randint(11, (1, 6)), [torch.randn(1, 3, 16)], torch.randn(1, 9, 16)
+    expected = model(x, mems=mems, condition=condition)[:, -1:]
+    _, record = model(x[:, :5], mems=mems, condition=condition[:, :8], return_intermediates=True)
+    going = Continuation(model, record.kv_cache, capacity=12)
+    newest = torch.cat((condition[:, :3], condition[:, -1:]), dim=1)
+    assert torch.allclose(going.read(x[:, 5:], mems=mems, condition=newest), expected, atol=1e-5)

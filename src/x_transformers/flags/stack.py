@@ -424,7 +424,7 @@ class StackFlags(StructureFlags):
 
     @cached_property
     def has_feedforward(self) -> bool:
-        return 'f' in (self.custom_layers or 'f')
+        return not self.only_attn and 'f' in (self.custom_layers or 'f')
 
     @cached_property
     def separate_views(self) -> bool:

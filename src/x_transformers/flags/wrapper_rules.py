@@ -157,6 +157,14 @@ MIXTURES = ('qkv_receive_diff_residuals', 'integrate_layers', 'attn_aggregated_r
 # rules of a model with its stack
 ON_STACK_RULES = (
     Rule(
+        ('ff_deep_embed',),
+        lambda flags, dim: flags.ff_deep_embed and not flags.has_feedforward,
+        'the stack has no feed-forward whose output it could multiply',
+        {'ff_deep_embed': True, 'stack': {'only_attn': True}},
+        'Leave it out, or use a stack with feed-forwards.',
+        inert=True,
+    ),
+    Rule(
         ('looped', 'pre_and_post_norm'),
         lambda flags, dim: flags.looped and not flags.pre_and_post_norm,
         'only a normed output can go in again',

@@ -51,6 +51,12 @@ def read_condition(
     return wide
 
 
+def of_tokens(condition: Float[Tensor, 'b #n c'], new: int) -> Float[Tensor, 'b #m c']:
+    """The part about the newest ``new`` tokens, which is the last: it covers tokens of the call, never those of a cache."""
+    length = condition.shape[1]
+    return condition if length in (1, new) else condition.narrow(1, length - new, new)
+
+
 def of_memories(condition: Float[Tensor, 'b #n c'], mems: int) -> Float[Tensor, 'b #m c']:
     """The part about ``mems`` memories: a condition is one for all, or begins with theirs."""
     return condition if condition.shape[1] == 1 else condition[:, :mems]

@@ -19,7 +19,7 @@ from x_transformers.layers.checks import (
     check_steps,
     runs_causally,
 )
-from x_transformers.layers.condition import of_memories, read_condition
+from x_transformers.layers.condition import of_memories, of_tokens, read_condition
 from x_transformers.layers.external import external_keys
 from x_transformers.layers.positions import (
     cross_positions,
@@ -89,7 +89,7 @@ def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> 
         cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals),
         packed=packed(given.flash_pack_seq_kwargs, runs_causally(stack, given)),
         cross_packed=packed(given.flash_pack_seq_context_kwargs, False),
-        condition=None if condition is None else span.newest(condition),
+        condition=None if condition is None else of_tokens(condition, span.new),
         mem_condition=None if condition is None or not normed_mems else of_memories(condition, normed_mems),
         injected=injection(x, in_attn_condition(given, span), stack.reinject_input_proj, stack.learned_reinject_input_gate),
         deep_table=given.deep_embeds_and_ids[0] if given.deep_embeds_and_ids else None,
