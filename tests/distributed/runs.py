@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tempfile
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from tests.distributed.equality import WORLD, free_port, whole
+from tests.two_processes import WORLD, attempt_all, whole
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.distributed.engine import MeshEngine
-from x_transformers.distributed.mesh import Degrees, World, start, stop
+from x_transformers.distributed.mesh import Degrees, World, start
 from x_transformers.distributed.parallelize import Filling
-from x_transformers.randomness import decide_alike
 from x_transformers.training.checkpoint import find_checkpoints, load_checkpoint
 from x_transformers.training.engine import Engine
 from x_transformers.training.errors import CheckpointError
@@ -219,41 +214,22 @@ CASES: dict[str, Callable[[Worlds, Path], None]] = {
 }  # fmt: skip
 
 
-@contextmanager
-def started(rank: int, port: int) -> Iterator[Worlds]:
-    os.environ.update(
-        MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD)
-    )
-    torch.set_num_threads(1)
-    warnings.filterwarnings('ignore')
-    yield {name: start(degrees, 'cpu') for name, degrees in GRIDS.items()}
-    stop()
+@cache
+def worlds() -> Worlds:
+    return {name: start(degrees, 'cpu') for name, degrees in GRIDS.items()}
 
 
-def worker(rank: int, port: int, names: list[str], folder: str) -> None:
-    failed = []
-    with started(rank, port) as worlds:
-        for name in names:
-            place = Path(folder) / name
-            for kind in (*worlds, f'alone-{rank}'):
-                (place / kind).mkdir(parents=True, exist_ok=True)
-            try:
-                CASES[name](worlds, place)
-                problem = ''
-            except Exception:
-                problem = f'{name}: {traceback.format_exc()[-1500:]}'
-            decide_alike(None)
-            problems: list[Any] = [None] * WORLD
-            dist.all_gather_object(problems, problem)
-            failed += [each for each in problems if each][:1]
-    if rank == 0:
-        (Path(folder) / 'found').write_text('\n'.join(failed), encoding='utf-8')
+def attempt(folder: Path, name: str) -> None:
+    for kind in (*GRIDS, f'alone-{dist.get_rank()}'):
+        (folder / name / kind).mkdir(parents=True, exist_ok=True)
+    CASES[name](worlds(), folder / name)
 
 
 def run(names: list[str], folder: Path) -> str:
     """What failed."""
-    mp.spawn(worker, (free_port(), names, str(folder)), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    return (folder / 'found').read_text(encoding='utf-8')
+    done, failed = attempt_all(partial(attempt, folder), names)
+    assert done == len(names)
+    return '\n'.join(failed)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.equality import free_port
+from tests.two_processes import free_port
 
 pytestmark = [
     pytest.mark.deep,

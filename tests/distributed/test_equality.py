@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.distributed.equality import MODES, run
+from tests.distributed.equality import MODES, attempt
 from tests.laws.combination import draw, rotated
+from tests.two_processes import attempt_all, with_modes
 from x_transformers.distributed.mesh import Degrees, MeshError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without torch.distributed')
@@ -17,26 +16,26 @@ SOME = ['decoder+layer_dropout', 'encoder+attn_pool', 'decoder+tied', 'decoder+s
 
 
 @pytest.mark.slow
-def test_some_are_equal(tmp_path: Path) -> None:
+def test_some_are_equal() -> None:
     cases = [*SOME, *(str(case) for case in draw(4, seed=0))]
     modes = ['copies', 'shards+full', 'hybrid']
-    done, failed = run(cases, modes, str(tmp_path / 'found'))
+    done, failed = attempt_all(attempt, with_modes(cases, modes))
     assert not failed, '\n'.join(failed)
     assert done == len(cases) * len(modes)
 
 
 @pytest.mark.deep
-def test_every_flag_is_equal(tmp_path: Path) -> None:
+def test_every_flag_is_equal() -> None:
     cases = [str(case) for case in rotated()]
-    done, failed = run(cases, list(MODES), str(tmp_path / 'found'))
+    done, failed = attempt_all(attempt, with_modes(cases, list(MODES)))
     assert not failed, '\n'.join(failed)
     assert done == len(cases) * len(MODES)
 
 
 @pytest.mark.deep
-def test_random_combinations_are_equal(tmp_path: Path) -> None:
+def test_random_combinations_are_equal() -> None:
     cases = [str(case) for case in draw(60, seed=1)]
-    done, failed = run(cases, ['copies', 'shards', 'shards+every'], str(tmp_path / 'found'))
+    done, failed = attempt_all(attempt, with_modes(cases, ['copies', 'shards', 'shards+every']))
     assert not failed, '\n'.join(failed)
     assert done == 3 * len(cases)
 

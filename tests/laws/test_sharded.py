@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.laws.combination import rotated
-from tests.laws.sharded import run
+from tests.laws.sharded import attempt
+from tests.two_processes import attempt_all, with_modes
 
 SOME = ['kv_heads', 'streams', 't5', 'residual_attn', 'lime', 'layer_dropout', 'deep_embed', 'dynamic_tanh', 'tied', 'sink']
 
@@ -16,15 +15,15 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='to
 
 
 @pytest.mark.slow
-def test_layers_are_sharded(tmp_path: Path) -> None:
-    done, failed = run([f'decoder+{name}' for name in SOME], ['layers', 'layers+again'], str(tmp_path / 'found'))
+def test_layers_are_sharded() -> None:
+    done, failed = attempt_all(attempt, with_modes([f'decoder+{name}' for name in SOME], ['layers', 'layers+again']))
     assert not failed, '\n'.join(failed)
     assert done == 2 * len(SOME)
 
 
 @pytest.mark.deep
-def test_every_flag_is_sharded(tmp_path: Path) -> None:
+def test_every_flag_is_sharded() -> None:
     cases = [str(case) for case in rotated()]
-    done, failed = run(cases, ['root', 'layers', 'layers+again'], str(tmp_path / 'found'))
+    done, failed = attempt_all(attempt, with_modes(cases, ['root', 'layers', 'layers+again']))
     assert not failed, '\n'.join(failed)
     assert done == 3 * len(cases)
