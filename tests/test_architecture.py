@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,51 @@ def test_files_that_are_named_exist() -> None:
     missing = [name for name in named if not any(path == name or path.endswith(f'/{name}') for path in known)]
     assert len(named) > 40
     assert not missing
+
+
+# ---------------------------------------------------------------- who imports whom
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def imported(tree: ast.AST, known: set[str]) -> Iterator[str]:
+    """The modules in ``known`` that a file imports: when it is loaded, in a function, or for types alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, 'imports are absolute here'
+            names = [f'{node.module}.{name.name}' for name in node.names]
+            yield from (name if name in known else node.module for name in names if {name, node.module} & known)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in known)
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one circle, or nothing."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    paths = {module_of(path): path for path in PACKAGE.rglob('*.py')}
+    # the package itself is a table of names, looked up when somebody asks for one
+    del paths['x_transformers']
+    imports = {name: set(imported(ast.parse(path.read_text(encoding='utf-8')), set(paths))) for name, path in paths.items()}
+    assert sum(map(len, imports.values())) > 900
+    found = circle(imports)
+    assert not found, f'{" -> ".join(found)}: move what both need into a module below them'
+
+
+def test_a_circle_is_found_wherever_the_import_stands() -> None:
+    known = {'a', 'b', 'c'}
+    deferred = 'def f():\n    from b import x\n'
+    typed = 'if TYPE_CHECKING:\n    import c\n'
+    files = {'a': deferred, 'b': typed, 'c': 'from a import y\n'}
+    imports = {name: set(imported(ast.parse(text), known)) for name, text in files.items()}
+    assert set(circle(imports)) == known
+    assert not circle(imports | {'c': set()})

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from atlas import FOLDER, PLAN, RESULTS, ROOT, read_results
 
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome
+from x_transformers.evidence.findings import number, probability, signed, verdict_words
 from x_transformers.evidence.plan import question, read_plan
-from x_transformers.evidence.report import number, probability, signed, verdict_words
 from x_transformers.evidence.runs import Job
 
 PAGE, PICTURE = ROOT / 'docs/atlas.md', ROOT / 'docs/assets/atlas.svg'

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from x_transformers.saving.made import Made
+
 
 def reset_parameters(module: nn.Module) -> None:
     """Fill a module and everything below it, whoever wrote it."""
@@ -78,7 +80,7 @@ class Modes:
 modes = Modes()
 
 
-class Module(nn.Module):
+class Module(Made):
     """A module whose ``reset_parameters`` fills everything below it, in any order and any number of times.
 
     A subclass with parameters or buffers of its own creates them with ``torch.empty``, fills them in ``init_own`` and calls
@@ -86,23 +88,10 @@ class Module(nn.Module):
     a class that knows it (``ConstantLinear``). Hence ``to_empty(device=...)``, then ``reset_parameters()``, gives a new model.
     """
 
-    made_with: tuple[tuple[Any, ...], dict[str, Any]]
-    # the config of the published model that the weights came from
-    hf_config: dict[str, Any] | None = None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        self = super().__new__(cls)
-        # in the dictionary, as nn.Module's own __setattr__ needs its constructor to have run
-        self.__dict__['made_with'] = (args, kwargs)
-        return self
-
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         modes.asked(self, mode)
         return self
-
-    def init_own(self) -> None:
-        """Fill the parameters and buffers that this very module owns."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -139,7 +128,7 @@ class Module(nn.Module):
         """Upload what ``save_pretrained`` writes, by ``huggingface_hub``; ``keywords`` are those of its ``ModelHubMixin``."""
         from x_transformers.saving.hub import push
 
-        return push(self, repo_id, **keywords)
+        return push(self, self.save_pretrained, repo_id, **keywords)
 
 
 class ExactBuffers(Module):

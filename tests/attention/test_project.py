@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from x_transformers.attention.attention import Attention
-from x_transformers.attention.project import merge_heads, remember, split_heads, unrotated
+from x_transformers.attention.project import merge_heads, remember, split_heads
 from x_transformers.cache.kv_cache import LayerCache
-from x_transformers.position.positions import RotaryPositions
+from x_transformers.position.positions import RotaryPositions, unrotated
 
 B, N, D = 2, 7, 12
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.cli.test_main import metrics, sentence_of
 from x_transformers.cli.main import main
-from x_transformers.training.checkpoint import read_weights
+from x_transformers.training.files import read_weights
 from x_transformers.training.run import load_run, tokenizer_of
 
 SMALL = [

@@ -20,9 +20,10 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, World, start
 from x_transformers.distributed.parallelize import Filling
-from x_transformers.training.checkpoint import find_checkpoints, load_checkpoint
+from x_transformers.training.checkpoint import load_checkpoint
 from x_transformers.training.engine import Engine
 from x_transformers.training.errors import CheckpointError
+from x_transformers.training.files import find_checkpoints
 from x_transformers.training.options import TrainerOptions
 from x_transformers.training.trainer import Trainer
 

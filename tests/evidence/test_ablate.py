@@ -13,9 +13,10 @@ from x_transformers.cli import ablate as command
 from x_transformers.cli.main import main
 from x_transformers.evidence import Task, ablate
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
+from x_transformers.evidence.findings import verdict_words
 from x_transformers.evidence.page import forest, ticks
 from x_transformers.evidence.plan import arm_of, pairs_of, question, read_plan, split_words, value_of
-from x_transformers.evidence.report import Report, make_report, verdict_words
+from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Settings, TaskName
 from x_transformers.evidence.statistics import compare
 from x_transformers.evidence.suites import SUITES

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from x_transformers.training import checkpoint
-from x_transformers.training.checkpoint import (
-    STATE,
-    WEIGHTS,
-    find_checkpoints,
-    load_checkpoint,
-    read_weights,
-    save_checkpoint,
-    write_atomically,
-)
+from x_transformers.training.checkpoint import load_checkpoint, save_checkpoint
 from x_transformers.training.errors import CheckpointError
+from x_transformers.training.files import STATE, WEIGHTS, find_checkpoints, read_weights, write_atomically
 
 
 def save(run, step):

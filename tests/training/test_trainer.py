@@ -12,10 +12,10 @@ from torch import nn
 
 from tests.training.tiny import make_run, resumed
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-from x_transformers.training.checkpoint import BEST, WEIGHTS, find_checkpoints, read_weights
 from x_transformers.training.data import sample_batch
 from x_transformers.training.ema import AveragedWeights
 from x_transformers.training.errors import CheckpointError, TrainingError
+from x_transformers.training.files import BEST, WEIGHTS, find_checkpoints, read_weights
 from x_transformers.training.options import TrainerOptions
 from x_transformers.training.report import METRICS
 from x_transformers.training.trainer import Callback, Interrupted, Trainer

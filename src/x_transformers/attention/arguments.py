@@ -13,7 +13,7 @@ from x_transformers.attention.mask import Mask, PackedSequences
 from x_transformers.attention.project import held_rows
 
 if TYPE_CHECKING:
-    from x_transformers.attention.attention import Attention
+    from x_transformers.attention.parts import AttentionParts
     from x_transformers.cache.kv_cache import LayerCache
     from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions
@@ -59,7 +59,7 @@ def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tu
 # ---------------------------------------------------------------- tokens
 
 
-def check_tokens(attn: Attention, x: Tensor, given: Keywords) -> tuple[int, int, int]:
+def check_tokens(attn: AttentionParts, x: Tensor, given: Keywords) -> tuple[int, int, int]:
     """(batch, queries, own keys without memories and past)."""
     context, mem, shift = given['context'], given['mem'], given['kv_input_residual']
     if attn.separate_views:
@@ -85,7 +85,7 @@ def check_tokens(attn: Attention, x: Tensor, given: Keywords) -> tuple[int, int,
     return batch, queries, keys
 
 
-def check_context(attn: Attention, context: Any, batch: int) -> None:
+def check_context(attn: AttentionParts, context: Any, batch: int) -> None:
     shaped('context', context, batch, None, attn.dim_context, says='(batch, tokens, dim_context)')
     numbers('context', context)
     for flag in ('data_dependent_alibi', 'orthog_projected_values', 'orthog_projected_values_per_head'):
@@ -134,7 +134,7 @@ def rows_to_keep(given: Keywords, batch: int, queries: int, past: int) -> Tensor
     return mask
 
 
-def whole_mask(attn: Attention, given: Keywords, sizes: tuple[int, int, int], mems: int, past: int) -> Mask:
+def whole_mask(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], mems: int, past: int) -> Mask:
     batch, queries, keys = sizes
     own = mems + past + keys
     dense = given['attn_mask']
@@ -144,7 +144,7 @@ def whole_mask(attn: Attention, given: Keywords, sizes: tuple[int, int, int], me
     return Mask(keys=key_mask(given, batch, mems, past, keys), dense=dense)
 
 
-def front_columns(attn: Attention, given: Keywords) -> int:
+def front_columns(attn: AttentionParts, given: Keywords) -> int:
     extra = given['additional_key_values']
     return attn.num_mem_kv + (0 if extra is None else int(extra[0].shape[-2]))
 
@@ -152,7 +152,7 @@ def front_columns(attn: Attention, given: Keywords) -> int:
 # ---------------------------------------------------------------- positions
 
 
-def placed(attn: Attention, given: Keywords) -> Positions | None:
+def placed(attn: AttentionParts, given: Keywords) -> Positions | None:
     rotary, context_rotary, polar = (given[name] for name in ('rotary_pos_emb', 'context_rotary_pos_emb', 'polar_pos_emb'))
     if rotary is not None and polar is not None:
         raise ValueError('rotary_pos_emb and polar_pos_emb exclude each other')
@@ -174,7 +174,7 @@ def placed(attn: Attention, given: Keywords) -> Positions | None:
     return RotaryPositions(freqs, scale, context_rotary)
 
 
-def bias_of(attn: Attention, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
+def bias_of(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
     rel_pos, attn_bias, pos = given['rel_pos'], given['attn_bias'], given['pos']
     if rel_pos is not None and attn_bias is not None:
         raise ValueError('rel_pos and attn_bias exclude each other: both are added to the scores; add them up yourself')
@@ -195,7 +195,7 @@ def bias_of(attn: Attention, given: Keywords, sizes: tuple[int, int, int], own: 
 # ---------------------------------------------------------------- other layers and models
 
 
-def extra_keys(attn: Attention, given: Keywords, batch: int) -> ExtraKeys | None:
+def extra_keys(attn: AttentionParts, given: Keywords, batch: int) -> ExtraKeys | None:
     pair, mask = given['additional_key_values'], given['additional_key_value_mask']
     if pair is None:
         if mask is not None:
@@ -223,7 +223,7 @@ def extra_keys(attn: Attention, given: Keywords, batch: int) -> ExtraKeys | None
     return ExtraKeys(keys, values, mask)
 
 
-def deltas(attn: Attention, given: Keywords, sizes: tuple[int, int, int], mems: int, own: int) -> Deltas:
+def deltas(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], mems: int, own: int) -> Deltas:
     """What is added to projections, heads and weights, in whole and in the right shape."""
     batch, queries, keys = sizes
     front = front_columns(attn, given)
@@ -247,7 +247,7 @@ def deltas(attn: Attention, given: Keywords, sizes: tuple[int, int, int], mems: 
     return Deltas(given['q_delta'], given['k_delta'], given['v_delta'], given['o_delta'], weights)
 
 
-def check_causal(attn: Attention, causal: Any) -> None:
+def check_causal(attn: AttentionParts, causal: Any) -> None:
     if causal is None:
         return
     if not isinstance(causal, bool):
@@ -259,7 +259,7 @@ def check_causal(attn: Attention, causal: Any) -> None:
         )
 
 
-def past_of(attn: Attention, given: Keywords) -> LayerCache | None:
+def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
     """A cache to write into: a fork of the given one, or a new one if it will be handed out."""
     from x_transformers.cache.kv_cache import LayerCache
 
@@ -284,7 +284,7 @@ def past_of(attn: Attention, given: Keywords) -> LayerCache | None:
     return past
 
 
-def branch_inputs(attn: Attention, x: Tensor, *, return_intermediates: bool, **given: Any) -> BranchInputs:
+def branch_inputs(attn: AttentionParts, x: Tensor, *, return_intermediates: bool, **given: Any) -> BranchInputs:
     """What surrounds an attention, from the keywords of ``Attention.forward``."""
     given['return_intermediates'] = return_intermediates
     check_causal(attn, given['causal'])

@@ -17,7 +17,8 @@ from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.hybrid import mix_hybrid, run_module, shown
 from x_transformers.attention.inputs import BranchInputs, Intermediates
 from x_transformers.attention.maps import Maps
-from x_transformers.attention.project import Seen, added, merge_heads, split_heads
+from x_transformers.attention.parts import Seen
+from x_transformers.attention.project import added, merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
 from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values

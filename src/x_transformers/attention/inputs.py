@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from x_transformers.attention.mask import Mask
-from x_transformers.attention.project import unrotated
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
@@ -204,4 +203,6 @@ def cached_keys(cache: LayerCache) -> CachedKeys | None:
         return None
     if angles is None:
         return keys, values
+    from x_transformers.position.positions import unrotated
+
     return unrotated(keys, angles, cache.carry.get('rotated_heads'), cache.carry.get('rotary_form')), values

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.project import KeysValues, Seen, held_rows, remember, split_heads
+from x_transformers.attention.project import KeysValues, held_rows, remember, split_heads
 
 if TYPE_CHECKING:
-    from x_transformers.attention.attention import Attention
     from x_transformers.attention.inputs import BranchInputs
+    from x_transformers.attention.parts import AttentionParts, Seen
     from x_transformers.cache.kv_cache import LayerCache
 
 
-def keys_values(attn: Attention, seen: Seen, given: BranchInputs) -> KeysValues:
+def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysValues:
     """Keys and values through the latent, in the order memories, past, new."""
     cross = given.context is not None
     past = given.past
@@ -46,7 +46,7 @@ def keys_values(attn: Attention, seen: Seen, given: BranchInputs) -> KeysValues:
 
 
 def placed(
-    attn: Attention, z: Tensor, k_rope: Tensor | None, values: Tensor | None, own: Tensor | None, given: BranchInputs
+    attn: AttentionParts, z: Tensor, k_rope: Tensor | None, values: Tensor | None, own: Tensor | None, given: BranchInputs
 ) -> KeysValues:
     """Key heads from the latent with the rotated heads behind them; values, unless they are known, from the latent too."""
     keys = [] if k_rope is None else [k_rope]

@@ -7,23 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from x_transformers.attention.parts import AttentionParts, Seen
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
-    from x_transformers.attention.attention import Attention
     from x_transformers.attention.inputs import BranchInputs
     from x_transformers.cache.kv_cache import LayerCache
     from x_transformers.position.positions import Positions, RotaryPositions
-
-
-class Seen(NamedTuple):
-    """The tokens that each projection reads. ``keys`` and ``values`` have the memories in front, ``mems`` of them."""
-
-    x: Float[Tensor, 'b n d']
-    queries: Float[Tensor, 'b n c']
-    keys: Float[Tensor, 'b m c']
-    values: Float[Tensor, 'b m c']
-    mems: int
 
 
 class KeysValues(NamedTuple):
@@ -51,7 +41,7 @@ def with_memories(t: Tensor, mem: Tensor | None) -> Tensor:
     return t if mem is None else torch.cat((mem.to(t.dtype), t), dim=-2)
 
 
-def gather(attn: Attention, x: Tensor, given: BranchInputs) -> Seen:
+def gather(attn: AttentionParts, x: Tensor, given: BranchInputs) -> Seen:
     """Who reads what: separate views or one input, the context, the shift of keys and values, memories in front."""
     if attn.separate_views:
         queries, keys, values = x.unbind(0)
@@ -89,7 +79,7 @@ def held_rows(past: LayerCache | None, name: str) -> int:
     return 0 if held is None else held.shape[-2]
 
 
-def keys_values(attn: Attention, seen: Seen, given: BranchInputs) -> KeysValues:
+def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysValues:
     """Keys and values straight from the tokens."""
     cross = given.context is not None
     if cross and held_rows(given.past, 'k'):
@@ -107,7 +97,7 @@ def keys_values(attn: Attention, seen: Seen, given: BranchInputs) -> KeysValues:
     return KeysValues(k, v, own)
 
 
-def cross_from_cache(attn: Attention, given: BranchInputs) -> KeysValues:
+def cross_from_cache(attn: AttentionParts, given: BranchInputs) -> KeysValues:
     """A context's keys and values do not change: those of the first step are taken."""
     past = cast('LayerCache', given.past)
     k, v = cast(Tensor, past.get('k')), cast(Tensor, past.get('v'))
@@ -132,7 +122,7 @@ def keeps_placed(positions: Positions | None, past: LayerCache | None, cross: bo
     return begun_placed or past.get('k') is None
 
 
-def place_and_remember(attn: Attention, k: Tensor, v: Tensor, mems: int, given: BranchInputs) -> tuple[Tensor, ...]:
+def place_and_remember(attn: AttentionParts, k: Tensor, v: Tensor, mems: int, given: BranchInputs) -> tuple[Tensor, ...]:
     """Rotate memories and new keys, append the new ones. Their angles are kept, so that the rotation can be undone."""
     past, positions = cast('LayerCache', given.past), cast('RotaryPositions', given.positions)
     new = k.shape[-2] - mems
@@ -149,16 +139,3 @@ def place_and_remember(attn: Attention, k: Tensor, v: Tensor, mems: int, given: 
         past.carry['rotary_form'] = positions.form
     past.extend(angles=positions.key_angles(new).expand(k.shape[0], -1, -1))
     return remember(past, mems, False, k=k, v=v)
-
-
-def unrotated(
-    k: Float[Tensor, 'b kh n d'],
-    angles: Float[Tensor, 'b n p'],
-    heads: int | None,
-    form: tuple[str, float] | None = None,
-) -> Float[Tensor, 'b kh n d']:
-    """Keys as they were before their last ``heads`` heads were rotated; ``form`` as in ``RotaryPositions.form``."""
-    from x_transformers.position.positions import RotaryTable
-
-    layout, factor = form or ('interleaved', 1.0)
-    return RotaryTable(angles, factor, layout).rotated(k, heads, back=True)

@@ -12,7 +12,7 @@ from x_transformers.module import spread_as
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
-    from x_transformers.attention.attention import Attention
+    from x_transformers.attention.parts import AttentionParts
 
 
 def score_factors(scores: Float[Tensor, 'b h i j'], tau: float) -> Float[Tensor, 'h']:
@@ -34,7 +34,7 @@ def scale_rows_(weight: Tensor, factors: Float[Tensor, 'h']) -> None:
         weight.mul_(spread_as(rows.unsqueeze(-1).expand(weight.shape), weight))
 
 
-def clip_queries_and_keys_(attn: Attention, scores: Float[Tensor, 'b h i j'] | Intermediates, tau: float) -> None:
+def clip_queries_and_keys_(attn: AttentionParts, scores: Float[Tensor, 'b h i j'] | Intermediates, tau: float) -> None:
     if isinstance(scores, Intermediates):
         given = scores.pre_softmax_attn
         if given is None:

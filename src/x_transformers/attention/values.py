@@ -12,14 +12,13 @@ from x_transformers.helpers import log, single, softclamp
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
-    from x_transformers.attention.attention import Attention
     from x_transformers.attention.inputs import BranchInputs
-    from x_transformers.attention.project import Seen
+    from x_transformers.attention.parts import AttentionParts, Seen
 
 # ---------------------------------------------------------------- value residual
 
 
-def mix_tokens(attn: Attention, seen: Seen, given: BranchInputs) -> Tensor:
+def mix_tokens(attn: AttentionParts, seen: Seen, given: BranchInputs) -> Tensor:
     """The tokens that decide how much of their own values is kept: those that the values belong to, as queries are read."""
     if given.context is not None:
         if attn.to_latent_q is None or attn.dim_context != attn.dim:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
+from typing import Any, Protocol, TypeAlias, Union, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +13,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from x_transformers.cache.tape import FixedTape, Tape
 from x_transformers.tensor_types import Bool, Float, Int
 
-if TYPE_CHECKING:
-    from x_transformers.cache.intermediates import LayerIntermediates
 
-Cache: TypeAlias = Union['KVCache', 'LayerIntermediates', None]
+class HoldsCache(Protocol):
+    """What ``cache=`` takes beside a ``KVCache``: what an earlier call has reported, ``LayerIntermediates``."""
+
+    @property
+    def kv_cache(self) -> KVCache | None: ...
+    @property
+    def cache_length(self) -> int: ...
+    @property
+    def attn_intermediates(self) -> Sequence[Any] | None: ...
+
+
+Cache: TypeAlias = Union['KVCache', HoldsCache, None]
 
 
 class Cursor:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Question, folder_name
+from x_transformers.evidence.findings import signed
 from x_transformers.evidence.plan import arm_of, noise_arms, pairs_of, question, read_plan
-from x_transformers.evidence.report import Report, make_report, signed
+from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Job, Run
 from x_transformers.evidence.statistics import scipy_stats
 from x_transformers.evidence.tasks import TASKS

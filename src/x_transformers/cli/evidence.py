@@ -13,8 +13,8 @@ from typing import Any
 
 from x_transformers.cli.ablate import Live, at_least, seconds_of
 from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Question
+from x_transformers.evidence.findings import number
 from x_transformers.evidence.plan import question
-from x_transformers.evidence.report import number
 from x_transformers.evidence.runs import write_text
 from x_transformers.evidence.statistics import t_quantile
 from x_transformers.evidence.suites import SUITES, Suite

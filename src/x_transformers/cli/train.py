@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from x_transformers.cli.bar import Bar
+from x_transformers.cli.ending import stopped, written
 from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import FlagError
@@ -21,8 +19,7 @@ from x_transformers.training.build import QUICKSTART
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import TrainOptions
-from x_transformers.training.report import Comparison
-from x_transformers.training.run import Run, begin, finish, prepare
+from x_transformers.training.run import begin, finish, prepare
 from x_transformers.training.trainer import Interrupted
 
 AXES = ('tensor', 'context', 'pipeline')
@@ -119,30 +116,6 @@ def train_alone(asked: Parsed) -> int:
     return 0
 
 
-def written(run: Run, comparison: Comparison) -> None:
-    """Say where everything is."""
-    print(f'written to {run.options.run_dir}')
-    if run.options.json:
-        loss = run.trainer.history.losses[-1] if run.trainer.history.steps else None
-        result = {'run': str(run.folder), 'step': run.trainer.step, 'loss': loss, 'tokens': run.trainer.tokens}
-        print(json.dumps(result | {'seconds': round(run.trainer.seconds, 3)} | dataclasses.asdict(comparison)))
-
-
 def with_long_name(argument: str) -> str:
     """``--from`` is ``--from-run``: the short name cannot be that of a field."""
     return '--from-run' + argument.removeprefix('--from') if argument.partition('=')[0] == '--from' else argument
-
-
-def stopped(stop: Interrupted, options: TrainOptions) -> int:
-    """Say that everything is saved; the exit status."""
-    name = signal.Signals(stop.signal_number).name
-    print(
-        f'stopped by {name} after step {stop.step} of {options.steps}; everything is saved, continue with: '
-        f'x-transformers train --run-dir {options.run_dir} --resume',
-        file=sys.stderr,
-    )
-    if options.json:
-        print(json.dumps({'run': options.run_dir, 'step': stop.step, 'stopped_by': name}))
-    if stop.signal_number == signal.SIGTERM and options.exit_on_term is not None:
-        return options.exit_on_term
-    return 128 + stop.signal_number

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from x_transformers.distributed.mesh import World
-from x_transformers.training import checkpoint as files
+from x_transformers.training import files
 from x_transformers.training.errors import CheckpointError
 
 PARTS = '.metadata'  # the file by which such a checkpoint is known
@@ -58,15 +58,15 @@ class DistributedCheckpoints:
             more = {files.STATE: buffer.getvalue(), files.EXPORT: files.weights_as_bytes(for_use)}
             manifest = {name: entry for each in digests for name, entry in each.items()}
             for name, data in more.items():
-                files._write(temporary / name, data)
-                manifest[name] = {'bytes': len(data), 'blake2b': files._digest(data)}
-            files._write(temporary / files.MANIFEST, json.dumps({'step': step, 'files': manifest}, indent=2).encode())
-            files._sync_folder(temporary)
-            files._remove(target)
+                files.write_synced(temporary / name, data)
+                manifest[name] = {'bytes': len(data), 'blake2b': files.digest(data)}
+            files.write_synced(temporary / files.MANIFEST, json.dumps({'step': step, 'files': manifest}, indent=2).encode())
+            files.sync_folder(temporary)
+            files.remove(target)
             os.rename(temporary, target)
-            files._sync_folder(self.run)
+            files.sync_folder(self.run)
             for older in files.find_checkpoints(self.run)[: -self.keep]:
-                files._remove(older)
+                files.remove(older)
             files.write_atomically(self.run / files.WEIGHTS, more[files.EXPORT])
 
         self.alike(finish, 'cannot be written', main_only=True)
@@ -103,7 +103,7 @@ class DistributedCheckpoints:
 
 
 def make_empty(folder: Path) -> None:
-    files._remove(folder)
+    files.remove(folder)
     folder.mkdir()
 
 

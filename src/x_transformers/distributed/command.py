@@ -73,7 +73,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
         held.enter_context(locked(Path(options.run_dir), create=not options.resume))
         return begin(asked.flags, options, typed=asked.typed, typed_flags=asked.typed_flags)
 
-    from x_transformers.cli.train import stopped, written
+    from x_transformers.cli.ending import stopped, written
 
     check_alike(world, asked)
     config = of_main(world, open_folder)

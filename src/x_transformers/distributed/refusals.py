@@ -6,12 +6,11 @@ Everything that is not refused here gives the loss and the gradients of one proc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from x_transformers.distributed.mesh import Degrees
+from x_transformers.distributed.degrees import Degrees, MeshError
 
 # whole kinds: each is refused under every flag
 NOT_BUILT = {
@@ -64,8 +63,6 @@ def check(
 
     Errors: ``MeshError``.
     """
-    from x_transformers.distributed.mesh import MeshError
-
     found = option_refusals(degrees, compile=compile, offload=offload, checkpoint=checkpoint)
     if precision is not None and shard == 'none':
         found.append('precision must be None for copies, got bf16: their weights stay as they are. Use autocast, or shard.')

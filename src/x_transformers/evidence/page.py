@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from x_transformers.evidence.experiment import Outcome
-from x_transformers.evidence.report import Report, confidence_band, number, probability, signed, verdict_words
+from x_transformers.evidence.findings import Findings, confidence_band, number, probability, signed, verdict_words
 from x_transformers.training.errors import TrainingError
 
 CLASSES = {'helps': 'helps', 'hurts': 'hurts', 'no difference': 'same', 'not resolved': 'open', 'failed': 'failed'}
@@ -96,7 +96,7 @@ cares (δ).</figcaption></figure>
 """
 
 
-def render(report: Report) -> str:
+def render(report: Findings) -> str:
     try:
         from jinja2 import Environment
     except ImportError as error:
@@ -115,14 +115,14 @@ def render(report: Report) -> str:
     )
 
 
-def default_title(report: Report) -> str:
+def default_title(report: Findings) -> str:
     ideas = list(dict.fromkeys(outcome.idea for outcome in report.outcomes))
     shown = ', '.join(ideas) if len(ideas) <= 4 else f'{len(ideas)} ideas'
     verb = 'Does' if len(ideas) == 1 else 'Do'
     return f'{verb} {shown} help on {", ".join(report.tasks())}?'
 
 
-def task_values(report: Report, task: str) -> dict[str, Any]:
+def task_values(report: Findings, task: str) -> dict[str, Any]:
     these = [outcome for outcome in report.outcomes if outcome.task == task]
     return {
         'name': task,
@@ -243,7 +243,7 @@ def frame(
     return x, y, parts
 
 
-def curves(report: Report, task: str, outcomes: Sequence[Outcome]) -> str:
+def curves(report: Findings, task: str, outcomes: Sequence[Outcome]) -> str:
     drawn = sorted((o for o in outcomes if o.curves), key=lambda o: -abs(o.comparison.mean) if o.comparison else 0.0)
     lines = [('baseline', confidence_band(report.baseline_curves.get(task, [])))]
     lines += [(outcome.idea, confidence_band(outcome.curves)) for outcome in drawn[:CURVES]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from x_transformers.evidence.report import Report, confidence_band
+from x_transformers.evidence.findings import Findings, confidence_band
 from x_transformers.training.errors import TrainingError
 
 # for readers who do not tell red from green
@@ -36,7 +36,7 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
-def draw_forest(report: Report, path: Path) -> Path:
+def draw_forest(report: Findings, path: Path) -> Path:
     """Differences with their intervals, one panel per task; to the right is better."""
     plt, tasks = pyplot(), report.tasks()
     tallest = max(sum(outcome.task == task for outcome in report.outcomes) for task in tasks)
@@ -69,7 +69,7 @@ def draw_forest(report: Report, path: Path) -> Path:
         plt.close(figure)
 
 
-def draw_curves(report: Report, path: Path, most: int = 8) -> Path:
+def draw_curves(report: Findings, path: Path, most: int = 8) -> Path:
     """The metric over steps: mean of the seeds, with a band from the lowest to the highest; the ideas that differ most."""
     plt, tasks = pyplot(), report.tasks()
     columns = min(2, len(tasks))
@@ -101,5 +101,5 @@ def draw_curves(report: Report, path: Path, most: int = 8) -> Path:
         plt.close(figure)
 
 
-def report_metric(report: Report, task: str) -> str:
+def report_metric(report: Findings, task: str) -> str:
     return next(outcome.metric for outcome in report.outcomes if outcome.task == task)

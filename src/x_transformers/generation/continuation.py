@@ -195,7 +195,7 @@ def refusals(net: nn.Module) -> list[str]:
 def _refusals(net: nn.Module) -> Iterator[str]:
     from x_transformers.attention.attention import Attention
     from x_transformers.attention.hybrid import works_by_token
-    from x_transformers.generation.decode import reads_new_tokens
+    from x_transformers.generation.keywords import reads_new_tokens
 
     if not reads_new_tokens(net):
         yield f'{type(net).__name__} does not read new tokens alone'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates, with_cache
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.generation.keywords import Keywords
+from x_transformers.generation.keywords import Keywords, reads_new_tokens
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import GenerateError
 from x_transformers.tensor_types import Float, Int
@@ -97,17 +96,6 @@ class Tokens:
 
 def no_program(reasons: Iterable[str]) -> GenerateError:
     return GenerateError(f'compile=True is not available with: {"; ".join(reasons)}. Leave it out.')
-
-
-def reads_new_tokens(net: nn.Module) -> bool:
-    """Whether a net takes new tokens alone, several at a time, and can limit its logits to the last positions.
-
-    It says so by the keywords of its ``forward``, or by an attribute of this name if ``forward`` hands any keyword on.
-    """
-    keywords = inspect.signature(net.forward).parameters
-    hands_on = any(keyword.kind is inspect.Parameter.VAR_KEYWORD for keyword in keywords.values())
-    named = {'input_not_include_cache', 'logits_last'} <= set(keywords)
-    return named or (hands_on and bool(getattr(net, 'reads_new_tokens', False)))
 
 
 class Reader:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from x_transformers.cache.kv_cache import KVCache
@@ -28,6 +29,17 @@ WITH_FRONT = ('condition', 'in_attn_cond', 'self_attn_kv_residuals')
 BATCHED_FROM = {'pos': 2, 'context_pos': 2, 'attn_mask': 4, 'attn_bias': 4}
 # of (b n d) or (layers b n d)
 RESIDUALS = ('self_attn_kv_residuals', 'cross_attn_kv_residuals')
+
+
+def reads_new_tokens(net: nn.Module) -> bool:
+    """Whether a net takes new tokens alone, several at a time, and can limit its logits to the last positions.
+
+    It says so by the keywords of its ``forward``, or by an attribute of this name if ``forward`` hands any keyword on.
+    """
+    keywords = inspect.signature(net.forward).parameters
+    hands_on = any(keyword.kind is inspect.Parameter.VAR_KEYWORD for keyword in keywords.values())
+    named = {'input_not_include_cache', 'logits_last'} <= set(keywords)
+    return named or (hands_on and bool(getattr(net, 'reads_new_tokens', False)))
 
 
 class Keywords:

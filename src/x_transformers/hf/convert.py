@@ -108,7 +108,7 @@ def rules_for(family: Family, config: Mapping[str, Any], plain: Plain, weights: 
 
 
 def checked_sources(
-    folder: Path, model: Module, rules: list[KeyRule], weights: Weights, family: Family, plain: Plain
+    folder: Path, model: nn.Module, rules: list[KeyRule], weights: Weights, family: Family, plain: Plain
 ) -> dict[str, Callable[[], Tensor]]:
     """For each tensor of ours, what makes it. Raises FolderError, before any tensor is read, if names or shapes do not fit."""
     wanted = {name: tuple(t.shape) for name, t in own_tensors(model).items()}
@@ -130,7 +130,7 @@ def checked_sources(
     return sources
 
 
-def own_tensors(model: Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters of a model, those that are shared once."""
     return dict(model.named_parameters())
 
@@ -250,7 +250,7 @@ FREE = re.compile(
 )
 
 
-def flat(model: Module, path: str = '') -> dict[str, Any]:
+def flat(model: nn.Module, path: str = '') -> dict[str, Any]:
     """All flags of a model that are not at their default, and those of the modules in it, by name."""
     flags = getattr(model, 'flags', None)
     found: dict[str, Any] = {f'{path}class': type(model).__name__}

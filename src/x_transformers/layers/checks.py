@@ -19,7 +19,7 @@ from x_transformers.layers.repeat import repeated_steps
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
     from x_transformers.layers.call import Given, Span
-    from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.layers.parts import StackParts
 
 
 def shape_of(value: Any) -> str:
@@ -60,7 +60,7 @@ def check_names(model: Any, names: Iterable[str]) -> None:
 NEED_TOKENS = ('selective', 'hard', 'gumbel_softmax', 'hybrid_module')
 
 
-def check_input(stack: AttentionLayers, x: Any) -> None:
+def check_input(stack: StackParts, x: Any) -> None:
     if not is_float(x, 3) or x.shape[-1] != stack.dim:
         raise ValueError(
             f'x must be (batch, sequence, {stack.dim}) of floating point numbers, but is {shape_of(x)}; '
@@ -73,7 +73,7 @@ def check_input(stack: AttentionLayers, x: Any) -> None:
         )
 
 
-def check_steps(stack: AttentionLayers, order: Sequence[int] | None, repeats: Any = None) -> tuple[Step, ...]:
+def check_steps(stack: StackParts, order: Sequence[int] | None, repeats: Any = None) -> tuple[Step, ...]:
     """The steps of a call, in the caller's order if there is one, or with some blocks repeated."""
     if repeats is not None:
         return repeated_steps(stack.flags, stack.plan, repeats, order)
@@ -123,7 +123,7 @@ def check_mask(name: str, mask: Any, span: Span) -> None:
     check_per_token(name, mask, span)
 
 
-def check_masks(stack: AttentionLayers, given: Given, span: Span) -> None:
+def check_masks(stack: StackParts, given: Given, span: Span) -> None:
     for name in ('mask', 'self_attn_kv_mask'):
         mask = getattr(given, name)
         if mask is not None:
@@ -160,7 +160,7 @@ def check_masks(stack: AttentionLayers, given: Given, span: Span) -> None:
         check_pairs('attn_bias', given.attn_bias, stack, span, external)
 
 
-def check_pairs(name: str, t: Tensor, stack: AttentionLayers, span: Span, external: bool) -> None:
+def check_pairs(name: str, t: Tensor, stack: StackParts, span: Span, external: bool) -> None:
     """Something per pair of query and key: rows of new tokens or of all, columns at least of those rows' tokens."""
     rows, columns = t.shape[-2:]
     heads = ' and '.join(map(str, dict.fromkeys(flags.heads for flags in stack.flags.attentions)))
@@ -179,7 +179,7 @@ def check_pairs(name: str, t: Tensor, stack: AttentionLayers, span: Span, extern
         )
 
 
-def check_context(stack: AttentionLayers, given: Given, batch: int) -> None:
+def check_context(stack: StackParts, given: Given, batch: int) -> None:
     context, crosses = given.context, 'c' in stack.plan.kinds
     if context is None:
         if crosses:
@@ -211,7 +211,7 @@ def check_context(stack: AttentionLayers, given: Given, batch: int) -> None:
         raise ValueError('context_pos was given, but without rotary_pos_emb=True nothing in this stack depends on it')
 
 
-def check_mems(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], batch: int) -> None:
+def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: int) -> None:
     layers = sum(step.kind == 'a' for step in steps)
     for name in ('mems', 'mem_masks'):
         entries = getattr(given, name)
@@ -245,7 +245,7 @@ def check_shifts(name: str, shifts: Any, kind: str, batch: int, length: int, wid
         )
 
 
-def check_deep_embeds(stack: AttentionLayers, pair: Any, span: Span) -> None:
+def check_deep_embeds(stack: StackParts, pair: Any, span: Span) -> None:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError('deep_embeds_and_ids must be a pair: a table (tokens, layers, dim) and token ids (batch, sequence)')
     table, ids = pair
@@ -256,12 +256,12 @@ def check_deep_embeds(stack: AttentionLayers, pair: Any, span: Span) -> None:
     check_per_token('the ids of deep_embeds_and_ids', ids, span)
 
 
-def runs_causally(stack: AttentionLayers, given: Given) -> bool:
+def runs_causally(stack: StackParts, given: Given) -> bool:
     """Whether tokens see none to their right, but for a prefix: as built, or as this call says."""
     return stack.is_causal if given.causal is None else given.causal
 
 
-def check_causal(stack: AttentionLayers, causal: Any) -> None:
+def check_causal(stack: StackParts, causal: Any) -> None:
     if causal is None:
         return
     if not isinstance(causal, bool):
@@ -276,7 +276,7 @@ def check_causal(stack: AttentionLayers, causal: Any) -> None:
         )
 
 
-def check_cache(stack: AttentionLayers, given: Given) -> None:
+def check_cache(stack: StackParts, given: Given) -> None:
     if given.cache is None:
         return
     if not runs_causally(stack, given):
@@ -301,7 +301,7 @@ def check_cache(stack: AttentionLayers, given: Given) -> None:
         check_layers_of_cache(stack, held)
 
 
-def check_layers_of_cache(stack: AttentionLayers, cache: KVCache) -> None:
+def check_layers_of_cache(stack: StackParts, cache: KVCache) -> None:
     """A cache must be of a stack with these layers: one without some of them would be read as if those had seen nothing."""
     kept = {index for index in cache.steps if index >= 0}
     steps = stack.plan.steps()
@@ -316,7 +316,7 @@ def check_layers_of_cache(stack: AttentionLayers, cache: KVCache) -> None:
         )
 
 
-def check_history(stack: AttentionLayers, cache: KVCache, steps: Sequence[Step]) -> None:
+def check_history(stack: StackParts, cache: KVCache, steps: Sequence[Step]) -> None:
     """Whether a cache that this stack has not made has what its branches need of earlier tokens beside keys and values."""
     if cache.cursor is not None:
         return
@@ -333,7 +333,7 @@ def check_history(stack: AttentionLayers, cache: KVCache, steps: Sequence[Step])
         )
 
 
-def check_packing(stack: AttentionLayers, given: Given, batch: int, n: int) -> None:
+def check_packing(stack: StackParts, given: Given, batch: int, n: int) -> None:
     for kwargs, names, part in (
         ('flash_pack_seq_kwargs', ('mask', 'attn_mask', 'self_attn_kv_mask', 'seq_start_pos'), 'attention'),
         ('flash_pack_seq_context_kwargs', ('context_mask',), 'cross_attention'),
@@ -370,7 +370,7 @@ def check_whole(kwargs: str, packed: PackedSequences, queries: int, keys: int) -
         )
 
 
-def check_call(stack: AttentionLayers, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
+def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
     check_causal(stack, given.causal)
     check_masks(stack, given, span)

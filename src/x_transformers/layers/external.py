@@ -16,10 +16,10 @@ from x_transformers.layers.plan import Step
 
 if TYPE_CHECKING:
     from x_transformers.layers.call import Given
-    from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.layers.parts import StackParts
 
 
-def external_keys(stack: AttentionLayers, given: Given, steps: tuple[Step, ...], batch: int) -> tuple[ExtraKeys | None, ...]:
+def external_keys(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: int) -> tuple[ExtraKeys | None, ...]:
     """Keys and values of another model, one entry per executed self attention; fewer go to the top layers."""
     mask = given.additional_kv_mask
     if given.self_attn_additional_kv is None:

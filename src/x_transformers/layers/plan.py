@@ -9,13 +9,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from x_transformers.flags.base import FlagError
 from x_transformers.helpers import exists
 
-if TYPE_CHECKING:
-    from x_transformers.flags.stack import StackFlags
+
+class Layout(Protocol):
+    """The flags that decide the order of layers, as ``StackFlags`` has them."""
+
+    @property
+    def depth(self) -> int | None: ...
+    @property
+    def cross_attend(self) -> bool: ...
+    @property
+    def only_cross(self) -> bool: ...
+    @property
+    def only_attn(self) -> bool: ...
+    @property
+    def macaron(self) -> bool: ...
+    @property
+    def custom_layers(self) -> tuple[str, ...] | None: ...
+    @property
+    def layers_execute_order(self) -> tuple[int, ...] | None: ...
+    @property
+    def weight_tie_layers(self) -> bool: ...
+    @property
+    def par_ratio(self) -> int | None: ...
+    @property
+    def sandwich_coef(self) -> int | None: ...
+    @property
+    def integrate_layers(self) -> bool: ...
+    @property
+    def qkv_receive_diff_residuals(self) -> bool: ...
+    @property
+    def unet_skips(self) -> bool: ...
+    @property
+    def shift_tokens(self) -> int | tuple[int, ...]: ...
+    @property
+    def layer_dropout(self) -> float | tuple[float, ...]: ...
+
 
 KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward'}
 
@@ -105,7 +138,7 @@ def _steps(kinds: tuple[str, ...], order: tuple[int, ...], block_size: int) -> t
     return tuple(steps)
 
 
-def default_block(flags: StackFlags) -> str:
+def default_block(flags: Layout) -> str:
     """The letters that repeat: attention, maybe to a context too, and a feed-forward; macaron puts another one in front."""
     if flags.cross_attend:
         block = 'cf' if flags.only_cross else 'acf'
@@ -115,7 +148,7 @@ def default_block(flags: StackFlags) -> str:
     return block.replace('f', '') if flags.only_attn else block
 
 
-def plan_kinds(flags: StackFlags) -> tuple[str, ...]:
+def plan_kinds(flags: Layout) -> tuple[str, ...]:
     """The letters of all layers."""
     block = default_block(flags)
     if flags.custom_layers is not None:
@@ -130,7 +163,7 @@ def plan_kinds(flags: StackFlags) -> tuple[str, ...]:
     return tuple(block * (1 if flags.weight_tie_layers else flags.depth))
 
 
-def _without_feedforward(flags: StackFlags, letters: str) -> tuple[str, ...]:
+def _without_feedforward(flags: Layout, letters: str) -> tuple[str, ...]:
     """The layout is made first: of layers that were counted in it, ``only_attn`` drops the feed-forwards."""
     return tuple(letters.replace('f', '') if flags.only_attn else letters)
 
@@ -159,7 +192,7 @@ def _thinned(block: str, depth: int, ratio: int) -> str:
     return (spread * count).ljust(total, 'f')
 
 
-def plan_order(flags: StackFlags, layers: int) -> tuple[int, ...]:
+def plan_order(flags: Layout, layers: int) -> tuple[int, ...]:
     """Indices of layers in the order of execution."""
     if flags.weight_tie_layers:
         return tuple(range(layers)) * (flags.depth or 1)
@@ -181,18 +214,18 @@ def check_order(order: Sequence[int], layers: int) -> None:
         )
 
 
-def block_size(flags: StackFlags) -> int:
+def block_size(flags: Layout) -> int:
     """How many layers make a block. Layers that do not repeat one block are blocks of their own."""
     irregular = exists(flags.custom_layers) or exists(flags.par_ratio) or exists(flags.sandwich_coef)
     return 1 if irregular else len(default_block(flags))
 
 
-def block_starts(flags: StackFlags, layers: int) -> tuple[int, ...]:
+def block_starts(flags: Layout, layers: int) -> tuple[int, ...]:
     """Where blocks begin."""
     return tuple(range(0, layers, block_size(flags)))
 
 
-def block_numbers(flags: StackFlags) -> tuple[int, ...]:
+def block_numbers(flags: Layout) -> tuple[int, ...]:
     """For each layer, which block it is in, counted from 1."""
     size = block_size(flags)
     return tuple(layer // size + 1 for layer in range(len(plan_kinds(flags))))
@@ -215,7 +248,7 @@ def _per_layer(name: str, value: float | Sequence[float], layers: int) -> tuple[
     return tuple(value)
 
 
-def _views(flags: StackFlags, kind: str, is_first: bool) -> int:
+def _views(flags: Layout, kind: str, is_first: bool) -> int:
     """Self attention may be given queries, keys and values of their own, by LIMe or by hyper-connections."""
     if kind != 'a':
         return 1
@@ -225,7 +258,7 @@ def _views(flags: StackFlags, kind: str, is_first: bool) -> int:
     return 3 if flags.qkv_receive_diff_residuals else 1
 
 
-def plan_layers(flags: StackFlags) -> LayerPlan:
+def plan_layers(flags: Layout) -> LayerPlan:
     """Everything about the order of layers that follows from the flags.
 
     Raises FlagError if the flags leave no order, or a tuple has not one entry per layer.
@@ -268,7 +301,7 @@ def plan_layers(flags: StackFlags) -> LayerPlan:
     )
 
 
-def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...], layers: int, flags: StackFlags) -> LayerPlan:
+def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...], layers: int, flags: Layout) -> LayerPlan:
     """The plan of a stack whose layers somebody has exchanged for others: one kind for each, all once and one after the other.
 
     An order of one's own stays, and so does the usual one where only kinds have changed.

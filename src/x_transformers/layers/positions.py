@@ -19,12 +19,12 @@ from x_transformers.layers.checks import (
 from x_transformers.tensor_types import Bool, Int
 
 if TYPE_CHECKING:
-    from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.layers.parts import StackParts
     from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions
 
 
-def custom_positions(stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None) -> Tensor | None:
+def custom_positions(stack: StackParts, given: Given, span: Span, cache: KVCache | None) -> Tensor | None:
     """The caller's ``pos`` for memories, past and new tokens, if anything here depends on it; None: count."""
     if not stack.uses_positions:
         return None
@@ -98,7 +98,7 @@ def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Te
 
 
 def _table(
-    stack: AttentionLayers,
+    stack: StackParts,
     span: Span,
     pos: Tensor | None,
     only_new: bool,
@@ -162,7 +162,7 @@ def from_outside(given: Given) -> bool:
     return given.self_attn_additional_kv is not None or given.context_pos is not None
 
 
-def row_begins(stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
+def row_begins(stack: StackParts, given: Given, span: Span, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
     """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
     if not (stack.depends_on_places or from_outside(given) or (span.mems and stack.uses_positions)):
         return None
@@ -177,7 +177,7 @@ def row_begins(stack: AttentionLayers, given: Given, span: Span, cache: KVCache 
     return known[:, 0]
 
 
-def rotates_only_new(stack: AttentionLayers, cache: KVCache | None) -> bool:
+def rotates_only_new(stack: StackParts, cache: KVCache | None) -> bool:
     """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
     rotary = stack.rotary_pos_emb
     latent = any(flags.use_latent_kv for flags in stack.flags.attentions)
@@ -187,7 +187,7 @@ def rotates_only_new(stack: AttentionLayers, cache: KVCache | None) -> bool:
     return all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
 
 
-def keys_last(stack: AttentionLayers) -> bool:
+def keys_last(stack: StackParts) -> bool:
     """Whether a key that is turned stays what it is: not if the length counts, nor where places count from the window's
     beginning and what queries meet there (contextual positions) cannot be turned along."""
     rotaries: list[Any] = [stack.rotary_pos_emb, *(stack.other_rotaries or ())]
@@ -196,7 +196,7 @@ def keys_last(stack: AttentionLayers) -> bool:
 
 
 def positions(
-    stack: AttentionLayers,
+    stack: StackParts,
     given: Given,
     span: Span,
     pos: Tensor | None,
@@ -251,7 +251,7 @@ def positions(
 
 
 def positions_of_layers(
-    stack: AttentionLayers,
+    stack: StackParts,
     given: Given,
     span: Span,
     pos: Tensor | None,
@@ -267,7 +267,7 @@ def positions_of_layers(
 
 
 def cross_positions_of_layers(
-    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, first: Positions | None
+    stack: StackParts, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, first: Positions | None
 ) -> tuple[Positions | None, ...]:
     """The same of the layers of cross attention."""
     if stack.other_rotaries is None or first is None:
@@ -277,7 +277,7 @@ def cross_positions_of_layers(
 
 
 def cross_positions(
-    stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, embedding: Any = None
+    stack: StackParts, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, embedding: Any = None
 ) -> Positions | None:
     """Where queries and the context's keys are, if the caller says where the context is; ``embedding`` as in ``positions``."""
     if given.context_pos is None:
@@ -295,7 +295,7 @@ def cross_positions(
     return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
 
 
-def position_bias(stack: AttentionLayers, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None) -> Bias | None:
+def position_bias(stack: StackParts, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None) -> Bias | None:
     """What is added to the scores of self attention: by position, or the caller's own."""
     if stack.rel_pos is None and given.attn_bias is None:
         return None

@@ -34,10 +34,10 @@ from x_transformers.layers.repeat import block_transform
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
-    from x_transformers.layers.stack import AttentionLayers
+    from x_transformers.layers.parts import StackParts
 
 
-def prepare(stack: AttentionLayers, x: Float[Tensor, 'b n d'], given: Given) -> tuple[Float[Tensor, 'b m d'], Inputs]:
+def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple[Float[Tensor, 'b m d'], Inputs]:
     """(the tokens that are new, everything else that the layers need).
 
     Raises ValueError or TypeError, before anything is computed, if an argument does not fit the stack or another argument.
@@ -214,9 +214,7 @@ def held_mask(mask: Bool[Tensor, 'b n'] | None, span: Span, cache: KVCache | Non
     return mask
 
 
-def self_mask(
-    stack: AttentionLayers, given: Given, span: Span, cache: KVCache | None, starts: Bool[Tensor, 'b j'] | None
-) -> Mask:
+def self_mask(stack: StackParts, given: Given, span: Span, cache: KVCache | None, starts: Bool[Tensor, 'b j'] | None) -> Mask:
     """Who may look at whom among past and new tokens; attention adds its own causality and window."""
     keys = held_mask(given.mask if given.self_attn_kv_mask is None else given.self_attn_kv_mask, span, cache)
     if starts is not None:
@@ -252,7 +250,7 @@ def padding(given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Boo
 
 
 def shift_padding(
-    stack: AttentionLayers, given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None, cache: KVCache | None
+    stack: StackParts, given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None, cache: KVCache | None
 ) -> Bool[Tensor, 'b n'] | None:
     """Which new tokens feed-forward layers may take features of.
 

@@ -243,3 +243,14 @@ class PolarPositions(Positions):
     def _refuse(heads: int | None, t: Tensor) -> None:
         if heads is not None and heads != t.shape[1]:
             raise ValueError(f'polar positions widen every head, so all {t.shape[1]} must take them, not only {heads}')
+
+
+def unrotated(
+    k: Float[Tensor, 'b kh n d'],
+    angles: Float[Tensor, 'b n p'],
+    heads: int | None,
+    form: tuple[str, float] | None = None,
+) -> Float[Tensor, 'b kh n d']:
+    """Keys as they were before their last ``heads`` heads were rotated; ``form`` as in ``RotaryPositions.form``."""
+    layout, factor = form or ('interleaved', 1.0)
+    return RotaryTable(angles, factor, layout).rotated(k, heads, back=True)

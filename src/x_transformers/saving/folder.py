@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
-from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
+from x_transformers.saving.made import Made
 from x_transformers.saving.plain import from_plain, to_plain
 from x_transformers.saving.tensors import Weights, read_json, write
 
@@ -75,7 +75,7 @@ def once_each(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return kept, same
 
 
-def save(model: Module, folder: str | Path) -> None:
+def save(model: Made, folder: str | Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and, unless there is one, a model card. Existing weights are replaced."""
     folder = Path(folder)
     plain = to_plain(model)
@@ -128,7 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(
-    cls: type[Module], folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    cls: type[Made], folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Any:
     """A model in evaluation mode from a folder that ``save`` has written, one tensor at a time.
 
@@ -223,7 +223,7 @@ def fresh_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-        if isinstance(module, Module):
+        if isinstance(module, Made):
             module.init_own()
         elif hasattr(module, 'reset_parameters'):
             raise FlagError(f'{type(module).__name__} has buffers that cannot be made again.')

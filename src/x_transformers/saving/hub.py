@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
+from x_transformers.saving.folder import card
+from x_transformers.saving.made import Made
+from x_transformers.saving.plain import to_plain
 
 EXTRA = "this needs huggingface_hub: pip install 'x-transformers[hf]'."
 
@@ -29,7 +32,8 @@ def fetched(folder: str | Path) -> Path:
         raise FolderError(f'{folder} is no folder here, and cannot be fetched from the Hub: {error}') from error
 
 
-def push(model: Module, repo_id: str, **keywords: Any) -> str:
+def push(model: Made, save: Callable[[Path], None], repo_id: str, **keywords: Any) -> str:
+    """``save`` writes the model into a folder."""
     try:
         from huggingface_hub import ModelHubMixin
     except ModuleNotFoundError:
@@ -39,13 +43,10 @@ def push(model: Module, repo_id: str, **keywords: Any) -> str:
         """The model as the mixin sees it: something that can be written into a folder."""
 
         def _save_pretrained(self, save_directory: Path) -> None:
-            model.save_pretrained(save_directory)
+            save(save_directory)
 
         def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
             from huggingface_hub import ModelCard
-
-            from x_transformers.saving.folder import card
-            from x_transformers.saving.plain import to_plain
 
             return ModelCard(card(model, to_plain(model)))
 

@@ -12,8 +12,8 @@ from torch import nn
 import x_transformers
 from x_transformers.flags.base import FlagError, UnknownFlag
 from x_transformers.flags.per_layer import PerLayer, per_layer
-from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
+from x_transformers.saving.made import Made
 
 # the key of a value for each layer
 PER_LAYER = 'per_layer'
@@ -35,7 +35,7 @@ OTHERS = {
 }
 
 
-def class_named(name: Any, extra: type | None = None) -> type[Module]:
+def class_named(name: Any, extra: type | None = None) -> type[Made]:
     """The class of the library of that name, or ``extra``, the caller's own."""
     if extra is not None and name == extra.__name__:
         return extra
@@ -44,12 +44,12 @@ def class_named(name: Any, extra: type | None = None) -> type[Module]:
         found = getattr(import_module(OTHERS[name]), name)
     elif name in x_transformers.__all__:
         found = getattr(x_transformers, name)
-    if not (isinstance(found, type) and issubclass(found, Module)):
+    if not (isinstance(found, type) and issubclass(found, Made)):
         raise FolderError(f'There is no model class {name!r} in this version of the library.')
     return found
 
 
-def keywords_of(model: Module) -> dict[str, Any]:
+def keywords_of(model: Made) -> dict[str, Any]:
     """The keywords that a model was made with; modules among them are those that it holds now."""
     args, kwargs = model.made_with
     cls = type(model)
@@ -76,7 +76,7 @@ def to_plain(model: nn.Module) -> dict[str, Any]:
 
 
 def _plain_module(model: nn.Module, path: str, wrong: list[str]) -> dict[str, Any]:
-    if not isinstance(model, Module) or not hasattr(model, 'made_with'):
+    if not isinstance(model, Made) or not hasattr(model, 'made_with'):
         wrong.append(f'{path} must be a model of the library to be saved with its flags, got {type(model).__name__}.')
         return {}
     flags = {name: _plain(value, f'{path}: {name}', wrong) for name, value in keywords_of(model).items()}
@@ -92,14 +92,14 @@ def _plain(value: Any, path: str, wrong: list[str]) -> Any:
         return {PER_LAYER: _plain(value.values, path, wrong)}
     if isinstance(value, Mapping):
         return {str(name): _plain(entry, f'{path}[{name!r}]', wrong) for name, entry in value.items()}
-    if isinstance(value, Module):
+    if isinstance(value, Made):
         return _plain_module(value, path, wrong)
     what = getattr(value, '__name__', type(value).__name__)
     wrong.append(f'{path} must be plain data to be saved in a file, got {what}. Save the state_dict instead, or give a name.')
     return None
 
 
-def from_plain(plain: Mapping[str, Any], extra: type | None = None) -> Module:
+def from_plain(plain: Mapping[str, Any], extra: type | None = None) -> Made:
     """The model that ``to_plain`` describes, untrained. Raises UnknownFlag for keywords that its class does not have."""
     cls = class_named(plain.get('class'), extra)
     keywords = {name: _value(value) for name, value in plain.items() if name != 'class'}

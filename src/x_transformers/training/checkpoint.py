@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, never half of both.
+"""Checkpoints of a run: written whole, loaded whole, the older ones removed.
 
 A run folder holds ``config.json``, ``model.safetensors`` (the newest weights for use), ``metrics.jsonl`` and folders
 ``checkpoint-NNNNNNNN`` with everything needed to go on. Such a folder is written under a temporary name, brought to disk, and
@@ -7,12 +7,10 @@ renamed; only then is an older one removed.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import pickle
-import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,70 +19,30 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from x_transformers.training.errors import CheckpointError
-
-PREFIX = 'checkpoint-'
-UNFINISHED = '.unfinished-'
-WEIGHTS = 'model.safetensors'
-STATE = 'state.pt'
-EXPORT = 'export.safetensors'  # the weights for use, where they are not those that training goes on with
-BEST = 'best.safetensors'
-MANIFEST = 'manifest.json'
-PARTS = '.metadata'  # there where several processes have written a checkpoint in parts
-
-
-# single files
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``; when that fails (disk full, say) the old file stays as it was."""
-    temporary = path.with_name(f'{UNFINISHED}{path.name}')
-    try:
-        _write(temporary, data)
-        os.replace(temporary, path)
-    except OSError as error:
-        _remove(temporary)
-        raise CheckpointError(f'{path} cannot be written: {_reason(error)}; what was there before is untouched') from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + '\n').encode())
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be read: {_reason(error)}') from error
-    except ValueError as error:
-        raise CheckpointError(f'{path} is not valid JSON: {error}') from error
-
-
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    write_atomically(path, weights_as_bytes(state))
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a truncated one is refused."""
-    try:
-        return load_tensors(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be read: {_reason(error)}') from error
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f'{path} is truncated or not a safetensors file ({error})') from error
-
-
-def weights_as_bytes(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The safetensors form; tensors that share memory (tied weights) are written once per name."""
-    tensors = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in state.items()}
-    return save_tensors(tensors, metadata)
-
-
-# checkpoints
+from x_transformers.training.files import (
+    BEST,
+    EXPORT,
+    MANIFEST,
+    PARTS,
+    PREFIX,
+    STATE,
+    UNFINISHED,
+    WEIGHTS,
+    digest,
+    find_checkpoints,
+    read_checked,
+    read_json,
+    reason,
+    remove,
+    sync_folder,
+    weights_as_bytes,
+    write_atomically,
+    write_synced,
+)
 
 
 class Checkpoints:
@@ -178,27 +136,27 @@ def save_checkpoint(
     files = {WEIGHTS: weights_as_bytes(weights), STATE: buffer.getvalue()}
     if export is not None and export is not weights:
         files[EXPORT] = weights_as_bytes(export)
-    manifest = {name: {'bytes': len(data), 'blake2b': _digest(data)} for name, data in files.items()}
+    manifest = {name: {'bytes': len(data), 'blake2b': digest(data)} for name, data in files.items()}
     files[MANIFEST] = json.dumps({'step': step, 'files': manifest}, indent=2).encode()
 
     target = run / f'{PREFIX}{step:08d}'
     temporary = run / f'{UNFINISHED}{target.name}'
     try:
-        _remove(temporary)
+        remove(temporary)
         temporary.mkdir()
         for name, data in files.items():
-            _write(temporary / name, data)
-        _sync_folder(temporary)
-        _remove(target)
+            write_synced(temporary / name, data)
+        sync_folder(temporary)
+        remove(target)
         os.rename(temporary, target)
-        _sync_folder(run)
+        sync_folder(run)
     except OSError as error:
-        _remove(temporary)
+        remove(temporary)
         kept = find_checkpoints(run)
         rest = f'{kept[-1]} is complete and untouched' if kept else 'there is no earlier one'
-        raise CheckpointError(f'the checkpoint of step {step} cannot be written to {run}: {_reason(error)}; {rest}') from error
+        raise CheckpointError(f'the checkpoint of step {step} cannot be written to {run}: {reason(error)}; {rest}') from error
     for older in find_checkpoints(run)[:-keep]:
-        _remove(older)
+        remove(older)
     write_atomically(run / WEIGHTS, files.get(EXPORT, files[WEIGHTS]))
     return target
 
@@ -212,13 +170,8 @@ def publish(checkpoint: Path) -> None:
         if target.exists() and target.read_bytes() == data:
             return
     except OSError as error:
-        raise CheckpointError(f'{source} cannot be read: {_reason(error)}') from error
+        raise CheckpointError(f'{source} cannot be read: {reason(error)}') from error
     write_atomically(target, data)
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. What a killed process left half written has another name."""
-    return sorted(path for path in run.glob(f'{PREFIX}*') if path.is_dir())
 
 
 def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
@@ -233,7 +186,7 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]
     manifest = read_json(path / MANIFEST)
     try:
         step, expected = int(manifest['step']), dict(manifest['files'])
-        data = {name: _read_checked(path / name, expected[name]) for name in (WEIGHTS, STATE)}
+        data = {name: read_checked(path / name, expected[name]) for name in (WEIGHTS, STATE)}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f'{path / MANIFEST} is not the manifest of a checkpoint ({error!r})') from error
     try:
@@ -241,72 +194,3 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]
         return step, load_tensors(data[WEIGHTS]), state
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
         raise CheckpointError(f'{path} cannot be read by this version: {error}') from error
-
-
-def _read_checked(path: Path, expected: Mapping[str, Any]) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be read: {_reason(error)}') from error
-    if len(data) != expected['bytes']:
-        raise CheckpointError(
-            f'{path} is truncated: {len(data):,} bytes where {expected["bytes"]:,} were written; '
-            'remove its folder to start again from an earlier checkpoint or from the beginning'
-        )
-    if _digest(data) != expected['blake2b']:
-        raise CheckpointError(f'{path} is damaged: its checksum is not the one that was written; remove its folder')
-    return data
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    """The size and checksum of a file, which need not fit into memory."""
-    total = hashlib.blake2b(digest_size=16)
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 24):
-            total.update(chunk)
-    return {'bytes': path.stat().st_size, 'blake2b': total.hexdigest()}
-
-
-def check_entry(path: Path, expected: Mapping[str, Any]) -> None:
-    """Errors: ``CheckpointError`` for a file that is not what was written."""
-    try:
-        found = entry_of(path)
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be read: {_reason(error)}') from error
-    if found != dict(expected):
-        raise CheckpointError(
-            f'{path} is truncated or damaged: its size or checksum is not the one that was written; remove its folder to '
-            'start again from an earlier checkpoint or from the beginning'
-        )
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, 'wb') as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != 'posix':  # only there can a folder be opened
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from x_transformers.training.checkpoint import write_atomically
 from x_transformers.training.errors import CheckpointError
+from x_transformers.training.files import write_atomically
 from x_transformers.training.logs import Log
 from x_transformers.training.trainer import Callback, Trainer
 

@@ -14,18 +14,11 @@ from torch import nn
 from x_transformers.flags.base import FlagError
 from x_transformers.training.batches import Prefetched
 from x_transformers.training.build import NUM_BYTES, build_model, choose_device, reading_arguments, refuse_inert
-from x_transformers.training.checkpoint import (
-    WEIGHTS,
-    find_checkpoints,
-    publish,
-    read_json,
-    read_weights,
-    write_atomically,
-    write_json,
-)
+from x_transformers.training.checkpoint import publish
 from x_transformers.training.corpus import Data, check_vocabulary, load_data, load_sets, loss_and_bits_of_all
 from x_transformers.training.engine import Engine
 from x_transformers.training.errors import CheckpointError, TrainingError
+from x_transformers.training.files import WEIGHTS, find_checkpoints, read_json, read_weights, write_atomically, write_json
 from x_transformers.training.logs import check_logs, open_logs
 from x_transformers.training.lora import add_lora, merged
 from x_transformers.training.options import TrainOptions, merge_for_resume

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from x_transformers.tensor_types import Int
-from x_transformers.training.checkpoint import read_json, write_atomically, write_json
 from x_transformers.training.data import HOLD_OUT_ONE_IN, Source
 from x_transformers.training.documents import Document, has_records, read_documents
 from x_transformers.training.errors import DataError
+from x_transformers.training.files import read_json, write_atomically, write_json
 from x_transformers.training.lock import locked
 from x_transformers.training.tokens import Tokenizer
 

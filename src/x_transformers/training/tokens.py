@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from x_transformers.training.checkpoint import write_atomically
 from x_transformers.training.errors import DataError, TrainingError
+from x_transformers.training.files import write_atomically
 
 END = '<|endoftext|>'
 TRAIN_ON_BYTES = 100_000_000  # as much text as a new tokenizer looks at
