@@ -231,10 +231,12 @@ def test_help_and_version(capsys):
         with pytest.raises(SystemExit) as stop:
             main([command, '--help'])
         assert stop.value.code == 0
-    with pytest.raises(SystemExit) as stop:
-        main(['train', '--dpeth', '3'])
-    assert stop.value.code == 2
-    assert '--depth' in capsys.readouterr().err
+
+
+def test_unknown_options_are_all_named_with_what_they_may_mean(capsys):
+    said = sentence_of(capsys, ['train', '--dpeth', '3', '--hidden-size', '64'])
+    assert '--dpeth; did you mean --depth?' in said
+    assert '--hidden-size; here it is --dim.' in said
 
 
 def test_a_closed_pipe_is_no_error(tmp_path, text):

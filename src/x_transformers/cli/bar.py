@@ -15,25 +15,33 @@ class Bar(Callback):
     """Steps, loss in bits per byte (smoothed), tokens per second, time left, the last held-out figure."""
 
     def __init__(self, steps: int) -> None:
-        live = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps, unit='step', file=sys.stderr, dynamic_ncols=live, ncols=None if live else 120,
-            mininterval=0.1 if live else 10, bar_format='{l_bar}{bar}| {n}/{total} {remaining} left{postfix}',
-        )  # fmt: skip
+        self.steps = steps
+        self.bar: tqdm[Any] | None = None
         self.smooth: float | None = None
         self.held_out: float | None = None
 
     def start(self, step: int) -> None:
-        """The run goes on from ``step``: those before take no part in the time left."""
-        self.bar.initial = step
-        self.bar.n = step
-        self.bar.unpause()
+        """Show the bar. The run goes on from ``step``: those before take no part in the time left."""
+        live = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.steps, initial=step, unit='step', file=sys.stderr, dynamic_ncols=live, ncols=None if live else 120,
+            mininterval=0.1 if live else 10, bar_format='{l_bar}{bar}| {n}/{total} {remaining} left{postfix}',
+        )  # fmt: skip
+
+    def write(self, text: str) -> None:
+        """Say something above the bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         bits = record['bits_per_byte']
         self.smooth = bits if self.smooth is None else 0.9 * self.smooth + 0.1 * bits
         held_out = '' if self.held_out is None else f', held out {self.held_out:.3f}'
         speed = record['tokens'] / max(record['seconds'], 1e-9)
+        assert self.bar is not None, 'start comes before the first step'
         self.bar.set_postfix_str(f'{self.smooth:.3f} bits/byte{held_out}, {speed:,.0f} tokens/s', refresh=False)
         self.bar.update(1)
 
@@ -44,4 +52,4 @@ class Bar(Callback):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.close()
+        self.close()

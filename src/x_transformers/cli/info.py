@@ -19,7 +19,8 @@ from x_transformers.attention import attend
 from x_transformers.attention.kernels.base import CallFacts, Kernel, Needs
 from x_transformers.attention.kernels.choose import KERNELS, explain
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, parse_typed, typed_names
+from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields
+from x_transformers.cli.parse import parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import shown
 from x_transformers.flags.stack import StackFlags

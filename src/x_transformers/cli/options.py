@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Union, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_origin
 
 import tyro
 
@@ -17,7 +17,7 @@ from x_transformers.flags.base import Flags, as_tuple, default_of, kinds_of, typ
 from x_transformers.flags.parts import PARTS, keyword_names
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
-from x_transformers.training.build import QUICKSTART
+from x_transformers.training.build import QUICKSTART, UNFIT
 
 PLAIN = (bool, int, float, str, types.NoneType)
 GROUPS = {
@@ -146,56 +146,10 @@ def model_fields() -> list[tuple[str, Any, Any]]:
     return [(group, group_class(group), dataclasses.field(default_factory=group_class(group))) for group in GROUPS]
 
 
-def typed_names(arguments: Sequence[str], known: Collection[str]) -> set[str]:
-    """Which of the known names were typed, as ``--name``, ``--name=value`` or ``--no-name``."""
-    found = set()
-    for argument in arguments:
-        if argument.startswith('--'):
-            name = argument[2:].partition('=')[0].replace('-', '_')
-            found |= {name, name.removeprefix('no_')} & set(known)
-    return found
-
-
-def parse_typed(full: Any, arguments: Sequence[str], prog: str) -> Any:
-    """``full``, an instance of a command's dataclass, with what was typed in the place of its defaults.
-
-    A parser for all options takes longer to make than a small model to build, so it is made for those that were typed. Help,
-    and the message on an unknown option, need all of them.
-    """
-    parts = {field.name: getattr(full, field.name) for field in dataclasses.fields(full)}
-    groups: dict[str, Any] = {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
-    known = {*parts, *(field.name for part in groups.values() for field in dataclasses.fields(part))}
-    typed = typed_names(arguments, known)
-    options = [argument for argument in arguments if argument.startswith('-') and not is_number(argument)]
-    if any(not typed_names([argument], known) for argument in options):
-        return tyro.cli(type(full), args=list(arguments), default=full, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
-    fields: list[tuple[str, Any, Any]] = []
-    for name, part in parts.items():
-        if name in groups:
-            hints = get_type_hints(type(part), include_extras=True)
-            own: list[tuple[str, Any, Any]] = [
-                (field.name, hints[field.name], dataclasses.field(default=getattr(part, field.name)))
-                for field in dataclasses.fields(part)
-                if field.name in typed
-            ]
-            made = dataclasses.make_dataclass(type(part).__name__, own, frozen=True, kw_only=True)
-            fields.append((name, made, dataclasses.field(default=made())))
-        elif name in typed:
-            fields.append((name, get_type_hints(type(full), include_extras=True)[name], dataclasses.field(default=part)))
-    narrow = dataclasses.make_dataclass(type(full).__name__, fields, frozen=True)
-    read: Any = tyro.cli(narrow, args=list(arguments), prog=prog, config=(tyro.conf.OmitArgPrefixes,))
-    changes: dict[str, Any] = {}
-    for name, *_ in fields:
-        value = getattr(read, name)
-        if name in groups:
-            value = dataclasses.replace(groups[name], **{f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-        changes[name] = value
-    return dataclasses.replace(full, **changes)
-
-
-def is_number(argument: str) -> bool:
-    try:
-        float(argument)
-    except ValueError:
-        return False
-    return True
+def is_refused(name: str) -> bool:
+    """Whether every command refuses this flag: their model is a decoder over tokens, which is given nothing beside them."""
+    if name in UNFIT or name in keywords('cross_attention'):
+        return True
+    keyword = all_keywords()[name]
+    parents = as_tuple(keyword.metadata['parent'])
+    return bool(parents) and all(is_refused(name.removesuffix(keyword.field_name) + parent) for parent in parents)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, parse_typed
+from x_transformers.cli.options import GROUPS, ModelOptions, model_fields
+from x_transformers.cli.parse import parse_typed
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.distributed.plan import GIB, Need, Size, needs
 from x_transformers.training.errors import TrainingError

@@ -12,13 +12,14 @@ import tyro
 
 from x_transformers.cli.bar import Bar
 from x_transformers.cli.ending import stopped, written
-from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, parse_typed, typed_names
+from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields
+from x_transformers.cli.parse import parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import FlagError
 from x_transformers.training.build import QUICKSTART
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
-from x_transformers.training.options import TrainOptions
+from x_transformers.training.options import TrainOptions, often
 from x_transformers.training.run import begin, finish, prepare
 from x_transformers.training.trainer import Interrupted
 
@@ -34,7 +35,7 @@ def train_class() -> type:
     """The options of this command: the run's own, then every flag of the model."""
     config = Annotated[str | None, tyro.conf.arg(help='TOML file with any of these options; the command line overrides it.')]
     fields: list[tuple[str, Any, Any]] = [
-        ('config', config, dataclasses.field(default=None)),
+        ('config', config, often(None)),
         ('training', TrainOptions, dataclasses.field(default_factory=TrainOptions)),
         *model_fields(),
     ]
@@ -104,12 +105,12 @@ def train_alone(asked: Parsed) -> int:
     with locked(Path(asked.options.run_dir), create=not asked.options.resume):
         config = begin(asked.flags, asked.options, typed=asked.typed, typed_flags=asked.typed_flags)
         with Bar(config.options.steps) as bar:
-            run = prepare(config, bar.bar.write, [bar])
+            run = prepare(config, bar.write, [bar])
             bar.start(run.trainer.step)
             try:
                 run.train()
             except Interrupted as stop:
-                bar.bar.close()
+                bar.close()
                 return stopped(stop, config.options)
         comparison = finish(run, print)
     written(run, comparison)

@@ -89,7 +89,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
         from x_transformers.cli.bar import Bar
 
         bar: Any = held.enter_context(Bar(options.steps))
-        run = prepare(config, bar.bar.write, [bar], engine)
+        run = prepare(config, bar.write, [bar], engine)
         bar.start(run.trainer.step)
     else:
         run = prepare(config, lambda text: None, [], engine)
@@ -98,10 +98,10 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
     except Interrupted as stop:
         with contextlib.nullcontext() if world.is_main else silent():
             if world.is_main:
-                bar.bar.close()
+                bar.close()
             return stopped(stop, options)
     if world.is_main:
-        bar.bar.close()
+        bar.close()
     comparison = finish(run, print if world.is_main else lambda text: None)
     if world.is_main:
         written(run, comparison)

@@ -43,7 +43,7 @@ class ScoreFlags(Flags):
     causal: bool = flag(False, 'A query sees no key to its right.')
     flash: bool = flag(False, 'Insist on a fused kernel; without it the best kernel for these flags is chosen.',
                        paper='https://arxiv.org/abs/2205.14135')  # fmt: skip
-    dropout: float = flag(0.0, 'Dropout on the attention weights.', low=0.0, high=1.0)
+    dropout: float = flag(0.0, 'Dropout on the attention weights.', low=0.0, high=1.0, often=True)
     pre_talking_heads: bool = flag(False, 'Add a mixture of the scores over the heads to the scores.', paper=TALKING)
     post_talking_heads: bool = flag(False, 'Mix the weights over the heads.', paper=TALKING)
     pre_scale_post_talking_heads: bool = flag(
@@ -82,7 +82,8 @@ class ScoreFlags(Flags):
     logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits', above=0)
     onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.')
     flash_pack_seq: bool = flag(False, 'Several sequences lie behind each other in one row; the call gives their boundaries.')
-    qk_norm: bool = flag(False, 'Unit-length queries and keys: cosine similarity.', paper='https://arxiv.org/abs/2010.04245')
+    qk_norm: bool = flag(False, 'Unit-length queries and keys: cosine similarity.', paper='https://arxiv.org/abs/2010.04245',
+                         often=True)  # fmt: skip
     inverted_attention: bool = flag(
         False, 'Inverted (slot) attention: each key is shared out among the queries, and each query averages what it got.',
         paper=INVERTED, since=LATER)  # fmt: skip
@@ -101,7 +102,7 @@ class AttendFlags(ScoreFlags):
 class AttentionFlags(ScoreFlags):
     """Every keyword of ``Attention`` except ``dim``; in a stack with ``attn_`` or ``cross_attn_`` in front."""
 
-    dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1)
+    dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1, often=True)
     heads: int = flag(8, 'Number of query heads.', low=1)
     dim_context: int | None = flag(None, 'Width of the sequence that keys and values are made of; None: the width of x.', low=1)
     dim_out: int | None = flag(None, 'Width of the output; None: the width of x.', low=1)
@@ -116,7 +117,7 @@ class AttentionFlags(ScoreFlags):
     )
     kv_heads: int | None = flag(
         None, 'Grouped-query attention (GQA): number of key and value heads; query head h uses head h mod kv_heads.',
-        paper='https://arxiv.org/abs/2305.13245', low=1,
+        paper='https://arxiv.org/abs/2305.13245', low=1, often=True,
     )  # fmt: skip
     value_dim_head: int | None = flag(None, 'Width of one value head; None: dim_head.', low=1)
     num_mem_kv: int = flag(
@@ -142,7 +143,7 @@ class AttentionFlags(ScoreFlags):
     zero_init_output: bool = flag(False, 'The output projection starts at zero.')
     sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
     max_attend_past: int | None = flag(
-        None, 'Sliding window: a query sees at most this many positions back.', low=0, self_only=True
+        None, 'Sliding window: a query sees at most this many positions back.', low=0, self_only=True, often=True
     )
     rotate_num_heads: int | None = flag(None, 'Only this many of the heads, the last ones, get rotary positions.', low=1)
     data_dependent_alibi: bool = flag(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from x_transformers.flags.elsewhere import answer
 from x_transformers.notices import written
 
 REQUIRED: Any = dataclasses.MISSING
@@ -58,6 +59,7 @@ def flag(
     self_only: bool = False,
     one_of: str | None = None,
     each: str | None = None,
+    often: bool = False,
 ) -> Any:
     """One flag, as a dataclass field.
 
@@ -66,7 +68,7 @@ def flag(
     not included. ``among`` names all values that there are. ``since`` is the release of x-transformers that has this keyword
     first, or 'here' for one that it never had. ``self_only``: it needs the order of one sequence, so that cross attention does
     not inherit it. ``one_of`` names a group of flags of which one can be on. ``each``, of a stack's own flags: 'layer' if it
-    may differ between layers, 'attention' if between layers with heads.
+    may differ between layers, 'attention' if between layers with heads. ``often``: the short help of the commands lists it.
     """
     metadata = {
         'says': says,
@@ -81,6 +83,7 @@ def flag(
         'self_only': self_only,
         'one_of': one_of,
         'each': each,
+        'often': often,
     }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -281,6 +284,6 @@ def unknown_flags(names: Iterable[str], *, where: str, known: Iterable[str]) -> 
     sentences = []
     for name in names:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f'did you mean `{near[0]}`?' if near else 'no flag has a similar name.'
+        hint = answer(name, known) or (f'did you mean `{near[0]}`?' if near else 'no flag has a similar name.')
         sentences.append(f'{where}: unrecognized kwargs: there is no flag `{name}`; {hint}')
     return UnknownFlag(*sentences)

@@ -18,12 +18,13 @@ class FeedForwardFlags(Flags):
     """Every keyword of ``FeedForward`` except ``dim``; in a stack with ``ff_`` in front."""
 
     dim_out: int | None = flag(None, 'Width of the output; None: the width of the input.', low=1)
-    mult: float = flag(4, 'Hidden width as a multiple of the input width.', above=0)
+    mult: float = flag(4, 'Hidden width as a multiple of the input width.', above=0, often=True)
     glu: bool = flag(
-        False, 'Gated linear unit (GEGLU; SwiGLU with swish): half of the hidden layer gates the other half.', paper=GLU
-    )
+        False, 'Gated linear unit (GEGLU; SwiGLU with swish): half of the hidden layer gates the other half.', paper=GLU,
+        often=True,
+    )  # fmt: skip
     glu_mult_bias: bool = flag(False, 'A learned factor per hidden channel after the gate.', parent='glu')
-    swish: bool = flag(False, 'SiLU instead of GELU.', paper=GLU)
+    swish: bool = flag(False, 'SiLU instead of GELU.', paper=GLU, often=True)
     relu_squared: bool = flag(False, 'The square of ReLU instead of GELU.', paper='https://arxiv.org/abs/2109.08668')
     solu: bool = flag(
         False, 'Softmax linear units: LayerNorm(softmax(x) x).', paper='https://transformer-circuits.pub/2022/solu/index.html'
@@ -32,7 +33,7 @@ class FeedForwardFlags(Flags):
         None, "Your own activation; it is copied. Or the name of one: 'relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'."
     )
     post_act_ln: bool = flag(False, 'Layer norm after the activation.', paper='https://arxiv.org/abs/2110.09456')
-    dropout: float = flag(0.0, 'Dropout on the hidden layer.', low=0.0, high=1.0)
+    dropout: float = flag(0.0, 'Dropout on the hidden layer.', low=0.0, high=1.0, often=True)
     sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
     no_bias: bool = flag(False, 'No biases, except in the projection of a gated linear unit.')
     zero_init_output: bool = flag(False, 'The output projection starts at zero.')

@@ -52,15 +52,15 @@ ANY_POSITION_BIAS = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias')
 class StackFlags(StructureFlags):
     """Every keyword of ``AttentionLayers``; the parts' keywords come with ``attn_``, ``cross_attn_`` and ``ff_`` in front."""
 
-    dim: int = flag(REQUIRED, 'Width of the stack.', low=1)
-    depth: int | None = flag(None, 'Number of blocks.', low=0)
-    heads: int = flag(8, 'Number of query heads.', low=1, each='attention')
+    dim: int = flag(REQUIRED, 'Width of the stack.', low=1, often=True)
+    depth: int | None = flag(None, 'Number of blocks.', low=0, often=True)
+    heads: int = flag(8, 'Number of query heads.', low=1, each='attention', often=True)
     causal: bool = flag(False, 'A token sees no token to its right.')
     cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.')
     only_cross: bool = flag(False, 'Blocks attend to the context only.', parent='cross_attend')
     use_scalenorm: bool = flag(False, 'Norms have one gain.', paper='https://arxiv.org/abs/1910.05895', one_of='norm')
     use_rmsnorm: bool = flag(
-        False, 'RMS norm: norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467', one_of='norm'
+        False, 'RMS norm: norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467', one_of='norm', often=True
     )
     use_dynamic_tanh: bool = flag(False, 'tanh in the place of norms.', paper='https://arxiv.org/abs/2503.10622', one_of='norm')
     dynamic_tanh_init_alpha: float = flag(
@@ -98,7 +98,8 @@ class StackFlags(StructureFlags):
     rel_pos_kwargs: Mapping[str, Any] = flag(
         {}, 'More keywords for the position bias, such as slopes for ALiBi.', parent=ANY_POSITION_BIAS
     )
-    rotary_pos_emb: bool = flag(False, 'Rotary positions (RoPE): rotate queries and keys by their positions.', paper=ROTARY)
+    rotary_pos_emb: bool = flag(False, 'Rotary positions (RoPE): rotate queries and keys by their positions.', paper=ROTARY,
+                                often=True)  # fmt: skip
     rotary_emb_dim: int | None = flag(
         None, 'Rotate this many channels of each head; None: half.', paper=ROTARY, parent=ANY_ROTARY, low=2
     )

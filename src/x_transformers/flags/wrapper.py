@@ -42,7 +42,8 @@ class WrapperFlags(Flags):
     memory_tokens_interspersed_every: int | None = flag(
         None, 'Put the memory tokens in front of every window of this many tokens.', parent='num_memory_tokens', low=1
     )
-    tie_embedding: bool = flag(False, 'Logits from the transposed token embedding.', paper='https://arxiv.org/abs/1608.05859')
+    tie_embedding: bool = flag(False, 'Logits from the transposed token embedding.', paper='https://arxiv.org/abs/1608.05859',
+                               often=True)  # fmt: skip
     logits_dim: int | None = flag(None, 'Number of logits; None: num_tokens.', low=1)
     return_only_embed: bool = flag(False, 'No logits: the model returns its embeddings.')
     num_output_heads: int = flag(1, 'Number of heads; with several the logits are a tuple.', low=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
+from x_transformers.flags.elsewhere import answer_of_call
 from x_transformers.layers.branch import ShiftTokens
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
@@ -50,10 +51,12 @@ def check_names(model: Any, names: Iterable[str]) -> None:
         return
     known = [*inspect.signature(model.forward).parameters, *ARGUMENTS]
     near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-    raise TypeError(
-        f'there is no argument {" or ".join(unknown)}; '
-        + (f'did you mean {" or ".join(near)}?' if near else f'those of the stack are {", ".join(ARGUMENTS)}.')
-    )
+    answers = [f'{name}: {told}' for name in unknown if (told := answer_of_call(name)) is not None]
+    if answers:
+        hint = ' '.join(answers)
+    else:
+        hint = f'did you mean {" or ".join(near)}?' if near else f'those of the stack are {", ".join(ARGUMENTS)}.'
+    raise TypeError(f'there is no argument {" or ".join(unknown)}; {hint}')
 
 
 # attention's flags that choose among keys, or run over tokens

@@ -30,6 +30,11 @@ RANGES: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
+def often(default: Any) -> Any:
+    """A field that the short help of the command lists."""
+    return dataclasses.field(default=default, metadata={'often': True})
+
+
 @dataclass(frozen=True)
 class TrainerOptions:
     """What the training loop itself needs; ``Trainer`` takes these in memory, without any file."""
@@ -64,9 +69,9 @@ class TrainerOptions:
     """Decay of a moving average of the weights, which is then what is evaluated and written; 0: none."""
     precision: Literal['fp32', 'bf16'] = 'fp32'
     """bf16: compute in bfloat16 where that is safe (autocast); weights stay in float32."""
-    compile: bool = False
+    compile: bool = often(False)
     """Compile the model with torch.compile."""
-    seed: int = 0
+    seed: int = often(0)
     """Seed of everything random: the weights, the order of the data, dropout."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps, ...; auto: the first accelerator there is, else the CPU; None: where the model is."""
@@ -106,13 +111,13 @@ class TrainerOptions:
 class TrainOptions(TrainerOptions):
     """What ``x-transformers train`` can be told beside the flags of the model."""
 
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] = often(())
     """Files, folders or globs to learn from: text, jsonl, parquet, folders that `datasets` has saved, each also as .gz or .zst.
 
     A mixture has weights, as in a/:0.7,b/:0.3. Not given: the source of Python's standard library."""
-    tokenizer: str = 'bytes'
+    tokenizer: str = often('bytes')
     """bytes; bpe: train one on the data; or a file that ends in .json (tokenizers), .model (sentencepiece) or .tiktoken."""
-    vocab: int = 8192
+    vocab: int = often(8192)
     """Tokens of a tokenizer that is trained."""
     document_separator: str | None = None
     """Text between two documents of a text file (\\n is a line break); None: each file is one, cut at every 1 MiB."""
@@ -120,21 +125,21 @@ class TrainOptions(TrainerOptions):
     """Documents that lie in one sequence do not see each other, and none predicts the first token of the next."""
     data_cache: str | None = None
     """Folder for tokenized data, which later runs use again; None: x-transformers in $XDG_CACHE_HOME, or in ~/.cache."""
-    from_run: str | None = None
+    from_run: str | None = often(None)
     """Start from the weights (and flags) of this run folder, or from a file of weights; --from is the same."""
-    lora: int = 0
+    lora: int = often(0)
     """Train low-rank changes of so many ranks to the linear maps of the layers, and nothing else; 0: train everything."""
-    run_dir: str = 'runs/quickstart'
+    run_dir: str = often('runs/quickstart')
     """Folder for what the run writes; one that already holds a run is only touched with --resume."""
-    resume: bool = False
+    resume: bool = often(False)
     """Continue the run in --run-dir from its last checkpoint; with more --steps also one that has finished."""
-    device: str | None = 'auto'
+    device: str | None = often('auto')
     """cpu, cuda, cuda:1, mps, ...; auto: the first accelerator there is, else the CPU."""
     threads: int | None = None
     """Threads on the CPU; None: PyTorch's choice."""
     bf16: bool = False
     """The same as --precision bf16."""
-    shard: Literal['none', 'full', 'hybrid'] = 'none'
+    shard: Literal['none', 'full', 'hybrid'] = often('none')
     """Under torchrun, none: copies; full: parts over all processes; hybrid: parts within a node, copies between nodes."""
     tensor: int = 1
     """Under torchrun, processes that share the heads and features of each layer."""
@@ -147,21 +152,21 @@ class TrainOptions(TrainerOptions):
     offload: bool = False
     """With --shard: keep weights, gradients and the optimizer's state in the memory of the CPU."""
 
-    steps: int = 450
+    steps: int = often(450)
     """Number of optimizer steps."""
-    batch: int = 8
+    batch: int = often(8)
     """Sequences per micro-batch, over all processes."""
-    seq_len: int = 256
+    seq_len: int = often(256)
     """Bytes per sequence; all but the first are predicted."""
 
-    optimizer: Literal['muon', 'adamw', 'sgd'] = 'muon'
+    optimizer: Literal['muon', 'adamw', 'sgd'] = often('muon')
     """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw or sgd: that for all."""
-    lr: float = 3e-3
+    lr: float = often(3e-3)
     """Highest learning rate of AdamW (or SGD)."""
     warmup: int = 30
     """Steps over which the learning rate rises."""
 
-    val_data: tuple[str, ...] = ()
+    val_data: tuple[str, ...] = often(())
     """More files or folders to evaluate on, each a set of its own."""
     val_bytes: int = 32_768
     """Bytes that a validation during training looks at, spread over the held-out text."""
@@ -187,7 +192,7 @@ class TrainOptions(TrainerOptions):
     """Operations per second that the device could do at most, to log which share is used; None: known for some GPUs."""
     exit_on_term: int | None = None
     """Exit status after SIGTERM, when everything is saved; None: 143."""
-    json: bool = False
+    json: bool = often(False)
     """Print one line of JSON with the results at the end."""
 
     def faults(self) -> list[str]:
