@@ -245,6 +245,8 @@ class StackKeywords(TypedDict, total=False):
     mv_split_residual: bool
     parallel_block: bool
     gated_multi_residual: bool
+    residual_lambdas: Each[bool | float]
+    embed_lambdas: Each[bool | float]
     orthog_residual: bool
     resi_dual: bool
     resi_dual_scale: float

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from x_transformers.flags.base import flag
 from x_transformers.flags.layered import LayeredFlags
 
+LAMBDAS = 'https://github.com/KellerJordan/modded-nanogpt'
 AGGREGATED = ('https://arxiv.org/abs/2603.15031', 'https://arxiv.org/abs/2601.21582')
 
 
@@ -56,6 +57,24 @@ class StructureFlags(LayeredFlags):
         False, 'Streams are read and written through low-rank gates per channel; residual_fn_kwargs needs read_gate_rank.',
         paper='https://qwen.ai/blog?id=qwen3.8-flash-next', parent='num_residual_streams', since='2.31.10',
     )  # fmt: skip
+
+    residual_lambdas: bool | float = flag(
+        False, 'Before each layer, attention or feed-forward, the stream is multiplied by a learned number of that layer, '
+        'which starts at 1; a number: it starts there.',
+        paper=LAMBDAS, since='here', each='layer',
+    )  # fmt: skip
+    embed_lambdas: bool | float = flag(
+        False, "Before each layer the stack's input, RMS-normed, is added times a learned number of that layer, "
+        'which starts at 0; a number: it starts there.',
+        paper=LAMBDAS, since='here', each='layer',
+    )  # fmt: skip
+
+    def starts(self, name: str, usual: float) -> tuple[float, ...] | None:
+        """Where a learned number of each layer starts; None if no layer has it."""
+        values = [getattr(self.layer(index), name) for index in range(len(self.kinds))]
+        if all(value is False for value in values):
+            return None
+        return tuple(usual if isinstance(value, bool) else float(value) for value in values)
 
     @property
     def mixes_layers(self) -> bool:

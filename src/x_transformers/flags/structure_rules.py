@@ -7,7 +7,18 @@ from x_transformers.flags.rule import Rule, how_many, is_on
 # layouts that repeat no block, and orders that may take one apart
 LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio', 'layers_execute_order')
 
+LAMBDAS = ('residual_lambdas', 'embed_lambdas')
+
 STRUCTURE_RULES = (
+    Rule(
+        (*LAMBDAS, 'resi_dual', 'parallel_block'),
+        lambda flags, dim: (
+            any(getattr(flags, name) is not False for name in LAMBDAS) and (flags.resi_dual or flags.parallel_block)
+        ),
+        'there are two streams, of which one only adds up, and no single stream that enters a layer',
+        {'embed_lambdas': True, 'resi_dual': True},
+        only_changed=True,
+    ),
     Rule(
         ('attn_aggregated_residuals', 'integrate_layers'),
         lambda flags, dim: flags.attn_aggregated_residuals and flags.integrate_layers,

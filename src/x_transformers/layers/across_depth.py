@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.helpers import Sequential
-from x_transformers.module import ConstantLinear, Module
+from x_transformers.module import ConstantLinear, Module, empty_parameter, fill
 from x_transformers.norms import RMSNorm, rms_norm
 from x_transformers.tensor_types import Float
 
@@ -84,6 +84,32 @@ class AggregatedResiduals(Module):
         scores = torch.einsum('b n v d, l b n d -> v b n l', query, self.to_keys(stacked)) * x.shape[-1] ** -0.5
         mixed = torch.einsum('v b n l, l b n d -> v b n d', scores.softmax(dim=-1), stacked)
         return mixed if self.num_views > 1 else mixed[0]
+
+
+class StreamLambdas(Module):
+    """What enters layer l: ``residual[l] * stream + embed[l] * first``, with learned numbers that start as given.
+
+    From modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) and nanochat; there a layer is a whole block.
+    forward: streams (… n d), the stack's normed input as the streams need it, and the layer's index -> (… n d).
+    """
+
+    def __init__(self, residual: Sequence[float] | None, embed: Sequence[float] | None) -> None:
+        super().__init__()
+        self.starts = {'residual': residual, 'embed': embed}
+        self.residual = None if residual is None else empty_parameter(len(residual))
+        self.embed = None if embed is None else empty_parameter(len(embed))
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self) -> None:
+        for name, start in self.starts.items():
+            if start is not None:
+                fill(getattr(self, name), torch.tensor(start))
+
+    def forward(self, streams: Float[Tensor, '... n d'], first: Float[Tensor, '... n d'], layer: int) -> Tensor:
+        if self.residual is not None:
+            streams = streams * self.residual[layer]
+        return streams if self.embed is None else streams + first * self.embed[layer]
 
 
 class ConcatCombine(Module):

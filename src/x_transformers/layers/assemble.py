@@ -1,4 +1,4 @@
-"""From flags to the parts of a stack that are no layers: streams and positions."""
+"""From flags to the parts of a stack that are no layers: streams, positions, what reaches over several layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 
 from x_transformers.flags.stack import StackFlags
+from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe, StreamLambdas
+from x_transformers.layers.condition import AdaptiveMLP
+from x_transformers.layers.plan import LayerPlan
 from x_transformers.layers.residual import BlockStreams, DualStreams, ParallelStreams, SingleStream
 from x_transformers.position.polar import PolarEmbedding
 from x_transformers.position.rotary import RotaryEmbedding
@@ -94,3 +97,45 @@ def choose_position_bias(flags: StackFlags) -> nn.Module | None:
         'norm': flags.dynamic_pos_bias_norm,
     }
     return DynamicPositionBias(**{**usual, **extra})
+
+
+def depth_parts(flags: StackFlags, plan: LayerPlan) -> dict[str, nn.Module | None]:
+    """What reaches over several layers, by its name in the stack."""
+    dim = flags.dim
+    return {
+        'layer_integrators': choose_mixtures(flags, plan),
+        'skip_combines': choose_skips(flags, plan),
+        'reinject_input_proj': nn.Linear(dim, dim, bias=False) if flags.reinject_input else None,
+        'learned_reinject_input_gate': nn.Linear(dim, 1, bias=False) if flags.learned_reinject_input_gate else None,
+        'adaptive_mlp': AdaptiveMLP(flags.condition_dim, flags.adaptive_condition_mlp_expansion)
+        if flags.needs_condition and flags.adaptive_condition_mlp
+        else None,
+        'lambdas': choose_lambdas(flags),
+    }
+
+
+def choose_mixtures(flags: StackFlags, plan: LayerPlan) -> nn.ModuleList | None:
+    """What mixes the inputs of all layers so far: one for each step, or for each layer."""
+    if flags.attn_aggregated_residuals:
+        kwargs = {'lora_rank': flags.aggregated_rank, **flags.attn_aggregated_residual_kwargs}
+        return nn.ModuleList([AggregatedResiduals(flags.dim, num_views=layer.views, **kwargs) for layer in plan.layers])
+    if not flags.integrate_layers:
+        return None
+    softmax = flags.layer_integrate_use_softmax
+    views = [plan.mixed_views(index) for index in range(len(plan.order))]
+    return nn.ModuleList(
+        [DynamicLIMe(flags.dim, index + 1, num_views=own, use_softmax=softmax) for index, own in enumerate(views)]
+    )
+
+
+def choose_skips(flags: StackFlags, plan: LayerPlan) -> nn.ModuleList:
+    skips = nn.ModuleList()
+    for layer in plan.layers:
+        source = layer.skip_from
+        skips.add_module(str(layer.index), None if source is None else ConcatCombine(flags.dim, source))
+    return skips
+
+
+def choose_lambdas(flags: StackFlags) -> StreamLambdas | None:
+    residual, embed = flags.starts('residual_lambdas', 1.0), flags.starts('embed_lambdas', 0.0)
+    return None if residual is None and embed is None else StreamLambdas(residual, embed)

@@ -335,7 +335,7 @@ class Carry:
     """What layers hand on to later ones.
 
     ``seen``: what entered each layer so far, for mixtures over depth; ``skips``: the stream that entered each layer, by layer;
-    ``first_values`` and ``previous`` (scores): by kind of attention.
+    ``first_values`` and ``previous`` (scores): by kind of attention; ``first``: the stack's normed input, if layers ask for it.
     """
 
     hands_on_scores: tuple[str, ...] = ()
@@ -345,6 +345,7 @@ class Carry:
     skips: dict[int, Tensor] = field(default_factory=dict)
     first_values: dict[str, Tensor] = field(default_factory=dict)
     previous: dict[str, Tensor] = field(default_factory=dict)
+    first: Tensor | None = None
 
     def enter(self, h: Tensor | None) -> None:
         """``h`` entered a layer."""

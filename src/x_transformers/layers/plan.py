@@ -50,6 +50,8 @@ class Layout(Protocol):
     def layer_dropout(self) -> float | tuple[float, ...]: ...
 
 
+# what is made for the layers that there are, one for each
+ACROSS = ('integrate_layers', 'attn_aggregated_residuals', 'unet_skips', 'residual_lambdas', 'embed_lambdas')
 KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward'}
 
 
@@ -313,7 +315,7 @@ def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...]
             f'layer_types must name the kind of each of the {layers} layers, by a letter of {", ".join(KINDS)}, got {kinds}. '
             'Exchange layers, layer_types and layer_dropouts together.'
         )
-    across = [name for name in ('integrate_layers', 'attn_aggregated_residuals', 'unet_skips') if getattr(flags, name)]
+    across = [name for name in ACROSS if getattr(flags, name) is not False]
     if across and tuple(kinds) != plan.kinds:
         raise ValueError(
             f'layer_types must stay {plan.kinds} in a stack with {" and ".join(across)}, which was made for them, got {kinds}. '

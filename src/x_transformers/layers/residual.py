@@ -242,6 +242,10 @@ class SingleStream:
         """What is reported as the last hidden state before the final norm."""
         return streams
 
+    def beside(self, x: Float[Tensor, 'b n d']) -> Tensor:
+        """Something per token, in such a shape that it can be added to the streams."""
+        return x
+
     def condition(self, condition: Tensor) -> Tensor:
         """A condition per row of the batch, as the streams' rows need it."""
         return condition
@@ -264,6 +268,9 @@ class ParallelStreams(SingleStream):
 
     def condition(self, condition: Tensor) -> Tensor:
         return condition.repeat_interleave(self.count, dim=0)
+
+    def beside(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, '(b s) n d']:
+        return x.repeat_interleave(self.count, dim=0)
 
 
 class BlockStreams(SingleStream):

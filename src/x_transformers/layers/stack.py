@@ -20,16 +20,22 @@ from x_transformers.flags.rules import check_stack
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
-from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe
-from x_transformers.layers.assemble import choose_polar, choose_position_bias, choose_rotaries, choose_streams, warn_of_leaks
+from x_transformers.layers.assemble import (
+    choose_polar,
+    choose_position_bias,
+    choose_rotaries,
+    choose_streams,
+    depth_parts,
+    warn_of_leaks,
+)
 from x_transformers.layers.call import Around, Carry, Given, Inputs, Record
-from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.drop import is_dropped
 from x_transformers.layers.layer import Layer, make_layer, make_norm
 from x_transformers.layers.plan import LayerPlan, Step, exchanged_plan, plan_layers
 from x_transformers.layers.prepare import prepare
 from x_transformers.layers.slots import call_norm, can_cache
 from x_transformers.module import Module, empty_parameter, is_sharded
+from x_transformers.norms import rms_norm
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -52,6 +58,14 @@ class AttentionLayers(Module):
     is_causal: bool
     # left to right but for a prefix, though ``causal`` is False
     has_prefix = False
+
+    # what reaches over several layers, or None
+    layer_integrators: Any
+    skip_combines: Any
+    reinject_input_proj: nn.Linear | None
+    learned_reinject_input_gate: nn.Linear | None
+    adaptive_mlp: nn.Module | None
+    lambdas: Any
 
     __signature__: Any = ClassSignature(StackFlags)
 
@@ -79,7 +93,9 @@ class AttentionLayers(Module):
         self.final_norm = make_norm(flags) if flags.has_final_norm else Identity()
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
         warn_of_leaks(flags, self.is_causal)
-        self._build_depth(flags, plan)
+        # what reaches over several layers
+        for name, part in depth_parts(flags, plan).items():
+            setattr(self, name, part)
         self._build_positions(flags)
 
     def _tell(self, flags: StackFlags, plan: LayerPlan) -> None:
@@ -103,32 +119,6 @@ class AttentionLayers(Module):
         self.streams = choose_streams(flags)
         hands_on = (('a', flags.residual_attn), ('c', flags.cross_residual_attn))
         self.hands_on_scores = tuple(kind for kind, asked in hands_on if asked)
-
-    def _build_depth(self, flags: StackFlags, plan: LayerPlan) -> None:
-        """What reaches over several layers."""
-        dim = flags.dim
-        self.layer_integrators = self.reinject_input_proj = self.learned_reinject_input_gate = self.adaptive_mlp = None
-        if flags.integrate_layers:
-            softmax = flags.layer_integrate_use_softmax
-            mixes = [plan.mixed_views(index) for index in range(len(plan.order))]
-            self.layer_integrators = nn.ModuleList(
-                [DynamicLIMe(dim, index + 1, num_views=views, use_softmax=softmax) for index, views in enumerate(mixes)]
-            )
-        if flags.attn_aggregated_residuals:
-            kwargs = {'lora_rank': flags.aggregated_rank, **flags.attn_aggregated_residual_kwargs}
-            self.layer_integrators = nn.ModuleList(
-                [AggregatedResiduals(dim, num_views=layer.views, **kwargs) for layer in plan.layers]
-            )
-        self.skip_combines = nn.ModuleList()
-        for layer in plan.layers:
-            source = layer.skip_from
-            self.skip_combines.add_module(str(layer.index), None if source is None else ConcatCombine(dim, source))
-        if flags.reinject_input:
-            self.reinject_input_proj = nn.Linear(dim, dim, bias=False)
-        if flags.learned_reinject_input_gate:
-            self.learned_reinject_input_gate = nn.Linear(dim, 1, bias=False)
-        if flags.needs_condition and flags.adaptive_condition_mlp:
-            self.adaptive_mlp = AdaptiveMLP(flags.condition_dim, flags.adaptive_condition_mlp_expansion)
 
     def _build_positions(self, flags: StackFlags) -> None:
         rotaries, self.rotary_of_layer = choose_rotaries(flags)
@@ -173,6 +163,8 @@ class AttentionLayers(Module):
     def run(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
         """All steps on x. ``call`` comes from ``prepare``; what was asked for is in the record."""
         carry = Carry(self.hands_on_scores, self.add_value_residual, mixes=self.layer_integrators is not None)
+        if self.lambdas is not None:
+            carry.first = self.streams.beside(rms_norm(x))
         record = Record(wanted=call.return_attn, cache=call.cache)
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
@@ -230,10 +222,13 @@ class AttentionLayers(Module):
         """What mixes the inputs of all layers so far: one for each step, or for each layer where any number can be mixed."""
         if self.layer_integrators is None:
             return None
-        return self.layer_integrators[step.layer if self.flags.attn_aggregated_residuals else step.index]
+        mixture: nn.Module = self.layer_integrators[step.layer if self.flags.attn_aggregated_residuals else step.index]
+        return mixture
 
     def _join(self, step: Step, streams: Tensor, carry: Carry) -> Tensor:
-        """U-Net: a later layer is joined with what an earlier one saw."""
+        """What enters a layer: the stream, maybe with the stack's input; U-Net: joined with what an earlier layer saw."""
+        if self.lambdas is not None:
+            streams = self.lambdas(streams, carry.first, step.layer)
         if not self.unet_skips:
             return streams
         carry.skips[step.layer] = streams
