@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 
 from tests.kept import kept_by
 from x_transformers.cli.main import main
+from x_transformers.cli.writing import Writer, printable
 from x_transformers.training.errors import CheckpointError
 from x_transformers.training.lock import locked
 
@@ -205,8 +207,8 @@ def test_bad_options_end_in_one_sentence(tmp_path, text, capsys, more, sentence)
     [
         (['fly'], "there is no command 'fly'"),
         (['generate', 'nowhere'], 'nowhere: there is no such run folder'),
-        (['generate', 'nowhere', '--length', '-1'], '--length must not be negative'),
-        (['generate', 'nowhere', '--prompt', ''], '--prompt must not be empty'),
+        (['generate', 'nowhere', '--length', '-1'], '--length must be at least 0, got -1.'),
+        (['generate', 'nowhere', '--prompt', ''], '--prompt must hold a token to start from'),
         (['generate', 'nowhere', '--top-p', '2'], '--top-p must be between 0 and 1'),
         (['info', '--run', 'nowhere'], 'nowhere: there is no such run folder'),
         (['train', '--resume', '--run-dir', 'nowhere'], 'nowhere: there is no such run folder'),
@@ -499,6 +501,7 @@ def test_every_command_ends_in_one_line_of_json(tmp_path, text, capsys):
         ['generate', str(run), '--length', '5', '--seed', '1', '--json'],
         ['eval', str(run), '--data', str(text), '--json'],
         ['info', '--run', str(run), '--json'],
+        ['plan', '--dim', '32', '--depth', '1', '--seq-len', '32', '--json'],
     ):
         assert main(command) == 0
         keys[command[0]] = json.loads(capsys.readouterr().out.splitlines()[-1]).keys()
@@ -506,7 +509,64 @@ def test_every_command_ends_in_one_line_of_json(tmp_path, text, capsys):
     assert keys['generate'] == {'run', 'prompt', 'texts'}
     assert keys['eval'] >= {'loss', 'perplexity', 'bits_per_byte'}
     assert keys['info'] >= {'parameters', 'flops_per_token', 'cache_bytes', 'kept_bytes'}
+    assert keys['plan'] == {'parameters', 'flops_per_step', 'batch', 'grids'}
     assert all(0 < share < 1 for _, share in metrics(run, 'mfu'))
+
+
+def test_chat_reads_on_behind_all_that_was_written(tmp_path, text, capsys, monkeypatch):
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('the quick\nbrown fox\n'))
+    given = ['--before', 'Q: ', '--after', r'\nA: ', '--length', '12', '--seed', '0']
+    assert main(['chat', str(run), *given, '--json']) == 0
+    turns = json.loads(capsys.readouterr().out.splitlines()[-1])['turns']
+    assert [turn['line'] for turn in turns] == ['the quick', 'brown fox']
+    seen = []
+    monkeypatch.setattr(
+        Writer, 'write', lambda self, prompt, options: seen.append(prompt) or iter(('an', 's', 'wer\nQ', ': no'))
+    )
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('one\ntwo\n'))
+    assert main(['chat', str(run), *given, '--stop', r'\nQ: ']) == 0
+    assert seen == ['Q: one\nA: ', 'Q: one\nA: answerQ: two\nA: ']
+    assert capsys.readouterr().out == 'answer\nanswer\n'
+
+
+def test_an_interrupt_ends_an_answer_of_chat_not_the_conversation(tmp_path, text, capsys, monkeypatch):
+    run = tmp_path / 'run'
+    assert main(train(text, run)) == 0
+    capsys.readouterr()
+
+    def interrupted(self, prompt, options):
+        yield 'half'
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, 'write', interrupted)
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('one\ntwo\n'))
+    assert main(['chat', str(run)]) == 0
+    assert capsys.readouterr().out == 'half\nhalf\n'
+    assert sentence_of(capsys, ['chat', str(run), '--stop', '', '--temperature', '-1']).count('must') == 2
+
+
+def test_a_terminal_is_not_given_control_characters():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    text = 'a\x1b[31mb\tc\n\x07\x9b'
+    assert printable(text, Terminal()) == r'a\x1b[31mb' + '\tc\n' + r'\x07\x9b'
+    assert printable(text, io.StringIO()) == text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='cuda is here')
+def test_info_answers_for_a_device_that_is_not_here(capsys):
+    assert main(['info', '--depth', '1', '--dim', '64', '--device', 'cuda', '--seq-len', '64', '--json']) == 0
+    out = capsys.readouterr().out
+    assert '1 x (self attention, feed-forward), width 64' in out
+    assert 'attention kernels on cuda' in out
+    assert 'sdpa runs this attention' in out
+    assert json.loads(out.splitlines()[-1])['kept_bytes'] is None
+    assert '--device must be' in sentence_of(capsys, ['info', '--device', 'nonsense'])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,13 +19,19 @@ class Explain:
 
     folder: Annotated[str, tyro.conf.Positional]
     """Folder in the Hugging Face format, or a name on the Hub."""
+    json: bool = False
+    """Print one line of JSON at the end."""
 
     def run(self) -> None:
         from x_transformers.hf import explain
         from x_transformers.saving.hub import fetched
         from x_transformers.saving.tensors import read_json
 
-        print(explain(read_json(fetched(self.folder) / 'config.json')))
+        config = read_json(fetched(self.folder) / 'config.json')
+        python = explain(config)
+        print(python)
+        if self.json:
+            print(json.dumps({'folder': self.folder, 'family': config.get('model_type'), 'python': python}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Import:
     """Folder to write."""
     dtype: str | None = None
     """Such as bfloat16; None: as the weights are stored."""
+    json: bool = False
+    """Print one line of JSON at the end."""
 
     def run(self) -> None:
         from x_transformers.hf import from_hf
@@ -45,7 +54,7 @@ class Import:
 
         source, target = fetched(self.source), Path(self.target)
         from_hf(source, dtype=dtype_named(self.dtype)).save_pretrained(target)
-        report(target, copy_tokenizer(source, target))
+        report(target, copy_tokenizer(source, target), as_json=self.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Export:
     """Folder to write."""
     family: str | None = None
     """The model_type to write, such as llama; None: that of the import, or any that fits."""
+    json: bool = False
+    """Print one line of JSON at the end."""
 
     def run(self) -> None:
         from x_transformers.hf import to_hf
@@ -66,7 +77,7 @@ class Export:
 
         source, target = Path(self.source), Path(self.target)
         to_hf(Module.from_pretrained(source), target, family=self.family)
-        report(target, copy_tokenizer(source, target))
+        report(target, copy_tokenizer(source, target), as_json=self.json)
 
 
 def dtype_named(name: str | None) -> Any:
@@ -78,8 +89,10 @@ def dtype_named(name: str | None) -> Any:
     return found
 
 
-def report(target: Path, tokenizer: list[str]) -> None:
+def report(target: Path, tokenizer: list[str], *, as_json: bool) -> None:
     print(f'wrote {target}' + (f' with {", ".join(tokenizer)}' if tokenizer else ', without a tokenizer'))
+    if as_json:
+        print(json.dumps({'folder': str(target), 'tokenizer': tokenizer}))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {'explain': Explain, 'import': Import, 'export': Export}

@@ -24,7 +24,7 @@ from x_transformers.cli.parse import parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import shown
 from x_transformers.flags.stack import StackFlags
-from x_transformers.layers.plan import KINDS, LayerPlan, plan_layers
+from x_transformers.layers.plan import KINDS, LayerPlan, LayerSpec, plan_layers
 from x_transformers.training.build import NUM_BYTES, build_network, choose_device, refuse_inert
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.run import RunConfig
@@ -82,31 +82,44 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
 
 def main(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
-    device = choose_device(options.device)
+    device, here = device_asked(options.device)
     vocabulary = NUM_BYTES if options.run is None else RunConfig.read(Path(options.run)).vocabulary
     with torch.device('meta'):
         network = build_network(flags, vocabulary).train(options.training)
     stack_flags: StackFlags = network.attn_layers.flags  # type: ignore[union-attr, assignment]
     seen = look(network, options)
-    kept = kept_bytes(flags, options, device, vocabulary) if options.training else None
+    kept = kept_bytes(flags, options, device, vocabulary) if options.training and here else None
+    plan = plan_layers(stack_flags)
+    summary = Summary.of(network, seen, kept, options)
     parts = [
-        layer_lines(plan_layers(stack_flags), stack_flags),
+        summary.lines(plan, stack_flags),
+        layer_lines(plan, stack_flags),
         parameter_lines(network),
         [
             f'operations for {options.seq_len} bytes at once (multiply and add count as two)',
             f'  forward   {seen.flops / options.seq_len:>15,.0f} per byte',
             f'  training  {3 * seen.flops / options.seq_len:>15,.0f} per byte (forward and backward)',
         ],
-        *([] if kept is None else [kept_lines(kept, options)]),
+        kept_lines(kept, options, device) if options.training else [],
         cache_lines(network, seen, options),
         kernel_lines(seen.calls, device),
     ]
-    print('\n\n'.join('\n'.join(lines) for lines in parts))
+    print('\n\n'.join('\n'.join(lines) for lines in parts if lines))
     if options.json:
-        count = sum(parameter.numel() for parameter in network.parameters())
-        found = {'parameters': count, 'flops_per_token': seen.flops / options.seq_len, 'cache_bytes': seen.cache_bytes}
-        print(json.dumps(found | {'kept_bytes': kept, 'seq_len': options.seq_len}))
+        print(json.dumps(dataclasses.asdict(summary) | {'layers': ''.join(plan.kinds)}))
     return 0
+
+
+def device_asked(name: str) -> tuple[torch.device, bool]:
+    """The device, and whether it is here: which kernel it would choose can be told without it."""
+    try:
+        return choose_device(name), True
+    except TrainingError:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise TrainingError(f'--device must be cpu, cuda, mps or another kind of device, got {name!r}.') from None
+        return device, False
 
 
 # what is found out by a forward without numbers
@@ -183,26 +196,71 @@ def halve(network: nn.Module) -> None:
 # what is shown
 
 
-def layer_lines(plan: LayerPlan, flags: StackFlags) -> list[str]:
-    """The layers in their order, each with what is special about it."""
-    lines = [f'layers: {"".join(plan.kinds)}']
-    for spec in plan.layers:
-        notes = [
-            note
-            for wanted, note in (
-                (spec.half, 'counts half'),
-                (spec.shift, f'shifted by {spec.shift}'),
-                (spec.dropout, f'dropped with probability {spec.dropout}'),
-                (spec.views > 1, f'{spec.views} views of the past'),
-                (spec.skip_from is not None, f'joined with layer {spec.skip_from}'),
-            )
-            if wanted
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The figures of a model; bytes are those of its dtype, and None where they cannot be told here."""
+
+    parameters: int
+    parameter_bytes: int
+    flops_per_token: float
+    cache_bytes: int
+    kept_bytes: int | None
+    seq_len: int
+
+    @classmethod
+    def of(cls, network: nn.Module, seen: Seen, kept: int | None, options: InfoOptions) -> Summary:
+        parameters = list(network.parameters())
+        count, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+        return cls(count, size, seen.flops / options.seq_len, seen.cache_bytes, kept, options.seq_len)
+
+    def lines(self, plan: LayerPlan, flags: StackFlags) -> list[str]:
+        """What is worth knowing first."""
+        kept = '' if self.kept_bytes is None else f', {megabytes(self.kept_bytes)} kept for the backward'
+        return [
+            f'{repeated(plan)}, width {flags.dim}, {shown(flags.heads)} heads of {shown(flags.attn_dim_head)}',
+            f'{self.parameters:,} parameters in {megabytes(self.parameter_bytes)}; for a sequence of {self.seq_len} a cache of '
+            f'{megabytes(self.cache_bytes)}{kept}',
         ]
-        notes += [f'{name}={shown(value)}' for name, value in flags.varying_at(spec.index).items()]
-        lines.append(f'  {spec.index:3}  {KINDS[spec.kind]:16}{", ".join(notes)}'.rstrip())
+
+
+def megabytes(count: int) -> str:
+    return f'{count / 1e6:,.1f} MB'
+
+
+def repeated(plan: LayerPlan) -> str:
+    """``12 x (self attention, feed-forward)``: the shortest pattern that gives all layers."""
+    kinds = plan.kinds
+    period = next((n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds[:n] * (len(kinds) // n) == kinds), 0)
+    if not period:
+        return 'no layers'
+    return f'{len(kinds) // period} x ({", ".join(KINDS[kind] for kind in kinds[:period])})'
+
+
+def layer_lines(plan: LayerPlan, flags: StackFlags) -> list[str]:
+    """The kinds of layers in their order; one by one, with what is special about each, if anything is."""
+    lines = [f'layers: {"".join(plan.kinds)}']
+    notes = [layer_notes(spec, flags) for spec in plan.layers]
+    if any(notes):
+        for spec, said in zip(plan.layers, notes, strict=True):
+            lines.append(f'  {spec.index:3}  {KINDS[spec.kind]:16}{", ".join(said)}'.rstrip())
     if plan.order != tuple(range(len(plan.layers))):
         lines.append(f'  executed in the order {", ".join(map(str, plan.order))}')
     return lines
+
+
+def layer_notes(spec: LayerSpec, flags: StackFlags) -> list[str]:
+    notes = [
+        note
+        for wanted, note in (
+            (spec.half, 'counts half'),
+            (spec.shift, f'shifted by {spec.shift}'),
+            (spec.dropout, f'dropped with probability {spec.dropout}'),
+            (spec.views > 1, f'{spec.views} views of the past'),
+            (spec.skip_from is not None, f'joined with layer {spec.skip_from}'),
+        )
+        if wanted
+    ]
+    return [*notes, *(f'{name}={shown(value)}' for name, value in flags.varying_at(spec.index).items())]
 
 
 def parameter_lines(network: nn.Module) -> list[str]:
@@ -237,7 +295,9 @@ def rooms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield 'rest', network
 
 
-def kept_lines(kept: int, options: InfoOptions) -> list[str]:
+def kept_lines(kept: int | None, options: InfoOptions, device: torch.device) -> list[str]:
+    if kept is None:
+        return [f'kept for the backward: can be told where {device.type} is']
     return [f'kept for the backward: {kept / options.seq_len:,.0f} bytes per byte of text, without those of the loss']
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     'train': 'train a language model: on your files, or on the source of the standard library',
     'generate': 'write with a trained model',
+    'chat': 'write in turn with a trained model',
     'eval': 'loss, perplexity and bits per byte of a trained model on other texts',
     'info': 'show what a set of flags builds: layers, parameters, operations, kernel, memory, cache',
     'plan': 'what a model would need on many devices: memory, operations, which grid fits',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -42,6 +43,8 @@ class PlanOptions:
     """Operations per second that one device could do at most; with it, tokens per second are told."""
     mfu: float = 0.4
     """Share of the peak that is taken to be reached."""
+    json: bool = False
+    """Print one line of JSON at the end."""
 
 
 def plan_class() -> type:
@@ -84,6 +87,9 @@ def main(arguments: Sequence[str]) -> int:
     batch = options.batch or options.gpus
     found = list(needs(size, devices=options.gpus, per_node=options.per_node, batch=batch, half=options.bf16))
     print('\n'.join([*about(size, options, batch), '', *table(found, options.memory * GIB)]))
+    if options.json:
+        grids = [dataclasses.asdict(need) | {'total': need.total, 'fits': need.total <= options.memory * GIB} for need in found]
+        print(json.dumps({'parameters': size.parameters, 'flops_per_step': size.flops * batch, 'batch': batch, 'grids': grids}))
     return 0
 
 
