@@ -22,6 +22,7 @@ ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ('a padding mask', {}, {'plain_causal': False, 'masked': True}),
     ('`attn_mask` with a head axis', {}, {'plain_causal': False, 'masked': True, 'masked_heads': True}),
     ('`attn_max_attend_past`', {}, {'plain_causal': False, 'masked': True, 'windowed': True}),
+    ('`attn_max_attend_future`, in an encoder', {}, {'plain_causal': False, 'causal': False, 'masked': True, 'windowed': True}),
     ('`attn_num_mem_kv`, `attn_add_zero_kv`', {}, {'plain_causal': False, 'geometry': ScoreShape(1024, 1028, 4)}),
     ('`attn_kv_heads`, `attn_one_kv_head`', {}, {'kv_heads': 2}),
     ('`attn_value_dim_head`', {}, {'value_dim': 48}),

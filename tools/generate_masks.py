@@ -29,6 +29,7 @@ PICTURES: dict[str, tuple[Mask, ScoreShape]] = {
     'left padding': (Mask(causal=True, keys=torch.arange(N) >= torch.tensor([[0], [2]])), FULL),
     'window': (Mask(causal=True, past=2), FULL),
     'window in an encoder': (Mask(past=2), FULL),
+    'window on both sides': (Mask(past=2, ahead=1), FULL),
     'prefix': (Mask(causal=True, prefix=torch.tensor([2, 4])), FULL),
     'dense': (Mask(causal=True, dense=torch.eye(N, dtype=torch.bool) | (torch.arange(N) % 2 == 0)), FULL),
     'packed': (Mask(causal=True, packed=PackedSequences(STARTS, STARTS)), FULL),

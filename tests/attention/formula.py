@@ -24,7 +24,9 @@ class FixedBias(Bias):
         return torch.nn.functional.pad(self.tensor, (geometry.front, 0))
 
 
-def may_look(b, h, i, j, geometry, *, causal=False, past=None, keys=None, dense=None, front=None, prefix=None) -> bool:
+def may_look(
+    b, h, i, j, geometry, *, causal=False, past=None, ahead=None, keys=None, dense=None, front=None, prefix=None
+) -> bool:
     own, query = j - geometry.front, i + geometry.first
     if dense is not None:
         full = torch.nn.functional.pad(dense, (geometry.keys - dense.shape[-1], 0), value=True)
@@ -36,6 +38,8 @@ def may_look(b, h, i, j, geometry, *, causal=False, past=None, keys=None, dense=
     if keys is not None and not keys[b, own]:
         return False
     if past is not None and query - own > past:
+        return False
+    if ahead is not None and not causal and own - query > ahead:
         return False
     return not causal or own <= query or (prefix is not None and own < (prefix if isinstance(prefix, int) else int(prefix[b])))
 

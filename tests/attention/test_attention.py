@@ -97,6 +97,14 @@ def test_memories_lie_in_front(mem_mask, kind):
     torch.testing.assert_close(out, expected * own[..., None] if kind == 'mask' else expected)
 
 
+@pytest.mark.parametrize('past', [None, 1])
+def test_a_window_on_both_sides(past):
+    attn, x = small(max_attend_past=past, max_attend_future=2), torch.randn(B, N, D)
+    back = N if past is None else past
+    torch.testing.assert_close(attn(x), by_hand(attn, x, x, lambda b, i, j: i - back <= j <= i + 2))
+    assert small().max_attend_future is None
+
+
 def test_shift_of_keys_and_values():
     attn, x, shift = small(), torch.randn(B, N, D), torch.randn(B, N, D)
     torch.testing.assert_close(attn(x, kv_input_residual=shift), by_hand(attn, x, x + shift, lambda b, i, j: True))

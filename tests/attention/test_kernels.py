@@ -36,6 +36,8 @@ def draw(seed: int) -> tuple[ScoreShape, int, int, dict, dict, torch.Tensor | No
         'add_zero_kv': rng.random() < 0.2,
     }
     mask: dict = {'causal': rng.random() < 0.6, 'past': rng.choice([None, None, 0, 2])}
+    if not mask['causal'] and seed % 2:
+        mask['ahead'] = seed % 3
     if rng.random() < 0.5:
         mask['keys'] = torch.rand(B, own) > 0.5
     if rng.random() < 0.3:
@@ -159,13 +161,18 @@ def test_flex_in_the_eager_form():
     attend = Attend(heads=H, softclamp_logits=True, logit_softclamp_value=2.0, head_learned_sink=True)
     torch.nn.init.normal_(attend.head_attn_sink)
     bias, geometry = torch.randn(1, H, 5, 6), ScoreShape(5, 7, 1)
-    fields = {'causal': True, 'past': 3, 'keys': keys}
     sink = attend.head_attn_sink.tolist()
-    want = attention(q, k, v, geometry, scale=0.25, bias=FixedBias(bias), clamp=2.0, sink=sink, **fields)
+
+    def compared(distance):
+        with torch.no_grad(), use_kernel('flex'):
+            out, _ = attend.run(q, k, v, mask=Mask(**distance, keys=keys), geometry=geometry, bias=FixedBias(bias))
+        want = attention(q, k, v, geometry, scale=0.25, bias=FixedBias(bias), clamp=2.0, sink=sink, keys=keys, **distance)
+        torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+
     # not compiled here: torch says so once
-    with torch.no_grad(), use_kernel('flex'), pytest.warns(UserWarning, match='flex_attention called without torch.compile'):
-        out, _ = attend.run(q, k, v, mask=Mask(**fields), geometry=geometry, bias=FixedBias(bias))
-    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+    with pytest.warns(UserWarning, match='flex_attention called without torch.compile'):
+        compared({'causal': True, 'past': 3})
+    compared({'past': 1, 'ahead': 2})
 
 
 def test_packed_sequences_are_alone():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.mask import Mask, PackedSequences, Placed
 
 from .formula import may_look
 
@@ -30,11 +30,28 @@ def rendered(mask: Mask, geometry: ScoreShape) -> torch.Tensor:
 )
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('past', [None, 0, 2])
+@pytest.mark.parametrize('ahead', [None, 0, 1])
 @pytest.mark.parametrize('prefix', [None, 2, 'rows'])
-def test_distance(geometry, causal, past, prefix):
+def test_distance(geometry, causal, past, ahead, prefix):
     prefix = torch.tensor([1, 3]) if prefix == 'rows' else prefix
-    mask = Mask(prefix=prefix).narrowed(causal, past)
-    assert torch.equal(rendered(mask, geometry), by_formula(geometry, causal=causal, past=past, prefix=prefix))
+    mask = Mask(prefix=prefix).narrowed(causal, past, ahead)
+    want = by_formula(geometry, causal=causal, past=past, ahead=ahead, prefix=prefix)
+    assert torch.equal(rendered(mask, geometry), want)
+    open_rows = mask.open_rows(geometry)
+    assert torch.equal(
+        want.any(-1),
+        torch.ones(want.shape[:3], dtype=torch.bool) if open_rows is None else open_rows.expand(B, H, -1, 1)[..., 0],
+    )
+    placed = Placed(torch.tensor([geometry.first]), geometry.queries, geometry.own)
+    if geometry.front == 0:
+        assert torch.equal(rendered(Mask(prefix=prefix, placed=placed).narrowed(causal, past, ahead), geometry), want)
+
+
+def test_the_narrower_window_holds():
+    mask = Mask(ahead=3).narrowed(False, 4, 2)
+    assert (mask.past, mask.ahead) == (4, 2)
+    assert mask.narrowed(False, 1, 5).narrowed(False, None) is mask.narrowed(False, 1, 2)
+    assert mask.narrowed(True, None, 1).ahead is None
 
 
 @pytest.mark.parametrize('front', [0, 1, 3])

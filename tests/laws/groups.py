@@ -230,6 +230,7 @@ ATTENTION = (
     group('sparse_topk_through', attn_sparse_topk=3, attn_sparse_topk_straight_through=True),
     group('custom_fn', attn_custom_attn_fn=lambda scores: scores.softmax(dim=-1) * 0.5),
     group('window', SELF, attn_max_attend_past=3),
+    group('window_both', frozenset({ENCODER}), attn_max_attend_past=2, attn_max_attend_future=2),
     group('laser', attn_laser=True),
     group('laser_clamp', attn_laser=True, attn_laser_softclamp_value=4.0),
     group('orthog', SELF, attn_orthog_projected_values=True),

@@ -254,6 +254,8 @@ def facts_of(args: KernelArgs) -> CallFacts:
     """The facts of a job that kernels are chosen by."""
     q, k, v, mask, geometry = args.q, args.k, args.v, args.mask, args.geometry
     recording, limits_past = torch.is_grad_enabled(), mask.limits_past(geometry)
+    limits_ahead = mask.limits_ahead(geometry)
+    windows = ((limits_past, mask.past), (limits_ahead, mask.ahead))
     return CallFacts(
         device=q.device.type,
         dtype=autocast_dtype(q) or q.dtype,
@@ -265,8 +267,8 @@ def facts_of(args: KernelArgs) -> CallFacts:
         value_dim=v.shape[-1],
         geometry=geometry,
         plain_causal=mask.plain_causal(geometry),
-        masked=mask.keys is not None or mask.dense is not None or mask.prefix is not None or limits_past,
-        windowed=limits_past and mask.past is not None and not geometry.is_open and 2 * mask.past < geometry.own,
+        masked=mask.keys is not None or mask.dense is not None or mask.prefix is not None or limits_past or limits_ahead,
+        windowed=not geometry.is_open and any(on and n is not None and 2 * n < geometry.own for on, n in windows),
         causal=mask.causal,
         packed=mask.packed is not None,
         biased=args.bias is not None,

@@ -67,6 +67,7 @@ class Attention(Module):
         self.dim_context = dim if flags.dim_context is None else flags.dim_context
         self.causal = flags.causal
         self.max_attend_past = flags.max_attend_past
+        self.max_attend_future = flags.max_attend_future
         self.rotated_heads = flags.rotated_heads
         self.separate_views = flags.qkv_receive_diff_residuals
         self.can_cache_kv = not (flags.selective or flags.inverted_attention)
@@ -223,7 +224,8 @@ class Attention(Module):
         if given.positions is not None:
             q = given.positions.queries(q, self.rotated_heads)
         bias = self.bias(seen, given)
-        mask = given.mask.narrowed(self.causal if given.causal is None else given.causal, self.max_attend_past)
+        causal = self.causal if given.causal is None else given.causal
+        mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future)
         k, v, mask, front = put_in_front(
             k,
             v,

@@ -65,6 +65,11 @@ class PackedSequences:
         return queries, keys
 
 
+def narrower(one: int | None, other: int | None) -> int | None:
+    """The smaller of two windows; None is none."""
+    return other if one is None else one if other is None else min(one, other)
+
+
 def describe(value: Any) -> str:
     return f'shape {tuple(value.shape)} of {value.dtype}' if isinstance(value, Tensor) else repr(value)
 
@@ -104,15 +109,15 @@ class Placed(NamedTuple):
         return self.first + torch.arange(self.queries, device=self.first.device)
 
     def seen(
-        self, causal: bool, past: int | None, prefix: int | Int[Tensor, 'b'] | None
+        self, causal: bool, past: int | None, ahead: int | None, prefix: int | Int[Tensor, 'b'] | None
     ) -> Bool[Tensor, 'i j'] | Bool[Tensor, 'b 1 i j']:
-        """Causality, window and prefix, written out."""
+        """Causality, windows and prefix, written out."""
         query, key = self.numbers().unsqueeze(-1), torch.arange(self.keys, device=self.first.device)
         mask = key <= query
         if prefix is not None and causal:
             mask = mask | (key < (prefix.reshape(-1, 1, 1, 1) if isinstance(prefix, Tensor) else prefix))
         elif not causal:
-            mask = torch.ones_like(mask)
+            mask = torch.ones_like(mask) if ahead is None else key - query <= ahead
         return mask if past is None else mask & (query - key <= past)
 
 
@@ -122,6 +127,7 @@ class Mask:
 
     ``causal``   a query sees keys up to its own position (queries are right-aligned with the own keys).
     ``past``     a query sees at most so many keys back.
+    ``ahead``    a query sees at most so many keys ahead, where causality does not forbid them all.
     ``keys``     (b j) which own keys may be seen: padding, left padding.
     ``front``    (b f) which of the last f columns put in front may be seen; without it all of them.
     ``prefix``   everyone sees keys before it, causality notwithstanding: one number, or one for each row (b).
@@ -132,6 +138,7 @@ class Mask:
 
     causal: bool = False
     past: int | None = None
+    ahead: int | None = None
     keys: Bool[Tensor, 'b j'] | None = None
     front: Bool[Tensor, 'b f'] | None = None
     prefix: int | Int[Tensor, 'b'] | None = None
@@ -144,26 +151,26 @@ class Mask:
         """A mask with other fields (and nothing remembered)."""
         return replace(self, **changes)
 
-    def narrowed(self, causal: bool, past: int | None) -> Mask:
-        """This mask and causality and a window. The same object for the same question, so that layers share what it renders."""
-        causal = causal or self.causal
-        past = self.past if past is None else past if self.past is None else min(past, self.past)
-        if causal == self.causal and past == self.past and self.placed is None:
+    def narrowed(self, causal: bool, past: int | None, ahead: int | None = None) -> Mask:
+        """This mask and causality and windows. The same object for the same question, so that layers share what it renders."""
+        causal, past = causal or self.causal, narrower(past, self.past)
+        ahead = None if causal else narrower(ahead, self.ahead)
+        if (causal, past, ahead) == (self.causal, self.past, self.ahead) and self.placed is None:
             return self
-        found: Mask | None = recall(self.memo, ('narrowed', causal, past))
+        key = ('narrowed', causal, past, ahead)
+        found: Mask | None = recall(self.memo, key)
         if found is None:
-            made = (
-                self.having(causal=causal, past=past) if self.placed is None else self._written_out(self.placed, causal, past)
-            )
-            found = remember(self.memo, ('narrowed', causal, past), made)
+            limits = {'causal': causal, 'past': past, 'ahead': ahead}
+            made = self.having(**limits) if self.placed is None else self._written_out(self.placed, causal, past, ahead)
+            found = remember(self.memo, key, made)
         return found
 
-    def _written_out(self, placed: Placed, causal: bool, past: int | None) -> Mask:
-        seen = placed.seen(causal, past, self.prefix)
+    def _written_out(self, placed: Placed, causal: bool, past: int | None, ahead: int | None) -> Mask:
+        seen = placed.seen(causal, past, ahead, self.prefix)
         if self.dense is not None:
             more = self.dense.shape[-1] - placed.keys
             seen = self.dense & (F.pad(seen, (more, 0), value=True) if more > 0 else seen)
-        return self.having(causal=False, past=None, prefix=None, placed=None, dense=seen)
+        return self.having(causal=False, past=None, ahead=None, prefix=None, placed=None, dense=seen)
 
     def within(self, packed: PackedSequences | None) -> Mask:
         """This mask, inside packed sequences."""
@@ -176,7 +183,12 @@ class Mask:
 
     @property
     def trivial(self) -> bool:
-        return not (self.causal or self.past is not None) and not self.per_token
+        return not self.depends_on_distance and not self.per_token
+
+    @property
+    def depends_on_distance(self) -> bool:
+        """Whether the distance between query and key plays a part."""
+        return self.causal or self.past is not None or self.ahead is not None
 
     @property
     def per_token(self) -> bool:
@@ -188,7 +200,7 @@ class Mask:
     @property
     def only_padding(self) -> bool:
         """Whether it is about keys alone, beside causality."""
-        return self.past is None and all(part is None for part in (self.front, self.prefix, self.dense, self.packed))
+        return all(part is None for part in (self.past, self.ahead, self.front, self.prefix, self.dense, self.packed))
 
     def limits_future(self, geometry: ScoreShape) -> bool:
         """Whether causality forbids anything: not for one query."""
@@ -197,6 +209,15 @@ class Mask:
     def limits_past(self, geometry: ScoreShape) -> bool:
         """Whether the window forbids anything."""
         return self.past is not None and (geometry.is_open or self.past < geometry.own - 1)
+
+    def limits_ahead(self, geometry: ScoreShape) -> bool:
+        """Whether the window into the future forbids anything."""
+        return not self.causal and self.ahead is not None and (geometry.is_open or self.ahead < geometry.queries - 1)
+
+    def limits(self, geometry: ScoreShape) -> tuple[int | None, int | None]:
+        """How far a query sees back and ahead, causality included; None as far as there are keys. Not for a prefix."""
+        ahead = 0 if self.limits_future(geometry) else self.ahead if self.limits_ahead(geometry) else None
+        return self.past if self.limits_past(geometry) else None, ahead
 
     def plain_causal(self, geometry: ScoreShape) -> bool:
         """Only causality is asked, of as many queries as keys."""
@@ -213,7 +234,7 @@ class Mask:
         if geometry.front > closable and (self.dense is None or self.dense.shape[-1] != geometry.keys):
             return False
         hides = any(part is not None for part in (self.keys, self.dense, self.packed))
-        return hides or geometry.own == 0 or (self.causal and geometry.first < 0)
+        return hides or geometry.own == 0 or ((self.causal or self.ahead is not None) and geometry.first < 0)
 
     # ------------------------------------------------------------ the same as tensors
 
@@ -231,11 +252,15 @@ class Mask:
         return found[0]
 
     def apart_from_distance(self) -> Mask:
-        """What is left when causality and the window are seen to otherwise (a prefix goes with them)."""
-        if not self.causal and self.past is None:
+        """What is left when causality and windows are seen to otherwise (a prefix goes with them)."""
+        if not self.depends_on_distance:
             return self
         found: Mask | None = recall(self.memo, ('apart',))
-        return remember(self.memo, ('apart',), self.having(causal=False, past=None, prefix=None)) if found is None else found
+        return (
+            remember(self.memo, ('apart',), self.having(causal=False, past=None, ahead=None, prefix=None))
+            if found is None
+            else found
+        )
 
     def device_or(self, device: torch.device | str | None) -> torch.device | str | None:
         for part in (self.keys, self.dense, self.front):
@@ -270,20 +295,20 @@ class Mask:
     def by_distance(
         self, geometry: ScoreShape, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
     ) -> Tensor | None:
-        limits_future, limits_past = self.limits_future(geometry), self.limits_past(geometry)
-        if not limits_future and not limits_past:
+        past, ahead = self.limits(geometry)
+        if past is None and ahead is None:
             return None
         query = torch.arange(geometry.first + rows[0], geometry.first + rows[1], device=device)[:, None]
         key = torch.arange(columns[0], columns[1], device=device)
         mask = None
-        if limits_future:
-            mask = (key <= query)[None, None]
-            if isinstance(self.prefix, Tensor):
+        if ahead is not None:
+            mask = (key <= query if self.causal else key - query <= ahead)[None, None]
+            if self.causal and isinstance(self.prefix, Tensor):
                 mask = mask | (key < self.prefix.reshape(-1, 1, 1, 1))
-            elif self.prefix is not None:
+            elif self.causal and self.prefix is not None:
                 mask = mask | (key < self.prefix)
-        if limits_past and self.past is not None:
-            near = (query - key <= self.past)[None, None]
+        if past is not None:
+            near = (query - key <= past)[None, None]
             mask = near if mask is None else mask & near
         return mask
 

@@ -145,6 +145,14 @@ class AttentionFlags(ScoreFlags):
     max_attend_past: int | None = flag(
         None, 'Sliding window: a query sees at most this many positions back.', low=0, self_only=True, often=True
     )
+    max_attend_future: int | None = flag(
+        None,
+        'Window of a layer that is not causal: a query sees at most this many positions ahead.',
+        paper='https://arxiv.org/abs/2004.05150',
+        low=0,
+        self_only=True,
+        since='here',
+    )
     rotate_num_heads: int | None = flag(None, 'Only this many of the heads, the last ones, get rotary positions.', low=1)
     data_dependent_alibi: bool = flag(
         False,

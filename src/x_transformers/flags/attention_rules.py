@@ -196,6 +196,13 @@ ATTENTION_RULES = (
         only_changed=True,
     ),
     Rule(
+        ('max_attend_future', 'causal'),
+        lambda flags, dim: flags.max_attend_future is not None and flags.causal,
+        'a query of a causal layer sees nothing that comes after it',
+        {'max_attend_future': 2, 'causal': True},
+        'Use a layer that is not causal, or leave out [max_attend_future].',
+    ),
+    Rule(
         ('use_cope', 'causal'),
         lambda flags, dim: flags.use_cope and not flags.causal,
         'contextual positions count the keys between a query and an earlier key',

@@ -120,6 +120,7 @@ class AttentionKeywords(TypedDict, total=False):
     hybrid_fold_axial_dim: int | None
     hybrid_learned_mix: bool
     inverted_attention: bool
+    max_attend_future: int | None
     use_rel_proj_pos_bias: bool
     rel_proj_num_distance_basis: int
     rel_proj_max_dist: int
@@ -322,6 +323,7 @@ class StackKeywords(TypedDict, total=False):
     attn_hybrid_fold_axial_dim: Each[int | None]
     attn_hybrid_learned_mix: Each[bool]
     attn_inverted_attention: Each[bool]
+    attn_max_attend_future: Each[int | None]
     attn_use_rel_proj_pos_bias: Each[bool]
     attn_rel_proj_num_distance_basis: Each[int]
     attn_rel_proj_max_dist: Each[int]
@@ -407,6 +409,7 @@ class StackKeywords(TypedDict, total=False):
     cross_attn_hybrid_fold_axial_dim: Each[int | None]
     cross_attn_hybrid_learned_mix: Each[bool]
     cross_attn_inverted_attention: Each[bool]
+    cross_attn_max_attend_future: Each[int | None]
     cross_attn_use_rel_proj_pos_bias: Each[bool]
     cross_attn_rel_proj_num_distance_basis: Each[int]
     cross_attn_rel_proj_max_dist: Each[int]

@@ -26,7 +26,8 @@ class BlockShape(NamedTuple):
     queries: int
     keys: int
     front: int
-    causal: bool
+    # how far a query sees ahead (0: causality) and back
+    ahead: int | None
     past: int | None
     scale: float
     softclamp: float | None = None
@@ -80,7 +81,7 @@ def blocks_of(shape: BlockShape) -> Iterator[Block]:
     own, first = shape.own, shape.first
     for top in range(0, shape.queries, max(shape.rows, 1)):
         bottom = min(top + shape.rows, shape.queries)
-        right = min(max(first + bottom, 0), own) if shape.causal else own
+        right = own if shape.ahead is None else min(max(first + bottom + shape.ahead, 0), own)
         left = 0 if shape.past is None else min(max(first + top - shape.past, 0), right)
         yield Block(top, bottom, left, right)
 
@@ -166,7 +167,7 @@ def softmax_backward_(grad: Tensor, weights: Tensor) -> Tensor:
 
 
 def mask_scores_(scores: Tensor, allowed: Bool[Tensor, '#b #h #i j'] | None, block: Block, shape: BlockShape) -> None:
-    """-inf where nobody may look. Causality and the window are asked only of the columns where they matter.
+    """-inf where nobody may look. Causality and windows are asked only of the columns where they matter.
 
     It is added: to fill places of a mask takes many times as long.
     """
@@ -175,9 +176,8 @@ def mask_scores_(scores: Tensor, allowed: Bool[Tensor, '#b #h #i j'] | None, blo
         part = columns(rows(allowed, block), block, shape, -1)
         scores.add_(scores.new_zeros(part.shape).masked_fill_(~part, mask_value))
     top, bottom = shape.first + block.top, shape.first + block.bottom
-    begin = min(max(top + 1, block.left), block.right)
-    if shape.causal and begin < block.right:
-        later = scores.new_full((bottom - top, block.right - begin), mask_value).triu(top - begin + 1)
+    if shape.ahead is not None and (begin := min(max(top + shape.ahead + 1, block.left), block.right)) < block.right:
+        later = scores.new_full((bottom - top, block.right - begin), mask_value).triu(top + shape.ahead - begin + 1)
         scores[..., shape.front + begin - block.left :].add_(later)
     if shape.past is None:
         return

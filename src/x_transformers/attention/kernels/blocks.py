@@ -72,10 +72,9 @@ class Blocks:
 
 def shape_of(args: KernelArgs) -> BlockShape:
     mask, geometry = args.mask, args.geometry
-    causal = mask.limits_future(geometry) and mask.prefix is None
-    past = mask.past if mask.limits_past(geometry) and mask.prefix is None else None
+    past, ahead = (None, None) if mask.prefix is not None else mask.limits(geometry)
     return BlockShape(
-        geometry.queries, geometry.keys, geometry.front, causal, past, args.scale, args.softclamp, args.sigmoid, args.topk
+        geometry.queries, geometry.keys, geometry.front, ahead, past, args.scale, args.softclamp, args.sigmoid, args.topk
     )
 
 

@@ -129,18 +129,17 @@ def block_mask(args: KernelArgs, q: Tensor, order: Tensor | None) -> Any:
         return found
     apart = mask if mask.prefix is not None else mask.apart_from_distance()
     allowed = apart.rendered(geometry, q.device)
-    causal = mask.limits_future(geometry) and mask.prefix is None
-    past = mask.past if mask.limits_past(geometry) and mask.prefix is None else None
+    past, ahead = (None, None) if mask.prefix is not None else mask.limits(geometry)
     front, first = geometry.front, geometry.first
     sizes = (1, 1, 1, 1) if allowed is None else allowed.shape
 
     def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = i >= 0
-        if causal:
-            seen = seen & (j - front <= i + first)
+        if ahead is not None:
+            seen = seen & (j - front <= i + first + ahead)
         if past is not None:
             seen = seen & (i + first - (j - front) <= past)
-        if causal or past is not None:
+        if ahead is not None or past is not None:
             seen = seen | (j < front)
         if allowed is not None:
             head = h if order is None else order[h]
