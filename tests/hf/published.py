@@ -53,6 +53,11 @@ BERT = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 2, 'num_attention_heads': 4,
     'max_position_embeddings': 64, 'pad_token_id': 0,
 }  # fmt: skip
+MODERNBERT = {
+    'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 4, 'num_attention_heads': 4,
+    'max_position_embeddings': 64, 'local_attention': 8, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
+    'cls_token_id': 1, 'sep_token_id': 2,
+}  # fmt: skip
 NEOX = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 3, 'num_attention_heads': 4,
     'max_position_embeddings': 128, 'rotary_pct': 0.5, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
@@ -121,6 +126,14 @@ CASES = (
     other('T5, encoder', 'T5EncoderModel', 'T5Config', **T5),
     other('BERT, masked words', 'BertForMaskedLM', 'BertConfig', **BERT),
     other('BERT', 'BertModel', 'BertConfig', **BERT, hidden_act='relu', type_vocab_size=3),
+    other('ModernBERT, masked words', 'ModernBertForMaskedLM', 'ModernBertConfig', **MODERNBERT),
+    other('ModernBERT, biases, untied', 'ModernBertForMaskedLM', 'ModernBertConfig', **MODERNBERT | {'local_attention': 6},
+          attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True, decoder_bias=False,
+          classifier_activation='silu', tie_word_embeddings=False, hidden_activation='silu'),
+    other('ModernBERT, scaled', 'ModernBertModel', 'ModernBertConfig', **MODERNBERT, rope_parameters={
+        'full_attention': {'rope_type': 'linear', 'factor': 3.0, 'rope_theta': 500.0},
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0},
+    }),
     Case('Whisper, encoder', lambda: whisper_encoder(WHISPER)),
     other('ViT', 'ViTModel', 'ViTConfig', **IMAGES, intermediate_size=44, qkv_bias=False),
     other('ViT, classes', 'ViTForImageClassification', 'ViTConfig', **IMAGES, intermediate_size=44),

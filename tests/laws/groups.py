@@ -353,6 +353,8 @@ STACK = (
     group('post_norm', pre_norm=False),
     group('no_final_norm', pre_norm_has_final_norm=False),
     group('sandwich_norm', sandwich_norm=True),
+    group('norm_behind_alone', sandwich_norm=True, norm_before=False),
+    group('norm_not_first', norm_before=lambda layer: layer > 0),
     group('macaron', macaron=True),
     group('sandwich_coef', sandwich_coef=1),
     group('par_ratio', WHOLE, par_ratio=2),

@@ -66,6 +66,15 @@ def test_sandwich_and_post_norm_by_hand() -> None:
     torch.testing.assert_close(stack(x), h)
 
 
+def test_branches_without_a_norm_before_them_by_hand() -> None:
+    x = drawn(2, 5, DIM)
+    stack, h = built(Encoder, sandwich_norm=True, norm_before=(False, True)), x
+    for index, (norms, branch, _) in enumerate(stack.layers):
+        assert (norms[0] is None) is (index % 2 == 0)
+        h = norms[1](branch(norms[0](h) if index % 2 else h)) + h
+    torch.testing.assert_close(stack(x), stack.final_norm(h))
+
+
 def test_unet_lime_and_injection_by_hand() -> None:
     x = drawn(2, 5, DIM)
     stack = built(

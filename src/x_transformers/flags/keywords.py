@@ -246,6 +246,7 @@ class StackKeywords(TypedDict, total=False):
     mv_split_residual: bool
     parallel_block: bool
     gated_multi_residual: bool
+    norm_before: Each[bool]
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool

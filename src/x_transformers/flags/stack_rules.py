@@ -235,6 +235,13 @@ STACK_RULES = (
         {'sandwich_norm': True, 'pre_norm': False},
     ),
     Rule(
+        ('norm_before', 'pre_norm', 'resi_dual', 'gated_multi_residual'),
+        lambda flags, dim: not flags.norm_before and (not flags.pre_norm or flags.resi_dual or flags.gated_streams),
+        'no norm stands before a branch there',
+        {'norm_before': False, 'pre_norm': False},
+        'Leave out [norm_before].',
+    ),
+    Rule(
         ('use_dynamic_tanh', 'pre_norm', 'resi_dual', 'pre_and_post_norm'),
         lambda flags, dim: flags.use_dynamic_tanh and flags.post_norm,
         'tanh in the place of a norm must not lie on the residual stream',

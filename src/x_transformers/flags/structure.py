@@ -57,6 +57,10 @@ class StructureFlags(LayeredFlags):
         False, 'Streams are read and written through low-rank gates per channel; residual_fn_kwargs needs read_gate_rank.',
         paper='https://qwen.ai/blog?id=qwen3.8-flash-next', parent='num_residual_streams', since='2.31.10',
     )  # fmt: skip
+    norm_before: bool = flag(
+        True, 'Branches have a norm before them, unless norms stand after the sum; False: they read the stream as it is.',
+        paper='https://arxiv.org/abs/2501.00656', since='here', each='layer',
+    )  # fmt: skip
 
     residual_lambdas: bool | float = flag(
         False, 'Before each layer, attention or feed-forward, the stream is multiplied by a learned number of that layer, '

@@ -33,6 +33,7 @@ FAMILIES = {
     'gpt_neox': ('neox', 'GPT_NEOX'),
     'gpt2': ('gpt2', 'GPT2'),
     'bert': ('bert', 'BERT'),
+    'modernbert': ('modernbert', 'MODERNBERT'),
     'gemma2': ('gemma', 'GEMMA2'),
     'gemma3_text': ('gemma', 'GEMMA3'),
     't5': ('t5', 'T5'),

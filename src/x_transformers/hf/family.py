@@ -191,6 +191,35 @@ def rotary(config: Config, kind: str | None = None) -> Plain:
     return made
 
 
+def one_or_each(values: list[Any]) -> Any:
+    """One value, if it is the same in all layers."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def rotary_by_kind(
+    config: Config, kinds: list[str], thetas: Mapping[str, tuple[str, float]], *, scaled: tuple[str, ...]
+) -> Plain:
+    """``rotary_theta`` and ``rotary_scaling`` of each layer, where kinds of layers have their own.
+
+    ``thetas``: of each kind the key of its base in older configs, and its usual base; ``scaled``: the kinds that
+    ``rope_scaling`` of an older config is about.
+    """
+    given = config.get('rope_parameters', {})
+    by_kind = {}
+    for kind, (key, usual) in thetas.items():
+        made = rotary(config, kind)
+        if made.pop('partial') != 1.0:
+            config.wrong.append('`partial_rotary_factor` is not 1: this family turns whole heads')
+        own = given.get(kind)
+        if not isinstance(own, Mapping) or own.get('rope_theta') is None:
+            made['rotary_theta'] = float(config.get(key, usual))
+        if kind not in scaled and not isinstance(own, Mapping):
+            made.pop('rotary_scaling', None)
+        by_kind[kind] = made
+    of_layers = [by_kind.get(kind, {}) for kind in kinds]
+    return {name: one_or_each([made.get(name) for made in of_layers]) for name in ('rotary_theta', 'rotary_scaling')}
+
+
 def headless(architecture: str) -> bool:
     """Whether an architecture is a model without a head, by its name."""
     return architecture.endswith(('Model', 'Encoder')) and not architecture.endswith(('HeadModel', 'HeadsModel'))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, rotary, rule
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, rotary_by_kind, rule
 from x_transformers.hf.llama import (
     ATTENTION,
     FORWARD,
@@ -18,6 +18,7 @@ from x_transformers.hf.llama import (
     ends,
     gated_rules,
     head_norms,
+    layer_kinds,
     windows,
 )
 
@@ -32,23 +33,12 @@ def gemma3(config: Config) -> Plain:
     depth, period = config.need('num_hidden_layers'), config.get('sliding_window_pattern', 6)
     usual = ['sliding_attention' if (layer + 1) % period else 'full_attention' for layer in range(depth)]
     norms = head_norms(config, config.get('query_pre_attn_scalar', 256) ** -0.5)
-    return gemma(config, usual, **norms, **rotary_by_kind(config, config.get('layer_types', usual)[:depth]))
+    turned = rotary_by_kind(config, layer_kinds(config, usual), THETAS, scaled=('full_attention',))
+    return gemma(config, usual, **norms, **turned)
 
 
-def rotary_by_kind(config: Config, kinds: list[str]) -> Plain:
-    """``rotary_theta`` and ``rotary_scaling`` of each layer, where windows have others than full attention."""
-    by_kind = {kind: rotary(config, kind) for kind in ('full_attention', 'sliding_attention')}
-    if 'sliding_attention' not in config.get('rope_parameters', {}):
-        # older configs: the usual keys are about full attention
-        full = {'rotary_theta': 1e6} if config.get('rope_theta') is None else {}
-        by_kind['full_attention'] |= full
-        by_kind['sliding_attention'] = {'rotary_theta': float(config.get('rope_local_base_freq', 1e4))}
-    config.skip('rope_local_base_freq')
-    made: Plain = {}
-    for name in ('rotary_theta', 'rotary_scaling'):
-        values = [by_kind.get(kind, {}).get(name) for kind in kinds]
-        made[name] = values[0] if all(value == values[0] for value in values) else values
-    return made
+# keys of older configs, and what they are without
+THETAS = {'full_attention': ('rope_theta', 1e6), 'sliding_attention': ('rope_local_base_freq', 1e4)}
 
 
 def gemma(config: Config, usual: list[str], **more: Any) -> Plain:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, headless, rotary, rule
+from x_transformers.hf.family import (
+    Config,
+    Family,
+    KeyRule,
+    Plain,
+    activation,
+    for_layers,
+    headless,
+    one_or_each,
+    rotary,
+    rule,
+)
 from x_transformers.hf.maps import SAME, Map, chain, joined, paired, regrouped, scaled, shaped, shifted
 
 
@@ -70,15 +81,20 @@ def mistral(config: Config) -> Plain:
 
 def windows(config: Config, default_types: list[str] | None = None) -> Plain:
     """``attn_max_attend_past`` where some of the layers look at a window only."""
-    depth, window = config.need('num_hidden_layers'), config.get('sliding_window')
-    kinds = config.get('layer_types', default_types)
-    if kinds is None or window is None or 'sliding_attention' not in kinds:
+    window = config.get('sliding_window')
+    kinds = layer_kinds(config, default_types or [])
+    if window is None or 'sliding_attention' not in kinds:
         return {}
+    return {'attn_max_attend_past': one_or_each([window - 1 if kind == 'sliding_attention' else None for kind in kinds])}
+
+
+def layer_kinds(config: Config, usual: list[str]) -> list[str]:
+    """What each layer's attention is, full or sliding."""
+    kinds = list(config.get('layer_types', usual))[: config.need('num_hidden_layers')]
     unknown = sorted(set(kinds) - {'sliding_attention', 'full_attention'})
     if unknown:
         config.wrong.append(f'`layer_types` has {", ".join(unknown)}: layers are full_attention or sliding_attention')
-    limits = [window - 1 if kind == 'sliding_attention' else None for kind in kinds[:depth]]
-    return {'attn_max_attend_past': limits[0] if len(set(limits)) == 1 else limits}
+    return kinds
 
 
 def qwen_windows(config: Config) -> Plain:

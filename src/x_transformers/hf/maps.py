@@ -33,6 +33,7 @@ def chain(*maps: Map) -> Map:
 
 
 SAME = each(lambda t: t, lambda t: t)
+HALVES_SWAPPED = each(lambda t: t.roll(t.shape[0] // 2, 0), lambda t: t.roll(t.shape[0] // 2, 0))
 TRANSPOSED = each(lambda t: t.t().contiguous(), lambda t: t.t().contiguous())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, layer_norm, rule, with_bias
-from x_transformers.hf.maps import Map, each, shaped
+from x_transformers.hf.maps import HALVES_SWAPPED, Map, each, shaped
 
 
 def vision(config: Config, **more: Any) -> Plain:
@@ -120,10 +120,6 @@ def vit_rules(config: Config, model: Plain) -> list[KeyRule]:
     return for_layers(rules, model['attn_layers']['depth'])
 
 
-def halves_swapped(t: Tensor) -> Tensor:
-    return t.roll(t.shape[0] // 2, 0)
-
-
 def dinov2_rules(config: Config, model: Plain) -> list[KeyRule]:
     prefix, stack = 'dinov2_with_registers.', model['attn_layers']
     layer, attention, forward = f'{prefix}encoder.layer.{{i}}', 'attn_layers.layers.{a}', 'attn_layers.layers.{f}'
@@ -142,7 +138,7 @@ def dinov2_rules(config: Config, model: Plain) -> list[KeyRule]:
         rules.append(rule(f'{prefix}embeddings.register_tokens', 'register_tokens', tokens))
     if stack.get('ff_glu'):
         # theirs is the gate before the value
-        rules += with_bias(f'{layer}.mlp.weights_in', f'{inner}.0.proj', each(halves_swapped, halves_swapped))
+        rules += with_bias(f'{layer}.mlp.weights_in', f'{inner}.0.proj', HALVES_SWAPPED)
         rules += with_bias(f'{layer}.mlp.weights_out', f'{inner}.2')
     else:
         rules += [*with_bias(f'{layer}.mlp.fc1', f'{inner}.0.0'), *with_bias(f'{layer}.mlp.fc2', f'{inner}.2')]

@@ -188,7 +188,7 @@ def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:
     flags = flags.layer(spec.index)
     before = flags.pre_norm and not flags.resi_dual and not flags.gated_streams
     return Layer(
-        before=make_norm(flags) if before else None,
+        before=make_norm(flags) if before and flags.norm_before else None,
         behind=make_norm(flags) if before and flags.sandwich_norm else None,
         after=make_norm(flags) if flags.post_norm else None,
         branch=choose_branch(flags, spec, causal),
