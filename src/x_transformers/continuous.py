@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from x_transformers.embedding.call import Call, check_frames
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.pooling import average
 from x_transformers.embedding.rows import Rows
+from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import ContinuousOptions, options
 from x_transformers.flags.other_inputs import CONTINUOUS_RULES, ContinuousFlags
@@ -31,6 +32,11 @@ from x_transformers.module import Module
 from x_transformers.returns import Asked, next_memories
 from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import ContinuousKeywords
 
 __all__ = [
     'ContinuousAutoregressiveWrapper',
@@ -72,9 +78,9 @@ class ContinuousTransformerWrapper(StackWrapper):
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
 
-    __signature__: Any = ClassSignature(ContinuousFlags)
+    __signature__: Any = ClassSignature(only(ContinuousFlags))
 
-    def __init__(self, *, attn_layers: nn.Module, max_seq_len: int | None = None, **flags: Any) -> None:
+    def __init__(self, *, attn_layers: nn.Module, max_seq_len: int | None = None, **flags: Unpack[ContinuousKeywords]) -> None:
         super().__init__()
         given = {'attn_layers': attn_layers, 'max_seq_len': max_seq_len, **flags}
         own = ContinuousFlags.parse(given, where='ContinuousTransformerWrapper')

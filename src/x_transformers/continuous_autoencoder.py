@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.continuous import ContinuousTransformerWrapper
+from x_transformers.flags.constructors import SHARED
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import masked_mean
 from x_transformers.latent_prediction import check_parameters
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import SharedKeywords
 
 
 class Losses(NamedTuple):
@@ -76,6 +83,8 @@ class ContinuousTransformerAutoencoder(Module):
         ValueError: parameters out of range; FlagError for flags, as the stacks do.
     """
 
+    __signature__: Any = ClassSignature(SHARED)
+
     def __init__(
         self,
         *,
@@ -95,7 +104,7 @@ class ContinuousTransformerAutoencoder(Module):
         enc_kwargs: Mapping[str, Any] | None = None,
         dec_kwargs: Mapping[str, Any] | None = None,
         latents_dropout_prob: float = 0.5,
-        **kwargs: Any,
+        **kwargs: Unpack[SharedKeywords],
     ) -> None:
         super().__init__()
         kinds = ('deterministic', 'variational')
@@ -110,7 +119,7 @@ class ContinuousTransformerAutoencoder(Module):
         self.dim_input, self.dim_latent = dim_input or dim, dim_latent or dim
         self.latents_dropout_prob = latents_dropout_prob
         flags = {'dim': dim, 'heads': heads, 'attn_dim_head': attn_dim_head, **kwargs}
-        ends = {'max_seq_len': max_seq_len, 'dim_in': None if self.dim_input == dim else self.dim_input}
+        ends: dict[str, Any] = {'max_seq_len': max_seq_len, 'dim_in': None if self.dim_input == dim else self.dim_input}
         self.encoder = ContinuousTransformerWrapper(
             attn_layers=Encoder(**{**flags, 'depth': enc_depth, **(enc_kwargs or {})}), **ends
         )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, UnknownFlag, unknown_flags
+from x_transformers.flags.constructors import DECODER, ENCODER, PAIR, SET_FOR_STACK, side
 from x_transformers.flags.fit import PER_TOKEN_RULES, TOLD_NOTHING_RULES, check_rules
 from x_transformers.flags.objectives import XTransformerOptions, options
-from x_transformers.flags.parts import PARTS, keyword_names
 from x_transformers.flags.rule import Rule, how_many
-from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.modes import evaluating
 from x_transformers.helpers import groupby_prefix_and_trim
 from x_transformers.layers.drop import dropout_seq
@@ -25,16 +24,14 @@ from x_transformers.notices import renamed, told_once
 from x_transformers.tensor_types import Bool, Float, Int
 from x_transformers.transformer_wrapper import TransformerWrapper
 
-ENCODER, DECODER = 'enc_', 'dec_'
+if TYPE_CHECKING:
+    from typing import Unpack
 
-# what an encoder-decoder decides by itself
-SET_HERE = {'attn_layers', 'return_only_embed'}
-SET_FOR_STACK = {'dim', 'causal', 'cross_attend', 'only_cross'}
-WRAPPER_NAMES = [name for name in WrapperFlags.flag_fields() if name not in SET_HERE]
-STACK_NAMES = [
-    *(name for name in StackFlags.flag_fields() if name not in SET_FOR_STACK),
-    *(name for part in PARTS for name in keyword_names(part)),
-]
+    from x_transformers.flags.keywords import PairKeywords
+
+# of one side, as its model and its stack have them
+MODEL_NAMES = side('')[0].names()
+STACK_NAMES = [name for group in side('')[1:] for name in group.keywords()]
 
 
 # the part's keywords with which it could never run, and those that nobody asks it for
@@ -94,6 +91,8 @@ class XTransformer(Module):
             ``max_seq_len`` of both must be given.
     """
 
+    __signature__: Any = ClassSignature(PAIR)
+
     @told_once
     def __init__(
         self,
@@ -103,7 +102,7 @@ class XTransformer(Module):
         ignore_index: int = -100,
         pad_value: int = 0,
         cross_attn_tokens_dropout: float = 0.0,
-        **flags: Any,
+        **flags: Unpack[PairKeywords],
     ) -> None:
         super().__init__()
         options(XTransformerOptions, 'XTransformer', locals())
@@ -187,7 +186,7 @@ class XTransformer(Module):
 
 def split(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the model's keywords, the stack's)."""
-    return {k: v for k, v in flags.items() if k in WRAPPER_NAMES}, {k: v for k, v in flags.items() if k not in WRAPPER_NAMES}
+    return {k: v for k, v in flags.items() if k in MODEL_NAMES}, {k: v for k, v in flags.items() if k not in MODEL_NAMES}
 
 
 def check_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
@@ -195,13 +194,13 @@ def check_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mapping[st
     where = 'XTransformer'
     wrong = []
     for prefix, given in ((ENCODER, enc), (DECODER, dec)):
-        for name in sorted(SET_FOR_STACK & set(given)):
+        for name in sorted(set(SET_FOR_STACK) & set(given)):
             way = 'give dim itself, it is that of both' if name == 'dim' else 'leave it out'
             wrong.append(f'{where}: unrecognized kwargs: `{prefix}{name}` is set by the encoder-decoder; {way}.')
         missing = [f'`{prefix}{name}`' for name in ('num_tokens', 'max_seq_len') if name not in given]
         if missing:
             wrong.append(f'{where} needs {", ".join(missing)}.')
-    known = {*WRAPPER_NAMES, *STACK_NAMES}
+    known = {*MODEL_NAMES, *STACK_NAMES}
     prefixed = [prefix + name for prefix in (ENCODER, DECODER) for name in sorted(known)]
     unknown = [
         *rest,
@@ -209,7 +208,7 @@ def check_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mapping[st
             prefix + name
             for prefix, given in ((ENCODER, enc), (DECODER, dec))
             for name in given
-            if name not in known | SET_FOR_STACK
+            if name not in known.union(SET_FOR_STACK)
         ),
     ]
     if unknown:

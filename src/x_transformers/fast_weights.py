@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from x_transformers.flags.constructors import SHARED
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import default
 from x_transformers.latent_prediction import mlp
 from x_transformers.layers.stack import Encoder
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import SharedKeywords
 
 Parameters = dict[str, Tensor]
 Path = str | tuple[str, str]
@@ -306,7 +313,11 @@ class TTTMetaLearningTargetKLLoss(Module):
     forward: (intermediates, mask) -> (b n). Keywords beyond these are flags of the encoder.
     """
 
-    def __init__(self, dim: int, num_classes: int, depth: int = 1, heads: int = 4, dim_head: int = 64, **kwargs: Any) -> None:
+    __signature__: Any = ClassSignature(SHARED)
+
+    def __init__(
+        self, dim: int, num_classes: int, depth: int = 1, heads: int = 4, dim_head: int = 64, **kwargs: Unpack[SharedKeywords]
+    ) -> None:
         super().__init__()
         self.encoder = Encoder(dim=dim, depth=depth, heads=heads, attn_dim_head=dim_head, **kwargs)
         self.to_meta_prediction = nn.Linear(dim, num_classes)

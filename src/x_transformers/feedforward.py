@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.flags.constructors import only
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_feedforward
@@ -20,7 +21,10 @@ from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from x_transformers.attention.inputs import BranchInputs
+    from x_transformers.flags.keywords import FeedForwardKeywords
 
 
 # tokens at a time where no gradient is wanted: in larger pieces the inner features only leave the processor's cache
@@ -147,9 +151,9 @@ class FeedForward(Module):
     Raises ValueError if the last axis of the input is not ``dim``.
     """
 
-    __signature__: Any = ClassSignature(FeedForwardFlags)
+    __signature__: Any = ClassSignature(only(FeedForwardFlags))
 
-    def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **flags: Any) -> None:
+    def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **flags: Unpack[FeedForwardKeywords]) -> None:
         super().__init__()
         parsed = FeedForwardFlags.parse({'dim_out': dim_out, 'mult': mult, **flags}, where='FeedForward')
         check_feedforward(parsed, dim)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.constructors import INNER
 from x_transformers.flags.fit import check_alone
 from x_transformers.flags.objectives import FreeTransformerOptions, options
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Tokens, decode
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import checked_length, prepare
@@ -21,6 +23,11 @@ from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.notices import kept_back, told_once, warn_inert_in_all
 from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import InnerKeywords
 
 
 class BinaryMapper(Module):
@@ -100,6 +107,8 @@ class FreeTransformer(Module):
         pad_id: targets to ignore; such inputs are embedded as token 0.
     """
 
+    __signature__: Any = ClassSignature(INNER)
+
     @told_once
     def __init__(
         self,
@@ -122,7 +131,7 @@ class FreeTransformer(Module):
         kl_loss_weight: float = 1.0,
         latent_dropout_prob: float = 0.0,
         pad_id: int = -1,
-        **kwargs: Any,
+        **kwargs: Unpack[InnerKeywords],
     ) -> None:
         super().__init__()
         options(FreeTransformerOptions, 'FreeTransformer', locals())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.constructors import SHARED
 from x_transformers.flags.fit import check_alone
 from x_transformers.flags.objectives import GPTVAEOptions, options
+from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.losses import at_least_single
@@ -20,6 +22,11 @@ from x_transformers.module import Module
 from x_transformers.notices import kept_back, told_once, warn_inert_in_all
 from x_transformers.tensor_types import Bool, Float, Int
 from x_transformers.transformer_wrapper import TransformerWrapper
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import SharedKeywords
 
 
 class GPTVAE(Module):
@@ -36,6 +43,8 @@ class GPTVAE(Module):
         pad_id: targets to ignore; such inputs are not seen by the encoder.
         encoder: a module in place of the default one, tokens and ``mask`` to ``b d``.
     """
+
+    __signature__: Any = ClassSignature(SHARED)
 
     @told_once
     def __init__(
@@ -56,7 +65,7 @@ class GPTVAE(Module):
         latents_dropout_prob: float = 0.5,
         pad_id: int = -1,
         encoder: nn.Module | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[SharedKeywords],
     ) -> None:
         super().__init__()
         options(GPTVAEOptions, 'GPTVAE', locals())

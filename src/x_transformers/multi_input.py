@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from x_transformers.embedding.call import Call
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import add_named, named_tables
+from x_transformers.flags.constructors import only
 from x_transformers.flags.other_inputs import MULTI_INPUT_RULES, MultiInputFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
@@ -21,6 +22,11 @@ from x_transformers.helpers import default
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import MultiInputKeywords
 
 
 class MultiInputTransformerWrapper(StackWrapper):
@@ -33,10 +39,15 @@ class MultiInputTransformerWrapper(StackWrapper):
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
 
-    __signature__: Any = ClassSignature(MultiInputFlags)
+    __signature__: Any = ClassSignature(only(MultiInputFlags))
 
     def __init__(
-        self, *, max_seq_len: int, attn_layers: nn.Module, num_tokens: Mapping[str, int] | None = None, **flags: Any
+        self,
+        *,
+        max_seq_len: int,
+        attn_layers: nn.Module,
+        num_tokens: Mapping[str, int] | None = None,
+        **flags: Unpack[MultiInputKeywords],
     ) -> None:
         super().__init__()
         given = {'num_tokens': num_tokens or {}, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from x_transformers.embedding.pooling import AttentionPool, average, read_cls
 from x_transformers.embedding.recycle import recycle, rounds
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding, add_named, named_tables
+from x_transformers.flags.constructors import only
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.wrapper import WrapperFlags
@@ -39,6 +40,11 @@ from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
 
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import WrapperKeywords
+
 
 class TransformerWrapper(StackWrapper):
     """A stack of attention layers with everything around it: token and position embeddings in front, logits behind.
@@ -49,9 +55,9 @@ class TransformerWrapper(StackWrapper):
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
 
-    __signature__: Any = ClassSignature(WrapperFlags)
+    __signature__: Any = ClassSignature(only(WrapperFlags))
 
-    def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: nn.Module, **flags: Any) -> None:
+    def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: nn.Module, **flags: Unpack[WrapperKeywords]) -> None:
         super().__init__()
         given = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
         flags_ = WrapperFlags.parse(given, where='TransformerWrapper')

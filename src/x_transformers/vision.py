@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from x_transformers.flags.constructors import only
 from x_transformers.flags.rules import check_vision
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.wrapper import VisionFlags
@@ -16,6 +17,11 @@ from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.stack_wrapper import stack_flags
 from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import VisionKeywords
 
 
 class ViTransformerWrapper(Module):
@@ -28,10 +34,15 @@ class ViTransformerWrapper(Module):
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another.
     """
 
-    __signature__: Any = ClassSignature(VisionFlags)
+    __signature__: Any = ClassSignature(only(VisionFlags))
 
     def __init__(
-        self, *, image_size: int | tuple[int, int], patch_size: int | tuple[int, int], attn_layers: nn.Module, **flags: Any
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        attn_layers: nn.Module,
+        **flags: Unpack[VisionKeywords],
     ) -> None:
         super().__init__()
         given = {'image_size': image_size, 'patch_size': patch_size, 'attn_layers': attn_layers, **flags}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from x_transformers.embedding.call import Call
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
+from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_future
 from x_transformers.flags.objectives import XValOptions, options
 from x_transformers.flags.other_inputs import XVAL_RULES, XValFlags
@@ -31,6 +32,11 @@ from x_transformers.module import Module
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import XValKeywords
 
 __all__ = ['GenerateReturn', 'LossBreakdown', 'XValAutoregressiveWrapper', 'XValTransformerWrapper']
 
@@ -81,10 +87,16 @@ class XValTransformerWrapper(StackWrapper):
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
 
-    __signature__: Any = ClassSignature(XValFlags)
+    __signature__: Any = ClassSignature(only(XValFlags))
 
     def __init__(
-        self, *, num_tokens: int, max_seq_len: int, numerical_token_id: int, attn_layers: nn.Module, **flags: Any
+        self,
+        *,
+        num_tokens: int,
+        max_seq_len: int,
+        numerical_token_id: int,
+        attn_layers: nn.Module,
+        **flags: Unpack[XValKeywords],
     ) -> None:
         super().__init__()
         sizes = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'numerical_token_id': numerical_token_id}

@@ -32,7 +32,7 @@ def test_generated_files_are_current(name):
 
 
 def test_typed_keywords_are_those_that_parse_accepts():
-    typed = set(get_type_hints(keywords.CrossAttenderKeywords))
+    typed = set(get_type_hints(keywords.StackKeywords)) | {'dim', 'depth', 'heads', 'causal'}
     assert typed == set(StackFlags.flag_fields()) | {name for part in PARTS for name in keyword_names(part)}
     required = {'num_tokens', 'max_seq_len', 'attn_layers'}
     assert set(get_type_hints(keywords.WrapperKeywords)) | required == set(WrapperFlags.flag_fields())

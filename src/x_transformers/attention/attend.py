@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +37,18 @@ from x_transformers.attention.weights import NORMALIZERS, Dropout, Softmax, Weig
 from x_transformers.flags.attention import AttendFlags, ScoreFlags
 from x_transformers.flags.attention_rules import ATTENTION_RULES
 from x_transformers.flags.base import FlagError
-from x_transformers.flags.keywords import AttendKeywords
+from x_transformers.flags.constructors import only
 from x_transformers.flags.rule import broken_rules, out_of_range
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import under_transform
 from x_transformers.module import Module
 from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import AttendKeywords
 
 BACKENDS = {
     'enable_flash': 'FLASH_ATTENTION',
@@ -91,7 +96,7 @@ class Attend(Module):
     which, and why). A query with nothing to look at gives 0. Raises FlagError for settings that contradict each other.
     """
 
-    __signature__: Any = ClassSignature(AttendFlags)
+    __signature__: Any = ClassSignature(only(AttendFlags))
 
     # what kernels are given of the rules' parts
     pre_softmax_talking_heads: HeadMixer | None

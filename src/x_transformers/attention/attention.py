@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from x_transformers.attention.qk_norm import unit_heads
 from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.constructors import only
 from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature
@@ -32,6 +33,11 @@ from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import MultiheadRMSNorm
 from x_transformers.position.bias import Bias, SumBias
 from x_transformers.tensor_types import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from x_transformers.flags.keywords import AttentionKeywords
 
 
 class Attention(Module):
@@ -44,9 +50,9 @@ class Attention(Module):
     Raises FlagError for flags that exclude each other and UnknownFlag for a name that no flag has.
     """
 
-    __signature__: Any = ClassSignature(AttentionFlags)
+    __signature__: Any = ClassSignature(only(AttentionFlags))
 
-    def __init__(self, dim: int, **flags: Any) -> None:
+    def __init__(self, dim: int, **flags: Unpack[AttentionKeywords]) -> None:
         parsed = AttentionFlags.parse(flags, where='Attention')
         check_attention(parsed, dim)
         self._build(dim, parsed)

@@ -56,5 +56,9 @@ def first_prefix(name: str) -> str | None:
 
 def keyword_names(part: str) -> list[str]:
     """The keywords of one part, with its prefix: those that the stack does not set itself."""
-    reserved = {'attn_': SET_BY_STACK, 'cross_attn_': CROSS_SET_BY_STACK, 'ff_': ()}[part]
-    return [part + name for name in PARTS[part].flag_fields() if name not in reserved]
+    return [part + name for name in PARTS[part].flag_fields() if name not in reserved(part)]
+
+
+def reserved(part: str) -> tuple[str, ...]:
+    """What the stack itself sets on this part."""
+    return {'attn_': SET_BY_STACK, 'cross_attn_': CROSS_SET_BY_STACK}.get(part, ())

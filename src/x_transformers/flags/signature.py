@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from x_transformers.flags.base import Flags
+from x_transformers.flags.constructors import Groups
 
 
 class ClassSignature:
@@ -14,23 +14,41 @@ class ClassSignature:
     A subclass with a constructor of its own has that one's signature.
     """
 
-    def __init__(self, flags: type[Flags], *fixed: str) -> None:
-        self.flags = flags
+    def __init__(self, groups: Groups, *fixed: str) -> None:
+        self.groups = groups
         # the flags that the class sets by itself
         self.fixed = fixed
 
     def __set_name__(self, owner: Any, name: str) -> None:
         self.home = owner
+        owner.__doc__ = KeywordDoc(owner.__doc__, self)
 
     def __get__(self, instance: Any, owner: Any) -> inspect.Signature:
         if instance is not None or owner.__init__ is not self.home.__init__:
             raise AttributeError('__signature__')
-        _, *own = inspect.signature(owner.__init__).parameters.values()
-        flags = self.flags.signature()
-        parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-        shown = {parameter.name for parameter in parameters}.union(self.fixed)
-        for name, parameter in flags.parameters.items():
-            rest = parameter.kind is inspect.Parameter.VAR_KEYWORD
-            if name not in shown:
-                parameters.append(parameter if rest else parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-        return flags.replace(parameters=parameters)
+        return self.signature()
+
+    def signature(self) -> inspect.Signature:
+        _, *own = inspect.signature(self.home.__init__).parameters.values()
+        listed = {parameter.name: parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+        for group in self.groups:
+            for parameter in group.parameters():
+                if parameter.name not in self.fixed:
+                    listed.setdefault(parameter.name, parameter)
+        return inspect.Signature(list(listed.values()))
+
+
+class KeywordDoc:
+    """The docstring of such a class: what its source says, then a sentence for each keyword. Made when somebody reads it."""
+
+    def __init__(self, text: str | None, signature: ClassSignature) -> None:
+        self.text = text
+        self.of = signature
+
+    def __get__(self, instance: Any, owner: Any) -> str | None:
+        if self.text is None:
+            # Python was told to drop docstrings
+            return None
+        taken = self.of.signature().parameters
+        lines = [f'    {line}' for group in self.of.groups for name, line in group.lines() if name in taken]
+        return '\n'.join((inspect.cleandoc(self.text), '', 'Keywords:', *lines))

@@ -15,7 +15,8 @@ from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import FlagError
-from x_transformers.flags.per_layer import per_layer
+from x_transformers.flags.constructors import STACK
+from x_transformers.flags.per_layer import Each, per_layer
 from x_transformers.flags.rules import check_stack
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from x_transformers.flags.keywords import BlockKeywords, CrossAttenderKeywords, EncoderKeywords, StackKeywords
-    from x_transformers.flags.per_layer import Each
 
 
 class AttentionLayers(Module):
@@ -67,7 +67,7 @@ class AttentionLayers(Module):
     adaptive_mlp: nn.Module | None
     lambdas: Any
 
-    __signature__: Any = ClassSignature(StackFlags)
+    __signature__: Any = ClassSignature(STACK)
 
     def __init__(
         self, dim: int, depth: int | None = None, heads: Each[int] = 8, causal: bool = False, **flags: Unpack[StackKeywords]
@@ -381,7 +381,7 @@ def sets(name: str, given: Any, **fixed: bool) -> dict[str, Any]:
 class Encoder(AttentionLayers):
     """Every token sees every other."""
 
-    __signature__ = ClassSignature(StackFlags, 'causal')
+    __signature__ = ClassSignature(STACK, 'causal')
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
         super().__init__(**sets('Encoder', flags, causal=False))
@@ -390,7 +390,7 @@ class Encoder(AttentionLayers):
 class Decoder(AttentionLayers):
     """A token sees itself and those before it."""
 
-    __signature__ = ClassSignature(StackFlags, 'causal')
+    __signature__ = ClassSignature(STACK, 'causal')
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
         super().__init__(**sets('Decoder', flags, causal=True))
@@ -403,7 +403,7 @@ class PrefixDecoder(AttentionLayers):
     first token of x. ``causal`` is False as in the original; a cache may be used if the first call holds the whole prefix.
     """
 
-    __signature__ = ClassSignature(StackFlags, 'causal')
+    __signature__ = ClassSignature(STACK, 'causal')
 
     has_prefix = True
 
@@ -425,9 +425,9 @@ class PrefixDecoder(AttentionLayers):
 class TransformerBlock(AttentionLayers):
     """One block, or ``depth`` of them, without a final norm: a piece of a model of one's own."""
 
-    __signature__ = ClassSignature(StackFlags)
+    __signature__ = ClassSignature(STACK)
 
-    def __init__(  # type: ignore[misc]
+    def __init__(
         self, dim: int, *, depth: int = 1, pre_norm_has_final_norm: bool = False, **flags: Unpack[BlockKeywords]
     ) -> None:
         super().__init__(dim, depth=depth, pre_norm_has_final_norm=pre_norm_has_final_norm, **flags)
@@ -436,7 +436,7 @@ class TransformerBlock(AttentionLayers):
 class CrossAttender(AttentionLayers):
     """Cross attention and feed-forwards, no self attention."""
 
-    __signature__ = ClassSignature(StackFlags, 'cross_attend', 'only_cross')
+    __signature__ = ClassSignature(STACK, 'cross_attend', 'only_cross')
 
     def __init__(self, **flags: Unpack[CrossAttenderKeywords]) -> None:
         super().__init__(**sets('CrossAttender', flags, cross_attend=True, only_cross=True))
