@@ -72,9 +72,10 @@ class ContinuousTransformerAutoencoder(Module):
 
     Args:
         dim, enc_depth, dec_depth: width of both stacks, and their depths.
+        heads, attn_dim_head: of both stacks; ``max_seq_len``: longest sequence.
         dim_input, dim_latent: width of the vectors and of the latent; ``dim`` unless given.
         bottleneck: a module of your own, (b dim) -> (latents (b dim_latent), loss (b)); or by ``bottleneck_type``
-            'deterministic' or 'variational', with keywords for each.
+            'deterministic' or 'variational', with ``deterministic_bottleneck_kwargs`` or ``variational_bottleneck_kwargs``.
         loss_type: 'l1' or 'l2'.
         latents_dropout_prob: in training, how often a row's latent is hidden from the decoder.
         enc_kwargs, dec_kwargs, kwargs: flags of the encoder, of the decoder, of both.

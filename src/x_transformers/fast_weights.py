@@ -310,7 +310,11 @@ class TTTNextLatentPredictionLoss(Module):
 class TTTMetaLearningTargetKLLoss(Module):
     """Divergence of a prediction from each hidden state from one that sees them all; one loss per token.
 
-    forward: (intermediates, mask) -> (b n). Keywords beyond these are flags of the encoder.
+    forward: (intermediates, mask) -> (b n).
+
+    Args:
+        dim, num_classes: width of the hidden states, and of the prediction.
+        depth, heads, dim_head: of the encoder that sees them all; ``kwargs``: its other flags.
     """
 
     __signature__: Any = ClassSignature(SHARED)

@@ -163,6 +163,7 @@ class FullBandwidth(Module):
         jitter_noise_delta: uniform noise on the latents in training.
         dynamic_rollout_loss_weight: passes behind one with a loss above ``dynamic_loss_threshold`` count less, the faster the
             larger ``dynamic_loss_decay``.
+        ignore_index, pad_value: targets left out of the loss, and the id that the input has in their place.
 
     Raises:
         ValueError: parameters out of range, or a net without what is needed.

@@ -49,7 +49,8 @@ class LatentAutoregressive(Module):
 
     Args:
         net: a ``TransformerWrapper`` around a ``Decoder`` of width ``dim``. Its ``to_logits`` is replaced.
-        sigreg_loss_weight: the share of the regulariser, ``1 - sigreg_loss_weight`` that of the prediction.
+        sigreg_loss_weight: the share of the regulariser, ``1 - sigreg_loss_weight`` that of the prediction;
+            ``sigreg_loss_kwargs``: of the regulariser.
         l2_loss_weight: weight of the prediction.
         num_rollouts, rollout_loss_weights: how many positions ahead, with a weight each.
         frac_gradient: this share of the probe's gradient reaches the net.

@@ -87,7 +87,9 @@ class NextLatentWrapper(Module):
         loss_type: 'smooth_l1', 'mse', 'mse_and_cosine_sim' (https://arxiv.org/abs/2606.30534), or a module from
             (prediction, target) to unreduced losses.
         dynamics_type: 'residual', 'gru', or 'custom' with ``dynamics_network(latent, action) -> latent``.
-        next_latent_loss_weight, kl_loss_weight, sigreg_loss_weight: the parts of the loss beside the next token's.
+        dynamics_hidden_dim, dynamics_num_layers: size of that network.
+        next_latent_loss_weight, kl_loss_weight, sigreg_loss_weight: the parts of the loss beside the next token's;
+            ``sigreg_loss_kwargs``: of the regulariser.
         rollout_weights: a weight per rollout; equal ones unless given.
         dynamic_rollout_loss_weight: rollouts behind a bad prediction count less, the faster the larger ``dynamic_loss_decay``.
         ignore_index, pad_value: targets left out of the loss, and the id that the input has in their place.

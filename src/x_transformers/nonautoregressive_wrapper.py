@@ -102,7 +102,7 @@ def choose_schedule(schedule: str | Schedule) -> Schedule:
 
 
 class SelfCritic(Module):
-    """A critic made of the generator's own embeddings and one linear map."""
+    """A critic made of the embeddings of the generator, ``net``, and one linear map."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -199,7 +199,13 @@ class ScaleNorm(Module):
 
 
 class RMSNorm(Module):
-    """Root mean square norm, https://arxiv.org/abs/1910.07467. forward: (… d) -> (… d)."""
+    """Root mean square norm, https://arxiv.org/abs/1910.07467. forward: (… d) -> (… d).
+
+    Args:
+        dim: width of the last axis, d.
+        unit_offset: the gain is kept as its difference from 1.
+        eps: added to the mean square; None: by the dtype.
+    """
 
     def __init__(self, dim: int, unit_offset: bool = False, *, eps: float | None = None) -> None:
         super().__init__()
@@ -224,6 +230,10 @@ class AdaptiveRMSNorm(Module):
     """RMS norm whose gain is a linear map of a condition; the gain starts at 1.
 
     forward: x (… b n d), condition (b c) or (b n c).
+
+    Args:
+        dim, dim_condition: widths of x and of the condition, which is ``dim`` unless given.
+        eps: added to the mean square; None: by the dtype.
     """
 
     def __init__(self, dim: int, dim_condition: int | None = None, *, eps: float | None = None) -> None:

@@ -41,6 +41,7 @@ class XMLatentDecoder(Module):
         dim, latent_dim: width of the net's embeddings, and of the latents; a linear map joins them if they differ, or with
             ``always_latent_proj``.
         max_batch_size: run at most this many rows at a time.
+        ignore_index: targets left out of the loss.
         latent_drop_prob: in training, how often there is no prefix at all.
         repulsive_loss_weight: reward for candidates whose predictions differ (https://arxiv.org/abs/2401.00036).
         winner_fn: from (losses (b k), intermediates) to the winner's index (b); ``winner_fns``: one for each slot.

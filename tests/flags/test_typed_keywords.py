@@ -18,6 +18,7 @@ from x_transformers import Decoder, TransformerWrapper, XTransformer
 from x_transformers.flags import keywords
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.module import Module
+from x_transformers.saving.plain import OTHERS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -69,6 +70,18 @@ def test_prefixes_reach_help() -> None:
     assert Decoder.__doc__.startswith('A token sees itself')
     assert 'causal (' not in Decoder.__doc__
     assert 'num_tokens (int): Size of the vocabulary.' in inspect.getdoc(TransformerWrapper)
+
+
+# what a user builds by itself, at the top level or in a module of its own
+BUILT = [thing for name in x_transformers.__all__ if isinstance(thing := getattr(x_transformers, name), type)]
+BUILT += [getattr(import_module(module), name) for name, module in OTHERS.items()]
+
+
+@pytest.mark.parametrize('thing', [thing for thing in BUILT if issubclass(thing, Module)], ids=lambda thing: thing.__name__)
+def test_every_parameter_is_described(thing: Any) -> None:
+    told = inspect.getdoc(thing) or ''
+    missing = [name for name in inspect.signature(thing).parameters if not re.search(rf'\b{name}\b', told)]
+    assert not missing, f'the docstring of {thing.__name__} says nothing of {missing}'
 
 
 SNIPPET = """

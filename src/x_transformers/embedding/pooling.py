@@ -24,6 +24,7 @@ class AttentionPool(Module):
         dim_context: width of the sequence; ``dim`` unless given.
         add_residual: add the queries to the result (without blocks, which have their own residuals).
         depth: more than one takes whole cross-attending blocks.
+        heads, dim_head: of the attention.
         use_transformer_blocks: blocks with feed-forwards, even for ``depth=1``.
         squeeze_output: drop the axis of the single pooled token.
         attn_kwargs: further flags of the attention, without prefix.

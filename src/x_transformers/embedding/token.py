@@ -17,7 +17,7 @@ from x_transformers.tensor_types import Bool, Float, Int
 
 
 class TokenEmbedding(Module):
-    """A table of token vectors, of unit length with ``l2norm_embed``.
+    """A table of ``num_tokens`` token vectors of width ``dim``, of unit length with ``l2norm_embed``.
 
     The table starts from a normal distribution of variance 2 / dim (https://arxiv.org/abs/1502.01852), or of standard deviation
     1e-5 with ``l2norm_embed``: what counts then is the direction, which can turn quickly. ``init_std`` says otherwise.

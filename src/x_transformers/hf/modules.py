@@ -18,6 +18,7 @@ class TypedTokenEmbedding(Module):
     """Token vectors plus those of the segment that a token belongs to, as in BERT (https://arxiv.org/abs/1810.04805).
 
     forward: x (b n) and, by ``token_emb_kwargs``, ``token_type_ids`` (b n); without them all tokens are of type 0.
+    ``TypedTokenEmbedding(dim, num_tokens, num_types)``: width, tokens and types that there are.
     """
 
     def __init__(self, dim: int, num_tokens: int, num_types: int) -> None:
@@ -34,7 +35,8 @@ class TypedTokenEmbedding(Module):
 
 
 class WhisperEncoder(Module):
-    """Frames of sound to vectors, as in Whisper (https://arxiv.org/abs/2212.04356): two convolutions, sinusoids, a stack.
+    """Frames of sound to vectors, as in Whisper (https://arxiv.org/abs/2212.04356): two convolutions, sinusoids, a stack
+    (``attn_layers``).
 
     forward: a spectrogram x (b c t) of ``num_mels`` channels -> (b n d), with half as many frames, n = (t + 1) // 2, of which
     ``mask`` (b n) may hide some. Raises ValueError if x has other channels or n is more than ``max_seq_len``.
