@@ -41,7 +41,8 @@ class Bar(Callback):
         self.smooth = bits if self.smooth is None else 0.9 * self.smooth + 0.1 * bits
         held_out = '' if self.held_out is None else f', held out {self.held_out:.3f}'
         speed = record['tokens'] / max(record['seconds'], 1e-9)
-        assert self.bar is not None, 'start comes before the first step'
+        if self.bar is None:
+            raise RuntimeError('the bar must be started before its first step, got a step. Call start.')
         self.bar.set_postfix_str(f'{self.smooth:.3f} bits/byte{held_out}, {speed:,.0f} tokens/s', refresh=False)
         self.bar.update(1)
 

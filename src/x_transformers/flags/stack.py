@@ -12,7 +12,6 @@ own; ``streams``; ``attn_dim_head``; ``self_attention_flags(first=...)``. ``laye
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -298,16 +297,6 @@ class StackFlags(StructureFlags):
             attn_given=given_to('attn_', given),
             ff_given=given_to('ff_', given),
         )
-
-    @classmethod
-    def signature(cls) -> inspect.Signature:
-        """The stack's own keywords; the first four by position too, as in the constructor, and ``**kwargs`` for the parts."""
-        parameters = []
-        for number, parameter in enumerate(super().signature().parameters.values()):
-            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if number < 4 else inspect.Parameter.KEYWORD_ONLY
-            parameters.append(parameter.replace(kind=kind))
-        parameters.append(inspect.Parameter('kwargs', inspect.Parameter.VAR_KEYWORD, annotation=Any))
-        return inspect.Signature(parameters)
 
     # ---------------------------------------------------------------- derived
 
