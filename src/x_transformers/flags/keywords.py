@@ -726,6 +726,7 @@ class EncKeywords(TypedDict, total=False):
     enc_mv_split_residual: bool
     enc_parallel_block: bool
     enc_gated_multi_residual: bool
+    enc_norm_before: Each[bool]
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -803,6 +804,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_hybrid_fold_axial_dim: Each[int | None]
     enc_attn_hybrid_learned_mix: Each[bool]
     enc_attn_inverted_attention: Each[bool]
+    enc_attn_max_attend_future: Each[int | None]
     enc_attn_use_rel_proj_pos_bias: Each[bool]
     enc_attn_rel_proj_num_distance_basis: Each[int]
     enc_attn_rel_proj_max_dist: Each[int]
@@ -888,6 +890,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_hybrid_fold_axial_dim: Each[int | None]
     enc_cross_attn_hybrid_learned_mix: Each[bool]
     enc_cross_attn_inverted_attention: Each[bool]
+    enc_cross_attn_max_attend_future: Each[int | None]
     enc_cross_attn_use_rel_proj_pos_bias: Each[bool]
     enc_cross_attn_rel_proj_num_distance_basis: Each[int]
     enc_cross_attn_rel_proj_max_dist: Each[int]
@@ -1053,6 +1056,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_mv_split_residual: bool
     dec_parallel_block: bool
     dec_gated_multi_residual: bool
+    dec_norm_before: Each[bool]
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool
@@ -1130,6 +1134,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_hybrid_fold_axial_dim: Each[int | None]
     dec_attn_hybrid_learned_mix: Each[bool]
     dec_attn_inverted_attention: Each[bool]
+    dec_attn_max_attend_future: Each[int | None]
     dec_attn_use_rel_proj_pos_bias: Each[bool]
     dec_attn_rel_proj_num_distance_basis: Each[int]
     dec_attn_rel_proj_max_dist: Each[int]
@@ -1215,6 +1220,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_hybrid_fold_axial_dim: Each[int | None]
     dec_cross_attn_hybrid_learned_mix: Each[bool]
     dec_cross_attn_inverted_attention: Each[bool]
+    dec_cross_attn_max_attend_future: Each[int | None]
     dec_cross_attn_use_rel_proj_pos_bias: Each[bool]
     dec_cross_attn_rel_proj_num_distance_basis: Each[int]
     dec_cross_attn_rel_proj_max_dist: Each[int]
