@@ -19,6 +19,7 @@ from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Job, Run
 from x_transformers.evidence.statistics import scipy_stats
 from x_transformers.evidence.tasks import TASKS
+from x_transformers.flags.presets import help_text
 from x_transformers.training.errors import TrainingError
 
 ABOUT = """Train a baseline and ideas on the same seeds, and say of each idea whether it helps.
@@ -73,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add('--option', action='append', default=[], metavar='NAME=VALUE', help='an option of the task, such as vocabulary=256')
     add('--data', action='append', default=[], help='files or folders for the task bytes')
+    add('--preset', help=f'flags of the baseline by one name, which --base overrides; {help_text()}')
     add('--base', action='append', default=[], metavar='FLAG=VALUE', help='flags of the baseline, on top of those of the task')
     add(
         '--idea',
@@ -168,6 +170,8 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
                 entry['options'] = {**entry.get('options', {}), 'data': tuple(options.data)}
     if not entries:
         raise TrainingError('--task must say what to learn, got none. Write --task mqar, --profile quick, or give a TOML file.')
+    if options.preset:
+        base['preset'] = options.preset
     base |= pairs_of(options.base, '--base')
     ideas = selected(ideas, options.select)
     ideas += [arm_of(text) for text in options.idea]

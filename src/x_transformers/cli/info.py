@@ -19,13 +19,14 @@ from x_transformers.attention import attend
 from x_transformers.attention.kernels.base import CallFacts, Kernel, Needs
 from x_transformers.attention.kernels.choose import KERNELS, explain
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields
+from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
-from x_transformers.flags.base import shown
+from x_transformers.flags.base import FlagError, shown
+from x_transformers.flags.presets import preset_sentences
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.plan import KINDS, LayerPlan, LayerSpec, plan_layers
-from x_transformers.training.build import NUM_BYTES, build_network, choose_device, refuse_inert
+from x_transformers.training.build import NUM_BYTES, USUAL_PRESET, build_network, choose_device, refuse_inert
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.run import RunConfig
 
@@ -56,6 +57,7 @@ class InfoOptions:
 def info_class() -> type:
     fields: list[tuple[str, Any, Any]] = [
         ('options', Annotated[InfoOptions, tyro.conf.arg(name='')], dataclasses.field(default_factory=InfoOptions)),
+        ('preset', preset_option(), dataclasses.field(default=None)),
         *model_fields(),
     ]
     made = dataclasses.make_dataclass('Info', fields, frozen=True)
@@ -66,8 +68,8 @@ def info_class() -> type:
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
     command = info_class()
     path = config_path(arguments)
-    file = from_file(path, InfoOptions)
-    default = command(options=InfoOptions(**file.own | {'config': path}), **file.groups)
+    file = from_file(path, InfoOptions, arguments)
+    default = command(options=InfoOptions(**file.own | {'config': path}), preset=file.preset, **file.groups)
     read = parse_typed(default, arguments, 'x-transformers info')
     options: InfoOptions = read.options
     if options.seq_len < 1:
@@ -81,6 +83,15 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    try:
+        return show(arguments)
+    except FlagError as error:
+        file = from_file(config_path(arguments), InfoOptions, arguments)
+        own = typed_names(arguments, all_keywords()) | file.names
+        raise FlagError(*error.sentences, *preset_sentences(error, file.preset or USUAL_PRESET, own)) from error
+
+
+def show(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
     device, here = device_asked(options.device)
     vocabulary = NUM_BYTES if options.run is None else RunConfig.read(Path(options.run)).vocabulary

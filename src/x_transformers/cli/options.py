@@ -15,6 +15,7 @@ import tyro
 
 from x_transformers.flags.base import Flags, as_tuple, default_of, kinds_of, type_hints
 from x_transformers.flags.parts import PARTS, keyword_names
+from x_transformers.flags.presets import help_text
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.training.build import QUICKSTART, UNFIT
@@ -139,6 +140,11 @@ class ModelOptions:
                 if value != usual or type(value) is not type(usual):
                     flat[field.name] = tuple(value) if isinstance(value, (list, tuple)) else value
         return flat
+
+
+def preset_option() -> Any:
+    """The type of a field that takes the name of a preset."""
+    return Annotated[str | None, tyro.conf.arg(help=f'Flags by one name; {help_text()}. Typed flags override it.')]
 
 
 def model_fields() -> list[tuple[str, Any, Any]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from x_transformers.cli.options import GROUPS, ModelOptions, model_fields
+from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.distributed.plan import GIB, Need, Size, needs
@@ -50,6 +50,7 @@ class PlanOptions:
 def plan_class() -> type:
     fields: list[tuple[str, Any, Any]] = [
         ('options', Annotated[PlanOptions, tyro.conf.arg(name='')], dataclasses.field(default_factory=PlanOptions)),
+        ('preset', preset_option(), dataclasses.field(default=None)),
         *model_fields(),
     ]
     made = dataclasses.make_dataclass('Plan', fields, frozen=True)
@@ -59,8 +60,8 @@ def plan_class() -> type:
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
     command, path = plan_class(), config_path(arguments)
-    file = from_file(path, PlanOptions)
-    default = command(options=PlanOptions(**file.own | {'config': path}), **file.groups)
+    file = from_file(path, PlanOptions, arguments)
+    default = command(options=PlanOptions(**file.own | {'config': path}), preset=file.preset, **file.groups)
     read = parse_typed(default, arguments, 'x-transformers plan')
     options: PlanOptions = read.options
     lowest = {'gpus': 1, 'per_node': 1, 'batch': 0, 'seq_len': 2, 'vocab': 2}

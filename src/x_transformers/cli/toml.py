@@ -10,18 +10,25 @@ from typing import Any, get_origin
 
 from x_transformers.cli.options import GROUPS, all_keywords, group_class, keywords, takes_tuple
 from x_transformers.flags.base import FlagError, kinds_of, shown, tidied, type_hints, unknown_flags
+from x_transformers.flags.presets import preset
+from x_transformers.training.build import USUAL_PRESET
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.options import fits
 
 
 def config_path(arguments: Sequence[str]) -> str | None:
     """The value of ``--config``, which must be known before the other options are read: they override the file."""
+    return value_typed(arguments, '--config', 'the path of a TOML file')
+
+
+def value_typed(arguments: Sequence[str], option: str, what: str) -> str | None:
+    """The value of an option that decides what others default to."""
     for index, argument in enumerate(arguments):
-        if argument.startswith('--config='):
+        if argument.startswith(f'{option}='):
             return argument.partition('=')[2]
-        if argument == '--config':
+        if argument == option:
             if index + 1 == len(arguments):
-                raise TrainingError('--config needs the path of a TOML file')
+                raise TrainingError(f'{option} needs {what}')
             return arguments[index + 1]
     return None
 
@@ -45,23 +52,28 @@ class FileValues:
     own: dict[str, Any]
     only_here: dict[str, Any]
     names: frozenset[str] = frozenset()
+    preset: str | None = None
+    """The preset that somebody named."""
 
 
-def from_file(path: str | None, own: type | None = None) -> FileValues:
-    """Read and check a file against the flags and the fields of ``own``.
+def from_file(path: str | None, own: type | None = None, arguments: Sequence[str] = ()) -> FileValues:
+    """Read and check a file against the flags and the fields of ``own``, on top of the preset that it or ``arguments`` name.
 
     Errors: ``FlagError`` naming every unknown key, with the nearest known one, and every value of the wrong kind.
     """
     values = read_toml(path) if path is not None else {}
+    in_file = values.pop('preset', None)
+    named = value_typed(arguments, '--preset', 'the name of a preset') or in_file
+    usual = preset(named or USUAL_PRESET)
     own_fields = {field.name: field for field in dataclasses.fields(own)} if own is not None else {}
     unknown = [name for name in values if name not in all_keywords() and name not in own_fields]
     if unknown:
         raise unknown_flags(unknown, where=f'--config {path}', known=[*own_fields, *all_keywords()])
 
     wrong: list[str] = []
-    result = FileValues({}, {}, {}, frozenset(values))
+    result = FileValues({}, {}, {}, frozenset(values), named)
     for group in GROUPS:
-        given: dict[str, Any] = {}
+        given = {name: usual[name] for name in keywords(group) if name in usual and group != 'cross_attention'}
         for name in keywords(group):
             if name in values:
                 keyword = keywords(group)[name]

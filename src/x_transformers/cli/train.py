@@ -12,11 +12,12 @@ import tyro
 
 from x_transformers.cli.bar import Bar
 from x_transformers.cli.ending import stopped, written
-from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields
+from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.flags.base import FlagError
-from x_transformers.training.build import QUICKSTART
+from x_transformers.flags.presets import preset, preset_sentences
+from x_transformers.training.build import USUAL_PRESET
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import TrainOptions, often
@@ -36,6 +37,7 @@ def train_class() -> type:
     config = Annotated[str | None, tyro.conf.arg(help='TOML file with any of these options; the command line overrides it.')]
     fields: list[tuple[str, Any, Any]] = [
         ('config', config, often(None)),
+        ('preset', preset_option(), often(None)),
         ('training', TrainOptions, dataclasses.field(default_factory=TrainOptions)),
         *model_fields(),
     ]
@@ -51,23 +53,25 @@ class Parsed:
     flags: dict[str, Any]
     options: TrainOptions
     typed: frozenset[str]
+    preset: str | None = None
 
     @property
     def typed_flags(self) -> frozenset[str]:
-        return self.typed & all_keywords().keys()
+        named = frozenset() if self.preset is None else frozenset(preset(self.preset))
+        return (self.typed | named) & all_keywords().keys()
 
 
 def parse(arguments: Sequence[str]) -> Parsed:
     """The flags of the model and the options of the run, from the command line and the file that it names."""
     command = train_class()
     path = config_path(arguments)
-    file = from_file(path, TrainOptions)
-    default = command(config=path, training=TrainOptions(**file.own), **file.groups)
+    file = from_file(path, TrainOptions, arguments)
+    default = command(config=path, preset=file.preset, training=TrainOptions(**file.own), **file.groups)
     read = parse_typed(default, arguments, 'x-transformers train')
     flags = ModelOptions(**{group: getattr(read, group) for group in GROUPS}).given() | file.only_here
     flags.setdefault('max_seq_len', read.training.seq_len)
     known = {*all_keywords(), *(field.name for field in dataclasses.fields(TrainOptions))}
-    return Parsed(flags, read.training, frozenset(typed_names(arguments, known) | file.names))
+    return Parsed(flags, read.training, frozenset(typed_names(arguments, known) | file.names), file.preset)
 
 
 def check_alone(options: TrainOptions) -> None:
@@ -87,18 +91,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return train_alone(asked)
     except FlagError as error:
-        raise FlagError(*error.sentences, *preset_sentences(error, asked)) from error
-
-
-def preset_sentences(error: FlagError, asked: Parsed) -> list[str]:
-    """Which of the flags that the error names nobody typed: they are those of the small model that is the default."""
-    text = ' '.join(error.sentences)
-    named = [name for name in QUICKSTART if f'`{name}' in text and name not in asked.typed and asked.flags.get(name)]
-    return [
-        f'`{name}={asked.flags[name]!r}` is not yours, but of the small model that this command trains by default; '
-        f'{"--no-" + name.replace("_", "-") if asked.flags[name] is True else "--" + name.replace("_", "-")} changes it.'
-        for name in named
-    ]
+        more = preset_sentences(error, asked.preset or USUAL_PRESET, asked.typed)
+        raise FlagError(*error.sentences, *more) from error
 
 
 def train_alone(asked: Parsed) -> int:

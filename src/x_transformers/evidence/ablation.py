@@ -11,6 +11,7 @@ from x_transformers.evidence.plan import question
 from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Settings, TaskName
 from x_transformers.evidence.tasks.base import Task
+from x_transformers.flags.presets import with_preset
 
 
 def ablate(
@@ -29,7 +30,7 @@ def ablate(
 
     Args:
         task: a name such as ``'mqar'``, a path such as ``'my_tasks.py:Reversal'``, or a ``Task``.
-        base: flags of the baseline, on top of the task's own.
+        base: flags of the baseline, on top of the task's own. ``preset`` among them names a set of flags, as in ideas.
         ideas: flags of each idea, on top of the baseline's.
         seeds: paired seeds per arm; two are the least for an interval.
         out: the folder of runs and reports; finished runs in it are not done again. Left out: below runs/ablate.
@@ -43,7 +44,8 @@ def ablate(
     arms = [Arm(name, dict(flags)) for name, flags in (ideas or {}).items()]
     chosen = {name: value for name, value in {'steps': steps, 'lr': lr, **settings}.items() if value is not None}
     if isinstance(task, Task):
-        flags = {**task.flags, **(base or {})}
+        flags = {**task.flags, **with_preset(base or {})}
+        arms = [Arm(arm.name, with_preset(arm.flags)) for arm in arms]
         plan = Settings(**{'steps': task.steps, 'lr': task.lr, **chosen})
         asked = Question(TaskName(task.name), flags, plan, tuple(arms), seeds, task.name, made=task)
     else:

@@ -21,6 +21,7 @@ from x_transformers.evidence.statistics import Comparison, compare, margin_of
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
 from x_transformers.flags.base import FlagError, UnknownFlag
+from x_transformers.flags.presets import preset, preset_sentences, word_against
 from x_transformers.training.errors import TrainingError
 
 EXPERIMENT = 'experiment.json'
@@ -55,6 +56,8 @@ class Question:
     lr_grid: tuple[float, ...] = ()
     made: Task | None = None
     """The task itself, where there is no name for it."""
+    presets: Mapping[str, str] = field(default_factory=dict)
+    """The presets that the baseline and the ideas name, by arm."""
 
     def the_task(self) -> Task:
         return self.made or make_task(self.task.name, self.task.options)
@@ -65,6 +68,17 @@ class Question:
 
     def flags_of(self, arm: Arm) -> dict[str, Any]:
         return {**self.base, **arm.flags}
+
+    def explained(self, arm: Arm, error: Exception) -> str:
+        """The error, and which of the flags that it names come from a preset."""
+        name = self.presets.get(arm.name) or self.presets.get(BASELINE)
+        if name is None or not isinstance(error, FlagError):
+            return str(error)
+        # what an idea says on top of its preset, or of the baseline's, is its own
+        usual = preset(name)
+        own = {flag for flag, value in self.flags_of(arm).items() if usual.get(flag, value) != value}
+        own |= set() if arm.name in self.presets else set(arm.flags)
+        return str(FlagError(*error.sentences, *preset_sentences(error, name, own, word_against)))
 
     def everyone(self) -> tuple[Arm, ...]:
         return (Arm(BASELINE), *self.arms)
@@ -180,9 +194,10 @@ class Experiment:
                 except UnknownFlag as error:
                     raise TrainingError(f'{arm.name}: {error}') from error
                 except (FlagError, TrainingError) as error:
+                    said = question.explained(arm, error)
                     if arm.name == BASELINE:
-                        raise TrainingError(f'the baseline of {question.title} cannot be built: {error}') from error
-                    broken[question.title, arm.name] = ' '.join(str(error).split())
+                        raise TrainingError(f'the baseline of {question.title} cannot be built: {said}') from error
+                    broken[question.title, arm.name] = ' '.join(said.split())
                 except Exception:
                     # not every own model can be built without memory; the run itself tells what is wrong
                     continue

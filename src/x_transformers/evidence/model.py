@@ -105,6 +105,25 @@ class VectorModel(Module):
         return scores[asked], batch.targets[asked]
 
 
+class PooledModel(Module):
+    """One answer for each row (b 1), from an output that is made of the whole row.
+
+    ``head``: from pooled tokens to logits, where the network itself ends with the tokens.
+    """
+
+    def __init__(self, net: nn.Module, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net, self.head = net, head
+
+    def forward(self, batch: Batch) -> Float[Tensor, '']:
+        return F.cross_entropy(*self.answers(batch))
+
+    def answers(self, batch: Batch) -> tuple[Float[Tensor, 'b v'], Int[Tensor, ' b']]:
+        batch = on_device_of(self, batch)
+        pooled = self.net(batch.inputs).flatten(1)
+        return pooled if self.head is None else self.head(pooled), batch.targets[:, 0]
+
+
 def split(flags: Mapping[str, Any], wrapper: type[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(keywords of the model around the stack, keywords of the stack)."""
     own = wrapper.flag_fields()
@@ -134,6 +153,24 @@ def build_vector_model(flags: Mapping[str, Any], *, dim_in: int, dim_out: int, m
     wrapper, stack = split(flags, ContinuousFlags)
     keywords = {'dim_in': dim_in, 'dim_out': dim_out, 'max_seq_len': max_seq_len, **wrapper}
     return VectorModel(ContinuousTransformerWrapper(attn_layers=Decoder(**stack), **keywords))
+
+
+POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
+
+
+def build_pooled_model(flags: Mapping[str, Any], *, num_tokens: int, classes: int, max_seq_len: int) -> PooledModel:
+    """An encoder with one output for a row: of the mean of all tokens, unless flags say another way."""
+    from x_transformers import Encoder, TransformerWrapper
+
+    wrapper, stack = split(flags, WrapperFlags)
+    if not any(wrapper.get(name) for name in POOLS):
+        wrapper['average_pool_embed'] = True
+    keywords = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'logits_dim': classes, **wrapper}
+    network = TransformerWrapper(attn_layers=Encoder(**stack), **keywords)
+    if not wrapper.get('attn_pool'):
+        return PooledModel(network)
+    width = wrapper.get('dim_pooled_tokens') or stack['dim']
+    return PooledModel(network, nn.Linear(width * wrapper.get('num_pooled_tokens', 1), classes))
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from x_transformers.evidence.experiment import INDEPENDENT, Arm, Question
+from x_transformers.evidence.experiment import BASELINE, INDEPENDENT, Arm, Question
 from x_transformers.evidence.runs import Settings, TaskName
 from x_transformers.evidence.tasks import make_task
+from x_transformers.flags.presets import with_preset
 from x_transformers.training.errors import TrainingError
 
 SETTINGS = {field.name for field in dataclasses.fields(Settings)}
@@ -136,14 +137,19 @@ def question(
     options = dict(entry.get('options', {}))
     name = TaskName(str(entry['task']), options)
     task = make_task(name.name, options)
-    flags = {**task.flags, **base, **entry.get('base', {})}
+    own = {**base, **entry.get('base', {})}
+    flags = {**task.flags, **with_preset(own)}
     label = str(entry.get('label', task.name if ':' in name.name else name.name))
     if width is not None:
         flags |= {part: max(1, round(flags[part] * width)) for part in ('dim', 'heads') if part in flags}
         label = f'{label} (width {flags["dim"]})'
-    own = {part: entry[part] for part in SETTINGS if part in entry}
-    chosen = Settings(**{'steps': task.steps, 'lr': task.lr, **settings, **own})
-    return Question(name, flags, chosen, tuple(ideas), seeds, label, device, tuple(lr_grid))
+    settings = {**settings, **{part: entry[part] for part in SETTINGS if part in entry}}
+    chosen = Settings(**{'steps': task.steps, 'lr': task.lr, **settings})
+    arms = tuple(dataclasses.replace(arm, flags=with_preset(arm.flags)) for arm in ideas)
+    presets = {arm.name: str(arm.flags['preset']) for arm in ideas if 'preset' in arm.flags}
+    if 'preset' in own:
+        presets[BASELINE] = str(own['preset'])
+    return Question(name, flags, chosen, arms, seeds, label, device, tuple(lr_grid), presets=presets)
 
 
 def noise_arms(repetitions: int) -> list[Arm]:

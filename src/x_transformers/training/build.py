@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.presets import PRESETS
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.notices import InertFlagWarning
 from x_transformers.training.errors import TrainingError
@@ -17,19 +18,9 @@ from x_transformers.training.errors import TrainingError
 NUM_BYTES = 256
 
 # a small model with the habits of today; whoever names a flag changes just that one
-QUICKSTART: dict[str, Any] = {
-    'dim': 192,
-    'depth': 5,
-    'heads': 3,
-    'attn_kv_heads': 1,
-    'rotary_pos_emb': True,
-    'use_rmsnorm': True,
-    'ff_mult': 3.0,
-    'ff_glu': True,
-    'ff_swish': True,
-    'ff_no_bias': True,
-    'zero_init_branch_output': True,
-}
+SIZES: dict[str, Any] = {'dim': 192, 'depth': 5, 'heads': 3}
+USUAL_PRESET = 'quickstart'
+QUICKSTART: dict[str, Any] = {**SIZES, **PRESETS[USUAL_PRESET].flags}
 
 # flags that ask for something that a byte-level language model is not given, or that take away what it needs
 UNFIT = {

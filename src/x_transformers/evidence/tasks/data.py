@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.evidence.draws import Draws, seed_of
-from x_transformers.evidence.model import IGNORE, Batch, build_vector_model
+from x_transformers.evidence.model import IGNORE, Batch, build_pooled_model, build_vector_model
 from x_transformers.evidence.tasks.base import Direction, SequenceTask, ignored
 from x_transformers.training.data import Corpus, load_corpus, sample_batch
 from x_transformers.training.errors import DataError
@@ -56,15 +56,20 @@ class Bytes(SequenceTask):
         return self.length
 
     def options(self) -> dict[str, Any]:
-        return super().options() | {'fingerprint': corpus_of(tuple(self.data), self.length + 1)[1]}
+        return super().options() | {'fingerprint': corpus_of(tuple(self.data), self.longest + 1)[1]}
+
+    @property
+    def read(self) -> int:
+        """Bytes of a held-out window."""
+        return self.length
 
     def windows(self, held_out: bool, count: int, seed: int, index: int) -> Batch:
-        corpus, _ = corpus_of(tuple(self.data), self.length + 1)
+        corpus, _ = corpus_of(tuple(self.data), self.longest + 1)
         text = corpus.held_out if held_out else corpus.train
         if held_out:
-            room = len(text) - self.length - 1
+            room = len(text) - self.read - 1
             starts = [room * i // max(1, count - 1) for i in range(count)]
-            ids = torch.stack([text.window(start, self.length + 1) for start in starts]).long()
+            ids = torch.stack([text.window(start, self.read + 1) for start in starts]).long()
         else:
             ids = sample_batch(text, batch=count, window=self.length + 1, seed=seed, index=index)
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
@@ -81,6 +86,26 @@ class Bytes(SequenceTask):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         measures = super().evaluate(model)
         return measures | {'bits': measures['loss'] / 0.6931471805599453}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongerBytes(Bytes):
+    """Trained on windows of ``length`` bytes, tested on windows of ``tested``."""
+
+    name: ClassVar[str] = 'bytes/longer'
+    tested: int = 512
+
+    def __post_init__(self) -> None:
+        if self.tested < self.length:
+            raise ValueError(f'tested must be at least length={self.length}, got {self.tested}. Take a larger number.')
+
+    @property
+    def longest(self) -> int:
+        return self.tested
+
+    @property
+    def read(self) -> int:
+        return self.tested
 
 
 @cache
@@ -120,6 +145,27 @@ class Digits(SequenceTask):
         targets = ignored(count, 65)
         targets[:, -1] = labels[chosen]
         return Batch(torch.cat((images[chosen], question), dim=1), targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeDigits(Digits):
+    """The same images for an encoder, whose output for a whole image is the digit; ``average_pool_embed``, ``use_cls_token`` or
+    ``attn_pool`` say how it is made of the pixels.
+    """
+
+    name: ClassVar[str] = 'digits/pooled'
+    flags: ClassVar[Mapping[str, Any]] = {'dim': 64, 'depth': 2, 'heads': 2, 'attn_dim_head': 32}
+
+    @property
+    def longest(self) -> int:
+        return 64
+
+    def rows(self, draws: Draws, count: int, *, test: bool = False) -> Batch:
+        whole = super().rows(draws, count, test=test)
+        return Batch(whole.inputs[:, :64], whole.targets[:, 64:])
+
+    def model(self, flags: Mapping[str, Any]) -> nn.Module:
+        return build_pooled_model(flags, num_tokens=17, classes=10, max_seq_len=64)
 
 
 @dataclass(frozen=True, kw_only=True)
