@@ -7,15 +7,12 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from atlas import FOLDER, PLAN, RESULTS, ROOT, read_results
+from kept import ROOT, THE_ATLAS
 
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome
 from x_transformers.evidence.findings import number, probability, signed, verdict_words
-from x_transformers.evidence.plan import question, read_plan
-from x_transformers.evidence.runs import Job
 
 PAGE, PICTURE = ROOT / 'docs/atlas.md', ROOT / 'docs/assets/atlas.svg'
 
@@ -47,50 +44,14 @@ WORDS = {
 }
 
 
-class Kept:
-    """Results by what they are of, and not by hash: the bytes of another Python have another one."""
-
-    def __init__(self, lines: dict[str, dict[str, Any]], jobs: dict[str, tuple[str, str, int | None]]) -> None:
-        self.jobs = jobs
-        self.lines = {(line['task'], line['idea'], line.get('seed')): line for line in lines.values()}
-
-    def line(self, job: Job) -> dict[str, Any]:
-        return self.lines.get(self.jobs.get(job.hash, ('', '', None)), {})
-
-    def result(self, job: Job) -> dict[str, Any] | None:
-        return self.line(job).get('result')
-
-    def failure(self, job: Job) -> dict[str, Any] | None:
-        return {'why': self.line(job)['failed']} if 'failed' in self.line(job) else None
-
-
-def atlas() -> tuple[Experiment, list[Outcome], list[dict[str, Any]]]:
-    """(the experiment, its outcomes, the lines that are kept)."""
-    plan, lines = read_plan(str(PLAN)), read_results()
-    seeds = int(plan.more['seeds'])
-    asked = tuple(question(entry, plan.base, plan.ideas, seeds=seeds, settings=plan.settings) for entry in plan.tasks)
-    # what a task says of itself may take reading a corpus, and tells nothing here
-    made = Experiment(asked, FOLDER, identities={q.title: {'task': q.title} for q in asked})
-    jobs: dict[str, tuple[str, str, int | None]] = {}
-    for q in asked:
-        for arm in reversed(q.everyone()):  # where flags are equal, the baseline's runs are those of both
-            jobs[made.cost(q, arm).hash] = q.title, arm.name, None
-            jobs |= {made.run(q, arm, seed).hash: (q.title, arm.name, seed) for seed in range(seeds)}
-    made.store = Kept(lines, jobs)  # type: ignore[assignment]
-    broken = {}
-    for line in lines.values():
-        if line.get('broken'):
-            broken[line['task'], line['idea']] = line['broken']
-    return made, made.outcomes(broken), list(lines.values())
-
-
 def flags_text(arm: Arm) -> str:
     return ', '.join(f'{name}={value!r}' for name, value in arm.flags.items())
 
 
 def generated() -> tuple[str, str]:
     """(the page, the picture)."""
-    made, outcomes, lines = atlas()
+    made, lines = THE_ATLAS.as_shown(), list(THE_ATLAS.lines().values())
+    outcomes = made.outcomes({})
     by = {(outcome.task, outcome.idea): outcome for outcome in outcomes}
     tasks = [q.title for q in made.questions]
     arms = made.questions[0].arms
@@ -215,10 +176,10 @@ def heat_map(made: Experiment, by: dict[tuple[str, str], Outcome]) -> str:
 
 
 if __name__ == '__main__':
-    if not RESULTS.exists():
-        sys.exit(f'{RESULTS.relative_to(ROOT)} is not there: make atlas')
+    if not THE_ATLAS.results.exists():
+        sys.exit(f'{THE_ATLAS.results.relative_to(ROOT)} is not there: make atlas')
     page, picture = generated()
     PAGE.write_text(page, encoding='utf-8')
     PICTURE.write_text(picture, encoding='utf-8')
     print(f'wrote {PAGE} and {PICTURE}')
-    print(json.dumps({'page': str(PAGE.relative_to(ROOT)), 'lines': len(read_results())}))
+    print(json.dumps({'page': str(PAGE.relative_to(ROOT)), 'lines': len(THE_ATLAS.lines())}))
