@@ -63,7 +63,7 @@ bench: $(STAMP)  ## speed against a minimal hand-written GPT
 	$(BIN)/python benchmarks/bench.py
 
 atlas: $(STAMP)  ## run what is missing of the atlas of ideas (hours; BUDGET=minutes stops earlier), then write docs/atlas.md
-	$(BIN)/python tools/atlas.py --workers $(WORKERS) $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python tools/kept.py atlas --workers $(WORKERS) $(if $(BUDGET),--budget $(BUDGET))
 	$(BIN)/python tools/generate_atlas.py
 
 gpu: $(STAMP)  ## what only a GPU can show, within BUDGET seconds: build/gpu/gpu.md; goes on where it was stopped

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
-import atlas as tool  # noqa: E402
 import generate_atlas  # noqa: E402
+import kept as tool  # noqa: E402
 
 
 def test_page_and_picture_are_current() -> None:
@@ -27,7 +27,7 @@ def test_page_and_picture_are_current() -> None:
 
 def test_every_idea_is_named_and_can_be_run_again() -> None:
     page = generate_atlas.PAGE.read_text(encoding='utf-8')
-    asked = tool.read_plan(str(tool.PLAN))
+    asked = tool.THE_ATLAS.plan
     assert len(asked.ideas) >= 40
     assert len(asked.tasks) == 4
     for arm in asked.ideas:
@@ -37,7 +37,7 @@ def test_every_idea_is_named_and_can_be_run_again() -> None:
 
 
 def test_results_are_compact_and_say_nothing_of_where_they_were_made() -> None:
-    text = tool.RESULTS.read_text(encoding='utf-8')
+    text = tool.THE_ATLAS.results.read_text(encoding='utf-8')
     lines = [json.loads(line) for line in text.splitlines()]
     assert len(text) < 400 * len(lines)
     assert len({line['hash'] for line in lines}) == len(lines)
@@ -50,9 +50,9 @@ def test_a_run_of_the_atlas_gives_the_numbers_that_are_kept() -> None:
     """The first one of a task that depends on no files."""
     from x_transformers.evidence.execute import execute
 
-    made = tool.experiment()
+    made = tool.THE_ATLAS.experiment()
     asked = made.questions[0]
     job = made.run(asked, asked.everyone()[0], 0)
-    kept = tool.read_results()[job.hash]['result']
+    kept = tool.THE_ATLAS.lines()[job.hash]['result']
     found = execute(job)
     assert found['value'] == pytest.approx(kept['value'], abs=0.02)

@@ -463,11 +463,9 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, cap
 
 def test_an_error_about_the_default_model_says_so(tmp_path, text, capsys):
     said = sentence_of(capsys, train(text, tmp_path / 'run', '--use-scalenorm'))
-    assert (
-        '`use_rmsnorm=True` is not yours, but of the small model that this command trains by default; --no-use-rmsnorm' in said
-    )
+    assert '`use_rmsnorm=True`: the default of the preset quickstart; add `--no-use-rmsnorm`.' in said
     said = sentence_of(capsys, train(text, tmp_path / 'run', '--use-scalenorm', '--use-rmsnorm'))
-    assert 'is not yours' not in said
+    assert 'preset' not in said
 
 
 def test_flags_without_effect_are_refused_if_they_were_typed(tmp_path, text, capsys):

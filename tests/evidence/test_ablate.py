@@ -220,6 +220,8 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, capsys: Any, monkeypatch: pyt
             ['--task', 'mqar', '--idea', 'shift_tokens=1', '--only', 'failed', '--out', 'nowhere'],
             '--only failed needs a folder',
         ),
+        (['--task', 'mqar', '--option', 'pairs=x', '--idea', 'shift_tokens=1'], "pairs must be a whole number, got 'x'"),
+        (['--task', 'mqar', '--option', 'pairs=3.5', '--idea', 'shift_tokens=1'], 'pairs must be a whole number, got 3.5'),
         (['--task', 'missing.py:Task', '--idea', 'shift_tokens=1'], 'must name a file that exists'),
     ],
 )
@@ -389,7 +391,8 @@ def test_a_suite_is_shown_beside_published_numbers(tmp_path: Path, capsys: Any) 
     assert main(['evidence', *arguments]) == 0
     out = capsys.readouterr().out
     line = json.loads(out.splitlines()[-1])
-    assert [row['row'] for row in line['rows']] == ['one layer', 'one layer, shift_tokens=1', 'two layers, rotary']
+    assert [row['row'] for row in line['rows']] == [entry.label for entry in SUITES['mqar']().entries]
+    assert len(line['rows']) >= 4
     assert line['rows'][0]['published']
     assert all(row['seeds'] == 2 for row in line['rows'])
     assert '0.25' in out

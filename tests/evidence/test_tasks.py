@@ -416,6 +416,42 @@ def test_bytes_are_windows_of_the_text(tmp_path: Any) -> None:
     assert measures['bits'] == pytest.approx(measures['loss'] / math.log(2))
 
 
+def test_longer_bytes_are_tested_in_longer_windows(tmp_path: Any) -> None:
+    path = tmp_path / 'text'
+    text = bytes(range(32, 127)) * 60
+    path.write_bytes(text)
+    task = make_task('bytes/longer', {'data': [str(path)], 'length': 8, 'tested': 32, 'rows_per_step': 4, 'test_rows': 5})
+    for batch, length in ((task.batch(0, 3), 8), (task.test(), 32)):
+        assert batch.inputs.shape[1] == length
+        for row, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            assert bytes([row[0], *targets]) in text
+            assert row[1:] == targets[:-1]
+    assert task.model({**task.flags, 'dim': 16, 'depth': 1}).net.max_seq_len == 32
+    with pytest.raises(TrainingError, match='tested must be at least length=64'):
+        make_task('bytes/longer', {'length': 64, 'tested': 32})
+
+
+@pytest.mark.parametrize(
+    'pool', [{}, {'use_cls_token': True}, {'attn_pool': True}, {'attn_pool': True, 'num_pooled_tokens': 2}]
+)
+def test_whole_digits_are_the_digits_without_a_question(pool: dict[str, Any]) -> None:
+    whole, asked = make_task('digits/pooled', {'rows_per_step': 6}), make_task('digits', {'rows_per_step': 6})
+    test, question = whole.test(), asked.test()
+    assert torch.equal(test.inputs, question.inputs[:, :64])
+    assert torch.equal(test.targets[:, 0], question.targets[:, -1])
+    model = whole.model({'dim': 16, 'depth': 1, 'heads': 2, 'attn_dim_head': 8, **pool})
+    assert not model.net.attn_layers.causal
+    batch = whole.batch(0, 0)
+    logits, targets = model.answers(batch)
+    assert logits.shape == (6, 10)
+    assert torch.equal(targets, batch.targets[:, 0])
+    model(batch).backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    # pooled tokens stand in the place of the network's own logits
+    assert all(name.startswith('net.to_logits') for name in without)
+    assert ('attn_pool' in pool) == bool(without)
+
+
 def test_digits_hold_out_the_last_fifth() -> None:
     from sklearn.datasets import load_digits
 

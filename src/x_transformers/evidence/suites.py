@@ -82,9 +82,9 @@ def mad() -> Suite:
     return Suite(
         'Six tasks of mechanistic architecture design, class-balanced accuracy.',
         'https://arxiv.org/abs/2403.17844',
-        'Width 64 in the place of 128, new rows at every step instead of 200 epochs over 12,800, 1,500 steps of 16 rows (600 for '
-        'selective copying), one learning rate, and only the first of the 11 settings of each task, which is the easiest: published numbers are means '
-        'over all settings, 396 runs an architecture.',
+        'Width 64 in the place of 128, new rows at every step instead of 200 epochs over 12,800, 1,500 steps of 16 rows (600 '
+        'for selective copying), one learning rate, and only the first of the 11 settings of each task, which is the easiest: '
+        'published numbers are means over all settings, 396 runs an architecture.',
         tuple(entries),
         {source: row[6] / 100 for source, row in MAD_ROWS.items()},
     )

@@ -35,8 +35,9 @@ from x_transformers.evidence.tasks.mad import (
 )
 from x_transformers.evidence.tasks.physics import Depo, Mano
 from x_transformers.evidence.tasks.recall import Compositional, ContinuousRecall, Forgetting, Recall, Stacked
-from x_transformers.flags.base import FlagError
+from x_transformers.flags.base import FlagError, kinds_of, one_kind, shown, type_hints
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.options import fits
 
 MAD = (InContextRecall, NoisyRecall, FuzzyRecall, SelectiveCopy, Compression, Memorization)
 LENGTH = (Parity, EvenPairs, Cycle, ModularArithmetic, Copy, Reverse, Duplicate, Sort, Addition)
@@ -67,15 +68,26 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
             f'options of the task {name} must be among {", ".join(sorted(known or ()))}, got {", ".join(unknown)}. '
             'Leave out others.'
         )
-    for option, value in options.items():
-        if isinstance(value, list):
-            options[option] = tuple(value)
+    options = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    if known is not None:
+        refuse_other_kinds(name, cls, options)
     try:
         return cls(**options)
     except (ValueError, TypeError) as error:
         if isinstance(error, FlagError):
             raise
         raise TrainingError(f'the task {name} cannot be made: {error}') from error
+
+
+def refuse_other_kinds(name: str, cls: type, options: Mapping[str, Any]) -> None:
+    """Refuse values that are not of the type of the option's field."""
+    hints, wrong = type_hints(cls), []
+    for option, value in options.items():
+        if not fits(value, hints[option]):
+            wanted = ' or '.join(one_kind(kind)[0] for kind in kinds_of(hints[option]))
+            wrong.append(f'{option} must be {wanted}, got {shown(value)}')
+    if wrong:
+        raise TrainingError(f'the task {name} cannot be made: {"; ".join(wrong)}. Give another value.')
 
 
 def own_class(path: str) -> type[Task]:
