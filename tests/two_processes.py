@@ -38,9 +38,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def worker(rank: int, port: int, attempt: Attempt, names: list[str], path: Path) -> None:
+def worker(rank: int, world: int, port: int, attempt: Attempt, names: list[str], path: Path) -> None:
     os.environ.update(
-        MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD)
+        MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
     )
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
@@ -54,7 +54,7 @@ def worker(rank: int, port: int, attempt: Attempt, names: list[str], path: Path)
         except Exception:
             problem = f'{name}: {traceback.format_exc(limit=-3)[-1500:]}'
         decide_alike(None)
-        problems: list[Any] = [None] * WORLD
+        problems: list[Any] = [None] * world
         dist.all_gather_object(problems, problem)
         failed += [each for each in problems if each][:1]
         done += 1
@@ -63,11 +63,11 @@ def worker(rank: int, port: int, attempt: Attempt, names: list[str], path: Path)
     dist.destroy_process_group()
 
 
-def attempt_all(attempt: Attempt, names: list[str]) -> tuple[int, list[str]]:
-    """(how many were tried, what failed). Both processes try one name after the other."""
+def attempt_all(attempt: Attempt, names: list[str], world: int = WORLD) -> tuple[int, list[str]]:
+    """(how many were tried, what failed). All processes try one name after the other."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'found'
-        mp.spawn(worker, (free_port(), attempt, names, path), nprocs=WORLD)  # type: ignore[no-untyped-call]
+        mp.spawn(worker, (world, free_port(), attempt, names, path), nprocs=world)  # type: ignore[no-untyped-call]
         done, failed = json.loads(path.read_text(encoding='utf-8'))
     return done, failed
 
@@ -76,11 +76,11 @@ def with_modes(cases: list[str], modes: list[str]) -> list[str]:
     return [f'{case} {mode}' for case in cases for mode in modes]
 
 
-def command(attempt: Attempt, modes: list[str]) -> None:
+def command(attempt: Attempt, modes: list[str], world: int = WORLD) -> None:
     """``[decoder+streams …] [--mode …]``: without cases, every flag; without modes, ``modes``."""
     cases = [text for text in sys.argv[1:] if not text.startswith('--')] or [str(case) for case in rotated()]
     asked = [text.removeprefix('--') for text in sys.argv[1:] if text.startswith('--')] or modes
-    done, failed = attempt_all(attempt, with_modes(cases, asked))
+    done, failed = attempt_all(attempt, with_modes(cases, asked), world)
     print('\n'.join([*failed, f'{done} tried, {len(failed)} failed']))
 
 
@@ -96,17 +96,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_equal(case: Combination, spread: Callable[[Any], object], **build: Any) -> None:
+def check_equal(case: Combination, spread: Callable[[Any], object], reads: tuple[int, int] | None = None, **build: Any) -> None:
     """In double precision, loss and gradients of the model that ``spread`` spreads are those of one process.
 
-    ``build`` goes to ``case.build``.
+    ``reads``: which batch this process reads, of how many; without it all read others. ``build`` goes to ``case.build``.
     """
-    rank = dist.get_rank()
+    rank, readers = reads or (dist.get_rank(), dist.get_world_size())
     torch.manual_seed(0)
     model: Any = case.build(**build).train()
     alone = copy.deepcopy(model)
-    losses = [loss_of(case, alone, each) for each in range(WORLD)]
-    (sum(losses) / WORLD).backward()  # type: ignore[union-attr]
+    losses = [loss_of(case, alone, each) for each in range(readers)]
+    (sum(losses) / readers).backward()  # type: ignore[union-attr]
     spread(model)
     loss = loss_of(case, model, rank)
     loss.backward()

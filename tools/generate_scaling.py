@@ -11,14 +11,20 @@ BEGIN, END = '<!-- table -->', '<!-- end of table -->'
 
 
 def table() -> str:
-    lines = ['| asked for | refused with | what is said |', '| --- | --- | --- |']
-    lines += [f'| {kind} parallelism | every flag | {sentence} |' for kind, sentence in NOT_BUILT.items()]
-    lines += [f'| `--{name}` | every flag | {sentence} |' for name, sentence in NOT_PROVEN.items()]
-    for kind in KINDS:
-        rows = [refusal for refusal in REFUSALS if refusal.kind == kind]
-        lines += [f'| `{kind}` | `{refusal.flag}` | {refusal.reason} |' for refusal in rows]
-        if not rows:
-            lines.append(f'| `{kind}` | no flag | |')
+    """One row for each flag that some kind refuses, and one column for each kind; then what is refused whatever the flags."""
+    flags = list(dict.fromkeys(refusal.flag for refusal in REFUSALS))
+    kinds = [kind for kind in KINDS if any(refusal.kind == kind for refusal in REFUSALS)]
+    said = {(refusal.kind, refusal.flag): refusal.reason for refusal in REFUSALS}
+    equal = [kind for kind in KINDS if kind not in kinds]
+    lines = [
+        f'Every flag is equal under {", ".join(equal)}. So are the flags that this table does not name, under all kinds.',
+        '',
+    ]
+    lines += [f'| flag | {" | ".join(kinds)} |', f'| --- |{" --- |" * len(kinds)}']
+    lines += [f'| `{flag}` | ' + ' | '.join(said.get((kind, flag), 'equal') for kind in kinds) + ' |' for flag in flags]
+    lines += ['', '| refused with every flag | what is said |', '| --- | --- |']
+    lines += [f'| {kind} parallelism | {sentence} |' for kind, sentence in NOT_BUILT.items()]
+    lines += [f'| `--{name}` | {sentence} |' for name, sentence in NOT_PROVEN.items()]
     return '\n'.join(lines)
 
 

@@ -205,11 +205,19 @@ def spread_as(value: Tensor, parameter: Tensor) -> Tensor:
     """``value`` in the dtype of a parameter of the same shape; spread over processes as it is, each of which takes its part."""
     value = value.to(device=parameter.device, dtype=parameter.dtype)
     mesh = getattr(parameter, 'device_mesh', None)
-    if mesh is None or hasattr(value, 'device_mesh'):
+    if mesh is None:
         return value
+    if hasattr(value, 'device_mesh'):
+        spread: Tensor = value.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+        return spread
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def own_part(t: Tensor) -> Tensor:
+    """What this process has of a tensor that may be spread over processes."""
+    return t.to_local() if hasattr(t, 'to_local') else t
 
 
 @torch.no_grad()

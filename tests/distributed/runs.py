@@ -28,14 +28,14 @@ from x_transformers.training.options import TrainerOptions
 from x_transformers.training.trainer import Trainer
 
 Worlds = dict[str, World]
-GRIDS = {'copies': Degrees(replicate=2), 'shards': Degrees(shard=2)}
-SHARD = {'copies': 'none', 'shards': 'full'}
+GRIDS = {'copies': Degrees(replicate=2), 'shards': Degrees(shard=2), 'tensor': Degrees(tensor=2)}
+SHARD = {'copies': 'none', 'shards': 'full', 'tensor': 'none'}
 
 
 def make(dtype: torch.dtype = torch.float64, **flags: Any) -> nn.Module:
     # one parameter without an axis in each layer, grouped heads, a tied head
-    flags = {'attn_kv_heads': 1, 'rotary_pos_emb': True, 'use_dynamic_tanh': True, 'ff_glu': True} | flags
-    stack = Decoder(dim=16, depth=2, heads=2, attn_dim_head=8, verbose=False, **flags)
+    flags = {'attn_kv_heads': 2, 'rotary_pos_emb': True, 'use_dynamic_tanh': True, 'ff_glu': True} | flags
+    stack = Decoder(dim=16, depth=2, heads=4, attn_dim_head=4, verbose=False, **flags)
     net = TransformerWrapper(num_tokens=32, max_seq_len=16, attn_layers=stack, tie_embedding=True)
     return AutoregressiveWrapper(net).to(dtype)
 

@@ -72,7 +72,8 @@ def test_a_run_changes_its_processes(tmp_path: Path, text: Path) -> None:
     assert [status for status, _ in first] == [0, 0], first
     then = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', '5', '--data', str(text)], world=1))
     assert then[0][0] == 0, then
-    last = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', '7', '--shard', 'none', '--data', str(text)]))
+    more = ['--resume', '--steps', '7', '--shard', 'none', '--tensor', '2']
+    last = ended(launch(['train', '--run-dir', str(run), *more, '--data', str(text)]))
     assert [status for status, _ in last] == [0, 0], last
     whole = tmp_path / 'whole'
     same = ended(
@@ -124,10 +125,17 @@ def test_bad_input_is_one_sentence(tmp_path: Path, text: Path) -> None:
     run = tmp_path / 'run'
     given = ['train', '--data', str(text), '--run-dir', str(run), *SMALL, '--steps', '2']
     began = time.monotonic()
-    found = ended(launch(given, rank1=['--lr', '0.5']))
-    assert [status for status, _ in found] == [2, 2], found
-    said = [line for _, err in found for line in err.splitlines() if line.startswith('x-transformers:')]
-    assert len(said) == 1
-    assert 'same options, got others in process 1: lr' in said[0]
-    assert time.monotonic() - began < 120
+    wrong = {
+        'same options, got others in process 1: lr': (given, ['--lr', '0.5']),
+        'the number of heads must be a multiple of --tensor 2, got 3': ([*given, '--tensor', '2', '--heads', '3'], []),
+        '`attn_dropout` must be left as it is with tensor': ([*given, '--tensor', '2', '--attn-dropout', '0.1'], []),
+        'must be a multiple of 3': ([*given, '--tensor', '3'], []),
+    }
+    for sentence, (arguments, own) in wrong.items():
+        found = ended(launch(arguments, rank1=own))
+        assert [status for status, _ in found] == [2, 2], found
+        said = [line for _, err in found for line in err.splitlines() if line.startswith('x-transformers:')]
+        assert len(said) == 1, said
+        assert sentence in said[0]
+    assert time.monotonic() - began < 120 * len(wrong)
     assert not run.exists() or not any(run.iterdir())

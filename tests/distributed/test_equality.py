@@ -1,27 +1,37 @@
-"""Copies, shards, and shards whose layers are computed again give the loss and the gradients of one process."""
+"""Copies, shards, heads and features spread over processes: the loss and the gradients of one process."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.distributed.equality import MODES, attempt
-from tests.laws.combination import draw, rotated
+from tests.distributed.equality import MODES, OF_FOUR, attempt
+from tests.laws.combination import Combination, draw, rotated, singles
 from tests.two_processes import attempt_all, with_modes
-from x_transformers.distributed.mesh import Degrees, MeshError
+from x_transformers import AutoregressiveWrapper
+from x_transformers.distributed.mesh import Degrees, MeshError, World
+from x_transformers.distributed.parallelize import parallelize
+from x_transformers.distributed.refusals import REFUSALS, is_set
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without torch.distributed')
 
 SOME = ['decoder+layer_dropout', 'encoder+attn_pool', 'decoder+tied', 'decoder+streams']
+# what a tensor group cuts: heads, grouped ones, one for all; gated features; what is made for each head; what is handed on
+CUT = [
+    'decoder+kv_heads+rotary+glu', 'encoder+one_kv_head+qkv_bias', 'cross+t5+sink+head_scale', 'prefix+forgetting',
+    'decoder+mem_kv+qk_norm_dim_scale', 'decoder+value_residual+residual_attn', 'decoder+pre_talking',
+    'decoder+attn_bias_whole+attn_mask_whole',
+]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_some_are_equal() -> None:
     cases = [*SOME, *(str(case) for case in draw(4, seed=0))]
     modes = ['copies', 'shards+full', 'hybrid']
-    done, failed = attempt_all(attempt, with_modes(cases, modes))
+    names = with_modes(cases, modes) + with_modes([*SOME, *CUT], ['tensor', 'tensor+full'])
+    done, failed = attempt_all(attempt, names)
     assert not failed, '\n'.join(failed)
-    assert done == len(cases) * len(modes)
+    assert done == len(names)
 
 
 @pytest.mark.deep
@@ -33,11 +43,55 @@ def test_every_flag_is_equal() -> None:
 
 
 @pytest.mark.deep
+def test_every_flag_is_equal_on_two_axes() -> None:
+    cases = [str(case) for case in rotated()]
+    done, failed = attempt_all(attempt, with_modes(cases, ['shards+tensor']), world=4)
+    assert not failed, '\n'.join(failed)
+    assert done == len(cases)
+
+
+@pytest.mark.deep
+def test_some_are_equal_on_two_axes() -> None:
+    done, failed = attempt_all(attempt, with_modes([*SOME, *CUT], list(OF_FOUR)), world=4)
+    assert not failed, '\n'.join(failed)
+    assert done == (len(SOME) + len(CUT)) * len(OF_FOUR)
+
+
+@pytest.mark.deep
 def test_random_combinations_are_equal() -> None:
     cases = [str(case) for case in draw(60, seed=1)]
-    done, failed = attempt_all(attempt, with_modes(cases, ['copies', 'shards', 'shards+every']))
+    done, failed = attempt_all(attempt, with_modes(cases, ['copies', 'shards', 'shards+every', 'tensor']))
     assert not failed, '\n'.join(failed)
-    assert done == 3 * len(cases)
+    assert done == 4 * len(cases)
+
+
+def test_the_z_loss_is_refused() -> None:
+    world = World(None, Degrees(tensor=2), torch.device('cpu'), 0, 2)  # type: ignore[arg-type]
+    net = Combination.parse('decoder+rotary').build()
+    with pytest.raises(MeshError, match='`add_attn_z_loss` must be left as it is'):
+        parallelize(AutoregressiveWrapper(net, add_attn_z_loss=True), world)
+
+
+def test_every_refusal_is_tried() -> None:
+    """A flag without a group would never be compared, so that its row could be wrong, or missing."""
+    models = [case.build(dtype=torch.float32) for case in singles('decoder,encoder') if case.kind != 'crosser']
+    idle = [row.flag for row in REFUSALS if not any(is_set(model, row) for model in models)]
+    assert idle == ['add_attn_z_loss']  # of an objective, which groups of flags do not have
+
+
+@pytest.mark.parametrize(
+    ('case', 'tensor', 'said'),
+    [
+        ('decoder+no_abs', 3, 'number of heads must be a multiple of --tensor 3, got 4'),
+        ('decoder+kv_heads', 4, 'number of heads of keys and values must be a multiple of --tensor 4, got 2'),
+        ('decoder+dim_inner', 2, 'inner features of a feed-forward must be a multiple of --tensor 2, got 23'),
+        ('decoder+pre_talking', 2, '`attn_pre_talking_heads` must be left as it is with tensor: it mixes all heads'),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(case: str, tensor: int, said: str) -> None:
+    world = World(None, Degrees(tensor=tensor), torch.device('cpu'), 0, tensor)  # type: ignore[arg-type]
+    with pytest.raises(MeshError, match=said):
+        parallelize(Combination.parse(case).build(), world)
 
 
 def test_a_grid_takes_the_rest() -> None:

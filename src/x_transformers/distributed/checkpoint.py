@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Shard, empty
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from x_transformers.distributed.mesh import World
 from x_transformers.training import files
@@ -45,7 +46,7 @@ class DistributedCheckpoints:
     def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]) -> None:
         target = self.run / f'{files.PREFIX}{step:08d}'
         temporary = self.run / f'{files.UNFINISHED}{target.name}'
-        tensors: dict[str, Tensor] = {f'model.{name}': tensor for name, tensor in weights.items()}
+        tensors: dict[str, Tensor] = {f'model.{name}': in_order(tensor) for name, tensor in weights.items()}
         rest = {name: put_aside(value, name, tensors) if name in SPREAD else value for name, value in state.items()}
         self.alike(lambda: make_empty(temporary), 'cannot be written', main_only=True)
         self.alike(lambda: save(dict(tensors), checkpoint_id=temporary), 'cannot be written')
@@ -110,13 +111,34 @@ def make_empty(folder: Path) -> None:
 def put_aside(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The same tree with a word in the place of each tensor, which goes to ``tensors``."""
     if isinstance(value, Tensor):
-        tensors[path] = value
+        tensors[path] = in_order(value)
         return ELSEWHERE + path
     if isinstance(value, Mapping):
         return {name: put_aside(each, f'{path}.{name}', tensors) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(put_aside(each, f'{path}.{index}', tensors) for index, each in enumerate(value))
     return value
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """The same, spread in such a way that each process has one piece of it: what files can describe."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    moved: Tensor = tensor.redistribute(placements=in_one_piece(tensor))
+    return moved.detach()
+
+
+def in_one_piece(tensor: DTensor) -> list[Placement]:
+    """Where a process has rows here and there, as many that lie together."""
+    return [Shard(place.dim) if isinstance(place, _StridedShard) else place for place in tensor.placements]
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """For what is read into the place of ``tensor``, which may have to be spread otherwise afterwards."""
+    if not isinstance(tensor, DTensor):
+        return torch.empty_like(tensor, dtype=dtype)
+    made: Tensor = empty(tensor.shape, dtype=dtype, device_mesh=tensor.device_mesh, placements=in_one_piece(tensor))
+    return made
 
 
 def put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:

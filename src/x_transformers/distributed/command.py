@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, MeshError, World, start, stop
-from x_transformers.distributed.refusals import option_refusals
+from x_transformers.distributed.refusals import check, option_refusals
 from x_transformers.flags.base import FlagError
+from x_transformers.training.build import build_model
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import TrainOptions
@@ -25,6 +27,7 @@ from x_transformers.training.run import RunConfig, begin, finish, prepare
 from x_transformers.training.trainer import Interrupted
 
 BAD_INPUT = 2
+PATIENCE = 3.0  # seconds, of the ten in which all are to end
 LOST = 1
 T = TypeVar('T')
 
@@ -80,6 +83,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
     options = config.options
     check_rows(options, world.degrees)
     check_options(options, world.degrees)
+    check_model(config, world.degrees)
     precision: Literal['bf16'] | None = 'bf16' if options.precision == 'bf16' and options.shard != 'none' else None
     engine = MeshEngine(
         world, shard=options.shard, precision=precision, checkpoint=options.checkpointing, compile=options.compile,
@@ -130,6 +134,20 @@ def check_options(options: TrainOptions, degrees: Degrees) -> None:
         raise MeshError(' '.join(wrong))
 
 
+def check_model(config: RunConfig, degrees: Degrees) -> None:
+    """Refuse flags that the grid cannot have, before any data are read.
+
+    Errors: ``MeshError`` naming them; ``FlagError`` as for a model that is trained.
+    """
+    options = config.options
+    with torch.device('meta'):
+        model = build_model(config.flags)
+    check(
+        model, degrees, shard=options.shard, checkpoint=options.checkpointing, precision=None, compile=options.compile,
+        offload=options.offload,
+    )  # fmt: skip
+
+
 def check_alike(world: World, asked: Any) -> None:
     """Errors: ``MeshError`` if processes were started with different options."""
     everywhere: list[Any] = [None] * world.size
@@ -163,7 +181,13 @@ def speaks_first(world: World) -> bool:
     if not world.is_main:
         time.sleep(0.5)
     try:
-        return bool(dist.distributed_c10d._get_default_store().add('complained', 1) == 1)
+        store = dist.distributed_c10d._get_default_store()
+        first = bool(store.add('complained', 1) == 1)
+        # the main process may hold the store, which the others are still to ask
+        deadline = time.monotonic() + PATIENCE
+        while world.is_main and store.add('complained', 0) < world.size and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return first
     except Exception:  # whoever held the store is gone
         return True
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from x_transformers.distributed import checkpoint
 from x_transformers.distributed.mesh import Shard, World
 from x_transformers.distributed.parallelize import Checkpointing, parallelize
-from x_transformers.module import fill
+from x_transformers.module import fill, own_part
 from x_transformers.randomness import decide_alike
 from x_transformers.training.checkpoint import load_checkpoint
 from x_transformers.training.ema import WRAPPED
@@ -75,7 +75,9 @@ class MeshEngine(Engine):
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         model: Any = self.model
-        model.set_requires_gradient_sync(last)
+        # without others that read other data nothing is added up
+        if hasattr(model, 'set_requires_gradient_sync'):
+            model.set_requires_gradient_sync(last)
         yield
 
     def total(self, value: Tensor) -> Tensor:
@@ -89,22 +91,22 @@ class MeshEngine(Engine):
         return int(largest)
 
     def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        cut = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
-        kept = [grad for grad in grads if not isinstance(grad, DTensor)]
+        by_axes: dict[tuple[str, ...], list[Tensor]] = {}
+        for grad in (p.grad for p in parameters if p.grad is not None):
+            by_axes.setdefault(cut_along(grad), []).append(own_part(grad))
         squares = torch.zeros((), device=self.device, dtype=torch.float64)
-        if cut:
-            squares = torch.stack(torch._foreach_norm(cut)).to(self.device).double().square().sum()
-            dist.all_reduce(squares, group=self.world.mesh.get_group('shard'))
-        if kept:
-            squares = squares + torch.stack(torch._foreach_norm(kept)).to(self.device).double().square().sum()
+        for axes, parts in sorted(by_axes.items()):
+            own = torch.stack(torch._foreach_norm(parts)).to(squares.device).double().square().sum()
+            for axis in axes:
+                dist.all_reduce(own, group=self.world.mesh.get_group(axis))
+            squares = squares + own
         return squares.sqrt()
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
         grads = [p.grad for p in parameters if p.grad is not None]
-        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         share = (most / (norm + 1e-6)).clamp(max=1.0)
-        for part in parts:
+        for grad in grads:
+            part = own_part(grad)
             part.mul_(share.to(part.device))
 
     # checkpoints
@@ -134,7 +136,7 @@ class MeshEngine(Engine):
                 like = next((p for p in named.values() if p.shape == entry.size and isinstance(p, DTensor)), None)
             if like is None or like.shape != entry.size:
                 return torch.empty(entry.size, dtype=entry.properties.dtype)
-            return torch.empty_like(like, dtype=entry.properties.dtype)
+            return checkpoint.empty_like(like, entry.properties.dtype)
 
         weights, tensors, rest = checkpoint.read(path, template)
         return int(manifest['step']), weights, checkpoint.put_back(rest, tensors)
@@ -180,6 +182,16 @@ def as_its_parameter(value: Any, parameter: Tensor) -> Any:
     """A whole tensor of a parameter's shape, cut as that is."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
+    if isinstance(value, DTensor) and value.device_mesh != parameter.device_mesh:
+        value = value.full_tensor()
     target = torch.empty_like(parameter, dtype=value.dtype)
-    fill(target, value if not isinstance(value, DTensor) else value.redistribute(parameter.device_mesh, parameter.placements))
+    fill(target, value)
     return target
+
+
+def cut_along(tensor: Tensor) -> tuple[str, ...]:
+    """The axes of the grid along which processes have different parts of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return tuple(name for name, placement in zip(names, tensor.placements, strict=True) if not placement.is_replicate())

@@ -1,4 +1,4 @@
-"""Muon where matrices are cut over processes: each matrix is put together on one of them, moved there, and cut again."""
+"""Optimizers of parameters that are spread over processes: AdamW moves parts, Muon puts each matrix together on one of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from x_transformers.distributed.mesh import MeshError
+from x_transformers.module import own_part
+
+
+class AdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` on this process's parts: numbers move by themselves, so parts move as the whole would.
+
+    Parameters may be spread over different grids, or not at all. The state has the forms of the parameters.
+    """
+
+    def _init_group(self, group: Any, *lists: list[Tensor]) -> Any:
+        out = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = map(own_part, tensors)
+        return out
 
 
 class Muon(torch.optim.Muon):
-    """``torch.optim.Muon`` with one gather and one scatter for each matrix that is cut by rows.
+    """``torch.optim.Muon`` with one gather and one scatter for each matrix that is cut by rows; all have the others.
 
     The owner of a matrix does what one process would do with it, so the update is that of one process; the owners take turns.
     Momenta stay cut as their matrices are. Matrices that are not cut are moved by every process alike.
@@ -32,18 +46,14 @@ class Muon(torch.optim.Muon):
                 state = self.state[parameter]
                 if 'momentum_buffer' not in state:
                     state['momentum_buffer'] = torch.zeros_like(parameter.grad)
-                grad, mean = local(parameter.grad), local(state['momentum_buffer'])
+                grad, mean = own_part(parameter.grad), own_part(state['momentum_buffer'])
                 mean.lerp_(grad, 1 - group['momentum'])
                 update = grad.lerp(mean, group['momentum']) if group['nesterov'] else mean
                 moved = orthogonal(update, parameter, group, turn)
                 turn += 1
-                here, lr = local(parameter), group['lr']
+                here, lr = own_part(parameter), group['lr']
                 here.mul_(1 - lr * group['weight_decay'])
                 here.add_(moved, alpha=-_adjust_lr(lr, group['adjust_lr_fn'], parameter.shape))
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonal(update: Tensor, parameter: Tensor, group: dict[str, Any], turn: int) -> Tensor:
@@ -54,12 +64,16 @@ def orthogonal(update: Tensor, parameter: Tensor, group: dict[str, Any], turn: i
 
     if not isinstance(parameter, DTensor):
         return whole(update)
-    axes = [axis for axis, placement in enumerate(parameter.placements) if placement.is_shard()]
-    if not axes or parameter.device_mesh.size(axes[0]) == 1:
+    mesh, placements = parameter.device_mesh, parameter.placements
+    axes = [axis for axis, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(axis) > 1]
+    if not axes:
         return whole(update)
-    if len(axes) > 1 or parameter.placements[axes[0]] != Shard(0):
-        raise MeshError(f'Muon must be given matrices that are cut by rows, got {parameter.placements}. Use --optimizer adamw.')
-    mesh, axis = parameter.device_mesh, axes[0]
+    if len(axes) > 1 or placements[axes[0]] != Shard(0):
+        # columns, rows here and there, or both: every process puts the matrix together
+        shape, stride = parameter.shape, parameter.stride()
+        spread = DTensor.from_local(update, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return own_part(distribute_tensor(whole(spread.full_tensor()), mesh, placements, src_data_rank=None))
+    axis = axes[0]
     size, ranks = mesh.size(axis), mesh.get_group(axis)
     owner = turn % size
     rows = -(-parameter.shape[0] // size)

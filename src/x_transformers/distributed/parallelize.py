@@ -6,6 +6,7 @@ The model's own code knows nothing of it. Layers are units: what one needs is ga
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,15 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Cut
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from x_transformers.distributed.mesh import Shard, World
 from x_transformers.distributed.refusals import check
+from x_transformers.distributed.tensor import cut_biases, cut_branches
 from x_transformers.layers.stack import AttentionLayers
-from x_transformers.module import Module
+from x_transformers.module import Module, own_part
 from x_transformers.stack_wrapper import StackWrapper
 
 # methods that run the model without its forward
@@ -67,6 +71,8 @@ def parallelize(
     """
     check(model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, compile=compile, offload=offload)
     model = model if on_meta(model) else model.to(world.device)
+    if world.degrees.tensor > 1:
+        cut_biases(model, world.mesh['tensor'])
     if checkpoint != 'none':
         checkpoint_layers(model, checkpoint)
     if compile:
@@ -74,6 +80,9 @@ def parallelize(
             layer.compile()
     if shard == 'none':
         Filling(model, world.device, seed).fill(model)
+        if world.degrees.tensor > 1:
+            cut_branches(model, world.mesh['tensor'])
+            return model
         replicate(model, process_group=world.data_mesh.get_group(), find_unused_parameters=may_leave_out(model))
         return model
     shard_layers(model, world, precision=precision, reshard=reshard, offload=offload, seed=seed)
@@ -169,23 +178,33 @@ def shard_layers(model: nn.Module, world: World, *, precision: str | None, resha
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
 
+    axis_of = partial(free_axis, size=degrees.shard)
+
     def how(unit: list[nn.Module]) -> dict[str, Any]:
-        return {'mesh': mesh, 'mp_policy': policy, 'offload_policy': offloading, 'ignored_params': scalars_of(*unit)}
+        kept = kept_of(*unit, size=degrees.shard)
+        return {'mesh': mesh, 'mp_policy': policy, 'offload_policy': offloading, 'ignored_params': kept} | (
+            {'shard_placement_fn': axis_of} if degrees.tensor > 1 else {}
+        )
+
+    def ready(part: nn.Module) -> None:
+        filling.fill(part)
+        if degrees.tensor > 1:
+            cut_branches(part, world.mesh['tensor'], policy.param_dtype)
 
     filling = Filling(model, world.device, seed)
     for unit in units(model):
         for part in unit:
-            filling.fill(part)
+            ready(part)
         fully_shard(unit[0] if len(unit) == 1 else unit, reshard_after_forward=reshard, **how(unit))
-    filling.fill(model)
+    ready(model)
     fully_shard(model, **how([model]))
     group, size = world.data_mesh.get_group(), world.data_size
 
     def average(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            dist.all_reduce(parameter.grad.div_(size), group=group)
+            dist.all_reduce(own_part(parameter.grad).div_(size), group=group)
 
-    for parameter in scalars_of(model):
+    for parameter in kept_of(model, size=degrees.shard):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(average)
     model.register_forward_hook(reshard_unless_trained)
@@ -222,9 +241,33 @@ def gather_in(model: Any, name: str) -> None:
     setattr(model, name, method)
 
 
-def scalars_of(*modules: nn.Module) -> set[nn.Parameter]:
-    """Parameters without an axis, which cannot be cut: every process keeps them, and averages their gradients."""
-    return {parameter for module in modules for parameter in module.parameters() if parameter.ndim == 0}
+def kept_of(*modules: nn.Module, size: int) -> set[nn.Parameter]:
+    """Parameters without an axis that could be cut: every process keeps them, and averages their gradients."""
+    every = (parameter for module in modules for parameter in module.parameters())
+    return {parameter for parameter in every if is_kept(parameter, size)}
+
+
+def is_kept(parameter: Tensor, size: int) -> bool:
+    if parameter.ndim == 0:
+        return True
+    return cut_axis(parameter) is not None and free_axis(parameter, size) is None
+
+
+def cut_axis(parameter: Tensor) -> int | None:
+    """The axis along which the processes of a tensor group have parts of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return None
+    names = parameter.device_mesh.mesh_dim_names or ()
+    placement: Any = dict(zip(names, parameter.placements, strict=True)).get('tensor')
+    return getattr(placement, 'dim', None)
+
+
+def free_axis(parameter: Tensor, size: int) -> Cut | None:
+    """Another axis of such a parameter, for parts that are gathered when it is used. None: the first, or there is none."""
+    taken = cut_axis(parameter)
+    if taken is None:
+        return None
+    return next((Cut(axis) for axis, n in enumerate(parameter.shape) if axis != taken and n % size == 0 and n > 1), None)
 
 
 # a model that has no numbers yet

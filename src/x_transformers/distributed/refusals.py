@@ -5,16 +5,19 @@ Everything that is not refused here gives the loss and the gradients of one proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from x_transformers.attention.attention import Attention
 from x_transformers.distributed.degrees import Degrees, MeshError
+from x_transformers.distributed.tensor import check_divides
+from x_transformers.feedforward import FeedForward
+from x_transformers.flags.base import default_of
 
 # whole kinds: each is refused under every flag
 NOT_BUILT = {
-    'tensor': '--tensor must be 1: tensor parallelism is not built. Use --shard full.',
     'context': '--context must be 1: context parallelism is not built. Use --shard full and --checkpointing full.',
     'pipeline': '--pipeline must be 1: pipeline parallelism is not built. Use --shard full or hybrid.',
 }
@@ -26,27 +29,76 @@ NOT_PROVEN = {
 }
 
 
+def is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 class Refusal(NamedTuple):
     kind: str  # of parallelism, a column of the table in docs/scaling.md
     flag: str
     reason: str
+    allowed: Callable[[Any], bool] | None = None  # values of the flag that are not refused
 
 
-KINDS = ('shard none', 'shard full', 'shard hybrid', 'checkpoint')
+KINDS = ('shard none', 'shard full', 'shard hybrid', 'checkpoint', 'tensor')
 
-# a flag that gives other numbers under one of these kinds gets its row here; none of them does
-REFUSALS: tuple[Refusal, ...] = ()
+MIXES = 'it mixes all heads, of which each process has some'
+DROPS = 'other units would be dropped than in one process'
+UNKNOWN = 'it may look at what other processes have'
+
+# a flag that gives other numbers under one of these kinds, or cannot run, has its row here
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal('tensor', 'attn_pre_talking_heads', MIXES),
+    Refusal('tensor', 'attn_post_talking_heads', MIXES),
+    Refusal('tensor', 'attn_pre_scale_post_talking_heads', MIXES),
+    Refusal('tensor', 'attn_cope_talking_heads', MIXES),
+    Refusal('tensor', 'attn_output_gate', 'it reads all heads, of which each process has some'),
+    Refusal('tensor', 'attn_project_out', 'its output would be some heads only'),
+    Refusal('tensor', 'attn_selective', 'the first head decides for all, and one process has it'),
+    Refusal('tensor', 'attn_orthog_projected_values', 'it takes all heads as one vector'),
+    Refusal('tensor', 'attn_orthog_projected_values_per_head', 'it takes all heads as one vector'),
+    Refusal('tensor', 'attn_latent_rope_subheads', 'heads of two kinds stand one behind the other'),
+    Refusal('tensor', 'attn_hybrid_module', 'its output is for all heads, of which each process has some'),
+    Refusal('tensor', 'rotate_num_heads', 'the last of all heads are counted'),
+    Refusal('tensor', 'attn_gumbel_softmax', 'other noise would be drawn than in one process'),
+    Refusal('tensor', 'attn_dropout', DROPS),
+    Refusal('tensor', 'ff_dropout', DROPS),
+    Refusal('tensor', 'attn_custom_attn_fn', UNKNOWN),
+    Refusal('tensor', 'ff_custom_activation', UNKNOWN, allowed=is_name),
+    Refusal('tensor', 'ff_solu', 'it norms all inner features, of which each process has some'),
+    Refusal('tensor', 'ff_post_act_ln', 'it norms all inner features, of which each process has some'),
+    Refusal('tensor', 'add_attn_z_loss', 'it reads the attention maps of all heads'),
+)
+
+# what modules are told without the name of their branch in front
+BRANCHES: tuple[tuple[str, type[nn.Module]], ...] = (('attn_', Attention), ('ff_', FeedForward))
 
 
 def refusals(model: nn.Module, kinds: set[str]) -> Iterator[str]:
     """A sentence for each flag of the model that one of these kinds of parallelism cannot do."""
     for refusal in REFUSALS:
-        if refusal.kind in kinds and is_set(model, refusal.flag):
-            yield f'{refusal.flag} must be off with {refusal.kind}: {refusal.reason}.'
+        if refusal.kind in kinds and is_set(model, refusal):
+            yield f'`{refusal.flag}` must be left as it is with {refusal.kind}: {refusal.reason}.'
 
 
-def is_set(model: nn.Module, flag: str) -> bool:
-    return any(bool(getattr(getattr(module, 'flags', None), flag, False)) for module in model.modules())
+def is_set(model: nn.Module, refusal: Refusal) -> bool:
+    for prefix, kind in BRANCHES:
+        if refusal.flag.startswith(prefix):
+            name = refusal.flag.removeprefix(prefix)
+            return any(differs(module, name, refusal.allowed) for module in model.modules() if isinstance(module, kind))
+    return any(differs(module, refusal.flag, refusal.allowed) for module in model.modules())
+
+
+def differs(module: Any, name: str, allowed: Callable[[Any], bool] | None) -> bool:
+    """Whether a flag of the module has another value than its default, and none that is allowed."""
+    flags: Any = getattr(module, 'flags', None)
+    field = type(flags).flag_fields().get(name) if hasattr(type(flags), 'flag_fields') else None
+    if field is None:
+        # objectives keep their keywords as attributes
+        value, usual = getattr(module, name, False) is True, False
+    else:
+        value, usual = getattr(flags, name), default_of(field)
+    return bool(value != usual) and not (allowed is not None and allowed(value))
 
 
 def option_refusals(degrees: Degrees, *, compile: bool, offload: bool, checkpoint: Any = 'none') -> list[str]:
@@ -70,6 +122,16 @@ def check(
         found.append(f"checkpoint must be 'none', 'full' or a number of layers, got {checkpoint!r}.")
     if shard == 'none' and degrees.shard > 1:
         found.append(f"shard must be 'full' or 'hybrid' where {degrees.shard} processes hold parts of a parameter, got 'none'.")
-    found += refusals(model, {f'shard {shard}', *(() if checkpoint == 'none' else ('checkpoint',))})
+    kinds = {f'shard {shard}', *(() if checkpoint == 'none' else ('checkpoint',))}
+    if degrees.tensor > 1:
+        kinds.add('tensor')
+        found += tensor_refusals(model, degrees, shard)
+    found += refusals(model, kinds)
     if found:
         raise MeshError(' '.join(found))
+
+
+def tensor_refusals(model: nn.Module, degrees: Degrees, shard: str) -> Iterator[str]:
+    if shard == 'none' and degrees.replicate > 1:
+        yield f"shard must be 'full' or 'hybrid' where {degrees.replicate} groups of --tensor read different data, got 'none'."
+    yield from check_divides(model, degrees.tensor)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from x_transformers.module import fill
+from x_transformers.module import fill, own_part
 
 WRAPPED = '_checkpoint_wrapped_module.'
 
@@ -31,9 +31,8 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(
-            list(self.averages.values()), [p.detach().float() for p in self.parameters.values()], 1 - decay
-        )  # fmt: skip
+        averages = [own_part(average) for average in self.averages.values()]
+        torch._foreach_lerp_(averages, [own_part(p.detach()).float() for p in self.parameters.values()], 1 - decay)
         self.steps += 1
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,27 +82,25 @@ def make_optimizers(
     if groups and options.optimizer == 'sgd':
         optimizers.append(torch.optim.SGD(groups, lr=options.lr, momentum=options.beta1, nesterov=options.beta1 > 0))
     elif groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True))
+        adamw = spread_kind(torch.optim.AdamW, rest)
+        optimizers.append(adamw(groups, lr=options.lr, betas=betas, fused=True))
     if by_muon:
         ordered = [p for p in decay if p in by_muon]
-        optimizers.append(
-            muon_of(ordered)(
-                ordered, lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn='match_rms_adamw'
-            )
-        )  # fmt: skip
+        muon = spread_kind(torch.optim.Muon, ordered)
+        optimizers.append(muon(ordered, lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn='match_rms_adamw'))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['peak'] = group['lr']
     return optimizers
 
 
-def muon_of(parameters: Iterable[nn.Parameter]) -> type[torch.optim.Muon]:
-    """PyTorch's, or for matrices that are cut over processes one that puts each together once."""
+def spread_kind(kind: type[Optimizer], parameters: Iterable[nn.Parameter]) -> Any:
+    """PyTorch's own, or for parameters that are spread over processes the one of the same name that knows of it."""
     if any(hasattr(parameter, 'device_mesh') for parameter in parameters):
-        from x_transformers.distributed.optimizers import Muon
+        from x_transformers.distributed import optimizers
 
-        return Muon
-    return torch.optim.Muon
+        return getattr(optimizers, kind.__name__)
+    return kind
 
 
 def lr_share(step: int, options: TrainerOptions) -> float:

@@ -1,0 +1,382 @@
+"""Tensor parallelism: each process has some heads of every attention and some inner features of every feed-forward.
+
+Between the layers every process has all of the stream. A branch begins with a copy whose gradients are added up, and ends with
+a sum over the processes. The parameters are DTensors that say which rows a process has. A branch runs on these rows alone, as
+one that has fewer heads: its own code is not told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from x_transformers.attention.attention import Attention
+from x_transformers.attention.inputs import BranchInputs, ExtraKeys
+from x_transformers.attention.maps import Maps
+from x_transformers.distributed.degrees import MeshError
+from x_transformers.feedforward import FeedForward
+from x_transformers.layers.stack import AttentionLayers
+from x_transformers.position.bias import DenseBias
+from x_transformers.position.forgetting import PerRowDataDependentAlibi
+
+
+class Cut(NamedTuple):
+    """How a parameter is cut: its axis ``axis`` lists heads ``runs`` times over, or features."""
+
+    axis: int
+    of_keys: bool = False  # heads of keys and values, else those of queries
+    runs: int = 1
+
+
+# by their names in an attention; all others are whole everywhere
+HEADS = {
+    'to_q': Cut(0),
+    'qk_norm_q_scale': Cut(0),
+    'q_rmsnorm': Cut(0),
+    'to_k': Cut(0, of_keys=True),
+    'to_v': Cut(0, of_keys=True),
+    'qk_norm_k_scale': Cut(0, of_keys=True),
+    'k_rmsnorm': Cut(0, of_keys=True),
+    'value_rmsnorm': Cut(0, of_keys=True),
+    'mem_k': Cut(0, of_keys=True),
+    'mem_v': Cut(0, of_keys=True),
+    'to_value_residual_mix': Cut(0, of_keys=True),
+    'head_scale_params': Cut(1),
+    'to_v_head_gate': Cut(0),
+    'to_v_gate.weight': Cut(0),
+    'to_v_gate.bias': Cut(0),
+    'to_v_gate.up': Cut(0),
+    'attend.head_attn_sink': Cut(0),
+    'rel_proj_pos_bias.to_distance_weights': Cut(0),
+    'data_dependent_alibi.to_forget_gates': Cut(0),
+}
+# modules in an attention that count its heads
+COUNTING = ('rel_proj_pos_bias', 'data_dependent_alibi')
+# what an attention may be called with by others than a stack
+PLAIN = {'context', 'mask', 'context_mask'}
+# the same in a feed-forward; a gated one has values and gates one behind the other
+FEATURES = {'ff.0.proj': Cut(0, runs=2), 'ff.0.mult_bias': Cut(0), 'ff.0.0': Cut(0)}
+
+
+def cut_branches(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+    """Cut every attention and feed-forward below ``model`` that is whole, in place; ``dtype``: what they run in, if not theirs.
+
+    Errors: ``MeshError`` naming what ``mesh`` does not divide.
+    """
+    for module in model.modules():
+        if isinstance(module, Attention) and not is_cut(module):
+            parallelize_module(module, mesh, HeadParallel(dtype))
+        elif isinstance(module, FeedForward) and not is_cut(module):
+            parallelize_module(module, mesh, FeatureParallel(dtype))
+
+
+def is_cut(module: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def check_divides(model: nn.Module, size: int) -> Iterator[str]:
+    """A sentence for each number of heads or features that ``size`` processes cannot share."""
+    wrong: dict[str, None] = {}
+    for module in model.modules():
+        numbers = {}
+        if isinstance(module, Attention):
+            numbers = {'heads': module.heads}
+            if not all_keys(module.heads, module.kv_heads, size):
+                numbers['heads of keys and values'] = module.kv_heads
+        elif isinstance(module, FeedForward):
+            numbers = {'inner features of a feed-forward': output_of(module).in_features}
+        for name, number in numbers.items():
+            if number % size:
+                wrong[f'the number of {name} must be a multiple of --tensor {size}, got {number}. Choose another.'] = None
+    yield from wrong
+
+
+# ---------------------------------------------------------------- between whole and cut
+
+
+def copied(t: Tensor, mesh: DeviceMesh) -> Tensor:
+    """``t``, which all processes have, for each to do something else with: its gradients are added up."""
+    if not t.requires_grad:
+        return t
+    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+def added_up(t: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of what the processes have, for all of them to do the same with."""
+    return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+
+
+def placement_of(cut: Cut, groups: int) -> Placement:
+    """Grouped query heads are listed group by group, and each process has some of each group."""
+    runs = cut.runs * groups
+    return Shard(cut.axis) if runs == 1 else _StridedShard(cut.axis, split_factor=runs)
+
+
+def found_in(table: dict[str, Cut], name: str) -> Cut | None:
+    return next((cut for key, cut in table.items() if name == key or name.startswith(f'{key}.')), None)
+
+
+class Entry(NamedTuple):
+    """A parameter as it is registered."""
+
+    owner: nn.Module
+    name: str
+    cut: bool
+
+
+class BranchParallel(ParallelStyle):
+    """A branch of which each process has a share. Its parameters are exchanged for this process's rows while it runs."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        entries: list[Entry] = []
+        output = self.output(module)
+        with torch.no_grad():
+            for path, owner in module.named_modules():
+                for name, parameter in list(owner.named_parameters(recurse=False)):
+                    placement = self.placement(module, owner, f'{path}.{name}' if path else name, parameter)
+                    if placement is not None:
+                        spread = distribute_tensor(parameter.detach(), device_mesh, [placement], src_data_rank=None)
+                        setattr(owner, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+                    if (owner, name) != (output, 'bias'):
+                        entries.append(Entry(owner, name, placement is not None))
+        self.narrow(module)
+        swap = Swap(entries, device_mesh, self.dtype)
+        module.register_forward_pre_hook(partial(self.enter, swap=swap), with_kwargs=True)
+        module.register_forward_hook(swap.leave, always_call=True)
+        module.register_forward_hook(self.leave, with_kwargs=True)
+        adding = OutputSum(device_mesh)
+        output.register_forward_pre_hook(adding.enter)
+        output.register_forward_hook(adding.leave, always_call=True)
+        return module
+
+    def placement(self, module: Any, owner: nn.Module, path: str, parameter: Tensor) -> Placement | None:
+        raise NotImplementedError
+
+    def output(self, module: Any) -> nn.Linear:
+        """What makes the branch's output, from the features that are spread."""
+        raise NotImplementedError
+
+    def narrow(self, module: Any) -> None:
+        """What else a branch with fewer heads would know."""
+
+    def enter(self, module: Any, args: Any, kwargs: dict[str, Any], *, swap: Swap) -> tuple[Any, dict[str, Any]]:
+        raise NotImplementedError
+
+    def leave(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """After the branch has run."""
+
+
+class FeatureParallel(BranchParallel):
+    """A feed-forward."""
+
+    def placement(self, module: FeedForward, owner: nn.Module, path: str, parameter: Tensor) -> Placement | None:
+        if owner is self.output(module):
+            return Shard(1) if parameter.ndim == 2 else None
+        cut = found_in(FEATURES, path)
+        return None if cut is None else placement_of(cut, 1)
+
+    def output(self, module: FeedForward) -> nn.Linear:
+        return output_of(module)
+
+    def enter(self, module: Any, args: Any, kwargs: dict[str, Any], *, swap: Swap) -> tuple[Any, dict[str, Any]]:
+        x, *rest = args
+        swap.enter()
+        return (copied(x, swap.mesh), *rest), kwargs
+
+
+def output_of(module: FeedForward) -> nn.Linear:
+    return [part for part in module.ff.children() if isinstance(part, nn.Linear)][-1]
+
+
+class HeadParallel(BranchParallel):
+    """An attention."""
+
+    share: HeadShare
+
+    def placement(self, module: Attention, owner: nn.Module, path: str, parameter: Tensor) -> Placement | None:
+        share = self.share
+        if owner is self.output(module):
+            return placement_of(Cut(1), share.groups) if parameter.ndim == 2 else None
+        cut = found_in(HEADS, path)
+        # a gain that all heads share
+        if cut is None or parameter.shape[cut.axis] == 1:
+            return None
+        if cut.of_keys:
+            return None if share.all_keys else placement_of(cut, 1)
+        if owner is getattr(module.data_dependent_alibi, 'to_forget_gates', (None,))[0]:
+            # gates that look back and ahead, or small queries and small keys
+            per_row = isinstance(module.data_dependent_alibi, PerRowDataDependentAlibi)
+            cut = cut._replace(runs=1 if module.causal and not per_row else 2)
+        return placement_of(cut, share.groups)
+
+    def output(self, module: Attention) -> nn.Linear:
+        out: Any = module.to_out
+        linear: nn.Linear = out if isinstance(out, nn.Linear) else out[0]
+        return linear
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        attn: Any = module
+        self.share = HeadShare(attn.heads, attn.kv_heads, device_mesh)
+        return super()._apply(module, device_mesh)
+
+    def narrow(self, module: Attention) -> None:
+        module.heads, module.kv_heads = len(self.share.queries), len(self.share.keys)
+        for name in COUNTING:
+            if getattr(module, name) is not None:
+                getattr(module, name).heads = module.heads
+
+    def leave(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        around: BranchInputs | None = kwargs.get('around')
+        # scores that go on to the next layer are for the same heads there
+        if around is not None and not around.return_scores:
+            out[1].maps = NoMaps()
+
+    def enter(self, module: Any, args: Any, kwargs: dict[str, Any], *, swap: Swap) -> tuple[Any, dict[str, Any]]:
+        x, *rest = args
+        if 'around' in kwargs:
+            kwargs = kwargs | {'around': self.share.of(kwargs['around'])}
+        elif kwargs.keys() - PLAIN or any(isinstance(each, Tensor) and each.ndim > 3 for each in rest):
+            raise MeshError('an attention that is spread must be called by its stack, got a call of its own. Call the model.')
+        else:
+            # a context alone, as in pooling
+            rest = [each if each is None else copied(each, swap.mesh) for each in rest]
+        swap.enter()
+        return (copied(x, swap.mesh), *rest), kwargs
+
+
+class NoMaps(Maps):
+    """In the place of maps that would have some heads only."""
+
+    def read(self, what: str) -> Tensor | None:
+        raise MeshError('attention maps must not be read with --tensor: each process has some heads. Use --shard full alone.')
+
+
+def all_keys(heads: int, kv_heads: int, size: int) -> bool:
+    """Whether every process is to have all key heads, each for some of its query heads: there are too few to be shared."""
+    return kv_heads % size != 0 and heads % size == 0 and heads // size % kv_heads == 0
+
+
+class HeadShare:
+    """Which heads a process has: some of the key heads, and of each group of query heads those that look at them."""
+
+    def __init__(self, heads: int, kv_heads: int, mesh: DeviceMesh) -> None:
+        rank, size = mesh.get_local_rank(), mesh.size()
+        self.mesh = mesh
+        self.heads, self.kv_heads = heads, kv_heads
+        self.all_keys = all_keys(heads, kv_heads, size)
+        # how often heads are listed that have one after the other the same keys
+        self.groups = 1 if self.all_keys else heads // kv_heads
+        keys, queries = torch.arange(kv_heads), torch.arange(heads).view(self.groups, -1)
+        self.keys = keys if self.all_keys else keys.chunk(size)[rank]
+        self.queries = queries.chunk(size, dim=1)[rank].flatten()
+
+    def of(self, given: BranchInputs) -> BranchInputs:
+        """What surrounds the branch, for these heads."""
+        if any(delta is not None for delta in given.deltas):
+            raise MeshError('deltas inside attention must be left out with --tensor, got some. Use --shard full alone.')
+        changed: dict[str, Any] = {}
+        for name in ('context', 'mem', 'kv_shift'):
+            tensor = getattr(given, name)
+            if tensor is not None:
+                changed[name] = copied(tensor, self.mesh)
+        if given.extra is not None:
+            keys, values, mask = given.extra
+            changed['extra'] = ExtraKeys(
+                self.some_keys(copied(keys, self.mesh)), self.some_keys(copied(values, self.mesh)), mask
+            )
+        if isinstance(given.bias, DenseBias):
+            changed['bias'] = DenseBias(self.some(copied(given.bias.bias, self.mesh)))
+        dense = given.mask.dense
+        if dense is not None and dense.ndim > 2:
+            changed['mask'] = given.mask.having(dense=self.some(dense))
+        return given.having(**changed) if changed else given
+
+    def some(self, t: Tensor, axis: int = -3) -> Tensor:
+        """Of something for each query head, or for all alike."""
+        return t if t.shape[axis] == 1 else t.index_select(axis, self.queries.to(t.device))
+
+    def some_keys(self, t: Tensor) -> Tensor:
+        """Of keys or values of another model: query head h looks at head h mod their number."""
+        index = self.keys if t.shape[1] == self.kv_heads else self.queries % t.shape[1]
+        return t.index_select(1, index.to(t.device))
+
+
+class Swap:
+    """Exchanges parameters for what a branch is to run on, and back."""
+
+    def __init__(self, entries: list[Entry], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+        self.entries, self.mesh, self.dtype = entries, mesh, dtype
+        self.held: list[nn.Parameter | None] = []
+
+    def enter(self) -> None:
+        self.held = [owner._parameters[name] for owner, name, _ in self.entries]
+        for (owner, name, _), parameter in zip(self.entries, self.held, strict=True):
+            if parameter is not None:
+                # as functional_call does; a parameter that is whole makes a part of the output on every process
+                here = parameter.to_local() if isinstance(parameter, DTensor) else copied(parameter, self.mesh)
+                # those that every process keeps for itself are not cast when they are gathered
+                owner._parameters[name] = here if self.dtype is None else here.to(self.dtype)  # type: ignore[assignment]
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        held, self.held = self.held, []
+        for (owner, name, _), parameter in zip(self.entries, held, strict=False):
+            owner._parameters[name] = parameter
+
+
+class OutputSum:
+    """The output of a branch is the sum of what all processes make of their features; its bias is added once, behind."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.bias: nn.Parameter | None = None
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.bias, module._parameters['bias'] = module._parameters['bias'], None
+
+    def leave(self, module: nn.Module, args: Any, out: Tensor | None) -> Tensor | None:
+        bias, self.bias = self.bias, None
+        module._parameters['bias'] = bias
+        if out is None:
+            # a layer that is run again for its gradients stops as soon as all is there again
+            return None
+        whole = added_up(out, self.mesh)
+        return whole if bias is None else whole + bias
+
+
+# ---------------------------------------------------------------- biases of a whole stack
+
+
+def cut_biases(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Biases that a stack makes of positions, for the heads of this process. Their few parameters are whole everywhere."""
+    for module in model.modules():
+        if not isinstance(module, AttentionLayers):
+            continue
+        flags = module.flags
+        share = HeadShare(flags.heads, flags.attention.num_kv_heads, mesh)
+        rel_pos = module.rel_pos
+        if rel_pos is not None:
+            for name, axis in (('of_distances', 0), ('of_heads', 1)):
+                setattr(rel_pos, name, partial(some_heads, getattr(rel_pos, name), share, axis))
+        if module.polar_pos_emb is not None:
+            module.polar_pos_emb.register_forward_hook(partial(some_polar, share))
+
+
+def some_heads(make: Any, share: HeadShare, axis: int, distances: Tensor) -> Tensor:
+    return share.some(copied(make(distances), share.mesh), axis)
+
+
+def some_polar(share: HeadShare, module: nn.Module, args: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    angles, bias = out
+    return angles, share.some(copied(bias, share.mesh))
