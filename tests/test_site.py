@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip('mkdocs', reason='the extra `site` is not installed')
+
+
+def tool(name: str) -> Any:
+    """A module of tools/, which is no package."""
+    sys.path.insert(0, str(ROOT / 'tools'))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 @pytest.fixture(scope='module')
@@ -26,11 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_flag_has_an_anchor_under_its_full_name(site: Path) -> None:
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        import flag_pages
-    finally:
-        sys.path.pop(0)
+    flag_pages = tool('flag_pages')
     for title, _, cls, _ in flag_pages.SECTIONS:
         page = (site / 'flags' / flag_pages.page_name(title)).with_suffix('.html').read_text(encoding='utf-8')
         for name in cls.flag_fields():
@@ -43,3 +52,36 @@ def test_search_finds(site: Path, words: tuple[str, ...]) -> None:
     entries = json.loads((site / 'search/search_index.json').read_text(encoding='utf-8'))['docs']
     found = [entry['location'] for entry in entries if all(word in (entry['title'] + entry['text']).lower() for word in words)]
     assert any(location.startswith('flags/') for location in found), found
+
+
+@pytest.mark.slow
+def test_the_page_to_try_flags_out_tells_what_info_tells(site: Path) -> None:
+    explore = tool('explore')
+    page = (site / 'explore.html').read_text(encoding='utf-8')
+    data = json.loads(re.findall(r'id="explore-data">(.*?)</script>', page, re.DOTALL)[0])
+    for name in ('keys', 'positions', 'window', 'forward', 'norm', 'scheme'):
+        assert len(data['choices'][name]) >= 2
+    rng = random.Random(0)
+    for _ in range(12):
+        chosen = {name: rng.choice(list(options)) for name, options in data['choices'].items()}
+        width, depth = rng.choice(list(data['widths'])), rng.randint(1, 3)
+        flags = {key: value for name, option in chosen.items() for key, value in data['choices'][name][option].items()}
+        told = explore.figures(data['widths'][width], depth, flags)
+        found = data['measured'][width]
+        parts = (
+            found['attention']['|'.join(chosen[name] for name in ('keys', 'positions', 'window'))],
+            found['added'][f'{chosen["scheme"]}|{chosen["forward"]}'],
+            found['added'][chosen['norm']],
+        )
+        for n, value in enumerate(told):
+            assert sum(depth * block[n] + ends[n] for block, ends in parts) == pytest.approx(value, rel=1e-9), (chosen, n)
+
+
+def test_a_block_is_drawn_for_each_residual_scheme() -> None:
+    diagrams = tool('block_diagrams')
+    for name, scheme in diagrams.SCHEMES.items():
+        svg = diagrams.diagram(scheme)
+        branches = sum(len(part) for part in scheme.steps if isinstance(part, tuple))
+        assert svg.count('feed-forward') + svg.count('attention') == branches, name
+        numbers = [float(number) for number in re.findall(r'[xy]="(-?[\d.]+)"', svg)]
+        assert min(numbers) >= 0, name

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
-from generate_features import LAWFUL, SECTIONS, example, group_of, paper_link, without
+from generate_atlas import atlas, short
+from generate_features import LAWFUL, SECTIONS, example, group_of, idea_of, paper_link, without
 
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, kinds_of, one_kind, shown, type_hints
@@ -70,6 +72,22 @@ def excluded(cls: type[Flags], rules: tuple[Rule, ...], name: str) -> list[str]:
     return sentences
 
 
+@cache
+def verdicts() -> dict[str, list[str]]:
+    """Of each idea of the atlas, what it did on each task that it has run on."""
+    _, outcomes, _ = atlas()
+    found: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.idea, []).append(f'{outcome.task}: {short(outcome)}')
+    return found
+
+
+def measured_facts(cls: type[Flags], name: str) -> list[str]:
+    idea = idea_of(cls, name)
+    told = verdicts().get(idea, []) if idea is not None else []
+    return [f'**Measured** {"; ".join(told)} ([what that means](../atlas.md#{idea}))'] if told else []
+
+
 def section(cls: type[Flags], rules: tuple[Rule, ...], name: str, depth: int) -> list[str]:
     field = cls.flag_fields()[name]
     default, entry = default_of(field), group_of(cls, name)
@@ -88,6 +106,9 @@ def section(cls: type[Flags], rules: tuple[Rule, ...], name: str, depth: int) ->
             if missing
             else '**Works with** caches, memories, packed sequences and every kernel'
         )
+    if (cls is AttentionFlags and name not in SET_BY_STACK) or cls is FeedForwardFlags or field.metadata['each']:
+        facts.append('**Per layer** a tuple or a function of the index gives each layer its own: [per layer](../per_layer.md)')
+    facts += measured_facts(cls, name)
     facts += [f'**Excluded** {line}' for line in excluded(cls, rules, name)]
     lines = [
         '',

@@ -43,6 +43,13 @@ ROOT = Path(__file__).parent.parent
 PATH, SUPPORT, ATLAS = (ROOT / 'docs' / name for name in ('features.md', 'support.json', 'atlas/atlas.toml'))
 # those whose keywords the laws draw
 LAWFUL = (StackFlags, AttentionFlags, FeedForwardFlags, WrapperFlags)
+# what may stand in front of such a flag in a stack or a model
+PREFIXES: dict[type[Flags], tuple[str, ...]] = {
+    StackFlags: ('',),
+    AttentionFlags: ('attn_', ''),
+    FeedForwardFlags: ('ff_',),
+    WrapperFlags: ('',),
+}
 
 SECTIONS: tuple[tuple[str, str, type[Flags], tuple[Rule, ...]], ...] = (
     (
@@ -85,8 +92,7 @@ def smallest_groups() -> dict[str, Group]:
 
 def group_of(cls: type[Flags], name: str) -> Group | None:
     """Keywords of a stack, of a part of it with its prefix or without, and of the model of tokens; the others have no laws."""
-    prefixes = {StackFlags: ('',), AttentionFlags: ('attn_', ''), FeedForwardFlags: ('ff_',), WrapperFlags: ('',)}
-    for prefix in prefixes.get(cls, ()):
+    for prefix in PREFIXES.get(cls, ()):
         entry = smallest_groups().get(prefix + name)
         if entry is not None and (prefix + name in entry.wrapper) == (cls is WrapperFlags):
             return entry
@@ -156,10 +162,14 @@ def measured() -> dict[str, str]:
     return found
 
 
+def idea_of(cls: type[Flags], name: str) -> str | None:
+    """The idea of the atlas that a flag belongs to."""
+    return next((idea for prefix in PREFIXES.get(cls, ()) if (idea := measured().get(prefix + name)) is not None), None)
+
+
 def measured_link(cls: type[Flags], name: str) -> str:
-    prefixes = {StackFlags: ('',), AttentionFlags: ('attn_', ''), FeedForwardFlags: ('ff_',), WrapperFlags: ('',)}
-    ideas = [idea for prefix in prefixes.get(cls, ()) if (idea := measured().get(prefix + name)) is not None]
-    return f' ([measured](atlas.md#{ideas[0]}))' if ideas else ''
+    idea = idea_of(cls, name)
+    return '' if idea is None else f' ([measured](atlas.md#{idea}))'
 
 
 def rule_line(rule: Rule) -> str:

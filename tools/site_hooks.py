@@ -36,10 +36,12 @@ def api_page() -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     sys.path.insert(0, str(ROOT / 'tools'))  # the generator restores the path after it has loaded this file
+    import explore
     import flag_pages
 
     for name, text in flag_pages.generated().items():
         files.append(File.generated(config, f'flags/{name}', content=text))
+    files.append(File.generated(config, 'explore.md', content=explore.page()))
     files.append(File.generated(config, 'api.md', content=api_page()))
     for outer, inner in OUTER.items():
         files.append(File.generated(config, inner, content=(ROOT / outer).read_text(encoding='utf-8')))
