@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.mask import PackedSequences
 from x_transformers.embedding.ids import beyond, training_ids
 from x_transformers.embedding.loop import loss_of_loops
-from x_transformers.flags.fit import check_future, check_net
+from x_transformers.flags.fit import check_future, check_net, expert_loss
 from x_transformers.flags.objectives import AutoregressiveOptions, BeamOptions, GenerateOptions, options
 from x_transformers.generation import beam
 from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
@@ -45,7 +44,7 @@ from x_transformers.generation.texts import check_speculative, collected, run_te
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.losses import next_embedding_loss, token_cross_entropy
+from x_transformers.losses import apart, next_embedding_loss, token_cross_entropy, with_experts
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -125,7 +124,7 @@ class AutoregressiveWrapper(Module):
         looped = bool(getattr(net, 'looped', False))
         add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
         options(AutoregressiveOptions, 'AutoregressiveWrapper', locals())
-        check_net(net, 'AutoregressiveWrapper')
+        check_net(net, 'AutoregressiveWrapper', adds_expert_loss=True)
         self.pad_value, self.ignore_index = pad_value, ignore_index
         self.net = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
@@ -133,6 +132,7 @@ class AutoregressiveWrapper(Module):
         self.add_attn_z_loss = add_attn_z_loss
         self.add_continuous_pred_head = add_continuous_pred_head
         self.allow_future, self.looped = allow_future, looped
+        self.adds_expert_loss = expert_loss(net)
         threshold, slope = looped_loss_threshold_exit, looped_loss_slope
         self.looped_loss = {'threshold': threshold, 'slope': slope, 'exit_weight': looped_exit_loss_weight}
         self.next_embed_loss_weight = next_embed_loss_weight
@@ -158,6 +158,8 @@ class AutoregressiveWrapper(Module):
         {'cu_seqlens_q': ends, 'cu_seqlens_k': ends}``, where ``ends`` are the places where documents begin, and the end of the
         row: [0, 5, 12] for documents of 5 and 7 tokens. They see only themselves, and the last token of one does not predict
         the first of the next.
+
+        In training the loss of experts that a stack with ``ff_experts`` reports is added.
         """
         x = training_ids(x)
         if lens is not None:
@@ -169,7 +171,7 @@ class AutoregressiveWrapper(Module):
         front = 0 if kwargs.get('excise_prepend_embeds') else prefix
         if targets is None:
             # outputs are not sliced, as a target that does not count costs less than a copy of them
-            wanted = self._apart(x, kwargs.get('flash_pack_seq_kwargs'), prefix)[:, 1:]
+            wanted = apart(x, kwargs.get('flash_pack_seq_kwargs'), prefix, self.ignore_index)[:, 1:]
             targets = pad_at_dim(wanted, (0, 1), value=self.ignore_index)
         elif targets.shape != x.shape:
             raise ValueError(f'targets must have the shape of x, {tuple(x.shape)}, got {tuple(targets.shape)}.')
@@ -183,6 +185,9 @@ class AutoregressiveWrapper(Module):
             kwargs['return_next_embed_pred'] = True
         if self.add_attn_z_loss:
             kwargs['return_attn_z_loss'] = True
+        if self.adds_expert_loss and lens is not None and 'mask' not in kwargs:
+            # what is no token counts for no expert
+            kwargs['mask'] = ~beyond(x, lens)
         if self.looped:
             kwargs['looped_pred_all_logits'] = True
         elif not return_outputs and self._wants_loss_only(kwargs):
@@ -195,6 +200,7 @@ class AutoregressiveWrapper(Module):
             loss = self._token_loss(logits, wanted)
         if self.add_attn_z_loss:
             loss = loss + intermediates.attn_z_loss
+        loss = with_experts(loss, intermediates)
         if following is not None:
             predicted, embedded = (t[:, front:] for t in following)
             loss = loss + self.next_embed_loss_weight * next_embedding_loss(
@@ -225,15 +231,6 @@ class AutoregressiveWrapper(Module):
             is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
         )
 
-    def _apart(self, x: Int[Tensor, 'b n'], packing: Any, front: int) -> Int[Tensor, 'b n']:
-        """The tokens as targets: the first token of a packed sequence is not predicted from the last of the one before."""
-        if packing is None:
-            return x
-        starts = PackedSequences.of(packing).starts_q.to(x.device).long() - front
-        place = torch.arange(x.shape[1], device=x.device)
-        first = (place.unsqueeze(-1) == starts[:-1]).any(dim=-1)
-        return x.masked_fill(first, self.ignore_index)
-
     def _wants_loss_only(self, kwargs: Mapping[str, Any]) -> bool:
         """Nobody reads what the net reports beside its output, and the net can leave it out."""
         own_net = bool(getattr(self.net, 'reads_new_tokens', False))
@@ -245,12 +242,14 @@ class AutoregressiveWrapper(Module):
         """The loss without intermediates and, where they would be large, without the logits."""
         head: LinearHead | None = getattr(self.net, 'loss_head', None)
         small = head is None or inputs.numel() * head.weight.shape[0] < LARGE_LOGITS
+        experts = {'return_expert_loss': True} if self.adds_expert_loss and self.training else {}
         if head is None or small or 'to_logits_kwargs' in kwargs or torch.compiler.is_compiling():
-            return self._token_loss(self.net(inputs, **kwargs), targets)
+            out = self.net(inputs, **kwargs, **experts)
+            return with_experts(self._token_loss(out[0], targets), out[1]) if experts else self._token_loss(out, targets)
         # the head reads its weights in its own forward, wherever they are
         asked = {'targets': targets, 'ignore_index': self.ignore_index}
-        loss: Tensor = self.net(inputs, to_logits_kwargs=asked, **kwargs)
-        return loss
+        loss = self.net(inputs, to_logits_kwargs=asked, **kwargs, **experts)
+        return with_experts(*loss) if experts else loss
 
     # ------------------------------------------------------------ generation
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, UnknownFlag, unknown_flags
 from x_transformers.flags.constructors import DECODER, ENCODER, PAIR, SET_FOR_STACK, side
-from x_transformers.flags.fit import PER_TOKEN_RULES, TOLD_NOTHING_RULES, check_rules
+from x_transformers.flags.fit import PER_TOKEN_RULES, TOLD_NOTHING_RULES, check_experts, check_rules
 from x_transformers.flags.objectives import XTransformerOptions, options
 from x_transformers.flags.rule import Rule, how_many
 from x_transformers.flags.signature import ClassSignature
@@ -118,6 +118,7 @@ class XTransformer(Module):
             stack = Encoder(dim=dim, **enc_stack)
             self.encoder = TransformerWrapper(**enc_wrapper, return_only_embed=True, attn_layers=stack)
             check_rules(ENCODER_RULES, self.encoder, 'XTransformer')
+            check_experts(self.encoder, 'XTransformer')
         if tie_token_emb:
             dec_wrapper['token_emb'] = self.encoder.token_emb
         with renamed(lambda name: DECODER + name):

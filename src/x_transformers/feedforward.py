@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from x_transformers.attention.inputs import BranchInputs
+    from x_transformers.experts import Experts
     from x_transformers.flags.keywords import FeedForwardKeywords
 
 
@@ -108,11 +110,60 @@ class ClampedGate(Module):
         return softclamp(x, self.limit) * gate
 
 
-class GLU(Module):
+class Gate(Module):
+    """One half of the features, times the activation of the other, https://arxiv.org/abs/2002.05202.
+
+    forward: (… 2d) -> (… d). ``mult_bias`` adds a learned factor per feature, which starts at 1. ``limit``: the half without
+    activation becomes ``limit * tanh(x / limit)``. ``clamp``: it is kept within ± that number, and the other half below it.
+    ``add_one``: it counts from one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        activation: nn.Module,
+        mult_bias: bool = False,
+        limit: float | None = None,
+        clamp: float | None = None,
+        add_one: bool = False,
+    ) -> None:
+        super().__init__()
+        self.limit, self.clamp, self.add_one = limit, clamp, add_one
+        self.act = activation
+        self.mult_bias = empty_parameter(dim) if mult_bias else 1.0
+        self.init_own()
+
+    def init_own(self) -> None:
+        if isinstance(self.mult_bias, Tensor):
+            nn.init.ones_(self.mult_bias)
+
+    @staticmethod
+    def settings(flags: FeedForwardFlags) -> dict[str, Any]:
+        """The keywords that the flags say."""
+        return {
+            'mult_bias': flags.glu_mult_bias,
+            'limit': flags.glu_up_softclamp_value if flags.glu_softclamp else None,
+            'clamp': flags.glu_clamp_value,
+            'add_one': flags.glu_add_one,
+        }
+
+    def gated(self, both: Float[Tensor, '... c']) -> Float[Tensor, '... d']:
+        value, gate = both.chunk(2, dim=-1)
+        if self.limit is not None:
+            value = softclamp(value, self.limit)
+        if self.clamp is not None:
+            value, gate = value.clamp(-self.clamp, self.clamp), gate.clamp(max=self.clamp)
+        out: Tensor = (value + 1.0 if self.add_one else value) * self.act(gate)
+        return out * self.mult_bias if isinstance(self.mult_bias, Tensor) else out
+
+    def forward(self, both: Float[Tensor, '... c']) -> Float[Tensor, '... d']:
+        return self.gated(both)
+
+
+class GLU(Gate):
     """Gated linear unit, https://arxiv.org/abs/2002.05202: one half of a linear map, times the activation of the other.
 
-    forward: (… dim_in) -> (… dim_out). ``mult_bias`` adds a learned factor per feature, which starts at 1. ``limit``: the half
-    without activation becomes ``limit * tanh(x / limit)``.
+    forward: (… dim_in) -> (… dim_out). The keywords are those of ``Gate``, and ``bias``: that of the linear map.
     """
 
     def __init__(
@@ -122,32 +173,21 @@ class GLU(Module):
         activation: nn.Module,
         mult_bias: bool = False,
         bias: bool = True,
-        limit: float | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        self.limit = limit
-        self.act = activation
+        super().__init__(dim_out, activation, mult_bias, **settings)
         self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
-        self.mult_bias = empty_parameter(dim_out) if mult_bias else 1.0
-        self.init_own()
-
-    def init_own(self) -> None:
-        if isinstance(self.mult_bias, Tensor):
-            nn.init.ones_(self.mult_bias)
 
     def forward(self, x: Float[Tensor, '... c']) -> Float[Tensor, '... d']:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        if self.limit is not None:
-            value = softclamp(value, self.limit)
-        out: Tensor = value * self.act(gate)
-        return out * self.mult_bias if isinstance(self.mult_bias, Tensor) else out
+        return self.gated(self.proj(x))
 
 
 class FeedForward(Module):
     """Linear map to ``dim * mult`` features, activation, linear map to ``dim_out`` (None: ``dim``).
 
     The keywords are those of ``FeedForwardFlags``; ``FeedForward.from_flags(dim, flags)`` takes them already parsed.
-    forward: (… n dim) -> (… n dim_out), times ``deep_embed`` (b n dim_out) if there is one.
+    forward: (… n dim) -> (… n dim_out), times ``deep_embed`` (b n dim_out) if there is one. With ``experts``, a stack is also
+    given what keeps them in balance: (output, ``Intermediates``).
     Raises ValueError if the last axis of the input is not ``dim``.
     """
 
@@ -172,15 +212,11 @@ class FeedForward(Module):
         dim_out = dim if flags.dim_out is None else flags.dim_out
         dim_inner = flags.inner(dim)
         activation = choose_activation(flags, dim_inner)
+        if flags.experts is not None:
+            self.ff: nn.Module = self._experts(dim, dim_out, flags, activation)
+            return
         first = (
-            GLU(
-                dim,
-                dim_inner,
-                activation,
-                mult_bias=flags.glu_mult_bias,
-                bias=flags.glu_bias,
-                limit=flags.glu_up_softclamp_value if flags.glu_softclamp else None,
-            )
+            GLU(dim, dim_inner, activation, bias=flags.glu_bias, **Gate.settings(flags))
             if flags.glu
             else nn.Sequential(nn.Linear(dim, dim_inner, bias=not flags.no_bias), activation)
         )
@@ -192,6 +228,33 @@ class FeedForward(Module):
             Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
         )
 
+    @staticmethod
+    def _experts(dim: int, dim_out: int, flags: FeedForwardFlags, activation: nn.Module) -> Experts:
+        # registers operators with PyTorch, so only where they are used
+        from x_transformers.experts import Experts
+
+        width = flags.inner(dim)
+        between = Sequential(
+            Gate(width, activation, **Gate.settings(flags)) if flags.glu else activation,
+            LayerNorm(width) if flags.post_act_ln else None,
+            Dropout(flags.dropout),
+        )
+        shared = None
+        if flags.shared_experts:
+            one = replace(flags, experts=None, dim_inner=width * flags.shared_experts, sublayer_dropout=0.0)
+            shared = FeedForward.from_flags(dim, one)
+        return Experts(dim, dim_out, flags, between, shared)
+
+    @property
+    def balances_by_bias(self) -> bool:
+        """Whether ``balance_experts_`` has anything to do."""
+        return self.flags.experts is not None and self.flags.router_balance == 'bias'
+
+    def balance_experts_(self) -> None:
+        """Move the biases that keep experts in balance; without such, do nothing. https://arxiv.org/abs/2408.15664"""
+        if self.balances_by_bias:
+            self.ff.router.balance_()  # type: ignore[union-attr, operator]
+
     def muon_parameters(self) -> list[Tensor]:
         """The weight matrices: what the Muon optimizer is meant for."""
         return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
@@ -202,15 +265,28 @@ class FeedForward(Module):
         deep_embed: Float[Tensor, 'b n e'] | None = None,
         *,
         around: BranchInputs | None = None,
-    ) -> Float[Tensor, '... n e']:
+    ) -> Any:
         deep_embed = deep_embed if around is None else around.deep_embed
         if x.shape[-1] != self.dim:
             raise ValueError(
                 f'the feed-forward takes inputs of {self.dim} features, but x has {x.shape[-1]} in its last axis '
                 f'(shape {tuple(x.shape)}): project it first, or build FeedForward(dim={x.shape[-1]})'
             )
+        if self.flags.experts is not None:
+            return self._by_experts(x, deep_embed, around)
         out = self._in_pieces(x) if self._takes_pieces(x) else self.ff(x)
         return out if deep_embed is None else out * deep_embed
+
+    def _by_experts(self, x: Float[Tensor, '... n d'], deep_embed: Tensor | None, around: BranchInputs | None) -> Any:
+        """The output; inside a stack also what keeps the experts in balance, as attention reports what it has seen."""
+        out, loss = self.ff(x, None if around is None else around.rows)
+        out = F.dropout(out, self.flags.sublayer_dropout, self.training) if self.flags.sublayer_dropout else out
+        out = out if deep_embed is None else out * deep_embed
+        if around is None or loss is None:
+            return out
+        from x_transformers.attention.inputs import Intermediates
+
+        return out, Intermediates(expert_loss=loss)
 
     def _takes_pieces(self, x: Float[Tensor, '... n d']) -> bool:
         """Whether the inner features of all tokens need not be there at once: no gradient keeps them, nobody else sees them."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from x_transformers.attention.mask import PackedSequences
 from x_transformers.helpers import log, masked_mean
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -260,3 +261,19 @@ def _log_sum_exp(scores: Float[Tensor, 'b h i j']) -> tuple[Float[Tensor, 'b h i
     found = at_least_single(scores.clamp(min=lowest)).logsumexp(dim=-1)
     sees = found > lowest / 2
     return found.masked_fill(~sees, 0.0), sees
+
+
+def with_experts(loss: Float[Tensor, ''], seen: Any) -> Float[Tensor, '']:
+    """With what experts in training add to it, if any of them ran."""
+    extra: Tensor | None = getattr(seen, 'expert_loss', None)
+    return loss if extra is None else loss + extra
+
+
+def apart(x: Int[Tensor, 'b n'], packing: Any, front: int, ignore_index: int) -> Int[Tensor, 'b n']:
+    """The tokens as targets: the first token of a packed sequence is not predicted from the last of the one before."""
+    if packing is None:
+        return x
+    starts = PackedSequences.of(packing).starts_q.to(x.device).long() - front
+    place = torch.arange(x.shape[1], device=x.device)
+    first = (place.unsqueeze(-1) == starts[:-1]).any(dim=-1)
+    return x.masked_fill(first, ignore_index)

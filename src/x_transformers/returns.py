@@ -29,6 +29,7 @@ class Asked:
     attn: bool = False
     attn_z_loss: bool = False
     z_loss_weight: float = 1e-4
+    expert_loss: bool = False
 
     @property
     def intermediates_too(self) -> bool:
@@ -90,9 +91,9 @@ class Asked:
             record.logit_entropies = map_logits(calc_entropy, logits)  # type: ignore[assignment]
         if self.mems:
             record.mems = mems()
-            if not self.intermediates_too:
+            if not self.intermediates_too and not self.expert_loss:
                 return out, record.mems
-        if self.intermediates_too:
+        if self.intermediates_too or self.expert_loss:
             return out, record
         if self.attn:
             return out, [each.post_softmax_attn for each in record.attn_intermediates or []]

@@ -14,6 +14,7 @@ from x_transformers.embedding.call import Call, check_added, check_list, check_p
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows, Shuffle
 from x_transformers.embedding.token import scale_gradient
+from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
@@ -108,6 +109,12 @@ class StackWrapper(Module):
         self.__dict__['can_cache_kv'] = value
 
     # ------------------------------------------------------------ for those who work on the stack
+
+    def balance_experts_(self) -> None:
+        """After an optimizer's step, by all processes, with ``ff_router_balance='bias'`` (https://arxiv.org/abs/2408.15664)."""
+        for module in self.attn_layers.modules():
+            if isinstance(module, FeedForward):
+                module.balance_experts_()
 
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Shrink queries and keys whose scores exceeded ``tau`` (https://arxiv.org/abs/2507.20534)."""
@@ -302,6 +309,11 @@ class StackWrapper(Module):
             if asked.record:
                 out: tuple[Tensor, LayerIntermediates] = self.attn_layers(x, return_hiddens=True, **{**given, **changed})
                 return out
+            if asked.expert_loss:
+                with_loss: tuple[Tensor, LayerIntermediates] = self.attn_layers(
+                    x, return_expert_loss=True, **{**given, **changed}
+                )
+                return with_loss
             return self.attn_layers(x, **{**given, **changed}), LayerIntermediates()
 
         h, record = self._rounds(run, h, call)

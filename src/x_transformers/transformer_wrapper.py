@@ -212,6 +212,7 @@ class TransformerWrapper(StackWrapper):
         looped_pred_all_logits: bool | None = None,
         looped_inference: bool = True,
         looped_exit_prob_threshold: float = 0.9,
+        return_expert_loss: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Logits (b n v), or what the ``return_*`` arguments ask for.
@@ -225,6 +226,7 @@ class TransformerWrapper(StackWrapper):
             return_next_embed_pred: also the prediction of the next embedding, with ``add_continuous_pred_head``.
             return_mems, return_attn: also the memories for the next segment; the attention maps, one per attention.
             return_attn_z_loss: the attention z-loss, in the intermediates.
+            return_expert_loss: also intermediates, with nothing but the ``expert_loss`` unless asked for.
             mask: True for tokens, False for padding.
             mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
             recycle_steps: how often the output is fed back, with ``recycling``.
@@ -263,6 +265,7 @@ class TransformerWrapper(StackWrapper):
             attn=return_attn,
             attn_z_loss=return_attn_z_loss,
             z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
+            expert_loss=return_expert_loss,
         )
         change = block_transform(transform_block_inputs)
         if change is not None:

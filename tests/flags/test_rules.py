@@ -204,6 +204,8 @@ def other_value(cls: type[Flags], name: str):
         'hybrid_mask_kwarg': 'mask',
         'rotary_scaling': {'type': 'linear', 'factor': 2.0},
         'rotary_layout': 'halves',
+        'router': 'sigmoid',
+        'router_balance': 'bias',
         'rel_pos_kwargs': {'slopes': [1.0]},
         'data_dependent_alibi_kwargs': {'post_log_scale': 2.0},
         'attn_aggregated_residual_kwargs': {'lora_rank': 2},

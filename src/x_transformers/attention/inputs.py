@@ -112,7 +112,7 @@ class Intermediates:
     ``post_softmax_attn`` (weights before dropout), all (b h i j), are computed when they are first read, if not given;
     gradients flow through them. ``cached_kv`` is (keys, values) of this layer so far, keys neither rotated nor repeated, or
     (latent, rotated-head keys) with a latent; assigning it replaces the cache. ``log_probs`` (b h i) are those of the keys
-    that hard attention has chosen, if the call asked for them.
+    that hard attention has chosen, if the call asked for them. A feed-forward of experts reports its ``expert_loss`` alone.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class Intermediates:
         hybrid_hidden: Any = None,
         log_probs: Float[Tensor, 'b h i'] | None = None,
         *,
+        expert_loss: Float[Tensor, ''] | None = None,
         maps: Maps | None = None,
         cache: LayerCache | None = None,
     ) -> None:
@@ -139,6 +140,7 @@ class Intermediates:
         self.layer_type = layer_type
         self.hybrid_hidden = hybrid_hidden
         self.log_probs = log_probs
+        self.expert_loss = expert_loss
         self.maps = maps
         self.cache = cache
 

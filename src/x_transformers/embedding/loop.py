@@ -61,12 +61,13 @@ def run_loops(
     exit_index = torch.full((batch,), steps - 1, device=x.device)
     going = torch.ones(batch, dtype=torch.bool, device=x.device)
     left, out = x.new_ones(batch, dtype=torch.float32), x
-    outputs, gates, caches = [], [], []
+    outputs, gates, caches, losses = [], [], [], []
     for step in range(steps):
         x, record = run(x) if cache is None else run(x, cache=before[step])
         outputs.append(x)
         gates.append(gate(x))
         caches.append(record.kv_cache)
+        losses.append(record.expert_loss)
         out = torch.where(going[:, None, None], x, out) if early else x
         if early:
             left = left * (1.0 - gates[-1][:, 0, 0].float().sigmoid())
@@ -77,12 +78,19 @@ def run_loops(
             if not bool(going.any()):
                 break
     record.exit_logits = gates
+    record.expert_loss = added_up(losses)
     if caches[0] is not None:
         record.kv_cache, record.exit_indices = joined(caches, before, exit_index, exits, size=size, steps=steps, early=early)
         record.cache_length = record.kv_cache.length
     else:
         record.exit_indices = exit_index[:1, None]
     return outputs, out, record
+
+
+def added_up(losses: list[Float[Tensor, ''] | None]) -> Float[Tensor, ''] | None:
+    """The sum of those that are there."""
+    known = [loss for loss in losses if loss is not None]
+    return sum(known[1:], known[0]) if known else None
 
 
 # ---------------------------------------------------------------- one cache for all loops

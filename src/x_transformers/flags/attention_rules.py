@@ -294,6 +294,44 @@ FEEDFORWARD_RULES = (
         'Use [glu_softclamp].',
     ),
     Rule(
+        ('experts_active', 'experts'),
+        lambda flags, dim: flags.experts is not None and flags.experts_active > flags.experts,
+        'a token cannot go through more experts than there are',
+        {'experts': 4, 'experts_active': 5},
+        'Choose at most {experts}.',
+    ),
+    Rule(
+        ('experts_active', 'router_normalize'),
+        lambda flags, dim: flags.experts is not None and flags.experts_active == 1 and flags.router_normalize,
+        'the share of a single expert is always one, so that the router would learn nothing',
+        {'experts': 4, 'experts_active': 1},
+        'Set [router_normalize] to False.',
+    ),
+    Rule(
+        ('router_balance_weight', 'router_balance'),
+        lambda flags, dim: (
+            flags.experts is not None and flags.is_changed('router_balance_weight') and flags.router_balance != 'loss'
+        ),
+        'no loss keeps these experts in balance',
+        {'experts': 4, 'router_balance': 'bias', 'router_balance_weight': 0.1},
+        inert=True,
+    ),
+    Rule(
+        ('router_balance_step', 'router_balance'),
+        lambda flags, dim: (
+            flags.experts is not None and flags.is_changed('router_balance_step') and flags.router_balance != 'bias'
+        ),
+        'no bias keeps these experts in balance',
+        {'experts': 4, 'router_balance_step': 0.1},
+        inert=True,
+    ),
+    Rule(
+        ('glu_clamp_value', 'glu_softclamp'),
+        lambda flags, dim: flags.glu and flags.glu_clamp_value is not None and flags.glu_softclamp,
+        'each keeps both factors inside a range',
+        {'glu': True, 'glu_clamp_value': 7.0, 'glu_softclamp': True},
+    ),
+    Rule(
         ('mult',),
         lambda flags, dim: flags.inner(dim) < 1,
         'the hidden layer would have no channel (input width {dim})',

@@ -11,6 +11,9 @@ from x_transformers.flags.base import Flags, flag
 
 ACTIVATIONS = ('relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu')
 GLU = 'https://arxiv.org/abs/2002.05202'
+EXPERTS = 'https://arxiv.org/abs/2101.03961'
+SHARED = 'https://arxiv.org/abs/2401.06066'
+BIASED = 'https://arxiv.org/abs/2408.15664'
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -58,6 +61,55 @@ class FeedForwardFlags(Flags):
     output_proj_depth: int | None = flag(
         None, 'The output projection starts with variance 1 / (2 · width · this).', since='2.31.10', low=1
     )
+    glu_clamp_value: float | None = flag(
+        None, 'Clamp the gate below this number, and the other factor of the gated linear unit to ± it.', parent='glu',
+        since='here', above=0,
+    )  # fmt: skip
+    glu_add_one: bool = flag(
+        False, 'Add one to the factor of the gated linear unit without activation.', parent='glu', since='here'
+    )
+    experts: int | None = flag(
+        None, 'Mixture of experts: so many feed-forwards, of which each token goes through a few; none is full.',
+        paper=EXPERTS, since='here', low=2,
+    )  # fmt: skip
+    experts_active: int = flag(
+        2, 'Through how many experts a token goes.', paper=EXPERTS, parent='experts', since='here', low=1
+    )
+    shared_experts: int = flag(
+        0, 'So many more experts that every token goes through, built as one of their width together.', paper=SHARED,
+        parent='experts', since='here', low=0,
+    )  # fmt: skip
+    router: str = flag(
+        'softmax', "The scores of experts: 'softmax' over all of them, or 'sigmoid' of each.",
+        paper=(EXPERTS, 'https://arxiv.org/abs/2412.19437'), parent='experts', since='here', among=('softmax', 'sigmoid'),
+    )  # fmt: skip
+    router_normalize: bool = flag(
+        True, 'The scores of the chosen experts are made to add up to one; False: they count as they are.', paper=SHARED,
+        parent='experts', since='here',
+    )  # fmt: skip
+    router_scale: float = flag(
+        1.0, 'A factor on what the routed experts say.', paper='https://arxiv.org/abs/2412.19437', parent='experts',
+        since='here', above=0,
+    )  # fmt: skip
+    router_bias: bool = flag(False, 'A learned bias for each expert in the router.', parent='experts', since='here')
+    router_balance: str = flag(
+        'loss', "What keeps experts in balance: a 'loss', a 'bias' that `balance_experts_` moves after each step, or 'none'.",
+        paper=(EXPERTS, BIASED), parent='experts', since='here', among=('loss', 'bias', 'none'),
+    )  # fmt: skip
+    router_balance_weight: float = flag(0.01, 'Weight of that loss.', paper=EXPERTS, parent='experts', since='here', low=0.0)
+    router_balance_step: float = flag(
+        0.001, 'How far that bias moves at a time.', paper=BIASED, parent='experts', since='here', above=0
+    )
+    router_z_loss_weight: float = flag(
+        0.0, 'Weight of a loss on the square of the log of the sum of exponentials in the router.',
+        paper='https://arxiv.org/abs/2202.08906', parent='experts', since='here', low=0.0,
+    )  # fmt: skip
+
+    @cached_property
+    def expert_loss(self) -> bool:
+        """Whether the experts of the layer give a loss that the objective has to add."""
+        balanced = self.router_balance == 'loss' and self.router_balance_weight > 0
+        return self.experts is not None and (balanced or self.router_z_loss_weight > 0)
 
     @cached_property
     def activation(self) -> str:

@@ -70,8 +70,18 @@ def both_of(net: Any) -> OnStack | None:
     return OnStack(flags, stack) if known else None
 
 
-def check_net(net: Any, where: str, *, name: str = 'net', per_token: bool = True, told_nothing: bool = False) -> None:
+def check_net(
+    net: Any,
+    where: str,
+    *,
+    name: str = 'net',
+    per_token: bool = True,
+    told_nothing: bool = False,
+    adds_expert_loss: bool = False,
+) -> None:
     """Raise FlagError for flags of a net with which an objective can never run."""
+    if not adds_expert_loss:
+        check_experts(net, where)
     rules = (*(PER_TOKEN_RULES if per_token else ()), *(TOLD_NOTHING_RULES if told_nothing else ()))
     check_rules(rules, net, where, f'{name} has ')
 
@@ -88,8 +98,25 @@ def check_rules(rules: Iterable[Rule], net: Any, where: str, subject: str = '') 
     warn_inert(where, broken_rules(applicable, both, both.stack.dim, written, inert=True))
 
 
+def expert_loss(net: Any) -> bool:
+    """Whether a net, or a stack, has experts that give a loss in training."""
+    flags = getattr(getattr(net, 'attn_layers', net), 'flags', None)
+    return isinstance(flags, StackFlags) and flags.expert_loss
+
+
+def check_experts(net: Any, where: str) -> None:
+    """Raise FlagError for experts whose loss an objective would not add to its own."""
+    if expert_loss(net):
+        raise FlagError(
+            f"{where}: `{written('ff_router_balance')}` must be 'bias' or 'none' and "
+            f'`{written("ff_router_z_loss_weight")}` 0, got experts with a loss, which AutoregressiveWrapper alone adds. '
+            "Set `ff_router_balance='bias'`."
+        )
+
+
 def check_alone(stack: Any, where: str, *, context: bool = False) -> None:
     """Raise FlagError for a stack that needs more than its input; ``context``: it is given another sequence."""
+    check_experts(stack, where)
     rules = [rule for rule in ALONE_RULES if not (context and 'cross_attend' in rule.flags)]
     if sentences := broken_rules(rules, stack.flags, stack.dim, written):
         raise FlagError(*(f'{where}: {sentence}' for sentence in sentences))

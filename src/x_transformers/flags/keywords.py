@@ -162,6 +162,19 @@ class FeedForwardKeywords(TypedDict, total=False):
     glu_gate_softclamp_value: float
     glu_up_softclamp_value: float
     output_proj_depth: int | None
+    glu_clamp_value: float | None
+    glu_add_one: bool
+    experts: int | None
+    experts_active: int
+    shared_experts: int
+    router: str
+    router_normalize: bool
+    router_scale: float
+    router_bias: bool
+    router_balance: str
+    router_balance_weight: float
+    router_balance_step: float
+    router_z_loss_weight: float
 
 
 class InnerKeywords(TypedDict, total=False):
@@ -443,6 +456,19 @@ class InnerKeywords(TypedDict, total=False):
     ff_glu_gate_softclamp_value: Each[float]
     ff_glu_up_softclamp_value: Each[float]
     ff_output_proj_depth: Each[int | None]
+    ff_glu_clamp_value: Each[float | None]
+    ff_glu_add_one: Each[bool]
+    ff_experts: Each[int | None]
+    ff_experts_active: Each[int]
+    ff_shared_experts: Each[int]
+    ff_router: Each[str]
+    ff_router_normalize: Each[bool]
+    ff_router_scale: Each[float]
+    ff_router_bias: Each[bool]
+    ff_router_balance: Each[str]
+    ff_router_balance_weight: Each[float]
+    ff_router_balance_step: Each[float]
+    ff_router_z_loss_weight: Each[float]
 
 
 class SharedKeywords(InnerKeywords, total=False):
@@ -929,6 +955,19 @@ class EncKeywords(TypedDict, total=False):
     enc_ff_glu_gate_softclamp_value: Each[float]
     enc_ff_glu_up_softclamp_value: Each[float]
     enc_ff_output_proj_depth: Each[int | None]
+    enc_ff_glu_clamp_value: Each[float | None]
+    enc_ff_glu_add_one: Each[bool]
+    enc_ff_experts: Each[int | None]
+    enc_ff_experts_active: Each[int]
+    enc_ff_shared_experts: Each[int]
+    enc_ff_router: Each[str]
+    enc_ff_router_normalize: Each[bool]
+    enc_ff_router_scale: Each[float]
+    enc_ff_router_bias: Each[bool]
+    enc_ff_router_balance: Each[str]
+    enc_ff_router_balance_weight: Each[float]
+    enc_ff_router_balance_step: Each[float]
+    enc_ff_router_z_loss_weight: Each[float]
 
 
 class PairKeywords(EncKeywords, total=False):
@@ -1259,3 +1298,16 @@ class PairKeywords(EncKeywords, total=False):
     dec_ff_glu_gate_softclamp_value: Each[float]
     dec_ff_glu_up_softclamp_value: Each[float]
     dec_ff_output_proj_depth: Each[int | None]
+    dec_ff_glu_clamp_value: Each[float | None]
+    dec_ff_glu_add_one: Each[bool]
+    dec_ff_experts: Each[int | None]
+    dec_ff_experts_active: Each[int]
+    dec_ff_shared_experts: Each[int]
+    dec_ff_router: Each[str]
+    dec_ff_router_normalize: Each[bool]
+    dec_ff_router_scale: Each[float]
+    dec_ff_router_bias: Each[bool]
+    dec_ff_router_balance: Each[str]
+    dec_ff_router_balance_weight: Each[float]
+    dec_ff_router_balance_step: Each[float]
+    dec_ff_router_z_loss_weight: Each[float]

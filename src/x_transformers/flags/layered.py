@@ -133,6 +133,11 @@ class LayeredFlags(Flags):
         """The flags of each cross attention; one entry where they are the same."""
         return tuple(flags.cross_attention for flags in self._of_kind('c'))
 
+    @cached_property
+    def expert_loss(self) -> bool:
+        """Whether there are experts that give a loss in training."""
+        return any(flags.feedforward.expert_loss for flags in self._of_kind('f'))
+
     def differs(self, *names: str) -> bool:
         """Whether one of these derived values or flags of self attention is not the same in all layers."""
         return any(len({getattr(flags, name) for flags in self.attentions}) > 1 for name in names)

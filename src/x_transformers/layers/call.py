@@ -65,6 +65,7 @@ class Given:
     transform_block_inputs: Any = None
     causal: bool | None = None
     return_gumbel_log_probs: bool = False
+    return_expert_loss: bool = False
 
 
 # what may be handed on to any stack
@@ -222,6 +223,7 @@ class Inputs:
         if step.kind == 'f':
             return BranchInputs(
                 mask=self.masks.base,
+                rows=self.padding,
                 deep_embed=self.deep_embed(step.nth),
                 padding=self.shift_padding,
                 past=past,
@@ -373,6 +375,7 @@ class Record:
     layer_hiddens: list[Tensor] = field(default_factory=list)
     block_hiddens: list[Tensor] = field(default_factory=list)
     cache: KVCache | None = None
+    expert_loss: Float[Tensor, ''] | None = None
 
     def enter(self, step: Step, h: Tensor | None, injected: Tensor | None) -> None:
         """``h`` is about to enter the layer: (b n d), or one each for queries, keys and values; ``injected`` is added to it."""
@@ -385,6 +388,8 @@ class Record:
             self.hiddens.append(h if injected is None else h + injected)
 
     def leave(self, step: Step, seen: Intermediates | None) -> None:
+        if seen is not None and seen.expert_loss is not None:
+            self.expert_loss = seen.expert_loss if self.expert_loss is None else self.expert_loss + seen.expert_loss
         if not self.wanted or step.kind == 'f':
             return
         seen = Intermediates() if seen is None else seen
@@ -405,4 +410,5 @@ class Record:
             block_hiddens=self.block_hiddens,
             cache_length=length,
             kv_cache=self.cache,
+            expert_loss=self.expert_loss,
         )

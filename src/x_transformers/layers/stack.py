@@ -282,6 +282,7 @@ class AttentionLayers(Module):
         transform_block_inputs: Any = None,
         causal: bool | None = None,
         return_gumbel_log_probs: bool = False,
+        return_expert_loss: bool = False,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack. Every boolean mask: True is a token, or may be seen.
 
@@ -310,6 +311,7 @@ class AttentionLayers(Module):
         - ``causal``: self attention is so in this call, whatever the stack was built for.
         - ``return_gumbel_log_probs``: with ``return_hiddens`` every attention's ``log_probs`` (b h n) are those of the keys
           that hard or Gumbel attention has chosen.
+        - ``return_expert_loss``: without ``return_hiddens``, intermediates that hold nothing but the ``expert_loss``.
 
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
         Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
@@ -320,7 +322,7 @@ class AttentionLayers(Module):
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
             condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
             flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, None, repeat_blocks, transform_block_inputs, causal,
-            return_gumbel_log_probs,
+            return_gumbel_log_probs, return_expert_loss,
         ))  # fmt: skip
 
     def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:
@@ -328,7 +330,7 @@ class AttentionLayers(Module):
         x, call = prepare(self, x, given)
         out, record = self.run(x, call)
         if not given.return_hiddens:
-            return out
+            return (out, LayerIntermediates(expert_loss=record.expert_loss)) if given.return_expert_loss else out
         length = call.span.new if call.cache is None else call.cache.length
         return out, record.report(out, length)
 

@@ -155,6 +155,8 @@ class Trainer:
         self.best = best
         self.exported = exported or self.engine.model_state
         self.optimizers = make_optimizers(model, self.options, matrices)
+        # feed-forwards of experts whose balance a bias keeps
+        self.balanced: list[Any] = [module for module in model.modules() if getattr(module, 'balances_by_bias', False)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averaged = AveragedWeights(model, self.options.ema) if self.options.ema else None
         self.forward = self.engine.forward(model, self.options.compile)
@@ -236,6 +238,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for balanced in self.balanced:
+            balanced.balance_experts_()
         if self.averaged is not None:
             self.averaged.update()
         seconds = time.perf_counter() - started
