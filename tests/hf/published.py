@@ -25,12 +25,14 @@ class Case:
     limit: float = LIMIT
 
 
+DECODER = {
+    'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 3, 'num_attention_heads': 4,
+    'num_key_value_heads': 2, 'max_position_embeddings': 128, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
+}  # fmt: skip
+
+
 def decoder(name: str, cls: str, config: str, **changes: Any) -> Case:
-    usual = {
-        'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 3, 'num_attention_heads': 4,
-        'num_key_value_heads': 2, 'max_position_embeddings': 128, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
-    }  # fmt: skip
-    return Case(name, lambda: build(cls, config, usual | changes), writes=True)
+    return Case(name, lambda: build(cls, config, DECODER | changes), writes=True)
 
 
 def neox(name: str, **changes: Any) -> Case:
@@ -62,6 +64,15 @@ NEOX = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 3, 'num_attention_heads': 4,
     'max_position_embeddings': 128, 'rotary_pct': 0.5, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
 }  # fmt: skip
+GPT2 = {
+    'vocab_size': TOKENS,
+    'n_embd': 32,
+    'n_layer': 2,
+    'n_head': 4,
+    'n_positions': 128,
+    'bos_token_id': 1,
+    'eos_token_id': 2,
+}
 GEMMA3 = {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20, 'sliding_window_pattern': 2}
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
@@ -103,13 +114,10 @@ CASES = (
     neox('GPT-NeoX, whole heads, one after the other', rotary_pct=1.0, use_parallel_residual=False),
     neox('GPT-NeoX, tied, no biases, tanh', rotary_pct=0.75, tie_word_embeddings=True, attention_bias=False,
          hidden_act='gelu_new'),
-    Case('GPT-2', lambda: build('GPT2LMHeadModel', 'GPT2Config', {
-        'vocab_size': TOKENS, 'n_embd': 32, 'n_layer': 2, 'n_head': 4, 'n_positions': 128, 'bos_token_id': 1, 'eos_token_id': 2,
-    }), writes=True),
-    Case('GPT-2, untied, ReLU, by layer', lambda: build('GPT2LMHeadModel', 'GPT2Config', {
-        'vocab_size': TOKENS, 'n_embd': 32, 'n_layer': 3, 'n_head': 4, 'n_positions': 128, 'n_inner': 50,
-        'tie_word_embeddings': False, 'activation_function': 'relu', 'scale_attn_by_inverse_layer_idx': True,
-        'bos_token_id': 1, 'eos_token_id': 2,
+    Case('GPT-2', lambda: build('GPT2LMHeadModel', 'GPT2Config', GPT2), writes=True),
+    Case('GPT-2, untied, ReLU, by layer', lambda: build('GPT2LMHeadModel', 'GPT2Config', GPT2 | {
+        'n_layer': 3, 'n_inner': 50, 'tie_word_embeddings': False, 'activation_function': 'relu',
+        'scale_attn_by_inverse_layer_idx': True,
     }), writes=True),
     decoder('Gemma 2', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=12, sliding_window=5, query_pre_attn_scalar=20),
     decoder('Gemma 2, low caps', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=8, sliding_window=4,

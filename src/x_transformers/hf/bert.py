@@ -9,13 +9,14 @@ from x_transformers.hf.family import (
     KeyRule,
     Plain,
     activation,
+    check_head,
     for_layers,
     headless,
     layer_norm,
     rule,
     with_bias,
 )
-from x_transformers.hf.maps import scaled
+from x_transformers.hf.maps import Map, scaled
 
 
 def bert(config: Config) -> Plain:
@@ -27,10 +28,7 @@ def bert(config: Config) -> Plain:
     act = config.get('hidden_act', 'gelu')
     head: Plain = {'return_only_embed': True}
     if not headless(config.architecture):
-        if config.architecture not in ('', 'BertForMaskedLM', 'BertForPreTraining'):
-            config.wrong.append(
-                f'`architectures` is {config.architecture}: heads are those of BertForMaskedLM, or none (BertModel)'
-            )
+        check_head(config, 'ForMaskedLM', 'ForPreTraining')
         if act not in NAMES_OF_ACTIVATIONS:
             config.wrong.append(f'`hidden_act` is {act!r}: the head has {", ".join(NAMES_OF_ACTIVATIONS)}')
         tied = {'tie_embedding': True} if config.get('tie_word_embeddings', True) else {}
@@ -87,9 +85,13 @@ def bert_rules(config: Config, model: Plain) -> list[KeyRule]:
         rules += [
             *with_bias(f'{head}.transform.dense', 'logits_transform.0'),
             *layer_norm(f'{head}.transform.LayerNorm', 'logits_transform.2'),
-            rule(f'{head}.bias', 'to_logits.bias'),
         ]
-        if not model.get('tie_embedding'):
+        if model.get('tie_embedding'):
+            rules.append(rule(f'{head}.bias', 'to_logits.bias'))
+        else:
+            # the second bias is there, but counts only where it is tied to the first
+            biases = Map(lambda t: t[:1], lambda t: (t[0], t[0]))
+            rules.append(rule((f'{head}.decoder.bias', f'{head}.bias'), 'to_logits.bias', biases))
             rules.append(rule(f'{head}.decoder.weight', 'to_logits.weight'))
     return for_layers(rules, stack['depth'])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from x_transformers.flags.base import FlagError
@@ -121,7 +121,6 @@ class Family:
     unused: str = ''
     exported_as: str = ''
     """The architecture of what is written, where only a part of a model is read."""
-    renamed: tuple[tuple[str, str], ...] = field(default=())
     config_of: Callable[[Plain], Plain] | None = None
     """A config for a model that was made here, from its keywords; it counts only if ``keywords`` leads back to them."""
 
@@ -157,10 +156,11 @@ def activation(config: Config, key: str, usual: str) -> Plain:
     return dict(ACTIVATIONS[name])
 
 
-def rotary(config: Config, kind: str | None = None) -> Plain:
-    """``rotary_theta``, ``rotary_scaling`` and, if only a part of a head turns, its share under ``partial``.
+def rotary(config: Config, dim_head: int, kind: str | None = None, *, share: float | None = 1.0) -> Plain:
+    """``rotary_theta``, ``rotary_scaling`` and ``rotary_emb_dim``.
 
-    ``kind``: of layer, where kinds have settings of their own.
+    ``kind``: of layer, where kinds have settings of their own. ``share``: of a head's channels that turn, which a config of a
+    family with None says itself.
     """
     given = dict(config.get('rope_parameters', {}))
     if kind is not None and isinstance(given.get(kind), Mapping):
@@ -170,10 +170,17 @@ def rotary(config: Config, kind: str | None = None) -> Plain:
         given = dict(old)
     theta = given.pop('rope_theta', None) or config.get('rope_theta', 10000.0)
     config.skip('rope_theta', 'partial_rotary_factor', 'max_position_embeddings', 'original_max_position_embeddings')
-    partial = given.pop('partial_rotary_factor', None) or config.get('partial_rotary_factor', 1.0)
+    own = given.pop('partial_rotary_factor', None) or config.get('partial_rotary_factor')
+    if share is not None and own not in (None, share):
+        config.wrong.append(f'`partial_rotary_factor` is {own!r}: in this family it is {share}')
+    channels = int(dim_head * (share or own or 1.0))
+    if channels % 2 or channels < 2:
+        config.wrong.append(
+            f'`head_dim`, or `hidden_size` by heads, is {dim_head}, of which {channels} channels turn: they turn in pairs'
+        )
     name = given.pop('rope_type', None) or given.pop('type', None) or 'default'
     given.pop('type', None)
-    made: Plain = {'rotary_theta': float(theta), 'partial': float(partial)}
+    made: Plain = {'rotary_theta': float(theta), 'rotary_emb_dim': channels}
     if name in ('default', 'mrope'):
         if name == 'mrope':
             config.wrong.append("`rope_type` is 'mrope': there are no positions of several axes")
@@ -184,7 +191,8 @@ def rotary(config: Config, kind: str | None = None) -> Plain:
         config.wrong.append(f'`rope_type` is {name!r}: rotary_scaling has linear, dynamic, yarn, llama3 and longrope')
         return made
     if name != 'linear':
-        given['original_length'] = original
+        # this one counts from the longest sequence, whatever else is said
+        given['original_length'] = longest if name == 'dynamic' else original
     if name == 'longrope' and given.get('factor') is None and longest:
         given['factor'] = max(longest / original, 1.0)
     made['rotary_scaling'] = {'type': name, **{key: value for key, value in given.items() if value is not None}}
@@ -197,7 +205,7 @@ def one_or_each(values: list[Any]) -> Any:
 
 
 def rotary_by_kind(
-    config: Config, kinds: list[str], thetas: Mapping[str, tuple[str, float]], *, scaled: tuple[str, ...]
+    config: Config, dim_head: int, kinds: list[str], thetas: Mapping[str, tuple[str, float]], *, scaled: tuple[str, ...]
 ) -> Plain:
     """``rotary_theta`` and ``rotary_scaling`` of each layer, where kinds of layers have their own.
 
@@ -207,9 +215,7 @@ def rotary_by_kind(
     given = config.get('rope_parameters', {})
     by_kind = {}
     for kind, (key, usual) in thetas.items():
-        made = rotary(config, kind)
-        if made.pop('partial') != 1.0:
-            config.wrong.append('`partial_rotary_factor` is not 1: this family turns whole heads')
+        made = rotary(config, dim_head, kind)
         own = given.get(kind)
         if not isinstance(own, Mapping) or own.get('rope_theta') is None:
             made['rotary_theta'] = float(config.get(key, usual))
@@ -217,7 +223,15 @@ def rotary_by_kind(
             made.pop('rotary_scaling', None)
         by_kind[kind] = made
     of_layers = [by_kind.get(kind, {}) for kind in kinds]
-    return {name: one_or_each([made.get(name) for made in of_layers]) for name in ('rotary_theta', 'rotary_scaling')}
+    each = {name: one_or_each([made.get(name) for made in of_layers]) for name in ('rotary_theta', 'rotary_scaling')}
+    return {**each, 'rotary_emb_dim': dim_head}
+
+
+def check_head(config: Config, *heads: str) -> None:
+    """``heads``: how the architectures end that are read, beside those without a head."""
+    name = config.architecture
+    if name and not headless(name) and not name.endswith(heads):
+        config.wrong.append(f'`architectures` is {name}: models are read with the head of {" or ".join(heads)}, or with none')
 
 
 def headless(architecture: str) -> bool:

@@ -33,8 +33,10 @@ def gemma3(config: Config) -> Plain:
     depth, period = config.need('num_hidden_layers'), config.get('sliding_window_pattern', 6)
     usual = ['sliding_attention' if (layer + 1) % period else 'full_attention' for layer in range(depth)]
     norms = head_norms(config, config.get('query_pre_attn_scalar', 256) ** -0.5)
-    turned = rotary_by_kind(config, layer_kinds(config, usual), THETAS, scaled=('full_attention',))
-    return gemma(config, usual, **norms, **turned)
+    config.only('attn_logit_softcapping', None, 'scores have no cap in this family')
+    kinds = layer_kinds(config, usual)
+    turned = rotary_by_kind(config, config.get('head_dim', 256), kinds, THETAS, scaled=('full_attention',))
+    return gemma(config, usual, **norms, rotary=turned)
 
 
 # keys of older configs, and what they are without

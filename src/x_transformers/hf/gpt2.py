@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, headless, layer_norm, rule
+from x_transformers.hf.family import (
+    Config,
+    Family,
+    KeyRule,
+    Plain,
+    activation,
+    check_head,
+    for_layers,
+    headless,
+    layer_norm,
+    rule,
+)
 from x_transformers.hf.maps import TRANSPOSED, chain, scaled, split
 
 
 def gpt2(config: Config) -> Plain:
+    check_head(config, 'LMHeadModel')
     dim, heads, depth = config.need('n_embd'), config.need('n_head'), config.need('n_layer')
     config.only('add_cross_attention', False, 'decoders with a context are read from T5 only')
     config.skip('summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels', 'summary_first_dropout')

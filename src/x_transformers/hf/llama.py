@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from x_transformers.hf.family import (
@@ -10,6 +11,7 @@ from x_transformers.hf.family import (
     KeyRule,
     Plain,
     activation,
+    check_head,
     for_layers,
     headless,
     one_or_each,
@@ -20,12 +22,14 @@ from x_transformers.hf.maps import SAME, Map, chain, joined, paired, regrouped, 
 
 
 def decoder(config: Config, **more: Any) -> Plain:
-    """The keywords of a pre-norm decoder with RMS norms, rotary positions and a gated feed-forward."""
+    """The keywords of a pre-norm decoder with RMS norms, rotary positions and a gated feed-forward.
+
+    ``more``: of the stack; ``rotary``: what ``rotary`` gives, if it is asked otherwise.
+    """
     dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
     dim_head = config.get('head_dim', dim // heads)
     kv_heads = config.get('num_key_value_heads', heads)
-    turned = rotary(config)
-    partial = turned.pop('partial')
+    turned = more.pop('rotary') if 'rotary' in more else rotary(config, dim_head)
     mlp_bias = bool(config.get('mlp_bias', False))
     stack: Plain = {
         'class': 'Decoder',
@@ -38,7 +42,6 @@ def decoder(config: Config, **more: Any) -> Plain:
         'norm_add_unit_offset': False,
         'norm_eps': config.get('rms_norm_eps', 1e-6),
         'rotary_pos_emb': True,
-        'rotary_emb_dim': int(dim_head * partial),
         **turned,
         'ff_glu': True,
         'ff_dim_inner': config.need('intermediate_size'),
@@ -51,16 +54,25 @@ def decoder(config: Config, **more: Any) -> Plain:
 
 
 def wrapper(config: Config, stack: Plain, **more: Any) -> Plain:
+    check_head(config, 'ForCausalLM')
     tied = bool(config.get('tie_word_embeddings', False))
     head: Plain = {'return_only_embed': True} if headless(config.architecture) else {'tie_embedding': True} if tied else {}
     return {
         'class': 'TransformerWrapper',
         'num_tokens': config.need('vocab_size'),
-        'max_seq_len': config.get('max_position_embeddings', 2048),
+        'max_seq_len': longest(config, stack),
         **head,
         **more,
         'attn_layers': stack,
     }
+
+
+def longest(config: Config, stack: Plain) -> int:
+    """How far a text may go before its beginning is forgotten: frequencies that are stretched as it grows reach further."""
+    scaling, length = stack.get('rotary_scaling'), config.get('max_position_embeddings', 2048)
+    if isinstance(scaling, Mapping) and scaling['type'] == 'dynamic':
+        return int(length * scaling['factor'])
+    return int(length)
 
 
 def biases(config: Config) -> Plain:
@@ -73,10 +85,8 @@ def llama(config: Config) -> Plain:
 
 
 def mistral(config: Config) -> Plain:
-    window = config.get('sliding_window')
-    config.skip('layer_types')
-    limit = {} if window is None else {'attn_max_attend_past': window - 1}
-    return decoder(config, **activation(config, 'hidden_act', 'silu'), **limit)
+    usual = ['sliding_attention'] * config.need('num_hidden_layers')
+    return decoder(config, **activation(config, 'hidden_act', 'silu'), **windows(config, usual))
 
 
 def windows(config: Config, default_types: list[str] | None = None) -> Plain:

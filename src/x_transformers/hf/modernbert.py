@@ -9,6 +9,7 @@ from x_transformers.hf.family import (
     KeyRule,
     Plain,
     activation,
+    check_head,
     for_layers,
     headless,
     layer_norm,
@@ -31,7 +32,7 @@ def modernbert(config: Config) -> Plain:
     kinds = layer_kinds(config, ['sliding_attention' if layer % period else 'full_attention' for layer in range(depth)])
     reach = config.get('local_attention', 128) // 2
     window = one_or_each([reach if kind == 'sliding_attention' else None for kind in kinds])
-    turned = rotary_by_kind(config, kinds, THETAS, scaled=tuple(THETAS))
+    turned = rotary_by_kind(config, dim // heads, kinds, THETAS, scaled=tuple(THETAS))
     bias, inner_bias = bool(config.get('attention_bias', False)), bool(config.get('mlp_bias', False))
     return {
         'class': 'TransformerWrapper',
@@ -48,7 +49,6 @@ def modernbert(config: Config) -> Plain:
             **({'attn_qkv_bias': True, 'attn_out_bias': True} if bias else {}),
             **({} if window is None else {'attn_max_attend_past': window, 'attn_max_attend_future': window}),
             'rotary_pos_emb': True,
-            'rotary_emb_dim': dim // heads,
             **turned,
             # what comes out of the norm of the embeddings is normed
             'norm_before': (False, *(True,) * (2 * depth - 1)),
@@ -70,10 +70,7 @@ def masked_head(config: Config) -> Plain:
     act, inner = config.get('classifier_activation', 'gelu'), bool(config.get('classifier_bias', False))
     if headless(config.architecture):
         return {'return_only_embed': True}
-    if config.architecture not in ('', 'ModernBertForMaskedLM'):
-        config.wrong.append(
-            f'`architectures` is {config.architecture}: heads are those of ModernBertForMaskedLM, or none (ModernBertModel)'
-        )
+    check_head(config, 'ForMaskedLM')
     if act not in NAMES_OF_ACTIVATIONS:
         config.wrong.append(f'`classifier_activation` is {act!r}: the head has {", ".join(NAMES_OF_ACTIVATIONS)}')
     head = {'logits_transform': NAMES_OF_ACTIVATIONS.get(act), 'logits_transform_bias': inner, 'logits_bias': bias}

@@ -21,14 +21,12 @@ from x_transformers.hf.maps import SAME, apart, chain, paired, split_in_heads
 def neox(config: Config) -> Plain:
     dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
     config.only('is_decoder', False, 'this family is read as a decoder', True)
-    turned = rotary(config)
-    share = turned.pop('partial')
     # older configs have names of their own
-    if 'rope_parameters' not in config.values:
-        share = config.get('rotary_pct', 0.25)
+    old = 'rope_parameters' not in config.values
+    turned = rotary(config, dim // heads, share=config.get('rotary_pct', 0.25) if old else None)
+    if old:
         turned['rotary_theta'] = float(config.get('rotary_emb_base', turned['rotary_theta']))
     config.skip('rotary_pct', 'rotary_emb_base')
-    channels = int(dim // heads * share)
     stack: Plain = {
         'class': 'Decoder',
         'dim': dim,
@@ -38,7 +36,6 @@ def neox(config: Config) -> Plain:
         **({'attn_qkv_bias': True, 'attn_out_bias': True} if config.get('attention_bias', True) else {}),
         **({'parallel_block': True} if config.get('use_parallel_residual', True) else {}),
         'rotary_pos_emb': True,
-        'rotary_emb_dim': channels,
         **turned,
         'norm_add_unit_offset': False,
         'norm_bias': True,
