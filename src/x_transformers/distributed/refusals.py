@@ -65,6 +65,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('tensor', 'ff_dropout', DROPS),
     Refusal('tensor', 'attn_custom_attn_fn', UNKNOWN),
     Refusal('tensor', 'ff_custom_activation', UNKNOWN, allowed=is_name),
+    Refusal('tensor', 'ff_experts', 'experts are cut neither by features nor among processes'),
     Refusal('tensor', 'ff_solu', 'it norms all inner features, of which each process has some'),
     Refusal('tensor', 'ff_post_act_ln', 'it norms all inner features, of which each process has some'),
     Refusal('tensor', 'add_attn_z_loss', 'it reads the attention maps of all heads'),
