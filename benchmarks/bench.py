@@ -169,25 +169,20 @@ def table(rows: list[dict[str, Any]], labels: list[str]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], labels: list[str], path: Path) -> None:
-    import matplotlib
+    from x_transformers.drawing import name_beside, panels, save, style
 
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.5))
-    names = [row['workload'] for row in rows]
-    for number, label in enumerate(labels[:-1]):
-        known = [index for index, row in enumerate(rows) if label in row]
-        axes.barh(
-            [index + 0.3 * number for index in known], [rows[index][label]['ratio'] for index in known], 0.28, label=label
-        )
-    axes.axvline(1.0, color='black', linewidth=1, label=labels[-1])
-    axes.set_yticks(range(len(rows)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel('processor time, ratio to the floor')
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with style():
+        figure, [[axis]] = panels(width=8.5, height=0.35 * len(rows) + 1.5)
+        for number, label in enumerate(labels[:-1]):
+            known = [index for index, row in enumerate(rows) if label in row]
+            heights = [index + 0.3 * number for index in known]
+            axis.barh(heights, [rows[index][label]['ratio'] for index in known], 0.28, label=label)
+        axis.axvline(1.0, color='black', linewidth=1, label=labels[-1])
+        axis.set_yticks(range(len(rows)), [row['workload'] for row in rows])
+        axis.invert_yaxis()
+        axis.set_xlabel('processor time, as a ratio to the hand-written floor')
+        name_beside(axis)
+        save(figure, path)
 
 
 def wanted_of(options: argparse.Namespace) -> list[str]:

@@ -12,6 +12,7 @@ from common import Run, figure
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.drawing import name_beside
 
 TOKENS, LENGTH, AHEAD, BEAMS = 24, 32, 6, (1, 2, 4, 8, 16)
 
@@ -71,7 +72,7 @@ def main() -> None:
     for label, reached in (('best of all', best), (f'{BEAMS[-1]} beams', found[BEAMS[-1]]), ('greedy', greedy)):
         axes[0][1].plot(reached[order].numpy(), '.', label=label)
     axes[0][1].set(xlabel='first token', xticks=[])
-    axes[0][1].legend(fontsize=8)
+    name_beside(axes[0][1])
     run.picture(drawn)
     closed = (found[BEAMS[-1]] - greedy).mean() / (best - greedy).mean()
     others = f'log likelihoods: greedy {greedy.mean():.2f}, beams {found[BEAMS[-1]].mean():.2f}, best of all {best.mean():.2f}'

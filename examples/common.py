@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from x_transformers.drawing import panels, save, settings
+
 PICTURES = Path('runs/examples')
 
 
@@ -111,7 +113,7 @@ class Run:
         """Save a matplotlib figure as ``runs/examples/NAME.png``."""
         PICTURES.mkdir(parents=True, exist_ok=True)
         path = PICTURES / f'{name or self.name}.png'
-        figure.savefig(path, dpi=80, bbox_inches='tight')
+        save(figure, path)
         tqdm.write(f'{self.name}: wrote {path}')
 
     def check(
@@ -132,12 +134,10 @@ class Run:
 
 def figure(rows: int, columns: int, *, width: float, height: float) -> Any:
     """(matplotlib figure, its axes as an array of rows and columns); needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    import matplotlib
 
-    made = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(made)
-    return made, made.subplots(rows, columns, squeeze=False)
+    matplotlib.rcParams.update(settings())
+    return panels(rows, columns, width=width, height=height)
 
 
 def show_image(axis: Any, pixels: Tensor, title: str = '', *, right: bool = True) -> None:

@@ -10,6 +10,7 @@ from common import Run, figure
 from torch import Tensor
 
 from x_transformers import DPO, AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.drawing import name_beside
 
 NUMBERS, LENGTH, BATCH = 16, 8, 32
 
@@ -58,7 +59,7 @@ def main() -> None:
     for offset, (says, pair) in enumerate((('before', before), ('after', after))):
         axes[0][1].bar([x + 0.4 * offset for x in range(3)], [*pair, 1 - sum(pair)], width=0.4, label=says)
     axes[0][1].set(xticks=[0.2, 1.2, 2.2], xticklabels=['up', 'down', 'neither'], ylim=(0, 1.02), title='samples')
-    axes[0][1].legend()
+    name_beside(axes[0][1])
     run.picture(made)
     run.check('samples that count up', after[0], at_least=0.95, baseline=f'{before[0]:.2f} did before DPO')
 

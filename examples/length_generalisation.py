@@ -10,6 +10,7 @@ from common import Run, figure
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.drawing import name_beside
 from x_transformers.training.data import load_corpus, sample_batch
 
 SHORT, LONG, BATCH = 64, 256, 16
@@ -54,7 +55,7 @@ def main() -> None:
         axes[0][column].set_title(f'{name}: attention, last layer', fontsize=9)
     axes[0][0].axvline(SHORT / 16 - 0.5, color='grey', linewidth=0.8)
     axes[0][0].set(xlabel='place / 16', ylabel='bits per byte', title=f'trained on {SHORT} bytes')
-    axes[0][0].legend(fontsize=8)
+    name_beside(axes[0][0])
     run.picture(made)
 
     beyond = {name: places[SHORT:].mean().item() for name, places in bits.items()}

@@ -12,6 +12,7 @@ from common import Run, figure
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, BeliefStateWrapper, Decoder, TransformerWrapper
+from x_transformers.drawing import name_beside
 
 ARMS, LENGTH, BATCH = 2, 4, 128
 NODES = 1 + ARMS * (LENGTH - 1)
@@ -71,7 +72,7 @@ def main() -> None:
     for label, curve in (('next token', plain_losses), ('belief state', losses)):
         axes[0][0].plot([loss / curve[0] for loss in curve], label=label, linewidth=0.8)
     axes[0][0].set(xlabel='step', ylabel='loss, share of the first')
-    axes[0][0].legend()
+    name_beside(axes[0][0])
     axes[0][1].bar(['next token', 'belief state'], [plain_rate, rate], color=['C0', 'C1'])
     axes[0][1].axhline(1 / ARMS, color='grey', linewidth=0.8, linestyle='--')
     axes[0][1].set(ylabel='paths found', ylim=(0, 1.02))

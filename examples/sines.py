@@ -13,6 +13,7 @@ from common import Run, figure
 from torch import Tensor
 
 from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder
+from x_transformers.drawing import name_beside
 
 FRAME, FRAMES, PROMPT = 8, 16, 12
 
@@ -54,7 +55,7 @@ def main() -> None:
         axis.plot(range(PROMPT * FRAME, FRAMES * FRAME), said.flatten().numpy(), color='C3')
         axis.axvline(PROMPT * FRAME - 0.5, color='0.5', linestyle=':')
         axis.set_ylim(-2.1, 2.1)
-    axes[0, 0].legend(['the wave', 'continued by the model'], loc='upper left', fontsize=8)
+    name_beside(axes[0, 0], 'the wave', 'continued by the model')
     run.picture(drawn)
     run.check(
         'root mean square error of 32 values', rolled, at_most=float(0.4 * zero),

@@ -10,6 +10,7 @@ from common import Run, figure
 from torch import Tensor
 
 from x_transformers import Decoder, TransformerWrapper
+from x_transformers.drawing import name_beside
 from x_transformers.up_wrapper import SyntheticDataGenerator, UniversalPretrainWrapper
 
 TOKENS, LENGTH, BATCH, MACHINES = 16, 48, 32, 16
@@ -57,7 +58,7 @@ def main() -> None:
     axes[0][0].axhline(baseline, color='grey', linestyle='--', label="entropy of the sequence's own tokens")
     axes[0][0].axhline(math.log2(TOKENS), color='lightgrey', linestyle=':', label='guessing')
     axes[0][0].set(xlabel='place in the sequence', ylabel='bits per token', ylim=(0, None))
-    axes[0][0].legend(fontsize=8)
+    name_beside(axes[0][0])
     run.picture(made)
     others = f'counting tokens within each sequence reaches {baseline:.2f}, guessing {math.log2(TOKENS):.0f}'
     run.check('bits per token on fresh machines', bits.mean(), at_most=0.8 * baseline, baseline=others)

@@ -14,6 +14,7 @@ from common import Run, figure
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, XLAutoregressiveWrapper
+from x_transformers.drawing import name_beside
 
 SYMBOLS, PERIOD, SEGMENT, SEGMENTS = 16, 24, 16, 6
 
@@ -67,7 +68,7 @@ def main() -> None:
     for border in range(SEGMENT, SEGMENT * SEGMENTS, SEGMENT):
         axes[0][0].axvline(border - 0.5, color='grey', linewidth=0.6, linestyle=':')
     axes[0][0].set(xlabel='place in the sequence (dotted: where segments begin)', ylabel='bits per token')
-    axes[0][0].legend(fontsize=8, loc='center right')
+    name_beside(axes[0][0])
     run.picture(drawn)
 
     prompt, wanted = x[:, : 2 * PERIOD], x[:, 2 * PERIOD :]

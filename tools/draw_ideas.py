@@ -5,14 +5,13 @@ Every map is read from an attention of the library, of one sequence of tokens th
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-os.environ.setdefault('MPLBACKEND', 'Agg')
+from x_transformers.drawing import panels, save, style
 
 PATH = Path(__file__).parent.parent / 'docs/assets/ideas.png'
 N, DIM = 24, 32
@@ -62,22 +61,19 @@ def drawn(prefix: int | None = None, **flags: Any) -> Tensor:
 
 
 def main() -> None:
-    import matplotlib.pyplot as plt
-
-    figure, rows = plt.subplots(2, 6, figsize=(12, 4.8))
-    for axes, row in zip(rows, (WEIGHTS, BIASES), strict=True):
-        for axis, (title, flags) in zip(axes, row.items(), strict=True):
-            weights = drawn(**flags)
-            signed = bool((weights < 0).any())
-            most = weights.abs().quantile(0.98).item()
-            low, colours = (-most, 'RdBu') if signed else (0.0, 'viridis')
-            axis.imshow(weights, cmap=colours, vmin=low, vmax=most)
-            axis.set_title(title, fontsize=8)
-            axis.set_xticks([])
-            axis.set_yticks([])
-    figure.tight_layout()
-    figure.savefig(PATH, dpi=110)
-    print(f'wrote {PATH}')
+    with style():
+        figure, rows = panels(2, 6, width=12, height=4.8)
+        for axes, row in zip(rows, (WEIGHTS, BIASES), strict=True):
+            for axis, (title, flags) in zip(axes, row.items(), strict=True):
+                weights = drawn(**flags)
+                signed = bool((weights < 0).any())
+                most = weights.abs().quantile(0.98).item()
+                low, colours = (-most, 'PuOr') if signed else (0.0, 'viridis')
+                axis.imshow(weights, cmap=colours, vmin=low, vmax=most)
+                axis.set_title(title, fontsize=8)
+                axis.set_xticks([])
+                axis.set_yticks([])
+        print(f'wrote {save(figure, PATH)}')
 
 
 if __name__ == '__main__':

@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from x_transformers.drawing import BLUE, GREY, RED, name_beside, panels, save, style
 from x_transformers.evidence.findings import Findings, confidence_band
 from x_transformers.training.errors import TrainingError
 
-# for readers who do not tell red from green
 COLOURS = {
-    'helps': '#0072b2',
-    'hurts': '#d55e00',
-    'no difference': '#777777',
+    'helps': BLUE,
+    'hurts': RED,
+    'no difference': GREY,
     'not resolved': '#bbbbbb',
     'failed': '#000000',
 }
 
 
-def pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise TrainingError("pictures need matplotlib: pip install 'x-transformers[ablate]'") from error
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+def styled() -> AbstractContextManager[None]:
+    """The style of all pictures.
 
-    return plt
+    Errors: ``TrainingError`` where matplotlib is missing.
+    """
+    if importlib.util.find_spec('matplotlib') is None:
+        raise TrainingError("pictures need matplotlib: pip install 'x-transformers[ablate]'")
+    return style()
 
 
-def save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f'.{path.name}')
-    figure.savefig(temporary, dpi=160, bbox_inches='tight', format='png')
-    temporary.replace(path)
-    return path
+def panels_for(tasks: Sequence[str], height: float) -> tuple[Any, list[Any]]:
+    """(figure, one panel for each task, two in a row)."""
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = panels(rows, columns, width=6.5 * columns, height=height * rows)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[: len(tasks)])
 
 
 def draw_forest(report: Findings, path: Path) -> Path:
     """Differences with their intervals, one panel per task; to the right is better."""
-    plt, tasks = pyplot(), report.tasks()
+    with styled():
+        return save(forest(report), path)
+
+
+def forest(report: Findings) -> Any:
+    tasks = report.tasks()
     tallest = max(sum(outcome.task == task for outcome in report.outcomes) for task in tasks)
-    columns = min(2, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (6.5 * columns, rows * (1.4 + 0.24 * tallest))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    for axis, task in zip(axes.flat, tasks, strict=False):
+    figure, axes = panels_for(tasks, 1.4 + 0.24 * tallest)
+    for axis, task in zip(axes, tasks, strict=True):
         these = [outcome for outcome in report.outcomes if outcome.task == task]
         margin = next((o.margin for o in these if o.margin is not None), None)
         if margin is not None:
@@ -57,27 +62,23 @@ def draw_forest(report: Findings, path: Path) -> Path:
             if found is not None:
                 axis.plot([found.low, found.high], [place, place], color=COLOURS[outcome.verdict], linewidth=2)
                 axis.plot(found.mean, place, 'o', color=COLOURS[outcome.verdict], markersize=4.5)
-        axis.set_yticks(range(len(these)), [outcome.idea for outcome in these], fontsize=8)
+        axis.set_yticks(range(len(these)), [outcome.idea for outcome in these])
         axis.set_ylim(len(these) - 0.4, -0.6)
-        axis.set_title(f'{task}: {these[0].metric}', fontsize=10, loc='left')
-        axis.set_xlabel('better than the baseline by', fontsize=8)
-        axis.tick_params(axis='x', labelsize=8)
-        axis.spines[['top', 'right']].set_visible(False)
-    try:
-        return save(figure, path)
-    finally:
-        plt.close(figure)
+        axis.set_title(f'{task}: {these[0].metric}')
+        axis.set_xlabel('better than the baseline by')
+    return figure
 
 
 def draw_curves(report: Findings, path: Path, most: int = 8) -> Path:
     """The metric over steps: mean of the seeds, with a band from the lowest to the highest; the ideas that differ most."""
-    plt, tasks = pyplot(), report.tasks()
-    columns = min(2, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 3.6 * rows), squeeze=False, layout='constrained')
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    for axis, task in zip(axes.flat, tasks, strict=False):
+    with styled():
+        return save(curves_of(report, most), path)
+
+
+def curves_of(report: Findings, most: int) -> Any:
+    tasks = report.tasks()
+    figure, axes = panels_for(tasks, 3.6)
+    for axis, task in zip(axes, tasks, strict=True):
         these = [outcome for outcome in report.outcomes if outcome.task == task and outcome.curves]
         these.sort(key=lambda outcome: -abs(outcome.comparison.mean) if outcome.comparison else 0.0)
         lines = [('baseline', report.baseline_curves.get(task, []))] + [(o.idea, o.curves) for o in these[:most]]
@@ -89,16 +90,11 @@ def draw_curves(report: Findings, path: Path, most: int = 8) -> Path:
             style = {'color': '#000000', 'linewidth': 2} if name == 'baseline' else {'linewidth': 1.4}
             (line,) = axis.plot(steps, means, label=name, **style)
             axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
-        axis.set_title(f'{task}: {report_metric(report, task)}', fontsize=10, loc='left')
-        axis.set_xlabel('steps', fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.set_title(f'{task}: {report_metric(report, task)}')
+        axis.set_xlabel('training steps')
         if axis.lines:
-            axis.legend(fontsize=7, frameon=False)
-        axis.spines[['top', 'right']].set_visible(False)
-    try:
-        return save(figure, path)
-    finally:
-        plt.close(figure)
+            name_beside(axis)
+    return figure
 
 
 def report_metric(report: Findings, task: str) -> str:

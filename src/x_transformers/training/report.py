@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import lzma
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from x_transformers.drawing import BLUE, GREEN, GREY, RED, name_beside, panels, save, style
 from x_transformers.training.errors import CheckpointError
 from x_transformers.training.files import write_atomically
 from x_transformers.training.logs import Log
@@ -111,29 +113,21 @@ def versus(model: float, other: float) -> str:
 
 def draw_losses(lines: Sequence[Mapping[str, Any]], path: Path, comparison: Comparison | None = None) -> None:
     """The curves of training and held-out loss, with the compressors as lines. Nothing is drawn without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    if importlib.util.find_spec('matplotlib') is None:
         return
-    import io
-
-    figure = Figure(figsize=(7, 4), layout='constrained')
-    axes = figure.add_subplot()
     steps = [(line['step'], line['bits_per_byte']) for line in lines if 'bits_per_byte' in line]
     checks = [(line['step'], line['held_out_bits_per_byte']) for line in lines if 'held_out_bits_per_byte' in line]
-    if steps:
-        axes.plot(*zip(*steps, strict=True), color='tab:blue', linewidth=0.7, alpha=0.6, label='training batch')
-    if checks:
-        axes.plot(*zip(*checks, strict=True), color='tab:orange', marker='o', markersize=4, label='held-out text')
-    if comparison is not None:
-        axes.axhline(comparison.gzip, color='tab:green', linestyle='--', linewidth=1, label=f'gzip -9: {comparison.gzip:.2f}')
-        axes.axhline(comparison.xz, color='tab:red', linestyle=':', linewidth=1, label=f'xz -9: {comparison.xz:.2f}')
-        top = max(4.0, 1.5 * comparison.gzip)
-        axes.set_ylim(min(comparison.xz, comparison.model) - 0.3, top)
-    axes.set(xlabel='step', ylabel='bits per byte')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
-    write_atomically(path, buffer.getvalue())
+    with style():
+        figure, [[axis]] = panels(width=7.5, height=4)
+        if steps:
+            axis.plot(*zip(*steps, strict=True), linewidth=0.7, alpha=0.7, color=BLUE, label='training batch')
+        if checks:
+            axis.plot(*zip(*checks, strict=True), marker='o', markersize=4, color=RED, label='held-out text')
+        if comparison is not None:
+            axis.axhline(comparison.gzip, color=GREEN, linestyle='--', linewidth=1, label=f'gzip -9: {comparison.gzip:.2f}')
+            axis.axhline(comparison.xz, color=GREY, linestyle=':', linewidth=1, label=f'xz -9: {comparison.xz:.2f}')
+            axis.set_ylim(min(comparison.xz, comparison.model) - 0.3, max(4.0, 1.5 * comparison.gzip))
+        axis.set(xlabel='training step', ylabel='bits per byte')
+        if axis.lines:
+            name_beside(axis)
+        save(figure, path)
