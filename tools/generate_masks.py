@@ -1,4 +1,4 @@
-"""Write the pictures in docs/masks.md: each is drawn from the mask that attention itself would use."""
+"""Write the pictures in docs/masks.md, each drawn from the mask that attention itself would use, and the table of arguments."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.embedding.call import OF_MODELS
 
 PATH = Path(__file__).parent.parent / 'docs/masks.md'
 N = 6
@@ -51,13 +52,30 @@ def drawn(mask: Mask, geometry: ScoreShape) -> str:
     )
 
 
+def table() -> str:
+    """One row for each argument of a call that has axes, from its declaration."""
+    lines = ['| argument | axes | says | in front of the tokens | may cover |', '| --- | --- | --- | --- | --- |']
+    for name, each in OF_MODELS.items():
+        forms = ', '.join(f'({form.strip()})' for form in each.axes.split('|'))
+        forms += f'; of floats ({each.floating.replace(" | ", "), (")})' if each.floating else ''
+        front = 'given too' if each.with_front else '' if each.front is None else f'`{each.front}`'
+        covers = (
+            '' if not (each.has('n') or each.has('i')) else 'new tokens, or all' if each.past == 'all' else 'the tokens of x'
+        )
+        needs = f' Needs `{each.needs}`.' if each.needs else ''
+        lines.append(f'| `{name}` | {forms} | {each.says}{needs} | {front} | {covers} |')
+    return '\n'.join(lines)
+
+
 def generated() -> str:
     """The text of the file, with its pictures drawn anew."""
 
     def picture(found: re.Match[str]) -> str:
         return f'<!-- picture: {found[1]} -->\n```text\n{drawn(*PICTURES[found[1]])}\n```'
 
-    return re.sub(r'<!-- picture: ([\w ]+) -->\n```text\n.*?```', picture, PATH.read_text(encoding='utf-8'), flags=re.DOTALL)
+    text = re.sub(r'<!-- picture: ([\w ]+) -->\n```text\n.*?```', picture, PATH.read_text(encoding='utf-8'), flags=re.DOTALL)
+    block = re.compile(r'(<!-- arguments with axes -->\n).*?(<!-- end of arguments with axes -->)', re.DOTALL)
+    return block.sub(lambda found: f'{found[1]}{table()}\n{found[2]}', text)
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import always, default
+from x_transformers.layers.arguments import DECLARED, per_token
 from x_transformers.layers.checks import check_names, check_steps
 from x_transformers.losses import calc_z_loss
 from x_transformers.module import Dropout, Module, empty_parameter
@@ -381,23 +382,19 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
     """The stack's keywords for rows that are laid in another order."""
     given = dict(given)
     rows = shuffle.there.shape[1]
-    for name in ('attn_mask', 'attn_bias'):
-        if name in given:
+    for name, declared in DECLARED.items():
+        if declared.has('i') and name in given:
             raise ValueError(
                 f'{name} with seq_start_pos behind rows in front (prepended, cls or memory): padding moves to the front, '
                 'so that every batch row would need one of its own; run prompts of different lengths one by one.'
             )
-    for name in ('mask', 'self_attn_kv_mask', 'condition', 'in_attn_cond', 'pos'):
-        value = given.get(name)
-        if value is None:
+    for name, value, axis in per_token(DECLARED, given):
+        if value.shape[axis] < rows:
             continue
-        if name == 'pos' and value.ndim == 3:
-            given[name] = shuffle.lay(value.transpose(1, 2)).transpose(1, 2)
-            continue
-        if name == 'pos' and value.ndim == 1:
-            value = value.unsqueeze(0)
-        if value.ndim > 1 and value.shape[1] >= rows and (value.ndim == 3 or name not in ('condition', 'in_attn_cond')):
-            given[name] = shuffle.lay(value)
+        batch = DECLARED[name].axis(value, 'b')
+        if batch is None:
+            value, batch, axis = value.unsqueeze(0), 0, axis + 1
+        given[name] = shuffle.lay(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
     if 'deep_embeds_and_ids' in given:
         table, ids = given['deep_embeds_and_ids']
         given['deep_embeds_and_ids'] = table, shuffle.lay(ids)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache.kv_cache import KVCache
+from x_transformers.embedding.call import OF_MODELS
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,20 @@ class Arguments:
 
     def __init__(self, given: dict[str, Tensor | Along], length: int) -> None:
         self.given = {name: value if isinstance(value, Along) else Along(value) for name, value in given.items()}
+        for name, along in self.given.items():
+            self._as_declared(name, along)
         self.length = length
+
+    @staticmethod
+    def _as_declared(name: str, along: Along) -> None:
+        """Rows and tokens are cut where the argument's declaration says that they are."""
+        declared, value = OF_MODELS.get(name), along.value
+        if declared is None or not isinstance(value, Tensor) or not declared.form(value):
+            return
+        assert along.rows in (None, declared.axis(value, 'b')), f'{name}: its rows lie elsewhere'
+        axes = {axis % value.ndim for axis in along.tokens}
+        known = {declared.axis(value, letter) for letter in 'nij'} - {None}
+        assert axes <= known, f'{name}: its tokens lie elsewhere'
 
     def part(
         self, rows: slice | Tensor = slice(None), start: int = 0, stop: int | None = None, *, new: int | None = None

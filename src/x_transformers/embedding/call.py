@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
+from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of
 from x_transformers.notices import warn_inert
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -25,17 +26,17 @@ class Call:
 
     x: Tensor
     mask: Bool[Tensor, 'b n'] | None = None
-    lens: Int[Tensor, ' b'] | None = None
-    numbers: Float[Tensor, 'b n'] | None = None
+    lens: Int[Tensor, ' b'] | None = argument('b', 'How many tokens each row has.')
+    numbers: Float[Tensor, 'b n'] | None = argument('b n', 'The numbers among the tokens.', each_call=False)
     mems: Sequence[Float[Tensor, 'b l d']] | None = None
     mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
     recycle_steps: int | None = None
     loop: Any = None
     pos: Tensor | None = None
-    prepend_embeds: Float[Tensor, 'b p e'] | None = None
-    prepend_mask: Bool[Tensor, 'b p'] | None = None
-    embed_ids: Mapping[str, Int[Tensor, 'b n']] = field(default_factory=dict)
-    sum_embeds: Float[Tensor, '#b #n e'] | None = None
+    prepend_embeds: Float[Tensor, 'b p e'] | None = argument('b p e', 'Embeddings in front of the tokens.')
+    prepend_mask: Bool[Tensor, 'b p'] | None = argument('b p', 'Which prepended embeddings are tokens.', needs='prepend_embeds')
+    embed_ids: Mapping[str, Int[Tensor, 'b n']] = argument('b n', 'Ids for further embeddings, by name.', default=dict)
+    sum_embeds: Float[Tensor, '#b #n e'] | None = argument('b n e', 'Embeddings that are added.')
     seq_start_pos: Int[Tensor, ' b'] | None = None
     cache: KVCache | None = None
     new_only: bool = False
@@ -52,6 +53,10 @@ class Call:
     def pos_ids(self) -> Int[Tensor, '...'] | None:
         """Positions as numbers; those of floating dtype are embeddings already."""
         return None if self.pos is None or self.pos.is_floating_point() else self.pos
+
+
+# of every model, and of the stack that its other keywords go to
+OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(Call)
 
 
 def last_positions(t: Tensor, count: int | None) -> Tensor:

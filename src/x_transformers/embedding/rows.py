@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.token import check_mask
+from x_transformers.layers.arguments import DECLARED, count_new, per_token
 from x_transformers.tensor_types import Bool, Int
 
 
@@ -88,12 +89,7 @@ class Rows:
             )  # fmt: skip
         front_held = max(front - (cache.length - cache.retained), 0)
         held = cache.retained - front_held
-        if new_only or cache_age == 0:
-            new = given
-        elif cache_age is not None and cache_age != 1:
-            new = min(cache_age, given)
-        else:
-            new = given if given <= held else given - held
+        new = count_new(given, held, new_only, None if cache_age is None else min(cache_age, given))
         seen = cache.length - front
         return cls(
             new=new, front=front, held=held, seen=seen, front_held=front_held, cached=True, memory=memory, begin=seen - held
@@ -201,16 +197,16 @@ class Rows:
         if keys is not None and keys.shape[-1] == self.tokens:
             keys = F.pad(keys, (extra - self.memory.count, 0), value=True)
             more['self_attn_kv_mask'] = self.memory.mask(keys) if self.memory else keys
-        for name, value in (('attn_mask', True), ('attn_bias', 0.0)):
+        for name, declared in DECLARED.items():
             dense = more.get(name)
-            if dense is None or dense.shape[-1] != self.tokens:
+            if not declared.has('i') or dense is None or dense.shape[-1] != self.tokens:
                 continue
             if self.memory.every:
                 raise ValueError(f'{name} with memory_tokens_interspersed_every must be given for the longer sequence.')
             if self.cached and dense.shape[-2] > self.new:
                 dense = dense[..., -self.new :, :]
             top = 0 if self.cached else extra
-            more[name] = F.pad(dense, (extra, 0, top, 0), value=value)
+            more[name] = F.pad(dense, (extra, 0, top, 0), value=declared.front)
         return more
 
     def _prefix(self, tokens: int | Int[Tensor, '...']) -> int | Int[Tensor, '...']:
@@ -219,9 +215,10 @@ class Rows:
 
     def _new_parts(self, more: dict[str, Any], mems: int) -> dict[str, Any]:
         more = dict(more)
-        for name, axis in (('condition', 1), ('in_attn_cond', 1), ('self_attn_kv_residuals', -2)):
-            value, first = more.get(name), mems if name == 'condition' else 0
-            if isinstance(value, Tensor) and value.ndim > 2 and value.shape[axis] > first + self.new:
+        wanted = {name: each for name, each in DECLARED.items() if each.with_front}
+        for name, value, axis in per_token(wanted, more):
+            first = mems if name == 'condition' else 0
+            if value.shape[axis] > first + self.new:
                 newest = value.narrow(axis, value.shape[axis] - self.new, self.new)
                 more[name] = torch.cat((value.narrow(axis, 0, first), newest), dim=axis) if first else newest
         return more

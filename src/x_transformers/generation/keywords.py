@@ -12,23 +12,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from x_transformers.cache.kv_cache import KVCache
+from x_transformers.embedding.call import OF_MODELS
 from x_transformers.generation.prompts import GenerateError
 from x_transformers.helpers import pad_at_dim
+from x_transformers.layers.arguments import names_of
 from x_transformers.tensor_types import Bool, Int
 
 # True beyond the prompt: a new token is never padding
-EXTENDED = ('mask', 'self_attn_kv_mask')
+EXTENDED = names_of(OF_MODELS, lambda each: each.has('n') and each.front is True)
 # one entry per token: must cover everything that will be fed
-COVERING = ('embed_ids', 'sum_embeds', 'pos', 'condition', 'in_attn_cond', 'self_attn_kv_residuals')
+COVERING = names_of(OF_MODELS, lambda each: each.has('n') and each.front is not True and each.each_call)
 # one entry per pair of tokens, and what stands where there is none
-PAIRS = {'attn_mask': True, 'attn_bias': 0.0}
-FRONT = ('prepend_embeds', 'prepend_mask')
-# of these, the ones that have entries for what is prepended, too
-WITH_FRONT = ('condition', 'in_attn_cond', 'self_attn_kv_residuals')
-# have a batch axis only from this many axes on
-BATCHED_FROM = {'pos': 2, 'context_pos': 2, 'attn_mask': 4, 'attn_bias': 4}
-# of (b n d) or (layers b n d)
-RESIDUALS = ('self_attn_kv_residuals', 'cross_attn_kv_residuals')
+PAIRS = {name: each.front or 0.0 for name, each in OF_MODELS.items() if each.has('i')}
+FRONT = names_of(OF_MODELS, lambda each: each.has('p'))
+# those that have entries for what is prepended, too
+WITH_FRONT = names_of(OF_MODELS, lambda each: each.with_front)
 
 
 def reads_new_tokens(net: nn.Module) -> bool:
@@ -159,14 +157,14 @@ class Keywords:
         """The keywords of batch rows ``index``."""
 
         def gather(name: str, value: Any) -> Any:
-            least = BATCHED_FROM.get(name, 1)
+            declared = OF_MODELS.get(name)
 
             def one(t: Any) -> Any:
-                if not isinstance(t, Tensor):
+                if not isinstance(t, Tensor) or t.ndim == 0:
                     return t
-                axis = t.ndim - 3 if name in RESIDUALS else 0
-                batched = t.ndim >= least and t.shape[axis] == batch
-                return t.index_select(axis, index.to(t.device)) if batched else t
+                # of what is not known the batch is taken to come first
+                axis = 0 if declared is None or not declared.form(t) else declared.axis(t, 'b')
+                return t if axis is None or t.shape[axis] != batch else t.index_select(axis, index.to(t.device))
 
             if name == 'self_attn_additional_kv' and isinstance(source := getattr(value, 'kv_cache', value), KVCache):
                 return source.reorder(index)
@@ -179,13 +177,7 @@ class Keywords:
 
 def token_axis(name: str, t: Tensor) -> int | None:
     """The axis of ``t`` along which each token has an entry; None: it is the same for all tokens."""
-    if name == 'pos':
-        return -2 if t.is_floating_point() else -1
-    if name == 'self_attn_kv_residuals':
-        return -2
-    if name in ('condition', 'in_attn_cond') and t.ndim < 3:
-        return None
-    return 1
+    return OF_MODELS[name].axis(t, 'n')
 
 
 def _part(name: str, low: int, high: int, front: int, t: Any) -> Any:

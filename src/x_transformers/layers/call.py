@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
 from x_transformers.attention.mask import Mask, PackedSequences, Placed
 from x_transformers.cache.intermediates import LayerIntermediates
-from x_transformers.cache.kv_cache import Cache, KVCache
+from x_transformers.cache.kv_cache import KVCache
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.plan import Step
 from x_transformers.tensor_types import Bool, Float, Int
@@ -24,52 +24,6 @@ if TYPE_CHECKING:
 
 # the cache of the stack itself, beside those of its steps: masks and positions that the caller gave
 OWN_STEP = -1
-
-
-@dataclass
-class Given:
-    """The keywords of a stack's forward, as the caller wrote them; ``prefix_attn_len`` is that of ``PrefixDecoder``."""
-
-    context: Tensor | None = None
-    mask: Tensor | None = None
-    context_mask: Tensor | None = None
-    attn_mask: Tensor | None = None
-    self_attn_kv_mask: Tensor | None = None
-    mems: Sequence[Tensor | None] | None = None
-    mem_masks: Sequence[Tensor | None] | None = None
-    seq_start_pos: Tensor | None = None
-    seq_pos_offset: int | None = None
-    cache: Cache = None
-    input_not_include_cache: bool = False
-    cache_age: int = 1
-    return_hiddens: bool = False
-    rotary_pos_emb: Any = None
-    polar_pos_emb: Any = None
-    pos: Tensor | None = None
-    context_pos: Tensor | None = None
-    attn_bias: Tensor | None = None
-    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None
-    self_attn_additional_kv: Any = None
-    additional_kv_mask: Tensor | None = None
-    detach_additional_kv: bool = False
-    route_additional_kv_to_top: bool = True
-    condition: Tensor | None = None
-    in_attn_cond: Tensor | None = None
-    layers_execute_order: Sequence[int] | None = None
-    self_attn_kv_residuals: Tensor | None = None
-    cross_attn_kv_residuals: Tensor | None = None
-    flash_pack_seq_kwargs: Any = None
-    flash_pack_seq_context_kwargs: Any = None
-    prefix_attn_len: int | Tensor | None = None
-    repeat_blocks: Any = None
-    transform_block_inputs: Any = None
-    causal: bool | None = None
-    return_gumbel_log_probs: bool = False
-    return_expert_loss: bool = False
-
-
-# what may be handed on to any stack
-ARGUMENTS = tuple(field.name for field in fields(Given) if field.name != 'prefix_attn_len')
 
 
 @dataclass(frozen=True)

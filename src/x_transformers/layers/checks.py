@@ -13,13 +13,15 @@ from torch import Tensor
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.flags.elsewhere import answer_of_call
+from x_transformers.layers.arguments import ARGUMENTS
 from x_transformers.layers.branch import ShiftTokens
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
-    from x_transformers.layers.call import Given, Span
+    from x_transformers.layers.arguments import Given
+    from x_transformers.layers.call import Span
     from x_transformers.layers.parts import StackParts
 
 
@@ -42,8 +44,6 @@ def is_whole(value: Any, *dims: int) -> bool:
 
 def check_names(model: Any, names: Iterable[str]) -> None:
     """Keywords that a model hands on to its stack are some that the stack has."""
-    from x_transformers.layers.call import ARGUMENTS
-
     unknown = [name for name in names if name not in ARGUMENTS]
     parameters = inspect.signature(model.attn_layers.forward).parameters.values() if unknown else ()
     # a stack of the user's own may take what it likes

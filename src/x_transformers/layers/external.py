@@ -15,7 +15,7 @@ from x_transformers.layers.checks import is_bool, is_float, shape_of
 from x_transformers.layers.plan import Step
 
 if TYPE_CHECKING:
-    from x_transformers.layers.call import Given
+    from x_transformers.layers.arguments import Given
     from x_transformers.layers.parts import StackParts
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from x_transformers.attention.mask import PackedSequences, places
 from x_transformers.cache.kv_cache import Cursor, KVCache
 from x_transformers.helpers import exists
-from x_transformers.layers.call import OWN_STEP, Given, Span, counted
+from x_transformers.layers.arguments import Given
+from x_transformers.layers.call import OWN_STEP, Span, counted
 from x_transformers.layers.checks import (
     is_float,
     shape_of,

@@ -10,7 +10,8 @@ from torch import Tensor
 from x_transformers.attention.mask import Mask, Placed
 from x_transformers.cache.kv_cache import Cursor, KVCache
 from x_transformers.layers.across_depth import injection
-from x_transformers.layers.call import OWN_STEP, Given, Inputs, SelfMasks, Span, counted
+from x_transformers.layers.arguments import Given, count_new
+from x_transformers.layers.call import OWN_STEP, Inputs, SelfMasks, Span, counted
 from x_transformers.layers.checks import (
     check_cache,
     check_call,
@@ -116,7 +117,9 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
     past = 0 if cache is None else cache.retained
     if cache is not None and past:
         check_batch(cache, batch)
-    new = unseen(length, past, given) if cache is not None else length
+    new = length
+    if cache is not None:
+        new = count_new(length, past, given.input_not_include_cache, given.cache_age)
     mems = memory_length(given)
     dropped = 0 if cache is None else cache.length - past
     before = 0 if cache is None else cache.uncounted
@@ -160,20 +163,6 @@ def fixed_span(batch: int, length: int, given: Given, cache: KVCache, cursor: Cu
 def memory_length(given: Given) -> int:
     entries = () if given.mems is None or isinstance(given.mems, Tensor) else given.mems
     return max([0, *[mem.shape[1] for mem in entries if isinstance(mem, Tensor) and mem.ndim == 3]])
-
-
-def unseen(length: int, past: int, given: Given) -> int:
-    """How many of ``length`` tokens come after the ``past`` ones."""
-    if given.input_not_include_cache:
-        return length
-    if given.cache_age != 1:
-        if not 0 <= given.cache_age <= length:
-            raise ValueError(
-                f'cache_age={given.cache_age} asks for the last {given.cache_age} tokens of x, which has {length}: '
-                'it must lie between 0 (all of them) and that number'
-            )
-        return given.cache_age or length
-    return length if length <= past else length - past
 
 
 def check_batch(cache: KVCache, batch: int) -> None:

@@ -21,6 +21,7 @@ from x_transformers.flags.rules import check_stack
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
+from x_transformers.layers.arguments import Given
 from x_transformers.layers.assemble import (
     choose_polar,
     choose_position_bias,
@@ -29,7 +30,7 @@ from x_transformers.layers.assemble import (
     depth_parts,
     warn_of_leaks,
 )
-from x_transformers.layers.call import Around, Carry, Given, Inputs, Record
+from x_transformers.layers.call import Around, Carry, Inputs, Record
 from x_transformers.layers.drop import is_dropped
 from x_transformers.layers.layer import Layer, make_layer, make_norm
 from x_transformers.layers.plan import LayerPlan, Step, exchanged_plan, plan_layers

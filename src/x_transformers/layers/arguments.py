@@ -1,0 +1,149 @@
+"""What a call takes, each argument declared once: its axes, its sentence, what it says of rows in front and of the past.
+
+Letters of axes: b batch, n tokens, i queries, j keys or a context, h heads, l memories, p prepended, m keys of another model,
+d, e, c features, s layers. Several forms are divided by a bar: the number of axes tells which one is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from x_transformers.cache.kv_cache import Cache
+
+PAIRS = 'i j | h i j | b h i j'
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a call.
+
+    Args:
+        axes: of the tensor, or of each tensor in a list or dictionary; ``floating``: of one that holds embeddings.
+        says: one sentence.
+        front: what stands in it for rows in front of the tokens (True, 0.0), where the caller says nothing of them.
+        with_front: the caller says it for those, too.
+        past: 'all' if it may also speak of tokens that a cache holds, 'new' if of the new ones alone.
+        each_call: generation hands over its part for the tokens of each call; False: it belongs to the whole.
+        needs: the argument without which it says nothing.
+    """
+
+    axes: str
+    says: str
+    floating: str = ''
+    front: float | None = None
+    with_front: bool = False
+    past: Literal['all', 'new'] = 'new'
+    each_call: bool = True
+    needs: str | None = None
+
+    def form(self, t: Tensor) -> list[str]:
+        """The letters of this tensor's axes; none if it has no form of the argument."""
+        forms = self.floating if self.floating and t.is_floating_point() else self.axes
+        return next((letters for each in forms.split('|') if len(letters := each.split()) == t.ndim), [])
+
+    def axis(self, t: Tensor, letter: str) -> int | None:
+        """Where this tensor has the axis; None: nowhere."""
+        letters = self.form(t)
+        return letters.index(letter) if letter in letters else None
+
+    def has(self, letter: str) -> bool:
+        return letter in self.axes.replace('|', ' ').split()
+
+
+def argument(axes: str, says: str, *, default: Any = None, **more: Any) -> Any:
+    """A field that declares an argument; ``more`` as in ``Argument``."""
+    made = Argument(axes, says, **more)
+    if callable(default):
+        return field(default_factory=default, metadata={'argument': made})
+    return field(default=default, metadata={'argument': made})
+
+
+def arguments_of(kind: Any) -> dict[str, Argument]:
+    """The declared arguments of a dataclass, by name."""
+    return {each.name: each.metadata['argument'] for each in fields(kind) if 'argument' in each.metadata}
+
+
+def names_of(declared: Mapping[str, Argument], fits: Callable[[Argument], bool]) -> tuple[str, ...]:
+    return tuple(name for name, each in declared.items() if fits(each))
+
+
+def per_token(declared: Mapping[str, Argument], given: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
+    """(name, tensor, axis of the tokens) of what was given for each token."""
+    for name, each in declared.items():
+        value = given.get(name)
+        if isinstance(value, Tensor) and (axis := each.axis(value, 'n')) is not None:
+            yield name, value, axis
+
+
+def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> int:
+    """How many of ``given`` tokens are new where a cache holds ``held`` of them.
+
+    ``new_only``: all; ``cache_age``: the last so many (0: all; None or 1 says nothing). Otherwise an input of no more tokens
+    than are held is new, and a longer one is the whole sequence.
+    """
+    if new_only:
+        return given
+    if cache_age not in (None, 1):
+        if not 0 <= cache_age <= given:
+            raise ValueError(
+                f'cache_age must lie in 0 (all) to {given}, the tokens of x, got {cache_age}. Leave it out to have it counted.'
+            )
+        return cache_age or given
+    return given if given <= held else given - held
+
+
+@dataclass
+class Given:
+    """The keywords of a stack's forward, as the caller wrote them; ``prefix_attn_len`` is that of ``PrefixDecoder``."""
+
+    context: Tensor | None = argument('b j c', 'The other sequence, for cross attention.')
+    mask: Tensor | None = argument('b n', 'Which tokens are tokens.', front=True, past='all')
+    context_mask: Tensor | None = argument('b j', 'Which tokens of the context are tokens.', needs='context')
+    attn_mask: Tensor | None = argument(PAIRS, 'Which query may see which key.', front=True, past='all')
+    self_attn_kv_mask: Tensor | None = argument('b n', 'In place of `mask`: which tokens may be seen.', front=True, past='all')
+    mems: Sequence[Tensor | None] | None = argument('b l d', 'For each self attention: what an earlier segment left.')
+    mem_masks: Sequence[Tensor | None] | None = argument('b l', 'For each self attention: which memories may be seen.')
+    seq_start_pos: Tensor | None = argument('b', 'How many tokens of padding stand on the left of each row.')
+    seq_pos_offset: int | None = None
+    cache: Cache = None
+    input_not_include_cache: bool = False
+    cache_age: int = 1
+    return_hiddens: bool = False
+    rotary_pos_emb: Any = None
+    polar_pos_emb: Any = None
+    pos: Tensor | None = argument('n | b n | b h n', 'Positions in place of 0, 1, 2 …', floating='n e | b n e', past='all')
+    context_pos: Tensor | None = argument('j | b j', 'Positions of the context.', needs='context')
+    attn_bias: Tensor | None = argument(PAIRS, 'What is added to the scores.', front=0.0, past='all')
+    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None
+    self_attn_additional_kv: Any = None
+    additional_kv_mask: Tensor | None = argument(
+        'b m', 'Which keys of another model may be seen.', needs='self_attn_additional_kv'
+    )
+    detach_additional_kv: bool = False
+    route_additional_kv_to_top: bool = True
+    condition: Tensor | None = argument('b c | b n c', 'What adaptive parts depend on.', with_front=True)
+    in_attn_cond: Tensor | None = argument('b d | b n d', "What is added to every branch's input.", with_front=True)
+    layers_execute_order: Sequence[int] | None = None
+    self_attn_kv_residuals: Tensor | None = argument(
+        'b n d | s b n d', "What is added to the input of self attention's keys and values.", with_front=True
+    )
+    cross_attn_kv_residuals: Tensor | None = argument(
+        'b j d | s b j d', "What is added to the input of cross attention's keys and values.", needs='context'
+    )
+    flash_pack_seq_kwargs: Any = None
+    flash_pack_seq_context_kwargs: Any = None
+    prefix_attn_len: int | Tensor | None = argument('b', 'How many tokens all may see, or of each row.')
+    repeat_blocks: Any = None
+    transform_block_inputs: Any = None
+    causal: bool | None = None
+    return_gumbel_log_probs: bool = False
+    return_expert_loss: bool = False
+
+
+DECLARED = arguments_of(Given)
+# what may be handed on to any stack
+ARGUMENTS = tuple(each.name for each in fields(Given) if each.name != 'prefix_attn_len')
