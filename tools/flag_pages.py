@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from generate_atlas import atlas, short
+from generate_atlas import short
 from generate_features import LAWFUL, SECTIONS, example, group_of, idea_of, paper_link, without
+from kept import THE_ATLAS
 
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, kinds_of, one_kind, shown, type_hints
@@ -75,7 +76,7 @@ def excluded(cls: type[Flags], rules: tuple[Rule, ...], name: str) -> list[str]:
 @cache
 def verdicts() -> dict[str, list[str]]:
     """Of each idea of the atlas, what it did on each task that it has run on."""
-    _, outcomes, _ = atlas()
+    outcomes = THE_ATLAS.as_shown().outcomes({})
     found: dict[str, list[str]] = {}
     for outcome in outcomes:
         found.setdefault(outcome.idea, []).append(f'{outcome.task}: {short(outcome)}')
