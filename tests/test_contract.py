@@ -384,7 +384,7 @@ def test_no_assert_in_the_package() -> None:
 
 
 ALLOWED = {'torch', 'einops', 'safetensors', 'x_transformers', *sys.stdlib_module_names}
-# what may be used besides, imported when it is asked for: extras, by the folder, and one kernel that looks for its package
+# what may be used besides, imported when it is asked for: extras, by the folder, and kernels that look for their packages
 ALLOWED_IN = {
     'cli': {'tyro', 'tqdm', 'matplotlib'},
     'training': {'matplotlib', 'tensorboard', 'numpy', 'pyarrow', 'sentencepiece', 'tiktoken', 'tokenizers', 'zstandard'},
@@ -393,6 +393,7 @@ ALLOWED_IN = {
     'hf': {'tokenizers', 'transformers'},
     'saving': {'huggingface_hub', 'numpy'},
     'kernels': {'flash_attn'},
+    'mixers': {'fla'},
 }
 
 

@@ -279,7 +279,7 @@ class FeedForward(Module):
 
     def _by_experts(self, x: Float[Tensor, '... n d'], deep_embed: Tensor | None, around: BranchInputs | None) -> Any:
         """The output; inside a stack also what keeps the experts in balance, as attention reports what it has seen."""
-        out, loss = self.ff(x, None if around is None else around.rows)
+        out, loss = self.ff(x, None if around is None else around.tokens)
         out = F.dropout(out, self.flags.sublayer_dropout, self.training) if self.flags.sublayer_dropout else out
         out = out if deep_embed is None else out * deep_embed
         if around is None or loss is None:

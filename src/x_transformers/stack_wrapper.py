@@ -21,6 +21,7 @@ from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import always, default
 from x_transformers.layers.arguments import DECLARED, per_token
 from x_transformers.layers.checks import check_names, check_steps
+from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.losses import calc_z_loss
 from x_transformers.module import Dropout, Module, empty_parameter
 from x_transformers.norms import LayerNorm
@@ -157,7 +158,7 @@ class StackWrapper(Module):
         if cache is None or isinstance(cache, KVCache):
             return None
         order, repeats = more.get('layers_execute_order'), more.get('repeat_blocks')
-        return [step.index for step in check_steps(self.attn_layers, order, repeats) if step.kind != 'f']
+        return [step.index for step in check_steps(self.attn_layers, order, repeats) if step.kind in ATTENTIONS]
 
     def _call(
         self,

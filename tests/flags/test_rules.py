@@ -204,6 +204,7 @@ def other_value(cls: type[Flags], name: str):
         'hybrid_mask_kwarg': 'mask',
         'rotary_scaling': {'type': 'linear', 'factor': 2.0},
         'rotary_layout': 'halves',
+        'mixer_kwargs': {'heads': 2},
         'router': 'sigmoid',
         'router_balance': 'bias',
         'rel_pos_kwargs': {'slopes': [1.0]},

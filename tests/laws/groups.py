@@ -178,6 +178,18 @@ class Recurrent(nn.Module):
         return self.gru(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 1.0), hidden)
 
 
+class Running(nn.Module):
+    """A mixer that follows the protocol: a map of the sum of everything so far."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        whole = x.cumsum(dim=1) if state is None else state + x.cumsum(dim=1)
+        return self.map(whole), whole[:, -1:]
+
+
 def group(name: str, kinds: frozenset[str] = EVERYWHERE, *, wrapper: dict[str, Any] | None = None, inputs: Inputs = no_inputs,
           random: bool = False, only_training: bool = False, same: bool = False, **flags: Any) -> Group:  # fmt: skip
     return Group(name, flags, wrapper or {}, kinds, inputs, random, only_training, same)
@@ -414,6 +426,28 @@ STACK = (
     group('gated_streams', num_residual_streams=2, gated_multi_residual=True, residual_fn_kwargs={'read_gate_rank': 3}),
     group('lambdas', residual_lambdas=True, embed_lambdas=True),
     group('lambdas_start', residual_lambdas=(1.1, 0.9), embed_lambdas=0.3),
+    group(
+        'mixer_delta',
+        WHOLE,
+        custom_layers=('m', 'f', 'a', 'f'),
+        mixer='gated_delta_rule',
+        mixer_kwargs={'heads': 2, 'dim_head': 4, 'value_dim_head': 6},
+    ),
+    group(
+        'mixer_gated',
+        WHOLE,
+        custom_layers=('m', 'f', 'a', 'f'),
+        mixer='gated_linear_attention',
+        mixer_kwargs={'dim_head': 3, 'rank': 2, 'conv': 2},
+    ),
+    group('mixer_own', WHOLE, custom_layers=('m', 'f', 'a', 'f'), mixer=Running),
+    group(
+        'mixer_per_layer',
+        WHOLE,
+        custom_layers=('m', 'm', 'a', 'f'),
+        mixer=('gated_linear_attention', 'gated_delta_rule'),
+        mixer_kwargs=({'rank': 2}, {'conv': 3}),
+    ),
     group('layer_dropout', layer_dropout=0.3, only_training=True),
     group('cross_dropout', frozenset({CROSS}), cross_attn_tokens_dropout=0.6, only_training=True),
 )

@@ -141,7 +141,7 @@ def left_padding_refused(case: Combination) -> bool:
     front = case.has('memory_tokens', 'interspersed', 'prepend', 'excise_prepend')
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
     projected = case.has('rel_proj') and case.has('mems')
-    return has_hybrid(case) or (front and dense) or case.has('interspersed') or projected
+    return has_hybrid(case) or case.has('mixer_own') or (front and dense) or case.has('interspersed') or projected
 
 
 def has_hybrid(case: Combination) -> bool:
@@ -150,6 +150,10 @@ def has_hybrid(case: Combination) -> bool:
 
 def can_cache(model: nn.Module) -> bool:
     return bool(model.can_cache_kv)  # type: ignore[union-attr]
+
+
+def has_state(case: Combination) -> bool:
+    return has_hybrid(case) or any(name.startswith('mixer') for name in case.names)
 
 
 @torch.no_grad()
@@ -197,7 +201,7 @@ def cache_operations(case: Combination) -> None:
     again, _ = case.call(model, x[:, 4:6], given.part(stop=6, new=4), cache=first, **new)
     must_equal(again, want, 'an old cache continued a second time')
     front = first.kv_cache.front
-    if not has_hybrid(case):  # a recurrent state cannot be rolled back, and says so
+    if not has_state(case):  # a recurrent state cannot be rolled back, and says so
         wrong = (x[:, 4:7] + 5) % TOKENS
         _, longer = case.call(model, wrong, given.part(stop=7, new=4), cache=first, **new)
         back, _ = case.call(model, x[:, 4:6], given.part(stop=6, new=4), cache=longer.kv_cache.rollback(front + 4), **new)
@@ -234,7 +238,15 @@ def behind_fixed(given: Arguments, start: int, stop: int) -> dict[str, Any]:
 
 
 # all that is refused behind a cache of fixed capacity
-REFUSED = ('attn_selective', 'attn_hybrid_module', 'num_memory_tokens', 'use_cls_token', 'recycling', 'TransformerWrapper')
+REFUSED = (
+    'mixer',
+    'attn_selective',
+    'attn_hybrid_module',
+    'num_memory_tokens',
+    'use_cls_token',
+    'recycling',
+    'TransformerWrapper',
+)
 
 
 @torch.no_grad()
@@ -294,7 +306,7 @@ def segments_promised(case: Combination) -> bool:
     }
     said_of_one = {'mems', 'prepend', 'excise_prepend', 'kv_shift', 'additional_kv', 'additional_cache'}
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
-    return not (has_hybrid(case) or dense or case.has(*carried_otherwise, *said_of_one))
+    return not (has_state(case) or dense or case.has(*carried_otherwise, *said_of_one))
 
 
 @torch.no_grad()

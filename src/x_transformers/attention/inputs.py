@@ -46,7 +46,8 @@ class BranchInputs:
     ``mask`` says who may look over the branch's own keys: memories, past, new. ``past`` is the cache of this
     execution step; without one nothing is kept. ``return_attn``: somebody may read the attention maps;
     ``return_scores``: the next layer will, for residual attention. ``maps_now``: the maps are made before the forward ends.
-    ``causal``: in this call, whatever the layer was built for. ``log_probs``: of the keys that hard attention chooses.
+    ``tokens``: which new rows are tokens; ``padding``: which of them neighbours may take features of. ``causal``: in this call,
+    whatever the layer was built for. ``log_probs``: of the keys that hard attention chooses.
 
     It is no dataclass: casts of mixed precision would rebuild one, and copy the cache in it.
     """
@@ -66,6 +67,7 @@ class BranchInputs:
         kv_shift: Float[Tensor, 'b n d'] | None = None,
         past: LayerCache | None = None,
         packed: Any = None,
+        tokens: Bool[Tensor, 'b n'] | None = None,
         padding: Bool[Tensor, 'b n'] | None = None,
         condition: Tensor | None = None,
         deep_embed: Float[Tensor, 'b n d'] | None = None,
@@ -88,6 +90,7 @@ class BranchInputs:
         self.kv_shift = kv_shift
         self.past = past
         self.packed = packed
+        self.tokens = tokens
         self.padding = padding
         self.condition = condition
         self.deep_embed = deep_embed

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.helpers import Memo, recall, remember
-from x_transformers.tensor_types import Bool, Int
+from x_transformers.tensor_types import Bool, Float, Int
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,22 @@ class PackedSequences:
         if not torch.compiler.is_compiling():
             check_starts(starts_q, starts_k, causal)
         return cls(starts_q, starts_k, given.get('max_seqlen_q'), given.get('max_seqlen_k'))
+
+    def unpacked(self, x: Float[Tensor, '1 n d']) -> tuple[Float[Tensor, 's m d'], Bool[Tensor, 's m']]:
+        """(each sequence in a row of its own, which rows are tokens)."""
+        lengths = self.starts_q.diff()
+        longest = int(lengths.max()) if self.longest_q is None else self.longest_q
+        place = torch.arange(longest, device=x.device)
+        tokens = place < lengths.to(x.device).unsqueeze(-1)
+        index = (self.starts_q[:-1].to(x.device).unsqueeze(-1) + place).clamp(max=x.shape[1] - 1)
+        return x[0][index].masked_fill(~tokens.unsqueeze(-1), 0.0), tokens
+
+    def packed_again(self, x: Float[Tensor, 's m d']) -> Float[Tensor, '1 n d']:
+        """Sequences in rows of their own, end to end."""
+        lengths = self.starts_q.diff().to(x.device)
+        number = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), lengths)
+        place = torch.arange(number.shape[0], device=x.device) - self.starts_q.to(x.device)[number]
+        return x[number, place].unsqueeze(0)
 
     def segments(self, geometry: ScoreShape) -> tuple[Int[Tensor, '1 i'], Int[Tensor, '1 j']]:
         """The number of the sequence that each query, and each own key, belongs to."""

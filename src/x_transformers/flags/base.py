@@ -68,7 +68,8 @@ def flag(
     not included. ``among`` names all values that there are. ``since`` is the release of x-transformers that has this keyword
     first, or 'here' for one that it never had. ``self_only``: it needs the order of one sequence, so that cross attention does
     not inherit it. ``one_of`` names a group of flags of which one can be on. ``each``, of a stack's own flags: 'layer' if it
-    may differ between layers, 'attention' if between layers with heads. ``often``: the short help of the commands lists it.
+    may differ between layers, 'attention' if between layers with heads, 'mixer' if between mixers.
+    ``often``: the short help of the commands lists it.
     """
     metadata = {
         'says': says,

@@ -246,6 +246,8 @@ class InnerKeywords(TypedDict, total=False):
     add_value_residual: bool
     learned_value_residual_mix: bool
     verbose: bool
+    mixer: Callable[..., Any] | str | PerLayer | None
+    mixer_kwargs: Each[Mapping[str, Any]]
     only_attn: bool
     pre_and_post_norm: bool
     depth_scale_residual: bool | float
@@ -744,6 +746,8 @@ class EncKeywords(TypedDict, total=False):
     enc_add_value_residual: bool
     enc_learned_value_residual_mix: bool
     enc_verbose: bool
+    enc_mixer: Callable[..., Any] | str | PerLayer | None
+    enc_mixer_kwargs: Each[Mapping[str, Any]]
     enc_only_attn: bool
     enc_pre_and_post_norm: bool
     enc_depth_scale_residual: bool | float
@@ -1087,6 +1091,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_add_value_residual: bool
     dec_learned_value_residual_mix: bool
     dec_verbose: bool
+    dec_mixer: Callable[..., Any] | str | PerLayer | None
+    dec_mixer_kwargs: Each[Mapping[str, Any]]
     dec_only_attn: bool
     dec_pre_and_post_norm: bool
     dec_depth_scale_residual: bool | float

@@ -14,6 +14,8 @@ from x_transformers.flags.parts import PARTS, first_prefix
 from x_transformers.flags.per_layer import PerLayer, as_per_layer, spread, takes
 from x_transformers.layers.plan import KINDS, block_numbers, plan_kinds
 
+# which layers a flag of the stack may be told apart for
+KINDS_OF = {'attention': 'ac', 'mixer': 'm'}
 KIND_OF_PART = {'attn_': 'a', 'cross_attn_': 'c', 'ff_': 'f'}
 
 
@@ -49,8 +51,9 @@ class LayeredFlags(Flags):
                 if each is None:
                     wrong.append(f'`{prefix}{name}` must be one value for the whole stack, got one per layer. Give one value.')
                     continue
-                kind = 'attention' if each == 'attention' else ''
-                layers = max(kinds.count('a'), kinds.count('c')) if kind else len(kinds)
+                kind = '' if each == 'layer' else each
+                counts = {'attention': max(kinds.count('a'), kinds.count('c')), 'mixer': kinds.count('m')}
+                layers = counts.get(kind, len(kinds))
                 if takes(hint)[0]:
                     # its own tuple already holds one value for each layer
                     one = [single for single in kinds_of(hint) if get_origin(single) is not tuple]
@@ -95,7 +98,7 @@ class LayeredFlags(Flags):
             each = self.flag_fields()[name].metadata['each'] if name in self.flag_fields() else None
             if each == 'layer':
                 found[name] = values[index]
-            elif KIND_OF_PART[first_prefix(name) or ''] == kind if each is None else kind != 'f':
+            elif KIND_OF_PART[first_prefix(name) or ''] == kind if each is None else kind in KINDS_OF[each]:
                 found[name] = values[nth % len(values)]
         return found
 

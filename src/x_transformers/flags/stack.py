@@ -123,7 +123,7 @@ class StackFlags(StructureFlags):
     )
     weight_tie_layers: bool = flag(False, 'All blocks share one set of weights.', paper='https://arxiv.org/abs/1909.11942')
     custom_layers: tuple[str, ...] | None = flag(
-        None, "The layers one by one: 'a' attention, 'c' cross attention, 'f' feed-forward."
+        None, "The layers one by one: 'a' attention, 'c' cross attention, 'f' feed-forward, 'm' mixer."
     )
     layers_execute_order: tuple[int, ...] | None = flag(
         None, 'The order in which the layers run; repeats and gaps are allowed.'

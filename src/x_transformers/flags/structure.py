@@ -5,7 +5,7 @@ Derived: ``branch_scale``, the constant factor on what branches write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,15 @@ class StructureFlags(LayeredFlags):
         num_residual_streams: int
         integrate_layers: bool
 
+    mixer: Callable[..., Any] | str | None = flag(
+        None,
+        "What layers 'm' of custom_layers are: 'gated_delta_rule', 'gated_linear_attention', or a class or function that makes "
+        'of the width a module with forward(x, state) -> (y, state).',
+        paper=('https://arxiv.org/abs/2412.06464', 'https://arxiv.org/abs/2312.06635'), since='here', each='mixer',
+    )  # fmt: skip
+    mixer_kwargs: Mapping[str, Any] = flag(
+        {}, 'Keywords of the mixer, such as heads, dim_head, conv and rank of ours.', parent='mixer', since='here', each='mixer'
+    )
     only_attn: bool = flag(False, 'No feed-forwards.', paper='https://arxiv.org/abs/2607.18363', since='2.31.10')
     pre_and_post_norm: bool = flag(
         False, 'Norm before each branch and again after each residual sum; no final norm.', since='2.17.0'

@@ -5,11 +5,33 @@ from __future__ import annotations
 from x_transformers.flags.rule import Rule, how_many, is_on
 
 # layouts that repeat no block, and orders that may take one apart
+MIXERS = ('gated_delta_rule', 'gated_linear_attention')
 LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio', 'layers_execute_order')
 
 LAMBDAS = ('residual_lambdas', 'embed_lambdas')
 
 STRUCTURE_RULES = (
+    Rule(
+        ('mixer', 'custom_layers'),
+        lambda flags, dim: flags.mixer is not None and 'm' not in (flags.custom_layers or ()),
+        "no layer is a mixer, 'm'",
+        {'mixer': 'gated_delta_rule'},
+        "Spell out the layers, such as ('m', 'f', 'm', 'f', 'a', 'f').",
+    ),
+    Rule(
+        ('custom_layers', 'mixer'),
+        lambda flags, dim: flags.mixer is None and 'm' in (flags.custom_layers or ()),
+        "what the layers 'm' are is missing",
+        {'custom_layers': ('m', 'f')},
+        'Give [mixer].',
+    ),
+    Rule(
+        ('mixer',),
+        lambda flags, dim: isinstance(flags.mixer, str) and flags.mixer not in MIXERS,
+        f'the known names are {", ".join(MIXERS)}',
+        {'mixer': 'mamba', 'custom_layers': ('m', 'f')},
+        'Use one of those, or give a class.',
+    ),
     Rule(
         (*LAMBDAS, 'resi_dual', 'parallel_block'),
         lambda flags, dim: (

@@ -187,6 +187,12 @@ ON_STACK_RULES = (
         'Use a Decoder, or memory tokens in front only.',
     ),
     Rule(
+        ('max_mem_len', 'mixer'),
+        lambda both, dim: both.max_mem_len > 0 and both.mixer is not None,
+        'a memory holds what attention saw, and not the state of a mixer',
+        {'max_mem_len': 4, 'stack': {'mixer': 'gated_delta_rule', 'custom_layers': ('m', 'f', 'a', 'f')}},
+    ),
+    Rule(
         ('max_mem_len', *MIXTURES),
         lambda both, dim: both.max_mem_len > 0 and how_many(both, MIXTURES) > 0,
         'a memory is one state of the stream, and keys and values have inputs of their own',

@@ -196,6 +196,7 @@ def _refusals(net: nn.Module) -> Iterator[str]:
     from x_transformers.attention.attention import Attention
     from x_transformers.attention.hybrid import works_by_token
     from x_transformers.generation.keywords import reads_new_tokens
+    from x_transformers.layers.slots import has_state
 
     if not reads_new_tokens(net):
         yield f'{type(net).__name__} does not read new tokens alone'
@@ -204,6 +205,9 @@ def _refusals(net: nn.Module) -> Iterator[str]:
     why_no_cache: Callable[[], list[str]] = getattr(net, '_why_no_cache', list)
     reasons = why_no_cache()
     yield from reasons
+    stack: Any = getattr(net, 'attn_layers', None)
+    if any(has_state(layer.branch) for layer in getattr(stack, 'layers', ()) if hasattr(layer, 'branch')):
+        yield 'mixer, whose state is no tape'
     for module in net.modules():
         if isinstance(module, Attention):
             if not module.can_cache_kv:

@@ -11,7 +11,7 @@ from torch import nn
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe, StreamLambdas
 from x_transformers.layers.condition import AdaptiveMLP
-from x_transformers.layers.plan import LayerPlan
+from x_transformers.layers.plan import ATTENTIONS, LayerPlan
 from x_transformers.layers.residual import BlockStreams, DualStreams, ParallelStreams, SingleStream
 from x_transformers.position.polar import PolarEmbedding
 from x_transformers.position.rotary import RotaryEmbedding
@@ -27,7 +27,7 @@ def choose_rotaries(flags: StackFlags) -> tuple[list[RotaryEmbedding], tuple[int
     which = []
     for index, kind in enumerate(flags.kinds):
         layer = flags.layer(index)
-        own = (layer.rotary_theta, layer.rotary_scaling) if kind != 'f' else settings[0]
+        own = (layer.rotary_theta, layer.rotary_scaling) if kind in ATTENTIONS else settings[0]
         if own not in settings:
             settings.append(own)
         which.append(settings.index(own))

@@ -15,7 +15,7 @@ from x_transformers.attention.mask import Mask, PackedSequences, Placed
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.layers.drop import dropout_seq
-from x_transformers.layers.plan import Step
+from x_transformers.layers.plan import ATTENTIONS, Step
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -174,16 +174,18 @@ class Inputs:
     def for_step(self, step: Step, carry: Carry, context_dropout: float = 0.0) -> BranchInputs:
         """What the branch of one step is given; a memory still has to be normed by its layer."""
         past = None if self.cache is None else self.cache.step(step.index)
-        if step.kind == 'f':
+        if step.kind not in ATTENTIONS:
             return BranchInputs(
                 mask=self.masks.base,
-                rows=self.padding,
-                deep_embed=self.deep_embed(step.nth),
+                tokens=self.padding,
+                deep_embed=self.deep_embed(step.nth) if step.kind == 'f' else None,
                 padding=self.shift_padding,
+                packed=self.packed if step.kind == 'm' else None,
                 past=past,
                 condition=self.condition,
             )
         given = BranchInputs(
+            tokens=self.padding,
             mask=self.masks.base,
             rows=self.rows,
             previous=carry.previous.get(step.kind),
@@ -344,7 +346,7 @@ class Record:
     def leave(self, step: Step, seen: Intermediates | None) -> None:
         if seen is not None and seen.expert_loss is not None:
             self.expert_loss = seen.expert_loss if self.expert_loss is None else self.expert_loss + seen.expert_loss
-        if not self.wanted or step.kind == 'f':
+        if not self.wanted or step.kind not in ATTENTIONS:
             return
         seen = Intermediates() if seen is None else seen
         seen.layer_type = step.kind

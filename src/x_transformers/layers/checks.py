@@ -14,9 +14,10 @@ from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.flags.elsewhere import answer_of_call
 from x_transformers.layers.arguments import ARGUMENTS
-from x_transformers.layers.branch import ShiftTokens
+from x_transformers.layers.branch import ShiftTokens, innermost
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
+from x_transformers.layers.slots import accepts, has_state, takes_around
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
@@ -373,6 +374,16 @@ def check_whole(kwargs: str, packed: PackedSequences, queries: int, keys: int) -
         )
 
 
+def without_mask(stack: StackParts, steps: Sequence[Step]) -> str | None:
+    """The class of a module with a state that cannot be told which rows are tokens, if there is one."""
+    layers = stack._layers()
+    for step in steps:
+        branch = innermost(getattr(layers[step.layer], 'branch', layers[step.layer]))
+        if not takes_around(branch) and has_state(branch) and not accepts(branch, 'mask'):
+            return type(branch).__name__
+    return None
+
+
 def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
     check_causal(stack, given.causal)
@@ -381,6 +392,11 @@ def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, .
         raise ValueError(
             'seq_start_pos says that there is padding on the left, which attn_hybrid_module would read: '
             'run rows of different lengths one by one'
+        )
+    if given.seq_start_pos is not None and (deaf := without_mask(stack, steps)):
+        raise ValueError(
+            f'seq_start_pos says that there is padding on the left, which {deaf} would remember: give its forward a keyword '
+            '`mask` (True: a token), or run rows of different lengths one by one'
         )
     if given.seq_start_pos is not None and given.mems and any(flags.use_rel_proj_pos_bias for flags in stack.flags.attentions):
         raise ValueError(

@@ -26,6 +26,7 @@ from x_transformers.layers.residual import (
 )
 from x_transformers.layers.slots import call_branch, call_norm, split_result
 from x_transformers.layers.split_residual import MVSplitResidual
+from x_transformers.mixers.choose import make_mixer
 from x_transformers.norms import choose_norm
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
     branch: nn.Module
     if spec.kind == 'a':
         branch = Attention.from_flags(flags.dim, flags.self_attention_flags(first=spec.first))
+    elif spec.kind == 'm':
+        branch = make_mixer(flags)
     elif spec.kind == 'c':
         branch = Attention.from_flags(flags.dim, flags.cross_attention)
     else:

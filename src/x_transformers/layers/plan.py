@@ -1,7 +1,7 @@
 """The order of layers, as data: computed from the flags alone, before any module exists.
 
-A layer is a letter: ``a`` self attention, ``c`` cross attention, ``f`` feed-forward. A *step* is one execution of a layer, so a
-layer that is executed twice has two steps.
+Layers are letters: ``a`` self attention, ``c`` cross attention, ``f`` feed-forward, ``m`` mixer. A *step* is one execution of a
+layer, so a layer that is executed twice has two steps.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Layout(Protocol):
 
 # what is made for the layers that there are, one for each
 ACROSS = ('integrate_layers', 'attn_aggregated_residuals', 'unet_skips', 'residual_lambdas', 'embed_lambdas')
-KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward'}
+KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward', 'm': 'mixer'}
+# those with keys and values
+ATTENTIONS = 'ac'
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from x_transformers.layers.checks import (
 )
 from x_transformers.layers.condition import of_memories, of_tokens, read_condition
 from x_transformers.layers.external import external_keys
+from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.layers.positions import (
     cross_positions,
     cross_positions_of_layers,
@@ -49,7 +50,7 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
     if not passed:
         check_cache(stack, given)
     steps = check_steps(stack, given.layers_execute_order, given.repeat_blocks)
-    cache = KVCache.of(given.cache, [step.index for step in steps if step.kind != 'f'])
+    cache = KVCache.of(given.cache, [step.index for step in steps if step.kind in ATTENTIONS])
     if cache is not None and not passed:
         check_history(stack, cache, steps)
     check_call(stack, given, span := read_span(x, given, cache), steps)

@@ -6,7 +6,10 @@ import inspect
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+
+from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs, Intermediates
@@ -108,11 +111,38 @@ def call_branch(branch: nn.Module, x: Tensor, around: BranchInputs) -> Any:
         return branch(x, around=around)
     if not has_state(branch):
         return branch(x)
-    past = around.past
-    out, state = branch(x, None if past is None else past.carry.get(STATE))
+    return call_with_state(branch, x, around)
+
+
+def call_with_state(branch: nn.Module, x: Float[Tensor, 'b n d'], around: BranchInputs) -> Float[Tensor, 'b n d']:
+    """A module that follows the protocol, with its state of this execution step.
+
+    Sequences that are packed into one row become rows of their own. A module that takes ``mask`` is told which rows are tokens
+    (True); any other reads zeros where there is none, and cannot be given padding on the left, which it would remember.
+    """
+    past, tokens, packed = around.past, around.tokens, around.packed
+    told: dict[str, Any] = {}
+    if packed is not None:
+        x, tokens = packed.unpacked(x)
+    if tokens is not None and accepts(branch, 'mask'):
+        told['mask'] = tokens
+    elif tokens is not None:
+        x = x.masked_fill(~tokens.unsqueeze(-1), 0.0)
+    result = branch(x, None if past is None else past.carry.get(STATE), **told)
+    if not isinstance(result, tuple) or len(result) != 2 or result[0].shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f'{type(branch).__name__}.forward must return (y, state) with y of shape ({x.shape[0]}, {x.shape[1]}, …), '
+            'as its keyword `state` promises. Return both, the state behind the last row.'
+        )
+    out: Tensor = result[0]
+    if packed is not None:
+        out = packed.packed_again(out)
+        return out
     if past is not None:
-        past.carry[STATE] = state
+        past.carry[STATE] = result[1]
         past.carry_axis[STATE] = 0
+        # so that a stack without attention knows how many rows it has seen
+        past.extend(rows=x.new_zeros(*x.shape[:2], 1, dtype=torch.bool))
     return out
 
 

@@ -33,9 +33,10 @@ from x_transformers.layers.assemble import (
 from x_transformers.layers.call import Around, Carry, Inputs, Record
 from x_transformers.layers.drop import is_dropped
 from x_transformers.layers.layer import Layer, make_layer, make_norm
-from x_transformers.layers.plan import LayerPlan, Step, exchanged_plan, plan_layers
+from x_transformers.layers.plan import ATTENTIONS, LayerPlan, Step, exchanged_plan, plan_layers
 from x_transformers.layers.prepare import prepare
 from x_transformers.layers.slots import call_norm, can_cache
+from x_transformers.mixers.linear import LinearMixer
 from x_transformers.module import Module, empty_parameter, is_sharded
 from x_transformers.norms import rms_norm
 from x_transformers.tensor_types import Bool, Float, Int
@@ -339,7 +340,7 @@ class AttentionLayers(Module):
 
     def muon_parameters(self) -> list[nn.Parameter]:
         """The matrices that the Muon optimizer is meant for."""
-        parts = [module for module in self.modules() if isinstance(module, (Attention, FeedForward))]
+        parts = [module for module in self.modules() if isinstance(module, (Attention, FeedForward, LinearMixer))]
         return list(chain.from_iterable(module.muon_parameters() for module in parts))  # type: ignore[misc]
 
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
@@ -347,7 +348,7 @@ class AttentionLayers(Module):
 
         ``intermediates`` of a call with the usual order of layers. Raises ValueError if their number is another.
         """
-        steps = [step for step in self.plan.steps() if step.kind != 'f']
+        steps = [step for step in self.plan.steps() if step.kind in ATTENTIONS]
         seen = intermediates.attn_intermediates or []
         if len(seen) != len(steps):
             raise ValueError(

@@ -1,0 +1,1 @@
+"""Sequence mixers in the place of attention, in layers 'm'."""

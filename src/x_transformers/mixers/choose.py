@@ -1,0 +1,39 @@
+"""Which module is in a layer 'm'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from x_transformers.flags.base import FlagError
+from x_transformers.layers.slots import has_state
+from x_transformers.mixers.linear import NAMED
+
+if TYPE_CHECKING:
+    from x_transformers.flags.stack import StackFlags
+
+
+def make_mixer(flags: StackFlags) -> nn.Module:
+    """The mixer of one layer, of its flags: one of ours by its name, or whatever the caller's own class or function makes.
+
+    Raises FlagError if it cannot be made, or does not follow the protocol.
+    """
+    mixer: str | Callable[..., Any] | None = flags.mixer
+    given: Mapping[str, Any] = flags.mixer_kwargs
+    if mixer is None:
+        raise FlagError("`custom_layers` with 'm' needs `mixer`: what these layers are.")
+    if isinstance(mixer, str):
+        usual = {'heads': flags.heads, 'zero_init_output': flags.zero_init_branch_output}
+        mixer, given = NAMED[mixer], {**usual, **given}
+    try:
+        made = mixer(flags.dim, **given)
+    except (TypeError, ValueError) as error:
+        raise FlagError(f'`mixer` must be made of the width and `mixer_kwargs`, got {type(error).__name__}: {error}') from error
+    if not isinstance(made, nn.Module) or not has_state(made):
+        raise FlagError(
+            f'`mixer` must make modules with forward(x, state) -> (y, state), got {type(made).__name__}. '
+            'Give its forward a keyword `state`, which is None at first.'
+        )
+    return made
