@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, headless
+from x_transformers.hf.maps import JOINED, SAME
 from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.folder import complain, fill, written_whole
 from x_transformers.saving.hub import fetched
-from x_transformers.saving.plain import from_plain, to_plain
-from x_transformers.saving.tensors import Weights, read_json, write
+from x_transformers.saving.plain import from_plain, to_plain, without_memory
+from x_transformers.saving.tensors import Source, Weights, read_json, write
 
 # the model_type of a config: the file of its family, the name of the family there
 FAMILIES = {
@@ -69,13 +70,21 @@ def keywords(config: Mapping[str, Any]) -> Plain:
     return made
 
 
-def from_hf(path_or_model: Any, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
+def from_hf(
+    path_or_model: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+) -> Any:
     """A model of this library with the weights of a folder in the Hugging Face format, in evaluation mode.
 
     Args:
         path_or_model: the folder, a name on the Hub, or a model of ``transformers``.
         dtype: of the weights; None: as they are stored.
         device: where they go, one tensor after the other; None: the default device.
+        prepare: is called with the model on the meta device, before any weight goes in. It may spread parameters over a mesh
+            (``fully_shard``): each process then reads every tensor and keeps its part.
 
     Raises FlagError if the config cannot be expressed by flags, FolderError if the weights do not fit it. Both are found out
     before any weight is read.
@@ -83,18 +92,22 @@ def from_hf(path_or_model: Any, *, dtype: torch.dtype | None = None, device: tor
     if not isinstance(path_or_model, (str, Path)):
         with tempfile.TemporaryDirectory() as made:
             path_or_model.save_pretrained(made)
-            return from_hf(made, dtype=dtype, device=device)
+            return from_hf(made, dtype=dtype, device=device, prepare=prepare)
     folder = fetched(path_or_model)
     config = read_json(folder / 'config.json')
     if config.get('format') == 'x_transformers':
         raise FolderError(f'{folder} is a folder of this library: use from_pretrained.')
     plain = keywords(config)
     family = family_of(config)
-    with torch.device('meta'):
+    with without_memory():
         model = from_plain(plain)
     weights = Weights(folder)
     rules = rules_for(family, config, plain, weights)
     sources = checked_sources(folder, model, rules, weights, family, plain)
+    if prepare is not None:
+        if dtype is not None:
+            model.to(dtype)
+        prepare(model)
     fill(model, sources, device=device, dtype=dtype)
     model.hf_config = dict(config)
     return model.eval()
@@ -110,7 +123,7 @@ def rules_for(family: Family, config: Mapping[str, Any], plain: Plain, weights: 
 
 def checked_sources(
     folder: Path, model: nn.Module, rules: list[KeyRule], weights: Weights, family: Family, plain: Plain
-) -> dict[str, Callable[[], Tensor]]:
+) -> dict[str, Source]:
     """For each tensor of ours, what makes it. Raises FolderError, before any tensor is read, if names or shapes do not fit."""
     wanted = {name: tuple(t.shape) for name, t in own_tensors(model).items()}
     used = {name for r in rules for name in r.theirs}
@@ -125,7 +138,7 @@ def checked_sources(
     complain(folder, missing, [name for name in left if name not in heads], shapes)
     if heads:
         check_tied(folder, heads[0], rules, weights)
-    sources: dict[str, Callable[[], Tensor]] = {}
+    sources: dict[str, Source] = {}
     for entry in rules:
         sources |= sources_of(entry, weights)
     return sources
@@ -136,19 +149,29 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def sources_of(entry: KeyRule, weights: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+def sources_of(entry: KeyRule, weights: Weights) -> dict[str, Source]:
     """What makes each of a rule's tensors; several that are made of one are kept until all have been taken."""
+    if entry.map is SAME:
+        return {ours: weights.stored(theirs) for theirs, ours in zip(entry.theirs, entry.ours, strict=True)}
+    dtype = weights.places[entry.theirs[0]].dtype
+    if entry.map is JOINED:
+
+        def each(out: Tensor) -> None:
+            for name, part in zip(entry.theirs, out.chunk(2), strict=True):
+                weights.stored(name).into(part)
+
+        return {entry.ours[0]: Source(dtype, each)}
     made: dict[str, Tensor] = {}
 
-    def take(name: str) -> Callable[[], Tensor]:
-        def taken() -> Tensor:
+    def into(name: str) -> Callable[[Tensor], None]:
+        def written(out: Tensor) -> None:
             if name not in made:
                 made.update(zip(entry.ours, entry.map.into(tuple(weights[t] for t in entry.theirs)), strict=True))
-            return made.pop(name)
+            out.copy_(made.pop(name))
 
-        return taken
+        return written
 
-    return {name: take(name) for name in entry.ours}
+    return {name: Source(dtype, into(name)) for name in entry.ours}
 
 
 def other_shapes(rules: list[KeyRule], weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -169,7 +192,7 @@ def other_shapes(rules: list[KeyRule], weights: Weights, wanted: Mapping[str, tu
 def check_tied(folder: Path, head: str, rules: list[KeyRule], weights: Weights) -> None:
     """A head that is stored beside a table it is tied to must be that table."""
     table = next(r.theirs[0] for r in rules if r.ours[0].endswith('token_emb.emb.weight'))
-    if weights.shape(head) != weights.shape(table) or not torch.equal(weights[head], weights[table]):
+    if not weights.equal(head, table):
         raise FolderError(f'{folder}: the config ties {head} to {table}, but they differ. Set tie_word_embeddings to false.')
 
 
@@ -239,7 +262,7 @@ def matching_config(model: Module, plain: Plain, family: str | None) -> Plain:
 
 def differences(plain: Plain, wanted: Plain) -> list[str]:
     """Flags in which two models differ, whatever was left at its default."""
-    with torch.device('meta'):
+    with without_memory():
         one, other = (flat(from_plain(each)) for each in (plain, wanted))
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return [f'{name}={one.get(name)!r} (it would be {other.get(name)!r})' for name in names]

@@ -18,7 +18,7 @@ from x_transformers.hf.family import (
     rotary,
     rule,
 )
-from x_transformers.hf.maps import SAME, Map, chain, joined, paired, regrouped, scaled, shaped, shifted
+from x_transformers.hf.maps import JOINED, SAME, Map, chain, paired, regrouped, scaled, shaped, shifted
 
 
 def decoder(config: Config, **more: Any) -> Plain:
@@ -182,7 +182,7 @@ def ends(tables: Plain, prefix: str = 'model.') -> list[KeyRule]:
 def gated_rules(theirs: str, bias: bool) -> list[KeyRule]:
     both = (f'{theirs}.up_proj', f'{theirs}.gate_proj')
     kinds = ('weight', 'bias') if bias else ('weight',)
-    rules = [rule(tuple(f'{name}.{kind}' for name in both), f'{FORWARD}.1.ff.0.proj.{kind}', joined()) for kind in kinds]
+    rules = [rule(tuple(f'{name}.{kind}' for name in both), f'{FORWARD}.1.ff.0.proj.{kind}', JOINED) for kind in kinds]
     return rules + [rule(f'{theirs}.down_proj.{kind}', f'{FORWARD}.1.ff.2.{kind}') for kind in kinds]
 
 

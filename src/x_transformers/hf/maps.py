@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -21,6 +21,17 @@ class Map:
 
     def then(self, other: Map) -> Map:
         return Map(lambda t: other.into(self.into(t)), lambda t: self.back(other.back(t)))
+
+
+def together(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat``; for tensors without memory, of which shapes are asked, torch would load its compiler."""
+    if not tensors[0].is_meta:
+        return torch.cat(tuple(tensors), dim=dim)
+    first = tensors[0]
+    shape = [sum(t.shape[dim] for t in tensors) if axis == dim else size for axis, size in enumerate(first.shape)]
+    if any(t.shape[:dim] + t.shape[dim + 1 :] != first.shape[:dim] + first.shape[dim + 1 :] for t in tensors):
+        raise ValueError(f'tensors of shapes {", ".join(str(tuple(t.shape)) for t in tensors)} cannot be put together')
+    return first.new_empty(shape)
 
 
 def each(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Map:
@@ -60,7 +71,7 @@ def paired(heads: int, dim_head: int, turned: int | None = None) -> Map:
         def move(t: Tensor) -> Tensor:
             whole = t.reshape(heads, dim_head, *t.shape[1:])
             first = whole[:, :turned].reshape(heads, *sizes, *t.shape[1:]).transpose(1, 2)
-            return torch.cat((first.reshape(heads, turned, *t.shape[1:]), whole[:, turned:]), dim=1).reshape(t.shape)
+            return together((first.reshape(heads, turned, *t.shape[1:]), whole[:, turned:]), dim=1).reshape(t.shape)
 
         return move
 
@@ -84,17 +95,13 @@ def regrouped(heads: int, kv_heads: int, dim: int = 0) -> Map:
     return each(move(kv_heads, groups), move(groups, kv_heads))
 
 
-def joined(dim: int = 0) -> Map:
-    """Several of theirs are one of ours, of equal parts."""
-    return Map(
-        lambda t: (torch.cat(t, dim=dim),),
-        lambda t: tuple(part.contiguous() for part in t[0].chunk(2, dim=dim)),
-    )
+# two of theirs are one of ours, one below the other
+JOINED = Map(lambda t: (together(t),), lambda t: tuple(part.contiguous() for part in t[0].chunk(2)))
 
 
 def split(parts: int, dim: int = 0) -> Map:
     """One of theirs is several of ours, of equal parts."""
-    return Map(lambda t: tuple(part.contiguous() for part in t[0].chunk(parts, dim=dim)), lambda t: (torch.cat(t, dim=dim),))
+    return Map(lambda t: tuple(part.contiguous() for part in t[0].chunk(parts, dim=dim)), lambda t: (together(t, dim=dim),))
 
 
 def split_in_heads(heads: int, dim_head: int) -> Map:
@@ -106,7 +113,7 @@ def split_in_heads(heads: int, dim_head: int) -> Map:
 
     def back(t: Tensors) -> Tensors:
         each_head = [part.reshape(heads, 1, dim_head, *part.shape[1:]) for part in t]
-        return (torch.cat(each_head, dim=1).reshape(3 * heads * dim_head, *t[0].shape[1:]),)
+        return (together(each_head, dim=1).reshape(3 * heads * dim_head, *t[0].shape[1:]),)
 
     return Map(into, back)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, rule
-from x_transformers.hf.maps import joined
+from x_transformers.hf.maps import JOINED
 
 
 def stack_keywords(config: Config, depth: int) -> Plain:
@@ -85,7 +85,7 @@ def half_rules(theirs: str, ours: str, cross: bool, gated: bool) -> list[KeyRule
         rules += attention_rules(f'{block}.1.EncDecAttention', ours, '{c}')
         rules.append(rule(f'{block}.1.layer_norm.weight', f'{ours}.layers.{{c}}.0.0.g'))
     if gated:
-        rules.append(rule((f'{dense}.wi_1.weight', f'{dense}.wi_0.weight'), f'{forward}.1.ff.0.proj.weight', joined()))
+        rules.append(rule((f'{dense}.wi_1.weight', f'{dense}.wi_0.weight'), f'{forward}.1.ff.0.proj.weight', JOINED))
     else:
         rules.append(rule(f'{dense}.wi.weight', f'{forward}.1.ff.0.0.weight'))
     return rules

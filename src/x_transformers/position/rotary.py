@@ -67,6 +67,9 @@ class RotaryEmbedding(ExactBuffers):
         self.init_own()
 
     def init_own(self) -> None:
+        if self.inv_freq.is_meta:
+            # there is nothing to fill, and to count there torch would load its symbolic packages: 80 MB
+            return
         channels = torch.arange(0, self.dim, 2, device=self.inv_freq.device).float()
         inv_freq = 1.0 / self.base ** (channels / self.dim)
         self.inv_freq.copy_(scaled(inv_freq, self.scaling, base=self.base, dim=self.dim))

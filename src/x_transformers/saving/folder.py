@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from x_transformers.flags.base import FlagError
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.made import Made
-from x_transformers.saving.plain import from_plain, to_plain
-from x_transformers.saving.tensors import Weights, read_json, write
+from x_transformers.saving.plain import from_plain, to_plain, without_memory
+from x_transformers.saving.tensors import Source, Weights, read_json, write
 
 CONFIG, CARD = 'config.json', 'README.md'
 FORMAT = 'x_transformers'
@@ -138,7 +137,7 @@ def load(
     folder = Path(folder)
     config = read_config(folder)
     name = config['model'].get('class')
-    with torch.device('meta'):
+    with without_memory():
         model = from_plain(config['model'], extra=cls)
     if not isinstance(model, cls):
         raise FolderError(f'{folder} holds a {name}, not a {cls.__name__}. Use {name}.from_pretrained.')
@@ -146,7 +145,7 @@ def load(
     same = config.get('tied', {})
     wanted, _ = once_each(model)
     check_names(folder, wanted, weights, same)
-    fill(model, {target: partial(weights.__getitem__, target) for target in wanted}, device=device, dtype=dtype)
+    fill(model, {target: weights.stored(target) for target in wanted}, device=device, dtype=dtype)
     if 'hf' in config:
         model.hf_config = config['hf']
     return model.eval()
@@ -177,18 +176,18 @@ def complain(folder: Path, missing: list[str], left: list[str], shapes: list[str
 @torch.no_grad()
 def fill(
     model: nn.Module,
-    sources: Mapping[str, Callable[[], Tensor]],
+    sources: Mapping[str, Source],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Give a model that was built on the meta device its tensors, one after the other.
 
-    Buffers without a source are made as the constructors make them. A parameter that several modules share stays shared.
+    Buffers without a source are made as the constructors make them. A parameter that several modules share stays shared. Of a
+    parameter that is spread over processes (a DTensor) each process reads all and keeps its part.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     fresh_buffers(model, device)
-    filled: dict[int, nn.Parameter] = {}
     slots: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for slot, parameter in module._parameters.items():
@@ -196,23 +195,39 @@ def fill(
                 slots.setdefault(id(parameter), []).append((module, slot))
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
+    # all of the model's memory is taken before anything is read: what is let go of in between leaves no holes in it
+    made = {name: room(named[name], source.dtype, device, dtype) for name, source in sources.items() if name not in buffers}
     for name, source in sources.items():
-        tensor = source()
-        if dtype is not None and tensor.is_floating_point() and name in named:
-            tensor = tensor.to(dtype)
         if name in buffers:
-            buffers[name].copy_(tensor)
+            source.into(buffers[name])
             continue
         old = named[name]
-        if tuple(tensor.shape) != tuple(old.shape):
-            raise FolderError(f'{name} is {tuple(tensor.shape)} in the file and {tuple(old.shape)} in the model.')
-        new = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
-        filled[id(old)] = new
+        new = nn.Parameter(filled(old, made.pop(name), source), requires_grad=old.requires_grad)
         for module, slot in slots[id(old)]:
             module._parameters[slot] = new
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise FolderError(f'No tensor was given for {", ".join(left[:5])}.')
+
+
+def room(old: Tensor, stored: torch.dtype, device: torch.device, dtype: torch.dtype | None) -> Tensor | None:
+    """Memory for a parameter; None for one that is spread over processes."""
+    if hasattr(old, 'placements'):
+        return None
+    return torch.empty(old.shape, dtype=dtype if dtype is not None and stored.is_floating_point else stored, device=device)
+
+
+def filled(old: Any, new: Tensor | None, source: Source) -> Tensor:
+    """A parameter's numbers, in its memory or in that of this process's part."""
+    if new is not None:
+        source.into(new)
+        return new
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = old.device_mesh
+    whole = torch.empty(old.shape, dtype=old.dtype, device=mesh.device_type)
+    source.into(whole)
+    return distribute_tensor(whole, mesh, old.placements, src_data_rank=None)
 
 
 def fresh_buffers(model: nn.Module, device: torch.device) -> None:

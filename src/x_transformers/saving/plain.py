@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import x_transformers
 from x_transformers.flags.base import FlagError, UnknownFlag
@@ -109,6 +112,28 @@ def from_plain(plain: Mapping[str, Any], extra: type | None = None) -> Made:
         if unknown:
             raise UnknownFlag(*(f'{cls.__name__}: there is no keyword `{name}`.' for name in unknown))
     return cls(**keywords)
+
+
+class Unfilled(TorchFunctionMode):
+    """Tensors without memory are not filled: for that torch would load its compiler, 80 MB of it."""
+
+    FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, Tensor.copy_, Tensor.erfinv_})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in self.FILLS or getattr(func, '__module__', None) == 'torch.nn.init':
+            filled = args[0] if args else (kwargs or {}).get('tensor')
+            if isinstance(filled, Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models are built in here on the meta device."""
+    with torch.device('meta'), Unfilled():
+        yield
 
 
 def _value(value: Any) -> Any:

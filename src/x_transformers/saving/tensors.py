@@ -1,13 +1,15 @@
-"""Safetensors files, read one tensor at a time: nothing is mapped, nothing is held twice."""
+"""Safetensors files, read one tensor at a time into memory that is there: nothing is mapped, nothing is held twice."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 SHARD = 5 * 2**30
+# bytes that are held beside a tensor while it is read into its place
+PIECE = 2**24
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Place:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter's numbers come from: their dtype, and what writes them into a tensor of the parameter's shape."""
+
+    dtype: torch.dtype
+    into: Callable[[Tensor], None]
 
 
 class Weights(Mapping[str, Tensor]):
@@ -65,6 +77,18 @@ class Weights(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         # a Mapping would read the tensor to see whether it is there
         return name in self.places
+
+    def stored(self, name: str) -> Source:
+        """What reads one tensor into its place."""
+        place = self.places[name]
+        return Source(place.dtype, partial(read_into, place))
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same, number by number; read in pieces."""
+        first, second = self.places[one], self.places[other]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return first.shape == second.shape and torch.equal(self[one], self[other])
+        return all(torch.equal(a, b) for (_, a), (_, b) in zip(pieces(first), pieces(second), strict=True))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.places[name].shape
@@ -149,16 +173,51 @@ def read(place: Place) -> Tensor:
     """One tensor, in memory of its own."""
     if place.end == place.begin:
         return torch.empty(place.shape, dtype=place.dtype)
-    memory = bytearray(place.end - place.begin)
+    memory = scratch(place.end - place.begin)
     with place.file.open('rb', buffering=0) as stream:
         stream.seek(place.begin)
-        view, filled = memoryview(memory), 0
-        while filled < len(memory):
-            got = stream.readinto(view[filled:])
-            if not got:
-                raise FolderError(f'{place.file} is truncated. Fetch it again.')
-            filled += got
+        take(place.file, stream, memory)
     return torch.frombuffer(memory, dtype=place.dtype).view(place.shape)
+
+
+def scratch(size: int) -> bytearray | mmap.mmap:
+    """Memory that goes back to the system as soon as nobody holds it: much of what is freed would stay with the process."""
+    return bytearray(size) if size < PIECE // 16 else mmap.mmap(-1, size)
+
+
+def take(file: Path, stream: IO[bytes], memory: bytearray | mmap.mmap) -> None:
+    """Fill memory with the next bytes of a file."""
+    view, filled = memoryview(memory), 0
+    while filled < len(memory):
+        got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not got:
+            raise FolderError(f'{file} is truncated. Fetch it again.')
+        filled += got
+
+
+def pieces(place: Place) -> Iterator[tuple[int, Tensor]]:
+    """(where it begins, some of the numbers), one after the other; each lies in the memory of the one before."""
+    whole = place.end - place.begin
+    memory = scratch(min(whole, PIECE))
+    with place.file.open('rb', buffering=0) as stream:
+        stream.seek(place.begin)
+        for begin in range(0, whole, PIECE):
+            if whole - begin < len(memory):
+                memory = scratch(whole - begin)
+            take(place.file, stream, memory)
+            yield begin // place.dtype.itemsize, torch.frombuffer(memory, dtype=place.dtype)
+
+
+def read_into(place: Place, out: Tensor) -> None:
+    """One tensor into memory that is there, of any dtype and on any device. Raises FolderError for another shape."""
+    if tuple(out.shape) != place.shape:
+        raise FolderError(f'a tensor in {place.file} is {place.shape} and {tuple(out.shape)} in the model.')
+    if not out.is_contiguous():
+        out.copy_(read(place))
+        return
+    flat = out.view(-1)
+    for begin, piece in pieces(place):
+        flat[begin : begin + piece.numel()].copy_(piece)
 
 
 # ---------------------------------------------------------------- writing

@@ -1,0 +1,50 @@
+"""Large folders: memory while they are read, and parameters that are spread over processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hf.large import LARGE, SMALL, write
+from tests.two_processes import attempt_all
+from x_transformers.hf import from_hf
+from x_transformers.saving.tensors import PIECE, Weights, pieces
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak is read from /proc')
+def test_an_import_needs_a_tenth_more_than_the_model(tmp_path: Path) -> None:
+    write(tmp_path, LARGE, shard=200 * 2**20)
+    assert len(list(tmp_path.glob('*.safetensors'))) > 2
+    command = [sys.executable, '-m', 'tests.hf.large', str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    model, growth = map(int, done.stdout.split())
+    assert model > 500 * 2**20
+    assert model < growth < 1.1 * model
+
+
+@pytest.mark.slow
+def test_each_process_keeps_its_part(tmp_path: Path) -> None:
+    from tests.hf.large import spread_over_two
+
+    write(tmp_path, SMALL, shard=4000)
+    done, failed = attempt_all(spread_over_two, [str(tmp_path)])
+    assert (done, failed) == (1, [])
+
+
+def test_what_is_read_in_pieces_is_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, SMALL, shard=4000)
+    whole, weights = from_hf(tmp_path, dtype=torch.float64), Weights(tmp_path)
+    monkeypatch.setattr('x_transformers.saving.tensors.PIECE', 100)
+    place = weights.places['model.embed_tokens.weight']
+    assert [begin for begin, _ in pieces(place)][:3] == [0, 25, 50]
+    for name, tensor in from_hf(tmp_path, dtype=torch.float64).state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+    assert weights.equal('lm_head.weight', 'lm_head.weight')
+    assert not weights.equal('lm_head.weight', 'model.embed_tokens.weight')
+    assert PIECE % 8 == 0
