@@ -424,6 +424,7 @@ STACK = (
     group('mv_split_learned', mv_split_residual=True, residual_fn_kwargs={'learned': True, 'init_alpha': 0.5}),
     group('parallel_block', parallel_block=True),
     group('gated_streams', num_residual_streams=2, gated_multi_residual=True, residual_fn_kwargs={'read_gate_rank': 3}),
+    group('norm_scaling', layer_norm_scaling=True),
     group('lambdas', residual_lambdas=True, embed_lambdas=True),
     group('lambdas_start', residual_lambdas=(1.1, 0.9), embed_lambdas=0.3),
     group(

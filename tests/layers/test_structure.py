@@ -123,6 +123,25 @@ def test_whatever_projection_there_is_starts_so(flags):
         assert not stack.layers[0].branch.to_out.weight.any()
 
 
+@pytest.mark.parametrize(('flags', 'size'), [({}, 2), ({'macaron': True}, 3), ({'sandwich_norm': True}, 2)])
+def test_deeper_norms_give_less(flags, size):
+    """https://arxiv.org/abs/2502.05795: both branches of block l read norm(x) / sqrt(l)."""
+    stack, plain = made(layer_norm_scaling=True, **flags), made(**flags)
+    assert list(stack.state_dict()) == list(plain.state_dict())
+    x = X
+    for index, layer in enumerate(stack.layers):
+        before, behind, _ = layer.norms
+        out = layer.branch(before(x) / (index // size + 1) ** 0.5)
+        x = x + (out if behind is None else behind(out))
+    assert torch.allclose(stack(X), stack.final_norm(x))
+
+
+@pytest.mark.parametrize('flags', [{'pre_norm': False}, {'resi_dual': True}, {'weight_tie_layers': True}])
+def test_norm_scaling_needs_norms_of_numbered_blocks(flags):
+    with pytest.raises(FlagError, match='in front of each branch'):
+        Decoder(**SMALL, layer_norm_scaling=True, **flags)
+
+
 # ---------------------------------------------------------------- blocks that run several times
 
 

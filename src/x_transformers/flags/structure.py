@@ -71,6 +71,10 @@ class StructureFlags(LayeredFlags):
         paper='https://arxiv.org/abs/2501.00656', since='here', each='layer',
     )  # fmt: skip
 
+    layer_norm_scaling: bool = flag(
+        False, 'What the norm before a branch gives is divided by the square root of the number of its block, counted from 1.',
+        paper='https://arxiv.org/abs/2502.05795', since='here',
+    )  # fmt: skip
     residual_lambdas: bool | float = flag(
         False, 'Before each layer, attention or feed-forward, the stream is multiplied by a learned number of that layer, '
         'which starts at 1; a number: it starts there.',

@@ -33,6 +33,17 @@ STRUCTURE_RULES = (
         'Use one of those, or give a class.',
     ),
     Rule(
+        ('layer_norm_scaling', 'pre_norm', 'resi_dual', 'gated_multi_residual', 'weight_tie_layers'),
+        lambda flags, dim: (
+            flags.layer_norm_scaling
+            and (not flags.pre_norm or flags.resi_dual or flags.gated_streams or flags.weight_tie_layers)
+        ),
+        'it scales the norm in front of each branch, by the number of its block',
+        {'layer_norm_scaling': True, 'pre_norm': False},
+        'Use pre-norm layers that are not shared.',
+        only_changed=True,
+    ),
+    Rule(
         (*LAMBDAS, 'resi_dual', 'parallel_block'),
         lambda flags, dim: (
             any(getattr(flags, name) is not False for name in LAMBDAS) and (flags.resi_dual or flags.parallel_block)

@@ -14,6 +14,7 @@ from x_transformers.flags.base import unknown_flags
 from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
 from x_transformers.layers.gated_streams import GatedMultiResidual
 from x_transformers.layers.hyper_connections import HyperConnection
+from x_transformers.layers.plan import block_numbers
 from x_transformers.layers.residual import (
     GRUGating,
     OrthogonalResidual,
@@ -53,6 +54,7 @@ class Layer(nn.ModuleList):
         branch: nn.Module,
         residual: nn.Module,
         scale: float = 1.0,
+        norm_scale: float = 1.0,
     ) -> None:
         norms = nn.ModuleList()
         for index, norm in enumerate((before, behind, after)):
@@ -60,6 +62,8 @@ class Layer(nn.ModuleList):
         super().__init__([norms, branch, residual])
         # a constant factor on what the branch writes
         self.scale = scale
+        # and on what the norm before it gives
+        self.norm_scale = norm_scale
 
     @classmethod
     def of(cls, parts: Any) -> nn.Module:
@@ -111,8 +115,9 @@ class Layer(nn.ModuleList):
         return self.norm_after(written, wide_condition), seen
 
     def norm_before(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        """Pre-norm, of the branch's input and of memories."""
-        return call_norm(self.norms._modules['0'], x, condition)
+        """Pre-norm, of the branch's input and of memories, and its constant factor."""
+        x = call_norm(self.norms._modules['0'], x, condition)
+        return x if self.norm_scale == 1.0 else x * self.norm_scale
 
     def norm_behind(self, out: Tensor, condition: Tensor | None) -> Tensor:
         """Sandwich norm, of the branch's output, and its constant factor."""
@@ -197,4 +202,5 @@ def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:
         branch=choose_branch(flags, spec, causal),
         residual=choose_residual(flags, spec, causal),
         scale=flags.branch_scale,
+        norm_scale=block_numbers(flags)[spec.index] ** -0.5 if flags.layer_norm_scaling else 1.0,
     )
