@@ -551,6 +551,7 @@ WRAPPER = (
     group('tied_bias', wrapper={'logits_bias': True, 'tie_embedding': True}),
     group('logits_transform', wrapper={'logits_transform': 'gelu'}),
     group('logits_transform_bias', wrapper={'logits_transform': 'relu', 'logits_transform_bias': False}),
+    group('smear', wrapper={'smear': True}),
     group('emb_dropout', wrapper={'emb_dropout': 0.2}, only_training=True),
 )
 

@@ -297,6 +297,7 @@ def segments_promised(case: Combination) -> bool:
         'mv_split',
         'mv_split_learned',
         'aggregated_qkv',
+        'smear',
         'shift',
         'shift_two',
         'streams_qkv',

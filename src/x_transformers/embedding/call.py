@@ -48,6 +48,8 @@ class Call:
     detach_mems: bool = True
     transform_token_embeds: Callable[[Tensor], Tensor] | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    # what the model is to remember of the new tokens (b n …), by name
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def pos_ids(self) -> Int[Tensor, '...'] | None:

@@ -562,6 +562,7 @@ class WrapperKeywords(TypedDict, total=False):
     logits_transform: str | None
     logits_transform_bias: bool
     tie_embedding_scale: float | None
+    smear: bool
 
 
 class VisionKeywords(TypedDict, total=False):

@@ -118,6 +118,11 @@ class WrapperFlags(Flags):
         since='2.31.10',
     )  # fmt: skip
 
+    smear: bool = flag(
+        False, 'Each token embedding gets a learned, gated part of that before it.',
+        paper='https://github.com/KellerJordan/modded-nanogpt', since='here',
+    )  # fmt: skip
+
     @property
     def logits_factor(self) -> float | None:
         return self.logits_scale if self.tie_embedding_scale is None else self.tie_embedding_scale
