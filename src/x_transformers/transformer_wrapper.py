@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.before import Smear, one_before
+from x_transformers.embedding.before import BigramHash, Smear, one_before
 from x_transformers.embedding.call import Call, ids_or_none, last_positions
 from x_transformers.embedding.loop import LoopCall, run_loops
 from x_transformers.embedding.pooling import AttentionPool, average, read_cls
@@ -84,6 +84,8 @@ class TransformerWrapper(StackWrapper):
         self.embed_scale = flags.embed_scale
         self._build_positions(flags, stack, flags.l2norm_embed)
         self.embeds = named_tables(flags.embed_num_tokens, emb_dim)
+        size = flags.bigram_hash_embed
+        self.bigram = None if size is None else BigramHash(size, emb_dim)
         self.smear = Smear(emb_dim) if flags.smear else None
         self.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, dim) if flags.ff_deep_embed else None
         self._build_entrance(flags, flags.attn_layers)
@@ -329,6 +331,9 @@ class TransformerWrapper(StackWrapper):
         if call.transform_token_embeds is not None:
             vectors = call.transform_token_embeds(vectors)
         vectors = add_named(vectors, self.embeds, call.embed_ids, rows.summand)
+        if self.bigram is not None:
+            ids = x.long()
+            vectors = vectors + self.bigram(ids, one_before(ids.unsqueeze(-1) + 1, 'bigram', call, rows).squeeze(-1))
         return vectors if self.smear is None else self.smear(vectors, one_before(vectors, 'smear', call, rows))
 
     def _enter(self, embeds: Float[Tensor, 'b n e']) -> Float[Tensor, 'b m d']:

@@ -7,6 +7,7 @@ import torch
 
 from tests.laws.combination import shaken
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
+from x_transformers.flags.base import FlagError
 
 STACK = {'dim': 8, 'depth': 1, 'heads': 2, 'attn_dim_head': 4, 'verbose': False, 'rotary_pos_emb': True}
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
@@ -40,7 +41,37 @@ def test_smear_starts_silent():
     assert torch.equal(entering(net, IDS), net.token_emb(IDS))
 
 
-LOOKING_BACK = [{'smear': True}]
+def test_a_pair_of_tokens_has_a_row_found_by_a_hash():
+    net = made(bigram_hash_embed=17)
+    plain, got = net.token_emb(IDS), entering(net, IDS)
+    used = set()
+    for row in range(2):
+        for token in range(6):
+            own, before = int(IDS[row, token]), int(IDS[row, token - 1]) + 1
+            place = ((own * 0x9E3779B1) ^ (before * 0x85EBCA77)) % 16 if token else 16
+            used.add(place)
+            assert torch.allclose(got[row, token], plain[row, token] + net.bigram.table.weight[place])
+    assert len(used) > 6
+
+
+def test_bigrams_start_silent_and_pairs_are_spread():
+    torch.manual_seed(0)
+    net = TransformerWrapper(num_tokens=11, max_seq_len=12, attn_layers=Decoder(**STACK), bigram_hash_embed=1001)
+    assert torch.equal(entering(net, IDS), net.token_emb(IDS))
+    ids = torch.arange(200)
+    pairs = net.bigram.rows(ids.repeat_interleave(200)[None], (ids.repeat(200) + 1)[None]).flatten()
+    # as evenly as by chance: 40,000 pairs on 1,000 rows
+    counts = torch.bincount(pairs, minlength=1000)
+    assert counts.max() < 80
+    assert counts[:1000].min() > 8
+
+
+def test_bigrams_are_refused_beside_an_embedding_of_ones_own():
+    with pytest.raises(FlagError, match='pairs are made of token ids'):
+        made(bigram_hash_embed=8, token_emb=torch.nn.Embedding(11, 8))
+
+
+LOOKING_BACK = [{'smear': True}, {'bigram_hash_embed': 17}, {'smear': True, 'bigram_hash_embed': 17}]
 
 
 @pytest.mark.parametrize('flags', LOOKING_BACK, ids=str)

@@ -552,6 +552,8 @@ WRAPPER = (
     group('logits_transform', wrapper={'logits_transform': 'gelu'}),
     group('logits_transform_bias', wrapper={'logits_transform': 'relu', 'logits_transform_bias': False}),
     group('smear', wrapper={'smear': True}),
+    group('bigram', wrapper={'bigram_hash_embed': 13}),
+    group('bigram_smear', wrapper={'bigram_hash_embed': 13, 'smear': True}),
     group('emb_dropout', wrapper={'emb_dropout': 0.2}, only_training=True),
 )
 

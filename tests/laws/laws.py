@@ -298,6 +298,8 @@ def segments_promised(case: Combination) -> bool:
         'mv_split_learned',
         'aggregated_qkv',
         'smear',
+        'bigram',
+        'bigram_smear',
         'shift',
         'shift_two',
         'streams_qkv',

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.module import ConstantLinear, Module, empty_parameter
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.position.absolute import Table, look_up
+from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # the cache of what a model itself remembers of its tokens, beside those of the stack and of its steps
 MODEL_STEP = -2
+# two odd factors, so that neighbouring ids lie far from each other in a table
+SPREAD = (0x9E3779B1, 0x85EBCA77)
 
 
 class Smear(Module):
@@ -38,6 +41,26 @@ class Smear(Module):
     def forward(self, x: Float[Tensor, 'b n d'], before: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         out: Tensor = x + self.scale[0] * self.to_gate(x).sigmoid() * before
         return out
+
+
+class BigramHash(Module):
+    """A vector for each pair of a token and the one before it: the row ``hash(pair) % (size - 1)`` of a table of ``size`` rows.
+
+    Tokens with nothing before them share the last row. From modded-nanogpt; the hash is ours. The table starts at zero.
+    forward: ids (b n), and one more than the id before each (0: there is none), (b n) -> (b n d).
+    """
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.table = Table(size, dim, std=0.0)
+
+    def rows(self, ids: Int[Tensor, 'b n'], before: Int[Tensor, 'b n']) -> Int[Tensor, 'b n']:
+        mixed = (ids * SPREAD[0]) ^ (before * SPREAD[1])
+        return torch.where(before == 0, self.size - 1, mixed.remainder(self.size - 1))
+
+    def forward(self, ids: Int[Tensor, 'b n'], before: Int[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
+        return look_up(self.table, self.rows(ids, before), 'bigrams')
 
 
 def token_rows(call: Call, rows: Rows, device: torch.device) -> Bool[Tensor, 'b n'] | None:

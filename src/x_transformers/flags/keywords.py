@@ -563,6 +563,7 @@ class WrapperKeywords(TypedDict, total=False):
     logits_transform_bias: bool
     tie_embedding_scale: float | None
     smear: bool
+    bigram_hash_embed: int | None
 
 
 class VisionKeywords(TypedDict, total=False):

@@ -123,6 +123,11 @@ class WrapperFlags(Flags):
         paper='https://github.com/KellerJordan/modded-nanogpt', since='here',
     )  # fmt: skip
 
+    bigram_hash_embed: int | None = flag(
+        None, 'Rows of a table whose vector for each token and the one before it, found by a hash, is added to the embedding.',
+        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=2,
+    )  # fmt: skip
+
     @property
     def logits_factor(self) -> float | None:
         return self.logits_scale if self.tie_embedding_scale is None else self.tie_embedding_scale

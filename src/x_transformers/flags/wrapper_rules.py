@@ -47,6 +47,12 @@ WRAPPER_RULES = (
         {'tie_embedding': True, 'token_emb': nn.Embedding.from_pretrained(torch.zeros(2, 2))},
     ),
     Rule(
+        ('bigram_hash_embed', 'token_emb'),
+        lambda flags, dim: flags.bigram_hash_embed is not None and flags.token_emb is not None,
+        'your own embedding may read anything, and pairs are made of token ids',
+        {'bigram_hash_embed': 8, 'token_emb': nn.Identity()},
+    ),
+    Rule(
         ('tie_embedding', 'logits_dim'),
         lambda flags, dim: flags.tie_embedding and flags.logits_dim not in (None, flags.num_tokens),
         'the embedding table gives one logit per token ({num_tokens})',
