@@ -398,9 +398,10 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
         if batch is None:
             value, batch, axis = value.unsqueeze(0), 0, axis + 1
         given[name] = shuffle.lay(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
-    if 'deep_embeds_and_ids' in given:
-        table, ids = given['deep_embeds_and_ids']
-        given['deep_embeds_and_ids'] = table, shuffle.lay(ids)
+    for name in ('deep_embeds_and_ids', 'value_embeds_and_ids'):
+        if name in given:
+            tables, ids = given[name]
+            given[name] = tables, shuffle.lay(ids)
     return given
 
 

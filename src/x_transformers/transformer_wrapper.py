@@ -19,6 +19,7 @@ from x_transformers.embedding.pooling import AttentionPool, average, read_cls
 from x_transformers.embedding.recycle import recycle, rounds
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding, add_named, named_tables
+from x_transformers.embedding.values import value_tables
 from x_transformers.flags.constructors import only
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
@@ -88,6 +89,7 @@ class TransformerWrapper(StackWrapper):
         self.bigram = None if size is None else BigramHash(size, emb_dim)
         self.smear = Smear(emb_dim) if flags.smear else None
         self.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, dim) if flags.ff_deep_embed else None
+        self.value_embeds = value_tables(flags, stack)
         self._build_entrance(flags, flags.attn_layers)
         self.recycling, self.train_max_recycle_steps = flags.recycling, flags.train_max_recycle_steps
         self.recycled_proj = nn.Linear(dim, dim, bias=False) if flags.recycling else None
@@ -334,7 +336,9 @@ class TransformerWrapper(StackWrapper):
         if self.bigram is not None:
             ids = x.long()
             vectors = vectors + self.bigram(ids, one_before(ids.unsqueeze(-1) + 1, 'bigram', call, rows).squeeze(-1))
-        return vectors if self.smear is None else self.smear(vectors, one_before(vectors, 'smear', call, rows))
+        if self.smear is not None:
+            vectors = self.smear(vectors, one_before(vectors, 'smear', call, rows))
+        return vectors
 
     def _enter(self, embeds: Float[Tensor, 'b n e']) -> Float[Tensor, 'b m d']:
         """With cls tokens in front."""
@@ -366,6 +370,9 @@ class TransformerWrapper(StackWrapper):
         given = super()._for_stack(keys, call, rows)
         if self.ff_deep_embed is not None:
             given['deep_embeds_and_ids'] = self._deep_embeds(call, rows)
+        if self.value_embeds is not None:
+            ids = rows.newest(call.x, 'x').long()
+            given['value_embeds_and_ids'] = self.value_embeds, rows.token_ids(ids, -1) if rows.front_keys else ids
         return given
 
     def _loop_call(self, steps: int | None, all_logits: bool | None, exits: bool, threshold: float) -> LoopCall:

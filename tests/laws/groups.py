@@ -554,6 +554,8 @@ WRAPPER = (
     group('smear', wrapper={'smear': True}),
     group('bigram', wrapper={'bigram_hash_embed': 13}),
     group('bigram_smear', wrapper={'bigram_hash_embed': 13, 'smear': True}),
+    group('value_embed', SELF, wrapper={'value_embed': 1}),
+    group('value_embed_some', SELF, wrapper={'value_embed': 2, 'value_embed_gate_dim': 3}),
     group('emb_dropout', wrapper={'emb_dropout': 0.2}, only_training=True),
 )
 

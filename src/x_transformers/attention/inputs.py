@@ -13,6 +13,7 @@ from x_transformers.tensor_types import Bool, Float
 if TYPE_CHECKING:
     from x_transformers.attention.maps import Maps
     from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.embedding.values import TokenValues
     from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions
 
@@ -71,6 +72,7 @@ class BranchInputs:
         padding: Bool[Tensor, 'b n'] | None = None,
         condition: Tensor | None = None,
         deep_embed: Float[Tensor, 'b n d'] | None = None,
+        token_values: TokenValues | None = None,
         return_attn: bool = False,
         return_scores: bool = False,
         maps_now: bool = False,
@@ -94,6 +96,7 @@ class BranchInputs:
         self.padding = padding
         self.condition = condition
         self.deep_embed = deep_embed
+        self.token_values = token_values
         self.return_attn = return_attn
         self.return_scores = return_scores
         self.maps_now = maps_now

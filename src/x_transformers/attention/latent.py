@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.project import KeysValues, held_rows, remember, split_heads
+from x_transformers.attention.project import KeysValues, held_rows, remember, split_heads, with_token_values
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
@@ -29,12 +29,12 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     new = {'latent': z}
     if attn.to_rotateable_k is not None:
         new['k_rope'] = split_heads(attn.to_rotateable_k(seen.keys), cast(int, attn.rotated_heads))
-    own = split_heads(attn.to_v(z), attn.kv_heads)
-    if given.first_values is not None:
-        # each token is mixed with its own first values, once
+    own = with_token_values(split_heads(attn.to_v(z), attn.kv_heads), seen, given)
+    if given.first_values is not None or given.token_values is not None:
+        # each token has its own share of first values, and its row of a table, once
         if past is not None and not cross and held_rows(past, 'mixed') != held_rows(past, 'latent'):
             raise ValueError(
-                'this cache of latents lacks the mixed values of the past, which a value residual needs: '
+                'this cache of latents lacks the values of the past, which a value residual or value_embed needs: '
                 'continue from the cache that an earlier call returned, not from a cached_kv set by hand'
             )
         new['mixed'] = attn.normed_values(attn.mixed_values(own, seen, given))

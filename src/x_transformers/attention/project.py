@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.parts import AttentionParts, Seen
@@ -85,6 +86,7 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     if cross and held_rows(given.past, 'k'):
         return cross_from_cache(attn, given)
     own = split_heads(added(attn.to_v(seen.values), given.deltas.values), attn.kv_heads)
+    own = with_token_values(own, seen, given)
     v = attn.normed_values(attn.mixed_values(own, seen, given))
     k = attn.normed_keys(split_heads(added(attn.to_k(seen.keys), given.deltas.keys), attn.kv_heads))
     positions = given.positions
@@ -95,6 +97,15 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     if positions is not None:
         k = positions.keys(k, attn.rotated_heads)
     return KeysValues(k, v, own)
+
+
+def with_token_values(own: Float[Tensor, 'b kh m e'], seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:
+    """Values with what a table has for each token; memories have no tokens."""
+    if given.token_values is None:
+        return own
+    module, ids = given.token_values
+    new: Tensor = module(seen.values[..., seen.mems :, :], ids).to(own.dtype)
+    return own + F.pad(new, (0, 0, seen.mems, 0))
 
 
 def cross_from_cache(attn: AttentionParts, given: BranchInputs) -> KeysValues:

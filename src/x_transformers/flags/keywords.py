@@ -257,6 +257,7 @@ class InnerKeywords(TypedDict, total=False):
     parallel_block: bool
     gated_multi_residual: bool
     norm_before: Each[bool]
+    layer_norm_scaling: bool
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool
@@ -564,6 +565,8 @@ class WrapperKeywords(TypedDict, total=False):
     tie_embedding_scale: float | None
     smear: bool
     bigram_hash_embed: int | None
+    value_embed: int | None
+    value_embed_gate_dim: int
 
 
 class VisionKeywords(TypedDict, total=False):
@@ -679,6 +682,10 @@ class EncKeywords(TypedDict, total=False):
     enc_logits_transform: str | None
     enc_logits_transform_bias: bool
     enc_tie_embedding_scale: float | None
+    enc_smear: bool
+    enc_bigram_hash_embed: int | None
+    enc_value_embed: int | None
+    enc_value_embed_gate_dim: int
     enc_depth: int | None
     enc_heads: Each[int]
     enc_use_scalenorm: bool
@@ -759,6 +766,7 @@ class EncKeywords(TypedDict, total=False):
     enc_parallel_block: bool
     enc_gated_multi_residual: bool
     enc_norm_before: Each[bool]
+    enc_layer_norm_scaling: bool
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -1024,6 +1032,10 @@ class PairKeywords(EncKeywords, total=False):
     dec_logits_transform: str | None
     dec_logits_transform_bias: bool
     dec_tie_embedding_scale: float | None
+    dec_smear: bool
+    dec_bigram_hash_embed: int | None
+    dec_value_embed: int | None
+    dec_value_embed_gate_dim: int
     dec_depth: int | None
     dec_heads: Each[int]
     dec_use_scalenorm: bool
@@ -1104,6 +1116,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_parallel_block: bool
     dec_gated_multi_residual: bool
     dec_norm_before: Each[bool]
+    dec_layer_norm_scaling: bool
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool

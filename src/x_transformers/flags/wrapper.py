@@ -128,6 +128,15 @@ class WrapperFlags(Flags):
         paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=2,
     )  # fmt: skip
 
+    value_embed: int | None = flag(
+        None, 'Every so many self attentions, the last among them, add to their values a row of a token table of their own, '
+        'gated for each key head.',
+        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=1,
+    )  # fmt: skip
+    value_embed_gate_dim: int = flag(
+        12, 'So many channels decide about the gates, or all of them.', parent='value_embed', since='here', low=1
+    )
+
     @property
     def logits_factor(self) -> float | None:
         return self.logits_scale if self.tie_embedding_scale is None else self.tie_embedding_scale

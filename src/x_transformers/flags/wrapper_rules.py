@@ -199,6 +199,19 @@ ON_STACK_RULES = (
         {'max_mem_len': 4, 'stack': {'mixer': 'gated_delta_rule', 'custom_layers': ('m', 'f', 'a', 'f')}},
     ),
     Rule(
+        ('value_embed',),
+        lambda both, dim: both.value_embed is not None and not both.has_self_attention,
+        'the stack has no self attention whose values it could add to',
+        {'value_embed': 1, 'stack': {'cross_attend': True, 'only_cross': True}},
+        'Leave it out, or use a stack with self attention.',
+    ),
+    Rule(
+        ('max_mem_len', 'value_embed'),
+        lambda both, dim: both.max_mem_len > 0 and both.value_embed is not None,
+        'a memory is a state of the stream, and the token that its values would be made of is not known any more',
+        {'max_mem_len': 4, 'value_embed': 1},
+    ),
+    Rule(
         ('max_mem_len', *MIXTURES),
         lambda both, dim: both.max_mem_len > 0 and how_many(both, MIXTURES) > 0,
         'a memory is one state of the stream, and keys and values have inputs of their own',

@@ -142,6 +142,7 @@ class Given:
     causal: bool | None = None
     return_gumbel_log_probs: bool = False
     return_expert_loss: bool = False
+    value_embeds_and_ids: tuple[Any, Tensor] | None = None
 
 
 DECLARED = arguments_of(Given)

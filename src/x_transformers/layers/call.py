@@ -14,6 +14,7 @@ from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediat
 from x_transformers.attention.mask import Mask, PackedSequences, Placed
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache
+from x_transformers.embedding.values import of_layer
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.plan import ATTENTIONS, Step
 from x_transformers.tensor_types import Bool, Float, Int
@@ -158,6 +159,7 @@ class Inputs:
     injected: Float[Tensor, 'b #n d'] | None = None
     deep_table: Float[Tensor, 't l d'] | None = None
     deep_ids: Int[Tensor, 'b n'] | None = None
+    value_embeds: tuple[Any, Int[Tensor, 'b n']] | None = None
     cache: KVCache | None = None
     transform_block: Callable[[int, Tensor], Tensor] | None = None
     continues: bool = False
@@ -213,6 +215,7 @@ class Inputs:
         given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
         given.packed = self.packed
         given.causal = self.causal
+        given.token_values = of_layer(self.value_embeds, step.layer)
 
     def condition_of_memory(self, mem: Float[Tensor, 'b l d'] | None) -> Float[Tensor, 'b #l c'] | None:
         """What the norm of a memory depends on; a shorter memory ends where the others end."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
@@ -260,6 +260,18 @@ def check_deep_embeds(stack: StackParts, pair: Any, span: Span) -> None:
     check_per_token('the ids of deep_embeds_and_ids', ids, span)
 
 
+def check_value_embeds(pair: Any, span: Span) -> None:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (Mapping, nn.ModuleDict)):
+        raise TypeError(
+            'value_embeds_and_ids must be a pair: modules by the number of their layer, and token ids (batch, sequence)'
+        )
+    if not is_whole(pair[1], 2):
+        raise ValueError(
+            f'the ids of value_embeds_and_ids must be whole numbers (batch, sequence), but are {shape_of(pair[1])}'
+        )
+    check_per_token('the ids of value_embeds_and_ids', pair[1], span)
+
+
 def runs_causally(stack: StackParts, given: Given) -> bool:
     """Whether tokens see none to their right, but for a prefix: as built, or as this call says."""
     return stack.is_causal if given.causal is None else given.causal
@@ -408,6 +420,8 @@ def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, .
     check_packing(stack, given, span.batch, span.given)
     if given.deep_embeds_and_ids is not None:
         check_deep_embeds(stack, given.deep_embeds_and_ids, span)
+    if given.value_embeds_and_ids is not None:
+        check_value_embeds(given.value_embeds_and_ids, span)
     check_shifts('self_attn_kv_residuals', given.self_attn_kv_residuals, 'a', span.batch, span.given, stack.dim)
     if given.context is not None:
         length, width = given.context.shape[1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
         injected=injection(x, in_attn_condition(given, span), stack.reinject_input_proj, stack.learned_reinject_input_gate),
         deep_table=given.deep_embeds_and_ids[0] if given.deep_embeds_and_ids else None,
         deep_ids=span.newest(given.deep_embeds_and_ids[1]) if given.deep_embeds_and_ids else None,
+        value_embeds=token_values(given, span),
         cache=working,
         transform_block=block_transform(given.transform_block_inputs),
         continues=cache is not None and span.past > 0,
@@ -261,6 +262,12 @@ def in_attn_condition(given: Given, span: Span) -> Tensor | None:
     if cond is None:
         return None
     return cond.unsqueeze(1) if cond.ndim == 2 else span.newest(cond)
+
+
+def token_values(given: Given, span: Span) -> tuple[Any, Tensor] | None:
+    """(what adds to the values of layers, ids of the new tokens)."""
+    pair = given.value_embeds_and_ids
+    return None if pair is None else (pair[0], span.newest(pair[1]))
 
 
 def kv_shifts(shifts: Tensor | None, span: Span | None = None) -> tuple[Tensor, ...]:

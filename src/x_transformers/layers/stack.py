@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -285,6 +285,7 @@ class AttentionLayers(Module):
         causal: bool | None = None,
         return_gumbel_log_probs: bool = False,
         return_expert_loss: bool = False,
+        value_embeds_and_ids: tuple[Mapping[str, nn.Module], Int[Tensor, 'b n']] | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack. Every boolean mask: True is a token, or may be seen.
 
@@ -304,6 +305,7 @@ class AttentionLayers(Module):
           added to every branch's input.
         - ``self_attn_kv_residuals``, ``cross_attn_kv_residuals``: added to the keys' and values' input, (b n d) in the first
           layer or (layers b n d). ``deep_embeds_and_ids``: a table of factors for feed-forwards, and ids into it.
+          ``value_embeds_and_ids``: modules (x, ids) -> (b kh n e) of what is added to values, by layer, and ids.
         - ``layers_execute_order``: indices of layers. ``repeat_blocks``: ``(block, times)`` or ``((first, last), times)``, or a
           tuple of those: these blocks run so often, the others once (https://dnhkng.github.io/posts/rys/).
           ``transform_block_inputs``: by the number of an executed block, from 1, a function of what enters it; or one function
@@ -324,7 +326,7 @@ class AttentionLayers(Module):
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
             condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
             flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, None, repeat_blocks, transform_block_inputs, causal,
-            return_gumbel_log_probs, return_expert_loss,
+            return_gumbel_log_probs, return_expert_loss, value_embeds_and_ids,
         ))  # fmt: skip
 
     def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:
