@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.convolution import CausalConvolution
 from x_transformers.flags.constructors import only
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rule import effective
@@ -173,13 +174,47 @@ class GLU(Gate):
         activation: nn.Module,
         mult_bias: bool = False,
         bias: bool = True,
+        canon: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(dim_out, activation, mult_bias, **settings)
+        self.canon = CausalConvolution(dim_out * 2, 'inside') if canon else None
         self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
 
-    def forward(self, x: Float[Tensor, '... c']) -> Float[Tensor, '... d']:
-        return self.gated(self.proj(x))
+    def forward(self, x: Float[Tensor, '... c'], around: BranchInputs | None = None) -> Float[Tensor, '... d']:
+        return self.gated(convolved(self.canon, self.proj(x), around))
+
+
+class Convolved(nn.Sequential):
+    """A linear map, a convolution over tokens, and an activation. forward: (… n c) -> (… n d)."""
+
+    def __init__(self, linear: nn.Linear, activation: nn.Module) -> None:
+        super().__init__(linear, activation)
+        self.canon = CausalConvolution(linear.out_features, 'inside')
+
+    def forward(self, x: Float[Tensor, '... n c'], around: BranchInputs | None = None) -> Float[Tensor, '... n d']:
+        out: Tensor = self[1](convolved(self.canon, self[0](x), around))
+        return out
+
+
+def convolved(
+    convolution: CausalConvolution | None, x: Float[Tensor, '... n d'], around: BranchInputs | None
+) -> Float[Tensor, '... n d']:
+    if convolution is None:
+        return x
+    out: Tensor = convolution(x) if around is None else convolution(x, around.padding, around.past)
+    return out
+
+
+class InnerFirst(nn.Sequential):
+    """Modules one after the other, of which the first is told what surrounds the branch. forward: (… n c) -> (… n e)."""
+
+    def forward(self, x: Float[Tensor, '... n c'], around: BranchInputs | None = None) -> Float[Tensor, '... n e']:
+        first, *rest = self
+        x = first(x, around)
+        for module in rest:
+            x = module(x)
+        return x
 
 
 class FeedForward(Module):
@@ -216,9 +251,9 @@ class FeedForward(Module):
             self.ff: nn.Module = self._experts(dim, dim_out, flags, activation)
             return
         first = (
-            GLU(dim, dim_inner, activation, bias=flags.glu_bias, **Gate.settings(flags))
+            GLU(dim, dim_inner, activation, bias=flags.glu_bias, canon=flags.canon, **Gate.settings(flags))
             if flags.glu
-            else nn.Sequential(nn.Linear(dim, dim_inner, bias=not flags.no_bias), activation)
+            else (Convolved if flags.canon else nn.Sequential)(nn.Linear(dim, dim_inner, bias=not flags.no_bias), activation)
         )
         self.ff = Sequential(
             first,
@@ -227,6 +262,8 @@ class FeedForward(Module):
             branch_output(dim_inner, dim_out, not flags.no_bias, zero=flags.zero_init_output, depth=flags.output_proj_depth),
             Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
         )
+        if flags.canon:
+            self.ff = InnerFirst(*self.ff)
 
     @staticmethod
     def _experts(dim: int, dim_out: int, flags: FeedForwardFlags, activation: nn.Module) -> Experts:
@@ -274,7 +311,11 @@ class FeedForward(Module):
             )
         if self.flags.experts is not None:
             return self._by_experts(x, deep_embed, around)
-        out = self._in_pieces(x) if self._takes_pieces(x) else self.ff(x)
+        out: Tensor
+        if self.flags.canon:
+            out = self.ff(x, around)
+        else:
+            out = self._in_pieces(x) if self._takes_pieces(x) else self.ff(x)
         return out if deep_embed is None else out * deep_embed
 
     def _by_experts(self, x: Float[Tensor, '... n d'], deep_embed: Tensor | None, around: BranchInputs | None) -> Any:

@@ -328,7 +328,7 @@ class TransformerWrapper(StackWrapper):
         return super()._front(call) + (0 if self.cls_token is None else self.num_cls_tokens)
 
     def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        vectors = self.token_emb(x, **call.token_emb_kwargs)
+        vectors: Tensor = self.token_emb(x, **call.token_emb_kwargs)
         vectors = vectors if self.embed_scale is None else vectors * self.embed_scale
         if call.transform_token_embeds is not None:
             vectors = call.transform_token_embeds(vectors)

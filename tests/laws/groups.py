@@ -425,6 +425,11 @@ STACK = (
     group('parallel_block', parallel_block=True),
     group('gated_streams', num_residual_streams=2, gated_multi_residual=True, residual_fn_kwargs={'read_gate_rank': 3}),
     group('norm_scaling', layer_norm_scaling=True),
+    group('canon_a', SELF, canon='a'),
+    group('canon_b', SELF, attn_canon=True),
+    group('canon_c', canon=('c',)),
+    group('canon_d', ff_canon=True),
+    group('canon', SELF, canon='abcd', ff_glu=True),
     group('lambdas', residual_lambdas=True, embed_lambdas=True),
     group('lambdas_start', residual_lambdas=(1.1, 0.9), embed_lambdas=0.3),
     group(

@@ -10,6 +10,7 @@ from torch import nn
 from x_transformers.attention.attend import Attend
 from x_transformers.attention.gates import attention_on_attention, output_projection
 from x_transformers.attention.hybrid import FoldAxially
+from x_transformers.convolution import CausalConvolution
 from x_transformers.flags.attention import AttendFlags, AttentionFlags, ScoreFlags
 from x_transformers.position.projected import RelativeProjectedBias
 
@@ -61,6 +62,15 @@ def build_output(dim: int, flags: AttentionFlags) -> nn.Module:
     dim_in = flags.dim_attended * flags.orthogonal_outputs
     build = attention_on_attention if flags.on_attn else output_projection
     return build(dim_in, flags.dim_out or dim, flags.zero_init_output, flags.out_bias, flags.output_proj_depth)
+
+
+def build_convolutions(flags: AttentionFlags) -> nn.ModuleDict | None:
+    """Of queries, keys and values over tokens."""
+    if not flags.canon:
+        return None
+    keys = flags.num_kv_heads
+    widths = {'q': flags.heads * flags.dim_head, 'k': keys * flags.dim_head, 'v': keys * flags.value_dim}
+    return nn.ModuleDict({name: CausalConvolution(width, name) for name, width in widths.items()})
 
 
 def build_hybrid(flags: AttentionFlags) -> nn.Module | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention import latent, project
-from x_transformers.attention.assemble import BIASES, build_attend, build_hybrid, build_output
+from x_transformers.attention.assemble import BIASES, build_attend, build_convolutions, build_hybrid, build_output
 from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
@@ -122,6 +122,7 @@ class Attention(Module):
         for name, build in BIASES.items():
             setattr(self, name, build(self.dim, flags))
         self.attend = build_attend(flags)
+        self.convolutions = build_convolutions(flags)
 
     def _build_output(self) -> None:
         flags, heads, value_dim = self.flags, self.heads, self.value_dim_head
@@ -225,7 +226,8 @@ class Attention(Module):
     def _attended(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         """The layer on x, (b n d) or with separate views (3 b n d)."""
         seen = project.gather(self, x, given)
-        q = self.normed_queries(split_heads(added(self.to_q(seen.queries), given.deltas.queries), self.heads))
+        q = project.convolved(self, 'q', added(self.to_q(seen.queries), given.deltas.queries), given)
+        q = self.normed_queries(split_heads(q, self.heads))
         k, v, own = self._keys_values(self, seen, given)
         if given.positions is not None:
             q = given.positions.queries(q, self.rotated_heads)

@@ -34,7 +34,7 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
         # each token has its own share of first values, and its row of a table, once
         if past is not None and not cross and held_rows(past, 'mixed') != held_rows(past, 'latent'):
             raise ValueError(
-                'this cache of latents lacks the values of the past, which a value residual or value_embed needs: '
+                'this cache of latents lacks the mixed values of the past, which a value residual or value_embed needs: '
                 'continue from the cache that an earlier call returned, not from a cached_kv set by hand'
             )
         new['mixed'] = attn.normed_values(attn.mixed_values(own, seen, given))

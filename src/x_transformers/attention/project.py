@@ -85,10 +85,12 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     cross = given.context is not None
     if cross and held_rows(given.past, 'k'):
         return cross_from_cache(attn, given)
-    own = split_heads(added(attn.to_v(seen.values), given.deltas.values), attn.kv_heads)
+    own = convolved(attn, 'v', added(attn.to_v(seen.values), given.deltas.values), given, seen.mems)
+    own = split_heads(own, attn.kv_heads)
     own = with_token_values(own, seen, given)
     v = attn.normed_values(attn.mixed_values(own, seen, given))
-    k = attn.normed_keys(split_heads(added(attn.to_k(seen.keys), given.deltas.keys), attn.kv_heads))
+    k = convolved(attn, 'k', added(attn.to_k(seen.keys), given.deltas.keys), given, seen.mems)
+    k = attn.normed_keys(split_heads(k, attn.kv_heads))
     positions = given.positions
     if keeps_placed(positions, given.past, cross):
         k, v = place_and_remember(attn, k, v, seen.mems, given)
@@ -97,6 +99,20 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     if positions is not None:
         k = positions.keys(k, attn.rotated_heads)
     return KeysValues(k, v, own)
+
+
+def convolved(
+    attn: AttentionParts, name: str, t: Float[Tensor, 'b m c'], given: BranchInputs, mems: int = 0
+) -> Float[Tensor, 'b m c']:
+    """Queries, keys or values with a convolution over the tokens of this sequence; memories in front stay as they are."""
+    if attn.convolutions is None:
+        return t
+    if given.context is not None:
+        raise ValueError(
+            f'context must be left out with {attn.flags!r}, which convolves over one sequence. Build it without canon.'
+        )
+    new: Tensor = attn.convolutions[name](t[:, mems:], given.padding, given.past)
+    return torch.cat((t[:, :mems], new), dim=1) if mems else new
 
 
 def with_token_values(own: Float[Tensor, 'b kh m e'], seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:

@@ -278,6 +278,10 @@ class AttentionFlags(ScoreFlags):
         True, 'Gates of low rank have a SiLU between their two maps.', parent=('gate_values_rank', 'output_gate_rank'),
         since=LATER,
     )  # fmt: skip
+    canon: bool = flag(
+        False, 'Queries, keys and values get a causal convolution over four tokens, added.',
+        paper='https://arxiv.org/abs/2512.17351', self_only=True, since='here',
+    )  # fmt: skip
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
 
     @cached_property

@@ -14,6 +14,18 @@ BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
 
 ATTENTION_RULES = (
     Rule(
+        ('canon', 'use_latent_kv'),
+        lambda flags, dim: flags.canon and flags.dim_latent_kv is not None,
+        'keys and values are made of the latent that is cached, and not token by token',
+        {'canon': True, 'use_latent_kv': True, 'dim_latent_kv': 4},
+    ),
+    Rule(
+        ('canon', 'flash_pack_seq'),
+        lambda flags, dim: flags.canon and flags.flash_pack_seq,
+        'a convolution would run from one packed sequence into the next',
+        {'canon': True, 'flash_pack_seq': True},
+    ),
+    Rule(
         ('one_kv_head', 'kv_heads'),
         lambda flags, dim: flags.one_kv_head and flags.kv_heads is not None,
         'both say how many key and value heads there are',
@@ -250,6 +262,12 @@ ATTENTION_RULES = (
 )
 
 FEEDFORWARD_RULES = (
+    Rule(
+        ('canon', 'experts'),
+        lambda flags, dim: flags.canon and flags.experts is not None,
+        'an expert reads single tokens, which have no neighbours there',
+        {'canon': True, 'experts': 4},
+    ),
     Rule(
         SWITCHES,
         lambda flags, dim: how_many(flags, SWITCHES) > 1,

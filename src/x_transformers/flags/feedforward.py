@@ -111,6 +111,11 @@ class FeedForwardFlags(Flags):
         balanced = self.router_balance == 'loss' and self.router_balance_weight > 0
         return self.experts is not None and (balanced or self.router_z_loss_weight > 0)
 
+    canon: bool = flag(
+        False, 'The input of the activation gets a causal convolution over four tokens, added.',
+        paper='https://arxiv.org/abs/2512.17351', since='here',
+    )  # fmt: skip
+
     @cached_property
     def activation(self) -> str:
         """``custom``, ``relu_squared``, ``solu``, ``swish`` or ``gelu``."""

@@ -138,6 +138,7 @@ class AttentionKeywords(TypedDict, total=False):
     output_gate_rank: int | None
     output_gate_headwise: bool
     low_rank_silu_gates: bool
+    canon: bool
     project_out: bool | None
 
 
@@ -175,6 +176,7 @@ class FeedForwardKeywords(TypedDict, total=False):
     router_balance_weight: float
     router_balance_step: float
     router_z_loss_weight: float
+    canon: bool
 
 
 class InnerKeywords(TypedDict, total=False):
@@ -258,6 +260,7 @@ class InnerKeywords(TypedDict, total=False):
     gated_multi_residual: bool
     norm_before: Each[bool]
     layer_norm_scaling: bool
+    canon: tuple[str, ...] | None
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool
@@ -352,6 +355,7 @@ class InnerKeywords(TypedDict, total=False):
     attn_output_gate_rank: Each[int | None]
     attn_output_gate_headwise: Each[bool]
     attn_low_rank_silu_gates: Each[bool]
+    attn_canon: Each[bool]
     attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
@@ -438,6 +442,7 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_output_gate_rank: Each[int | None]
     cross_attn_output_gate_headwise: Each[bool]
     cross_attn_low_rank_silu_gates: Each[bool]
+    cross_attn_canon: Each[bool]
     cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
@@ -472,6 +477,7 @@ class InnerKeywords(TypedDict, total=False):
     ff_router_balance_weight: Each[float]
     ff_router_balance_step: Each[float]
     ff_router_z_loss_weight: Each[float]
+    ff_canon: Each[bool]
 
 
 class SharedKeywords(InnerKeywords, total=False):
@@ -767,6 +773,7 @@ class EncKeywords(TypedDict, total=False):
     enc_gated_multi_residual: bool
     enc_norm_before: Each[bool]
     enc_layer_norm_scaling: bool
+    enc_canon: tuple[str, ...] | None
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -862,6 +869,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_output_gate_rank: Each[int | None]
     enc_attn_output_gate_headwise: Each[bool]
     enc_attn_low_rank_silu_gates: Each[bool]
+    enc_attn_canon: Each[bool]
     enc_attn_project_out: Each[bool | None]
     enc_cross_attn_flash: Each[bool]
     enc_cross_attn_dropout: Each[float]
@@ -948,6 +956,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_output_gate_rank: Each[int | None]
     enc_cross_attn_output_gate_headwise: Each[bool]
     enc_cross_attn_low_rank_silu_gates: Each[bool]
+    enc_cross_attn_canon: Each[bool]
     enc_cross_attn_project_out: Each[bool | None]
     enc_ff_dim_out: Each[int | None]
     enc_ff_mult: Each[float]
@@ -982,6 +991,7 @@ class EncKeywords(TypedDict, total=False):
     enc_ff_router_balance_weight: Each[float]
     enc_ff_router_balance_step: Each[float]
     enc_ff_router_z_loss_weight: Each[float]
+    enc_ff_canon: Each[bool]
 
 
 class PairKeywords(EncKeywords, total=False):
@@ -1117,6 +1127,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_gated_multi_residual: bool
     dec_norm_before: Each[bool]
     dec_layer_norm_scaling: bool
+    dec_canon: tuple[str, ...] | None
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool
@@ -1212,6 +1223,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_output_gate_rank: Each[int | None]
     dec_attn_output_gate_headwise: Each[bool]
     dec_attn_low_rank_silu_gates: Each[bool]
+    dec_attn_canon: Each[bool]
     dec_attn_project_out: Each[bool | None]
     dec_cross_attn_flash: Each[bool]
     dec_cross_attn_dropout: Each[float]
@@ -1298,6 +1310,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_output_gate_rank: Each[int | None]
     dec_cross_attn_output_gate_headwise: Each[bool]
     dec_cross_attn_low_rank_silu_gates: Each[bool]
+    dec_cross_attn_canon: Each[bool]
     dec_cross_attn_project_out: Each[bool | None]
     dec_ff_dim_out: Each[int | None]
     dec_ff_mult: Each[float]
@@ -1332,3 +1345,4 @@ class PairKeywords(EncKeywords, total=False):
     dec_ff_router_balance_weight: Each[float]
     dec_ff_router_balance_step: Each[float]
     dec_ff_router_z_loss_weight: Each[float]
+    dec_ff_canon: Each[bool]

@@ -287,6 +287,8 @@ class StackFlags(StructureFlags):
         for part in PARTS:
             if stack.zero_init_branch_output:
                 read[part]['zero_init_output'] = True
+            if stack.has_canon({'attn_': 'b', 'ff_': 'd'}.get(part, '-')):
+                read[part]['canon'] = True
         return dataclasses.replace(
             stack,
             attention=AttentionFlags(**stack.told_to_attention, **read['attn_']),

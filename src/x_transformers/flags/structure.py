@@ -75,6 +75,11 @@ class StructureFlags(LayeredFlags):
         False, 'What the norm before a branch gives is divided by the square root of the number of its block, counted from 1.',
         paper='https://arxiv.org/abs/2502.05795', since='here',
     )  # fmt: skip
+    canon: tuple[str, ...] | None = flag(
+        None, "Causal convolutions over four tokens, added to their input: before self attention ('a'), of its queries, keys "
+        "and values ('b'), before a feed-forward ('c'), inside it ('d'); any of these letters.",
+        paper='https://arxiv.org/abs/2512.17351', since='here',
+    )  # fmt: skip
     residual_lambdas: bool | float = flag(
         False, 'Before each layer, attention or feed-forward, the stream is multiplied by a learned number of that layer, '
         'which starts at 1; a number: it starts there.',
@@ -85,6 +90,9 @@ class StructureFlags(LayeredFlags):
         'which starts at 0; a number: it starts there.',
         paper=LAMBDAS, since='here', each='layer',
     )  # fmt: skip
+
+    def has_canon(self, letter: str) -> bool:
+        return letter in (self.canon or ())
 
     def starts(self, name: str, usual: float) -> tuple[float, ...] | None:
         """Where a learned number of each layer starts; None if no layer has it."""

@@ -33,6 +33,19 @@ STRUCTURE_RULES = (
         'Use one of those, or give a class.',
     ),
     Rule(
+        ('canon',),
+        lambda flags, dim: not set(flags.canon or ()) <= set('abcd'),
+        "the places are 'a', 'b', 'c' and 'd'",
+        {'canon': ('a', 'e')},
+        'Use some of those.',
+    ),
+    Rule(
+        ('canon', 'attn_flash_pack_seq'),
+        lambda flags, dim: bool(flags.canon) and any(part.flash_pack_seq for part in flags.attentions),
+        'a convolution would run from one packed sequence into the next',
+        {'canon': ('a',), 'attn_flash_pack_seq': True, 'rotary_pos_emb': True},
+    ),
+    Rule(
         ('layer_norm_scaling', 'pre_norm', 'resi_dual', 'gated_multi_residual', 'weight_tie_layers'),
         lambda flags, dim: (
             flags.layer_norm_scaling

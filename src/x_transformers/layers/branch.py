@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.convolution import CausalConvolution
 from x_transformers.helpers import default, pad_at_dim
 from x_transformers.layers.slots import call_branch
 from x_transformers.module import ConstantLinear, Module, empty_parameter, is_heard
@@ -48,7 +49,7 @@ def run_checkpointed(branch: nn.Module, x: Tensor, around: BranchInputs) -> Any:
 
 def innermost(branch: nn.Module) -> nn.Module:
     """The attention or feed-forward inside all wrappers."""
-    while isinstance(branch, (Scale, LayerScale, AdaptiveLayerScale, ShiftTokens)):
+    while isinstance(branch, (Scale, LayerScale, AdaptiveLayerScale, ShiftTokens, Canon)):
         branch = branch.fn
     return branch
 
@@ -180,3 +181,19 @@ class ShiftTokens(Module):
         if upto < x.shape[-1]:
             parts.append(x[..., upto:])
         return torch.cat(parts, dim=-1)
+
+
+class Canon(Module):
+    """A causal convolution of what the branch reads, https://arxiv.org/abs/2512.17351. Memories are read as they are."""
+
+    hands_on = True
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        self.convolution = CausalConvolution(dim, 'before')
+
+    def forward(self, x: Float[Tensor, '... n d'], **kwargs: Any) -> Any:
+        around: BranchInputs | None = kwargs.get('around')
+        mixed = self.convolution(x, kwargs.get('mask')) if around is None else self.convolution(x, around.padding, around.past)
+        return handed_on(self.fn, mixed, kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
+from x_transformers.convolution import TAPE, CausalConvolution
 from x_transformers.flags.elsewhere import answer_of_call
 from x_transformers.layers.arguments import ARGUMENTS
 from x_transformers.layers.branch import ShiftTokens, innermost
@@ -342,6 +343,14 @@ def check_history(stack: StackParts, cache: KVCache, steps: Sequence[Step]) -> N
         for step in steps
         if any(isinstance(part, ShiftTokens) and part.moves(stack.dim) for part in layers[step.layer].modules())
     ]
+    convolving = [
+        step.index for step in steps if any(isinstance(part, CausalConvolution) for part in layers[step.layer].modules())
+    ]
+    if convolving and cache.retained and not any(name.startswith(TAPE) for name in cache.step(convolving[0]).tapes):
+        raise ValueError(
+            'the cache must hold the tokens that canon convolves, got keys and values alone. '
+            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
+        )
     if shifting and cache.retained and not any('shift' in cache.step(index).tapes for index in shifting):
         raise ValueError(
             'the cache must hold the tokens that shift_tokens shifts, got keys and values alone. '

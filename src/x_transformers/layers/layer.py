@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from x_transformers.attention.attention import Attention
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import unknown_flags
-from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
+from x_transformers.layers.branch import AdaptiveLayerScale, Canon, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
 from x_transformers.layers.gated_streams import GatedMultiResidual
 from x_transformers.layers.hyper_connections import HyperConnection
 from x_transformers.layers.plan import block_numbers
@@ -162,6 +162,8 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
         branch = Scale(0.5, branch)
     if spec.shift > 0:
         branch = ShiftTokens(range(0 if causal else -spec.shift, spec.shift + 1), branch)
+    if flags.has_canon({'a': 'a', 'f': 'c'}.get(spec.kind, '-')):
+        branch = Canon(flags.dim, branch)
     if flags.use_layerscale:
         branch = LayerScale(branch, flags.dim, flags.layerscale_init_value, unit_offset=flags.norm_add_unit_offset)
     elif flags.use_adaptive_layerscale:

@@ -56,7 +56,6 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
     check_call(stack, given, span := read_span(x, given, cache), steps)
     normed_mems = span.mems if stack.norm_need_condition else 0
     condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given, normed_mems)
-    extra = external_keys(stack, given, steps, span.batch)
     working = cache.fork() if cache is not None else KVCache() if given.return_hiddens else None
     if working is not None:
         working.pos_offset = pos_offset(given, cache)
@@ -86,7 +85,7 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
         cross_positions=cross_places,
         cross_positions_of_layers=cross_positions_of_layers(stack, given, span, pos, working, cross_places),
         mems=mems,
-        extra=extra,
+        extra=external_keys(stack, given, steps, span.batch),
         self_kv_shift=kv_shifts(given.self_attn_kv_residuals, span),
         cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals),
         packed=packed(given.flash_pack_seq_kwargs, runs_causally(stack, given)),
