@@ -15,7 +15,7 @@ from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.hybrid import mix_hybrid, run_module, shown
-from x_transformers.attention.inputs import BranchInputs, Intermediates
+from x_transformers.attention.inputs import BranchInputs, HandedKeys, Intermediates
 from x_transformers.attention.maps import Maps
 from x_transformers.attention.parts import Seen
 from x_transformers.attention.project import added, merge_heads, split_heads
@@ -229,6 +229,7 @@ class Attention(Module):
         q = project.convolved(self, 'q', added(self.to_q(seen.queries), given.deltas.queries), given)
         q = self.normed_queries(split_heads(q, self.heads))
         k, v, own = self._keys_values(self, seen, given)
+        handed = HandedKeys(k, v, own, given.mask) if given.hands_on_keys else None
         if given.positions is not None:
             q = given.positions.queries(q, self.rotated_heads)
         bias = self.bias(seen, given)
@@ -274,7 +275,9 @@ class Attention(Module):
             result = self.sublayer_dropout(result)
         if given.rows is not None:
             result = result.masked_fill(~given.rows.unsqueeze(-1), 0.0)
-        return result, self.report(own, maps, given, hidden)
+        report = self.report(own, maps, given, hidden)
+        report.handed = handed
+        return result, report
 
     # ------------------------------------------------------------ its steps
 

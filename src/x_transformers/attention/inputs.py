@@ -28,6 +28,15 @@ class ExtraKeys(NamedTuple):
     mask: Bool[Tensor, 'b m'] | None = None
 
 
+class HandedKeys(NamedTuple):
+    """Keys and values, normed and placed, for layers that share them: all rows; the new tokens' own values; who is a token."""
+
+    keys: Float[Tensor, 'b kh j d']
+    values: Float[Tensor, 'b kh j e']
+    own: Float[Tensor, 'b kh m e']
+    mask: Mask
+
+
 class Deltas(NamedTuple):
     """What a call adds inside attention: to projected queries, keys and values, to the heads, to the weights.
 
@@ -47,6 +56,7 @@ class BranchInputs:
     ``mask`` says who may look over the branch's own keys: memories, past, new. ``past`` is the cache of this
     execution step; without one nothing is kept. ``return_attn``: somebody may read the attention maps;
     ``return_scores``: the next layer will, for residual attention. ``maps_now``: the maps are made before the forward ends.
+    ``hands_on_keys``: later layers share keys and values; ``shared``: those of an earlier one.
     ``tokens``: which new rows are tokens; ``padding``: which of them neighbours may take features of. ``causal``: in this call,
     whatever the layer was built for. ``log_probs``: of the keys that hard attention chooses.
 
@@ -79,7 +89,11 @@ class BranchInputs:
         deltas: Deltas = Deltas(),  # noqa: B008 (it never changes)
         causal: bool | None = None,
         log_probs: bool = False,
+        hands_on_keys: bool = False,
+        shared: HandedKeys | None = None,
     ) -> None:
+        self.hands_on_keys = hands_on_keys
+        self.shared = shared
         self.context = context
         self.mask = Mask() if mask is None else mask
         self.rows = rows
@@ -149,6 +163,7 @@ class Intermediates:
         self.expert_loss = expert_loss
         self.maps = maps
         self.cache = cache
+        self.handed: HandedKeys | None = None
 
     def _map(self, name: str, lazy: str) -> Tensor | None:
         given = self._given[name]

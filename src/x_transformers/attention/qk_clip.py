@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,13 @@ from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.parts import AttentionParts
+
+
+@torch.no_grad()
+def largest_scores(scores: Sequence[Float[Tensor, 'b h i j']], has_sink: bool) -> Float[Tensor, '1 h 1 k']:
+    """Per head the largest score of each call, as scores; with a sink there is a column in front that is none."""
+    columns = [t[..., has_sink:].amax(dim=(0, 2, 3)) for t in scores]
+    return torch.stack([columns[0], *columns] if has_sink else columns, dim=-1)[None, :, None]
 
 
 def score_factors(scores: Float[Tensor, 'b h i j'], tau: float) -> Float[Tensor, 'h']:

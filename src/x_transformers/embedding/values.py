@@ -44,10 +44,10 @@ class TokenValues(NamedTuple):
 
 
 def value_tables(flags: WrapperFlags, stack: Any) -> nn.ModuleDict | None:
-    """One for every ``value_embed``-th self attention, counted from the last, by the number of its layer."""
+    """One for every ``value_embed``-th self attention that makes values, counted from the last, by the number of its layer."""
     if flags.value_embed is None:
         return None
-    layers = [layer.index for layer in stack.plan.layers if layer.kind == 'a']
+    layers = [layer.index for layer in stack.plan.layers if layer.kind == 'a' and layer.keys_from is None]
     tables = {}
     for index in layers[::-1][:: flags.value_embed][::-1]:
         own = stack.flags.layer(index).attention

@@ -261,6 +261,7 @@ class InnerKeywords(TypedDict, total=False):
     norm_before: Each[bool]
     layer_norm_scaling: bool
     canon: tuple[str, ...] | None
+    kv_share_every: int | None
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool
@@ -774,6 +775,7 @@ class EncKeywords(TypedDict, total=False):
     enc_norm_before: Each[bool]
     enc_layer_norm_scaling: bool
     enc_canon: tuple[str, ...] | None
+    enc_kv_share_every: int | None
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -1128,6 +1130,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_norm_before: Each[bool]
     dec_layer_norm_scaling: bool
     dec_canon: tuple[str, ...] | None
+    dec_kv_share_every: int | None
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool

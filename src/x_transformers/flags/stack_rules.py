@@ -5,7 +5,7 @@ from __future__ import annotations
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.rule import Rule, how_many, is_on
 from x_transformers.flags.stack import ANY_POSITION_BIAS, StackFlags
-from x_transformers.flags.structure_rules import STRUCTURE_RULES
+from x_transformers.flags.structure_rules import SAME_KEYS, STRUCTURE_RULES
 
 POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
 LAYOUTS_OF_PAIRS = ('interleaved', 'halves')
@@ -58,6 +58,7 @@ SAME_IN_ALL_LAYERS = (
         {'cross_attend': True, 'add_value_residual': True, 'cross_attn_value_dim_head': (8, 4)},
         only_changed=True,
     ),
+    SAME_KEYS,
     Rule(
         (*ANY_POSITION_BIAS, 'heads'),
         lambda flags, dim: flags.position_bias is not None and flags.differs('heads'),

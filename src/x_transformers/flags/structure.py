@@ -80,6 +80,10 @@ class StructureFlags(LayeredFlags):
         "and values ('b'), before a feed-forward ('c'), inside it ('d'); any of these letters.",
         paper='https://arxiv.org/abs/2512.17351', since='here',
     )  # fmt: skip
+    kv_share_every: int | None = flag(
+        None, 'So many self attentions in a row share the keys and values of the first of them, which alone has a cache.',
+        paper='https://arxiv.org/abs/2405.12981', since='here', low=2,
+    )  # fmt: skip
     residual_lambdas: bool | float = flag(
         False, 'Before each layer, attention or feed-forward, the stream is multiplied by a learned number of that layer, '
         'which starts at 1; a number: it starts there.',

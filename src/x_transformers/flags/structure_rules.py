@@ -10,6 +10,31 @@ LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio', 'layers_execute_order'
 
 LAMBDAS = ('residual_lambdas', 'embed_lambdas')
 
+SHARED = (
+    'heads',
+    'attn_kv_heads',
+    'attn_one_kv_head',
+    'attn_dim_head',
+    'attn_value_dim_head',
+    'rotary_theta',
+    'rotary_scaling',
+)
+
+# asked where flags differ between layers
+SAME_KEYS = Rule(
+    ('kv_share_every', *SHARED),
+    lambda flags, dim: (
+        flags.kv_share_every is not None
+        and (
+            flags.differs('num_kv_heads', 'dim_head', 'value_dim')
+            or bool({'rotary_theta', 'rotary_scaling'} & {*flags.varying})
+        )
+    ),
+    'keys and values of one layer are those of others, so these need the same shape and positions',
+    {'kv_share_every': 2, 'attn_value_dim_head': (8, 4)},
+    only_changed=True,
+)
+
 STRUCTURE_RULES = (
     Rule(
         ('mixer', 'custom_layers'),
@@ -31,6 +56,29 @@ STRUCTURE_RULES = (
         f'the known names are {", ".join(MIXERS)}',
         {'mixer': 'mamba', 'custom_layers': ('m', 'f')},
         'Use one of those, or give a class.',
+    ),
+    Rule(
+        ('kv_share_every', 'weight_tie_layers', 'layers_execute_order'),
+        lambda flags, dim: (
+            flags.kv_share_every is not None and (flags.weight_tie_layers or flags.layers_execute_order is not None)
+        ),
+        'the first layer of a group makes keys and values for those that follow, each once',
+        {'kv_share_every': 2, 'weight_tie_layers': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('kv_share_every', 'layer_dropout'),
+        lambda flags, dim: flags.kv_share_every is not None and is_on(flags, 'layer_dropout'),
+        'the first layer of a group hands on keys and values to the others, so it cannot be left out',
+        {'kv_share_every': 2, 'layer_dropout': 0.5},
+    ),
+    Rule(
+        ('kv_share_every',),
+        lambda flags, dim: flags.kv_share_every is not None and flags.kinds.count('a') < 2,
+        'there are not two self attentions that could share',
+        {'kv_share_every': 2, 'depth': 1},
+        'Leave it out.',
+        inert=True,
     ),
     Rule(
         ('canon',),

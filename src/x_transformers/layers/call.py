@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.inputs import BranchInputs, ExtraKeys, Intermediates
+from x_transformers.attention.inputs import BranchInputs, ExtraKeys, HandedKeys, Intermediates
 from x_transformers.attention.mask import Mask, PackedSequences, Placed
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache
@@ -201,6 +201,8 @@ class Inputs:
         )
         if step.kind == 'a':
             self._for_self(given, step)
+            given.hands_on_keys = step.layer in carry.keys_from.values()
+            given.shared = carry.keys.get(carry.keys_from.get(step.layer, -1))
         else:
             self._for_cross(given, step, context_dropout)
         return given
@@ -296,7 +298,8 @@ class Carry:
     """What layers hand on to later ones.
 
     ``seen``: what entered each layer so far, for mixtures over depth; ``skips``: the stream that entered each layer, by layer;
-    ``first_values`` and ``previous`` (scores): by kind of attention; ``first``: the stack's normed input, if layers ask for it.
+    ``first_values`` and ``previous`` (scores): by kind of attention; ``first``: the stack's normed input, if layers ask for it;
+    ``keys``: of the layers that others share keys and values with, which ``keys_from`` tells.
     """
 
     hands_on_scores: tuple[str, ...] = ()
@@ -307,6 +310,8 @@ class Carry:
     first_values: dict[str, Tensor] = field(default_factory=dict)
     previous: dict[str, Tensor] = field(default_factory=dict)
     first: Tensor | None = None
+    keys_from: Mapping[int, int] = field(default_factory=dict)
+    keys: dict[int, HandedKeys] = field(default_factory=dict)
 
     def enter(self, h: Tensor | None) -> None:
         """``h`` entered a layer."""
@@ -317,6 +322,8 @@ class Carry:
         """Keep what the next layers need of this attention."""
         if seen is None:
             return
+        if seen.handed is not None:
+            self.keys[step.layer], seen.handed = seen.handed, None
         if self.hands_on_values and step.kind not in self.first_values and seen.values is not None:
             self.first_values[step.kind] = seen.values
         scores = None if seen.maps is None or step.kind not in self.hands_on_scores else seen.maps.next_layer_scores

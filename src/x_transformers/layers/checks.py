@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.convolution import TAPE, CausalConvolution
 from x_transformers.flags.elsewhere import answer_of_call
 from x_transformers.layers.arguments import ARGUMENTS
-from x_transformers.layers.branch import ShiftTokens, innermost
+from x_transformers.layers.branch import innermost
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
 from x_transformers.layers.slots import accepts, has_state, takes_around
@@ -104,6 +103,12 @@ def check_steps(stack: StackParts, order: Sequence[int] | None, repeats: Any = N
             raise ValueError(
                 f'layers_execute_order {order} executes layer {layer} without layer {source} before it, '
                 'whose input its U-Net skip needs'
+            )
+        source = stack.plan.layers[layer].keys_from
+        if source is not None and source not in order[:position]:
+            raise ValueError(
+                f'layers_execute_order {order} executes layer {layer} without layer {source} before it, '
+                'whose keys and values it shares'
             )
     return stack.plan.steps(order)
 
@@ -236,8 +241,12 @@ def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: 
         if mask is not None and (mem is None or not is_bool(mask, 2) or mask.shape != mem.shape[:2]):
             wanted = 'None, since mems has none' if mem is None else f'boolean and {tuple(mem.shape[:2])}'
             raise ValueError(f'mem_masks[{index}] must be {wanted}, but is {shape_of(mask)}')
-    if len({mem.shape[1] for mem in given.mems if mem is not None}) > 1 and stack.flags.residual_attn:
-        raise ValueError('mems must be equally long in all layers with residual_attn, which adds scores from layer to layer')
+    if len({mem.shape[1] for mem in given.mems if mem is not None}) > 1 and (
+        stack.flags.residual_attn or stack.flags.kv_share_every
+    ):
+        raise ValueError(
+            'mems must be equally long in all layers with residual_attn or kv_share_every, which hand on scores or keys'
+        )
 
 
 def check_shifts(name: str, shifts: Any, kind: str, batch: int, length: int, width: int) -> None:
@@ -330,31 +339,6 @@ def check_layers_of_cache(stack: StackParts, cache: KVCache) -> None:
         raise ValueError(
             f'cache must be of a stack like this one, with {len(steps)} layers, got one that holds layers {sorted(kept)}. '
             'Give the cache that this model returned.'
-        )
-
-
-def check_history(stack: StackParts, cache: KVCache, steps: Sequence[Step]) -> None:
-    """Whether a cache that this stack has not made has what its branches need of earlier tokens beside keys and values."""
-    if cache.cursor is not None:
-        return
-    layers = stack._layers()
-    shifting = [
-        step.index
-        for step in steps
-        if any(isinstance(part, ShiftTokens) and part.moves(stack.dim) for part in layers[step.layer].modules())
-    ]
-    convolving = [
-        step.index for step in steps if any(isinstance(part, CausalConvolution) for part in layers[step.layer].modules())
-    ]
-    if convolving and cache.retained and not any(name.startswith(TAPE) for name in cache.step(convolving[0]).tapes):
-        raise ValueError(
-            'the cache must hold the tokens that canon convolves, got keys and values alone. '
-            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
-        )
-    if shifting and cache.retained and not any('shift' in cache.step(index).tapes for index in shifting):
-        raise ValueError(
-            'the cache must hold the tokens that shift_tokens shifts, got keys and values alone. '
-            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
+from x_transformers.attention.sharing import SharingAttention
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import unknown_flags
 from x_transformers.layers.branch import AdaptiveLayerScale, Canon, LayerScale, Scale, ShiftTokens, innermost, run_checkpointed
@@ -151,7 +152,8 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
     """What the layer does, inside what scales its output and shifts its input."""
     branch: nn.Module
     if spec.kind == 'a':
-        branch = Attention.from_flags(flags.dim, flags.self_attention_flags(first=spec.first))
+        kind = Attention if spec.keys_from is None else SharingAttention
+        branch = kind.from_flags(flags.dim, flags.self_attention_flags(first=spec.first))
     elif spec.kind == 'm':
         branch = make_mixer(flags)
     elif spec.kind == 'c':

@@ -45,13 +45,15 @@ class Layout(Protocol):
     @property
     def unet_skips(self) -> bool: ...
     @property
+    def kv_share_every(self) -> int | None: ...
+    @property
     def shift_tokens(self) -> int | tuple[int, ...]: ...
     @property
     def layer_dropout(self) -> float | tuple[float, ...]: ...
 
 
 # what is made for the layers that there are, one for each
-ACROSS = ('integrate_layers', 'attn_aggregated_residuals', 'unet_skips', 'residual_lambdas', 'embed_lambdas')
+ACROSS = ('integrate_layers', 'attn_aggregated_residuals', 'unet_skips', 'residual_lambdas', 'embed_lambdas', 'kv_share_every')
 KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward', 'm': 'mixer'}
 # those with keys and values
 ATTENTIONS = 'ac'
@@ -63,7 +65,7 @@ class LayerSpec:
 
     ``nth``: its number among the layers of its kind. ``first``: the first of its kind. ``half``: its output counts half
     (macaron). ``views``: how many tensors its branch is given (3: one each for queries, keys and values). ``skip_from``: the
-    layer whose incoming stream is combined with its own (U-Net).
+    layer whose incoming stream is combined with its own (U-Net). ``keys_from``: the layer whose keys and values it shares.
     """
 
     index: int
@@ -75,6 +77,7 @@ class LayerSpec:
     dropout: float = 0.0
     views: int = 1
     skip_from: int | None = None
+    keys_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         # computed now, as the compiler cannot trace a cached property that is still to be filled
-        _ = self.own_steps
+        _ = self.own_steps, self.keys_from
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -126,6 +129,11 @@ class LayerPlan:
         size = self.block_size
         order = tuple(layer for block in blocks for layer in self.order[block * size : (block + 1) * size])
         return _steps(self.kinds, order, size)
+
+    @cached_property
+    def keys_from(self) -> dict[int, int]:
+        """For each layer that shares keys and values, the layer that it has them from."""
+        return {layer.index: layer.keys_from for layer in self.layers if layer.keys_from is not None}
 
     def mixed_views(self, index: int) -> int:
         """How many views the mixture of earlier layers gives to step ``index`` of the plan's own order."""
@@ -244,6 +252,15 @@ def plan_skips(blocks: tuple[int, ...]) -> dict[int, int]:
     return {blocks[len(blocks) - 1 - nth]: blocks[nth] for nth in range(half)}
 
 
+def plan_sharing(flags: Layout, kinds: Sequence[str]) -> dict[int, int]:
+    """The self attentions that share keys and values, and the layer that each has them from."""
+    every = flags.kv_share_every
+    if every is None:
+        return {}
+    own = [index for index, kind in enumerate(kinds) if kind == 'a']
+    return {index: own[nth // every * every] for nth, index in enumerate(own) if nth % every}
+
+
 def _per_layer(name: str, value: float | Sequence[float], layers: int) -> tuple[float, ...]:
     if isinstance(value, (int, float)):
         return (value,) * layers
@@ -281,6 +298,7 @@ def plan_layers(flags: Layout) -> LayerPlan:
     shifts = _per_layer('shift_tokens', flags.shift_tokens, count)
     dropouts = _per_layer('layer_dropout', flags.layer_dropout, count)
     firsts = {kind: kinds.index(kind) for kind in set(kinds)}
+    sources = plan_sharing(flags, kinds)
     layers = tuple(
         LayerSpec(
             index=index,
@@ -292,6 +310,7 @@ def plan_layers(flags: Layout) -> LayerPlan:
             dropout=dropouts[index],
             views=_views(flags, kind, firsts[kind] == index),
             skip_from=skips.get(index),
+            keys_from=sources.get(index),
         )
         for index, kind in enumerate(kinds)
     )
@@ -317,7 +336,7 @@ def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...]
             f'layer_types must name the kind of each of the {layers} layers, by a letter of {", ".join(KINDS)}, got {kinds}. '
             'Exchange layers, layer_types and layer_dropouts together.'
         )
-    across = [name for name in ACROSS if getattr(flags, name) is not False]
+    across = [name for name in ACROSS if getattr(flags, name) not in (False, None)]
     if across and tuple(kinds) != plan.kinds:
         raise ValueError(
             f'layer_types must stay {plan.kinds} in a stack with {" and ".join(across)}, which was made for them, got {kinds}. '

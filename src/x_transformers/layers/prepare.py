@@ -15,13 +15,13 @@ from x_transformers.layers.call import OWN_STEP, Inputs, SelfMasks, Span, counte
 from x_transformers.layers.checks import (
     check_cache,
     check_call,
-    check_history,
     check_input,
     check_steps,
     runs_causally,
 )
 from x_transformers.layers.condition import of_memories, of_tokens, read_condition
 from x_transformers.layers.external import external_keys
+from x_transformers.layers.history import check_history
 from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.layers.positions import (
     cross_positions,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.inputs import Intermediates
+from x_transformers.attention.qk_clip import largest_scores
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.feedforward import FeedForward
@@ -61,13 +62,13 @@ class AttentionLayers(Module):
     # left to right but for a prefix, though ``causal`` is False
     has_prefix = False
 
-    # what reaches over several layers, or None
+    # over several layers
     layer_integrators: Any
     skip_combines: Any
+    lambdas: Any
+    adaptive_mlp: nn.Module | None
     reinject_input_proj: nn.Linear | None
     learned_reinject_input_gate: nn.Linear | None
-    adaptive_mlp: nn.Module | None
-    lambdas: Any
 
     __signature__: Any = ClassSignature(STACK)
 
@@ -164,7 +165,8 @@ class AttentionLayers(Module):
 
     def run(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
         """All steps on x. ``call`` comes from ``prepare``; what was asked for is in the record."""
-        carry = Carry(self.hands_on_scores, self.add_value_residual, mixes=self.layer_integrators is not None)
+        mixes, shares = self.layer_integrators is not None, self.plan.keys_from
+        carry = Carry(self.hands_on_scores, self.add_value_residual, mixes, keys_from=shares)
         if self.lambdas is not None:
             carry.first = self.streams.beside(rms_norm(x))
         record = Record(wanted=call.return_attn, cache=call.cache)
@@ -363,14 +365,7 @@ class AttentionLayers(Module):
                 by_layer.setdefault(step.layer, []).append(scores)
         for index, all_scores in by_layer.items():
             attention: Any = self.layers[index].inside
-            attention.qk_clip_(_largest(all_scores, attention.flags.head_learned_sink), tau=tau)
-
-
-@torch.no_grad()
-def _largest(scores: Sequence[Float[Tensor, 'b h i j']], has_sink: bool) -> Float[Tensor, '1 h 1 k']:
-    """Per head the largest score of each call, as scores; with a sink there is a column in front that is none."""
-    columns = [t[..., has_sink:].amax(dim=(0, 2, 3)) for t in scores]
-    return torch.stack([columns[0], *columns] if has_sink else columns, dim=-1)[None, :, None]
+            attention.qk_clip_(largest_scores(all_scores, attention.flags.head_learned_sink), tau=tau)
 
 
 def sets(name: str, given: Any, **fixed: bool) -> dict[str, Any]:
