@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.laws.combination import Combination, rotated, tokens
 from tests.laws.laws import ROWS
+from x_transformers import AutoregressiveWrapper
 from x_transformers.randomness import decide_alike
 
 WORLD = 2
@@ -96,7 +97,28 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_equal(case: Combination, spread: Callable[[Any], object], reads: tuple[int, int] | None = None, **build: Any) -> None:
+def objective_of(case: Combination, model: Callable[..., Tensor], rank: int) -> Tensor:
+    """The same of predicting each next token."""
+    torch.manual_seed(rank)
+    decide_alike(7)
+    return model(tokens(ROWS, seed=10 + rank), **case.inputs(ROWS, seed=20 + rank).part())
+
+
+class Forward(Protocol):
+    """A spread model that is called in another way, and gives a part of the loss, of which all make up the whole."""
+
+    def __call__(self, x: Tensor, **given: Any) -> Tensor: ...
+    def agreed(self, loss: Tensor) -> Tensor: ...
+
+
+def check_equal(
+    case: Combination,
+    spread: Callable[[Any], Forward | None],
+    reads: tuple[int, int] | None = None,
+    *,
+    objective: bool = False,
+    **build: Any,
+) -> None:
     """In double precision, loss and gradients of the model that ``spread`` spreads are those of one process.
 
     ``reads``: which batch this process reads, of how many; without it all read others. ``build`` goes to ``case.build``.
@@ -104,12 +126,16 @@ def check_equal(case: Combination, spread: Callable[[Any], object], reads: tuple
     rank, readers = reads or (dist.get_rank(), dist.get_world_size())
     torch.manual_seed(0)
     model: Any = case.build(**build).train()
+    if objective:
+        model = AutoregressiveWrapper(model)
+    measure = objective_of if objective else loss_of
     alone = copy.deepcopy(model)
-    losses = [loss_of(case, alone, each) for each in range(readers)]
+    losses = [measure(case, alone, each) for each in range(readers)]
     (sum(losses) / readers).backward()  # type: ignore[union-attr]
-    spread(model)
-    loss = loss_of(case, model, rank)
+    forward = spread(model)
+    loss = measure(case, forward or model, rank)
     loss.backward()
+    loss = loss if forward is None else forward.agreed(loss)
     gap = (loss - losses[rank]).abs().item()
     if not gap <= CLOSE * max(1.0, abs(losses[rank].item())):
         raise AssertionError(f'loss differs by {gap:.2g}')

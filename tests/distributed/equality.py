@@ -6,18 +6,23 @@ A flag that the table refuses for a mode must be refused by name; every other on
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.laws.combination import Combination
-from tests.two_processes import check_equal, command
+from tests.two_processes import check_equal, command, objective_of
+from x_transformers import AutoregressiveWrapper
+from x_transformers.distributed.context import MASK, PASSED, PER_TOKEN, Sliced, sliced_refusals
 from x_transformers.distributed.mesh import Degrees, MeshError, World, start
 from x_transformers.distributed.parallelize import parallelize
 from x_transformers.distributed.refusals import refusals
+from x_transformers.distributed.tensor import check_divides
 
 # (degrees, keywords of parallelize)
 MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
@@ -30,12 +35,16 @@ MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'hybrid': (Degrees(replicate=2, shard=1), {'shard': 'hybrid'}),
     'tensor': (Degrees(tensor=2), {}),
     'tensor+full': (Degrees(tensor=2), {'checkpoint': 'full'}),
+    'context': (Degrees(context=2), {}),
+    'context+full': (Degrees(context=2), {'shard': 'full', 'checkpoint': 'full'}),
 }
 # the same for four processes
 OF_FOUR: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'shards+tensor': (Degrees(shard=2, tensor=2), {'shard': 'full'}),
     'shards+tensor+full': (Degrees(shard=2, tensor=2), {'shard': 'full', 'checkpoint': 'full'}),
     'hybrid+tensor': (Degrees(replicate=2, tensor=2), {'shard': 'hybrid'}),
+    'shards+context': (Degrees(shard=2, context=2), {'shard': 'full'}),
+    'tensor+context': (Degrees(tensor=2, context=2), {'shard': 'full'}),
     'hybrid+shards': (Degrees(replicate=2, shard=2), {'shard': 'hybrid'}),
 }
 
@@ -48,25 +57,61 @@ def world_of(degrees: Degrees) -> World:
 def attempt(name: str) -> None:
     case, mode = name.split()
     degrees, how = {**MODES, **OF_FOUR}[mode]
-    combination = Combination.parse(case)
+    combination, world = Combination.parse(case), world_of(degrees)
+    objective = degrees.context > 1
 
-    def spread(model: nn.Module) -> None:
-        parallelize(model, world_of(degrees), **how)
+    def spread(model: nn.Module) -> InSlices | None:
+        parallelize(model, world, **how)
         if degrees.tensor > 1:
             meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
             assert any('tensor' in (mesh.mesh_dim_names or ()) for mesh in meshes), 'nothing is cut'
+        return InSlices(model, world.context_mesh) if objective else None
 
-    if is_refused(combination, degrees):
-        with pytest.raises(MeshError, match='must be left as it is'):
-            spread(combination.build())
+    model: nn.Module = combination.build()
+    if objective:
+        if not is_trainable(combination, model):
+            return
+        model = AutoregressiveWrapper(model)
+    if any(said(model, degrees)):
+        with pytest.raises(MeshError, match=' must '):
+            parallelize(model, world, **how)
+    elif objective and combination.inputs(1).part().keys() - PASSED - PER_TOKEN - {MASK}:
+        # whose call has something for each token
+        with pytest.raises(MeshError, match='must be left out with --context'):
+            objective_of(combination, spread(model), 0)  # type: ignore[arg-type]
     else:
-        world = world_of(degrees)
-        check_equal(combination, spread, (world.data_rank, world.data_size))
+        check_equal(combination, spread, (world.data_rank, world.data_size), objective=objective)
 
 
-def is_refused(case: Combination, degrees: Degrees) -> bool:
+class InSlices(Sliced):
+    """Gradients are averaged over slices, and the parts of a loss add up."""
+
+    def __call__(self, x: Tensor, **given: Any) -> Tensor:
+        return super().__call__(x, **given) * self.size
+
+    def agreed(self, loss: Tensor) -> Tensor:
+        whole = loss.detach() / self.size
+        dist.all_reduce(whole, group=self.mesh.get_group())
+        return whole
+
+
+def is_trainable(case: Combination, net: nn.Module) -> bool:
+    """Whether one process can train this net to predict the next token."""
+    try:
+        loss = objective_of(case, AutoregressiveWrapper(net), 0)
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):
+        return False
+    return loss.isfinite().item() is True
+
+
+def said(model: nn.Module, degrees: Degrees) -> Iterator[str]:
+    """Why a model cannot be spread in this way."""
     kinds = {name for name in ('tensor', 'context', 'pipeline') if getattr(degrees, name) > 1}
-    return bool(kinds) and any(refusals(case.build(), kinds))
+    yield from refusals(model, kinds)
+    if degrees.tensor > 1:
+        yield from check_divides(model, degrees.tensor)
+    if degrees.context > 1:
+        yield from sliced_refusals(model)
 
 
 if __name__ == '__main__':

@@ -28,8 +28,13 @@ from x_transformers.training.options import TrainerOptions
 from x_transformers.training.trainer import Trainer
 
 Worlds = dict[str, World]
-GRIDS = {'copies': Degrees(replicate=2), 'shards': Degrees(shard=2), 'tensor': Degrees(tensor=2)}
-SHARD = {'copies': 'none', 'shards': 'full', 'tensor': 'none'}
+GRIDS = {
+    'copies': Degrees(replicate=2),
+    'shards': Degrees(shard=2),
+    'tensor': Degrees(tensor=2),
+    'context': Degrees(context=2),
+}
+SHARD = {'copies': 'none', 'shards': 'full', 'tensor': 'none', 'context': 'full'}
 
 
 def make(dtype: torch.dtype = torch.float64, **flags: Any) -> nn.Module:
@@ -193,16 +198,17 @@ def a_model_without_numbers_is_filled_alike(worlds: Worlds, folder: Path) -> Non
 
 
 def layers_are_left_out_alike(worlds: Worlds, folder: Path) -> None:
-    """Layer dropout is decided alike, unit dropout is not."""
-    for name, world in worlds.items():
+    """Layer dropout is decided alike, unit dropout is not, but in a tensor group, where all have the same rows."""
+    for name in ('copies', 'shards', 'tensor'):
         torch.manual_seed(1)
-        engine, mine = on(world, name, make(layer_dropout=0.5, attn_dropout=0.2))
+        flags = {'layer_dropout': 0.5, 'attn_sublayer_dropout' if name == 'tensor' else 'attn_dropout': 0.2}
+        engine, mine = on(worlds[name], name, make(**flags))
         run = trainer(engine, mine, TrainerOptions(steps=4))
         run.train()
         engine.begin_step(0, 3)
         drawn: list[Any] = [None] * WORLD
         dist.all_gather_object(drawn, float(torch.rand(())))
-        assert drawn[0] != drawn[1]
+        assert (drawn[0] == drawn[1]) is (name == 'tensor')
 
 
 CASES: dict[str, Callable[[Worlds, Path], None]] = {

@@ -40,7 +40,7 @@ def train(parse: Callable[[], Any]) -> int:
             asked = parse()
         options: TrainOptions = asked.options
         size = int(os.environ['WORLD_SIZE'])
-        degrees = replace(Degrees.of(options.shard, tensor=options.tensor), context=options.context, pipeline=options.pipeline)
+        degrees = replace(Degrees.of(options.shard, tensor=options.tensor, context=options.context), pipeline=options.pipeline)
         check_options(options, degrees)
         check_rows(options, degrees.resolved(size))
         world = start(degrees, options.device or 'auto')

@@ -30,14 +30,14 @@ class Degrees:
     pipeline: int = 1
 
     @classmethod
-    def of(cls, shard: Shard, *, tensor: int = 1, per_node: int | None = None) -> Degrees:
+    def of(cls, shard: Shard, *, tensor: int = 1, context: int = 1, per_node: int | None = None) -> Degrees:
         """The grid of an option: copies, parts over all processes, or parts within a node and copies between nodes."""
         if shard == 'none':
-            return cls(replicate=-1, tensor=tensor)
+            return cls(replicate=-1, tensor=tensor, context=context)
         if shard == 'full':
-            return cls(shard=-1, tensor=tensor)
+            return cls(shard=-1, tensor=tensor, context=context)
         within = int(os.environ.get('LOCAL_WORLD_SIZE', '1')) if per_node is None else per_node
-        return cls(replicate=-1, shard=max(within // tensor, 1), tensor=tensor)
+        return cls(replicate=-1, shard=max(within // (tensor * context), 1), tensor=tensor, context=context)
 
     def resolved(self, world_size: int) -> Degrees:
         """With the axis that takes the rest filled in.

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from x_transformers.distributed import checkpoint
+from x_transformers.distributed.context import Sliced
 from x_transformers.distributed.mesh import Shard, World
 from x_transformers.distributed.parallelize import Checkpointing, parallelize
 from x_transformers.module import fill, own_part
@@ -40,6 +41,7 @@ class MeshEngine(Engine):
     ) -> None:
         self.world = world
         self.rank, self.world_size, self.is_main = world.data_rank, world.data_size, world.is_main
+        self.averages, self.repeats = world.averages, world.degrees.context
         self.device, self.devices = world.device, world.size
         self.shard = shard
         self.options: dict[str, Any] = {
@@ -64,7 +66,8 @@ class MeshEngine(Engine):
         return self.model
 
     def forward(self, model: nn.Module, compiled: bool) -> Callable[..., Any]:
-        return model  # each layer is compiled by itself
+        # each layer is compiled by itself
+        return model if self.world.degrees.context == 1 else Sliced(model, self.world.context_mesh)
 
     def begin_step(self, seed: int, step: int) -> None:
         """Draws depend on seed and step alone: decisions are the same everywhere, units that drop out differ between data."""

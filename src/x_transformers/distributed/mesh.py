@@ -21,7 +21,7 @@ __all__ = ['AXES', 'Degrees', 'MeshError', 'Shard', 'World', 'local_device', 'st
 class World:
     """The grid, and this process in it."""
 
-    mesh: DeviceMesh  # axes: replicate, shard, tensor
+    mesh: DeviceMesh  # axes: replicate, shard (slices of a sequence among them), tensor
     degrees: Degrees
     device: torch.device
     rank: int
@@ -39,11 +39,23 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        return self.rank // self.degrees.tensor % self.data_size
+        return self.rank // (self.degrees.tensor * self.degrees.context) % self.data_size
+
+    @property
+    def averages(self) -> int:
+        """How many processes gradients are averaged over: those that read different data, or different slices of them."""
+        return self.data_size * self.degrees.context
+
+    @cached_property
+    def context_mesh(self) -> DeviceMesh:
+        """One axis of the processes that have slices of the same sequences."""
+        degrees = self.degrees
+        shape = (self.data_size, degrees.context, degrees.tensor)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=('data', 'context', 'tensor'))['context']
 
     @cached_property
     def data_mesh(self) -> DeviceMesh:
-        """One axis of all processes that read different data."""
+        """One axis of all processes that read different data, or different slices of them."""
         return self.mesh['replicate', 'shard']._flatten('data')
 
     def barrier(self) -> None:
@@ -72,7 +84,7 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout))
         else:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    shape = (whole.replicate, whole.shard, whole.tensor)
+    shape = (whole.replicate, whole.shard * whole.context, whole.tensor)
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=('replicate', 'shard', 'tensor'))
     return World(mesh, whole, place, dist.get_rank(), size)
 

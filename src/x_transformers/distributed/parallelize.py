@@ -91,8 +91,9 @@ def parallelize(
 
 def may_leave_out(model: nn.Module) -> bool:
     """Whether a step may have no gradient for some parameters: copies must then look for those, or would wait for them."""
-    if any(chance > 0 for stack in stacks_of(model) for chance in stack.layer_dropouts):
-        return True
+    for stack in stacks_of(model):
+        if any(chance > 0 for chance in stack.layer_dropouts) or len(set(stack.layers_execute_order)) < len(stack.layers):
+            return True
     return any(getattr(module, 'attn_pool', None) is not None for module in model.modules())
 
 
@@ -178,10 +179,11 @@ def shard_layers(model: nn.Module, world: World, *, precision: str | None, resha
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
 
-    axis_of = partial(free_axis, size=degrees.shard)
+    parts = world.mesh['shard'].size()
+    axis_of = partial(free_axis, size=parts)
 
     def how(unit: list[nn.Module]) -> dict[str, Any]:
-        kept = kept_of(*unit, size=degrees.shard)
+        kept = kept_of(*unit, size=parts)
         return {'mesh': mesh, 'mp_policy': policy, 'offload_policy': offloading, 'ignored_params': kept} | (
             {'shard_placement_fn': axis_of} if degrees.tensor > 1 else {}
         )
@@ -198,13 +200,13 @@ def shard_layers(model: nn.Module, world: World, *, precision: str | None, resha
         fully_shard(unit[0] if len(unit) == 1 else unit, reshard_after_forward=reshard, **how(unit))
     ready(model)
     fully_shard(model, **how([model]))
-    group, size = world.data_mesh.get_group(), world.data_size
+    group, size = world.data_mesh.get_group(), world.averages
 
     def average(parameter: Tensor) -> None:
         if parameter.grad is not None:
             dist.all_reduce(own_part(parameter.grad).div_(size), group=group)
 
-    for parameter in kept_of(model, size=degrees.shard):
+    for parameter in kept_of(model, size=parts):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(average)
     model.register_forward_hook(reshard_unless_trained)

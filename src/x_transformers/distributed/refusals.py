@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from x_transformers.attention.attention import Attention
+from x_transformers.distributed.context import sliced_refusals
 from x_transformers.distributed.degrees import Degrees, MeshError
 from x_transformers.distributed.tensor import check_divides
 from x_transformers.feedforward import FeedForward
@@ -18,7 +19,6 @@ from x_transformers.flags.base import default_of
 
 # whole kinds: each is refused under every flag
 NOT_BUILT = {
-    'context': '--context must be 1: context parallelism is not built. Use --shard full and --checkpointing full.',
     'pipeline': '--pipeline must be 1: pipeline parallelism is not built. Use --shard full or hybrid.',
 }
 NOT_PROVEN = {
@@ -40,10 +40,12 @@ class Refusal(NamedTuple):
     allowed: Callable[[Any], bool] | None = None  # values of the flag that are not refused
 
 
-KINDS = ('shard none', 'shard full', 'shard hybrid', 'checkpoint', 'tensor')
+KINDS = ('shard none', 'shard full', 'shard hybrid', 'checkpoint', 'tensor', 'context')
 
 MIXES = 'it mixes all heads, of which each process has some'
 DROPS = 'other units would be dropped than in one process'
+DRAWS = 'other numbers would be drawn than in one process'
+SUMS = 'sums over the slices before are not gathered'
 UNKNOWN = 'it may look at what other processes have'
 
 # a flag that gives other numbers under one of these kinds, or cannot run, has its row here
@@ -69,6 +71,26 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('tensor', 'ff_solu', 'it norms all inner features, of which each process has some'),
     Refusal('tensor', 'ff_post_act_ln', 'it norms all inner features, of which each process has some'),
     Refusal('tensor', 'add_attn_z_loss', 'it reads the attention maps of all heads'),
+    Refusal('context', 'attn_data_dependent_alibi', SUMS),
+    Refusal('context', 'attn_hybrid_module', 'its state comes from the slice before'),
+    Refusal('context', 'mixer', 'its state comes from the slice before'),
+    Refusal('context', 'ff_experts', 'their load is balanced over whole sequences'),
+    Refusal('context', 'attn_selective', 'what earlier queries see is not gathered'),
+    Refusal('context', 'attn_gumbel_softmax', DRAWS),
+    Refusal('context', 'attn_dropout', DRAWS),
+    Refusal('context', 'ff_dropout', DRAWS),
+    Refusal('context', 'attn_sublayer_dropout', DRAWS),
+    Refusal('context', 'ff_sublayer_dropout', DRAWS),
+    Refusal('context', 'emb_dropout', DRAWS),
+    Refusal('context', 'layer_dropout', 'a slice that follows others drops no layer'),
+    Refusal('context', 'cross_attn_tokens_dropout', DRAWS),
+    Refusal('context', 'mv_split_residual', SUMS),
+    Refusal('context', 'num_memory_tokens', 'the first slice alone would have them'),
+    Refusal('context', 'recycling', 'the stack is run again'),
+    Refusal('context', 'looped', 'the stack is run again'),
+    Refusal('context', 'attn_custom_attn_fn', 'it may look at other slices'),
+    Refusal('context', 'add_attn_z_loss', 'it is a mean over the whole sequence'),
+    Refusal('context', 'add_continuous_pred_head', 'its loss compares neighbours, which may lie in two slices'),
 )
 
 # what modules are told without the name of their branch in front
@@ -127,6 +149,9 @@ def check(
     if degrees.tensor > 1:
         kinds.add('tensor')
         found += tensor_refusals(model, degrees, shard)
+    if degrees.context > 1:
+        kinds.add('context')
+        found += sliced_refusals(model)
     found += refusals(model, kinds)
     if found:
         raise MeshError(' '.join(found))

@@ -91,7 +91,7 @@ def check_divides(model: nn.Module, size: int) -> Iterator[str]:
             numbers = {'heads': module.heads}
             if not all_keys(module.heads, module.kv_heads, size):
                 numbers['heads of keys and values'] = module.kv_heads
-        elif isinstance(module, FeedForward):
+        elif isinstance(module, FeedForward) and module.flags.experts is None:
             numbers = {'inner features of a feed-forward': output_of(module).in_features}
         for name, number in numbers.items():
             if number % size:

@@ -19,6 +19,8 @@ class Engine:
 
     rank: int = 0  # among those that read different data
     world_size: int = 1  # how many read different data
+    averages: int = 1  # over how many gradients are averaged
+    repeats: int = 1  # how often ``total`` counts what was read once
     is_main: bool = True  # writes files and reports
     devices: int = 1  # that work on one step
     device: torch.device | None = None  # where steps run; None: where the model is

@@ -213,17 +213,17 @@ class Trainer:
         first = self.step * options.grad_accum
         batches = [self.batch(first + micro) for micro in range(options.grad_accum)]
         counts = [1 if self.predictions is None else self.predictions(batch) for batch in batches]
-        everywhere = float(self.engine.total(torch.tensor(float(sum(counts)))))
+        everywhere = float(self.engine.total(torch.tensor(float(sum(counts))))) / self.engine.repeats
         parts = []
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            if count == 0 and self.engine.world_size == 1:
+            if count == 0 and self.engine.averages == 1:
                 continue  # nothing to predict: its mean would be no number
             with self.engine.accumulating(last=micro + 1 == len(batches)):
                 with self.autocast():
                     loss = single(self.loss(self.forward, on_device(batch, self.device)))
                 share = count / max(everywhere, 1.0)
                 # gradients are averaged over processes
-                (loss * (share * self.engine.world_size)).backward()
+                (loss * (share * self.engine.averages)).backward()
             parts.append(loss.detach() * share)
         total = torch.stack(parts).sum() if parts else torch.zeros((), device=self.device)
         norm = self.engine.grad_norm(self.parameters)

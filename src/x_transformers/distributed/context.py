@@ -1,0 +1,137 @@
+"""Context parallelism: each process has a slice of every sequence, and sees the keys and values of the slices before its own.
+
+To the model a slice is what follows a cache: its positions, masks and biases are those of tokens behind others. The rows behind
+which it follows come from the other processes when a layer asks its tapes for them. So what can be decoded from a cache can be
+trained in slices, and no layer is told. A process that comes late in the sequence looks at more keys than an early one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.cache.kv_cache import KVCache, LayerCache
+from x_transformers.cache.tape import Tape
+from x_transformers.distributed.degrees import MeshError
+from x_transformers.helpers import pad_at_dim
+from x_transformers.tensor_types import Float, Int
+from x_transformers.transformer_wrapper import TransformerWrapper
+
+# what a call may have beside tokens: all processes need the whole of it
+PASSED = {'context', 'context_mask'}
+# the same, or something for each token
+PER_TOKEN = {'condition', 'in_attn_cond'}
+# who sees whom, of which each process needs the rows of its slice
+MASK = 'attn_mask'
+
+
+def sliced_refusals(model: nn.Module) -> Iterator[str]:
+    """A sentence for everything about a model that keeps it from being trained in slices, beside its flags."""
+    if not isinstance(model, AutoregressiveWrapper) or type(model.net) is not TransformerWrapper:
+        yield f'a model must be an AutoregressiveWrapper of a TransformerWrapper with --context, got {type(model).__name__}.'
+        return
+    net = model.net
+    if not net.can_cache_kv or not net.attn_layers.is_causal or net.attn_layers.has_prefix:
+        yield 'a model must look back only, and be able to decode from a cache, with --context. Use --shard full alone.'
+    if model.mask_prob > 0.0:
+        yield 'mask_prob must be 0 with --context: it hides keys of the whole sequence.'
+
+
+class Sliced:
+    """The forward of a model on this process's slice of each sequence: (b n) -> its part of the mean loss.
+
+    The parts of all processes of a context group add up to the loss of one process.
+    """
+
+    def __init__(self, model: Any, mesh: DeviceMesh) -> None:
+        self.model, self.mesh = model, mesh
+        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+
+    def __call__(self, x: Int[Tensor, 'b n'], **given: Any) -> Float[Tensor, '']:
+        self._check(given)
+        ignored = self.model.ignore_index
+        targets = given.pop('targets', None)
+        if targets is None:
+            x, targets = x[:, :-1], x[:, 1:]
+        # behind the end, where nobody looks at it, so that all have equally many
+        more = -x.shape[1] % self.size
+        x, targets = pad_at_dim(x, (0, more), value=self.model.pad_value), pad_at_dim(targets, (0, more), value=ignored)
+        width = x.shape[1] // self.size
+        own = slice(self.rank * width, (self.rank + 1) * width)
+        if MASK in given:
+            shown = pad_at_dim(pad_at_dim(given[MASK], (0, more)), (0, more), dim=-2)
+            given[MASK] = shown[..., own, : own.stop]
+        for name in PER_TOKEN & given.keys():
+            if given[name].ndim > 2:
+                given[name] = pad_at_dim(given[name], (0, more), dim=1)[:, own]
+        cache = GatheredCache(self.mesh, self.rank * width, self.model.net.attn_layers)
+        wanted = targets[:, own]
+        loss: Tensor = self.model(x[:, own], targets=wanted, cache=cache, **given)
+        count, of = (wanted != ignored).sum(), (targets != ignored).sum()
+        # the mean of nothing is no number
+        share = count.to(loss.dtype) / of.clamp(min=1).to(loss.dtype)
+        part: Tensor = torch.where(count > 0, loss, 0.0 * loss.nan_to_num()) * share
+        return part
+
+    @staticmethod
+    def _check(given: Mapping[str, Any]) -> None:
+        if wrong := sorted(given.keys() - PASSED - PER_TOKEN - {'targets', MASK}):
+            raise MeshError(f'{", ".join(wrong)} must be left out with --context: each process has a slice. Use --shard full.')
+
+
+class GatheredCache(KVCache):
+    """The memory of the slices before this one, which is still to be gathered."""
+
+    __slots__ = ('mesh', 'stack')
+
+    def __init__(self, mesh: DeviceMesh, before: int, stack: nn.Module) -> None:
+        super().__init__(before)
+        self.mesh, self.stack = mesh, stack
+        # it holds nothing yet that could be checked
+        self.known = id(stack)
+
+    @property
+    def retained(self) -> int:
+        return self._length
+
+    def step(self, index: int) -> LayerCache:
+        layer = self.steps.get(index)
+        if layer is None:
+            layer = self.steps[index] = GatheredTapes(self.mesh)
+        return layer
+
+    def fork(self) -> KVCache:
+        return GatheredCache(self.mesh, self._length, self.stack)
+
+
+class GatheredTapes(LayerCache):
+    """Tapes of one step: what is appended are the rows of all slices up to this one."""
+
+    __slots__ = ('mesh',)
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+
+    def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
+        whole = []
+        for name, rows in new.items():
+            held = gathered(rows, self.mesh)[..., : (self.mesh.get_local_rank() + 1) * rows.shape[-2], :]
+            self.tapes[name] = Tape.of(held)
+            whole.append(held)
+        return tuple(whole)
+
+    def fixed(self, name: str, tensor: Float[Tensor, '... n d']) -> None:
+        """A context is whole everywhere, and a layer that runs again for its gradients is to make its keys again."""
+
+
+def gathered(t: Float[Tensor, '... m d'], mesh: DeviceMesh) -> Float[Tensor, '... n d']:
+    """The rows of all slices; the gradients of a row are added up where it came from."""
+    spread = DTensor.from_local(t.contiguous(), mesh, [Shard(t.ndim - 2)], run_check=False)
+    return spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
