@@ -116,6 +116,7 @@ def section(cls: type[Flags], rules: tuple[Rule, ...], name: str, depth: int) ->
         f'{"#" * (2 + min(depth, 3))} `{full_name(cls, name)}`',
         '',
         field.metadata['says'],
+        *([] if field.metadata.get('formula') is None else ['', f'`{field.metadata["formula"]}`']),
         '',
         *(f'- {fact}' for fact in facts),
     ]

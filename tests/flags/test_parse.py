@@ -258,3 +258,11 @@ def test_all_branches_start_at_zero_together():
 def test_modules_are_taken_as_they_are():
     module = nn.Linear(2, 2)
     assert AttentionFlags.parse({'hybrid_module': module}, where='Attention').hybrid_module is module
+
+
+def test_formulas_are_one_line_and_belong_to_flags_that_compute():
+    classes = (StackFlags, AttentionFlags, FeedForwardFlags, WrapperFlags)
+    formulas = [field.metadata['formula'] for cls in classes for field in cls.flag_fields().values()]
+    given = [formula for formula in formulas if formula is not None]
+    assert len(given) > 30
+    assert not [formula for formula in given if '\n' in formula or len(formula) > 100 or '`' in formula]

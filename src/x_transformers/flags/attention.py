@@ -44,46 +44,87 @@ class ScoreFlags(Flags):
     flash: bool = flag(False, 'Insist on a fused kernel; without it the best kernel for these flags is chosen.',
                        paper='https://arxiv.org/abs/2205.14135')  # fmt: skip
     dropout: float = flag(0.0, 'Dropout on the attention weights.', low=0.0, high=1.0, often=True)
-    pre_talking_heads: bool = flag(False, 'Add a mixture of the scores over the heads to the scores.', paper=TALKING)
-    post_talking_heads: bool = flag(False, 'Mix the weights over the heads.', paper=TALKING)
+    pre_talking_heads: bool = flag(
+        False,
+        'Add a mixture of the scores over the heads to the scores.',
+        paper=TALKING,
+        formula='s_h ← s_h + Σ_g W[h, g] s_g, before the softmax',
+    )
+    post_talking_heads: bool = flag(
+        False,
+        'Mix the weights over the heads.',
+        paper=TALKING,
+        formula='w_h ← Σ_g W[h, g] w_g, after the softmax',
+    )
     pre_scale_post_talking_heads: bool = flag(
         False, 'Multiply the weights by a mixture over the heads of the scores.', paper=TALKING
     )
     sparse_topk: int | None = flag(
-        None, 'Keep the highest scores of each query, this many (ties are all kept).', paper=TOPK, low=1, one_of='weights'
+        None,
+        'Keep the highest scores of each query, this many (ties are all kept).',
+        paper=TOPK,
+        low=1,
+        one_of='weights',
+        formula='w_ij = softmax of the k highest s_ij of a query, 0 elsewhere',
     )
     sparse_topk_straight_through: bool = flag(
         False, 'Sparse weights forward, the gradient of the dense softmax backward.', paper=TOPK, parent='sparse_topk'
     )
     hard: bool = flag(False, 'All weight on the highest score forward, the gradient of softmax backward.', one_of='weights')
     l2_distance: bool = flag(
-        False, 'Scores are minus the squared distance of query and key.', paper='https://arxiv.org/abs/2006.04710'
+        False,
+        'Scores are minus the squared distance of query and key.',
+        paper='https://arxiv.org/abs/2006.04710',
+        formula='s_ij = −scale · |q_i − k_j|²',
     )
     sigmoid: bool = flag(
-        False, 'Weights are the sigmoid of each score.', paper='https://arxiv.org/abs/2409.04431', one_of='weights'
+        False,
+        'Weights are the sigmoid of each score.',
+        paper='https://arxiv.org/abs/2409.04431',
+        one_of='weights',
+        formula='w_ij = σ(s_ij)',
     )
     gumbel_softmax: bool = flag(
         False,
         'Weights are sampled with Gumbel noise, in evaluation too.',
         paper='https://arxiv.org/abs/1611.01144',
         one_of='weights',
+        formula='w_ij = softmax_j((s_ij + g_ij) / τ), g = −log(−log u)',
     )
     gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax', above=0)
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
     selective: bool = flag(
         False, 'Tokens, through the first head, lower what later tokens may see of earlier ones.',
         paper='https://arxiv.org/abs/2410.02703', self_only=True)  # fmt: skip
-    cog_signed: bool = flag(False, 'Softmax of the absolute scores, with the sign of the scores.', paper=COG)
+    cog_signed: bool = flag(
+        False,
+        'Softmax of the absolute scores, with the sign of the scores.',
+        paper=COG,
+        formula='w_ij = sign(s_ij) · softmax_j |s_ij|',
+    )
     custom_attn_fn: Callable[..., Any] | None = flag(None, 'Your own function from scores to weights.')
     add_zero_kv: bool = flag(False, 'One key and value of zeros, so that a head can look at nothing.',
-                             paper='https://www.evanmiller.org/attention-is-off-by-one.html')  # fmt: skip
-    head_learned_sink: bool = flag(False, 'Attention sink: one learned score per head that takes weight and gives nothing.')
-    softclamp_logits: bool = flag(False, 'Keep the scores inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
+                             paper='https://www.evanmiller.org/attention-is-off-by-one.html',
+        formula='w_ij = exp(s_ij) / (1 + Σ_k exp(s_ik))',
+    )  # fmt: skip
+    head_learned_sink: bool = flag(
+        False,
+        'Attention sink: one learned score per head that takes weight and gives nothing.',
+        formula='w_ij = exp(s_ij) / (exp(z_h) + Σ_k exp(s_ik))',
+    )
+    softclamp_logits: bool = flag(
+        False,
+        'Keep the scores inside a range with tanh.',
+        paper='https://arxiv.org/abs/2408.00118',
+        formula='s ← c · tanh(s / c)',
+    )
     logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits', above=0)
     onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.')
     flash_pack_seq: bool = flag(False, 'Several sequences lie behind each other in one row; the call gives their boundaries.')
     qk_norm: bool = flag(False, 'Unit-length queries and keys: cosine similarity.', paper='https://arxiv.org/abs/2010.04245',
-                         often=True)  # fmt: skip
+                         often=True,
+        formula='s_ij = g · (q_i · k_j) / (|q_i| |k_j|)',
+    )  # fmt: skip
     inverted_attention: bool = flag(
         False, 'Inverted (slot) attention: each key is shared out among the queries, and each query averages what it got.',
         paper=INVERTED, since=LATER)  # fmt: skip
@@ -129,11 +170,20 @@ class AttentionFlags(ScoreFlags):
         False, 'Learned gains per channel after the norm.', paper='https://arxiv.org/abs/2302.05442', parent='qk_norm'
     )
     value_rmsnorm: bool = flag(False, 'RMS norm of each value head.')
-    head_scale: bool = flag(False, 'A learned factor for the output of each head.', paper='https://arxiv.org/abs/2110.09456')
+    head_scale: bool = flag(
+        False,
+        'A learned factor for the output of each head.',
+        paper='https://arxiv.org/abs/2110.09456',
+        formula='o_h ← γ_h · o_h',
+    )
     gate_value_heads: bool = flag(
         False, 'A sigmoid gate per token and head, so that a head can do nothing.', paper='https://arxiv.org/abs/2306.12929'
     )
-    gate_values: bool = flag(False, 'A gate per token and channel on the aggregated values.')
+    gate_values: bool = flag(
+        False,
+        'A gate per token and channel on the aggregated values.',
+        formula='o ← o ⊙ σ(W x)',
+    )
     swiglu_values: bool = flag(
         False, 'The gate of the values is SiLU instead of sigmoid.', parent=('gate_values', 'output_gate')
     )
@@ -159,6 +209,7 @@ class AttentionFlags(ScoreFlags):
         'Forgetting attention: a distance penalty from learned gates of the tokens between.',
         paper=FORGETTING,
         self_only=True,
+        formula='s_ij ← s_ij + Σ_{j < t ≤ i} log σ(f_t)',
     )
     data_dependent_alibi_per_row: bool = flag(
         False, 'The gates depend on the query too.', paper=FORGETTING, parent='data_dependent_alibi', self_only=True
@@ -192,10 +243,17 @@ class AttentionFlags(ScoreFlags):
         1024, 'Distances from here on have no bias.', parent='use_rel_proj_pos_bias', since='2.24.0', self_only=True, low=1
     )
     learned_value_residual_mix: bool = flag(
-        False, "How much of the first layer's values is mixed in is learned, per token and head.", paper=VALUE_RESIDUAL
+        False,
+        "How much of the first layer's values is mixed in is learned, per token and head.",
+        paper=VALUE_RESIDUAL,
+        formula='v ← m v + (1 − m) v₁, m = σ(W x)',
     )
     orthog_projected_values: bool = flag(
-        False, "Give the output without its component along the token's own values.", paper=BELIEF, self_only=True
+        False,
+        "Give the output without its component along the token's own values.",
+        paper=BELIEF,
+        self_only=True,
+        formula='o ← o − (o · v̂) v̂, v̂ = v / |v|',
     )
     orthog_projected_values_per_head: bool = flag(
         False,
@@ -203,7 +261,12 @@ class AttentionFlags(ScoreFlags):
         paper=BELIEF,
         self_only=True,
     )
-    laser: bool = flag(False, 'Attend over the exponentials of the values and take the logarithm.', paper=LASER)
+    laser: bool = flag(
+        False,
+        'Attend over the exponentials of the values and take the logarithm.',
+        paper=LASER,
+        formula='o_i = log Σ_j w_ij exp(v_j)',
+    )
     laser_softclamp_value: float = flag(
         15.0, 'Values are softly clamped to this before exp.', paper=LASER, parent='laser', above=0
     )

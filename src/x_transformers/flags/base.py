@@ -60,6 +60,7 @@ def flag(
     one_of: str | None = None,
     each: str | None = None,
     often: bool = False,
+    formula: str | None = None,
 ) -> Any:
     """One flag, as a dataclass field.
 
@@ -69,7 +70,7 @@ def flag(
     first, or 'here' for one that it never had. ``self_only``: it needs the order of one sequence, so that cross attention does
     not inherit it. ``one_of`` names a group of flags of which one can be on. ``each``, of a stack's own flags: 'layer' if it
     may differ between layers, 'attention' if between layers with heads, 'mixer' if between mixers.
-    ``often``: the short help of the commands lists it.
+    ``often``: the short help of the commands lists it. ``formula``: what it computes, in a line.
     """
     metadata = {
         'says': says,
@@ -85,6 +86,7 @@ def flag(
         'one_of': one_of,
         'each': each,
         'often': often,
+        'formula': formula,
     }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)

@@ -25,12 +25,27 @@ class FeedForwardFlags(Flags):
     glu: bool = flag(
         False, 'Gated linear unit (GEGLU; SwiGLU with swish): half of the hidden layer gates the other half.', paper=GLU,
         often=True,
+        formula='W_out (W_v x ⊙ act(W_g x))',
     )  # fmt: skip
     glu_mult_bias: bool = flag(False, 'A learned factor per hidden channel after the gate.', parent='glu')
-    swish: bool = flag(False, 'SiLU instead of GELU.', paper=GLU, often=True)
-    relu_squared: bool = flag(False, 'The square of ReLU instead of GELU.', paper='https://arxiv.org/abs/2109.08668')
+    swish: bool = flag(
+        False,
+        'SiLU instead of GELU.',
+        paper=GLU,
+        often=True,
+        formula='x σ(x)',
+    )
+    relu_squared: bool = flag(
+        False,
+        'The square of ReLU instead of GELU.',
+        paper='https://arxiv.org/abs/2109.08668',
+        formula='max(0, x)²',
+    )
     solu: bool = flag(
-        False, 'Softmax linear units: LayerNorm(softmax(x) x).', paper='https://transformer-circuits.pub/2022/solu/index.html'
+        False,
+        'Softmax linear units: LayerNorm(softmax(x) x).',
+        paper='https://transformer-circuits.pub/2022/solu/index.html',
+        formula='LayerNorm(softmax(x) ⊙ x)',
     )
     custom_activation: Callable[..., Any] | str | None = flag(
         None, "Your own activation; it is copied. Or the name of one: 'relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'."

@@ -23,7 +23,7 @@ from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.layered import taken_apart
 from x_transformers.flags.parts import PARTS, cross_inherits, first_prefix, keyword_names, split
 from x_transformers.flags.per_layer import PerLayer, takes
-from x_transformers.flags.rotary_scaling import BY_LENGTH, complaints
+from x_transformers.flags.position_facts import ANY_POSITION_BIAS, PositionFacts
 from x_transformers.flags.structure import StructureFlags
 
 ADAPTIVE_SCALE = 'https://arxiv.org/abs/2212.09748'
@@ -44,11 +44,10 @@ CROSS_NAMES = frozenset(keyword_names('cross_attn_'))
 
 ADAPTIVE = ('use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'use_adaptive_layerscale')
 ANY_ROTARY = ('rotary_pos_emb', 'rotary_xpos')
-ANY_POSITION_BIAS = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class StackFlags(StructureFlags):
+class StackFlags(PositionFacts, StructureFlags):
     """Every keyword of ``AttentionLayers``; the parts' keywords come with ``attn_``, ``cross_attn_`` and ``ff_`` in front."""
 
     dim: int = flag(REQUIRED, 'Width of the stack.', low=1, often=True)
@@ -57,18 +56,44 @@ class StackFlags(StructureFlags):
     causal: bool = flag(False, 'A token sees no token to its right.')
     cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.')
     only_cross: bool = flag(False, 'Blocks attend to the context only.', parent='cross_attend')
-    use_scalenorm: bool = flag(False, 'Norms have one gain.', paper='https://arxiv.org/abs/1910.05895', one_of='norm')
-    use_rmsnorm: bool = flag(
-        False, 'RMS norm: norms do not subtract the mean.', paper='https://arxiv.org/abs/1910.07467', one_of='norm', often=True
+    use_scalenorm: bool = flag(
+        False,
+        'Norms have one gain.',
+        paper='https://arxiv.org/abs/1910.05895',
+        one_of='norm',
+        formula='g √d x / |x|',
     )
-    use_dynamic_tanh: bool = flag(False, 'tanh in the place of norms.', paper='https://arxiv.org/abs/2503.10622', one_of='norm')
+    use_rmsnorm: bool = flag(
+        False,
+        'RMS norm: norms do not subtract the mean.',
+        paper='https://arxiv.org/abs/1910.07467',
+        one_of='norm',
+        often=True,
+        formula='γ ⊙ √d x / |x|',
+    )
+    use_dynamic_tanh: bool = flag(
+        False,
+        'tanh in the place of norms.',
+        paper='https://arxiv.org/abs/2503.10622',
+        one_of='norm',
+        formula='γ ⊙ tanh(α x) + β',
+    )
     dynamic_tanh_init_alpha: float = flag(
         1.0, 'Factor inside tanh at the start.', paper='https://arxiv.org/abs/2503.10622', parent='use_dynamic_tanh'
     )
     use_derf: bool = flag(
-        False, 'The error function in the place of norms.', paper='https://arxiv.org/abs/2512.10938', one_of='norm'
+        False,
+        'The error function in the place of norms.',
+        paper='https://arxiv.org/abs/2512.10938',
+        one_of='norm',
+        formula='γ ⊙ erf(α x + s) + β',
     )
-    use_simple_rmsnorm: bool = flag(False, 'RMS norms without gains.', one_of='norm')
+    use_simple_rmsnorm: bool = flag(
+        False,
+        'RMS norms without gains.',
+        one_of='norm',
+        formula='√d x / |x|',
+    )
     use_adaptive_layernorm: bool = flag(False, 'The gains of layer norms come from a condition.', one_of='norm')
     use_adaptive_rmsnorm: bool = flag(False, 'The gains of RMS norms come from a condition.', one_of='norm')
     use_adaptive_layerscale: bool = flag(False, 'Branches are scaled by a sigmoid gate of a condition.', paper=ADAPTIVE_SCALE)
@@ -79,12 +104,20 @@ class StackFlags(StructureFlags):
         4, 'Width of that layer as a multiple.', parent='adaptive_condition_mlp', low=1
     )
     alibi_pos_bias: bool = flag(
-        False, 'ALiBi: a penalty that grows with the distance, one slope per head.', paper='https://arxiv.org/abs/2108.12409'
+        False,
+        'ALiBi: a penalty that grows with the distance, one slope per head.',
+        paper='https://arxiv.org/abs/2108.12409',
+        formula='s_ij ← s_ij − m_h |i − j|',
     )
     alibi_num_heads: int | None = flag(
         None, 'Only the first heads get a penalty, this many; None: all.', parent='alibi_pos_bias', low=1
     )
-    rel_pos_bias: bool = flag(False, 'A learned bias per bucket of distances (T5 relative positions).', paper=T5)
+    rel_pos_bias: bool = flag(
+        False,
+        'A learned bias per bucket of distances (T5 relative positions).',
+        paper=T5,
+        formula='s_ij ← s_ij + √d_head · b_h[bucket(i − j)]',
+    )
     rel_pos_num_buckets: int = flag(32, 'Number of buckets.', paper=T5, parent='rel_pos_bias', low=2)
     rel_pos_max_distance: int = flag(128, 'Distances from here on share a bucket.', paper=T5, parent='rel_pos_bias', low=2)
     dynamic_pos_bias: bool = flag(False, 'A small network makes the bias of each distance.', paper=DYNAMIC)
@@ -98,7 +131,9 @@ class StackFlags(StructureFlags):
         {}, 'More keywords for the position bias, such as slopes for ALiBi.', parent=ANY_POSITION_BIAS
     )
     rotary_pos_emb: bool = flag(False, 'Rotary positions (RoPE): rotate queries and keys by their positions.', paper=ROTARY,
-                                often=True)  # fmt: skip
+                                often=True,
+        formula='channels 2p, 2p + 1 of q_i and k_i turn by i · 10000^(−2p / d_rotated)',
+    )  # fmt: skip
     rotary_emb_dim: int | None = flag(
         None, 'Rotate this many channels of each head; None: half.', paper=ROTARY, parent=ANY_ROTARY, low=2
     )
@@ -155,15 +190,25 @@ class StackFlags(StructureFlags):
     scale_residual: bool | float = flag(
         False, "Learned factors on the residual; a number: a constant factor on the branches' outputs instead.",
         paper='https://arxiv.org/abs/2110.09456',
+        formula='x ← γ ⊙ x + f(x)',
     )  # fmt: skip
     scale_residual_constant: float = flag(
-        1.0, 'A constant factor on the residual.', paper='https://arxiv.org/abs/2203.00555', each='layer'
+        1.0,
+        'A constant factor on the residual.',
+        paper='https://arxiv.org/abs/2203.00555',
+        each='layer',
+        formula='x ← c x + f(x)',
     )
     residual_fn_kwargs: Mapping[str, Any] = flag({}, 'More keywords for the residual.')
     shift_tokens: int | tuple[int, ...] = flag(
         0, 'Give part of the channels of the tokens next to it, this far; one or per layer.', each='layer'
     )
-    softclamp_output: bool = flag(False, 'Keep the output inside a range with tanh.', paper='https://arxiv.org/abs/2408.00118')
+    softclamp_output: bool = flag(
+        False,
+        'Keep the output inside a range with tanh.',
+        paper='https://arxiv.org/abs/2408.00118',
+        formula='y ← c · tanh(y / c)',
+    )
     softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output', above=0)
     zero_init_branch_output: bool = flag(False, 'All branches start at zero.')
     layer_dropout: float | tuple[float, ...] = flag(
@@ -180,7 +225,12 @@ class StackFlags(StructureFlags):
     disable_abs_pos_emb: bool | None = flag(
         None, 'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.'
     )
-    use_layerscale: bool = flag(False, 'LayerScale: learned factors on the branches.', paper='https://arxiv.org/abs/2103.17239')
+    use_layerscale: bool = flag(
+        False,
+        'LayerScale: learned factors on the branches.',
+        paper='https://arxiv.org/abs/2103.17239',
+        formula='x ← x + γ ⊙ f(x)',
+    )
     layerscale_init_value: float = flag(0.0, 'These factors at the start.', parent='use_layerscale', each='layer')
     unet_skips: bool = flag(False, 'U-Net skips: later blocks see what earlier blocks saw, in reverse order.')
     integrate_layers: bool = flag(False, 'Each branch sees a learned mixture of the inputs of all layers so far.', paper=LIME)
@@ -353,56 +403,6 @@ class StackFlags(StructureFlags):
     @cached_property
     def condition_width(self) -> int:
         return self.condition_dim * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
-
-    @cached_property
-    def rotary(self) -> bool:
-        return self.rotary_pos_emb or self.rotary_xpos
-
-    @cached_property
-    def depends_on_places(self) -> bool:
-        """Whether a turned query meets something that is not turned: learned keys have no place, contextual positions neither.
-        Or whether scales that cancel in products, those of xpos, are compared by distance. Or whether the length counts.
-
-        Then it matters where a row begins; otherwise only distances between places do.
-        """
-        return self.rotary_by_length or any(
-            attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
-            for attention in self.attentions
-        )
-
-    @cached_property
-    def rotary_dim(self) -> int:
-        narrowest = min((flags.dim_head for flags in self.attentions), default=self.attn_dim_head)
-        return narrowest // 2 if self.rotary_emb_dim is None else self.rotary_emb_dim
-
-    @cached_property
-    def rotary_by_length(self) -> bool:
-        """Whether the frequencies of any layer depend on how long the sequence is."""
-        scalings = self.varying.get('rotary_scaling', (self.rotary_scaling,))
-        return any(scaling is not None and scaling.get('type') in BY_LENGTH for scaling in scalings)
-
-    @cached_property
-    def rotary_scaling_complaints(self) -> str:
-        return '' if self.rotary_scaling is None else '; '.join(complaints(self.rotary_scaling, self.rotary_dim))
-
-    @cached_property
-    def polar(self) -> bool:
-        return self.polar_pos_emb
-
-    @cached_property
-    def position_bias(self) -> str | None:
-        """The flag that chose a position bias of the stack: alibi_pos_bias, rel_pos_bias, dynamic_pos_bias or None."""
-        return next((name for name in ANY_POSITION_BIAS if getattr(self, name)), None)
-
-    @cached_property
-    def alibi_heads(self) -> int:
-        return self.heads if self.alibi_num_heads is None else self.alibi_num_heads
-
-    @cached_property
-    def disables_abs_pos_emb(self) -> bool:
-        if self.disable_abs_pos_emb is not None:
-            return self.disable_abs_pos_emb
-        return self.rel_pos_bias or self.rotary or self.polar
 
     @cached_property
     def has_self_attention(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.position_facts import ANY_POSITION_BIAS
 from x_transformers.flags.rule import Rule, how_many, is_on
-from x_transformers.flags.stack import ANY_POSITION_BIAS, StackFlags
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.structure_rules import SAME_KEYS, STRUCTURE_RULES
 
 POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')

@@ -61,6 +61,7 @@ class StructureFlags(LayeredFlags):
     parallel_block: bool = flag(
         False, 'The layers of a block all read what enters it, each through its own norm, and their outputs are added to it.',
         paper='https://arxiv.org/abs/2204.02311', since='here', one_of='residual',
+        formula='x ← x + attention(norm₁ x) + feed-forward(norm₂ x)',
     )  # fmt: skip
     gated_multi_residual: bool = flag(
         False, 'Streams are read and written through low-rank gates per channel; residual_fn_kwargs needs read_gate_rank.',

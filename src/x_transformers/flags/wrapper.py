@@ -88,12 +88,20 @@ class WrapperFlags(Flags):
     )
     squeeze_out_last_dim: bool = flag(False, 'Drop the last axis of the logits when its size is 1.')
     token_emb: nn.Module | Callable[..., Any] | None = flag(None, 'Your own token embedding.')
-    mixture_of_softmax: bool = flag(False, 'The output is a mixture of softmaxes, as log probabilities.', paper=MIXTURE)
+    mixture_of_softmax: bool = flag(
+        False,
+        'The output is a mixture of softmaxes, as log probabilities.',
+        paper=MIXTURE,
+        formula='p = Σ_m π_m softmax(z_m), π = softmax(W x)',
+    )
     mixture_of_softmax_k: int = flag(
         4, 'Number of softmaxes in the mixture.', paper=MIXTURE, parent='mixture_of_softmax', low=1
     )
     sigsoftmax_logits: bool = flag(
-        False, 'Add the logarithm of their sigmoid to the logits.', paper='https://arxiv.org/abs/1805.10829'
+        False,
+        'Add the logarithm of their sigmoid to the logits.',
+        paper='https://arxiv.org/abs/1805.10829',
+        formula='p ∝ exp(z) σ(z)',
     )
     ff_deep_embed: bool = flag(False, "A learned factor per token, layer and channel on the feed-forwards' output.")
     to_logits: Callable[..., Any] | None = flag(None, 'Your own head.')
@@ -106,6 +114,7 @@ class WrapperFlags(Flags):
     logits_softcap: float | None = flag(
         None, 'Keep the logits between minus this and this, with tanh.', paper='https://arxiv.org/abs/2408.00118', above=0,
         since='here',
+        formula='z ← c · tanh(z / c)',
     )  # fmt: skip
     logits_bias: bool = flag(False, 'A bias per logit, with a tied table too.', since='here')
     logits_transform: str | None = flag(
