@@ -185,7 +185,7 @@ PER_TOKEN = {'condition_per_token', 'in_attn_cond_per_token', 'kv_shift'}
 # without blocks that repeat, or with something for each attention
 NO_BLOCKS = {
     'lime', 'lime_relu', 'custom_layers', 'par_ratio', 'only_attn_ratio', 'sandwich_coef', 'execute_order', 'mems', 'kv_shift',
-    'additional_kv', 'additional_cache', 'unet', 'mixer_delta', 'mixer_gated', 'mixer_own', 'mixer_per_layer',
+    'additional_kv', 'additional_cache', 'unet', 'mudd', 'mixer_delta', 'mixer_gated', 'mixer_own', 'mixer_per_layer',
 }  # fmt: skip
 FOR_HEADS = {'attn_mask_heads', 'attn_mask_whole', 'attn_bias_heads', 'attn_bias_whole', 'additional_kv', 'additional_cache'}
 FRONT = {'memory_tokens', 'interspersed', 'prepend', 'excise_prepend', 'cls', 'cls_two'}

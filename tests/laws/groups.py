@@ -431,6 +431,7 @@ STACK = (
     group('canon_d', ff_canon=True),
     group('canon', SELF, canon='abcd', ff_glu=True),
     group('kv_share', SELF, kv_share_every=2),
+    group('mudd', SELF, mudd=True),
     group('lambdas', residual_lambdas=True, embed_lambdas=True),
     group('lambdas_start', residual_lambdas=(1.1, 0.9), embed_lambdas=0.3),
     group(

@@ -262,6 +262,7 @@ class InnerKeywords(TypedDict, total=False):
     layer_norm_scaling: bool
     canon: tuple[str, ...] | None
     kv_share_every: int | None
+    mudd: bool
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool
@@ -776,6 +777,7 @@ class EncKeywords(TypedDict, total=False):
     enc_layer_norm_scaling: bool
     enc_canon: tuple[str, ...] | None
     enc_kv_share_every: int | None
+    enc_mudd: bool
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -1131,6 +1133,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_layer_norm_scaling: bool
     dec_canon: tuple[str, ...] | None
     dec_kv_share_every: int | None
+    dec_mudd: bool
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool

@@ -372,7 +372,7 @@ class StackFlags(PositionFacts, StructureFlags):
         """Flags of the first self-attention module (no values to mix with, no past layers to mix), or of a later one."""
         if not first:
             return self.attention
-        views = self.separate_views and not self.integrate_layers
+        views = self.separate_views and not (self.integrate_layers or self.mudd)
         return dataclasses.replace(self.attention, learned_value_residual_mix=False, qkv_receive_diff_residuals=views)
 
     @cached_property
@@ -420,7 +420,7 @@ class StackFlags(PositionFacts, StructureFlags):
 
     @cached_property
     def separate_views(self) -> bool:
-        return self.qkv_receive_diff_residuals or self.integrate_layers
+        return self.qkv_receive_diff_residuals or self.integrate_layers or self.mudd
 
     @property
     def has_final_norm(self) -> bool:

@@ -85,6 +85,11 @@ class StructureFlags(LayeredFlags):
         None, 'So many self attentions in a row share the keys and values of the first of them, which alone has a cache.',
         paper='https://arxiv.org/abs/2405.12981', since='here', low=2,
     )  # fmt: skip
+    mudd: bool = flag(
+        False, 'Between blocks, four mixtures of what entered and left all blocks so far, with weights made of each token: for '
+        'queries, keys, values and the stream; one mixture at the end.',
+        paper='https://arxiv.org/abs/2502.12170', since='here',
+    )  # fmt: skip
     residual_lambdas: bool | float = flag(
         False, 'Before each layer, attention or feed-forward, the stream is multiplied by a learned number of that layer, '
         'which starts at 1; a number: it starts there.',

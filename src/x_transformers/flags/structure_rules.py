@@ -35,7 +35,29 @@ SAME_KEYS = Rule(
     only_changed=True,
 )
 
+# what lays out layers in another way than block after block, each of which begins with self attention
+UNBLOCKED = (*LAYOUTS, 'weight_tie_layers', 'macaron', 'only_cross')
+# what decides, too, about what enters a layer
+ENTERING = (
+    'integrate_layers', 'attn_aggregated_residuals', 'qkv_receive_diff_residuals', 'unet_skips', *LAMBDAS,
+    'num_residual_streams', 'resi_dual', 'parallel_block',
+)  # fmt: skip
+
 STRUCTURE_RULES = (
+    Rule(
+        ('mudd', *UNBLOCKED),
+        lambda flags, dim: flags.mudd and how_many(flags, UNBLOCKED) > 0,
+        'its mixtures stand between blocks that begin with self attention, each once',
+        {'mudd': True, 'macaron': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('mudd', *ENTERING),
+        lambda flags, dim: flags.mudd and how_many(flags, ENTERING) > 0,
+        'each decides what enters a layer',
+        {'mudd': True, 'unet_skips': True},
+        only_changed=True,
+    ),
     Rule(
         ('mixer', 'custom_layers'),
         lambda flags, dim: flags.mixer is not None and 'm' not in (flags.custom_layers or ()),

@@ -158,7 +158,7 @@ class OnStack:
 
 
 # keys and values do not see the stream itself
-MIXTURES = ('qkv_receive_diff_residuals', 'integrate_layers', 'attn_aggregated_residuals')
+MIXTURES = ('qkv_receive_diff_residuals', 'integrate_layers', 'attn_aggregated_residuals', 'mudd')
 
 # rules of a model with its stack
 ON_STACK_RULES = (

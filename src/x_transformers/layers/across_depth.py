@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,47 @@ class AggregatedResiduals(Module):
         scores = torch.einsum('b n v d, l b n d -> v b n l', query, self.to_keys(stacked)) * x.shape[-1] ** -0.5
         mixed = torch.einsum('v b n l, l b n d -> v b n d', scores.softmax(dim=-1), stacked)
         return mixed if self.num_views > 1 else mixed[0]
+
+
+class MultiwayDense(Module):
+    """Multiway dynamic dense connections, https://arxiv.org/abs/2502.12170: mixtures of what entered and left all blocks so far.
+
+    The weights of each of ``ways`` mixtures are ``GELU(norm(x) W_1) W_2 + a``, made of the newest; they start as ``a``: the
+    newest alone. forward: the newest (b n d) and all ``count`` of them, it last -> (w b n d).
+    """
+
+    def __init__(self, dim: int, count: int, ways: int) -> None:
+        super().__init__()
+        self.ways, self.count = ways, count
+        self.to_weights = nn.Sequential(nn.Linear(dim, ways * count, bias=False), nn.GELU())
+        self.mix = ConstantLinear(ways * count, ways * count, bias=False)
+        self.static = empty_parameter(ways, count)
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self) -> None:
+        newest = torch.zeros(self.ways, self.count)
+        newest[:, -1] = 1.0
+        fill(self.static, newest)
+
+    def forward(self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']]) -> Float[Tensor, 'w b n d']:
+        weights = self.mix(self.to_weights(rms_norm(x))).unflatten(-1, (self.ways, self.count)) + self.static
+        return torch.einsum('b n w l, l b n d -> w b n d', weights.to(x.dtype), torch.stack(tuple(hiddens)))
+
+
+def between(mixtures: nn.ModuleList | None, stream: Float[Tensor, 'b n d'], carry: Any) -> Tensor:
+    """What leaves a block, as it enters the next: with ``mixtures`` one of all so far, ``carry`` having those for its attention.
+
+    Behind the last block there is one mixture, in front of the first none.
+    """
+    if mixtures is None:
+        return stream
+    carry.blocks.append(stream)
+    count = len(carry.blocks)
+    mixed = mixtures[count - 2](stream, carry.blocks) if count > 1 else stream.unsqueeze(0)
+    carry.views = mixed[:3] if len(mixed) > 1 else None
+    out: Tensor = mixed[-1]
+    return out
 
 
 class StreamLambdas(Module):

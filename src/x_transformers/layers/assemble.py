@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from x_transformers.flags.stack import StackFlags
-from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe, StreamLambdas
+from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe, MultiwayDense, StreamLambdas
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.plan import ATTENTIONS, LayerPlan
 from x_transformers.layers.residual import BlockStreams, DualStreams, ParallelStreams, SingleStream
@@ -111,6 +111,7 @@ def depth_parts(flags: StackFlags, plan: LayerPlan) -> dict[str, nn.Module | Non
         if flags.needs_condition and flags.adaptive_condition_mlp
         else None,
         'lambdas': choose_lambdas(flags),
+        'mudd': choose_dense(flags, plan),
     }
 
 
@@ -139,3 +140,11 @@ def choose_skips(flags: StackFlags, plan: LayerPlan) -> nn.ModuleList:
 def choose_lambdas(flags: StackFlags) -> StreamLambdas | None:
     residual, embed = flags.starts('residual_lambdas', 1.0), flags.starts('embed_lambdas', 0.0)
     return None if residual is None and embed is None else StreamLambdas(residual, embed)
+
+
+def choose_dense(flags: StackFlags, plan: LayerPlan) -> nn.ModuleList | None:
+    """The mixtures between blocks, and the one behind the last of them."""
+    if not flags.mudd:
+        return None
+    blocks = len(plan.blocks)
+    return nn.ModuleList([MultiwayDense(flags.dim, count + 1, 4 if count < blocks else 1) for count in range(1, blocks + 1)])

@@ -256,6 +256,7 @@ class Around:
         mem_condition: Float[Tensor, 'b #l c'] | None = None,
         mixture: nn.Module | None = None,
         before: Sequence[Float[Tensor, 'b n d']] = (),
+        views: Float[Tensor, '3 b n d'] | None = None,
         shows: bool = False,
         drop: bool | Bool[Tensor, ''] = False,
         checkpoint: bool = False,
@@ -267,6 +268,7 @@ class Around:
             injected: added to the branch's input.
             mem_condition: what the norm of the memory depends on.
             mixture: mixes ``before``, what entered the earlier layers, with what enters this one.
+            views: what queries, keys and values are made of, in place of the stream.
             shows: somebody wants to know what enters.
             drop: the branch is left out.
             checkpoint: the branch runs again for its gradients.
@@ -277,6 +279,7 @@ class Around:
         self.mem_condition = mem_condition
         self.mixture = mixture
         self.before = before
+        self.views = views
         self.shows = shows
         self.drop = drop
         self.checkpoint = checkpoint
@@ -285,6 +288,7 @@ class Around:
 
     def enter(self, h: Float[Tensor, 'b n d']) -> Tensor:
         """What the layer sees of h: with LIMe a mixture of all that layers so far were about to see."""
+        h = h if self.views is None else self.views
         if self.shows or self.mixture is not None:
             self.entered = h
         if self.mixture is None:
@@ -299,7 +303,8 @@ class Carry:
 
     ``seen``: what entered each layer so far, for mixtures over depth; ``skips``: the stream that entered each layer, by layer;
     ``first_values`` and ``previous`` (scores): by kind of attention; ``first``: the stack's normed input, if layers ask for it;
-    ``keys``: of the layers that others share keys and values with, which ``keys_from`` tells.
+    ``keys``: of the layers that others share keys and values with, which ``keys_from`` tells. ``blocks``: what entered the blocks
+    so far, and ``views``: what the queries, keys and values of this one are made of, with ``mudd``.
     """
 
     hands_on_scores: tuple[str, ...] = ()
@@ -312,6 +317,8 @@ class Carry:
     first: Tensor | None = None
     keys_from: Mapping[int, int] = field(default_factory=dict)
     keys: dict[int, HandedKeys] = field(default_factory=dict)
+    blocks: list[Tensor] = field(default_factory=list)
+    views: Tensor | None = None
 
     def enter(self, h: Tensor | None) -> None:
         """``h`` entered a layer."""

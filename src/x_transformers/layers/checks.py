@@ -88,6 +88,10 @@ def check_steps(stack: StackParts, order: Sequence[int] | None, repeats: Any = N
     order = tuple(order)
     check_order(order, len(stack.plan.layers))
     usual = stack.plan.order
+    if stack.flags.mudd and order != usual:
+        raise ValueError(
+            'layers_execute_order must be left out with mudd, whose mixtures are made for all blocks in their order.'
+        )
     if stack.flags.integrate_layers:
         fits = len(order) <= len(usual) and all(
             stack.plan.layers[new].views == stack.plan.layers[old].views for new, old in zip(order, usual, strict=False)

@@ -45,6 +45,8 @@ class Layout(Protocol):
     @property
     def unet_skips(self) -> bool: ...
     @property
+    def mudd(self) -> bool: ...
+    @property
     def kv_share_every(self) -> int | None: ...
     @property
     def shift_tokens(self) -> int | tuple[int, ...]: ...
@@ -53,7 +55,15 @@ class Layout(Protocol):
 
 
 # what is made for the layers that there are, one for each
-ACROSS = ('integrate_layers', 'attn_aggregated_residuals', 'unet_skips', 'residual_lambdas', 'embed_lambdas', 'kv_share_every')
+ACROSS = (
+    'integrate_layers',
+    'attn_aggregated_residuals',
+    'unet_skips',
+    'residual_lambdas',
+    'embed_lambdas',
+    'kv_share_every',
+    'mudd',
+)
 KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward', 'm': 'mixer'}
 # those with keys and values
 ATTENTIONS = 'ac'
@@ -273,7 +283,7 @@ def _views(flags: Layout, kind: str, is_first: bool) -> int:
     """Self attention may be given queries, keys and values of their own, by LIMe or by hyper-connections."""
     if kind != 'a':
         return 1
-    if flags.integrate_layers:
+    if flags.integrate_layers or flags.mudd:
         # the very first one has nothing to choose from
         return 1 if is_first else 3
     return 3 if flags.qkv_receive_diff_residuals else 1

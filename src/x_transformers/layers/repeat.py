@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from x_transformers.flags.stack import StackFlags
 
 # what leaves no blocks in their own order
-NO_BLOCKS = ('layers_execute_order', 'integrate_layers', 'custom_layers', 'par_ratio', 'sandwich_coef')
+NO_BLOCKS = ('layers_execute_order', 'integrate_layers', 'custom_layers', 'par_ratio', 'sandwich_coef', 'mudd')
 
 
 def repeated_steps(flags: StackFlags, plan: LayerPlan, repeats: Any, order: Sequence[int] | None) -> tuple[Step, ...]:

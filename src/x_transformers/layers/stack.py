@@ -22,6 +22,7 @@ from x_transformers.flags.rules import check_stack
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
+from x_transformers.layers.across_depth import between
 from x_transformers.layers.arguments import Given
 from x_transformers.layers.assemble import (
     choose_polar,
@@ -66,6 +67,7 @@ class AttentionLayers(Module):
     layer_integrators: Any
     skip_combines: Any
     lambdas: Any
+    mudd: Any
     adaptive_mlp: nn.Module | None
     reinject_input_proj: nn.Linear | None
     learned_reinject_input_gate: nn.Linear | None
@@ -176,7 +178,7 @@ class AttentionLayers(Module):
         layers = self._layers()
         for step in call.steps:
             if step.block:
-                streams = self._begin_block(step.block, streams, call, record)
+                streams = between(self.mudd, self._begin_block(step.block, streams, call, record), carry)
             streams = self._join(step, streams, carry)
             around = self._around(step, call, carry, x.device)
             written, seen = layers[step.layer](streams, condition, wide_condition, around)
@@ -190,6 +192,7 @@ class AttentionLayers(Module):
             record.leave(step, seen)
             # the next layer runs without these, unless somebody keeps them
             del around, written, seen
+        streams = between(self.mudd, streams, carry)
         if record.wanted:
             record.layer_hiddens.append(self.streams.last(streams))
         if self.softclamp_value is not None:
@@ -211,6 +214,7 @@ class AttentionLayers(Module):
             mixture=self._mixture(step),
             tokens=call.padding,
             before=tuple(carry.seen),
+            views=carry.views if step.kind == 'a' else None,
             shows=call.return_attn,
             drop=self._drops(step, call, device),
             checkpoint=self.flags.gradient_checkpointing and self.training,
