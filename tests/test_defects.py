@@ -535,6 +535,16 @@ def test_log_probabilities_of_a_sequence() -> None:
     assert torch.allclose(log_prob_from_model_and_seq(net, x), wanted, atol=1e-5)
 
 
+def test_the_reference_of_a_tied_head_stays_what_it_was() -> None:
+    model, x = DPO(language_model(wrapper={'tie_embedding': True})).eval(), ids(2, N)
+    before = model.ref_model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    assert torch.equal(model.ref_model(x), before)
+    assert not torch.equal(model.policy_model(x), before)
+
+
 def test_pads_that_are_no_token_are_not_looked_up() -> None:
     model = shaken(DPO(language_model(), pad_id=-1))
     other = DPO(language_model(), pad_id=0)
@@ -594,6 +604,26 @@ def test_other_precisions_are_read_in_that_of_the_model() -> None:
     assert torch.allclose(net(x, context=context.double(), sum_embeds=added.double()), wanted, atol=1e-6)
     image = ViTransformerWrapper(image_size=8, patch_size=4, attn_layers=stack(Encoder))
     assert image(torch.randn(1, 3, 8, 8).double()).dtype == torch.float32
+    frames = ContinuousTransformerWrapper(dim_in=4, dim_out=4, max_seq_len=N, attn_layers=stack())
+    assert frames(torch.randn(2, N, 4).double()).dtype == torch.float32
+    assert frames.bfloat16()(torch.randn(2, N, 4)).dtype == torch.bfloat16
+    neurons = NeoMLP(dim_in=2, dim_hidden=2, dim_out=2, dim_model=8, depth=1)
+    assert neurons(torch.randn(3, 2).double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_conditions_and_shifts_are_read_in_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    x, wide = ids(2, N), torch.randn(2, N, 16)
+    for flags, given in (
+        ({'use_adaptive_layernorm': True}, {'condition': wide}),
+        ({}, {'in_attn_cond': wide}),
+        ({}, {'self_attn_kv_residuals': wide}),
+        ({'cross_attend': True}, {'context': wide, 'cross_attn_kv_residuals': wide}),
+    ):
+        net = language_model(**flags)
+        other = {name: value.to(dtype) for name, value in given.items()}
+        same = {name: value.float() for name, value in other.items()}
+        assert torch.equal(net(x, **other), net(x, **same))
 
 
 @pytest.mark.parametrize(

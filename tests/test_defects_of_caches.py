@@ -177,6 +177,13 @@ def test_a_cache_by_hand_lacks_shifted_tokens() -> None:
         net(x, cache=by_hand(net, x[:, :6]))
 
 
+@pytest.mark.parametrize('learned', [False, True])
+def test_a_cache_by_hand_lacks_sums_over_tokens(learned: bool) -> None:
+    net, x = model(mv_split_residual=True, residual_fn_kwargs={'learned': learned}), prompts(1, 7)
+    with pytest.raises(ValueError, match='must hold the sums over earlier tokens'):
+        net(x, cache=by_hand(net, x[:, :6]))
+
+
 class Around(nn.Module):
     """A net by the contract of the original: it is given the whole window and what the call before returned."""
 
@@ -293,6 +300,27 @@ def test_a_program_counts_places_from_the_beginning_of_the_window() -> None:
         out = program.read(ids[:, end : end + 1])[:, -1]
         whole = net(ids[:, max(0, end - 6) : end + 1])[:, -1]
         torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('mems', [False, True])
+def test_layers_without_a_latent_beside_others_with_one_in_memory_of_fixed_shape(mems: bool) -> None:
+    """Their keys are kept turned, and the newest is not the last row of what there is room for."""
+    flags = {'rotary_pos_emb': True, 'attn_use_latent_kv': (True, False), 'attn_dim_latent_kv': (6, None)}
+    net, x = model(wrapper={'max_mem_len': 4}, **flags), prompts(2, 9)
+    given = {'mems': [torch.randn(2, 4, 16)] * 2} if mems else {}
+    full, cache = net(x, **given), net(x[:, :4], return_intermediates=True, **given)[1]
+    program = Continuation(net, cache, capacity=14)
+    for start, stop in ((4, 5), (5, 7), (7, 9)):
+        out = program.read(x[:, start:stop], **given)
+        torch.testing.assert_close(out, full[:, start:stop], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('cached', [True, False])
+def test_a_text_may_begin_behind_nothing_but_embeddings(cached: bool) -> None:
+    net, front = model(rotary_pos_emb=True), torch.randn(2, 3, 16)
+    made = AutoregressiveWrapper(net).generate(prompts(2, 0), 4, temperature=0.0, prepend_embeds=front, cache_kv=cached)
+    whole = net(made[:, :-1], prepend_embeds=front).argmax(-1)[:, 2:]
+    assert torch.equal(made, whole)
 
 
 def test_a_free_transformer_that_cannot_be_cached_reads_all_tokens_again() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.objectives import builds_on_meta, ids, likely, saved_and_loaded, shaken
+from x_transformers.flags.base import FlagError
 from x_transformers.free_transformer import BinaryMapper, FreeTransformer
 
 CODES = 8
@@ -37,6 +38,14 @@ def test_codes_are_little_endian() -> None:
     assert one_hot.argmax(dim=-1).tolist() == [1 + 4, 2 + 4]
     assert one_hot.sum(dim=-1).tolist() == [1.0, 1.0]
     assert cost.item() == 0.0
+
+
+def test_keywords_of_the_codes() -> None:
+    made = bare(kl_loss_threshold=0.5, binary_mapper_kwargs={'kl_loss_threshold': 0.1})
+    assert made.binary_mapper.kl_loss_threshold == bare(kl_loss_threshold=0.1).binary_mapper.kl_loss_threshold
+    assert bare(kl_loss_threshold=0.5).binary_mapper.kl_loss_threshold != made.binary_mapper.kl_loss_threshold
+    with pytest.raises(FlagError, match='binary_mapper_kwargs may name kl_loss_threshold, got bits'):
+        bare(binary_mapper_kwargs={'bits': 3})
 
 
 def test_codes_are_drawn_bit_by_bit() -> None:

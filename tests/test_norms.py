@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.helpers import l2norm
@@ -223,6 +224,21 @@ def test_heads_that_give_nothing_get_no_gradient() -> None:
     assert (x.grad[0, 1, 2] == 0).all()
     assert x.grad.isfinite().all()
     assert (x.grad[0, 0] != 0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_a_vector_of_no_length_gets_no_gradient(dtype: torch.dtype) -> None:
+    """It has no direction. A length of 1e-12 in its place made a gradient of 1e12, and infinity of that in half precision."""
+    for fn in (RMSNorm(8), ScaleNorm(8), SimpleRMSNorm(8), l2norm, partial(l2norm, groups=2)):
+        x = torch.randn(3, 8)
+        x[1] = 0.0
+        x = x.to(dtype).requires_grad_()
+        out = (fn.to(dtype) if isinstance(fn, nn.Module) else fn)(x)
+        assert torch.equal(out[1], torch.zeros_like(out[1]))
+        (out * torch.arange(8.0).to(dtype)).sum().backward()
+        assert torch.equal(x.grad[1], torch.zeros_like(x[1]))
+        assert x.grad.isfinite().all()
+        assert (x.grad[0] != 0).any()
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

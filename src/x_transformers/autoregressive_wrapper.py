@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.embedding.call import rows_in_front
 from x_transformers.embedding.ids import beyond, training_ids
 from x_transformers.embedding.loop import loss_of_loops
 from x_transformers.flags.fit import check_future, check_net, expert_loss
@@ -166,7 +167,7 @@ class AutoregressiveWrapper(Module):
             x = x.masked_fill(beyond(x, lens), self.ignore_index)
         # targets of the caller's own may be something else than what comes next
         check_future(self.net, kwargs, 'AutoregressiveWrapper', allowed=self.allow_future or targets is not None)
-        prefix = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        prefix = rows_in_front(prepend_embeds)
         # what is in front of the outputs
         front = 0 if kwargs.get('excise_prepend_embeds') else prefix
         if targets is None:

@@ -18,6 +18,7 @@ from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import check_reserved, checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
+from x_transformers.layers.checks import is_whole, shape_of
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.randomness import happens
@@ -285,11 +286,13 @@ def reversed_rows(length: int, lens: Int[Tensor, 'b']) -> Int[Tensor, 'b n']:
 
 
 def pair_weights(weigh: PairWeights, pairs: Int[Tensor, 'p 2']) -> Float[Tensor, 'p #w']:
+    if not callable(weigh):
+        raise TypeError(f'loss_weight_by_fb_indices must be a function of pairs (p 2), got {weigh!r}')
     given = weigh(pairs)
-    if tuple(given.shape) not in ((len(pairs),), (len(pairs), 2)):
+    if not isinstance(given, Tensor) or tuple(given.shape) not in ((len(pairs),), (len(pairs), 2)):
         raise ValueError(
             f'loss_weight_by_fb_indices must return one weight per pair, shape ({len(pairs)},), or one per pair and direction, '
-            f'({len(pairs)}, 2); got {tuple(given.shape)}'
+            f'({len(pairs)}, 2); got {shape_of(given)}'
         )
     return given if given.ndim == 2 else given[:, None]
 
@@ -314,7 +317,7 @@ def check_sequence(seq: Tensor, lens: Tensor | None) -> None:
         raise ValueError(f'seq must be tokens of shape (batch, length) with at least 2 of them, got {tuple(seq.shape)}')
     if lens is None:
         return
-    if lens.shape != seq.shape[:1]:
-        raise ValueError(f'lens must hold one length per row, shape ({seq.shape[0]},), got {tuple(lens.shape)}')
+    if not is_whole(lens, 1) or lens.shape != seq.shape[:1]:
+        raise ValueError(f'lens must hold one length per row, a tensor of shape ({seq.shape[0]},), got {shape_of(lens)}')
     if bool((lens < 2).any()) or bool((lens > seq.shape[1]).any()):
         raise ValueError(f'lens must lie between 2 and the length of the sequence, {seq.shape[1]}; got {lens.tolist()}')

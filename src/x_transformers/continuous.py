@@ -27,6 +27,7 @@ from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import Prompt, align_right, check_reserved, checked_length, right_aligned, whole_number
 from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
 from x_transformers.generation.views import VectorView
+from x_transformers.layers.checks import is_float, shape_of
 from x_transformers.losses import at_least_single, shifted_mask
 from x_transformers.module import Module
 from x_transformers.returns import Asked, next_memories
@@ -161,7 +162,9 @@ class ContinuousTransformerWrapper(StackWrapper):
         return [*super()._why_no_cache(), *(['average_pool_embed'] if self.average_pool_embed else [])]
 
     def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        vectors: Tensor = self.project_in(x)
+        # as everything that a caller adds, frames of another precision are read in that of the model
+        matrix = getattr(self.project_in, 'weight', None)
+        vectors: Tensor = self.project_in(x if matrix is None or not matrix.is_floating_point() else x.to(matrix.dtype))
         return vectors
 
     def _pool(
@@ -392,8 +395,10 @@ class ContinuousAutoregressiveWrapper(Module):
             raise ValueError(
                 f'outputs of width {wide_out} cannot be read as inputs of width {wide_in}: generation needs both equal'
             )
-        if isinstance(start, Tensor) and start.ndim not in (2, 3):
-            raise ValueError(f'start_tokens must be (n d) or (b n d), got shape {tuple(start.shape)}')
+        if not is_float(start, 2, 3):
+            raise (ValueError if isinstance(start, Tensor) else TypeError)(
+                f'start_tokens must be frames (n d) or (b n d) of floating dtype, got {shape_of(start)}'
+            )
         batch = start.detach()[None] if start.ndim == 2 else start.detach()
         check_frames(batch, wide_in)
         return right_aligned(batch, tuple(start.shape[:-2]), lens, 0.0)

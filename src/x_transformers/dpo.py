@@ -13,6 +13,7 @@ from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import DPOOptions, options
+from x_transformers.layers.checks import is_bool, shape_of
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
@@ -146,8 +147,8 @@ def check_pair(preferred: Tensor, unpreferred: Tensor) -> None:
 
 def check_mask(name: str, mask: Tensor | None, seq: Tensor) -> None:
     rows, length = seq.shape
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in ((rows, length), (rows, length - 1))):
+    if mask is not None and (not is_bool(mask, 2) or tuple(mask.shape) not in ((rows, length), (rows, length - 1))):
         raise ValueError(
             f'{name} must be boolean over the tokens, ({rows}, {length}), or over what is predicted, ({rows}, {length - 1}); '
-            f'got {mask.dtype} {tuple(mask.shape)}'
+            f'got {shape_of(mask)}'
         )

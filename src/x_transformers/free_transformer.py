@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import INNER
 from x_transformers.flags.fit import check_alone
 from x_transformers.flags.objectives import FreeTransformerOptions, options
@@ -91,6 +93,15 @@ class BinaryMapper(Module):
         return one_hot, aux_loss
 
 
+def threshold_of(keywords: Mapping[str, Any] | None, usual: float) -> float:
+    """What a code may carry for free, by the keywords for the codes or else by the model's own."""
+    if unknown := sorted(set(keywords or {}) - {'kl_loss_threshold'}):
+        raise FlagError(
+            f'binary_mapper_kwargs may name kl_loss_threshold, got {", ".join(unknown)}. The bits of a code are latent_bits.'
+        )
+    return float((keywords or {}).get('kl_loss_threshold', usual))
+
+
 class FreeTransformer(Module):
     """A decoder of which the second half is conditioned on a latent code that an encoder finds in training.
 
@@ -147,7 +158,7 @@ class FreeTransformer(Module):
         self.to_latent_bit_logits = nn.Linear(dim, latent_bits, bias=False)
         self.from_latent_to_condition = nn.Linear(2**latent_bits, dim, bias=False)
         self.latent_dropout = nn.Dropout(latent_dropout_prob)
-        self.binary_mapper = BinaryMapper(latent_bits, kl_loss_threshold, **(binary_mapper_kwargs or {}))
+        self.binary_mapper = BinaryMapper(latent_bits, threshold_of(binary_mapper_kwargs, kl_loss_threshold))
         decoder = shared | (dec_kwargs or {})
         with kept_back() as inert_in_decoder:
             self.decoder_head = (

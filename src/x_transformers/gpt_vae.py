@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.embedding.ids import token_ids
+from x_transformers.embedding.ids import token_ids, training_ids
 from x_transformers.flags.constructors import SHARED
 from x_transformers.flags.fit import check_alone
 from x_transformers.flags.objectives import GPTVAEOptions, options
@@ -125,7 +125,7 @@ class GPTVAE(Module):
         self, seq: Int[Tensor, 'b n'], seq_for_latents: Int[Tensor, 'b m'] | None = None, return_all_losses: bool = False
     ) -> Any:
         """The loss of decoding ``seq`` from the latent of ``seq_for_latents`` (itself by default), plus the divergence."""
-        seq = token_ids(seq, 'seq')
+        seq = training_ids(seq, 'seq')
         source = seq if seq_for_latents is None else token_ids(seq_for_latents, 'seq_for_latents')
         latents, (mean, log_variance) = self.encode_to_latents(source, return_mean_log_var=True)
         prefix = self.from_latent_to_prepend_token(latents)[:, None]

@@ -168,6 +168,12 @@ def max_neg_value(t: Tensor) -> float:
     return -torch.finfo(t.dtype).max
 
 
+def at_least(length: Float[Tensor, '... 1'], least: float) -> Float[Tensor, '... 1']:
+    """Lengths to divide by. What has none, which is no direction, is divided by infinity: it stays 0 and gets no gradient,
+    where ``least`` would make one of 1e12, and infinity of that in half precision."""
+    return length.clamp(min=least).masked_fill(length == 0, torch.inf)
+
+
 def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None) -> Float[Tensor, '... d']:
     """Unit length of the last axis, or of each of its ``groups`` equal consecutive chunks.
 
@@ -179,7 +185,7 @@ def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None)
     # neither 1e-12 nor the square of a long vector is a half
     wide = single(t)
     if eps is None:
-        return F.normalize(wide, dim=-1).to(t.dtype)
+        return (wide / at_least(torch.linalg.vector_norm(wide, dim=-1, keepdim=True), 1e-12)).to(t.dtype)
     return (wide * (wide.square().sum(dim=-1, keepdim=True) + eps * t.shape[-1]).rsqrt()).to(t.dtype)
 
 

@@ -21,6 +21,7 @@ from x_transformers.flags.objectives import MaskedGenerateOptions, MaskedOptions
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import check_reserved
 from x_transformers.helpers import exists
+from x_transformers.layers.checks import is_bool, shape_of
 from x_transformers.losses import at_least_single, token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.randomness import happens
@@ -266,8 +267,8 @@ class NonAutoregressiveWrapper(Module):
     def check(self, x: Tensor, mask: Tensor | None, only_generator: bool, only_critic: bool) -> None:
         if x.ndim != 2 or x.shape[1] != self.max_seq_len:
             raise LengthError(f'x must have shape (batch, {self.max_seq_len}), the full max_seq_len; got {tuple(x.shape)}')
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape):
-            raise ValueError(f'mask must be boolean of shape {tuple(x.shape)}, got {mask.dtype} {tuple(mask.shape)}')
+        if mask is not None and (not is_bool(mask, 2) or mask.shape != x.shape):
+            raise ValueError(f'mask must be boolean of shape {tuple(x.shape)}, got {shape_of(mask)}')
         if only_generator and only_critic:
             raise ValueError('only_train_generator and only_train_critic together leave nothing to train')
         if only_critic and self.token_critic is None:

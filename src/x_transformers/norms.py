@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.helpers import by_formula, default, single, under_transform
+from x_transformers.helpers import at_least, by_formula, default, single, under_transform
 from x_transformers.module import ConstantLinear, Module, empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -66,9 +66,9 @@ def _by_hand(x: Tensor, gain: Tensor | None) -> bool:
 def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None = None) -> Float[Tensor, '... 1']:
     if eps is not None:
         return (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # not sqrt(d) / length, which is the same operations behind two calls of Python
-    scale: Tensor = length.reciprocal() * x.shape[-1] ** 0.5
+    scale: Tensor = at_least(length, MIN_LENGTH).reciprocal() * x.shape[-1] ** 0.5
     return scale
 
 

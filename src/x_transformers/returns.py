@@ -49,6 +49,8 @@ class Asked:
         for name, asked in needs_head.items():
             if asked and not has_head:
                 raise ValueError(f'{name}=True: this model was built with return_only_embed=True and has no logits.')
+        if self.attn_z_loss and not isinstance(self.z_loss_weight, (int, float, Tensor)):
+            raise TypeError(f'attn_z_loss_weight must be a number, got {self.z_loss_weight!r}.')
         if self.next_embed_pred and not predicts_next:
             raise ValueError('return_next_embed_pred=True: build the model with add_continuous_pred_head=True.')
 

@@ -187,6 +187,8 @@ NO_BLOCKS = {
     'lime', 'lime_relu', 'custom_layers', 'par_ratio', 'only_attn_ratio', 'sandwich_coef', 'execute_order', 'mems', 'kv_shift',
     'additional_kv', 'additional_cache', 'unet', 'mudd', 'mixer_delta', 'mixer_gated', 'mixer_own', 'mixer_per_layer',
 }  # fmt: skip
+# a module of the user's own writes as many channels as the heads of one kind of layer have
+HYBRIDS = {entry.name for entry in GROUPS if 'attn_hybrid_module' in entry.flags}
 FOR_HEADS = {'attn_mask_heads', 'attn_mask_whole', 'attn_bias_heads', 'attn_bias_whole', 'additional_kv', 'additional_cache'}
 FRONT = {'memory_tokens', 'interspersed', 'prepend', 'excise_prepend', 'cls', 'cls_two'}
 
@@ -207,6 +209,7 @@ def contradicts(names: set[str]) -> bool:
         )
         # what is given for each head, or of heads of one width, fits no layer with others
         or bool('per_layer_heads' in names and names & FOR_HEADS)
+        or bool(names & {'per_layer_heads', 'per_layer_dim_head', 'per_layer_cross'} and names & HYBRIDS)
         or bool('per_layer_dim_head' in names and 'additional_cache' in names)
         or bool('repeat_blocks' in names and names & NO_BLOCKS)
         # positions must then be given for the memories too

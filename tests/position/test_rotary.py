@@ -55,7 +55,7 @@ def test_rotation(dim: int) -> None:
     positions = RotaryPositions(freqs, scale)
     torch.testing.assert_close(positions.queries(t), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(positions.keys(t), expected, atol=1e-5, rtol=1e-5)
-    back = RotaryTable(positions.key_angles(5)).rotated(positions.keys(t), None, back=True)
+    back = RotaryTable(positions.new_angles(5)).rotated(positions.keys(t), None, back=True)
     torch.testing.assert_close(back, t, atol=1e-5, rtol=1e-5)
     assert positions.cache_form == 'positioned'
     some = positions.queries(t, heads=2)

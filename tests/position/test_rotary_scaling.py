@@ -94,6 +94,13 @@ def test_dynamic():
         torch.testing.assert_close(angles[0], torch.tensor(wanted), rtol=1e-4, atol=1e-4)
 
 
+def test_dynamic_with_a_single_pair():
+    """Its frequency is base ** 0, however far the base is stretched."""
+    embedding = RotaryEmbedding(2, scaling={'type': 'dynamic', 'factor': 2.0, 'original_length': 4})
+    angles, _ = embedding(torch.arange(9))
+    torch.testing.assert_close(angles.squeeze()[..., 0], torch.arange(9.0))
+
+
 def test_longrope():
     short, long = (1.0, 1.1, 1.2, 1.3), (2.0, 3.0, 4.0, 5.0)
     scaling = {'type': 'longrope', 'short_factor': short, 'long_factor': long, 'original_length': ORIGINAL, 'factor': 4.0}

@@ -35,6 +35,8 @@ class PackedSequences:
         """
         if isinstance(given, PackedSequences):
             return given
+        if not isinstance(given, Mapping):
+            raise TypeError(f'flash_pack_seq_kwargs must be a dictionary with cu_seqlens_q and cu_seqlens_k, got {given!r}')
         missing = [name for name in ('cu_seqlens_q', 'cu_seqlens_k') if given.get(name) is None]
         if missing:
             raise ValueError(

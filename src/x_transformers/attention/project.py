@@ -153,16 +153,16 @@ def place_and_remember(attn: AttentionParts, k: Tensor, v: Tensor, mems: int, gi
     """Rotate memories and new keys, append the new ones. Their angles are kept, so that the rotation can be undone."""
     past, positions = cast('LayerCache', given.past), cast('RotaryPositions', given.positions)
     new = k.shape[-2] - mems
-    # a table need not have rows for what was rotated before
-    between = min(held_rows(past, 'k'), positions.key_rows - k.shape[-2]) if mems else 0
-    if between:
-        # the positions of the past lie between those of the memories and those of the new keys
-        memories = positions.keys(k[..., :mems, :], attn.rotated_heads, before=between + new)
-        k = torch.cat((memories, positions.keys(k[..., mems:, :], attn.rotated_heads)), dim=-2)
+    if mems:
+        # between the positions of the memories and those of the new keys lie those of the past, if there are rows for them
+        rest = positions.key_rows - mems
+        behind = rest if positions.places_new else min(held_rows(past, 'k') + new, rest)
+        memories = positions.keys(k[..., :mems, :], attn.rotated_heads, before=behind)
+        k = torch.cat((memories, positions.new_keys(k[..., mems:, :], attn.rotated_heads)), dim=-2)
     else:
-        k = positions.keys(k, attn.rotated_heads)
+        k = positions.new_keys(k, attn.rotated_heads)
     past.carry['rotated_heads'] = attn.rotated_heads
     if positions.form is not None:
         past.carry['rotary_form'] = positions.form
-    past.extend(angles=positions.key_angles(new).expand(k.shape[0], -1, -1))
+    past.extend(angles=positions.new_angles(new).expand(k.shape[0], -1, -1))
     return remember(past, mems, False, k=k, v=v)

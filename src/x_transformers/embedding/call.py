@@ -13,6 +13,7 @@ from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
 from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of
+from x_transformers.layers.checks import check_prefix, is_whole
 from x_transformers.notices import warn_inert
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -61,6 +62,16 @@ class Call:
 OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(Call)
 
 
+def rows_in_front(embeds: Any) -> int:
+    """How many embeddings are prepended."""
+    if embeds is None:
+        return 0
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
+        got = f'{embeds.dtype} of shape {tuple(embeds.shape)}' if isinstance(embeds, Tensor) else f'a {type(embeds).__name__}'
+        raise TypeError(f'prepend_embeds must be a floating tensor (batch, length, width), got {got}.')
+    return embeds.shape[1]
+
+
 def last_positions(t: Tensor, count: int | None) -> Tensor:
     return t if count is None or count >= t.shape[1] else t[:, t.shape[1] - count :]
 
@@ -68,7 +79,7 @@ def last_positions(t: Tensor, count: int | None) -> Tensor:
 def ids_or_none(x: Tensor | None, prepend_embeds: Tensor | None, *, own_table: bool = False) -> Int[Tensor, 'b n']:
     """The token ids; no tokens at all where only embeddings were given. A table of the user's own may read more axes."""
     if x is None:
-        if prepend_embeds is None:
+        if rows_in_front(prepend_embeds) == 0 or prepend_embeds is None:
             raise ValueError('x is None: without token ids there must be prepend_embeds.')
         return torch.empty(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
     if not own_table or not isinstance(x, Tensor):
@@ -110,7 +121,7 @@ def check_added(call: Call, batch: int, dim: int) -> None:
     start = call.seq_start_pos
     if start is not None and not isinstance(start, Tensor):
         raise TypeError(f'seq_start_pos must be a tensor of whole numbers, one per row, got a {type(start).__name__}.')
-    if start is not None and (start.shape != (batch,) or start.is_floating_point() or start.dtype == torch.bool):
+    if start is not None and (start.shape != (batch,) or not is_whole(start, 1)):
         raise ValueError(
             f'seq_start_pos must be one whole number per row, ({batch},), got {start.dtype} of shape {tuple(start.shape)}.'
         )
@@ -124,7 +135,11 @@ def check_added(call: Call, batch: int, dim: int) -> None:
             )
     if call.prepend_mask is not None and call.prepend_embeds is None and call.cache is None:
         warn_inert('forward', ['`prepend_mask` does nothing without `prepend_embeds`. Give these, or leave this out.'])
+    check_prefix(call.more.get('prefix_attn_len'), batch)
     if call.pos is not None:
+        if not isinstance(call.pos, Tensor) or call.pos.is_complex():
+            got = call.pos.dtype if isinstance(call.pos, Tensor) else f'a {type(call.pos).__name__}'
+            raise TypeError(f'pos must be a tensor of positions or of their embeddings, got {got}.')
         axes = call.pos.shape[:-1] if call.pos_ids is not None else call.pos.shape[:-2]
         # of (b h n) the stack says whether it has heads with positions of their own
         fits = tuple(axes[:1]) in ((), (1,), (batch,)) and len(axes) <= (2 if call.pos_ids is not None else 1)
@@ -134,14 +149,15 @@ def check_added(call: Call, batch: int, dim: int) -> None:
                 f'got {call.pos.dtype} of shape {tuple(call.pos.shape)}.'
             )
     added = call.sum_embeds
-    if added is not None and not isinstance(added, Tensor):
-        raise TypeError(f'sum_embeds must be a tensor ({batch}, tokens, {dim}), got a {type(added).__name__}.')
+    if added is not None and (not isinstance(added, Tensor) or not added.is_floating_point()):
+        got = added.dtype if isinstance(added, Tensor) else f'a {type(added).__name__}'
+        raise TypeError(f'sum_embeds must be a floating tensor ({batch}, tokens, {dim}), got {got}.')
     if added is not None and (added.ndim != 3 or added.shape[0] not in (1, batch) or added.shape[-1] not in (1, dim)):
         raise ValueError(f'sum_embeds must have shape ({batch}, tokens, {dim}), got {tuple(added.shape)}.')
 
 
 def check_prepended(embeds: Tensor, mask: Tensor | None, batch: int, dim: int) -> None:
-    if embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[-1] != dim:
+    if embeds.shape[0] != batch or embeds.shape[-1] != dim:
         raise ValueError(f'prepend_embeds must have shape ({batch}, length, {dim}), got {tuple(embeds.shape)}.')
     check_mask(mask, batch, embeds.shape[1], 'prepend_mask', 'one entry per prepended embedding')
 

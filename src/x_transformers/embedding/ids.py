@@ -33,13 +33,13 @@ def token_ids(ids: Any, name: str = 'x') -> Int[Tensor, '...']:
     return ids.long()
 
 
-def training_ids(x: Any) -> Int[Tensor, 'b n']:
+def training_ids(x: Any, name: str = 'x') -> Int[Tensor, 'b n']:
     """A batch of ids with something to predict in every row."""
-    ids: Tensor = token_ids(x)
+    ids: Tensor = token_ids(x, name)
     if ids.ndim != 2:
-        raise ValueError(f'x must be token ids (batch, sequence), got shape {tuple(ids.shape)}')
+        raise ValueError(f'{name} must be token ids (batch, sequence), got shape {tuple(ids.shape)}')
     if ids.shape[1] < 2:
-        raise ValueError(f'x must hold at least two tokens per row, one to read and one to predict; got {ids.shape[1]}')
+        raise ValueError(f'{name} must hold at least two tokens per row, one to read and one to predict; got {ids.shape[1]}')
     return ids
 
 

@@ -26,8 +26,8 @@ def rounds(asked: int | None, *, recycling: bool, training: bool, longest: int) 
                 'recycle_steps must be given when a model with recycling=True is evaluated; it is drawn only in training.'
             )
         return whole(1, longest)
-    if asked < 1:
-        raise ValueError(f'recycle_steps is {asked}; the stack must run at least once.')
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        raise ValueError(f'recycle_steps must be a whole number from 1, got {asked!r}.')
     return asked
 
 

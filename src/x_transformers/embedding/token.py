@@ -75,6 +75,8 @@ def add_named(
     ``newest`` takes from ids, and the name that they have in errors, those of the tokens in ``x``. ``argument`` and ``flag``
     are what the caller calls ids and tables.
     """
+    if not isinstance(ids, Mapping) or not all(isinstance(each, Tensor) for each in ids.values()):
+        raise TypeError(f'{argument} must be a dictionary from names to tensors of ids, got {_kinds(ids)}.')
     wanted = {key.removesuffix('_embed') for key in tables} if tables is not None else set()
     if wanted != set(ids):
         missing, unknown = sorted(wanted - set(ids)), sorted(set(ids) - wanted)
@@ -86,8 +88,18 @@ def add_named(
     for name, given in ids.items():
         table: Any = tables[f'{name}_embed'] if tables is not None else None
         title = f'{argument}[{name!r}]'
+        if given.ndim != 2 or (x.ndim > 2 and given.shape[0] not in (1, x.shape[0])):
+            raise ValueError(
+                f'{title} must be ids (batch, tokens), as many rows as the tokens, got shape {tuple(given.shape)}.'
+            )
         x = x + look_up(table, newest(given, title), title)
     return x
+
+
+def _kinds(ids: Any) -> str:
+    if isinstance(ids, Mapping):
+        return 'one of ' + ', '.join(sorted({type(each).__name__ for each in ids.values()}))
+    return f'a {type(ids).__name__}'
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:

@@ -40,6 +40,9 @@ def amateur_nets(
     for setting in settings:
         check_options(contrastive_decode_fn, 2, setting, 'contrastive_decode_kwargs')
         alpha = setting.get('alpha', 0.1)
+        for name, value in setting.items():
+            if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
+                raise TypeError(f'contrastive_decode_kwargs: {name} must be a number, got {value!r}')
         if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
             raise ValueError(
                 f'contrastive_decode_kwargs: alpha must be a share of the likeliest token, 0 to 1, got {alpha}. Beyond 1 no '

@@ -115,6 +115,8 @@ def gumbel_sample(
 
 def check_options(fn: Callable[..., Tensor], tensors: int, options: Mapping[str, Any], name: str) -> None:
     """Raise unless ``fn`` can be called with so many tensors and these keywords."""
+    if not isinstance(options, Mapping):
+        raise TypeError(f'{name} must be a dictionary of keywords, got {options!r}')
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):

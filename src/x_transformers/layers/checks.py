@@ -43,6 +43,11 @@ def is_whole(value: Any, *dims: int) -> bool:
     return numbers and value.ndim in dims
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one whole number, which an exporter may keep open."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def check_names(model: Any, names: Iterable[str]) -> None:
     """Keywords that a model hands on to its stack are some that the stack has."""
     unknown = [name for name in names if name not in ARGUMENTS]
@@ -64,7 +69,9 @@ def check_names(model: Any, names: Iterable[str]) -> None:
 NEED_TOKENS = ('selective', 'hard', 'gumbel_softmax', 'hybrid_module')
 
 
-def check_input(stack: StackParts, x: Any) -> None:
+def check_input(stack: StackParts, x: Any, given: Given) -> None:
+    check_number('seq_pos_offset', given.seq_pos_offset)
+    check_number('cache_age', given.cache_age, low=0)
     if not is_float(x, 3) or x.shape[-1] != stack.dim:
         raise ValueError(
             f'x must be (batch, sequence, {stack.dim}) of floating point numbers, but is {shape_of(x)}; '
@@ -148,15 +155,7 @@ def check_masks(stack: StackParts, given: Given, span: Span) -> None:
             f'seq_start_pos must be ({span.batch},) whole numbers, the number of padded tokens on the left of each row, '
             f'but is {shape_of(start)}'
         )
-    prefix = given.prefix_attn_len
-    if (
-        prefix is not None
-        and not isinstance(prefix, int)
-        and not (is_whole(prefix, 0, 1) and prefix.numel() in (1, span.batch))
-    ):
-        raise ValueError(
-            f'prefix_attn_len must be a whole number, or ({span.batch},) of them, one per row, but is {shape_of(prefix)}'
-        )
+    check_prefix(given.prefix_attn_len, span.batch)
     external = given.self_attn_additional_kv is not None
     if given.attn_mask is not None:
         if not is_bool(given.attn_mask, 2, 3, 4):
@@ -172,6 +171,23 @@ def check_masks(stack: StackParts, given: Given, span: Span) -> None:
                 f'but is {shape_of(given.attn_bias)}'
             )
         check_pairs('attn_bias', given.attn_bias, stack, span, external)
+
+
+def check_prefix(prefix: Any, batch: int) -> None:
+    """A number of tokens, or one for each row."""
+    fits = is_number(prefix) and prefix >= 0
+    if prefix is not None and not fits and not (is_whole(prefix, 0, 1) and prefix.numel() in (1, batch)):
+        raise ValueError(
+            f'prefix_attn_len must be a whole number from 0, or ({batch},) of them, one per row, but is {shape_of(prefix)}'
+        )
+
+
+def check_number(name: str, value: Any, low: int | None = None) -> None:
+    """An argument that is one whole number, or nothing."""
+    if value is None or is_whole(value, 0):
+        return
+    if not is_number(value) or (low is not None and value < low):
+        raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, but is {value!r}')
 
 
 def check_pairs(name: str, t: Tensor, stack: StackParts, span: Span, external: bool) -> None:

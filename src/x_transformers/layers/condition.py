@@ -13,9 +13,10 @@ def AdaptiveMLP(dim_condition: int, expansion: int) -> nn.Sequential:
 
 
 def read_condition(
-    condition: Tensor | None, needed: bool, dim_condition: int, batch: int, n: int, mems: int = 0
+    condition: Tensor | None, needed: bool, dim_condition: int, x: Float[Tensor, 'b n d'], mems: int = 0
 ) -> Float[Tensor, 'b #n c'] | None:
-    """The caller's condition with a sequence axis: of 1, of the ``n`` tokens, or of ``mems`` memories and the tokens.
+    """The caller's condition with a sequence axis: of 1, of the tokens of x, or of ``mems`` memories and the tokens. It is
+    read in the precision of x.
 
     Raises ValueError if there is one and none is needed, or the other way round, or if it has the wrong shape.
     """
@@ -31,6 +32,10 @@ def read_condition(
             'condition was given, but nothing in this stack depends on it: build it with use_adaptive_layernorm, '
             'use_adaptive_rmsnorm or use_adaptive_layerscale'
         )
+    if not isinstance(condition, Tensor) or not condition.is_floating_point():
+        got = condition.dtype if isinstance(condition, Tensor) else f'a {type(condition).__name__}'
+        raise TypeError(f'condition must be a floating tensor (batch, {dim_condition}), or one row per token, got {got}.')
+    batch, n = x.shape[:2]
     shape = tuple(condition.shape)
     wide = condition.unsqueeze(1) if condition.ndim == 2 else condition
     if wide.ndim != 3 or wide.shape[-1] != dim_condition or wide.shape[0] != batch:
@@ -48,7 +53,7 @@ def read_condition(
         raise ValueError(
             f'condition has one row for each of {wide.shape[1]} tokens, but x has {n}{behind} (condition is {shape})'
         )
-    return wide
+    return wide.to(x.dtype)
 
 
 def of_tokens(condition: Float[Tensor, 'b #n c'], new: int) -> Float[Tensor, 'b #m c']:

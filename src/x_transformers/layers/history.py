@@ -29,6 +29,11 @@ def check_history(stack: StackParts, cache: KVCache, steps: Sequence[Step]) -> N
             'the cache must hold the tokens that canon convolves, got keys and values alone. '
             'Continue from the cache that a call returned, not from a cached_kv set by hand.'
         )
+    if stack.flags.mv_split_residual and cache.retained and not any('sums' in cache.step(step.index).tapes for step in steps):
+        raise ValueError(
+            'the cache must hold the sums over earlier tokens that mv_split_residual needs, got keys and values alone. '
+            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
+        )
     if shifting and cache.retained and not any('shift' in cache.step(index).tapes for index in shifting):
         raise ValueError(
             'the cache must hold the tokens that shift_tokens shifts, got keys and values alone. '

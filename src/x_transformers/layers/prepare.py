@@ -44,7 +44,7 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
 
     Raises ValueError or TypeError, before anything is computed, if an argument does not fit the stack or another argument.
     """
-    check_input(stack, x)
+    check_input(stack, x, given)
     # once for a text: a cache that this stack has handed out has passed
     passed = getattr(given.cache, 'known', None) == id(stack)
     if not passed:
@@ -55,7 +55,7 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
         check_history(stack, cache, steps)
     check_call(stack, given, span := read_span(x, given, cache), steps)
     normed_mems = span.mems if stack.norm_need_condition else 0
-    condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, span.batch, span.given, normed_mems)
+    condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, x, normed_mems)
     working = cache.fork() if cache is not None else KVCache() if given.return_hiddens else None
     if working is not None:
         working.pos_offset = pos_offset(given, cache)
@@ -86,13 +86,13 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
         cross_positions_of_layers=cross_positions_of_layers(stack, given, span, pos, working, cross_places),
         mems=mems,
         extra=external_keys(stack, given, steps, span.batch),
-        self_kv_shift=kv_shifts(given.self_attn_kv_residuals, span),
-        cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals),
+        self_kv_shift=kv_shifts(given.self_attn_kv_residuals, x.dtype, span),
+        cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals, x.dtype),
         packed=packed(given.flash_pack_seq_kwargs, runs_causally(stack, given)),
         cross_packed=packed(given.flash_pack_seq_context_kwargs, False),
         condition=None if condition is None else of_tokens(condition, span.new),
         mem_condition=None if condition is None or not normed_mems else of_memories(condition, normed_mems),
-        injected=injection(x, in_attn_condition(given, span), stack.reinject_input_proj, stack.learned_reinject_input_gate),
+        injected=injection(x, in_attn_condition(given, span, x), stack.reinject_input_proj, stack.learned_reinject_input_gate),
         deep_table=given.deep_embeds_and_ids[0] if given.deep_embeds_and_ids else None,
         deep_ids=span.newest(given.deep_embeds_and_ids[1]) if given.deep_embeds_and_ids else None,
         value_embeds=token_values(given, span),
@@ -256,10 +256,11 @@ def shift_padding(
 # ---------------------------------------------------------------- conditions, what is added
 
 
-def in_attn_condition(given: Given, span: Span) -> Tensor | None:
+def in_attn_condition(given: Given, span: Span, x: Tensor) -> Tensor | None:
     cond = given.in_attn_cond
     if cond is None:
         return None
+    cond = cond.to(x.dtype)
     return cond.unsqueeze(1) if cond.ndim == 2 else span.newest(cond)
 
 
@@ -269,11 +270,11 @@ def token_values(given: Given, span: Span) -> tuple[Any, Tensor] | None:
     return None if pair is None else (pair[0], span.newest(pair[1]))
 
 
-def kv_shifts(shifts: Tensor | None, span: Span | None = None) -> tuple[Tensor, ...]:
+def kv_shifts(shifts: Tensor | None, dtype: torch.dtype, span: Span | None = None) -> tuple[Tensor, ...]:
     """One for each layer of the kind; three axes are for the first layer alone."""
     if shifts is None:
         return ()
-    shifts = shifts.unsqueeze(0) if shifts.ndim == 3 else shifts
+    shifts = (shifts.unsqueeze(0) if shifts.ndim == 3 else shifts).to(dtype)
     if span is not None and shifts.shape[2] != 1:
         shifts = span.newest(shifts, axis=2)
     return tuple(shifts.unbind(0))

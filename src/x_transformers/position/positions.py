@@ -149,6 +149,7 @@ class RotaryPositions(Positions):
         self._of_keys = self._of_queries if context is None else RotaryTable.of(*context, layout)
         # the scale of xpos is centred on the whole sequence, so it changes as the sequence grows
         self.cache_form = 'positioned' if lasting and not isinstance(self._of_keys.scale, Tensor) else 'raw'
+        self._of_placed: RotaryTable | None = None
         self._of_window: RotaryTable | None = None
 
     def begin_window(self, freqs: Float[Tensor, '#b 1 r']) -> None:
@@ -161,7 +162,7 @@ class RotaryPositions(Positions):
     def place_queries(self, rows: Int[Tensor, ' i']) -> None:
         keys = self._of_keys
         scale = keys.scale.index_select(-2, rows) if isinstance(keys.scale, Tensor) else keys.scale
-        self._of_queries = RotaryTable(keys.angles.index_select(-2, rows), scale, keys.layout)
+        self._of_queries = self._of_placed = RotaryTable(keys.angles.index_select(-2, rows), scale, keys.layout)
 
     def queries(self, q: Float[Tensor, 'b h n d'], heads: int | None = None) -> Float[Tensor, 'b h n d']:
         return self._of_queries.rotated(q, heads)
@@ -184,9 +185,18 @@ class RotaryPositions(Positions):
         """For how many keys there are positions."""
         return self._of_keys.angles.shape[-2]
 
-    def key_angles(self, n: int) -> Float[Tensor, '#b n p']:
-        """The angles of the last n keys, one for each pair of channels."""
-        return last_rows(self._of_keys.angles, n)
+    @property
+    def places_new(self) -> bool:
+        """Whether the tokens that the queries are of stand somewhere among the rows."""
+        return self._of_placed is not None
+
+    def new_keys(self, k: Float[Tensor, 'b kh n d'], heads: int | None = None) -> Float[Tensor, 'b kh n d']:
+        """Keys of the tokens that the queries are of, which need not be the table's last rows."""
+        return self.keys(k, heads) if self._of_placed is None else self._of_placed.rotated(k, heads, inverse=True)
+
+    def new_angles(self, n: int) -> Float[Tensor, '#b n p']:
+        """The angles of those n keys, one for each pair of channels."""
+        return last_rows((self._of_keys if self._of_placed is None else self._of_placed).angles, n)
 
 
 # ---------------------------------------------------------------- polar

@@ -46,7 +46,8 @@ def length_scaled(
     stretched = factor * length.clamp(min=original) / original - (factor - 1)
     # base ** (-k / dim) of a base that is stretched ** (dim / (dim - 2)) times as large
     channels = torch.arange(0, dim, 2, device=inv_freq.device, dtype=inv_freq.dtype)
-    stretch: Tensor = stretched ** (-channels / (dim - 2))
+    # of a single pair, whose frequency is 1 for any base, the exponent is 0
+    stretch: Tensor = stretched ** (-channels / max(dim - 2, 1))
     return inv_freq * stretch
 
 

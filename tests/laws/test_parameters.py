@@ -1,0 +1,76 @@
+"""Every parameter of every objective and of every model around a stack, and of their calls, changes something or warns."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.citations import pieces
+from tests.laws.parameters import TARGETS, Sampled, Target, With, seen
+from x_transformers import InertFlagWarning
+
+
+def parameters(target: Target) -> dict[str, inspect.Parameter]:
+    """Those that must change something, by the signature."""
+    every = inspect.signature(target.of).parameters
+    return {
+        name: parameter
+        for name, parameter in every.items()
+        if name != 'self' and name not in target.fixed and parameter.kind is not parameter.VAR_KEYWORD
+    }
+
+
+def variant(target: Target, name: str, default: Any) -> With:
+    """A value other than the default: the one that is named, or the other of two, or a larger number."""
+    if name in target.values:
+        value = target.values[name]
+        return value if isinstance(value, With) else With(value)
+    if isinstance(default, bool):
+        return With(not default)
+    pytest.fail(f'{target}: tests/laws/parameters.py must name a value for {name}, or why it changes nothing')
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(
+        isinstance(left, Tensor) == isinstance(right, Tensor)
+        and (
+            left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
+            if isinstance(left, Tensor)
+            else left == right
+        )
+        for left, right in zip(one, other, strict=True)
+    )  # fmt: skip
+
+
+def given(value: With) -> Any:
+    return value.value() if isinstance(value, Sampled) else value.value
+
+
+CASES = [(target, name) for target in TARGETS for name in parameters(target) if name not in target.idle]
+
+
+@pytest.mark.parametrize(('target', 'name'), CASES, ids=str)
+def test_every_parameter_changes_something(target: Target, name: str) -> None:
+    chosen = variant(target, name, parameters(target)[name].default)
+    plain = seen(target, chosen.beside)
+    assert same(plain, seen(target, chosen.beside)), f'{target}: two calls differ, so that nothing can be said of {name}'
+    try:
+        changed = seen(target, chosen.beside | {name: given(chosen)})
+    except InertFlagWarning:
+        return
+    assert not same(plain, changed), f'{target}: {name} changes nothing and does not warn'
+
+
+@pytest.mark.parametrize('target', TARGETS, ids=str)
+def test_what_is_said_of_parameters_is_of_some_that_there_are(target: Target) -> None:
+    names = set(inspect.signature(target.of).parameters)
+    assert set(target.values) | set(target.fixed) | set(target.idle) <= names
+    for why in target.idle.values():
+        for word in why.replace(',', ' ').split():
+            if word.startswith('tests/'):
+                path, _, test = word.partition('::')
+                assert test in pieces(path) if test else pieces(path)
