@@ -88,7 +88,7 @@ class AggregatedResiduals(Module):
 
 
 class MultiwayDense(Module):
-    """Multiway dynamic dense connections, https://arxiv.org/abs/2502.12170: mixtures of what entered and left all blocks so far.
+    """Multiway dynamic dense connections, https://arxiv.org/abs/2502.12170: mixtures of all blocks so far.
 
     The weights of each of ``ways`` mixtures are ``GELU(norm(x) W_1) W_2 + a``, made of the newest; they start as ``a``: the
     newest alone. forward: the newest (b n d) and all ``count`` of them, it last -> (w b n d).
@@ -114,7 +114,7 @@ class MultiwayDense(Module):
 
 
 def between(mixtures: nn.ModuleList | None, stream: Float[Tensor, 'b n d'], carry: Any) -> Tensor:
-    """What leaves a block, as it enters the next: with ``mixtures`` one of all so far, ``carry`` having those for its attention.
+    """What leaves a block, as it enters the next: with ``mixtures`` one of all so far; ``carry`` has its attention's.
 
     Behind the last block there is one mixture, in front of the first none.
     """

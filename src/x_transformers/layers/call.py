@@ -303,7 +303,7 @@ class Carry:
 
     ``seen``: what entered each layer so far, for mixtures over depth; ``skips``: the stream that entered each layer, by layer;
     ``first_values`` and ``previous`` (scores): by kind of attention; ``first``: the stack's normed input, if layers ask for it;
-    ``keys``: of the layers that others share keys and values with, which ``keys_from`` tells. ``blocks``: what entered the blocks
+    ``keys``: of the layers that others share keys and values with, which ``keys_from`` tells. ``blocks``: what entered blocks
     so far, and ``views``: what the queries, keys and values of this one are made of, with ``mudd``.
     """
 
