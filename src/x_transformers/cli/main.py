@@ -16,6 +16,7 @@ COMMANDS = {
     'plan': 'what a model would need on many devices: memory, operations, which grid fits',
     'ablate': 'train a baseline and ideas on the same seeds: which idea helps, with intervals and a page',
     'evidence': 'train on a published suite of tasks and show the result beside the published numbers',
+    'export': 'write a trained model as a program (pt2, onnx) or as plain weights (safetensors)',
     'hf': 'explain, import and export models in the Hugging Face format',
     'bench': 'measure speed and memory against a minimal hand-written model (in a clone of the repository)',
 }

@@ -18,7 +18,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.made import Made
 from x_transformers.saving.plain import from_plain, to_plain, without_memory
-from x_transformers.saving.tensors import Source, Weights, read_json, write
+from x_transformers.saving.tensors import WEIGHTS, Source, Weights, read_json, write
 
 CONFIG, CARD = 'config.json', 'README.md'
 FORMAT = 'x_transformers'
@@ -92,6 +92,15 @@ def save(model: Made, folder: str | Path) -> None:
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         if not (folder / CARD).exists():
             (fresh / CARD).write_text(card(model, plain), encoding='utf-8')
+
+
+def write_weights(model: Made, target: Path) -> None:
+    """One safetensors file: tied weights once, the flags as JSON in its metadata. It takes its name when all is written."""
+    tensors, same = once_each(model)
+    told = {'format': 'pt', 'flags': json.dumps(to_plain(model)), 'tied': json.dumps(same)}
+    with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as folder:
+        write(Path(folder), tensors.items(), metadata=told, shard=None)
+        (Path(folder) / WEIGHTS).replace(target)
 
 
 def card(model: nn.Module, plain: Mapping[str, Any]) -> str:

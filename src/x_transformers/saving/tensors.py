@@ -223,8 +223,10 @@ def read_into(place: Place, out: Tensor) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str], shard: int = SHARD) -> None:
-    """One file of weights, or several with an index if they are larger than ``shard`` bytes.
+def write(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str], shard: int | None = SHARD
+) -> None:
+    """One file of weights, or several with an index if they are larger than ``shard`` bytes (None: one, however large).
 
     ``tensors`` are taken one after the other, so that what is made for a file can be let go of after it.
     """
@@ -242,7 +244,7 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapp
 
     for name, tensor in tensors:
         t = tensor.detach().to('cpu').contiguous()
-        if held and size + t.numel() * t.element_size() > shard:
+        if held and shard is not None and size + t.numel() * t.element_size() > shard:
             flush()
         held[name] = t
         size += t.numel() * t.element_size()

@@ -320,8 +320,9 @@ def load_weights(model: nn.Module, path: Path, engine: Engine | None = None) -> 
         raise CheckpointError(f'{path} must hold the weights of a model with these flags, got others: {reason}') from error
 
 
-def load_run(run: Path, device: torch.device) -> nn.Module:
+def load_run(run: str | Path, device: str | torch.device = 'cpu') -> nn.Module:
     """The model of a run with its newest weights."""
+    run = Path(run)
     config = RunConfig.read(run)
     model = build_model(config.flags, config.vocabulary)
     if not (run / WEIGHTS).exists():
