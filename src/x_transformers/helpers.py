@@ -225,9 +225,11 @@ def detach_all(tree: Any) -> Any:
     return tree_map(detach, tree)
 
 
-def without_component(out: Float[Tensor, '... d'], along: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-    """``out`` without its component along ``along``, each last axis a vector of its own, in double precision."""
-    x, unit = out.double(), F.normalize(along.double(), dim=-1)
+def without_component(
+    out: Float[Tensor, '... d'], along: Float[Tensor, '... d'], dtype: torch.dtype = torch.float64
+) -> Float[Tensor, '... d']:
+    """``out`` without its component along ``along``, each last axis a vector of its own, computed in ``dtype``."""
+    x, unit = out.to(dtype), F.normalize(along.to(dtype), dim=-1)
     return (x - (x * unit).sum(dim=-1, keepdim=True) * unit).to(out.dtype)
 
 

@@ -125,3 +125,27 @@ def test_laser_of_a_row_that_sees_nothing():
     attn.to_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     attn(torch.randn(1, 2, D), context=torch.randn(1, 3, D), context_mask=torch.zeros(1, 3, dtype=torch.bool))
     torch.testing.assert_close(seen[0], torch.full_like(seen[0], -46.0517), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize('flags', [{}, {'kv_heads': 2}, {'value_rmsnorm': True, 'laser': True, 'num_mem_kv': 2}], ids=str)
+def test_exclusive_attention_leaves_out_what_lies_along_the_own_value(flags):
+    torch.manual_seed(0)
+    attn = Attention(D, heads=4, dim_head=6, value_dim_head=3, causal=True, exclusive=True, **flags).double()
+    plain = Attention(D, heads=4, dim_head=6, value_dim_head=3, causal=True, **flags).double()
+    plain.load_state_dict(attn.state_dict())
+    attn.to_out, plain.to_out = torch.nn.Identity(), torch.nn.Identity()
+    x, mem = torch.randn(B, N, D).double(), torch.randn(B, 3, D).double()
+    found, seen = attn(x, mem=mem, return_intermediates=True)
+    attended, found = heads_of(plain(x, mem=mem), 4), heads_of(found, 4)
+    values = seen.cached_kv[1]
+    for b in range(B):
+        for h in range(4):
+            for i in range(N):
+                y, v = attended[b, h, i], values[b, h % values.shape[1], i]
+                torch.testing.assert_close(found[b, h, i], y - (y @ v) / (v @ v) * v)
+
+
+def test_exclusive_attention_is_about_one_sequence():
+    attn = Attention(D, heads=2, dim_head=6, exclusive=True)
+    with pytest.raises(ValueError, match='exclusive has no meaning in cross attention'):
+        attn(torch.randn(B, N, D), context=torch.randn(B, 3, D))

@@ -21,7 +21,7 @@ from x_transformers.attention.parts import Seen
 from x_transformers.attention.project import added, merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
-from x_transformers.attention.values import laser_in, laser_out, mix_tokens, mix_values
+from x_transformers.attention.values import exclusive, laser_in, laser_out, mix_tokens, mix_values, own_values
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.constructors import only
@@ -235,6 +235,7 @@ class Attention(Module):
         bias = self.bias(seen, given)
         causal = self.causal if given.causal is None else given.causal
         mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future)
+        excluded = own_values(v, q.shape[-2], seen.mems, given.past) if self.flags.exclusive else None
         k, v, mask, front = put_in_front(
             k,
             v,
@@ -269,6 +270,8 @@ class Attention(Module):
         del q, k, v
         if self.laser_clamp is not None:
             out = laser_out(out, own.dtype)
+        if excluded is not None:
+            out = exclusive(out, excluded)
         out, hidden = self.gated_heads(out, seen.x, given)
         result = self.to_out(self.orthogonal_to(self.gated_channels(added(merge_heads(out), given.deltas.heads), seen.x), own))
         if self.sublayer_dropout is not None:

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.project import with_memories
-from x_transformers.helpers import log, single, softclamp
+from x_transformers.helpers import log, single, softclamp, without_component
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
     from x_transformers.attention.parts import AttentionParts, Seen
+    from x_transformers.cache.kv_cache import LayerCache
 
 # ---------------------------------------------------------------- value residual
 
@@ -47,6 +49,23 @@ def mix_values(
         newest = own[..., n - m :, :]
         return torch.cat((own[..., : n - m, :], first + share * (newest - first)), dim=-2)
     return first + share * (own - first)
+
+
+# ---------------------------------------------------------------- exclusive attention
+
+
+def own_values(
+    values: Float[Tensor, 'b kh j e'], queries: int, mems: int, past: LayerCache | None
+) -> Float[Tensor, 'b kh i e']:
+    """The values of the queries' own tokens, as they are attended to. The first ``mems`` are those of memories."""
+    if past is None:
+        return values[..., values.shape[-2] - queries :, :]
+    return past.newest(values[..., mems:, :] if mems else values, 0, queries)
+
+
+def exclusive(out: Float[Tensor, 'b h i e'], own: Float[Tensor, 'b kh i e']) -> Float[Tensor, 'b h i e']:
+    """Each head's output without its component along the own value. https://arxiv.org/abs/2603.09078"""
+    return without_component(out, tiled_heads(own, out.shape[1]), torch.promote_types(out.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------- LASER

@@ -31,6 +31,7 @@ INVERTED = 'https://openreview.net/forum?id=WgQZNoQ5AB'
 TALKING = 'https://arxiv.org/abs/2003.02436'
 TOPK = 'https://arxiv.org/abs/2505.22074'
 ATTENTION_PAPER = 'https://arxiv.org/abs/1706.03762'
+EXCLUSIVE = 'https://arxiv.org/abs/2603.09078'
 HYBRID_GATES = 'https://arxiv.org/abs/2608.11805'
 VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/2412.15113')
 
@@ -344,6 +345,10 @@ class AttentionFlags(ScoreFlags):
     canon: bool = flag(
         False, 'Queries, keys and values get a causal convolution over four tokens, added.',
         paper='https://arxiv.org/abs/2512.17351', self_only=True, since='here',
+    )  # fmt: skip
+    exclusive: bool = flag(
+        False, "Each head's output without its component along the token's own value, as that is attended to.",
+        paper=EXCLUSIVE, self_only=True, since='here',
     )  # fmt: skip
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
 

@@ -157,6 +157,14 @@ ATTENTION_RULES = (
         {'project_out': False, 'heads': 1, 'dim_head': 64, 'out_bias': True},
     ),
     Rule(
+        ('exclusive', 'value_dim_head', 'dim_head'),
+        lambda flags, dim: flags.exclusive and flags.value_dim == 1,
+        'of a value with one channel nothing would be left',
+        {'exclusive': True, 'value_dim_head': 1},
+        'Choose wider values.',
+        only_changed=True,
+    ),
+    Rule(
         ('qkv_bias',),
         lambda flags, dim: not isinstance(flags.qkv_bias, bool) and not set(flags.qkv_bias) <= set('qkv'),
         "the projections are called 'q', 'k' and 'v'",

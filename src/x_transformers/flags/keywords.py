@@ -138,7 +138,7 @@ class AttentionKeywords(TypedDict, total=False):
     output_gate_rank: int | None
     output_gate_headwise: bool
     low_rank_silu_gates: bool
-    canon: bool
+    exclusive: bool
     project_out: bool | None
 
 
@@ -176,7 +176,6 @@ class FeedForwardKeywords(TypedDict, total=False):
     router_balance_weight: float
     router_balance_step: float
     router_z_loss_weight: float
-    canon: bool
 
 
 class InnerKeywords(TypedDict, total=False):
@@ -259,10 +258,6 @@ class InnerKeywords(TypedDict, total=False):
     parallel_block: bool
     gated_multi_residual: bool
     norm_before: Each[bool]
-    layer_norm_scaling: bool
-    canon: tuple[str, ...] | None
-    kv_share_every: int | None
-    mudd: bool
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool
@@ -357,7 +352,7 @@ class InnerKeywords(TypedDict, total=False):
     attn_output_gate_rank: Each[int | None]
     attn_output_gate_headwise: Each[bool]
     attn_low_rank_silu_gates: Each[bool]
-    attn_canon: Each[bool]
+    attn_exclusive: Each[bool]
     attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
@@ -444,7 +439,7 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_output_gate_rank: Each[int | None]
     cross_attn_output_gate_headwise: Each[bool]
     cross_attn_low_rank_silu_gates: Each[bool]
-    cross_attn_canon: Each[bool]
+    cross_attn_exclusive: Each[bool]
     cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
@@ -479,7 +474,6 @@ class InnerKeywords(TypedDict, total=False):
     ff_router_balance_weight: Each[float]
     ff_router_balance_step: Each[float]
     ff_router_z_loss_weight: Each[float]
-    ff_canon: Each[bool]
 
 
 class SharedKeywords(InnerKeywords, total=False):
@@ -571,10 +565,6 @@ class WrapperKeywords(TypedDict, total=False):
     logits_transform: str | None
     logits_transform_bias: bool
     tie_embedding_scale: float | None
-    smear: bool
-    bigram_hash_embed: int | None
-    value_embed: int | None
-    value_embed_gate_dim: int
 
 
 class VisionKeywords(TypedDict, total=False):
@@ -690,10 +680,6 @@ class EncKeywords(TypedDict, total=False):
     enc_logits_transform: str | None
     enc_logits_transform_bias: bool
     enc_tie_embedding_scale: float | None
-    enc_smear: bool
-    enc_bigram_hash_embed: int | None
-    enc_value_embed: int | None
-    enc_value_embed_gate_dim: int
     enc_depth: int | None
     enc_heads: Each[int]
     enc_use_scalenorm: bool
@@ -774,10 +760,6 @@ class EncKeywords(TypedDict, total=False):
     enc_parallel_block: bool
     enc_gated_multi_residual: bool
     enc_norm_before: Each[bool]
-    enc_layer_norm_scaling: bool
-    enc_canon: tuple[str, ...] | None
-    enc_kv_share_every: int | None
-    enc_mudd: bool
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -873,7 +855,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_output_gate_rank: Each[int | None]
     enc_attn_output_gate_headwise: Each[bool]
     enc_attn_low_rank_silu_gates: Each[bool]
-    enc_attn_canon: Each[bool]
+    enc_attn_exclusive: Each[bool]
     enc_attn_project_out: Each[bool | None]
     enc_cross_attn_flash: Each[bool]
     enc_cross_attn_dropout: Each[float]
@@ -960,7 +942,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_output_gate_rank: Each[int | None]
     enc_cross_attn_output_gate_headwise: Each[bool]
     enc_cross_attn_low_rank_silu_gates: Each[bool]
-    enc_cross_attn_canon: Each[bool]
+    enc_cross_attn_exclusive: Each[bool]
     enc_cross_attn_project_out: Each[bool | None]
     enc_ff_dim_out: Each[int | None]
     enc_ff_mult: Each[float]
@@ -995,7 +977,6 @@ class EncKeywords(TypedDict, total=False):
     enc_ff_router_balance_weight: Each[float]
     enc_ff_router_balance_step: Each[float]
     enc_ff_router_z_loss_weight: Each[float]
-    enc_ff_canon: Each[bool]
 
 
 class PairKeywords(EncKeywords, total=False):
@@ -1046,10 +1027,6 @@ class PairKeywords(EncKeywords, total=False):
     dec_logits_transform: str | None
     dec_logits_transform_bias: bool
     dec_tie_embedding_scale: float | None
-    dec_smear: bool
-    dec_bigram_hash_embed: int | None
-    dec_value_embed: int | None
-    dec_value_embed_gate_dim: int
     dec_depth: int | None
     dec_heads: Each[int]
     dec_use_scalenorm: bool
@@ -1130,10 +1107,6 @@ class PairKeywords(EncKeywords, total=False):
     dec_parallel_block: bool
     dec_gated_multi_residual: bool
     dec_norm_before: Each[bool]
-    dec_layer_norm_scaling: bool
-    dec_canon: tuple[str, ...] | None
-    dec_kv_share_every: int | None
-    dec_mudd: bool
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool
@@ -1229,7 +1202,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_output_gate_rank: Each[int | None]
     dec_attn_output_gate_headwise: Each[bool]
     dec_attn_low_rank_silu_gates: Each[bool]
-    dec_attn_canon: Each[bool]
+    dec_attn_exclusive: Each[bool]
     dec_attn_project_out: Each[bool | None]
     dec_cross_attn_flash: Each[bool]
     dec_cross_attn_dropout: Each[float]
@@ -1316,7 +1289,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_output_gate_rank: Each[int | None]
     dec_cross_attn_output_gate_headwise: Each[bool]
     dec_cross_attn_low_rank_silu_gates: Each[bool]
-    dec_cross_attn_canon: Each[bool]
+    dec_cross_attn_exclusive: Each[bool]
     dec_cross_attn_project_out: Each[bool | None]
     dec_ff_dim_out: Each[int | None]
     dec_ff_mult: Each[float]
@@ -1351,4 +1324,3 @@ class PairKeywords(EncKeywords, total=False):
     dec_ff_router_balance_weight: Each[float]
     dec_ff_router_balance_step: Each[float]
     dec_ff_router_z_loss_weight: Each[float]
-    dec_ff_canon: Each[bool]
