@@ -37,6 +37,7 @@ ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ('`attn_dropout`, in training', {}, {'dropout': True}),
     ('`attn_qk_norm`', {'qk_norm': True}, {}),
     ('`attn_l2_distance`', {'l2_distance': True}, {}),
+    ('`attn_scalable_softmax`', {'scalable_softmax': True}, {}),
     ('`attn_softclamp_logits`', {'softclamp_logits': True}, {}),
     ('`attn_head_learned_sink`', {'head_learned_sink': True}, {}),
     ('`attn_sigmoid`', {'sigmoid': True}, {}),

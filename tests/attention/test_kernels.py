@@ -281,6 +281,7 @@ SETTINGS = [
     {'sparse_topk': 2},
     {'sigmoid': True},
     {'selective': True},
+    {'scalable_softmax': True},
 ]
 
 

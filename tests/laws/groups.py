@@ -233,6 +233,7 @@ ATTENTION = (
     group('cope', STRICT, attn_use_cope=True, attn_cope_max_pos=4),
     group('cope_talking', STRICT, attn_use_cope=True, attn_cope_max_pos=4, attn_cope_talking_heads=True),
     group('cope_onehot', STRICT, attn_use_cope=True, attn_cope_max_pos=4, attn_cope_soft_onehot_pos=True),
+    group('scalable_softmax', attn_scalable_softmax=True),
     group('selective', STRICT, attn_selective=True),
     group('sink', attn_head_learned_sink=True),
     group('sigmoid', attn_sigmoid=True),

@@ -30,6 +30,7 @@ from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
 from x_transformers.attention.scores.contextual import AddContextualPositions, Forget
 from x_transformers.attention.scores.inverted import AverageKeys, CloseQueries, TurnScores
 from x_transformers.attention.scores.pointwise import RestoreSign, SoftClamp, SplitSign
+from x_transformers.attention.scores.scalable import ScaleQueries, query_factor
 from x_transformers.attention.scores.similarity import Distance, Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
@@ -58,6 +59,7 @@ BACKENDS = {
 }
 # the definition: what happens to the scores, in this order, until they are an output
 ORDER: tuple[type[ScoreRule], ...] = (
+    ScaleQueries,
     Similarity,
     Distance,
     AddPrevious,
@@ -103,6 +105,7 @@ class Attend(Module):
     post_softmax_talking_heads: HeadMixer | None
     pre_scale_post_talking_heads: HeadMixer | None
     head_attn_sink: Tensor | None
+    softmax_scales: Tensor | None
 
     def __init__(self, **flags: Unpack[AttendKeywords]) -> None:
         parsed = AttendFlags.parse(flags, where='Attend')
@@ -181,6 +184,7 @@ class Attend(Module):
             previous=previous,
             rows=rows if self.inverted else None,
             delta=delta,
+            factor=None if self.softmax_scales is None else query_factor(self.softmax_scales, mask, geometry),
             sink=self.head_attn_sink,
             softclamp=self.softclamp,
             sigmoid=self.sigmoid,

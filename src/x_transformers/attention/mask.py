@@ -361,6 +361,28 @@ class Mask:
         own = dense[..., geometry.front + columns[0] : geometry.front + columns[1]]
         return torch.cat((dense[..., : geometry.front], own), dim=-1) if geometry.front else own
 
+    def seen(self, geometry: ScoreShape, device: torch.device | str | None = None) -> Int[Tensor, '#b #h #i 1']:
+        """How many keys each query sees, those in front too. Rendered only where no arithmetic tells."""
+        key = ('seen', geometry.queries, geometry.keys, geometry.front)
+        found: Tensor | None = recall(self.memo, key)
+        return remember(self.memo, key, self._counted(geometry, self.device_or(device))) if found is None else found
+
+    def _counted(self, geometry: ScoreShape, device: torch.device | str | None) -> Int[Tensor, '#b #h #i 1']:
+        query = torch.arange(geometry.first, geometry.first + geometry.queries, device=device)
+        if not self.per_token:
+            past, ahead = self.limits(geometry)
+            last = torch.full_like(query, geometry.own) if ahead is None else (query + ahead + 1).clamp(max=geometry.own)
+            first = 0 if past is None else (query - past).clamp(min=0)
+            return ((last - first).clamp(min=0) + geometry.front)[None, None, :, None]
+        if self.keys is not None and self.only_padding and geometry.first >= 0:
+            keys = self.keys.cumsum(dim=-1)
+            keys = keys[:, geometry.first :] if self.limits_future(geometry) else keys[:, -1:]
+            return (keys + geometry.front)[:, None, :, None]
+        mask = self.rendered(geometry, device)
+        if mask is None:
+            return torch.full((1, 1, 1, 1), geometry.keys, device=device)
+        return mask.sum(dim=-1, keepdim=True)
+
     def open_rows(self, geometry: ScoreShape, device: torch.device | str | None = None) -> Bool[Tensor, '#b #h i 1'] | None:
         """Which queries have something to look at; None where all have, as the mask's kind alone tells."""
         if not self.may_hide_all(geometry):

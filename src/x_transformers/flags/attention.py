@@ -129,6 +129,10 @@ class ScoreFlags(Flags):
     inverted_attention: bool = flag(
         False, 'Inverted (slot) attention: each key is shared out among the queries, and each query averages what it got.',
         paper=INVERTED, since=LATER)  # fmt: skip
+    scalable_softmax: bool = flag(
+        False, 'Scores grow with the number n of keys that the query sees: times s · log n, s learned per head from 0.168 on, '
+        'one over the mean of log n up to 1,024. Learned and zero keys count; biases do not grow.',
+        paper='https://arxiv.org/abs/2501.19399', since='here')  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -223,6 +223,13 @@ ATTENTION_RULES = (
         'Use a layer that is not causal, or leave out [max_attend_future].',
     ),
     Rule(
+        ('scalable_softmax', 'sigmoid', 'l2_distance', 'inverted_attention'),
+        lambda flags, dim: flags.scalable_softmax and how_many(flags, ('sigmoid', 'l2_distance', 'inverted_attention')) > 0,
+        'it sharpens a softmax of products over the keys of a query, of which there is none',
+        {'scalable_softmax': True, 'sigmoid': True},
+        only_changed=True,
+    ),
+    Rule(
         ('use_cope', 'causal'),
         lambda flags, dim: flags.use_cope and not flags.causal,
         'contextual positions count the keys between a query and an earlier key',

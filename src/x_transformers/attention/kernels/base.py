@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
+from x_transformers.attention.scores.scalable import scaled_queries
 from x_transformers.helpers import recall, remember
 from x_transformers.position.bias import Bias, rendered_bias
 from x_transformers.tensor_types import Bool, Float
@@ -98,6 +99,7 @@ class KernelArgs:
     previous: Float[Tensor, 'b h i j'] | None = None
     rows: Bool[Tensor, 'b i'] | None = None
     delta: Float[Tensor, '... i j'] | None = None
+    factor: Float[Tensor, '#b h #i 1'] | None = None
     sink: Float[Tensor, 'h'] | None = None
     softclamp: float | None = None
     sigmoid: bool = False
@@ -109,6 +111,11 @@ class KernelArgs:
     return_attn: bool = False
     return_scores: bool = False
     records: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def queries(self) -> Float[Tensor, 'b h i d']:
+        """The queries as they meet the keys."""
+        return scaled_queries(self.q, self.factor)
 
 
 class Kernel(Protocol):

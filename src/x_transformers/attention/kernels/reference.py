@@ -44,6 +44,7 @@ def state_of(args: KernelArgs) -> ScoreState:
         wanted=wanted,
         rows=args.rows,
         delta=args.delta,
+        factor=args.factor,
     )
 
 

@@ -55,7 +55,7 @@ class Sdpa:
         return tuple(reasons)
 
     def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
-        q, k, v = unified(args.q, args.k, args.v)
+        q, k, v = unified(args.queries, args.k, args.v)
         if args.l2_distance:
             q, k = as_products(q, k, whole=args.sink is not None)
         lead = lead_of(args)

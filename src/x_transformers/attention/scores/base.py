@@ -38,7 +38,8 @@ class ScoreState:
 
     ``scores`` become weights along the way, and these ``out``. ``wanted`` names the maps to record. ``shared`` says that
     somebody else holds the present ``scores`` (a record, or the backward of a mixer): do not change them in place.
-    ``rows`` tells which queries are tokens, ``delta`` is added to the weights, ``inverted`` says that keys are shared out.
+    ``rows`` tells which queries are tokens, ``delta`` is added to the weights, ``inverted`` says that keys are shared out,
+    ``factor`` multiplies the queries.
     """
 
     q: Float[Tensor, 'b h i d']
@@ -55,6 +56,7 @@ class ScoreState:
     rows: Bool[Tensor, 'b i'] | None = None
     delta: Float[Tensor, '#b #h i j'] | None = None
     inverted: bool = False
+    factor: Float[Tensor, '#b h #i 1'] | None = None
     allowed: Bool[Tensor, '#b #h i j'] | None = None
     sign: Tensor | None = None
     gamma: Tensor | None = None
