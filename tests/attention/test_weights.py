@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from x_transformers.attend import one_hot_straight_through, sparse_topk_attn
 from x_transformers.attention.attend import Attend
-from x_transformers.attention.weights import NORMALIZERS, softmax
+from x_transformers.attention.weights import NORMALIZERS, softmax, softpick
 
 LOWEST = -torch.finfo(torch.float32).max
 
@@ -40,6 +42,30 @@ def test_straight_through_gradients():
     torch.testing.assert_close(gradient(lambda t: one_hot_straight_through(t, temperature=2.0), logits, weight), warm)
 
 
+def test_softpick():
+    out, scores, v, maps = rows(softpick=True)
+    for h in range(2):
+        numbers = [math.expm1(score) for score in scores[0, h].tolist()]
+        total = sum(abs(number) for number in numbers) + 1e-6
+        weights = [max(number, 0.0) / total for number in numbers]
+        torch.testing.assert_close(maps.post_softmax_attn[0, h, 3, 1:], torch.tensor(weights))
+        torch.testing.assert_close(out[0, h], sum(w * v[0, h, j] for j, w in enumerate(weights)))
+    assert min(numbers) < 0  # some get nothing
+    assert (maps.post_softmax_attn[..., 0] == 0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_softpick_of_extreme_scores_is_finite(dtype):
+    lowest = torch.finfo(dtype).min
+    given = [[60000.0, -60000.0, lowest], [0.0, 0.0, lowest], [-3.0, -1.0, lowest], [lowest] * 3, [1e-7, 3.0, lowest]]
+    scores = torch.tensor(given, dtype=dtype, requires_grad=True)
+    weights = softpick(scores)
+    (weights * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert scores.grad.isfinite().all()
+    assert (weights[:, 2] == 0).all()
+    assert weights[:4].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
 def test_softmax_is_wide_in_half_precision():
     torch.manual_seed(0)
     scores = torch.randn(4, 9).bfloat16()
@@ -57,6 +83,7 @@ def test_softmax_is_wide_in_half_precision():
         ({'sparse_topk': 2, 'sparse_topk_straight_through': True}, 'sparse_topk_straight_through'),
         ({'hard': True}, 'hard'),
         ({'sigmoid': True}, 'sigmoid'),
+        ({'softpick': True}, 'softpick'),
         ({'custom_attn_fn': torch.relu}, 'custom_attn_fn'),
     ],
 )

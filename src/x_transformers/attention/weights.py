@@ -13,8 +13,8 @@ from torch import Tensor
 from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.flags.attention import ScoreFlags
-from x_transformers.helpers import max_neg_value
-from x_transformers.tensor_types import Float
+from x_transformers.helpers import max_neg_value, single
+from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import Intermediates
@@ -54,6 +54,23 @@ def sparse_topk_attn(
         return sparse
     soft = (logits / temperature).softmax(dim=-1)
     return sparse.detach() + (soft - soft.detach())
+
+
+def closed_scores(scores: Float[Tensor, '... j']) -> Bool[Tensor, '... j']:
+    """Which scores are those of keys that may not be seen: about the lowest number there is."""
+    return scores <= max_neg_value(scores) / 2
+
+
+def softpick(scores: Float[Tensor, '... j'], eps: float = 1e-6) -> Float[Tensor, '... j']:
+    """relu(exp(x) - 1) / (the sum of |exp(x) - 1| over keys that may be seen, + eps), https://arxiv.org/abs/2504.20966.
+
+    Both are multiplied by exp(-m), where m is the largest score, or 0 if it is negative: nothing overflows.
+    """
+    closed, wide = closed_scores(scores), single(scores)
+    largest = wide.detach().masked_fill(closed, 0.0).amax(dim=-1, keepdim=True).clamp(min=0.0)
+    one = (-largest).exp()
+    moved = ((wide - largest).exp() - one).masked_fill(closed, 0.0)
+    return moved.relu() / (moved.abs().sum(dim=-1, keepdim=True) + eps * one)
 
 
 class Normalize(ScoreRule):
@@ -145,6 +162,15 @@ class StraightThroughTopK(Normalize):
         return partial(sparse_topk_attn, sparse_topk=flags.sparse_topk or 1, straight_through=True)
 
 
+class Softpick(Normalize):
+    name = 'softpick'
+    unfused = 'scores below 0 count in its sum, but get no weight'
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        return softpick
+
+
 class Gumbel(Normalize):
     name = 'gumbel_softmax'
     unfused = 'the noise belongs to every single score'
@@ -155,7 +181,9 @@ class Gumbel(Normalize):
 
 
 # the ways from scores to weights, of which one is on
-NORMALIZERS: tuple[type[Normalize], ...] = (CustomWeights, Sigmoid, Hard, SparseTopK, StraightThroughTopK, Gumbel, Softmax)
+NORMALIZERS: tuple[type[Normalize], ...] = (
+    CustomWeights, Sigmoid, Hard, SparseTopK, StraightThroughTopK, Softpick, Gumbel, Softmax,
+)  # fmt: skip
 
 
 class Dropout(ScoreRule):

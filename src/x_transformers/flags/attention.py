@@ -133,6 +133,9 @@ class ScoreFlags(Flags):
         False, 'Scores grow with the number n of keys that the query sees: times s · log n, s learned per head from 0.168 on, '
         'one over the mean of log n up to 1,024. Learned and zero keys count; biases do not grow.',
         paper='https://arxiv.org/abs/2501.19399', since='here')  # fmt: skip
+    softpick: bool = flag(
+        False, 'Rectified softmax: weights are relu(exp(score) - 1) over the sum of |exp(score) - 1|, plus 1e-6; they can all '
+        'be 0, and need no sink.', paper='https://arxiv.org/abs/2504.20966', one_of='weights', since='here')  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -193,6 +193,14 @@ ATTENTION_RULES = (
         {'head_learned_sink': True, 'sigmoid': True},
     ),
     Rule(
+        ('softpick', 'head_learned_sink', 'add_zero_kv'),
+        lambda flags, dim: flags.softpick and (flags.head_learned_sink or flags.add_zero_kv),
+        'a score of 0 takes no weight, so a sink takes nothing away and would never learn',
+        {'softpick': True, 'head_learned_sink': True},
+        'Leave out the sink.',
+        only_changed=True,
+    ),
+    Rule(
         ('selective', 'causal'),
         lambda flags, dim: flags.selective and not flags.causal,
         'what a token takes away from later ones is defined for causal attention',
@@ -223,8 +231,10 @@ ATTENTION_RULES = (
         'Use a layer that is not causal, or leave out [max_attend_future].',
     ),
     Rule(
-        ('scalable_softmax', 'sigmoid', 'l2_distance', 'inverted_attention'),
-        lambda flags, dim: flags.scalable_softmax and how_many(flags, ('sigmoid', 'l2_distance', 'inverted_attention')) > 0,
+        ('scalable_softmax', 'sigmoid', 'softpick', 'l2_distance', 'inverted_attention'),
+        lambda flags, dim: (
+            flags.scalable_softmax and how_many(flags, ('sigmoid', 'softpick', 'l2_distance', 'inverted_attention')) > 0
+        ),
         'it sharpens a softmax of products over the keys of a query, of which there is none',
         {'scalable_softmax': True, 'sigmoid': True},
         only_changed=True,

@@ -46,6 +46,7 @@ class AttendKeywords(TypedDict, total=False):
     sdp_kwargs: Mapping[str, Any]
     inverted_attention: bool
     scalable_softmax: bool
+    softpick: bool
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -122,6 +123,7 @@ class AttentionKeywords(TypedDict, total=False):
     hybrid_learned_mix: bool
     inverted_attention: bool
     scalable_softmax: bool
+    softpick: bool
     max_attend_future: int | None
     use_rel_proj_pos_bias: bool
     rel_proj_num_distance_basis: int
@@ -337,6 +339,7 @@ class InnerKeywords(TypedDict, total=False):
     attn_hybrid_learned_mix: Each[bool]
     attn_inverted_attention: Each[bool]
     attn_scalable_softmax: Each[bool]
+    attn_softpick: Each[bool]
     attn_max_attend_future: Each[int | None]
     attn_use_rel_proj_pos_bias: Each[bool]
     attn_rel_proj_num_distance_basis: Each[int]
@@ -425,6 +428,7 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_hybrid_learned_mix: Each[bool]
     cross_attn_inverted_attention: Each[bool]
     cross_attn_scalable_softmax: Each[bool]
+    cross_attn_softpick: Each[bool]
     cross_attn_max_attend_future: Each[int | None]
     cross_attn_use_rel_proj_pos_bias: Each[bool]
     cross_attn_rel_proj_num_distance_basis: Each[int]
@@ -842,6 +846,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_hybrid_learned_mix: Each[bool]
     enc_attn_inverted_attention: Each[bool]
     enc_attn_scalable_softmax: Each[bool]
+    enc_attn_softpick: Each[bool]
     enc_attn_max_attend_future: Each[int | None]
     enc_attn_use_rel_proj_pos_bias: Each[bool]
     enc_attn_rel_proj_num_distance_basis: Each[int]
@@ -930,6 +935,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_hybrid_learned_mix: Each[bool]
     enc_cross_attn_inverted_attention: Each[bool]
     enc_cross_attn_scalable_softmax: Each[bool]
+    enc_cross_attn_softpick: Each[bool]
     enc_cross_attn_max_attend_future: Each[int | None]
     enc_cross_attn_use_rel_proj_pos_bias: Each[bool]
     enc_cross_attn_rel_proj_num_distance_basis: Each[int]
@@ -1191,6 +1197,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_hybrid_learned_mix: Each[bool]
     dec_attn_inverted_attention: Each[bool]
     dec_attn_scalable_softmax: Each[bool]
+    dec_attn_softpick: Each[bool]
     dec_attn_max_attend_future: Each[int | None]
     dec_attn_use_rel_proj_pos_bias: Each[bool]
     dec_attn_rel_proj_num_distance_basis: Each[int]
@@ -1279,6 +1286,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_hybrid_learned_mix: Each[bool]
     dec_cross_attn_inverted_attention: Each[bool]
     dec_cross_attn_scalable_softmax: Each[bool]
+    dec_cross_attn_softpick: Each[bool]
     dec_cross_attn_max_attend_future: Each[int | None]
     dec_cross_attn_use_rel_proj_pos_bias: Each[bool]
     dec_cross_attn_rel_proj_num_distance_basis: Each[int]
