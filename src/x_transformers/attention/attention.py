@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention import latent, project
 from x_transformers.attention.assemble import BIASES, build_attend, build_convolutions, build_hybrid, build_output
+from x_transformers.attention.differential import Differential, paired
 from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
@@ -121,6 +122,7 @@ class Attention(Module):
         self.mem_v = empty_parameter(kv_heads, flags.num_mem_kv, self.value_dim_head) if flags.num_mem_kv else None
         for name, build in BIASES.items():
             setattr(self, name, build(self.dim, flags))
+        self.differential = Differential.from_flags(flags)
         self.attend = build_attend(flags)
         self.convolutions = build_convolutions(flags)
 
@@ -246,6 +248,8 @@ class Attention(Module):
             positions=given.positions,
             rotated_heads=self.rotated_heads,
         )
+        if self.differential is not None:
+            v, excluded = paired(v), None if excluded is None else paired(excluded)
         if self.laser_clamp is not None:
             v = laser_in(v, self.laser_clamp)
         geometry = ScoreShape(queries=q.shape[-2], keys=k.shape[-2], front=front)
@@ -272,6 +276,8 @@ class Attention(Module):
             out = laser_out(out, own.dtype)
         if excluded is not None:
             out = exclusive(out, excluded)
+        if self.differential is not None:
+            out = self.differential(out)
         out, hidden = self.gated_heads(out, seen.x, given)
         result = self.to_out(self.orthogonal_to(self.gated_channels(added(merge_heads(out), given.deltas.heads), seen.x), own))
         if self.sublayer_dropout is not None:

@@ -7,10 +7,11 @@ the key heads that ``to_k`` makes; ``orthogonal_outputs``, how many copies of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -31,6 +32,7 @@ INVERTED = 'https://openreview.net/forum?id=WgQZNoQ5AB'
 TALKING = 'https://arxiv.org/abs/2003.02436'
 TOPK = 'https://arxiv.org/abs/2505.22074'
 ATTENTION_PAPER = 'https://arxiv.org/abs/1706.03762'
+DIFFERENTIAL = 'https://arxiv.org/abs/2410.05258'
 EXCLUSIVE = 'https://arxiv.org/abs/2603.09078'
 HYBRID_GATES = 'https://arxiv.org/abs/2608.11805'
 VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/2412.15113')
@@ -357,6 +359,15 @@ class AttentionFlags(ScoreFlags):
         False, "Each head's output without its component along the token's own value, as that is attended to.",
         paper=EXCLUSIVE, self_only=True, since='here',
     )  # fmt: skip
+    differential: bool = flag(
+        False, 'Differential attention: neighbouring heads are a pair that shares its two values side by side, and gives the '
+        'difference of its two softmaxes, the second times a learned λ, then an RMS norm and the factor 1 - λ_init.',
+        paper=DIFFERENTIAL, since='here',
+    )  # fmt: skip
+    differential_lambda_init: float | None = flag(
+        None, 'Where λ starts; None: 0.8 - 0.6 · exp(-0.3 · (l - 1)) in block l, counted from 1.', paper=DIFFERENTIAL,
+        parent='differential', low=0.0, below=1.0, since='here',
+    )  # fmt: skip
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
 
     @cached_property
@@ -398,6 +409,12 @@ class AttentionFlags(ScoreFlags):
     def gate_starts_open(self) -> bool:
         """Whether ``gate_values`` alone is asked for, which is the gate of 2.16.1."""
         return self.gate_values_rank is None and not (self.gate_values_headwise or self.output_gate)
+
+    def at_depth(self, block: int) -> Self:
+        """The flags of a layer in this block, counted from 1."""
+        if not self.differential or self.differential_lambda_init is not None:
+            return self
+        return replace(self, differential_lambda_init=0.8 - 0.6 * math.exp(-0.3 * (block - 1)))
 
     @cached_property
     def dim_attended(self) -> int:

@@ -157,6 +157,14 @@ ATTENTION_RULES = (
         {'project_out': False, 'heads': 1, 'dim_head': 64, 'out_bias': True},
     ),
     Rule(
+        ('differential', 'heads', 'kv_heads', 'one_kv_head'),
+        lambda flags, dim: flags.differential and (flags.heads % 2 != 0 or flags.num_kv_heads % 2 != 0),
+        'two heads are a pair, with two keys and values: {heads} query heads and {num_kv_heads} key heads must be even numbers',
+        {'differential': True, 'heads': 4, 'one_kv_head': True},
+        'Choose an even number of both.',
+        only_changed=True,
+    ),
+    Rule(
         ('exclusive', 'value_dim_head', 'dim_head'),
         lambda flags, dim: flags.exclusive and flags.value_dim == 1,
         'of a value with one channel nothing would be left',

@@ -143,6 +143,8 @@ class AttentionKeywords(TypedDict, total=False):
     output_gate_headwise: bool
     low_rank_silu_gates: bool
     exclusive: bool
+    differential: bool
+    differential_lambda_init: float | None
     project_out: bool | None
 
 
@@ -359,6 +361,8 @@ class InnerKeywords(TypedDict, total=False):
     attn_output_gate_headwise: Each[bool]
     attn_low_rank_silu_gates: Each[bool]
     attn_exclusive: Each[bool]
+    attn_differential: Each[bool]
+    attn_differential_lambda_init: Each[float | None]
     attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
@@ -448,6 +452,8 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_output_gate_headwise: Each[bool]
     cross_attn_low_rank_silu_gates: Each[bool]
     cross_attn_exclusive: Each[bool]
+    cross_attn_differential: Each[bool]
+    cross_attn_differential_lambda_init: Each[float | None]
     cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
@@ -866,6 +872,8 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_output_gate_headwise: Each[bool]
     enc_attn_low_rank_silu_gates: Each[bool]
     enc_attn_exclusive: Each[bool]
+    enc_attn_differential: Each[bool]
+    enc_attn_differential_lambda_init: Each[float | None]
     enc_attn_project_out: Each[bool | None]
     enc_cross_attn_flash: Each[bool]
     enc_cross_attn_dropout: Each[float]
@@ -955,6 +963,8 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_output_gate_headwise: Each[bool]
     enc_cross_attn_low_rank_silu_gates: Each[bool]
     enc_cross_attn_exclusive: Each[bool]
+    enc_cross_attn_differential: Each[bool]
+    enc_cross_attn_differential_lambda_init: Each[float | None]
     enc_cross_attn_project_out: Each[bool | None]
     enc_ff_dim_out: Each[int | None]
     enc_ff_mult: Each[float]
@@ -1217,6 +1227,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_output_gate_headwise: Each[bool]
     dec_attn_low_rank_silu_gates: Each[bool]
     dec_attn_exclusive: Each[bool]
+    dec_attn_differential: Each[bool]
+    dec_attn_differential_lambda_init: Each[float | None]
     dec_attn_project_out: Each[bool | None]
     dec_cross_attn_flash: Each[bool]
     dec_cross_attn_dropout: Each[float]
@@ -1306,6 +1318,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_output_gate_headwise: Each[bool]
     dec_cross_attn_low_rank_silu_gates: Each[bool]
     dec_cross_attn_exclusive: Each[bool]
+    dec_cross_attn_differential: Each[bool]
+    dec_cross_attn_differential_lambda_init: Each[float | None]
     dec_cross_attn_project_out: Each[bool | None]
     dec_ff_dim_out: Each[int | None]
     dec_ff_mult: Each[float]

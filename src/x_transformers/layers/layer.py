@@ -151,13 +151,14 @@ def make_norm(flags: StackFlags) -> nn.Module:
 def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module:
     """What the layer does, inside what scales its output and shifts its input."""
     branch: nn.Module
+    block = block_numbers(flags)[spec.index]
     if spec.kind == 'a':
         kind = Attention if spec.keys_from is None else SharingAttention
-        branch = kind.from_flags(flags.dim, flags.self_attention_flags(first=spec.first))
+        branch = kind.from_flags(flags.dim, flags.self_attention_flags(first=spec.first).at_depth(block))
     elif spec.kind == 'm':
         branch = make_mixer(flags)
     elif spec.kind == 'c':
-        branch = Attention.from_flags(flags.dim, flags.cross_attention)
+        branch = Attention.from_flags(flags.dim, flags.cross_attention.at_depth(block))
     else:
         branch = FeedForward.from_flags(flags.dim, flags.feedforward)
     if spec.half:
