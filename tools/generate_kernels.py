@@ -46,6 +46,7 @@ ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ('`attn_hard`', {'hard': True}, {}),
     ('`attn_gumbel_softmax`', {'gumbel_softmax': True}, {}),
     ('`attn_softpick`', {'softpick': True}, {}),
+    ('`attn_stick_breaking`', {'stick_breaking': True}, {}),
     ('`attn_custom_attn_fn`', {'custom_attn_fn': torch.relu}, {}),
     ('`attn_pre_talking_heads`', {'pre_talking_heads': True}, {}),
     ('`attn_post_talking_heads`', {'post_talking_heads': True}, {}),

@@ -7,7 +7,7 @@ import torch
 
 from x_transformers.attend import one_hot_straight_through, sparse_topk_attn
 from x_transformers.attention.attend import Attend
-from x_transformers.attention.weights import NORMALIZERS, softmax, softpick
+from x_transformers.attention.weights import NORMALIZERS, softmax, softpick, stick_breaking
 
 LOWEST = -torch.finfo(torch.float32).max
 
@@ -66,6 +66,33 @@ def test_softpick_of_extreme_scores_is_finite(dtype):
     assert weights[:4].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
+def test_stick_breaking():
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    keys = torch.tensor([[True, True, False, True, True]])
+    out, maps = Attend(causal=True, stick_breaking=True)(q, k, v, mask=keys)
+    for h in range(2):
+        for i in range(5):
+            left, want = 1.0, torch.zeros(8, dtype=torch.float64)
+            for j in reversed(range(i)):
+                if keys[0, j]:
+                    part = 1 / (1 + math.exp(-(q[0, h, i] @ k[0, h, j]).item() * 8**-0.5))
+                    torch.testing.assert_close(maps.post_softmax_attn[0, h, i, j].item(), left * part)
+                    want, left = want + left * part * v[0, h, j], left * (1 - part)
+            torch.testing.assert_close(out[0, h, i], want)
+    assert (out[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_stick_breaking_of_extreme_scores_is_finite(dtype):
+    lowest = torch.finfo(dtype).min
+    scores = torch.tensor([[30000.0, -30000.0, lowest], [lowest] * 3, [-1.0, 30000.0, 0.0]], dtype=dtype, requires_grad=True)
+    weights = stick_breaking(scores)
+    (weights * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert scores.grad.isfinite().all()
+    assert weights.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0.5, 0.5]]
+
+
 def test_softmax_is_wide_in_half_precision():
     torch.manual_seed(0)
     scores = torch.randn(4, 9).bfloat16()
@@ -84,6 +111,7 @@ def test_softmax_is_wide_in_half_precision():
         ({'hard': True}, 'hard'),
         ({'sigmoid': True}, 'sigmoid'),
         ({'softpick': True}, 'softpick'),
+        ({'causal': True, 'stick_breaking': True}, 'stick_breaking'),
         ({'custom_attn_fn': torch.relu}, 'custom_attn_fn'),
     ],
 )

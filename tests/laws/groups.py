@@ -240,6 +240,7 @@ ATTENTION = (
     group('hard', attn_hard=True),
     group('gumbel', attn_gumbel_softmax=True, random=True),
     group('softpick', attn_softpick=True),
+    group('stick_breaking', STRICT, attn_stick_breaking=True),
     group('sparse_topk', attn_sparse_topk=3),
     group('sparse_topk_through', attn_sparse_topk=3, attn_sparse_topk_straight_through=True),
     group('custom_fn', attn_custom_attn_fn=lambda scores: scores.softmax(dim=-1) * 0.5),

@@ -240,7 +240,7 @@ class Attend(Module):
             q,
             k,
             v,
-            mask=may_look.narrowed(self.causal, None),
+            mask=may_look.narrowed(self.causal, None, self.flags.stick_breaking),
             geometry=ScoreShape(q.shape[-2], k.shape[-2]),
             bias=bias,
             previous=prev_attn,
@@ -252,7 +252,7 @@ class Attend(Module):
     def explain(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> str:
         """Which kernel a call would use, and why not another. Takes what ``run`` takes."""
         geometry = given.pop('geometry', None) or ScoreShape(q.shape[-2], k.shape[-2])
-        mask = given.pop('mask', None) or Mask().narrowed(self.causal, None)
+        mask = given.pop('mask', None) or Mask().narrowed(self.causal, None, self.flags.stick_breaking)
         args = KernelArgs(
             q, k, v, mask, geometry, self.rules, scale=1.0, dropout=self.dropout if self.training else 0.0, **given
         )

@@ -236,7 +236,7 @@ class Attention(Module):
             q = given.positions.queries(q, self.rotated_heads)
         bias = self.bias(seen, given)
         causal = self.causal if given.causal is None else given.causal
-        mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future)
+        mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future, self.flags.stick_breaking)
         excluded = own_values(v, q.shape[-2], seen.mems, given.past) if self.flags.exclusive else None
         k, v, mask, front = put_in_front(
             k,

@@ -127,7 +127,12 @@ class Placed(NamedTuple):
         return self.first + torch.arange(self.queries, device=self.first.device)
 
     def seen(
-        self, causal: bool, past: int | None, ahead: int | None, prefix: int | Int[Tensor, 'b'] | None
+        self,
+        causal: bool,
+        past: int | None,
+        ahead: int | None,
+        prefix: int | Int[Tensor, 'b'] | None,
+        strict: bool = False,
     ) -> Bool[Tensor, 'i j'] | Bool[Tensor, 'b 1 i j']:
         """Causality, windows and prefix, written out."""
         query, key = self.numbers().unsqueeze(-1), torch.arange(self.keys, device=self.first.device)
@@ -136,6 +141,7 @@ class Placed(NamedTuple):
             mask = mask | (key < (prefix.reshape(-1, 1, 1, 1) if isinstance(prefix, Tensor) else prefix))
         elif not causal:
             mask = torch.ones_like(mask) if ahead is None else key - query <= ahead
+        mask = mask & (key != query) if strict else mask
         return mask if past is None else mask & (query - key <= past)
 
 
@@ -144,6 +150,7 @@ class Mask:
     """Who may look at whom: the fields combine by *and*.
 
     ``causal``   a query sees keys up to its own position (queries are right-aligned with the own keys).
+    ``strict``   a query does not see its own key.
     ``past``     a query sees at most so many keys back.
     ``ahead``    a query sees at most so many keys ahead, where causality does not forbid them all.
     ``keys``     (b j) which own keys may be seen: padding, left padding.
@@ -163,28 +170,32 @@ class Mask:
     dense: Bool[Tensor, '... i k'] | None = None
     packed: PackedSequences | None = None
     placed: Placed | None = None
+    strict: bool = False
     memo: Memo = field(default_factory=list, init=False, repr=False)
 
     def having(self, **changes: Any) -> Mask:
         """A mask with other fields (and nothing remembered)."""
         return replace(self, **changes)
 
-    def narrowed(self, causal: bool, past: int | None, ahead: int | None = None) -> Mask:
-        """This mask and causality and windows. The same object for the same question, so that layers share what it renders."""
+    def narrowed(self, causal: bool, past: int | None, ahead: int | None = None, strict: bool = False) -> Mask:
+        """This mask and causality and windows, and nobody's own key if ``strict``.
+
+        The same object for the same question, so that layers share what it renders.
+        """
         causal, past = causal or self.causal, narrower(past, self.past)
         ahead = None if causal else narrower(ahead, self.ahead)
-        if (causal, past, ahead) == (self.causal, self.past, self.ahead) and self.placed is None:
+        limits = {'causal': causal, 'past': past, 'ahead': ahead, 'strict': strict}
+        if self.placed is None and all(getattr(self, name) == limit for name, limit in limits.items()):
             return self
-        key = ('narrowed', causal, past, ahead)
+        key = ('narrowed', *limits.values())
         found: Mask | None = recall(self.memo, key)
         if found is None:
-            limits = {'causal': causal, 'past': past, 'ahead': ahead}
-            made = self.having(**limits) if self.placed is None else self._written_out(self.placed, causal, past, ahead)
+            made = self.having(**limits) if self.placed is None else self._written_out(self.placed, **limits)
             found = remember(self.memo, key, made)
         return found
 
-    def _written_out(self, placed: Placed, causal: bool, past: int | None, ahead: int | None) -> Mask:
-        seen = placed.seen(causal, past, ahead, self.prefix)
+    def _written_out(self, placed: Placed, **limits: Any) -> Mask:
+        seen = placed.seen(**limits, prefix=self.prefix)
         if self.dense is not None:
             more = self.dense.shape[-1] - placed.keys
             seen = self.dense & (F.pad(seen, (more, 0), value=True) if more > 0 else seen)
@@ -206,7 +217,7 @@ class Mask:
     @property
     def depends_on_distance(self) -> bool:
         """Whether the distance between query and key plays a part."""
-        return self.causal or self.past is not None or self.ahead is not None
+        return self.causal or self.strict or self.past is not None or self.ahead is not None
 
     @property
     def per_token(self) -> bool:
@@ -218,7 +229,8 @@ class Mask:
     @property
     def only_padding(self) -> bool:
         """Whether it is about keys alone, beside causality."""
-        return all(part is None for part in (self.past, self.ahead, self.front, self.prefix, self.dense, self.packed))
+        others = (self.past, self.ahead, self.front, self.prefix, self.dense, self.packed)
+        return not self.strict and all(part is None for part in others)
 
     def limits_future(self, geometry: ScoreShape) -> bool:
         """Whether causality forbids anything: not for one query."""
@@ -243,6 +255,7 @@ class Mask:
             self.limits_future(geometry)
             and not self.limits_past(geometry)
             and not self.per_token
+            and not self.strict
             and geometry.queries == geometry.keys
         )
 
@@ -252,7 +265,7 @@ class Mask:
         if geometry.front > closable and (self.dense is None or self.dense.shape[-1] != geometry.keys):
             return False
         hides = any(part is not None for part in (self.keys, self.dense, self.packed))
-        return hides or geometry.own == 0 or ((self.causal or self.ahead is not None) and geometry.first < 0)
+        return hides or self.strict or geometry.own == 0 or ((self.causal or self.ahead is not None) and geometry.first < 0)
 
     # ------------------------------------------------------------ the same as tensors
 
@@ -314,7 +327,7 @@ class Mask:
         self, geometry: ScoreShape, device: torch.device | str | None, rows: tuple[int, int], columns: tuple[int, int]
     ) -> Tensor | None:
         past, ahead = self.limits(geometry)
-        if past is None and ahead is None:
+        if past is None and ahead is None and not self.strict:
             return None
         query = torch.arange(geometry.first + rows[0], geometry.first + rows[1], device=device)[:, None]
         key = torch.arange(columns[0], columns[1], device=device)
@@ -328,6 +341,9 @@ class Mask:
         if past is not None:
             near = (query - key <= past)[None, None]
             mask = near if mask is None else mask & near
+        if self.strict:
+            others = (query != key)[None, None]
+            mask = others if mask is None else mask & others
         return mask
 
     def put_front(
@@ -369,7 +385,7 @@ class Mask:
 
     def _counted(self, geometry: ScoreShape, device: torch.device | str | None) -> Int[Tensor, '#b #h #i 1']:
         query = torch.arange(geometry.first, geometry.first + geometry.queries, device=device)
-        if not self.per_token:
+        if not self.per_token and not self.strict:
             past, ahead = self.limits(geometry)
             last = torch.full_like(query, geometry.own) if ahead is None else (query + ahead + 1).clamp(max=geometry.own)
             first = 0 if past is None else (query - past).clamp(min=0)

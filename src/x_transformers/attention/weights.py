@@ -73,6 +73,17 @@ def softpick(scores: Float[Tensor, '... j'], eps: float = 1e-6) -> Float[Tensor,
     return moved.relu() / (moved.abs().sum(dim=-1, keepdim=True) + eps * one)
 
 
+def stick_breaking(scores: Float[Tensor, '... j']) -> Float[Tensor, '... j']:
+    """From the last key to the first each takes the part sigmoid(score) of what the later ones have left.
+
+    Keys that may not be seen take nothing. Computed in logarithms: sums of log(1 - part). https://arxiv.org/abs/2410.17980
+    """
+    closed, wide = closed_scores(scores), single(scores)
+    kept = F.logsigmoid(-wide).masked_fill(closed, 0.0)
+    left = F.pad(kept[..., 1:], (0, 1)).flip(-1).cumsum(dim=-1).flip(-1)
+    return (F.logsigmoid(wide) + left).exp().masked_fill(closed, 0.0)
+
+
 class Normalize(ScoreRule):
     """Scores become weights, in the scores' precision. One of its kinds is on, ``Softmax`` where no other is."""
 
@@ -171,6 +182,15 @@ class Softpick(Normalize):
         return softpick
 
 
+class StickBreaking(Normalize):
+    name = 'stick_breaking'
+    unfused = 'what is left for a key depends on all scores between it and the query'
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        return stick_breaking
+
+
 class Gumbel(Normalize):
     name = 'gumbel_softmax'
     unfused = 'the noise belongs to every single score'
@@ -182,7 +202,7 @@ class Gumbel(Normalize):
 
 # the ways from scores to weights, of which one is on
 NORMALIZERS: tuple[type[Normalize], ...] = (
-    CustomWeights, Sigmoid, Hard, SparseTopK, StraightThroughTopK, Softpick, Gumbel, Softmax,
+    CustomWeights, Sigmoid, Hard, SparseTopK, StraightThroughTopK, Softpick, StickBreaking, Gumbel, Softmax,
 )  # fmt: skip
 
 

@@ -138,6 +138,10 @@ class ScoreFlags(Flags):
     softpick: bool = flag(
         False, 'Rectified softmax: weights are relu(exp(score) - 1) over the sum of |exp(score) - 1|, plus 1e-6; they can all '
         'be 0, and need no sink.', paper='https://arxiv.org/abs/2504.20966', one_of='weights', since='here')  # fmt: skip
+    stick_breaking: bool = flag(
+        False, 'Stick-breaking attention: from the nearest key before the query on, each key takes the sigmoid of its score of '
+        'what is left; the query does not see its own key, and what nobody takes is lost.',
+        paper='https://arxiv.org/abs/2410.17980', one_of='weights', self_only=True, since='here')  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -402,7 +406,7 @@ class AttentionFlags(ScoreFlags):
     @cached_property
     def tied_to_causality(self) -> tuple[str, ...]:
         """The flags that are on and were built for a layer that is causal, or for one that is not."""
-        names = ('selective', 'use_cope', 'data_dependent_alibi', 'hybrid_module', 'inverted_attention')
+        names = ('selective', 'use_cope', 'data_dependent_alibi', 'hybrid_module', 'inverted_attention', 'stick_breaking')
         return tuple(name for name in names if getattr(self, name))
 
     @cached_property

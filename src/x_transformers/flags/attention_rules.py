@@ -9,6 +9,8 @@ from x_transformers.flags.feedforward import ACTIVATIONS
 from x_transformers.flags.rule import Rule, how_many
 
 WEIGHTS = ScoreFlags.one_of('weights')
+# no softmax of products over the keys of a query
+NO_SOFTMAX = ('sigmoid', 'softpick', 'stick_breaking', 'l2_distance', 'inverted_attention')
 SWITCHES = ('relu_squared', 'solu', 'swish')
 BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
 
@@ -239,12 +241,25 @@ ATTENTION_RULES = (
         'Use a layer that is not causal, or leave out [max_attend_future].',
     ),
     Rule(
-        ('scalable_softmax', 'sigmoid', 'softpick', 'l2_distance', 'inverted_attention'),
-        lambda flags, dim: (
-            flags.scalable_softmax and how_many(flags, ('sigmoid', 'softpick', 'l2_distance', 'inverted_attention')) > 0
-        ),
+        ('scalable_softmax', *NO_SOFTMAX),
+        lambda flags, dim: flags.scalable_softmax and how_many(flags, NO_SOFTMAX) > 0,
         'it sharpens a softmax of products over the keys of a query, of which there is none',
         {'scalable_softmax': True, 'sigmoid': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('stick_breaking', 'causal'),
+        lambda flags, dim: flags.stick_breaking and not flags.causal,
+        'the stick is broken from the nearest earlier key on',
+        {'stick_breaking': True},
+        'Use a causal layer, or leave out [stick_breaking].',
+    ),
+    Rule(
+        ('stick_breaking', 'head_learned_sink', 'add_zero_kv', 'laser'),
+        lambda flags, dim: flags.stick_breaking and how_many(flags, ('head_learned_sink', 'add_zero_kv', 'laser')) > 0,
+        'what lies in front of all keys takes only what they leave, so that a sink changes nothing, and the first query sees '
+        'nothing, which has no logarithm',
+        {'causal': True, 'stick_breaking': True, 'head_learned_sink': True},
         only_changed=True,
     ),
     Rule(

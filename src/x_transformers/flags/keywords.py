@@ -47,6 +47,7 @@ class AttendKeywords(TypedDict, total=False):
     inverted_attention: bool
     scalable_softmax: bool
     softpick: bool
+    stick_breaking: bool
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -124,6 +125,7 @@ class AttentionKeywords(TypedDict, total=False):
     inverted_attention: bool
     scalable_softmax: bool
     softpick: bool
+    stick_breaking: bool
     max_attend_future: int | None
     use_rel_proj_pos_bias: bool
     rel_proj_num_distance_basis: int
@@ -342,6 +344,7 @@ class InnerKeywords(TypedDict, total=False):
     attn_inverted_attention: Each[bool]
     attn_scalable_softmax: Each[bool]
     attn_softpick: Each[bool]
+    attn_stick_breaking: Each[bool]
     attn_max_attend_future: Each[int | None]
     attn_use_rel_proj_pos_bias: Each[bool]
     attn_rel_proj_num_distance_basis: Each[int]
@@ -433,6 +436,7 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_inverted_attention: Each[bool]
     cross_attn_scalable_softmax: Each[bool]
     cross_attn_softpick: Each[bool]
+    cross_attn_stick_breaking: Each[bool]
     cross_attn_max_attend_future: Each[int | None]
     cross_attn_use_rel_proj_pos_bias: Each[bool]
     cross_attn_rel_proj_num_distance_basis: Each[int]
@@ -853,6 +857,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_inverted_attention: Each[bool]
     enc_attn_scalable_softmax: Each[bool]
     enc_attn_softpick: Each[bool]
+    enc_attn_stick_breaking: Each[bool]
     enc_attn_max_attend_future: Each[int | None]
     enc_attn_use_rel_proj_pos_bias: Each[bool]
     enc_attn_rel_proj_num_distance_basis: Each[int]
@@ -944,6 +949,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_inverted_attention: Each[bool]
     enc_cross_attn_scalable_softmax: Each[bool]
     enc_cross_attn_softpick: Each[bool]
+    enc_cross_attn_stick_breaking: Each[bool]
     enc_cross_attn_max_attend_future: Each[int | None]
     enc_cross_attn_use_rel_proj_pos_bias: Each[bool]
     enc_cross_attn_rel_proj_num_distance_basis: Each[int]
@@ -1208,6 +1214,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_inverted_attention: Each[bool]
     dec_attn_scalable_softmax: Each[bool]
     dec_attn_softpick: Each[bool]
+    dec_attn_stick_breaking: Each[bool]
     dec_attn_max_attend_future: Each[int | None]
     dec_attn_use_rel_proj_pos_bias: Each[bool]
     dec_attn_rel_proj_num_distance_basis: Each[int]
@@ -1299,6 +1306,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_inverted_attention: Each[bool]
     dec_cross_attn_scalable_softmax: Each[bool]
     dec_cross_attn_softpick: Each[bool]
+    dec_cross_attn_stick_breaking: Each[bool]
     dec_cross_attn_max_attend_future: Each[int | None]
     dec_cross_attn_use_rel_proj_pos_bias: Each[bool]
     dec_cross_attn_rel_proj_num_distance_basis: Each[int]
