@@ -253,6 +253,8 @@ ATTENTION = (
     group('orthog_both', SELF, attn_orthog_projected_values=True, attn_orthog_projected_values_per_head=True),
     group('differential', attn_differential=True),
     group('differential_start', attn_differential=True, attn_differential_lambda_init=0.5),
+    group('composable', attn_composable=True),
+    group('composable_rank', attn_composable=True, attn_composable_rank=1),
     group('exclusive', SELF, attn_exclusive=True),
     group('latent_q', attn_use_latent_q=True, attn_dim_latent_q=6),
     group('latent_kv', attn_use_latent_kv=True, attn_dim_latent_kv=6),

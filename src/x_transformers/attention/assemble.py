@@ -19,7 +19,11 @@ def build_attend(flags: AttentionFlags) -> Attend:
     """Scores, weights and output, with contextual positions inside if there are any."""
     shared = {name: getattr(flags, name) for name in ScoreFlags.flag_fields()}
     cope = build_contextual_positions(flags)
-    return Attend.from_flags(AttendFlags(scale=flags.score_scale, cope=cope, sdp_kwargs=flags.attend_sdp_kwargs, **shared))
+    return Attend.from_flags(
+        AttendFlags(
+            scale=flags.score_scale, cope=cope, composable=flags.composable, sdp_kwargs=flags.attend_sdp_kwargs, **shared
+        )
+    )
 
 
 def build_contextual_positions(flags: AttentionFlags) -> nn.Module | None:

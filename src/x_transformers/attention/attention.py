@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention import latent, project
 from x_transformers.attention.assemble import BIASES, build_attend, build_convolutions, build_hybrid, build_output
+from x_transformers.attention.composition import ComposeHeads
 from x_transformers.attention.differential import Differential, paired
 from x_transformers.attention.extra_keys import put_in_front
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
@@ -122,6 +123,7 @@ class Attention(Module):
         self.mem_v = empty_parameter(kv_heads, flags.num_mem_kv, self.value_dim_head) if flags.num_mem_kv else None
         for name, build in BIASES.items():
             setattr(self, name, build(self.dim, flags))
+        self.composition = ComposeHeads.from_flags(self.dim, flags)
         self.differential = Differential.from_flags(flags)
         self.attend = build_attend(flags)
         self.convolutions = build_convolutions(flags)
@@ -264,6 +266,7 @@ class Attention(Module):
             packed=given.packed,
             rows=given.padding,
             delta=given.deltas.weights,
+            composition=None if self.composition is None else self.composition(seen, given),
             return_attn=given.return_attn,
             return_scores=given.return_scores,
         )

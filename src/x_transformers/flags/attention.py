@@ -32,6 +32,7 @@ INVERTED = 'https://openreview.net/forum?id=WgQZNoQ5AB'
 TALKING = 'https://arxiv.org/abs/2003.02436'
 TOPK = 'https://arxiv.org/abs/2505.22074'
 ATTENTION_PAPER = 'https://arxiv.org/abs/1706.03762'
+COMPOSABLE = 'https://arxiv.org/abs/2405.08553'
 DIFFERENTIAL = 'https://arxiv.org/abs/2410.05258'
 EXCLUSIVE = 'https://arxiv.org/abs/2603.09078'
 HYBRID_GATES = 'https://arxiv.org/abs/2608.11805'
@@ -150,6 +151,7 @@ class AttendFlags(ScoreFlags):
 
     scale: float | None = flag(None, 'Factor of the scores; None: one over the root of the width of a key.')
     cope: nn.Module | None = flag(None, 'Contextual positions, a function of queries and scores.', paper=COPE)
+    composable: bool = flag(False, 'Heads are mixed by what `run` is given as `composition`.', paper=COMPOSABLE, since='here')
     sdp_kwargs: Mapping[str, Any] = flag(SDP_KWARGS, "Which backends torch's scaled dot product attention may use.")
 
 
@@ -372,6 +374,11 @@ class AttentionFlags(ScoreFlags):
         None, 'Where λ starts; None: 0.8 - 0.6 · exp(-0.3 · (l - 1)) in block l, counted from 1.', paper=DIFFERENTIAL,
         parent='differential', low=0.0, below=1.0, since='here',
     )  # fmt: skip
+    composable: bool = flag(
+        False, 'Dynamically composed heads: scores, and weights, of all heads are mixed by matrices of low rank and by gates '
+        'that each query and each key makes of its token; they start as plain attention.', paper=COMPOSABLE, since='here',
+    )  # fmt: skip
+    composable_rank: int = flag(2, 'Rank of these matrices.', paper=COMPOSABLE, parent='composable', low=1, since='here')
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
 
     @cached_property

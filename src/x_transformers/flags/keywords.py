@@ -48,6 +48,7 @@ class AttendKeywords(TypedDict, total=False):
     scalable_softmax: bool
     softpick: bool
     stick_breaking: bool
+    composable: bool
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -147,6 +148,8 @@ class AttentionKeywords(TypedDict, total=False):
     exclusive: bool
     differential: bool
     differential_lambda_init: float | None
+    composable: bool
+    composable_rank: int
     project_out: bool | None
 
 
@@ -366,6 +369,8 @@ class InnerKeywords(TypedDict, total=False):
     attn_exclusive: Each[bool]
     attn_differential: Each[bool]
     attn_differential_lambda_init: Each[float | None]
+    attn_composable: Each[bool]
+    attn_composable_rank: Each[int]
     attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
@@ -458,6 +463,8 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_exclusive: Each[bool]
     cross_attn_differential: Each[bool]
     cross_attn_differential_lambda_init: Each[float | None]
+    cross_attn_composable: Each[bool]
+    cross_attn_composable_rank: Each[int]
     cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
@@ -879,6 +886,8 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_exclusive: Each[bool]
     enc_attn_differential: Each[bool]
     enc_attn_differential_lambda_init: Each[float | None]
+    enc_attn_composable: Each[bool]
+    enc_attn_composable_rank: Each[int]
     enc_attn_project_out: Each[bool | None]
     enc_cross_attn_flash: Each[bool]
     enc_cross_attn_dropout: Each[float]
@@ -971,6 +980,8 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_exclusive: Each[bool]
     enc_cross_attn_differential: Each[bool]
     enc_cross_attn_differential_lambda_init: Each[float | None]
+    enc_cross_attn_composable: Each[bool]
+    enc_cross_attn_composable_rank: Each[int]
     enc_cross_attn_project_out: Each[bool | None]
     enc_ff_dim_out: Each[int | None]
     enc_ff_mult: Each[float]
@@ -1236,6 +1247,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_exclusive: Each[bool]
     dec_attn_differential: Each[bool]
     dec_attn_differential_lambda_init: Each[float | None]
+    dec_attn_composable: Each[bool]
+    dec_attn_composable_rank: Each[int]
     dec_attn_project_out: Each[bool | None]
     dec_cross_attn_flash: Each[bool]
     dec_cross_attn_dropout: Each[float]
@@ -1328,6 +1341,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_exclusive: Each[bool]
     dec_cross_attn_differential: Each[bool]
     dec_cross_attn_differential_lambda_init: Each[float | None]
+    dec_cross_attn_composable: Each[bool]
+    dec_cross_attn_composable_rank: Each[int]
     dec_cross_attn_project_out: Each[bool | None]
     dec_ff_dim_out: Each[int | None]
     dec_ff_mult: Each[float]

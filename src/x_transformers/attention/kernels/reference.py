@@ -45,6 +45,7 @@ def state_of(args: KernelArgs) -> ScoreState:
         rows=args.rows,
         delta=args.delta,
         factor=args.factor,
+        composition=args.composition,
     )
 
 

@@ -1,0 +1,76 @@
+"""Scores and weights of all heads, mixed as queries and keys say (DCMHA). https://arxiv.org/abs/2405.08553"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
+from x_transformers.attention.scores.talking_heads import kept_finite
+from x_transformers.flags.attention import ScoreFlags
+from x_transformers.tensor_types import Float
+
+
+class Composition(NamedTuple):
+    """Two maps of low rank and a gate, side by side, of each query (b i c) and each own key (b j c)."""
+
+    scores_by_query: Float[Tensor, 'b i c']
+    weights_by_query: Float[Tensor, 'b i c']
+    scores_by_key: Float[Tensor, 'b j c']
+    weights_by_key: Float[Tensor, 'b j c']
+
+
+def added_by(t: Float[Tensor, 'b h i j'], said: Float[Tensor, 'b n c'], token: str) -> Float[Tensor, 'b h i j']:
+    """What the tokens of one axis, ``token`` (i or j), add: the heads through their two maps, and times their gate."""
+    heads = t.shape[1]
+    maps, gate = said.to(t.dtype).split((said.shape[-1] - heads, heads), dim=-1)
+    first, second = maps.unflatten(-1, (2, -1, heads)).unbind(-3)
+    narrow = torch.einsum(f'bhij,b{token}rh->brij', t, first)
+    gates = gate.transpose(1, 2).unsqueeze(-1 if token == 'i' else -2)
+    added: Tensor = torch.einsum(f'brij,b{token}rh->bhij', narrow, second) + t * gates
+    return added
+
+
+def composed(
+    t: Float[Tensor, 'b h i j'], by_query: Float[Tensor, 'b i c'], by_key: Float[Tensor, 'b j c']
+) -> Float[Tensor, 'b h i j']:
+    """Keys in front, of which there are more columns than tokens in ``by_key``, say nothing."""
+    by_key = F.pad(by_key, (0, 0, t.shape[-1] - by_key.shape[-2], 0))
+    return t + added_by(t, by_query, 'i') + added_by(t, by_key, 'j')
+
+
+class Compose(ScoreRule):
+    """A rule that needs what the tokens say."""
+
+    name = 'composable'
+    form = Form.WHOLE
+    unfused = 'each pair of tokens mixes all heads in its own way'
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return bool(getattr(flags, 'composable', False))
+
+    def told(self, state: ScoreState) -> Composition:
+        if state.composition is None:
+            raise ValueError('composable attention must be told how heads are mixed. Give composition to Attend.run.')
+        return state.composition
+
+
+class ComposeScores(Compose):
+    """Before the softmax."""
+
+    def apply(self, state: ScoreState) -> None:
+        told = self.told(state)
+        scores = state.scores if state.previous is None else kept_finite(state.scores)
+        state.scores = composed(scores, told.scores_by_query, told.scores_by_key)
+
+
+class ComposeWeights(Compose):
+    """Behind the softmax."""
+
+    def apply(self, state: ScoreState) -> None:
+        told = self.told(state)
+        state.scores = composed(state.scores, told.weights_by_query, told.weights_by_key)
