@@ -245,7 +245,9 @@ def deltas(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], m
             numbers(name, given[name])
     for name in ('k_delta', 'v_delta'):
         if given[name] is not None and attn.to_latent_kv is not None:
-            raise ValueError(f'{name} must not be given with use_latent_kv: keys and values are made of the latent anew.')
+            raise ValueError(
+                f'{name} must not be given with use_latent_kv or tensor_product: keys and values are made of the cache anew.'
+            )
     weights = given['attn_delta']
     if weights is not None:
         broadcasts('attn_delta', weights, batch, attn.heads, queries, (own, own + front))

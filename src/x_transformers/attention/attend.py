@@ -246,7 +246,7 @@ class Attend(Module):
             q,
             k,
             v,
-            mask=may_look.narrowed(self.causal, None, self.flags.stick_breaking),
+            mask=may_look.narrowed(self.causal, None, strict=self.flags.stick_breaking),
             geometry=ScoreShape(q.shape[-2], k.shape[-2]),
             bias=bias,
             previous=prev_attn,
@@ -258,7 +258,7 @@ class Attend(Module):
     def explain(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> str:
         """Which kernel a call would use, and why not another. Takes what ``run`` takes."""
         geometry = given.pop('geometry', None) or ScoreShape(q.shape[-2], k.shape[-2])
-        mask = given.pop('mask', None) or Mask().narrowed(self.causal, None, self.flags.stick_breaking)
+        mask = given.pop('mask', None) or Mask().narrowed(self.causal, None, strict=self.flags.stick_breaking)
         args = KernelArgs(
             q, k, v, mask, geometry, self.rules, scale=1.0, dropout=self.dropout if self.training else 0.0, **given
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention import latent, project
+from x_transformers.attention import latent, project, tensor_product
 from x_transformers.attention.assemble import BIASES, build_attend, build_convolutions, build_hybrid, build_output
 from x_transformers.attention.composition import ComposeHeads
 from x_transformers.attention.differential import Differential, paired
@@ -23,6 +23,7 @@ from x_transformers.attention.parts import Seen
 from x_transformers.attention.project import added, merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
+from x_transformers.attention.tensor_product import KeyValueFactors, OuterProducts
 from x_transformers.attention.values import exclusive, laser_in, laser_out, mix_tokens, mix_values, own_values
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
@@ -53,6 +54,12 @@ class Attention(Module):
     """
 
     __signature__: Any = ClassSignature(only(AttentionFlags))
+
+    to_q: nn.Linear | OuterProducts
+    to_k: nn.Linear | OuterProducts
+    to_v: nn.Linear | OuterProducts
+    to_latent_q: nn.Linear | None
+    to_latent_kv: nn.Linear | KeyValueFactors | None
 
     def __init__(self, dim: int, **flags: Unpack[AttentionKeywords]) -> None:
         parsed = AttentionFlags.parse(flags, where='Attention')
@@ -96,10 +103,15 @@ class Attention(Module):
             if flags.latent_rope_subheads is not None:
                 self.to_rotateable_k = nn.Linear(dim_k, self.dim_head * flags.latent_rope_subheads, bias=False)
             dim_k = flags.dim_latent_kv
+        if flags.tensor_product:
+            made = tensor_product.projections(dim_q, dim_k, flags)
+            self.to_latent_q, self.to_latent_kv, self.to_q, self.to_k, self.to_v = made
+            dim_q = made.to_q.channels
+        else:
+            self.to_q = nn.Linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'))
+            self.to_k = nn.Linear(dim_k, flags.key_heads_from_latent * self.dim_head, bias=flags.has_bias('k'))
+            self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'))
         self._keys_values = project.keys_values if self.to_latent_kv is None else latent.keys_values
-        self.to_q = nn.Linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'))
-        self.to_k = nn.Linear(dim_k, flags.key_heads_from_latent * self.dim_head, bias=flags.has_bias('k'))
-        self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'))
         self.to_value_residual_mix = None
         if flags.learned_value_residual_mix:
             # decided by the tokens that the values belong to: of a context, if that has a width of its own

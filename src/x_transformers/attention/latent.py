@@ -25,7 +25,8 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     if cross and held_rows(past, 'latent'):
         held = cast('LayerCache', past)
         return placed(attn, cast(Tensor, held.get('latent')), held.get('k_rope'), held.get('mixed'), None, given)
-    z: Tensor = cast(nn.Module, attn.to_latent_kv)(seen.keys)
+    apart = attn.flags.tensor_product and seen.values is not seen.keys
+    z: Tensor = cast(nn.Module, attn.to_latent_kv)(seen.keys, *((seen.values,) if apart else ()))
     new = {'latent': z}
     if attn.to_rotateable_k is not None:
         new['k_rope'] = split_heads(attn.to_rotateable_k(seen.keys), cast(int, attn.rotated_heads))

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.inputs import Intermediates
+from x_transformers.attention.tensor_product import KeyValueFactors, OuterProducts
 from x_transformers.module import spread_as
 from x_transformers.tensor_types import Float
 
@@ -38,7 +39,7 @@ def split_factors(factors: Float[Tensor, 'h'], kv_heads: int) -> tuple[Float[Ten
 def scale_rows_(weight: Tensor, factors: Float[Tensor, 'h']) -> None:
     """Times a factor per head, whose rows lie together."""
     if factors.numel():
-        rows = factors.repeat_interleave(weight.shape[0] // factors.numel())
+        rows = factors.to(weight.device).repeat_interleave(weight.shape[0] // factors.numel())
         weight.mul_(spread_as(rows.unsqueeze(-1).expand(weight.shape), weight))
 
 
@@ -57,13 +58,27 @@ def clip_queries_and_keys_(attn: AttentionParts, scores: Float[Tensor, 'b h i j'
     if attn.flags.head_learned_sink:
         # the sink's column, put in front, is no product of a query and a key
         scores = scores[..., 1:]
-    queries, keys = split_factors(score_factors(scores, tau).to(attn.to_q.weight.device), attn.kv_heads)
+    queries, keys = split_factors(score_factors(scores, tau), attn.kv_heads)
     through_latent = attn.flags.key_heads_from_latent
-    for projection, factors in ((attn.to_q, queries), (attn.to_k, keys[:through_latent])):
-        scale_rows_(projection.weight, factors)
-        if projection.bias is not None:
-            scale_rows_(projection.bias.unsqueeze(-1), factors)
+    clip_projection_(attn.to_q, attn.to_latent_q, queries)
+    clip_projection_(attn.to_k, attn.to_latent_kv, keys[:through_latent])
     if attn.to_rotateable_k is not None:
         scale_rows_(attn.to_rotateable_k.weight, keys[through_latent:])
     if attn.mem_k is not None:
-        attn.mem_k.mul_(spread_as(keys[:, None, None].expand(attn.mem_k.shape), attn.mem_k))
+        factors = keys[:, None, None].to(attn.mem_k.device).expand(attn.mem_k.shape)
+        attn.mem_k.mul_(spread_as(factors, attn.mem_k))
+
+
+def clip_projection_(
+    projection: nn.Linear | OuterProducts, latent: nn.Linear | KeyValueFactors | None, factors: Float[Tensor, 'h']
+) -> None:
+    """Of outer products the numbers of each head, which lie in front of the factors that ``latent`` makes."""
+    if isinstance(projection, nn.Linear):
+        scale_rows_(projection.weight, factors)
+        if projection.bias is not None:
+            scale_rows_(projection.bias.unsqueeze(-1), factors)
+        return
+    made = latent.of_keys if isinstance(latent, KeyValueFactors) else latent
+    if made is not None:
+        over_channels = factors.new_ones(projection.rank * projection.width)
+        scale_rows_(made.weight, torch.cat((factors.repeat_interleave(projection.rank), over_channels)))

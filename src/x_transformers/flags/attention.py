@@ -36,6 +36,7 @@ COMPOSABLE = 'https://arxiv.org/abs/2405.08553'
 DIFFERENTIAL = 'https://arxiv.org/abs/2410.05258'
 EXCLUSIVE = 'https://arxiv.org/abs/2603.09078'
 HYBRID_GATES = 'https://arxiv.org/abs/2608.11805'
+TENSOR_PRODUCT = 'https://arxiv.org/abs/2501.06425'
 VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/2412.15113')
 
 
@@ -379,6 +380,18 @@ class AttentionFlags(ScoreFlags):
         'that each query and each key makes of its token; they start as plain attention.', paper=COMPOSABLE, since='here',
     )  # fmt: skip
     composable_rank: int = flag(2, 'Rank of these matrices.', paper=COMPOSABLE, parent='composable', low=1, since='here')
+    tensor_product: bool = flag(
+        False, 'Tensor product attention: queries, keys and values are means of outer products of a vector over heads and one '
+        'over channels, both made of the token; the cache keeps the vectors of keys and values.', paper=TENSOR_PRODUCT,
+        since='here',
+    )  # fmt: skip
+    tensor_product_q_rank: int = flag(
+        6, 'Number of outer products of a query.', paper=TENSOR_PRODUCT, parent='tensor_product', low=1, since='here'
+    )
+    tensor_product_kv_rank: int = flag(
+        2, 'Number of outer products of a key, and of a value.', paper=TENSOR_PRODUCT, parent='tensor_product', low=1,
+        since='here',
+    )  # fmt: skip
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
 
     @cached_property
@@ -409,6 +422,11 @@ class AttentionFlags(ScoreFlags):
     @cached_property
     def key_heads_from_latent(self) -> int:
         return self.num_kv_heads - (self.latent_rope_subheads or 0)
+
+    @property
+    def caches_latent(self) -> bool:
+        """Whether the cache keeps what keys and values are made of."""
+        return self.use_latent_kv or self.tensor_product
 
     @cached_property
     def tied_to_causality(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from x_transformers.flags.feedforward import ACTIVATIONS
 from x_transformers.flags.rule import Rule, how_many
 
 WEIGHTS = ScoreFlags.one_of('weights')
+OTHER_PROJECTIONS = ('use_latent_q', 'use_latent_kv', 'qkv_bias')
 # no softmax of products over the keys of a query
 NO_SOFTMAX = ('sigmoid', 'softpick', 'stick_breaking', 'l2_distance', 'inverted_attention')
 SWITCHES = ('relu_squared', 'solu', 'swish')
@@ -157,6 +158,13 @@ ATTENTION_RULES = (
         lambda flags, dim: flags.project_out is False and flags.out_bias,
         'the bias is that of the output projection',
         {'project_out': False, 'heads': 1, 'dim_head': 64, 'out_bias': True},
+    ),
+    Rule(
+        ('tensor_product', *OTHER_PROJECTIONS),
+        lambda flags, dim: flags.tensor_product and how_many(flags, OTHER_PROJECTIONS) > 0,
+        'outer products take the place of the projections, and are latents already',
+        {'tensor_product': True, 'use_latent_q': True, 'dim_latent_q': 8},
+        only_changed=True,
     ),
     Rule(
         ('differential', 'heads', 'kv_heads', 'one_kv_head'),

@@ -150,6 +150,9 @@ class AttentionKeywords(TypedDict, total=False):
     differential_lambda_init: float | None
     composable: bool
     composable_rank: int
+    tensor_product: bool
+    tensor_product_q_rank: int
+    tensor_product_kv_rank: int
     project_out: bool | None
 
 
@@ -371,6 +374,9 @@ class InnerKeywords(TypedDict, total=False):
     attn_differential_lambda_init: Each[float | None]
     attn_composable: Each[bool]
     attn_composable_rank: Each[int]
+    attn_tensor_product: Each[bool]
+    attn_tensor_product_q_rank: Each[int]
+    attn_tensor_product_kv_rank: Each[int]
     attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
@@ -465,6 +471,9 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_differential_lambda_init: Each[float | None]
     cross_attn_composable: Each[bool]
     cross_attn_composable_rank: Each[int]
+    cross_attn_tensor_product: Each[bool]
+    cross_attn_tensor_product_q_rank: Each[int]
+    cross_attn_tensor_product_kv_rank: Each[int]
     cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
@@ -888,6 +897,9 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_differential_lambda_init: Each[float | None]
     enc_attn_composable: Each[bool]
     enc_attn_composable_rank: Each[int]
+    enc_attn_tensor_product: Each[bool]
+    enc_attn_tensor_product_q_rank: Each[int]
+    enc_attn_tensor_product_kv_rank: Each[int]
     enc_attn_project_out: Each[bool | None]
     enc_cross_attn_flash: Each[bool]
     enc_cross_attn_dropout: Each[float]
@@ -982,6 +994,9 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_differential_lambda_init: Each[float | None]
     enc_cross_attn_composable: Each[bool]
     enc_cross_attn_composable_rank: Each[int]
+    enc_cross_attn_tensor_product: Each[bool]
+    enc_cross_attn_tensor_product_q_rank: Each[int]
+    enc_cross_attn_tensor_product_kv_rank: Each[int]
     enc_cross_attn_project_out: Each[bool | None]
     enc_ff_dim_out: Each[int | None]
     enc_ff_mult: Each[float]
@@ -1249,6 +1264,9 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_differential_lambda_init: Each[float | None]
     dec_attn_composable: Each[bool]
     dec_attn_composable_rank: Each[int]
+    dec_attn_tensor_product: Each[bool]
+    dec_attn_tensor_product_q_rank: Each[int]
+    dec_attn_tensor_product_kv_rank: Each[int]
     dec_attn_project_out: Each[bool | None]
     dec_cross_attn_flash: Each[bool]
     dec_cross_attn_dropout: Each[float]
@@ -1343,6 +1361,9 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_differential_lambda_init: Each[float | None]
     dec_cross_attn_composable: Each[bool]
     dec_cross_attn_composable_rank: Each[int]
+    dec_cross_attn_tensor_product: Each[bool]
+    dec_cross_attn_tensor_product_q_rank: Each[int]
+    dec_cross_attn_tensor_product_kv_rank: Each[int]
     dec_cross_attn_project_out: Each[bool | None]
     dec_ff_dim_out: Each[int | None]
     dec_ff_mult: Each[float]

@@ -181,7 +181,7 @@ def row_begins(stack: StackParts, given: Given, span: Span, cache: KVCache | Non
 def rotates_only_new(stack: StackParts, cache: KVCache | None) -> bool:
     """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
     rotary = stack.rotary_pos_emb
-    latent = any(flags.use_latent_kv for flags in stack.flags.attentions)
+    latent = any(flags.caches_latent for flags in stack.flags.attentions)
     if rotary is None or rotary.scale is not None or latent or not keys_last(stack):
         return False
     tapes = [] if cache is None else [layer.tapes for layer in cache]
