@@ -338,6 +338,8 @@ POSITIONS = (
     group('rotate_num_heads', SELF, rotary_pos_emb=True, rotate_num_heads=2),
     group('polar', SELF, polar_pos_emb=True),
     group('polar_uniform', SELF, polar_pos_emb=True, polar_bias_uniform_init=True),
+    group('path', STRICT, attn_path=True),
+    group('path_rank', STRICT, attn_path=True, attn_path_rank=3),
     group('alibi', SELF, alibi_pos_bias=True),
     group('alibi_heads', SELF, alibi_pos_bias=True, alibi_num_heads=2),
     group('alibi_slopes', SELF, alibi_pos_bias=True, rel_pos_kwargs={'slopes': [0.9, 0.6, 0.3, 0.1]}),

@@ -94,6 +94,7 @@ def check_context(attn: AttentionParts, context: Any, batch: int) -> None:
         'orthog_projected_values_per_head',
         'exclusive',
         'stick_breaking',
+        'path',
     ):
         if getattr(attn.flags, flag):
             raise ValueError(

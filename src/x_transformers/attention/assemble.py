@@ -21,7 +21,12 @@ def build_attend(flags: AttentionFlags) -> Attend:
     cope = build_contextual_positions(flags)
     return Attend.from_flags(
         AttendFlags(
-            scale=flags.score_scale, cope=cope, composable=flags.composable, sdp_kwargs=flags.attend_sdp_kwargs, **shared
+            scale=flags.score_scale,
+            cope=cope,
+            composable=flags.composable,
+            path=flags.path,
+            sdp_kwargs=flags.attend_sdp_kwargs,
+            **shared,
         )
     )
 

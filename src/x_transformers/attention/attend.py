@@ -30,6 +30,7 @@ from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
 from x_transformers.attention.scores.composed import ComposeScores, ComposeWeights, Composition
 from x_transformers.attention.scores.contextual import AddContextualPositions, Forget
 from x_transformers.attention.scores.inverted import AverageKeys, CloseQueries, TurnScores
+from x_transformers.attention.scores.path import PathSimilarity, PathSteps
 from x_transformers.attention.scores.pointwise import RestoreSign, SoftClamp, SplitSign
 from x_transformers.attention.scores.scalable import ScaleQueries, query_factor
 from x_transformers.attention.scores.similarity import Distance, Similarity
@@ -63,6 +64,7 @@ ORDER: tuple[type[ScoreRule], ...] = (
     ScaleQueries,
     Similarity,
     Distance,
+    PathSimilarity,
     AddPrevious,
     RecordSimilarities,
     BranchOffScale,
@@ -166,12 +168,13 @@ class Attend(Module):
         rows: Bool[Tensor, 'b i'] | None = None,
         delta: Float[Tensor, '... i j'] | None = None,
         composition: Composition | None = None,
+        steps: PathSteps | None = None,
         return_attn: bool = False,
         return_scores: bool = False,
     ) -> tuple[Float[Tensor, 'b h i e'], Maps]:
         """(output, maps). Causality is in the mask. ``return_attn``: the caller may read the maps; ``return_scores``: the next
         layer will. ``rows``: which queries are tokens; ``delta`` is added to the weights;
-        ``composition`` mixes the heads."""
+        ``composition`` mixes the heads, ``steps`` lie between keys and queries."""
         if self.add_zero_kv:
             k, v, geometry = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), geometry.with_front(1)
             previous = previous if previous is None or previous.shape[-1] == geometry.keys else F.pad(previous, (1, 0))
@@ -191,6 +194,7 @@ class Attend(Module):
             delta=delta,
             factor=None if self.softmax_scales is None else query_factor(self.softmax_scales, mask, geometry),
             composition=composition,
+            steps=steps,
             sink=self.head_attn_sink,
             softclamp=self.softclamp,
             sigmoid=self.sigmoid,

@@ -20,6 +20,7 @@ from x_transformers.attention.hybrid import mix_hybrid, run_module, shown
 from x_transformers.attention.inputs import BranchInputs, HandedKeys, Intermediates
 from x_transformers.attention.maps import Maps
 from x_transformers.attention.parts import Seen
+from x_transformers.attention.path import HouseholderSteps
 from x_transformers.attention.project import added, merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
@@ -136,6 +137,7 @@ class Attention(Module):
         for name, build in BIASES.items():
             setattr(self, name, build(self.dim, flags))
         self.composition = ComposeHeads.from_flags(self.dim, flags)
+        self.path_steps = HouseholderSteps.from_flags(self.dim, flags)
         self.differential = Differential.from_flags(flags)
         self.attend = build_attend(flags)
         self.convolutions = build_convolutions(flags)
@@ -278,6 +280,7 @@ class Attention(Module):
             packed=given.packed,
             rows=given.padding,
             delta=given.deltas.weights,
+            steps=None if self.path_steps is None else self.path_steps(seen.x, given),
             composition=None if self.composition is None else self.composition(seen, given),
             return_attn=given.return_attn,
             return_scores=given.return_scores,

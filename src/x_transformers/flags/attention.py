@@ -36,6 +36,7 @@ COMPOSABLE = 'https://arxiv.org/abs/2405.08553'
 DIFFERENTIAL = 'https://arxiv.org/abs/2410.05258'
 EXCLUSIVE = 'https://arxiv.org/abs/2603.09078'
 HYBRID_GATES = 'https://arxiv.org/abs/2608.11805'
+PATH = 'https://arxiv.org/abs/2505.16381'
 TENSOR_PRODUCT = 'https://arxiv.org/abs/2501.06425'
 VALUE_RESIDUAL = ('https://arxiv.org/abs/2410.17897', 'https://arxiv.org/abs/2412.15113')
 
@@ -153,6 +154,7 @@ class AttendFlags(ScoreFlags):
     scale: float | None = flag(None, 'Factor of the scores; None: one over the root of the width of a key.')
     cope: nn.Module | None = flag(None, 'Contextual positions, a function of queries and scores.', paper=COPE)
     composable: bool = flag(False, 'Heads are mixed by what `run` is given as `composition`.', paper=COMPOSABLE, since='here')
+    path: bool = flag(False, 'Queries meet keys through what `run` is given as `steps`.', paper=PATH, since='here')
     sdp_kwargs: Mapping[str, Any] = flag(SDP_KWARGS, "Which backends torch's scaled dot product attention may use.")
 
 
@@ -392,6 +394,12 @@ class AttentionFlags(ScoreFlags):
         2, 'Number of outer products of a key, and of a value.', paper=TENSOR_PRODUCT, parent='tensor_product', low=1,
         since='here',
     )  # fmt: skip
+    path: bool = flag(
+        False, 'PaTH: a query meets a key through a Householder-like factor, I - β w wᵀ, of each token behind the key up to '
+        'its own; w is made through a narrow middle and a convolution over three tokens, per key head.',
+        paper=PATH, self_only=True, since='here',
+    )  # fmt: skip
+    path_rank: int = flag(32, 'Width of that middle.', paper=PATH, parent='path', low=1, self_only=True, since='here')
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
 
     @cached_property
@@ -431,7 +439,15 @@ class AttentionFlags(ScoreFlags):
     @cached_property
     def tied_to_causality(self) -> tuple[str, ...]:
         """The flags that are on and were built for a layer that is causal, or for one that is not."""
-        names = ('selective', 'use_cope', 'data_dependent_alibi', 'hybrid_module', 'inverted_attention', 'stick_breaking')
+        names = (
+            'selective',
+            'use_cope',
+            'data_dependent_alibi',
+            'hybrid_module',
+            'inverted_attention',
+            'stick_breaking',
+            'path',
+        )
         return tuple(name for name in names if getattr(self, name))
 
     @cached_property

@@ -160,6 +160,19 @@ ATTENTION_RULES = (
         {'project_out': False, 'heads': 1, 'dim_head': 64, 'out_bias': True},
     ),
     Rule(
+        ('path', 'causal'),
+        lambda flags, dim: flags.path and not flags.causal,
+        'a path leads from a key to a later query',
+        {'path': True},
+        'Use a causal layer, or leave out [path].',
+    ),
+    Rule(
+        ('path', 'l2_distance'),
+        lambda flags, dim: flags.path and flags.l2_distance,
+        'the path is one of products, not of distances',
+        {'causal': True, 'path': True, 'l2_distance': True},
+    ),
+    Rule(
         ('tensor_product', *OTHER_PROJECTIONS),
         lambda flags, dim: flags.tensor_product and how_many(flags, OTHER_PROJECTIONS) > 0,
         'outer products take the place of the projections, and are latents already',
@@ -309,8 +322,8 @@ ATTENTION_RULES = (
         'Enable one.',
     ),
     Rule(
-        ('flash_pack_seq', 'selective', 'hybrid_module'),
-        lambda flags, dim: flags.flash_pack_seq and how_many(flags, ('selective', 'hybrid_module')) > 0,
+        ('flash_pack_seq', 'selective', 'hybrid_module', 'path'),
+        lambda flags, dim: flags.flash_pack_seq and how_many(flags, ('selective', 'hybrid_module', 'path')) > 0,
         'this would carry something from one packed sequence into the next',
         {'causal': True, 'flash_pack_seq': True, 'selective': True},
         only_changed=True,

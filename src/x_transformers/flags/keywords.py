@@ -49,6 +49,7 @@ class AttendKeywords(TypedDict, total=False):
     softpick: bool
     stick_breaking: bool
     composable: bool
+    path: bool
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -153,6 +154,8 @@ class AttentionKeywords(TypedDict, total=False):
     tensor_product: bool
     tensor_product_q_rank: int
     tensor_product_kv_rank: int
+    path: bool
+    path_rank: int
     project_out: bool | None
 
 
@@ -377,6 +380,8 @@ class InnerKeywords(TypedDict, total=False):
     attn_tensor_product: Each[bool]
     attn_tensor_product_q_rank: Each[int]
     attn_tensor_product_kv_rank: Each[int]
+    attn_path: Each[bool]
+    attn_path_rank: Each[int]
     attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
@@ -474,6 +479,8 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_tensor_product: Each[bool]
     cross_attn_tensor_product_q_rank: Each[int]
     cross_attn_tensor_product_kv_rank: Each[int]
+    cross_attn_path: Each[bool]
+    cross_attn_path_rank: Each[int]
     cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
@@ -900,6 +907,8 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_tensor_product: Each[bool]
     enc_attn_tensor_product_q_rank: Each[int]
     enc_attn_tensor_product_kv_rank: Each[int]
+    enc_attn_path: Each[bool]
+    enc_attn_path_rank: Each[int]
     enc_attn_project_out: Each[bool | None]
     enc_cross_attn_flash: Each[bool]
     enc_cross_attn_dropout: Each[float]
@@ -997,6 +1006,8 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_tensor_product: Each[bool]
     enc_cross_attn_tensor_product_q_rank: Each[int]
     enc_cross_attn_tensor_product_kv_rank: Each[int]
+    enc_cross_attn_path: Each[bool]
+    enc_cross_attn_path_rank: Each[int]
     enc_cross_attn_project_out: Each[bool | None]
     enc_ff_dim_out: Each[int | None]
     enc_ff_mult: Each[float]
@@ -1267,6 +1278,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_tensor_product: Each[bool]
     dec_attn_tensor_product_q_rank: Each[int]
     dec_attn_tensor_product_kv_rank: Each[int]
+    dec_attn_path: Each[bool]
+    dec_attn_path_rank: Each[int]
     dec_attn_project_out: Each[bool | None]
     dec_cross_attn_flash: Each[bool]
     dec_cross_attn_dropout: Each[float]
@@ -1364,6 +1377,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_tensor_product: Each[bool]
     dec_cross_attn_tensor_product_q_rank: Each[int]
     dec_cross_attn_tensor_product_kv_rank: Each[int]
+    dec_cross_attn_path: Each[bool]
+    dec_cross_attn_path_rank: Each[int]
     dec_cross_attn_project_out: Each[bool | None]
     dec_ff_dim_out: Each[int | None]
     dec_ff_mult: Each[float]

@@ -134,6 +134,13 @@ STACK_RULES = (
         only_changed=True,
     ),
     Rule(
+        ('attn_path', 'rotary_pos_emb', 'rotary_xpos', 'polar_pos_emb'),
+        lambda flags, dim: flags.attention.path and (flags.rotary or flags.polar),
+        'its products are the positions, and turned queries and keys would not meet them',
+        {'causal': True, 'attn_path': True, 'rotary_pos_emb': True},
+        only_changed=True,
+    ),
+    Rule(
         ('polar_pos_emb', 'attn_use_cope'),
         lambda flags, dim: flags.polar and flags.attention.use_cope,
         'contextual positions are asked by queries as wide as a head, and polar ones are twice as wide',

@@ -13,6 +13,7 @@ from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
 from x_transformers.attention.scores.composed import Composition
+from x_transformers.attention.scores.path import PathSteps
 from x_transformers.attention.scores.scalable import scaled_queries
 from x_transformers.helpers import recall, remember
 from x_transformers.position.bias import Bias, rendered_bias
@@ -102,6 +103,7 @@ class KernelArgs:
     delta: Float[Tensor, '... i j'] | None = None
     factor: Float[Tensor, '#b h #i 1'] | None = None
     composition: Composition | None = None
+    steps: PathSteps | None = None
     sink: Float[Tensor, 'h'] | None = None
     softclamp: float | None = None
     sigmoid: bool = False

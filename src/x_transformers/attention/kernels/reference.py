@@ -46,6 +46,7 @@ def state_of(args: KernelArgs) -> ScoreState:
         delta=args.delta,
         factor=args.factor,
         composition=args.composition,
+        steps=args.steps,
     )
 
 

@@ -15,6 +15,7 @@ from x_transformers.tensor_types import Bool, Float
 if TYPE_CHECKING:
     from x_transformers.attention.mask import Mask
     from x_transformers.attention.scores.composed import Composition
+    from x_transformers.attention.scores.path import PathSteps
     from x_transformers.position.bias import Bias
 
 
@@ -40,7 +41,8 @@ class ScoreState:
     ``scores`` become weights along the way, and these ``out``. ``wanted`` names the maps to record. ``shared`` says that
     somebody else holds the present ``scores`` (a record, or the backward of a mixer): do not change them in place.
     ``rows`` tells which queries are tokens, ``delta`` is added to the weights, ``inverted`` says that keys are shared out,
-    ``factor`` multiplies the queries, ``composition`` says how heads are mixed.
+    ``factor`` multiplies the queries, ``composition`` says how heads are mixed,
+    ``steps`` what lies between keys and queries.
     """
 
     q: Float[Tensor, 'b h i d']
@@ -59,6 +61,7 @@ class ScoreState:
     inverted: bool = False
     factor: Float[Tensor, '#b h #i 1'] | None = None
     composition: Composition | None = None
+    steps: PathSteps | None = None
     allowed: Bool[Tensor, '#b #h i j'] | None = None
     sign: Tensor | None = None
     gamma: Tensor | None = None

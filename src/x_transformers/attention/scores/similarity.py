@@ -58,7 +58,7 @@ class Similarity(ScoreRule):
 
     @classmethod
     def is_on(cls, flags: ScoreFlags) -> bool:
-        return not flags.l2_distance
+        return not (flags.l2_distance or getattr(flags, 'path', False))
 
     def apply(self, state: ScoreState) -> None:
         state.scores = (state.q * state.scale) @ tiled_heads(state.k, state.q.shape[1]).transpose(-1, -2)
