@@ -114,7 +114,7 @@ class ViTransformerWrapper(Module):
         length = x.shape[1]
         if self.register_tokens is not None:
             x = torch.cat((x, self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1)
-        out = self.attn_layers(x)
+        out = self.attn_layers(x, **self.on_grid(x))
         embeds, registers = out[:, :length], out[:, length:]
         pooled = self.pooled(embeds)
         if self.flags.keep_register_tokens:
@@ -124,6 +124,14 @@ class ViTransformerWrapper(Module):
             return embeds
         logits = self.mlp_head(pooled)
         return (logits, embeds) if return_logits_and_embeddings else logits
+
+    def on_grid(self, x: Float[Tensor, 'b n d']) -> dict[str, Tensor]:
+        """Positions, where the stack's are those of a grid: patches are its cells, other tokens are not turned."""
+        if self.attn_layers.flags.rotary_axes is None:
+            return {}
+        front = 0 if self.cls_token is None else 1
+        cells = torch.arange(self.flags.num_patches, device=x.device)
+        return {'pos': nn.functional.pad(cells, (front, self.num_register_tokens))}
 
     def pooled(self, embeds: Float[Tensor, 'b n d']) -> Float[Tensor, 'b c']:
         """What logits are made of: the mean of the patches, the cls token, or both."""

@@ -273,6 +273,8 @@ class InnerKeywords(TypedDict, total=False):
     attn_aggregated_residual_kwargs: Mapping[str, Any]
     mv_split_residual: bool
     parallel_block: bool
+    rotary_axes: tuple[int, ...] | None
+    rotary_axes_mixed: bool
     gated_multi_residual: bool
     norm_before: Each[bool]
     residual_lambdas: Each[bool | float]
@@ -799,6 +801,8 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_aggregated_residual_kwargs: Mapping[str, Any]
     enc_mv_split_residual: bool
     enc_parallel_block: bool
+    enc_rotary_axes: tuple[int, ...] | None
+    enc_rotary_axes_mixed: bool
     enc_gated_multi_residual: bool
     enc_norm_before: Each[bool]
     enc_residual_lambdas: Each[bool | float]
@@ -1170,6 +1174,8 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_aggregated_residual_kwargs: Mapping[str, Any]
     dec_mv_split_residual: bool
     dec_parallel_block: bool
+    dec_rotary_axes: tuple[int, ...] | None
+    dec_rotary_axes_mixed: bool
     dec_gated_multi_residual: bool
     dec_norm_before: Each[bool]
     dec_residual_lambdas: Each[bool | float]

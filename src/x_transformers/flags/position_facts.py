@@ -24,6 +24,7 @@ class PositionFacts:
         rotary_xpos: bool
         rotary_emb_dim: int | None
         rotary_scaling: Mapping[str, Any] | None
+        rotary_axes: tuple[int, ...] | None
         polar_pos_emb: bool
         rel_pos_bias: bool
         alibi_num_heads: int | None
@@ -45,7 +46,8 @@ class PositionFacts:
 
         Then it matters where a row begins; otherwise only distances between places do.
         """
-        return self.rotary_by_length or any(
+        on_grid = self.rotary and self.rotary_axes is not None
+        return on_grid or self.rotary_by_length or any(
             attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
             for attention in self.attentions
         )

@@ -18,7 +18,7 @@ from x_transformers.flags.rule import Name, Rule, broken_rules, orphans, out_of_
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import SAME_IN_ALL_LAYERS, STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags
-from x_transformers.flags.wrapper_rules import ALONE_RULES, ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack
+from x_transformers.flags.wrapper_rules import ALONE_RULES, ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack, grid_refusals
 from x_transformers.layers.plan import plan_layers
 from x_transformers.notices import warn_inert, written
 
@@ -125,6 +125,7 @@ def check_vision(flags: VisionFlags, stack: StackFlags, where: str = 'ViTransfor
         [
             *out_of_range(flags, written).values(),
             *broken_rules(VISION_RULES, flags, stack.dim, written),
+            *grid_refusals(flags, stack),
             *broken_rules(ALONE_RULES, stack, stack.dim, written),
         ]
     )

@@ -1,4 +1,4 @@
-"""Flags of a stack that 2.16.1 does not have: its structure, its residuals, and what enters it.
+"""Flags of a stack that 2.16.1 does not have: its structure, its residuals, what enters it, positions on a grid.
 
 Derived: ``branch_scale``, the constant factor on what branches write.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from x_transformers.flags.base import flag
 from x_transformers.flags.layered import LayeredFlags
 
+GRID = 'https://arxiv.org/abs/2403.13298'
 LAMBDAS = 'https://github.com/KellerJordan/modded-nanogpt'
 AGGREGATED = ('https://arxiv.org/abs/2603.15031', 'https://arxiv.org/abs/2601.21582')
 
@@ -62,6 +63,15 @@ class StructureFlags(LayeredFlags):
         False, 'The layers of a block all read what enters it, each through its own norm, and their outputs are added to it.',
         paper='https://arxiv.org/abs/2204.02311', since='here', one_of='residual',
         formula='x ← x + attention(norm₁ x) + feed-forward(norm₂ x)',
+    )  # fmt: skip
+    rotary_axes: tuple[int, ...] | None = flag(
+        None, 'Rotary positions on a grid: tokens are its cells, row by row, such as (14, 14) for rows and columns, or '
+        '(8, 14, 14) with frames in front; the first axis may go on. Pairs of channels belong to the axes in turn, the last '
+        'axis first; the paper takes rotary_theta=100.', paper=GRID, parent='rotary_pos_emb', low=1, since='here',
+    )  # fmt: skip
+    rotary_axes_mixed: bool = flag(
+        False, 'Each pair turns by a learned sum over the axes, of its own in each layer and key head; it starts along random '
+        'orthogonal directions.', paper=GRID, parent='rotary_axes', since='here',
     )  # fmt: skip
     gated_multi_residual: bool = flag(
         False, 'Streams are read and written through low-rank gates per channel; residual_fn_kwargs needs read_gate_rank.',

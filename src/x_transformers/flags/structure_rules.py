@@ -42,6 +42,8 @@ ENTERING = (
     'integrate_layers', 'attn_aggregated_residuals', 'qkv_receive_diff_residuals', 'unet_skips', *LAMBDAS,
     'num_residual_streams', 'resi_dual', 'parallel_block',
 )  # fmt: skip
+# of rotary positions, what is about positions in a line
+LINE = ('rotary_xpos', 'rotary_scaling', 'rotary_base_rescale_factor')
 
 STRUCTURE_RULES = (
     Rule(
@@ -125,6 +127,41 @@ STRUCTURE_RULES = (
         {'layer_norm_scaling': True, 'pre_norm': False},
         'Use pre-norm layers that are not shared.',
         only_changed=True,
+    ),
+    Rule(
+        ('rotary_axes',),
+        lambda flags, dim: flags.rotary_axes is not None and len(flags.rotary_axes) not in (2, 3),
+        'a grid has two or three axes',
+        {'rotary_pos_emb': True, 'rotary_axes': (4,)},
+        'Give (rows, columns), or (frames, rows, columns).',
+    ),
+    Rule(
+        ('rotary_axes', *LINE),
+        lambda flags, dim: flags.rotary_axes is not None and how_many(flags, LINE) > 0,
+        'that is about distances in one line, and tokens lie on a grid',
+        {'rotary_pos_emb': True, 'rotary_axes': (4, 4), 'rotary_scaling': {'type': 'linear', 'factor': 2.0}},
+        only_changed=True,
+    ),
+    Rule(
+        ('rotary_axes', 'rotary_emb_dim'),
+        lambda flags, dim: flags.rotary_axes is not None and flags.rotary_dim < 2 * len(flags.rotary_axes),
+        'each axis turns at least one pair of channels, but {rotary_dim} channels turn',
+        {'rotary_pos_emb': True, 'rotary_axes': (4, 4), 'rotary_emb_dim': 2},
+        'Turn more channels.',
+        only_changed=True,
+    ),
+    Rule(
+        ('rotary_axes_mixed', 'rotate_num_heads', 'attn_latent_rope_subheads'),
+        lambda flags, dim: flags.rotary_axes_mixed and flags.attention.rotated_heads is not None,
+        'each head turns in its own way, so all of them turn',
+        {'rotary_pos_emb': True, 'rotary_axes': (4, 4), 'rotary_axes_mixed': True, 'rotate_num_heads': 2},
+        only_changed=True,
+    ),
+    Rule(
+        ('rotary_axes_mixed', 'kv_share_every'),
+        lambda flags, dim: flags.rotary_axes_mixed and flags.kv_share_every is not None,
+        'each layer turns its queries and keys in its own way',
+        {'rotary_pos_emb': True, 'rotary_axes': (4, 4), 'rotary_axes_mixed': True, 'kv_share_every': 2},
     ),
     Rule(
         (*LAMBDAS, 'resi_dual', 'parallel_block'),

@@ -198,5 +198,10 @@ class VisionFlags(Flags):
         return sides(self.patch_size)
 
     @cached_property
+    def grid(self) -> tuple[int, ...]:
+        """Patches in a column, and in a row."""
+        return tuple(image // patch for image, patch in zip(self.image_sides, self.patch_sides, strict=True))
+
+    @cached_property
     def num_patches(self) -> int:
-        return math.prod(image // patch for image, patch in zip(self.image_sides, self.patch_sides, strict=True))
+        return math.prod(self.grid)

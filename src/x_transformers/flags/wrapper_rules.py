@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from x_transformers.flags.feedforward import ACTIVATIONS
 from x_transformers.flags.rule import Rule, how_many
+
+if TYPE_CHECKING:
+    from x_transformers.flags.stack import StackFlags
+    from x_transformers.flags.wrapper import VisionFlags
 
 HEADS = ('tie_embedding', 'num_output_heads', 'to_logits')
 SHAPES = ('logits_scale', 'logits_softcap', 'logits_bias', 'logits_transform')
@@ -240,6 +244,17 @@ ALONE_RULES = (
         only_changed=True,
     ),
 )
+
+
+def grid_refusals(flags: VisionFlags, stack: StackFlags) -> list[str]:
+    """Rotary positions on another grid than that of the patches."""
+    if stack.rotary_axes is None or stack.rotary_axes == flags.grid:
+        return []
+    return [
+        f'`rotary_axes={stack.rotary_axes}` of `attn_layers`: the grid of the patches is {flags.grid} (rows, columns). '
+        f'Set it to that, or leave it out.'
+    ]
+
 
 VISION_RULES = (
     Rule(

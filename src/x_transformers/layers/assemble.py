@@ -13,6 +13,7 @@ from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombin
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.plan import ATTENTIONS, LayerPlan
 from x_transformers.layers.residual import BlockStreams, DualStreams, ParallelStreams, SingleStream
+from x_transformers.position.grid import GridRotary
 from x_transformers.position.polar import PolarEmbedding
 from x_transformers.position.rotary import RotaryEmbedding
 
@@ -23,6 +24,8 @@ def choose_rotaries(flags: StackFlags) -> tuple[list[RotaryEmbedding], tuple[int
     """(One embedding for each base and scaling that layers of attention have, which of them each layer has.)"""
     if not flags.rotary:
         return [], ()
+    if flags.rotary_axes is not None:
+        return grid_rotaries(flags, flags.rotary_axes)
     settings = [(flags.rotary_theta, flags.rotary_scaling)]
     which = []
     for index, kind in enumerate(flags.kinds):
@@ -32,6 +35,25 @@ def choose_rotaries(flags: StackFlags) -> tuple[list[RotaryEmbedding], tuple[int
             settings.append(own)
         which.append(settings.index(own))
     return [make_rotary(flags, *own) for own in settings], tuple(which)
+
+
+def grid_rotaries(flags: StackFlags, axes: tuple[int, ...]) -> tuple[list[RotaryEmbedding], tuple[int, ...]]:
+    """The same on a grid: one for each base, or, where the axes are mixed, for each self attention."""
+    made: list[RotaryEmbedding] = []
+    which, known = [], {}
+    for index, kind in enumerate(flags.kinds):
+        if kind != 'a':
+            which.append(0)
+            continue
+        layer = flags.layer(index)
+        heads = layer.attention.num_kv_heads if flags.rotary_axes_mixed else None
+        own = index if flags.rotary_axes_mixed else layer.rotary_theta
+        if own not in known:
+            known[own] = len(made)
+            kwargs: dict[str, Any] = {'base': layer.rotary_theta, 'layout': flags.rotary_layout, 'heads': heads}
+            made.append(GridRotary(flags.rotary_dim, axes, interpolation_factor=flags.rotary_interpolation_factor, **kwargs))
+        which.append(known[own])
+    return made, tuple(which)
 
 
 def make_rotary(flags: StackFlags, theta: float, scaling: Mapping[str, Any] | None) -> RotaryEmbedding:

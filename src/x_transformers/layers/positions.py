@@ -190,10 +190,10 @@ def rotates_only_new(stack: StackParts, cache: KVCache | None) -> bool:
 
 def keys_last(stack: StackParts) -> bool:
     """Whether a key that is turned stays what it is: not if the length counts, nor where places count from the window's
-    beginning and what queries meet there (contextual positions) cannot be turned along."""
+    beginning and that turns keys otherwise (on a grid), or what queries meet (contextual positions) cannot be turned along."""
     rotaries: list[Any] = [stack.rotary_pos_emb, *(stack.other_rotaries or ())]
-    by_length = any(rotary.depends_on_length for rotary in rotaries)
-    return not by_length and not any(flags.use_cope for flags in stack.flags.attentions)
+    moving = any(rotary.depends_on_length or not rotary.by_distance for rotary in rotaries)
+    return not moving and not any(flags.use_cope for flags in stack.flags.attentions)
 
 
 def positions(
@@ -283,6 +283,8 @@ def cross_positions(
     """Where queries and the context's keys are, if the caller says where the context is; ``embedding`` as in ``positions``."""
     if given.context_pos is None:
         return None
+    if stack.flags.rotary_axes is not None:
+        raise ValueError('context_pos must not be given with rotary_axes: the context is no part of the grid. Leave it out.')
     from x_transformers.position.positions import RotaryPositions
 
     rotary: Any = stack.rotary_pos_emb if embedding is None else embedding

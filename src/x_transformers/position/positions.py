@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.attention.geometry import tiled_heads
 from x_transformers.helpers import Memo, recall, recomputed_part, remember
 from x_transformers.module import last_rows
 from x_transformers.position.polar import place
@@ -79,14 +81,14 @@ class RotaryTable:
         if back and not isinstance(self.scale, Tensor) and self.scale != 1.0:
             return RotaryTable(self.angles, 1.0, self.layout).rotated(t / self.scale_of(dim), None, before, back=True)
         if self.layout == 'halves':
-            cos, sin = self._cos_sin(n, dim, before, inverse)
+            cos, sin = (of_heads(table, t) for table in self._cos_sin(n, dim, before, inverse))
             return turn_halves(t, cos, -sin if back else sin)
         if torch.compiler.is_compiling() or dim % 2 == 1:
-            cos, sin = self._cos_sin(n, dim, before, inverse)
+            cos, sin = (of_heads(table, t) for table in self._cos_sin(n, dim, before, inverse))
             width = cos.shape[-1]
             turned = turn_by_cos_sin(t[..., :width], cos, -sin if back else sin)
             return turned if width == dim else torch.cat((turned, t[..., width:]), dim=-1)
-        turns = self._turns(n, dim, before, inverse)
+        turns = of_heads(self._turns(n, dim, before, inverse), t)
         return turn(t, turns.conj() if back else turns)
 
     def spread(self, rows: int) -> RotaryTable:
@@ -100,20 +102,26 @@ class RotaryTable:
 
     def _pairs(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, Tensor | float]:
         check_table(self.angles.shape[-2], self.angles.shape[-1] * 2, n + before, dim)
-        angles = last_rows(self.angles, n + before)[..., :n, :].unsqueeze(1)
+        angles = last_rows(self.angles, n + before)[..., :n, :]
+        # angles that learn are those of each head
+        angles = angles.unsqueeze(1) if angles.ndim == 3 else angles
         if not isinstance(self.scale, Tensor):
             return angles, self.scale
         scale = last_rows(self.scale, n + before)[..., :n, :].unsqueeze(1)
         return angles, scale.reciprocal() if inverse else scale
 
+    def _part(self) -> Hashable:
+        """Of a forward in parts, some of which are run again: where angles that learn may be used again."""
+        return recomputed_part() if self.angles.requires_grad else None
+
     def _turns(self, n: int, dim: int, before: int, inverse: bool) -> Tensor:
         """Complex numbers for a whole head: 1 for the pairs that don't turn."""
-        key = ('turns', n, dim, before, inverse)
+        key = ('turns', n, dim, before, inverse, self._part())
         turns: Tensor | None = recall(self._made, key)
         return remember(self._made, key, as_turns(*self._pairs(n, dim, before, inverse), dim)) if turns is None else turns
 
     def _cos_sin(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, Tensor]:
-        key = ('cos_sin', n, dim, before, inverse)
+        key = ('cos_sin', n, dim, before, inverse, self._part())
         found: tuple[Tensor, Tensor] | None = recall(self._made, key)
         if found is None:
             angles, scale = self._pairs(n, dim, before, inverse)
@@ -125,7 +133,12 @@ class RotaryTable:
 
 
 def _one_of_each_pair(table: Float[Tensor, '... n r'], layout: str) -> Float[Tensor, '#b n p']:
-    return once(table if table.ndim == 3 else table.unsqueeze(0), layout)
+    return once(table if table.ndim >= 3 else table.unsqueeze(0), layout)
+
+
+def of_heads(table: Float[Tensor, 'b kh n p'], t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n p']:
+    """For each head of ``t``: one table for all, or that of its key head."""
+    return table if table.shape[1] == 1 else tiled_heads(table, t.shape[1])
 
 
 class RotaryPositions(Positions):

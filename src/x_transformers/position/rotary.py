@@ -31,6 +31,8 @@ class RotaryEmbedding(ExactBuffers):
     """
 
     exact_buffers = ('inv_freq', 'scale')
+    # whether queries and keys that are all moved by as much meet as before
+    by_distance = True
     inv_freq: Tensor
     scale: Tensor | None
 
