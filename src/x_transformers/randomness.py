@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import random
 
+import torch
+
+from x_transformers.tensor_types import Int
+
 _own: random.Random | None = None
 
 
@@ -26,3 +30,12 @@ def happens(probability: float) -> bool:
 def whole(low: int, high: int) -> int:
     """A whole number from ``low`` to ``high``, both included."""
     return random.randint(low, high) if _own is None else _own.randint(low, high)
+
+
+def sorted_places(count: int, among: int, device: torch.device | None = None) -> Int[torch.Tensor, ' n']:
+    """``count`` different numbers from 0 to ``among`` - 1 in their order, every subset as likely as every other.
+
+    Nobody waits for these, so they are drawn as dropout is, from torch's generator of the device: ``torch.manual_seed`` repeats
+    them, and a compiled program draws them too.
+    """
+    return torch.randperm(among, device=device)[:count].sort().values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from x_transformers.losses import calc_z_loss
 from x_transformers.module import Dropout, Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
+from x_transformers.randomness import sorted_places
 from x_transformers.returns import Asked, next_memories, scores
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -98,6 +100,7 @@ class StackWrapper(Module):
         self.attn_layers = stack
         self.max_mem_len: int = usual(flags, 'max_mem_len')
         self.shift_mem_down: int = usual(flags, 'shift_mem_down')
+        self.randomized_positions: int | None = usual(flags, 'randomized_positions')
         self.can_cache_kv_outside_max_seq_len = not self.has_absolute_positions
         self.input_not_include_cache: bool = usual(flags, 'input_not_include_cache')
 
@@ -218,6 +221,8 @@ class StackWrapper(Module):
     def run(self, call: Call, asked: Asked) -> Any:
         """Embed what is new, put in front of it what belongs there, run the stack, take that out again, pool, read out."""
         asked.check(has_head=self.has_head, predicts_next=self.predicts_next)
+        if self.randomized_positions is not None and self.training:
+            call = randomly_placed(call, self.randomized_positions)
         rows = self._rows(call)
         initial = self._embed(call, rows)
         mask = call.mask if call.lens is None else rows.before(call.lens)
@@ -413,6 +418,18 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
             tables, ids = given[name]
             given[name] = tables, shuffle.lay(ids)
     return given
+
+
+def randomly_placed(call: Call, among: int) -> Call:
+    """The call with positions of memories and tokens drawn from 0 … ``among`` - 1, unless it says where they are."""
+    if call.pos is not None or call.cache is not None:
+        return call
+    count = call.x.shape[1] + longest(call.mems)
+    if count > among:
+        raise ValueError(
+            f'randomized_positions must be at least the number of tokens, got {among} for {count}. Enlarge it, or cut x.'
+        )
+    return replace(call, pos=sorted_places(count, among, call.x.device))
 
 
 def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> Int[Tensor, '...']:

@@ -584,6 +584,7 @@ WRAPPER = (
     group('bigram_smear', wrapper={'bigram_hash_embed': 13, 'smear': True}),
     group('value_embed', SELF, wrapper={'value_embed': 1}),
     group('value_embed_some', SELF, wrapper={'value_embed': 2, 'value_embed_gate_dim': 3}),
+    group('randomized_positions', wrapper={'randomized_positions': 2 * LENGTH}, only_training=True),
     group('emb_dropout', wrapper={'emb_dropout': 0.2}, only_training=True),
 )
 

@@ -608,6 +608,7 @@ class WrapperKeywords(TypedDict, total=False):
     logits_transform: str | None
     logits_transform_bias: bool
     tie_embedding_scale: float | None
+    randomized_positions: int | None
 
 
 class VisionKeywords(TypedDict, total=False):
@@ -723,6 +724,7 @@ class EncKeywords(TypedDict, total=False):
     enc_logits_transform: str | None
     enc_logits_transform_bias: bool
     enc_tie_embedding_scale: float | None
+    enc_randomized_positions: int | None
     enc_depth: int | None
     enc_heads: Each[int]
     enc_use_scalenorm: bool
@@ -1096,6 +1098,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_logits_transform: str | None
     dec_logits_transform_bias: bool
     dec_tie_embedding_scale: float | None
+    dec_randomized_positions: int | None
     dec_depth: int | None
     dec_heads: Each[int]
     dec_use_scalenorm: bool

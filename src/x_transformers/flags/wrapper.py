@@ -146,6 +146,12 @@ class WrapperFlags(Flags):
         12, 'So many channels decide about the gates, or all of them.', parent='value_embed', since='here', low=1
     )
 
+    randomized_positions: int | None = flag(
+        None, 'While training, positions are a sorted random subset of 0 … this - 1, one for the whole batch and drawn anew in '
+        'every forward; in evaluation they are counted as usual.', paper='https://arxiv.org/abs/2305.16843', low=1,
+        since='here',
+    )  # fmt: skip
+
     @property
     def logits_factor(self) -> float | None:
         return self.logits_scale if self.tie_embedding_scale is None else self.tie_embedding_scale

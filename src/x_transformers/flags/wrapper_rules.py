@@ -71,6 +71,12 @@ WRAPPER_RULES = (
         only_changed=True,
     ),
     Rule(
+        ('randomized_positions', 'memory_tokens_interspersed_every'),
+        lambda flags, dim: flags.randomized_positions is not None and flags.memory_tokens_interspersed_every is not None,
+        'memory tokens between the tokens have no positions of their own',
+        {'randomized_positions': 16, 'num_memory_tokens': 2, 'memory_tokens_interspersed_every': 4},
+    ),
+    Rule(
         ('looped', *UNLOOPED),
         lambda flags, dim: flags.looped and how_many(flags, UNLOOPED) > 0,
         'the stack is run on its own output, row by row',
@@ -166,6 +172,31 @@ MIXTURES = ('qkv_receive_diff_residuals', 'integrate_layers', 'attn_aggregated_r
 
 # rules of a model with its stack
 ON_STACK_RULES = (
+    Rule(
+        ('randomized_positions', 'max_seq_len'),
+        lambda flags, dim: (
+            flags.randomized_positions is not None
+            and flags.use_abs_pos_emb
+            and not flags.scaled_sinu_pos_emb
+            and not flags.disables_abs_pos_emb
+            and 0 < flags.max_seq_len < flags.randomized_positions
+        ),
+        'the table of absolute positions has {max_seq_len} rows',
+        {'randomized_positions': 1000},
+        'Enlarge [max_seq_len], or turn absolute positions off.',
+    ),
+    Rule(
+        ('randomized_positions',),
+        lambda flags, dim: (
+            flags.randomized_positions is not None
+            and not (flags.rotary or flags.polar or flags.position_bias)
+            and (not flags.use_abs_pos_emb or not flags.max_seq_len or flags.disables_abs_pos_emb)
+        ),
+        'there are no positions that could be drawn',
+        {'randomized_positions': 8, 'use_abs_pos_emb': False},
+        'Leave it out, or give the model positions.',
+        inert=True,
+    ),
     Rule(
         ('ff_deep_embed',),
         lambda flags, dim: flags.ff_deep_embed and not flags.has_feedforward,
