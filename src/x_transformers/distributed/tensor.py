@@ -55,6 +55,7 @@ HEADS = {
     'to_v_gate.bias': Cut(0),
     'to_v_gate.up': Cut(0),
     'attend.head_attn_sink': Cut(0),
+    'attend.softmax_scales': Cut(0),
     'rel_proj_pos_bias.to_distance_weights': Cut(0),
     'data_dependent_alibi.to_forget_gates': Cut(0),
 }
