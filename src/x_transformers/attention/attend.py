@@ -27,15 +27,16 @@ from x_transformers.attention.scores.additive import (
     RecordWeights,
 )
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
-from x_transformers.attention.scores.composed import ComposeScores, ComposeWeights, Composition
+from x_transformers.attention.scores.composed import ComposeScores, ComposeWeights
 from x_transformers.attention.scores.contextual import AddContextualPositions, Forget
 from x_transformers.attention.scores.inverted import AverageKeys, CloseQueries, TurnScores
-from x_transformers.attention.scores.path import PathSimilarity, PathSteps
+from x_transformers.attention.scores.path import PathSimilarity
 from x_transformers.attention.scores.pointwise import RestoreSign, SoftClamp, SplitSign
 from x_transformers.attention.scores.scalable import ScaleQueries, query_factor
 from x_transformers.attention.scores.similarity import Distance, Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
+from x_transformers.attention.told import Composition, PathSteps
 from x_transformers.attention.weights import NORMALIZERS, Dropout, Softmax, WeightedSum, ZeroMaskedRows
 from x_transformers.flags.attention import AttendFlags, ScoreFlags
 from x_transformers.flags.attention_rules import ATTENTION_RULES

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.parts import Seen
 from x_transformers.attention.project import held_rows, remember
-from x_transformers.attention.scores.composed import Composition
+from x_transformers.attention.told import Composition
 from x_transformers.helpers import single
 from x_transformers.module import ConstantLinear, Module
 from x_transformers.tensor_types import Float

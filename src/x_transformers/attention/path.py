@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.scores.path import PathSteps
+from x_transformers.attention.told import PathSteps
 from x_transformers.helpers import l2norm
 from x_transformers.module import Module, empty_parameter
 from x_transformers.position.forgetting import placed_queries

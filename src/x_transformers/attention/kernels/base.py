@@ -12,9 +12,8 @@ from torch import Tensor
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
-from x_transformers.attention.scores.composed import Composition
-from x_transformers.attention.scores.path import PathSteps
 from x_transformers.attention.scores.scalable import scaled_queries
+from x_transformers.attention.told import Composition, PathSteps
 from x_transformers.helpers import recall, remember
 from x_transformers.position.bias import Bias, rendered_bias
 from x_transformers.tensor_types import Bool, Float

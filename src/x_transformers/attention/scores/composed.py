@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.scores.talking_heads import kept_finite
+from x_transformers.attention.told import Composition
 from x_transformers.flags.attention import ScoreFlags
 from x_transformers.tensor_types import Float
-
-
-class Composition(NamedTuple):
-    """Two maps of low rank and a gate, side by side, of each query (b i c) and each own key (b j c)."""
-
-    scores_by_query: Float[Tensor, 'b i c']
-    weights_by_query: Float[Tensor, 'b i c']
-    scores_by_key: Float[Tensor, 'b j c']
-    weights_by_key: Float[Tensor, 'b j c']
 
 
 def added_by(t: Float[Tensor, 'b h i j'], said: Float[Tensor, 'b n c'], token: str) -> Float[Tensor, 'b h i j']:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
+from x_transformers.attention.told import PathSteps
 from x_transformers.flags.attention import ScoreFlags
-from x_transformers.tensor_types import Float, Int
-
-
-class PathSteps(NamedTuple):
-    """Of each own key: H = I - strength · vector vectorᵀ. ``queries``: their numbers, where they are not the last keys."""
-
-    vectors: Float[Tensor, 'b kh j d']
-    strengths: Float[Tensor, 'b kh j']
-    queries: Int[Tensor, ' i'] | None = None
+from x_transformers.tensor_types import Float
 
 
 def path_scores(
