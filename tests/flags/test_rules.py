@@ -205,6 +205,8 @@ def other_value(cls: type[Flags], name: str):
         'rotary_scaling': {'type': 'linear', 'factor': 2.0},
         'rotary_layout': 'halves',
         'mixer_kwargs': {'heads': 2},
+        'rotary_axes': (2, 3),
+        'differential_lambda_init': 0.5,
         'router': 'sigmoid',
         'router_balance': 'bias',
         'rel_pos_kwargs': {'slopes': [1.0]},
