@@ -12,7 +12,7 @@ from x_transformers.attention.attention import Attention
 from x_transformers.attention.inputs import BranchInputs, Intermediates
 from x_transformers.attention.parts import AttentionParts, Seen
 from x_transformers.attention.project import KeysValues
-from x_transformers.attention.qk_clip import scale_rows_, score_factors
+from x_transformers.attention.qk_clip import clip_projection_, score_factors
 from x_transformers.tensor_types import Float
 
 
@@ -54,10 +54,8 @@ class SharingAttention(Attention):
         scores = pre_softmax_attn.pre_softmax_attn if isinstance(pre_softmax_attn, Intermediates) else pre_softmax_attn
         if scores is None or scores.ndim != 4 or scores.shape[1] != self.heads or tau <= 0:
             raise ValueError(f'qk_clip_ must be given scores (b, {self.heads}, i, j) and a tau above 0. Give those of a call.')
-        factors = score_factors(scores[..., self.flags.head_learned_sink :], tau).to(self.to_q.weight.device)
-        scale_rows_(self.to_q.weight, factors)
-        if self.to_q.bias is not None:
-            scale_rows_(self.to_q.bias.unsqueeze(-1), factors)
+        factors = score_factors(scores[..., self.flags.head_learned_sink :], tau)
+        clip_projection_(self.to_q, self.to_latent_q, factors)
 
 
 def shared_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysValues:

@@ -146,6 +146,7 @@ class AttentionKeywords(TypedDict, total=False):
     output_gate_rank: int | None
     output_gate_headwise: bool
     low_rank_silu_gates: bool
+    canon: bool
     exclusive: bool
     differential: bool
     differential_lambda_init: float | None
@@ -193,6 +194,7 @@ class FeedForwardKeywords(TypedDict, total=False):
     router_balance_weight: float
     router_balance_step: float
     router_z_loss_weight: float
+    canon: bool
 
 
 class InnerKeywords(TypedDict, total=False):
@@ -277,6 +279,9 @@ class InnerKeywords(TypedDict, total=False):
     rotary_axes_mixed: bool
     gated_multi_residual: bool
     norm_before: Each[bool]
+    layer_norm_scaling: bool
+    canon: tuple[str, ...] | None
+    kv_share_every: int | None
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool
@@ -374,6 +379,7 @@ class InnerKeywords(TypedDict, total=False):
     attn_output_gate_rank: Each[int | None]
     attn_output_gate_headwise: Each[bool]
     attn_low_rank_silu_gates: Each[bool]
+    attn_canon: Each[bool]
     attn_exclusive: Each[bool]
     attn_differential: Each[bool]
     attn_differential_lambda_init: Each[float | None]
@@ -473,6 +479,7 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_output_gate_rank: Each[int | None]
     cross_attn_output_gate_headwise: Each[bool]
     cross_attn_low_rank_silu_gates: Each[bool]
+    cross_attn_canon: Each[bool]
     cross_attn_exclusive: Each[bool]
     cross_attn_differential: Each[bool]
     cross_attn_differential_lambda_init: Each[float | None]
@@ -517,6 +524,7 @@ class InnerKeywords(TypedDict, total=False):
     ff_router_balance_weight: Each[float]
     ff_router_balance_step: Each[float]
     ff_router_z_loss_weight: Each[float]
+    ff_canon: Each[bool]
 
 
 class SharedKeywords(InnerKeywords, total=False):
@@ -608,6 +616,10 @@ class WrapperKeywords(TypedDict, total=False):
     logits_transform: str | None
     logits_transform_bias: bool
     tie_embedding_scale: float | None
+    smear: bool
+    bigram_hash_embed: int | None
+    value_embed: int | None
+    value_embed_gate_dim: int
     randomized_positions: int | None
 
 
@@ -724,6 +736,10 @@ class EncKeywords(TypedDict, total=False):
     enc_logits_transform: str | None
     enc_logits_transform_bias: bool
     enc_tie_embedding_scale: float | None
+    enc_smear: bool
+    enc_bigram_hash_embed: int | None
+    enc_value_embed: int | None
+    enc_value_embed_gate_dim: int
     enc_randomized_positions: int | None
     enc_depth: int | None
     enc_heads: Each[int]
@@ -807,6 +823,9 @@ class EncKeywords(TypedDict, total=False):
     enc_rotary_axes_mixed: bool
     enc_gated_multi_residual: bool
     enc_norm_before: Each[bool]
+    enc_layer_norm_scaling: bool
+    enc_canon: tuple[str, ...] | None
+    enc_kv_share_every: int | None
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -905,6 +924,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_output_gate_rank: Each[int | None]
     enc_attn_output_gate_headwise: Each[bool]
     enc_attn_low_rank_silu_gates: Each[bool]
+    enc_attn_canon: Each[bool]
     enc_attn_exclusive: Each[bool]
     enc_attn_differential: Each[bool]
     enc_attn_differential_lambda_init: Each[float | None]
@@ -1004,6 +1024,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_output_gate_rank: Each[int | None]
     enc_cross_attn_output_gate_headwise: Each[bool]
     enc_cross_attn_low_rank_silu_gates: Each[bool]
+    enc_cross_attn_canon: Each[bool]
     enc_cross_attn_exclusive: Each[bool]
     enc_cross_attn_differential: Each[bool]
     enc_cross_attn_differential_lambda_init: Each[float | None]
@@ -1048,6 +1069,7 @@ class EncKeywords(TypedDict, total=False):
     enc_ff_router_balance_weight: Each[float]
     enc_ff_router_balance_step: Each[float]
     enc_ff_router_z_loss_weight: Each[float]
+    enc_ff_canon: Each[bool]
 
 
 class PairKeywords(EncKeywords, total=False):
@@ -1098,6 +1120,10 @@ class PairKeywords(EncKeywords, total=False):
     dec_logits_transform: str | None
     dec_logits_transform_bias: bool
     dec_tie_embedding_scale: float | None
+    dec_smear: bool
+    dec_bigram_hash_embed: int | None
+    dec_value_embed: int | None
+    dec_value_embed_gate_dim: int
     dec_randomized_positions: int | None
     dec_depth: int | None
     dec_heads: Each[int]
@@ -1181,6 +1207,9 @@ class PairKeywords(EncKeywords, total=False):
     dec_rotary_axes_mixed: bool
     dec_gated_multi_residual: bool
     dec_norm_before: Each[bool]
+    dec_layer_norm_scaling: bool
+    dec_canon: tuple[str, ...] | None
+    dec_kv_share_every: int | None
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool
@@ -1279,6 +1308,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_output_gate_rank: Each[int | None]
     dec_attn_output_gate_headwise: Each[bool]
     dec_attn_low_rank_silu_gates: Each[bool]
+    dec_attn_canon: Each[bool]
     dec_attn_exclusive: Each[bool]
     dec_attn_differential: Each[bool]
     dec_attn_differential_lambda_init: Each[float | None]
@@ -1378,6 +1408,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_output_gate_rank: Each[int | None]
     dec_cross_attn_output_gate_headwise: Each[bool]
     dec_cross_attn_low_rank_silu_gates: Each[bool]
+    dec_cross_attn_canon: Each[bool]
     dec_cross_attn_exclusive: Each[bool]
     dec_cross_attn_differential: Each[bool]
     dec_cross_attn_differential_lambda_init: Each[float | None]
@@ -1422,3 +1453,4 @@ class PairKeywords(EncKeywords, total=False):
     dec_ff_router_balance_weight: Each[float]
     dec_ff_router_balance_step: Each[float]
     dec_ff_router_z_loss_weight: Each[float]
+    dec_ff_canon: Each[bool]
