@@ -91,6 +91,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('context', 'cross_attn_tokens_dropout', DRAWS),
     Refusal('context', 'mv_split_residual', SUMS),
     Refusal('context', 'num_memory_tokens', 'the first slice alone would have them'),
+    Refusal('context', 'randomized_positions', DRAWS),
     Refusal('context', 'recycling', 'the stack is run again'),
     Refusal('context', 'looped', 'the stack is run again'),
     Refusal('context', 'attn_custom_attn_fn', 'it may look at other slices'),
