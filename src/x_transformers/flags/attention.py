@@ -1,20 +1,15 @@
-"""The flags of one attention layer.
-
-Derived values, for those who build from the flags: ``num_kv_heads``; ``value_dim``, the width of one value head;
-``score_scale``, the factor of the scores; ``rotated_heads``, how many of the last heads are rotated; ``key_heads_from_latent``,
-the key heads that ``to_k`` makes; ``orthogonal_outputs``, how many copies of the values' width reach ``to_out``.
-"""
+"""The flags of one attention layer. What follows from them together is in ``attention_facts.py``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Self
 
 from torch import nn
 
+from x_transformers.flags.attention_facts import AttentionFacts
 from x_transformers.flags.base import Flags, flag
 
 DEFAULT_DIM_HEAD = 64
@@ -159,7 +154,7 @@ class AttendFlags(ScoreFlags):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class AttentionFlags(ScoreFlags):
+class AttentionFlags(AttentionFacts, ScoreFlags):
     """Every keyword of ``Attention`` except ``dim``; in a stack with ``attn_`` or ``cross_attn_`` in front."""
 
     dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1, often=True)
@@ -402,70 +397,8 @@ class AttentionFlags(ScoreFlags):
     path_rank: int = flag(32, 'Width of that middle.', paper=PATH, parent='path', low=1, self_only=True, since='here')
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)
 
-    @cached_property
-    def num_kv_heads(self) -> int:
-        if self.one_kv_head:
-            return 1
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @cached_property
-    def value_dim(self) -> int:
-        return self.dim_head if self.value_dim_head is None else self.value_dim_head
-
-    @cached_property
-    def score_scale(self) -> float:
-        if self.scale is not None:
-            return self.scale
-        return float(self.qk_norm_scale) if self.qk_norm else self.dim_head**-0.5
-
-    def has_bias(self, name: str) -> bool:
-        """Whether the projection called 'q', 'k' or 'v' has a bias."""
-        return self.qkv_bias if isinstance(self.qkv_bias, bool) else name in self.qkv_bias
-
-    @cached_property
-    def rotated_heads(self) -> int | None:
-        """None: all of them, of queries and of keys."""
-        return self.latent_rope_subheads if self.latent_rope_subheads is not None else self.rotate_num_heads
-
-    @cached_property
-    def key_heads_from_latent(self) -> int:
-        return self.num_kv_heads - (self.latent_rope_subheads or 0)
-
-    @property
-    def caches_latent(self) -> bool:
-        """Whether the cache keeps what keys and values are made of."""
-        return self.use_latent_kv or self.tensor_product
-
-    @cached_property
-    def tied_to_causality(self) -> tuple[str, ...]:
-        """The flags that are on and were built for a layer that is causal, or for one that is not."""
-        names = (
-            'selective',
-            'use_cope',
-            'data_dependent_alibi',
-            'hybrid_module',
-            'inverted_attention',
-            'stick_breaking',
-            'path',
-        )
-        return tuple(name for name in names if getattr(self, name))
-
-    @cached_property
-    def gate_starts_open(self) -> bool:
-        """Whether ``gate_values`` alone is asked for, which is the gate of 2.16.1."""
-        return self.gate_values_rank is None and not (self.gate_values_headwise or self.output_gate)
-
     def at_depth(self, block: int) -> Self:
         """The flags of a layer in this block, counted from 1."""
         if not self.differential or self.differential_lambda_init is not None:
             return self
         return replace(self, differential_lambda_init=0.8 - 0.6 * math.exp(-0.3 * (block - 1)))
-
-    @cached_property
-    def dim_attended(self) -> int:
-        """Width of the heads side by side."""
-        return self.heads * self.value_dim
-
-    @cached_property
-    def orthogonal_outputs(self) -> int:
-        return max(1, self.orthog_projected_values + self.orthog_projected_values_per_head)

@@ -282,6 +282,7 @@ class InnerKeywords(TypedDict, total=False):
     layer_norm_scaling: bool
     canon: tuple[str, ...] | None
     kv_share_every: int | None
+    mudd: bool
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
     orthog_residual: bool
@@ -826,6 +827,7 @@ class EncKeywords(TypedDict, total=False):
     enc_layer_norm_scaling: bool
     enc_canon: tuple[str, ...] | None
     enc_kv_share_every: int | None
+    enc_mudd: bool
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
     enc_orthog_residual: bool
@@ -1210,6 +1212,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_layer_norm_scaling: bool
     dec_canon: tuple[str, ...] | None
     dec_kv_share_every: int | None
+    dec_mudd: bool
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
     dec_orthog_residual: bool

@@ -47,9 +47,13 @@ class PositionFacts:
         Then it matters where a row begins; otherwise only distances between places do.
         """
         on_grid = self.rotary and self.rotary_axes is not None
-        return on_grid or self.rotary_by_length or any(
-            attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
-            for attention in self.attentions
+        return (
+            on_grid
+            or self.rotary_by_length
+            or any(
+                attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
+                for attention in self.attentions
+            )
         )
 
     @cached_property
