@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.attention.attend import Attend
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels import sdpa
+from x_transformers.attention.kernels.base import CallFacts, KernelArgs
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.attention.mask import Mask
 
@@ -55,7 +56,7 @@ def both(monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype) -> tupl
     geometry, fields, settings, kv_heads, width = CASES[case]
     used: list[Any] = []
     trick = sdpa.with_lead
-    monkeypatch.setattr(sdpa, 'COPIES_PAY_FROM', 4)
+    monkeypatch.setattr(sdpa, 'copies_pay', lambda args, lead: True)
     monkeypatch.setattr(sdpa, 'with_lead', lambda *args: used.append(args) or trick(*args))
     torch.manual_seed(0)
     shapes = (H, geometry.queries, D), (kv_heads, geometry.keys, D), (kv_heads, geometry.keys, width)
@@ -108,3 +109,24 @@ def test_what_the_trick_cannot_say_is_masked(geometry, fields, monkeypatch):
     assert used == 0
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
+
+
+def test_what_is_copied_or_written_out_is_decided_by_counting_numbers() -> None:
+    def facts(queries: int, keys: int, width: int = 64) -> CallFacts:
+        return CallFacts('cpu', torch.float32, False, False, 8, 8, width, width, ScoreShape(queries, keys))
+
+    # n * n against 3 * n * width
+    assert not sdpa.writes_more_than_it_reads(facts(192, 192))
+    assert sdpa.writes_more_than_it_reads(facts(193, 193))
+    assert sdpa.writes_more_than_it_reads(facts(64, 64, 8))
+    assert not sdpa.writes_more_than_it_reads(facts(1, 4096))
+
+    def args(queries: int, keys: int, padded: bool) -> KernelArgs:
+        q, k = torch.zeros(1, 8, queries, 64), torch.zeros(1, 8, keys, 64)
+        mask = Mask(causal=True, keys=torch.ones(1, keys, dtype=torch.bool) if padded else None)
+        return KernelArgs(q, k, k, mask, ScoreShape(queries, keys), tuple, scale=1.0)
+
+    assert not sdpa.copies_pay(args(64, 64, False), 0)
+    assert sdpa.copies_pay(args(80, 96, False), 16)
+    assert not sdpa.copies_pay(args(128, 128, True), 0)
+    assert sdpa.copies_pay(args(256, 256, True), 0)

@@ -23,10 +23,21 @@ from x_transformers.attention.scores.similarity import as_products
 from x_transformers.helpers import by_formula
 from x_transformers.tensor_types import Float
 
-# on CPU, a window that shows less than half of the keys, of at least so many queries, is faster in blocks
-BLOCKS_PAY_FROM = 256
-# queries from which on it pays to copy queries and keys once, to do without a mask
-COPIES_PAY_FROM = 64
+
+def writes_more_than_it_reads(call: CallFacts) -> bool:
+    """Whether a head's mask or bias over all pairs is larger than its queries, keys and values together."""
+    shape = call.geometry
+    if shape.is_open:
+        return False
+    return shape.queries * shape.keys > shape.queries * call.key_dim + shape.keys * (call.key_dim + call.value_dim)
+
+
+def copies_pay(args: KernelArgs, lead: int) -> bool:
+    """Whether the pairs that a mask would hold are more numbers than those of queries and keys that are copied instead."""
+    shape, width = args.geometry, args.q.shape[-1]
+    # a channel that hides padding takes eight columns, of keys too
+    copied = (shape.queries + lead) * width if args.mask.keys is None else (shape.queries + lead + shape.keys) * (width + 8)
+    return shape.queries * shape.keys > copied
 
 
 class Sdpa:
@@ -47,7 +58,7 @@ class Sdpa:
                 reasons.append('with dropout it holds the whole score matrix on CPU, slower than the reference')
             if call.learned_bias or (needs.sink and call.gradients):
                 reasons.append('a bias that learns makes it hold the whole score matrix on CPU')
-            large = not call.geometry.is_open and call.geometry.queries >= BLOCKS_PAY_FROM
+            large = writes_more_than_it_reads(call)
             if call.by_distance and large:
                 reasons.append('a bias by distance would be written out for all pairs')
             if call.windowed and large:
@@ -100,14 +111,12 @@ def lead_of(args: KernelArgs) -> int | None:
     mask, geometry = args.mask, args.geometry
     if geometry.is_open or not mask.limits_future(geometry) or mask.limits_past(geometry):
         return None
-    if geometry.queries < COPIES_PAY_FROM:
-        return None
     if args.bias is not None or args.sink is not None or args.backends is not None:
         return None
     if any(part is not None for part in (mask.front, mask.prefix, mask.dense, mask.packed)):
         return None
     lead = geometry.keys - geometry.queries
-    if lead < 0 or 4 * lead > geometry.queries:
+    if lead < 0 or 4 * lead > geometry.queries or not copies_pay(args, lead):
         return None
     if mask.keys is None:
         return lead or None
