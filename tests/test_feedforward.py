@@ -199,3 +199,23 @@ def test_the_input_of_the_activation_is_clamped():
     x = 3 * torch.randn(5, 4, dtype=torch.float64)
     inner = layer.ff[0][0](x)
     assert torch.allclose(layer(x), layer.ff[2](F.gelu(0.5 * torch.tanh(inner / 0.5))))
+
+
+def test_containers_are_called_where_somebody_listens() -> None:
+    """Their parts are called one by one only where nobody could tell the difference."""
+    ff = FeedForward(16, dropout=0.5).eval()
+    x = torch.randn(2, 3, 16)
+    wanted, heard = ff(x), []
+    handles = [part.register_forward_hook(lambda *_: heard.append(1)) for part in (ff.ff, ff.ff[0], ff.ff[1])]
+    torch.testing.assert_close(ff(x), wanted, rtol=0, atol=0)
+    assert len(heard) == 3
+    for handle in handles:
+        handle.remove()
+    ff(x)
+    assert len(heard) == 3
+    everywhere = nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    ff(x)
+    everywhere.remove()
+    assert {ff.ff, ff.ff[0], ff.ff[1]} <= set(heard[3:])
+    ff.ff.forward = lambda x: x
+    torch.testing.assert_close(ff(x), x, rtol=0, atol=0)

@@ -18,7 +18,7 @@ from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import Sequential, softclamp
-from x_transformers.module import Dropout, Module, branch_output, empty_parameter
+from x_transformers.module import Dropout, Module, branch_output, empty_parameter, run_through
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
 
@@ -315,7 +315,7 @@ class FeedForward(Module):
         if self.flags.canon:
             out = self.ff(x, around)
         else:
-            out = self._in_pieces(x) if self._takes_pieces(x) else self.ff(x)
+            out = self._in_pieces(x) if self._takes_pieces(x) else run_through(self.ff, x)
         return out if deep_embed is None else out * deep_embed
 
     def _by_experts(self, x: Float[Tensor, '... n d'], deep_embed: Tensor | None, around: BranchInputs | None) -> Any:
@@ -339,11 +339,11 @@ class FeedForward(Module):
 
     def _in_pieces(self, x: Float[Tensor, '... n d']) -> Float[Tensor, '... n e']:
         first, *rest = x.reshape(-1, self.dim).split(PIECE)
-        out: Tensor = self.ff(first)
+        out = run_through(self.ff, first)
         whole = out.new_empty(x.numel() // self.dim, out.shape[-1])
         whole[:PIECE] = out
         for number, piece in enumerate(rest, start=1):
-            whole[number * PIECE : number * PIECE + piece.shape[0]] = self.ff(piece)
+            whole[number * PIECE : number * PIECE + piece.shape[0]] = run_through(self.ff, piece)
         return whole.view(*x.shape[:-1], -1)
 
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from x_transformers.saving.made import Made
 
@@ -226,6 +227,15 @@ def fill(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(spread_as(value, parameter))
 
 
+NO_HOOKS: Any = ({}, {}, {}, {})
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of this module is its forward and nothing else: no hook, of those who shard either, no other method."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return hooks == NO_HOOKS and 'forward' not in module.__dict__ and not _has_any_global_hook()
+
+
 def is_heard(module: nn.Module) -> bool:
     """Whether somebody listens to calls of this module, or has put a method in the place of its own.
 
@@ -240,6 +250,20 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether parameters in it are only there while their module runs (FSDP2)."""
     fsdp = sys.modules.get('torch.distributed.fsdp')
     return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in module.modules())
+
+
+def run_through(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``. Of a sequence that nobody listens to the parts are called, and not those that do nothing now."""
+    if type(module) is not nn.Sequential or not is_bare(module) or torch.compiler.is_compiling():
+        out: Tensor = module(x)
+        return out
+    for part in module._modules.values():
+        if type(part) is nn.Sequential and is_bare(part):
+            for inner in part._modules.values():
+                x = inner(x)
+        elif type(part) is not Dropout or part.training or not is_bare(part):
+            x = part(x)
+    return x
 
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.helpers import at_least, by_formula, default, single, under_transform
@@ -36,7 +35,7 @@ def layer_norm(
     if gain is not None and gain.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain, bias = x.to(dtype), gain.to(dtype), None if bias is None else bias.to(dtype)
-    return F.layer_norm(x, x.shape[-1:], gain, bias, LAYER_NORM_EPS if eps is None else eps)
+    return torch.layer_norm(x, x.shape[-1:], gain, bias, LAYER_NORM_EPS if eps is None else eps)
 
 
 def rms_norm(

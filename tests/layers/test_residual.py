@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from x_transformers.layers.hyper_connections import HyperConnection, sinkhorn
-from x_transformers.layers.residual import DualStreams, GRUGating, OrthogonalResidual, ParallelStreams, ResiDual, Residual
+from x_transformers.layers.residual import (
+    DualStreams,
+    GRUGating,
+    OrthogonalResidual,
+    ParallelStreams,
+    ResiDual,
+    Residual,
+    write,
+)
 from x_transformers.layers.stack import Decoder
 from x_transformers.layers.stream_steps import read_formula, read_streams
 
@@ -259,3 +267,15 @@ def test_gradients_of_each_sample_by_vmap() -> None:
         alone = torch.func.grad(loss)(parameters, streams[row], out[row])
         for name, gradient in alone.items():
             torch.testing.assert_close(each[name][row], gradient, msg=lambda m, name=name: f'{name}: {m}')
+
+
+def test_a_residual_is_called_where_somebody_listens() -> None:
+    residual, x = Residual(16), torch.randn(2, 3, 16)
+    heard: list[int] = []
+    torch.testing.assert_close(write(residual, x, x), 2 * x)
+    handle = residual.register_forward_hook(lambda *_: heard.append(1))
+    torch.testing.assert_close(write(residual, x, x), 2 * x)
+    handle.remove()
+    assert heard == [1]
+    residual.forward = lambda out, rest: out
+    torch.testing.assert_close(write(residual, x, x), x)

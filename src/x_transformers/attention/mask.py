@@ -234,7 +234,11 @@ class Mask:
 
     def limits_future(self, geometry: ScoreShape) -> bool:
         """Whether causality forbids anything: not for one query."""
-        return self.causal and (geometry.is_open or geometry.queries > 1 or geometry.first < 0)
+        if not self.causal:
+            return False
+        queries, keys = geometry.queries, geometry.keys
+        known = type(queries) is int and type(keys) is int
+        return not known or queries > 1 or keys - geometry.front < queries
 
     def limits_past(self, geometry: ScoreShape) -> bool:
         """Whether the window forbids anything."""

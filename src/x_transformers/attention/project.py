@@ -88,7 +88,8 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     own = convolved(attn, 'v', added(attn.to_v(seen.values), given.deltas.values), given, seen.mems)
     own = split_heads(own, attn.kv_heads)
     own = with_token_values(own, seen, given)
-    v = attn.normed_values(attn.mixed_values(own, seen, given))
+    v = own if given.first_values is None else attn.mixed_values(own, seen, given)
+    v = attn.normed_values(v)
     k = convolved(attn, 'k', added(attn.to_k(seen.keys), given.deltas.keys), given, seen.mems)
     k = attn.normed_keys(split_heads(k, attn.kv_heads))
     positions = given.positions

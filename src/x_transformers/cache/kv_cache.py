@@ -147,9 +147,12 @@ class LayerCache:
         """A snapshot that can be continued independently; tapes are shared until one of the two is written."""
         twin = LayerCache(self.cursor)
         twin.tapes = self.tapes.copy()
-        twin.states = self.states.copy()
-        twin.carry = self.carry.copy()
-        twin.carry_axis = self.carry_axis.copy()
+        # most have neither, and this is done for every layer and token
+        if self.states:
+            twin.states = self.states.copy()
+        if self.carry:
+            twin.carry = self.carry.copy()
+            twin.carry_axis = self.carry_axis.copy()
         return twin
 
     def changed(self, change: Callable[[Tape], Tape]) -> LayerCache:

@@ -87,8 +87,9 @@ class Rows:
                 new=given, front=front, held=held, seen=cursor.seen - front, front_held=cache.front_held, cached=True,
                 memory=memory, begin=cursor.seen - cursor.row + (cache.front_held - front),
             )  # fmt: skip
-        front_held = max(front - (cache.length - cache.retained), 0)
-        held = cache.retained - front_held
+        held = cache.retained
+        front_held = max(front - (cache.length - held), 0)
+        held -= front_held
         new = count_new(given, held, new_only, None if cache_age is None else min(cache_age, given))
         seen = cache.length - front
         return cls(

@@ -101,39 +101,34 @@ class Layer(nn.ModuleList):
 
         ``wide_condition`` is the condition for every row of the streams. What mixed precision is to cast goes in by itself.
         """
-        h, rest = read(self.residual, streams)
+        norms, branch, residual = self._modules.values()
+        before, behind, after = norms._modules.values()
+        h, rest = read(residual, streams)
         h = around.enter(h)
         if around.drop is True:
             return streams, None
-        h = self.norm_before(h if around.injected is None else h + around.injected, condition)
+        h = self.norm_before(before, h if around.injected is None else h + around.injected, condition)
         given = around.given
         if given.mem is not None:
-            given = given.having(mem=self.norm_before(given.mem, around.mem_condition))
+            given = given.having(mem=self.norm_before(before, given.mem, around.mem_condition))
         run = run_checkpointed if around.checkpoint else call_branch
-        out, seen = split_result(run(self.branch, h, given))
+        out, seen = split_result(run(branch, h, given))
         del h
-        written = write(self.residual, self.norm_behind(out, condition), rest, around)
-        return self.norm_after(written, wide_condition), seen
+        out = out if behind is None else call_norm(behind, out, condition)
+        written = write(residual, out if self.scale == 1.0 else out * self.scale, rest, around)
+        return (written if after is None else norm_after(after, residual, written, wide_condition)), seen
 
-    def norm_before(self, x: Tensor, condition: Tensor | None) -> Tensor:
+    def norm_before(self, norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
         """Pre-norm, of the branch's input and of memories, and its constant factor."""
-        x = call_norm(self.norms._modules['0'], x, condition)
+        x = call_norm(norm, x, condition)
         return x if self.norm_scale == 1.0 else x * self.norm_scale
 
-    def norm_behind(self, out: Tensor, condition: Tensor | None) -> Tensor:
-        """Sandwich norm, of the branch's output, and its constant factor."""
-        out = call_norm(self.norms._modules['1'], out, condition)
-        return out if self.scale == 1.0 else out * self.scale
 
-    def norm_after(self, streams: Tensor, condition: Tensor | None) -> Tensor:
-        """Post-norm, of the stream after the layer."""
-        norm = self.norms._modules['2']
-        if norm is None:
-            return streams
-        residual = self.residual
-        if isinstance(residual, ResidualPath):
-            return residual.norm_after(partial(call_norm, norm, condition=condition), streams)
-        return call_norm(norm, streams, condition)
+def norm_after(norm: nn.Module, residual: nn.Module, streams: Tensor, condition: Tensor | None) -> Tensor:
+    """Post-norm, of the stream after the layer."""
+    if isinstance(residual, ResidualPath):
+        return residual.norm_after(partial(call_norm, norm, condition=condition), streams)
+    return call_norm(norm, streams, condition)
 
 
 def make_norm(flags: StackFlags) -> nn.Module:

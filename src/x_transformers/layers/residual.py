@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from x_transformers.helpers import without_component
 from x_transformers.layers.plan import block_size
 from x_transformers.layers.slots import SECOND, accepts
-from x_transformers.module import Module, empty_parameter
+from x_transformers.module import Module, empty_parameter, is_bare
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -83,7 +83,12 @@ def write(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any, around: A
     """The streams, with the branch's output: ``residual(out, stream)``; a module with one input changes what is added."""
     written: Tensor
     if isinstance(residual, ResidualPath):
-        written = residual(out, rest, around=around) if residual.looks_around else residual(out, rest)
+        if residual.looks_around:
+            written = residual(out, rest, around=around)
+        elif type(residual).forward is ResidualPath.forward and is_bare(residual):
+            written = residual.write(out, rest)
+        else:
+            written = residual(out, rest)
         return written
     stream, keywords = rest
     written = residual(out, stream, **keywords) if accepts(residual, SECOND) else stream + residual(out)

@@ -9,12 +9,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.inputs import Intermediates
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
-    from x_transformers.attention.inputs import BranchInputs, Intermediates
+    from x_transformers.attention.inputs import BranchInputs
 
-Result = tuple[Tensor, 'Intermediates | None']
+Result = tuple[Tensor, Intermediates | None]
 
 # under this name a cache holds the state of a module that follows the protocol
 STATE = 'state'
@@ -97,8 +98,6 @@ def can_cache(module: nn.Module, kind: str) -> bool:
 
 def split_result(out: Any) -> Result:
     """(output, what attention reports) of a branch."""
-    from x_transformers.attention.inputs import Intermediates
-
     if not isinstance(out, tuple):
         return out, None
     seen = out[1] if len(out) > 1 else None

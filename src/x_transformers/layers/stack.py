@@ -163,7 +163,7 @@ class AttentionLayers(Module):
     # ------------------------------------------------------------ running
 
     def _layers(self) -> list[Any]:
-        return [Layer.of(entry) for entry in self.layers]
+        return [entry if type(entry) is Layer else Layer.of(entry) for entry in self.layers]
 
     def run(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
         """All steps on x. ``call`` comes from ``prepare``; what was asked for is in the record."""
@@ -175,12 +175,12 @@ class AttentionLayers(Module):
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
         streams = self.streams.open(x, self.stream_emb)
-        layers = self._layers()
+        layers, maps_now = self._layers(), call.return_attn and is_sharded(self)
         for step in call.steps:
             if step.block:
                 streams = between(self.mudd, self._begin_block(step.block, streams, call, record), carry)
-            streams = self._join(step, streams, carry)
-            around = self._around(step, call, carry, x.device)
+            streams = self._join(step, streams, carry) if self.unet_skips else streams
+            around = self._around(step, call, carry, x.device, maps_now)
             written, seen = layers[step.layer](streams, condition, wide_condition, around)
             carry.enter(around.entered)
             record.enter(step, around.entered, call.injected)
@@ -204,20 +204,20 @@ class AttentionLayers(Module):
             record.block_hiddens.append(out)
         return out, record
 
-    def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device) -> Around:
+    def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device, maps_now: bool) -> Around:
         given = call.for_step(step, carry, self._lost_context())
-        given.maps_now = call.return_attn and is_sharded(self)
+        given.maps_now = maps_now
         return Around(
             given,
             injected=call.injected,
             mem_condition=call.condition_of_memory(given.mem),
-            mixture=self._mixture(step),
+            mixture=None if self.layer_integrators is None else self._mixture(step),
             tokens=call.padding,
-            before=tuple(carry.seen),
+            before=carry.seen.copy(),
             views=carry.views if step.kind == 'a' else None,
             shows=call.return_attn,
-            drop=self._drops(step, call, device),
-            checkpoint=self.flags.gradient_checkpointing and self.training,
+            drop=self.training and self._drops(step, call, device),
+            checkpoint=self.training and self.flags.gradient_checkpointing,
         )
 
     def _begin_block(self, block: int, streams: Tensor, call: Inputs, record: Record) -> Tensor:
@@ -237,8 +237,6 @@ class AttentionLayers(Module):
         """What enters a layer: the stream, maybe with the stack's input; U-Net: joined with what an earlier layer saw."""
         if self.lambdas is not None:
             streams = self.lambdas(streams, carry.first, step.layer)
-        if not self.unet_skips:
-            return streams
         carry.skips[step.layer] = streams
         combine = self.skip_combines[step.layer]
         if combine is None:
@@ -248,7 +246,7 @@ class AttentionLayers(Module):
 
     def _drops(self, step: Step, call: Inputs, device: torch.device) -> bool | Tensor:
         """Layer dropout; never while a cache is continued, which holds every layer's past."""
-        return self.training and not call.continues and is_dropped(self.layer_dropouts[step.layer], device)
+        return not call.continues and is_dropped(self.layer_dropouts[step.layer], device)
 
     def _lost_context(self) -> float:
         return self.cross_attn_tokens_dropout if self.training else 0.0
