@@ -113,7 +113,7 @@ class MultiwayDense(Module):
         return torch.einsum('b n w l, l b n d -> w b n d', weights.to(x.dtype), torch.stack(tuple(hiddens)))
 
 
-def between(mixtures: nn.ModuleList | None, stream: Float[Tensor, 'b n d'], carry: Any) -> Tensor:
+def between(mixtures: nn.ModuleList | None, stream: Float[Tensor, '... n d'], carry: Any) -> Tensor:
     """What leaves a block, as it enters the next: with ``mixtures`` one of all so far; ``carry`` has its attention's.
 
     Behind the last block there is one mixture, in front of the first none.
