@@ -19,7 +19,8 @@ from x_transformers.generation.prompts import GenerateError
 
 def model(kind: Any = Decoder, wrapper: dict[str, Any] | None = None, **flags: Any) -> TransformerWrapper:
     torch.manual_seed(0)
-    stack = kind(**{'dim': 16, 'depth': 2, 'heads': 2, 'verbose': False} | flags)
+    flags = {'dim': 16, 'heads': 2, 'verbose': False} | ({} if 'custom_layers' in flags else {'depth': 2}) | flags
+    stack = kind(**flags)
     return TransformerWrapper(num_tokens=24, **{'max_seq_len': 64} | (wrapper or {}), attn_layers=stack).eval()
 
 
@@ -181,6 +182,13 @@ def test_a_cache_by_hand_lacks_shifted_tokens() -> None:
 def test_a_cache_by_hand_lacks_sums_over_tokens(learned: bool) -> None:
     net, x = model(mv_split_residual=True, residual_fn_kwargs={'learned': learned}), prompts(1, 7)
     with pytest.raises(ValueError, match='must hold the sums over earlier tokens'):
+        net(x, cache=by_hand(net, x[:, :6]))
+
+
+@pytest.mark.parametrize('mixer', ['gated_delta_rule', 'gated_linear_attention'])
+def test_a_cache_by_hand_lacks_the_states_of_mixers(mixer: str) -> None:
+    net, x = model(mixer=mixer, custom_layers=('m', 'f', 'a', 'f')), prompts(1, 7)
+    with pytest.raises(ValueError, match='must hold the states of mixers'):
         net(x, cache=by_hand(net, x[:, :6]))
 
 

@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.before import remember
-from x_transformers.embedding.call import (
-    Call,
-    check_added,
-    check_list,
-    check_prepended,
-    last_positions,
-    moved_down,
-    no_padding,
-    rows_in_front,
-)
+from x_transformers.embedding.call import Call, check_added, check_list, check_prepended, last_positions, moved_down, no_padding
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows, Shuffle
 from x_transformers.embedding.token import scale_gradient
@@ -30,8 +21,8 @@ from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import always, default
-from x_transformers.layers.arguments import DECLARED, per_token
-from x_transformers.layers.checks import check_names, check_number, check_steps
+from x_transformers.layers.arguments import DECLARED, check_number, per_token
+from x_transformers.layers.checks import check_names, check_steps
 from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.losses import calc_z_loss
 from x_transformers.module import Dropout, Module, empty_parameter
@@ -253,7 +244,7 @@ class StackWrapper(Module):
 
     def _front(self, call: Call) -> int:
         """Rows in front of the tokens, without memory tokens."""
-        return rows_in_front(call.prepend_embeds)
+        return call.prepended
 
     def _rows(self, call: Call) -> Rows:
         memory = MemoryTokens(self.num_memory_tokens, self.memory_tokens_interspersed_every)

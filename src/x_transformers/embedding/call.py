@@ -57,6 +57,11 @@ class Call:
         """Positions as numbers; those of floating dtype are embeddings already."""
         return None if self.pos is None or self.pos.is_floating_point() else self.pos
 
+    @property
+    def prepended(self) -> int:
+        """How many embeddings stand in front of the tokens."""
+        return rows_in_front(self.prepend_embeds)
+
 
 # of every model, and of the stack that its other keywords go to
 OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(Call)

@@ -206,7 +206,7 @@ def _refusals(net: nn.Module) -> Iterator[str]:
     reasons = why_no_cache()
     yield from reasons
     stack: Any = getattr(net, 'attn_layers', None)
-    if any(has_state(layer.branch) for layer in getattr(stack, 'layers', ()) if hasattr(layer, 'branch')):
+    if any(has_state(layer.inside) for layer in getattr(stack, 'layers', ()) if hasattr(layer, 'inside')):
         yield 'mixer, whose state is no tape'
     for module in net.modules():
         if isinstance(module, Attention):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from x_transformers.cache.kv_cache import Cache
@@ -77,6 +78,19 @@ def per_token(declared: Mapping[str, Argument], given: Mapping[str, Any]) -> Ite
         value = given.get(name)
         if isinstance(value, Tensor) and (axis := each.axis(value, 'n')) is not None:
             yield name, value, axis
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one whole number, which an exporter may keep open."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any, low: int | None = None) -> None:
+    """An argument that is one whole number, or nothing."""
+    counted = isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point()
+    fits = value is None or counted or (is_number(value) and (low is None or value >= low))
+    if not fits:
+        raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, but is {value!r}')
 
 
 def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> int:

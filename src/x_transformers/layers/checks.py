@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.flags.elsewhere import answer_of_call
-from x_transformers.layers.arguments import ARGUMENTS
+from x_transformers.layers.arguments import ARGUMENTS, check_number, is_number
 from x_transformers.layers.branch import innermost
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
@@ -41,11 +41,6 @@ def is_bool(value: Any, *dims: int) -> bool:
 def is_whole(value: Any, *dims: int) -> bool:
     numbers = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return numbers and value.ndim in dims
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is one whole number, which an exporter may keep open."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_names(model: Any, names: Iterable[str]) -> None:
@@ -180,14 +175,6 @@ def check_prefix(prefix: Any, batch: int) -> None:
         raise ValueError(
             f'prefix_attn_len must be a whole number from 0, or ({batch},) of them, one per row, but is {shape_of(prefix)}'
         )
-
-
-def check_number(name: str, value: Any, low: int | None = None) -> None:
-    """An argument that is one whole number, or nothing."""
-    if value is None or is_whole(value, 0):
-        return
-    if not is_number(value) or (low is not None and value < low):
-        raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, but is {value!r}')
 
 
 def check_pairs(name: str, t: Tensor, stack: StackParts, span: Span, external: bool) -> None:

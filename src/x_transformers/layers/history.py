@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from x_transformers.cache.kv_cache import KVCache
+from torch import nn
+
+from x_transformers.cache.kv_cache import KVCache, LayerCache
 from x_transformers.convolution import TAPE, CausalConvolution
 from x_transformers.layers.branch import ShiftTokens
+from x_transformers.layers.layer import Layer
 from x_transformers.layers.parts import StackParts
 from x_transformers.layers.plan import Step
+from x_transformers.layers.slots import STATE, has_state
 
 
 def check_history(stack: StackParts, cache: KVCache, steps: Sequence[Step]) -> None:
     """Whether a cache that this stack has not made has what its branches need of earlier tokens beside keys and values."""
-    if cache.cursor is not None:
+    if cache.cursor is not None or not cache.retained:
         return
     layers = stack._layers()
-    shifting = [
-        step.index
-        for step in steps
-        if any(isinstance(part, ShiftTokens) and part.moves(stack.dim) for part in layers[step.layer].modules())
-    ]
-    convolving = [
-        step.index for step in steps if any(isinstance(part, CausalConvolution) for part in layers[step.layer].modules())
-    ]
-    if convolving and cache.retained and not any(name.startswith(TAPE) for name in cache.step(convolving[0]).tapes):
-        raise ValueError(
-            'the cache must hold the tokens that canon convolves, got keys and values alone. '
-            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
-        )
-    if stack.flags.mv_split_residual and cache.retained and not any('sums' in cache.step(step.index).tapes for step in steps):
-        raise ValueError(
-            'the cache must hold the sums over earlier tokens that mv_split_residual needs, got keys and values alone. '
-            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
-        )
-    if shifting and cache.retained and not any('shift' in cache.step(index).tapes for index in shifting):
-        raise ValueError(
-            'the cache must hold the tokens that shift_tokens shifts, got keys and values alone. '
-            'Continue from the cache that a call returned, not from a cached_kv set by hand.'
-        )
+
+    def held(fits: Callable[[nn.Module], bool]) -> list[LayerCache]:
+        """Of the layers with such a part, what the cache holds."""
+        return [cache.step(step.index) for step in steps if any(map(fits, layers[step.layer].modules()))]
+
+    shifting = held(lambda part: isinstance(part, ShiftTokens) and part.moves(stack.dim))
+    convolving = held(lambda part: isinstance(part, CausalConvolution))
+    remembering = held(lambda part: isinstance(part, Layer) and has_state(part.inside))
+    summing = [cache.step(step.index) for step in steps] if stack.flags.mv_split_residual else []
+    lacking = {
+        'the tokens that canon convolves': convolving and not any(name.startswith(TAPE) for name in convolving[0].tapes),
+        'the tokens that shift_tokens shifts': shifting and not any('shift' in each.tapes for each in shifting),
+        'the states of mixers': remembering and not any(STATE in each.carry for each in remembering),
+        'the sums over earlier tokens that mv_split_residual needs': summing
+        and not any('sums' in each.tapes for each in summing),
+    }
+    for what, lacks in lacking.items():
+        if lacks:
+            raise ValueError(
+                f'the cache must hold {what}, got keys and values alone. '
+                'Continue from the cache that a call returned, not from a cached_kv set by hand.'
+            )

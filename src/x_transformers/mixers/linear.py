@@ -71,17 +71,22 @@ class LinearMixer(Module):
         # a convolution gives rows that are no tokens something of their neighbours
         rows = rows if hidden is None or recent is None else rows.masked_fill(hidden, 0.0)
         wide = torch.promote_types(x.dtype, torch.float32)
+        told = self.told(x)
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = (self._split(part.to(wide)) for part in rows.split(self.sizes, dim=-1))
-            out, memory = self.recur(x.to(wide), q, k, v, None if state is None else state['memory'], mask)
+            out, memory = self.recur(told.to(wide), q, k, v, None if state is None else state['memory'], mask)
             # normed first: half precision may not hold what a memory answers
             out = self.norm(out).to(rows.dtype).transpose(1, 2).flatten(2)
         out = self.to_out(out * F.silu(self.to_gate(x)))
         return out, {'memory': memory, **({} if recent is None else {'recent': recent})}
 
+    def told(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
+        """What each token says of its memory: a linear map of it, not yet bent."""
+        raise NotImplementedError(f'{type(self).__name__} does not say what tokens tell their memory')
+
     def recur(
         self,
-        x: Float[Tensor, 'b n d'],
+        told: Float[Tensor, 'b n c'],
         q: Float[Tensor, 'b h n k'],
         k: Float[Tensor, 'b h n k'],
         v: Float[Tensor, 'b h n v'],
@@ -132,11 +137,15 @@ class GatedDeltaRule(LinearMixer):
         step = nn.init.uniform_(self.decay_bias, math.log(0.001), math.log(0.1)).exp()
         self.decay_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def recur(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, mask: Tensor | None) -> Any:
+    def told(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
+        return torch.cat((self.to_beta(x), self.to_decay(x)), dim=-1)
+
+    def recur(self, told: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, mask: Tensor | None) -> Any:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        beta = F.linear(x, self.to_beta.weight.to(x.dtype)).sigmoid().transpose(1, 2)
-        step = F.softplus(F.linear(x, self.to_decay.weight.to(x.dtype)) + self.decay_bias.to(x.dtype))
-        log_decay = (-self.log_rate.to(x.dtype).exp() * step).transpose(1, 2)
+        written, decay = told.chunk(2, dim=-1)
+        beta = written.sigmoid().transpose(1, 2)
+        step = F.softplus(decay + self.decay_bias.to(told.dtype))
+        log_decay = (-self.log_rate.to(told.dtype).exp() * step).transpose(1, 2)
         if mask is not None:
             hidden = ~mask.unsqueeze(1)
             beta, log_decay = beta.masked_fill(hidden, 0.0), log_decay.masked_fill(hidden, 0.0)
@@ -154,10 +163,12 @@ class GatedLinearAttention(LinearMixer):
         self.to_decay = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, self.sizes[0]))
         self.init_own()
 
-    def recur(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, mask: Tensor | None) -> Any:
-        low, high = self.to_decay
-        gates = F.linear(F.linear(x, low.weight.to(x.dtype)), high.weight.to(x.dtype), high.bias.to(x.dtype))  # type: ignore[arg-type]
-        log_decay = self._split(F.logsigmoid(gates) / TEMPERATURE)
+    def told(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
+        gates: Tensor = self.to_decay(x)
+        return gates
+
+    def recur(self, told: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, mask: Tensor | None) -> Any:
+        log_decay = self._split(F.logsigmoid(told) / TEMPERATURE)
         if mask is not None:
             log_decay = log_decay.masked_fill(~mask[:, None, :, None], 0.0)
         return run_gated(q * self.dim_head**-0.5, k, v, log_decay, memory)
