@@ -73,6 +73,11 @@ GPT2 = {
     'bos_token_id': 1,
     'eos_token_id': 2,
 }
+GPT_OSS = {
+    'head_dim': 8, 'sliding_window': 5, 'num_local_experts': 4, 'num_experts_per_tok': 2, 'rope_parameters': {
+        'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32, 'rope_theta': 150000.0, 'truncate': False,
+    },
+}  # fmt: skip
 GEMMA3 = {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20, 'sliding_window_pattern': 2}
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
@@ -128,6 +133,9 @@ CASES = (
                 'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e3},
                 'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 5e4},
             }),
+    decoder('gpt-oss', 'GptOssForCausalLM', 'GptOssConfig', **GPT_OSS),
+    decoder('gpt-oss, two of six experts, low limit', 'GptOssForCausalLM', 'GptOssConfig', **GPT_OSS | {'num_local_experts': 6},
+            swiglu_limit=0.5, attention_bias=False, tie_word_embeddings=True, num_hidden_layers=2),
     other('T5 1.0', 'T5ForConditionalGeneration', 'T5Config', **T5),
     other('T5 1.1', 'T5ForConditionalGeneration', 'T5Config', **T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False,
           num_decoder_layers=3),

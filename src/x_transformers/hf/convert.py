@@ -31,6 +31,7 @@ FAMILIES = {
     'ministral': ('llama', 'MISTRAL'),
     'qwen2': ('llama', 'QWEN2'),
     'qwen3': ('llama', 'QWEN3'),
+    'gpt_oss': ('gpt_oss', 'GPT_OSS'),
     'gpt_neox': ('neox', 'GPT_NEOX'),
     'gpt2': ('gpt2', 'GPT2'),
     'bert': ('bert', 'BERT'),

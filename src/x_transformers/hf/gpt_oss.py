@@ -1,0 +1,80 @@
+"""gpt-oss: a mixture of experts, attention sinks, windows in every other layer, YaRN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, for_layers, rotary, rule
+from x_transformers.hf.llama import ATTENTION, FORWARD, UNUSED, attention_rules, biases, decoder, ends, windows
+from x_transformers.hf.maps import Map, each
+
+
+def gpt_oss(config: Config) -> Plain:
+    depth, heads = config.need('num_hidden_layers'), config.need('num_attention_heads')
+    config.only('hidden_act', 'silu', 'experts have a sigmoid unit of their own')
+    config.only('swiglu_alpha', 1.702, 'this unit has the slope of quick_gelu only')
+    config.skip('initial_context_length', 'experts_per_token')
+    config.values.setdefault('attention_bias', True)
+    dim_head = config.get('head_dim', config.need('hidden_size') // heads)
+    turned = rotary(config, dim_head)
+    if config.get('rope_theta') is None and config.get('rope_parameters', {}).get('rope_theta') is None:
+        turned['rotary_theta'] = 150000.0
+    return decoder(
+        config,
+        **biases(config),
+        **windows(config, ['full_attention' if layer % 2 else 'sliding_attention' for layer in range(depth)]),
+        rotary=turned,
+        attn_head_learned_sink=True,
+        ff_no_bias=False,
+        ff_glu_bias=True,
+        ff_custom_activation='quick_gelu',
+        ff_glu_clamp_value=config.get('swiglu_limit', 7.0),
+        ff_glu_add_one=True,
+        ff_experts=config.get('num_local_experts', config.get('num_experts', 128)),
+        ff_experts_active=config.get('num_experts_per_tok', 4),
+        ff_router_bias=True,
+        ff_router_balance='none',
+    )
+
+
+def neighbours_apart(t: Tensor) -> Tensor:
+    """Gates and values of an expert lie in turn in theirs, values before gates in ours."""
+    return torch.cat((t[:, 1::2], t[:, ::2]), dim=1)
+
+
+def neighbours(t: Tensor) -> Tensor:
+    values, gates = t.chunk(2, dim=1)
+    return torch.stack((gates, values), dim=2).flatten(1, 2)
+
+
+GATES = each(neighbours_apart, neighbours)
+TURNED = each(lambda t: t.transpose(1, 2).contiguous(), lambda t: t.transpose(1, 2).contiguous())
+
+
+def expert_rules(theirs: str, ours: str) -> list[KeyRule]:
+    maps: dict[str, tuple[str, Map]] = {
+        'experts.gate_up_proj': ('first.weight', TURNED.then(GATES)),
+        'experts.gate_up_proj_bias': ('first.bias', GATES),
+        'experts.down_proj': ('last.weight', TURNED),
+    }
+    plain = {'router.weight': 'router.weight', 'router.bias': 'router.bias', 'experts.down_proj_bias': 'last.bias'}
+    return [
+        *(rule(f'{theirs}.{name}', f'{ours}.{to}') for name, to in plain.items()),
+        *(rule(f'{theirs}.{name}', f'{ours}.{to}', map) for name, (to, map) in maps.items()),
+    ]
+
+
+def gpt_oss_rules(config: Config, model: Plain) -> list[KeyRule]:
+    stack, layer = model['attn_layers'], 'model.layers.{i}'
+    rules = [
+        *ends(model),
+        rule(f'{layer}.input_layernorm.weight', f'{ATTENTION}.0.0.g'),
+        rule(f'{layer}.post_attention_layernorm.weight', f'{FORWARD}.0.0.g'),
+        *attention_rules(f'{layer}.self_attn', stack),
+        *expert_rules(f'{layer}.mlp', f'{FORWARD}.1.ff'),
+    ]
+    return for_layers(rules, stack['depth'])
+
+
+GPT_OSS = Family(('gpt_oss',), gpt_oss, gpt_oss_rules, prefix='model.', unused=UNUSED)
