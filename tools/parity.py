@@ -16,15 +16,20 @@ def shown(gap: float) -> str:
 
 
 def row(case: object) -> str:
-    from tests.hf.published import cache_gap, export_gap, greedy, import_gap
+    from tests.hf.published import cache_gap, export_gap, greedy, half_gap, import_gap, left_gap
 
     theirs, model, gap = import_gap(case)
-    cells = [case.name, shown(gap), shown(export_gap(theirs, model))]
+    halves = ' / '.join(map(shown, half_gap(theirs)))
+    cells = [case.name, shown(gap), shown(export_gap(theirs, model)), halves]
     if case.writes:
         same, ties = greedy(theirs, model)
-        cells += [shown(cache_gap(theirs, model)), 'same' if same else f'{ties} ties']
+        cells += [
+            shown(left_gap(theirs, model)),
+            shown(cache_gap(theirs, model)),
+            f'same, {ties}' if same else f'other, {ties}',
+        ]
     else:
-        cells += ['', '']
+        cells += ['', '', '']
     return f'| {" | ".join(cells)} |'
 
 
@@ -32,7 +37,8 @@ def main() -> None:
     from tests.hf.published import CASES
 
     warnings.filterwarnings('ignore')
-    head = ['| model | import | export | cache | greedy |', '| --- | --- | --- | --- | --- |']
+    names = ('model', 'import', 'export', 'bfloat16', 'left padding', 'cache', 'greedy')
+    head = [f'| {" | ".join(names)} |', f'| {" | ".join("---" for _ in names)} |']
     table = '\n'.join([*head, *(row(case) for case in CASES)])
     text = PAGE.read_text(encoding='utf-8')
     before, _, rest = text.partition('<!-- parity -->\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ GPT2 = {
     'eos_token_id': 2,
 }
 GPT_OSS = {
-    'head_dim': 8, 'sliding_window': 5, 'num_local_experts': 4, 'num_experts_per_tok': 2, 'rope_parameters': {
+    'intermediate_size': 48, 'head_dim': 8, 'sliding_window': 5, 'num_local_experts': 4, 'num_experts_per_tok': 2,
+    'rope_parameters': {
         'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32, 'rope_theta': 150000.0, 'truncate': False,
     },
 }  # fmt: skip
@@ -258,6 +260,37 @@ def cache_gap(theirs: Any, model: Any) -> float:
         cache = record.kv_cache
         largest = max(largest, float((logits[:, 0] - whole[:, at]).abs().max()))
     return largest
+
+
+@torch.no_grad()
+def left_gap(theirs: Any, model: Any) -> float:
+    """Of rows that are padded on the left, whose positions begin behind the padding."""
+    ids, start = inputs(theirs)['input_ids'], torch.tensor([0, 6])
+    mask = torch.arange(LENGTH) >= start[:, None]
+    places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    wanted = theirs(ids, attention_mask=mask.long(), position_ids=places).logits
+    return gap(wanted, model(ids, seq_start_pos=start), {'attention_mask': mask})
+
+
+@torch.no_grad()
+def half_gap(theirs: Any) -> tuple[float, float]:
+    """How far bfloat16 is from float32 in the middle of all numbers: (in ours, in theirs), both from theirs."""
+    from x_transformers.hf import from_hf
+
+    given = inputs(theirs)
+    exact, halved = theirs(**given), copy.deepcopy(theirs).bfloat16()
+    with tempfile.TemporaryDirectory() as folder:
+        halved.save_pretrained(folder)
+        model = from_hf(folder)
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if kinds != {torch.bfloat16}:
+        raise AssertionError(f'the file is bfloat16, and the model {kinds}')
+    given = {name: t.bfloat16() if t.is_floating_point() else t for name, t in given.items()}
+    wanted, mine = read(exact), ours(model, given, 'logits' not in exact)
+    theirs_half = read(halved(**given))
+    mask = None if 'decoder_input_ids' in given else given.get('attention_mask')
+    seen: Any = slice(None) if mask is None else mask.bool()
+    return float((mine - wanted)[seen].abs().median()), float((theirs_half - wanted)[seen].abs().median())
 
 
 @torch.no_grad()
