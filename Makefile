@@ -13,7 +13,7 @@ LAWS_SEED := $(or $(LAWS_SEED),$(shell date +%s))
 # one thread per process: two test workers with two threads each wait for each other most of the time
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install train test test-deep check format examples bench gpu atlas docs site clean
+.PHONY: help install train test test-deep check format examples bench gpu atlas recipes evidence docs site clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -65,6 +65,12 @@ bench: $(STAMP)  ## speed against a minimal hand-written GPT
 atlas: $(STAMP)  ## run what is missing of the atlas of ideas (hours; BUDGET=minutes stops earlier), then write docs/atlas.md
 	$(BIN)/python tools/kept.py atlas --workers $(WORKERS) $(if $(BUDGET),--budget $(BUDGET))
 	$(BIN)/python tools/generate_atlas.py
+
+recipes: $(STAMP)  ## the same for the tables of docs/recipes.md
+evidence: $(STAMP)  ## the same for the published suites: docs/evidence.md
+recipes evidence:
+	$(BIN)/python tools/kept.py $@ --workers $(WORKERS) $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python tools/generate_recipes.py
 
 gpu: $(STAMP)  ## what only a GPU can show, within BUDGET seconds: build/gpu/gpu.md; goes on where it was stopped
 	$(BIN)/python benchmarks/gpu.py --budget $(BUDGET)

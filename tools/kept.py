@@ -189,15 +189,16 @@ def complete(kept: Kept, workers: int, budget: float | None) -> None:
 def main() -> None:
     known = everything()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('names', nargs='+', choices=list(known), metavar='NAME', help=', '.join(known))
+    sets = {'recipes': [kept.name for kept in recipes()], 'evidence': [f'evidence/{kept.name}' for kept in suites()]}
+    words = [*known, *sets]
+    parser.add_argument('names', nargs='+', choices=words, metavar='NAME', help=', '.join(words))
     parser.add_argument('--budget', type=float, default=None, help='minutes after which no run begins')
     parser.add_argument('--workers', type=int, default=1)
     options = parser.parse_args()
     started = time.monotonic()
-    for name in options.names:
-        left = None if options.budget is None else 60 * options.budget - (time.monotonic() - started)
-        if left is None or left >= 0:
-            complete(known[name], options.workers, left)
+    for name in (one for word in options.names for one in sets.get(word, [word])):
+        left = None if options.budget is None else max(0.0, 60 * options.budget - (time.monotonic() - started))
+        complete(known[name], options.workers, left)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from x_transformers.evidence.draws import Draws
+from x_transformers.evidence.execute import operations
 from x_transformers.evidence.model import IGNORE, Batch, measure
 from x_transformers.evidence.tasks import CLASSES, TASKS, make_task
 from x_transformers.training.errors import TrainingError
@@ -450,6 +451,7 @@ def test_whole_digits_are_the_digits_without_a_question(pool: dict[str, Any]) ->
     # pooled tokens stand in the place of the network's own logits
     assert all(name.startswith('net.to_logits') for name in without)
     assert ('attn_pool' in pool) == bool(without)
+    assert operations(whole, model) > 0
 
 
 def test_digits_hold_out_the_last_fifth() -> None:

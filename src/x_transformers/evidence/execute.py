@@ -143,7 +143,8 @@ def operations(task: Task, model: nn.Module) -> float:
 
     batch = moved(task.batch(0, 0), next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    # with gradients: the counter cannot follow a parameter that is itself the input of a module without them
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(batch)
     return counter.get_total_flops() / tokens_of(batch)
 

@@ -21,7 +21,7 @@ from x_transformers.evidence.statistics import Comparison, compare, margin_of
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
 from x_transformers.flags.base import FlagError, UnknownFlag
-from x_transformers.flags.presets import preset, preset_sentences, word_against
+from x_transformers.flags.presets import preset, preset_sentences, without_presets, without_usual, word_against
 from x_transformers.training.errors import TrainingError
 
 EXPERIMENT = 'experiment.json'
@@ -67,7 +67,8 @@ class Question:
         return self.label or self.task.name
 
     def flags_of(self, arm: Arm) -> dict[str, Any]:
-        return {**self.base, **arm.flags}
+        flags = {**self.base, **arm.flags}
+        return without_usual(flags) if self.presets else flags
 
     def explained(self, arm: Arm, error: Exception) -> str:
         """The error, and which of the flags that it names come from a preset."""
@@ -75,8 +76,8 @@ class Question:
         if name is None or not isinstance(error, FlagError):
             return str(error)
         # what an idea says on top of its preset, or of the baseline's, is its own
-        usual = preset(name)
-        own = {flag for flag, value in self.flags_of(arm).items() if usual.get(flag, value) != value}
+        flags = {**without_presets(), **self.flags_of(arm)}
+        own = {flag for flag, value in preset(name).items() if flags[flag] != value}
         own |= set() if arm.name in self.presets else set(arm.flags)
         return str(FlagError(*error.sentences, *preset_sentences(error, name, own, word_against)))
 

@@ -12,7 +12,7 @@ from typing import Any
 from x_transformers.evidence.experiment import BASELINE, INDEPENDENT, Arm, Question
 from x_transformers.evidence.runs import Settings, TaskName
 from x_transformers.evidence.tasks import make_task
-from x_transformers.flags.presets import with_preset
+from x_transformers.flags.presets import with_preset, without_usual
 from x_transformers.training.errors import TrainingError
 
 SETTINGS = {field.name for field in dataclasses.fields(Settings)}
@@ -139,6 +139,7 @@ def question(
     task = make_task(name.name, options)
     own = {**base, **entry.get('base', {})}
     flags = {**task.flags, **with_preset(own)}
+    flags = without_usual(flags) if 'preset' in own else flags
     label = str(entry.get('label', task.name if ':' in name.name else name.name))
     if width is not None:
         flags |= {part: max(1, round(flags[part] * width)) for part in ('dim', 'heads') if part in flags}

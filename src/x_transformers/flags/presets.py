@@ -45,6 +45,17 @@ PRESETS: dict[str, Preset] = {
         'llama, norms of queries and keys, branches that begin at zero',
         {**LLAMA, 'attn_qk_norm': True, 'zero_init_branch_output': True},
     ),
+    'small-lm': Preset(
+        'llama, a look at the token before, a value residual, branches that begin at zero',
+        {**LLAMA, 'shift_tokens': 1, 'add_value_residual': True, 'zero_init_branch_output': True},
+    ),
+    'small-cache': Preset(
+        'llama with one key head and a window of 64',
+        {**LLAMA, 'attn_kv_heads': 1, 'attn_max_attend_past': 64},
+    ),
+    'long-context': Preset('llama with a window of 64', {**LLAMA, 'attn_max_attend_past': 64}),
+    'recall': Preset('llama, a look at the token before', {**LLAMA, 'shift_tokens': 1}),
+    'classifier': Preset('the mean of all tokens, for an encoder; no language model', {'average_pool_embed': True}),
 }
 
 
@@ -80,6 +91,12 @@ def with_preset(flags: Mapping[str, Any]) -> dict[str, Any]:
     own = dict(flags)
     name = own.pop('preset', None)
     return own if name is None else {**preset(name), **own}
+
+
+def without_usual(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """``flags`` without those at their defaults that presets decide: a new preset must change nothing for the others."""
+    usual = without_presets()
+    return {name: value for name, value in flags.items() if name not in usual or value != usual[name]}
 
 
 def preset_sentences(
