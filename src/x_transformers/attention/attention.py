@@ -298,15 +298,16 @@ class Attention(Module):
             out = self.differential(out)
         out, hidden = self.gated_heads(out, seen.x, given)
         result = self.to_out(self.orthogonal_to(self.gated_channels(added(merge_heads(out), given.deltas.heads), seen.x), own))
-        if self.sublayer_dropout is not None:
-            result = self.sublayer_dropout(result)
-        if given.rows is not None:
-            result = result.masked_fill(~given.rows.unsqueeze(-1), 0.0)
         report = self.report(own, maps, given, hidden)
         report.handed = handed
-        return result, report
+        return self.written(result, given.rows), report
 
     # ------------------------------------------------------------ its steps
+
+    def written(self, out: Float[Tensor, 'b n c'], rows: Bool[Tensor, 'b n'] | None) -> Float[Tensor, 'b n c']:
+        """What the layer writes: some of it left out in training, and nothing for rows that are no tokens."""
+        out = out if self.sublayer_dropout is None else self.sublayer_dropout(out)
+        return out if rows is None else out.masked_fill(~rows.unsqueeze(-1), 0.0)
 
     def normed_queries(self, q: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
         if self.qk_norm:
