@@ -278,14 +278,9 @@ def check_deep_embeds(stack: StackParts, pair: Any, span: Span) -> None:
 
 
 def check_value_embeds(pair: Any, span: Span) -> None:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (Mapping, nn.ModuleDict)):
-        raise TypeError(
-            'value_embeds_and_ids must be a pair: modules by the number of their layer, and token ids (batch, sequence)'
-        )
-    if not is_whole(pair[1], 2):
-        raise ValueError(
-            f'the ids of value_embeds_and_ids must be whole numbers (batch, sequence), but are {shape_of(pair[1])}'
-        )
+    whole = isinstance(pair, (tuple, list)) and len(pair) == 2 and is_whole(pair[1], 2)
+    if not whole or not isinstance(pair[0], (Mapping, nn.ModuleDict)):
+        raise TypeError('value_embeds_and_ids must be a pair: modules by the number of their layer, and ids (batch, sequence)')
     check_per_token('the ids of value_embeds_and_ids', pair[1], span)
 
 

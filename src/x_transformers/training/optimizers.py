@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.mup import shares
 from x_transformers.training.options import TrainerOptions
 
 # modules whose weights are linear maps: their other parameters (biases) and all other modules' are gains, norms or tables
@@ -55,6 +56,35 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     return list(found)
 
 
+def parameter_groups(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter] | None = None,
+    *,
+    lr: float,
+    weight_decay: float,
+    mup: bool = False,
+    mup_base: int = 256,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer of the kind of Adam: which parameters decay, and at which rate each learns.
+
+    ``parameters``: these only. ``mup``: rates by the rules of the maximal update parametrisation, for ``lr`` as it was tuned at
+    the width ``mup_base`` (https://arxiv.org/abs/2203.03466); the model should have been through ``training.mup.mup_init_``.
+    """
+    decay = decays(model)
+    rest = [*(decay if parameters is None else parameters)]
+    factors = {p: share.lr for p, share in shares(model, mup_base).items()} if mup else dict.fromkeys(rest, 1.0)
+    groups = [
+        {
+            'params': [p for p in rest if decay[p] == its and factors[p] == factor],
+            'weight_decay': weight_decay * its,
+            'lr': lr * factor,
+        }
+        for its in (True, False)
+        for factor in sorted({factors[p] for p in rest})
+    ]
+    return [group for group in groups if group['params']]
+
+
 def make_optimizers(
     model: nn.Module, options: TrainerOptions, matrices: Iterable[nn.Parameter] | None = None
 ) -> list[Optimizer]:
@@ -72,11 +102,9 @@ def make_optimizers(
         given = matrices_of(model) if matrices is None else matrices
         by_muon = {p for p in given if p.ndim == 2 and p in decay}
     rest = [p for p in decay if p not in by_muon]
-    groups = [
-        {'params': [p for p in rest if decay[p]], 'weight_decay': options.weight_decay},
-        {'params': [p for p in rest if not decay[p]], 'weight_decay': 0.0},
-    ]
-    groups = [group for group in groups if group['params']]
+    groups = parameter_groups(
+        model, rest, lr=options.lr, weight_decay=options.weight_decay, mup=options.mup, mup_base=options.mup_base
+    )
     betas = (options.beta1, options.beta2)
     optimizers: list[Optimizer] = []
     if groups and options.optimizer == 'sgd':

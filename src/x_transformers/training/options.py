@@ -26,7 +26,7 @@ RANGES: dict[str, tuple[float, float]] = {
     'seq_len': (2, math.inf), 'val_bytes': (1, math.inf), 'final_bytes': (2, math.inf), 'sample_length': (0, math.inf),
     'threads': (1, math.inf), 'vocab': (257, math.inf), 'keep': (1, math.inf), 'sample_every': (0, math.inf),
     'lora': (0, math.inf), 'exit_on_term': (0, 256), 'peak_flops': (1, math.inf),
-    'tensor': (1, math.inf), 'context': (1, math.inf), 'pipeline': (1, math.inf),
+    'mup_base': (1, math.inf), 'tensor': (1, math.inf), 'context': (1, math.inf), 'pipeline': (1, math.inf),
 }  # fmt: skip
 
 
@@ -49,6 +49,10 @@ class TrainerOptions:
     """Highest learning rate of AdamW (or SGD)."""
     muon_lr: float = 1e-2
     """Highest learning rate of Muon, in AdamW's scale (updates are matched to AdamW's size)."""
+    mup: bool = False
+    """What was tuned at the width --mup-base holds at this one: rates and starts by the rules of μP; AdamW only."""
+    mup_base: int = 256
+    """The width at which --lr was tuned; heads are in proportion."""
     beta1: float = 0.9
     """AdamW's decay of the mean of the gradients (SGD's momentum)."""
     beta2: float = 0.95
@@ -96,6 +100,8 @@ class TrainerOptions:
                 if not value >= low or not value < high:
                     bounds = f'at least {low:g}' + (f' and below {high:g}' if high < math.inf else '')
                     found.append(f'{option(field.name)} must be {bounds}, got {value:g}.')
+        if self.mup and self.optimizer != 'adamw':
+            found.append(f'--mup must go with --optimizer adamw, for which its rules are, got {self.optimizer!r}.')
         if not 0 < self.decay_share <= 1:
             found.append(f'--decay-share must be above 0 and at most 1, got {self.decay_share:g}.')
         return found

@@ -21,6 +21,7 @@ from x_transformers.training.errors import CheckpointError, TrainingError
 from x_transformers.training.files import WEIGHTS, find_checkpoints, read_json, read_weights, write_atomically, write_json
 from x_transformers.training.logs import check_logs, open_logs
 from x_transformers.training.lora import add_lora, merged
+from x_transformers.training.mup import mup_init_
 from x_transformers.training.options import TrainOptions, merge_for_resume
 from x_transformers.training.randomness import random_state, restore_random_state, seed_everything
 from x_transformers.training.report import METRICS, PICTURE, Comparison, Metrics, draw_losses, read_metrics
@@ -187,6 +188,14 @@ class Samples(Callback):
                 log.text(record['step'], 'sample', text)
 
 
+def start_weights(model: nn.Module, first: Path | None, options: TrainOptions, engine: Engine) -> None:
+    """Let a new run start from the weights of another, or from those that were drawn."""
+    if first is not None:
+        load_weights(model, first / WEIGHTS if first.is_dir() else first, engine)
+    elif options.mup:
+        mup_init_(model, options.mup_base)
+
+
 def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), engine: Engine | None = None) -> Run:
     """Data, model and trainer, at the step where the run stands."""
     options, folder, engine = config.options, Path(config.options.run_dir), engine or Engine()
@@ -205,8 +214,8 @@ def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), eng
         raise TrainingError('--mask-documents must not be combined with --shift-tokens, which looks over the border.')
     seed_everything(options.seed)
     model = engine.build(lambda: build_model(config.flags, vocabulary), device, options.seed)
-    if first is not None and not options.resume:
-        load_weights(model, first / WEIGHTS if first.is_dir() else first, engine)
+    if not options.resume:
+        start_weights(model, first, options, engine)
     if options.lora:
         add_lora(model, options.lora)
     rehearse(model, data, options)
