@@ -14,14 +14,14 @@ from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.before import remember
 from x_transformers.embedding.call import Call, check_added, check_list, check_prepended, last_positions, moved_down, no_padding
 from x_transformers.embedding.memory_tokens import MemoryTokens
-from x_transformers.embedding.rows import Rows, Shuffle
+from x_transformers.embedding.rows import Rows, shuffled
 from x_transformers.embedding.token import scale_gradient
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.helpers import always, default
-from x_transformers.layers.arguments import DECLARED, check_number, per_token
+from x_transformers.layers.arguments import check_number
 from x_transformers.layers.checks import check_names, check_steps
 from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.losses import calc_z_loss
@@ -385,30 +385,6 @@ class StackWrapper(Module):
         """(what the model says, for the last positions only if so asked; the embeddings)."""
         self._check_last(h, call.logits_last)
         return self._read(last_positions(h, call.logits_last), call), h
-
-
-def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
-    """The stack's keywords for rows that are laid in another order."""
-    given = dict(given)
-    rows = shuffle.there.shape[1]
-    for name, declared in DECLARED.items():
-        if declared.has('i') and name in given:
-            raise ValueError(
-                f'{name} with seq_start_pos behind rows in front (prepended, cls or memory): padding moves to the front, '
-                'so that every batch row would need one of its own; run prompts of different lengths one by one.'
-            )
-    for name, value, axis in per_token(DECLARED, given):
-        if value.shape[axis] < rows:
-            continue
-        batch = DECLARED[name].axis(value, 'b')
-        if batch is None:
-            value, batch, axis = value.unsqueeze(0), 0, axis + 1
-        given[name] = shuffle.lay(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
-    for name in ('deep_embeds_and_ids', 'value_embeds_and_ids'):
-        if name in given:
-            tables, ids = given[name]
-            given[name] = tables, shuffle.lay(ids)
-    return given
 
 
 def randomly_placed(call: Call, among: int) -> Call:

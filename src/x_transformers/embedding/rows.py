@@ -230,3 +230,27 @@ class Rows:
             return ids
         ids = F.pad(ids, (self.front, 0), value=value)
         return self.memory.ids(ids, value) if self.memory else ids
+
+
+def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
+    """The stack's keywords for rows that are laid in another order."""
+    given = dict(given)
+    rows = shuffle.there.shape[1]
+    for name, declared in DECLARED.items():
+        if declared.has('i') and name in given:
+            raise ValueError(
+                f'{name} with seq_start_pos behind rows in front (prepended, cls or memory): padding moves to the front, '
+                'so that every batch row would need one of its own; run prompts of different lengths one by one.'
+            )
+    for name, value, axis in per_token(DECLARED, given):
+        if value.shape[axis] < rows:
+            continue
+        batch = DECLARED[name].axis(value, 'b')
+        if batch is None:
+            value, batch, axis = value.unsqueeze(0), 0, axis + 1
+        given[name] = shuffle.lay(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
+    for name in ('deep_embeds_and_ids', 'value_embeds_and_ids'):
+        if name in given:
+            tables, ids = given[name]
+            given[name] = tables, shuffle.lay(ids)
+    return given
