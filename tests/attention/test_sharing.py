@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.laws.combination import shaken
+from tests.laws.combination import Combination, shaken
+from tests.laws.laws import cache_operations
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.flags.base import FlagError
 
@@ -92,3 +93,7 @@ def test_an_order_without_the_first_is_refused():
         made(kv_share_every=2)(X, layers_execute_order=(2, 3))
     with pytest.raises(ValueError, match='must run before it'):
         made(kv_share_every=2).layers[2].branch(X)
+
+
+def test_the_state_of_a_module_beside_shared_keys_is_reordered():
+    cache_operations(Combination.parse('decoder+hybrid+kv_share'))

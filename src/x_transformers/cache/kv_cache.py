@@ -170,8 +170,8 @@ class LayerCache:
             )
         return self.changed(lambda tape: tape if tape.fixed else tape.cut(tape.length - removed, own))
 
-    def reordered(self, index: Int[Tensor, ' r'], context: bool = True) -> LayerCache:
-        batch = next((tape.batch for tape in self.tapes.values()), None)
+    def reordered(self, index: Int[Tensor, ' r'], context: bool = True, batch: int | None = None) -> LayerCache:
+        batch = next((tape.batch for tape in self.tapes.values()), batch)
         twin = self.changed(lambda tape: tape.rows(index) if context or not tape.fixed else tape)
         twin.states = {name: state.index_select(0, index) for name, state in self.states.items()}
 
@@ -375,7 +375,9 @@ class KVCache:
 
         ``context=False``: each row keeps its context, so fixed tapes are not gathered (beams of one prompt share theirs).
         """
-        return self._mapped(lambda layer: layer.reordered(rows, context))
+        # a layer without keys of its own does not know how many rows there are
+        batch = next((tape.batch for layer in self for tape in layer.tapes.values()), None)
+        return self._mapped(lambda layer: layer.reordered(rows, context, batch))
 
     def reserve(self, more: int) -> KVCache:
         """Told that ``more`` rows will follow, so that the first append makes room for all of them."""
