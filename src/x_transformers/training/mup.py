@@ -18,6 +18,7 @@ from x_transformers.position.absolute import AbsolutePositionalEmbedding
 from x_transformers.saving.made import Made
 from x_transformers.saving.plain import keywords_of
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.roles import decays
 
 
 class Share(NamedTuple):
@@ -69,8 +70,6 @@ def shares(model: nn.Module, base: int) -> dict[nn.Parameter, Share]:
         raise TrainingError(
             f'mup must find all parameters at the base width, too, got {", ".join(missing[:3])}. Leave out mup.'
         )
-    from x_transformers.training.optimizers import decays
-
     maps, found = decays(model), {}
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     if any(getattr(getattr(module, 'flags', None), 'tie_embedding', False) for module in model.modules()):
