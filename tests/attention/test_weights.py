@@ -66,6 +66,11 @@ def test_softpick_of_extreme_scores_is_finite(dtype):
     assert weights[:4].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
+@pytest.mark.parametrize('function', [softpick, stick_breaking])
+def test_no_keys_give_no_weights(function):
+    assert function(torch.zeros(2, 3, 0)).shape == (2, 3, 0)
+
+
 def test_stick_breaking():
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))

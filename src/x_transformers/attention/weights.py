@@ -67,7 +67,7 @@ def softpick(scores: Float[Tensor, '... j'], eps: float = 1e-6) -> Float[Tensor,
     Both are multiplied by exp(-m), where m is the largest score, or 0 if it is negative: nothing overflows.
     """
     closed, wide = closed_scores(scores), single(scores)
-    largest = wide.detach().masked_fill(closed, 0.0).amax(dim=-1, keepdim=True).clamp(min=0.0)
+    largest = F.pad(wide.detach().masked_fill(closed, 0.0), (0, 1)).amax(dim=-1, keepdim=True)
     one = (-largest).exp()
     moved = ((wide - largest).exp() - one).masked_fill(closed, 0.0)
     return moved.relu() / (moved.abs().sum(dim=-1, keepdim=True) + eps * one)
