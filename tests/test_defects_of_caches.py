@@ -192,6 +192,20 @@ def test_a_cache_by_hand_lacks_the_states_of_mixers(mixer: str) -> None:
         net(x, cache=by_hand(net, x[:, :6]))
 
 
+@pytest.mark.parametrize(
+    ('flags', 'says'),
+    [
+        ({'attn_composable': True}, 'what keys say of compositions'),
+        ({'attn_path': True}, 'the steps of accumulated positions'),
+    ],
+    ids=str,
+)
+def test_a_cache_by_hand_lacks_what_attention_remembers_beside_keys(flags: dict[str, Any], says: str) -> None:
+    net, x = model(**flags), prompts(1, 7)
+    with pytest.raises(ValueError, match=f'must hold {says}'):
+        net(x, cache=by_hand(net, x[:, :6]))
+
+
 class Around(nn.Module):
     """A net by the contract of the original: it is given the whole window and what the call before returned."""
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from x_transformers.attention.composition import ComposeHeads
+from x_transformers.attention.path import HouseholderSteps
 from x_transformers.cache.kv_cache import KVCache, LayerCache
 from x_transformers.convolution import TAPE, CausalConvolution
 from x_transformers.layers.branch import ShiftTokens
@@ -28,10 +30,14 @@ def check_history(stack: StackParts, cache: KVCache, steps: Sequence[Step]) -> N
     shifting = held(lambda part: isinstance(part, ShiftTokens) and part.moves(stack.dim))
     convolving = held(lambda part: isinstance(part, CausalConvolution))
     remembering = held(lambda part: isinstance(part, Layer) and has_state(part.inside))
+    composing = held(lambda part: isinstance(part, ComposeHeads))
+    stepping = held(lambda part: isinstance(part, HouseholderSteps))
     summing = [cache.step(step.index) for step in steps] if stack.flags.mv_split_residual else []
     lacking = {
         'the tokens that canon convolves': convolving and not any(name.startswith(TAPE) for name in convolving[0].tapes),
         'the tokens that shift_tokens shifts': shifting and not any('shift' in each.tapes for each in shifting),
+        'what keys say of compositions': composing and not any('compose' in each.tapes for each in composing),
+        'the steps of accumulated positions': stepping and not any('path' in each.tapes for each in stepping),
         'the states of mixers': remembering and not any(STATE in each.carry for each in remembering),
         'the sums over earlier tokens that mv_split_residual needs': summing
         and not any('sums' in each.tapes for each in summing),
