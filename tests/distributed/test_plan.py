@@ -61,6 +61,9 @@ def test_parts_need_less(size: Size) -> None:
     assert found['none', False].weights == 4 * size.parameters
     assert found['hybrid', False].weights == 4 * size.parameters / 8
     assert found['full', False].optimizer == 8 * size.parameters / 16
+    full = found['full', False]
+    assert full.total == full.weights + full.optimizer + full.gathered + max(full.gradients, full.activations)
+    assert found['none', False].total > found['none', False].gradients + found['none', False].activations
     assert found['full', True].activations < found['full', False].activations == 2 * size.kept
     with pytest.raises(MeshError, match='--batch must be a multiple of --gpus'):
         list(needs(size, devices=16, per_node=8, batch=8))

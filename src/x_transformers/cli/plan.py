@@ -109,7 +109,7 @@ def about(size: Size, options: PlanOptions, batch: int) -> list[str]:
 
 def table(found: Sequence[Need], memory: float) -> list[str]:
     """One line for each grid, in GiB of one device, and which is the first that fits."""
-    head = f'{"GiB of each device":<44}{"weights":>9}{"grads":>9}{"optimizer":>11}{"gathered":>10}{"kept":>9}{"sum":>9}'
+    head = f'{"GiB of each device":<44}{"weights":>9}{"grads":>9}{"optimizer":>11}{"gathered":>10}{"kept":>9}{"peak":>9}'
     lines = [head]
     for need in found:
         name = need.name + (', again' if need.checkpointing else '')
@@ -117,7 +117,10 @@ def table(found: Sequence[Need], memory: float) -> list[str]:
         widths = (9, 9, 11, 10, 9, 9)
         numbers = ''.join(f'{value / GIB:>{width}.2f}' for value, width in zip(sizes, widths, strict=True))
         lines.append(f'{name:<44}{numbers}')
-    lines.append('again: layers are computed again for their gradients (--checkpointing full); kept: for the backward')
+    lines.append(
+        'again: layers are computed again for their gradients (--checkpointing full); kept: for the backward, which lets go'
+    )
+    lines.append('of it while gradients come, so that parts need the larger of the two alone')
     fits = next((need for need in found if need.total <= memory), None)
     if fits is None:
         lines.append(f'none of them fits into {memory / GIB:g} GiB: take more devices, a smaller --batch or --seq-len')

@@ -102,7 +102,12 @@ class Need:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+        kept = self.weights + self.optimizer + self.gathered
+        if self.degrees.shard == 1:
+            # copies hold the room of all gradients from the beginning
+            return kept + self.gradients + self.activations
+        # what a layer has kept is let go of when its gradients are made, so the two are never there in full together
+        return kept + max(self.gradients, self.activations)
 
 
 def needs(
