@@ -179,7 +179,8 @@ class AttentionLayers(Module):
         for step in call.steps:
             if step.block:
                 streams = between(self.mudd, self._begin_block(step.block, streams, call, record), carry)
-            streams = self._join(step, streams, carry) if self.unet_skips else streams
+            if self.unet_skips or self.lambdas is not None:
+                streams = self._join(step, streams, carry)
             around = self._around(step, call, carry, x.device, maps_now)
             written, seen = layers[step.layer](streams, condition, wide_condition, around)
             carry.enter(around.entered)
