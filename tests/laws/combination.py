@@ -214,6 +214,8 @@ def contradicts(names: set[str]) -> bool:
         or bool('repeat_blocks' in names and names & NO_BLOCKS)
         # positions must then be given for the memories too
         or bool('mems' in names and names & {'pos', 'pos_rows'})
+        # places on a grid are not numbers
+        or ('context_pos' in names and any(name.startswith('rotary_axes') for name in names))
     )
 
 

@@ -23,6 +23,12 @@ ATTENTION_RULES = (
         {'canon': True, 'use_latent_kv': True, 'dim_latent_kv': 4},
     ),
     Rule(
+        ('canon', 'tensor_product'),
+        lambda flags, dim: flags.canon and flags.tensor_product,
+        'keys and values are put together of cached factors, and not token by token',
+        {'canon': True, 'tensor_product': True},
+    ),
+    Rule(
         ('canon', 'flash_pack_seq'),
         lambda flags, dim: flags.canon and flags.flash_pack_seq,
         'a convolution would run from one packed sequence into the next',
