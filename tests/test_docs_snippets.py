@@ -24,7 +24,7 @@ def test_there_are_snippets():
 @pytest.mark.parametrize('block', SNIPPETS)
 def test_snippet_runs_and_shapes_are_as_its_comments_say(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
-    for package in re.findall(r'^from (peft|torchao)\b', block, re.MULTILINE):
+    for package in re.findall(r'^from (accelerate|peft|torchao|transformers)\b', block, re.MULTILINE):
         pytest.importorskip(package, reason=f'{package} is an extra of the developers')
     names: dict[str, object] = {}
     exec(compile(block, 'snippet', 'exec'), names)

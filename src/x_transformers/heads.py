@@ -66,10 +66,20 @@ class TiedHead(Module):
     def weight(self) -> Float[Tensor, 'v d']:
         return self._embedding[0].emb.weight
 
+    def table(self, x: Float[Tensor, '... d']) -> Float[Tensor, 'v d']:
+        """The weight, where ``x`` is. One that is there only while its module runs (offloaded) is read by running it."""
+        weight = self.weight
+        if weight.device == x.device:
+            return weight
+        if not weight.is_meta:
+            return weight.to(x.device)
+        whole: Tensor = self._embedding[0].emb(torch.arange(weight.shape[0], device=x.device))
+        return whole
+
     def forward(self, x: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
         if targets is None:
-            return F.linear(x, self.weight, self.bias)
-        return loss_of(x, self.weight, self.bias, targets, **loss)
+            return F.linear(x, self.table(x), self.bias)
+        return loss_of(x, self.table(x), self.bias, targets, **loss)
 
 
 class LinearHead(NamedTuple):

@@ -89,6 +89,9 @@ class Module(Made):
     a class that knows it (``ConstantLinear``). Hence ``to_empty(device=...)``, then ``reset_parameters()``, gives a new model.
     """
 
+    # what accelerate keeps on one device: layers read the weights of their parts
+    _no_split_modules: ClassVar[list[str]] = ['Layer']
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         modes.asked(self, mode)

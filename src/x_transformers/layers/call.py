@@ -36,8 +36,10 @@ class Span:
     ``uncounted`` ones before it began to count.
 
     In a cache of fixed capacity the new tokens are not the last rows: ``placed`` is the number of the first of them.
+    ``device`` is that of the tokens: parameters may be elsewhere while their module does not run.
     """
 
+    device: torch.device
     batch: int
     given: int
     new: int

@@ -115,7 +115,7 @@ def _table(
             return pos
         new = span.newest(pos, axis=pos.ndim - 1)
         return torch.cat((pos[..., : span.mems], new), dim=-1) if span.mems else new
-    count = span.positions(next(stack.parameters()).device, only_new)
+    count = span.positions(span.device, only_new)
     if not span.mems or (begins is None and isinstance(window, int)):
         return count if begins is None else count - begins
     # memories lie before the first token in sight of each row, and not before its padding
@@ -320,7 +320,8 @@ def position_bias(stack: StackParts, given: Given, span: Span, pos: Tensor | Non
         window = window_begin(span, begins, None if cache is None else cache.cursor)
         pos = None if begins is None and isinstance(window, int) else _table(stack, span, None, False, begins, window)
     if span.placed is None:
-        return RelativeBias(stack.rel_pos, positions=pos)
+        return RelativeBias(stack.rel_pos, positions=pos, device=span.device)
     if pos is None:
-        pos = span.positions(span.placed.device)
-    return RelativeBias(stack.rel_pos, positions=pos, queries=span.new_rows(pos.device, span.mems))
+        pos = span.positions(span.device)
+    queries = span.new_rows(pos.device, span.mems)
+    return RelativeBias(stack.rel_pos, positions=pos, queries=queries, device=span.device)

@@ -114,7 +114,7 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
     batch, length = x.shape[:2]
     offset = pos_offset(given, cache)
     if cache is not None and cache.cursor is not None:
-        return fixed_span(batch, length, given, cache, cache.cursor, offset)
+        return fixed_span(x, given, cache, cache.cursor, offset)
     past = 0 if cache is None else cache.retained
     if cache is not None and past:
         check_batch(cache, batch)
@@ -125,6 +125,7 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
     dropped = 0 if cache is None else cache.length - past
     before = 0 if cache is None else cache.uncounted
     return Span(
+        device=x.device,
         batch=batch,
         given=length,
         new=new,
@@ -143,12 +144,14 @@ def pos_offset(given: Given, cache: KVCache | None) -> int:
     return 0 if cache is None else cache.pos_offset
 
 
-def fixed_span(batch: int, length: int, given: Given, cache: KVCache, cursor: Cursor, offset: int) -> Span:
+def fixed_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache, cursor: Cursor, offset: int) -> Span:
     """Behind a cache of fixed capacity all of x is new, and everything that depends on how far it is written is a tensor."""
+    batch, length = x.shape[:2]
     if length > cursor.capacity:
         raise ValueError(f'x must be at most the {cursor.capacity} tokens that the cache has room for, got {length}')
     dropped = cursor.seen - cursor.row
     return Span(
+        device=x.device,
         batch=batch,
         given=length,
         new=length,

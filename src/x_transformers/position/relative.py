@@ -25,8 +25,8 @@ class RelativeBias(Bias):
     """ALiBi, T5 or dynamic bias for one call.
 
     ``positions`` are those that the user gave, (j) or (b j), memories and cached keys included; without them keys are counted.
-    ``queries``: numbers of the queries among them, if they are not the last. Raises ValueError if there are fewer positions
-    than keys.
+    ``queries``: numbers of the queries among them, if they are not the last. ``device``: of the tokens; None: that of the
+    module, whose parameters may be elsewhere while it does not run. Raises ValueError if there are fewer positions than keys.
     """
 
     def __init__(
@@ -34,15 +34,17 @@ class RelativeBias(Bias):
         module: nn.Module,
         positions: Int[Tensor, 'j'] | Int[Tensor, 'b j'] | None = None,
         queries: Int[Tensor, 'i'] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.queries = queries
         self.module = cast('DistanceBias', module)
+        self.device = self.module.device if device is None else device
         self.positions = positions
 
     def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, '#b h r j']:
         if self.positions is None:
-            bias: Tensor = self.module.by_index(geometry.first + start, stop - start, geometry.own)
+            bias: Tensor = self.module.by_index(geometry.first + start, stop - start, geometry.own, self.device)
         else:
             given = self.positions.shape[-1]
             if given < geometry.own:
@@ -64,7 +66,7 @@ class RelativeBias(Bias):
         key = ('strip', rows, low, high, torch.is_grad_enabled(), recomputed_part())
         found: Tensor | None = recall(self._rendered, key)
         if found is None:
-            found = remember(self._rendered, key, self.module.by_index(-low, rows, high - low).unsqueeze(0))
+            found = remember(self._rendered, key, self.module.by_index(-low, rows, high - low, self.device).unsqueeze(0))
         return found
 
     @property
@@ -108,17 +110,17 @@ class DistanceBias(Module):
     """
 
     def forward(self, i: int, j: int) -> Float[Tensor, 'h i j']:
-        return self.by_index(j - i, i, j)
+        return self.by_index(j - i, i, j, self.device)
 
-    def by_index(self, first: int, i: int, j: int) -> Float[Tensor, 'h i j']:
+    def by_index(self, first: int, i: int, j: int, device: torch.device) -> Float[Tensor, 'h i j']:
         """Queries at first … first+i-1, keys at 0 … j-1.
 
         There are i + j - 1 distances, so that many numbers are computed and laid out along the diagonals.
         """
         if i == 0 or j == 0:
-            none = self.of_distances(torch.zeros(1, dtype=torch.long, device=self.device))
+            none = self.of_distances(torch.zeros(1, dtype=torch.long, device=device))
             return none.new_zeros(none.shape[0], i, j)
-        distances = torch.arange(i + j - 1, device=self.device) - (first + i - 1)
+        distances = torch.arange(i + j - 1, device=device) - (first + i - 1)
         return along_diagonals(self.of_distances(distances).contiguous(), i, j)
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
