@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from x_transformers.attention.attention import Attention as Attention
     from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as AutoregressiveWrapper
     from x_transformers.belief_state_wrapper import BeliefStateWrapper as BeliefStateWrapper
+    from x_transformers.block_diffusion import BlockDiffusionWrapper as BlockDiffusionWrapper
     from x_transformers.continuous import ContinuousAutoregressiveWrapper as ContinuousAutoregressiveWrapper
     from x_transformers.continuous import ContinuousTransformerWrapper as ContinuousTransformerWrapper
     from x_transformers.dpo import DPO as DPO
@@ -45,6 +46,7 @@ _HOME = {
     'AttentionPool': 'embedding.pooling',
     'AutoregressiveWrapper': 'autoregressive_wrapper',
     'BeliefStateWrapper': 'belief_state_wrapper',
+    'BlockDiffusionWrapper': 'block_diffusion',
     'Continuation': 'generation.continuation',
     'ContinuousAutoregressiveWrapper': 'continuous',
     'ContinuousTransformerWrapper': 'continuous',

@@ -16,6 +16,7 @@ from x_transformers import (
     DPO,
     AutoregressiveWrapper,
     BeliefStateWrapper,
+    BlockDiffusionWrapper,
     ContinuousAutoregressiveWrapper,
     ContinuousTransformerWrapper,
     Decoder,
@@ -24,6 +25,7 @@ from x_transformers import (
     MultiInputTransformerWrapper,
     NeoMLP,
     NonAutoregressiveWrapper,
+    PrefixDecoder,
     TransformerWrapper,
     ViTransformerWrapper,
     XLAutoregressiveWrapper,
@@ -222,6 +224,18 @@ def unmasked(critic: bool = True, **given: Any) -> Any:
     hidden = net(Encoder, wrapper={'max_seq_len': N})
     model: Any = moved(NonAutoregressiveWrapper(hidden, mask_id=0, steps=4, self_token_critic=critic))
     return model.generate(**given)
+
+
+def blocks(call: Any = None, net_: Any = None, **given: Any) -> Any:
+    model: Any = BlockDiffusionWrapper(net_ or net(PrefixDecoder), **({'mask_id': 0, 'block_size': 4} | given))
+    return model(ids(), **(call or {})), model.generate(ids(2, 2), 4) if not call else None
+
+
+def blocks_written(**given: Any) -> Any:
+    model = BlockDiffusionWrapper(net(PrefixDecoder), mask_id=0, block_size=4)
+    lengths: list[int] = []
+    model.net.attn_layers.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    return model.generate(**({'prompts': ids(2, 4), 'seq_len': 5} | given)), lengths
 
 
 def belief(call: Any = None, **given: Any) -> Any:
@@ -462,6 +476,22 @@ OBJECTIVES = (
             'batch_size': 3, 'start_temperature': 9.0, 'filter_thres': 0.0, 'noise_level_scale': 9.0,
             'generator': Sampled(seeded),
         },
+    ),
+    Target(
+        'BlockDiffusionWrapper', BlockDiffusionWrapper.__init__, blocks,
+        {'mask_id': 5, 'block_size': 2, 'time_low': 0.5, 'time_high': 0.5}, ('net',),
+    ),
+    Target(
+        'BlockDiffusionWrapper.forward', BlockDiffusionWrapper.forward, of_call(blocks),
+        {'mask': torch.arange(N) < torch.tensor([[N], [5]])}, ('x',),
+    ),
+    Target(
+        'BlockDiffusionWrapper.generate', BlockDiffusionWrapper.generate, blocks_written,
+        {
+            'steps': 1, 'temperature': 0.0, 'filter_logits_fn': 'top_k',
+            'filter_kwargs': With({'k': 1}, {'filter_logits_fn': 'top_k'}), 'generator': Sampled(seeded),
+        },
+        ('prompts', 'seq_len'),
     ),
     Target(
         'BeliefStateWrapper', BeliefStateWrapper.__init__, belief,

@@ -41,6 +41,14 @@ def test_learned_ends_with_its_table() -> None:
         emb(torch.zeros(1, 3), offset=6)
 
 
+def test_positions_may_come_twice_in_a_row_that_is_longer_than_the_table() -> None:
+    emb = AbsolutePositionalEmbedding(4, 8)
+    pos = torch.arange(8).repeat(2)
+    torch.testing.assert_close(emb(torch.zeros(1, 16), pos=pos), rows_of(emb, pos.tolist()))
+    with pytest.raises(IndexError, match='range from 0 to 8'):
+        emb(torch.zeros(1, 9), pos=torch.arange(9))
+
+
 def test_learned_starts_as_told() -> None:
     emb = AbsolutePositionalEmbedding(64, 64, init_std=1e-5)
     assert 0.5e-5 < emb.emb.weight.std() < 2e-5

@@ -67,6 +67,15 @@ class Call:
 OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(Call)
 
 
+def along_tokens(name: str, value: Any) -> bool:
+    """Whether an argument speaks of single tokens, or of rows in front of them: by its axes, or as a count of tokens."""
+    declared = OF_MODELS.get(name)
+    if declared is None:
+        return False
+    letters = declared.form(value) if isinstance(value, Tensor) else declared.axes.replace('|', ' ').split()
+    return letters == ['b'] or not {'n', 'i', 'p', 'l'}.isdisjoint(letters)
+
+
 def rows_in_front(embeds: Any) -> int:
     """How many embeddings are prepended."""
     if embeds is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.rule import Rule, broken_rules, how_many
 from x_transformers.flags.stack import StackFlags
@@ -63,6 +64,65 @@ TOLD_NOTHING_RULES = (
 )
 
 
+# what passes something from token to token by the order of the rows, whatever their positions and the mask say
+BY_ORDER = (
+    *(f'attn_{name}' for name in AttentionFlags.self_only()),
+    'attn_inverted_attention', 'attn_hybrid_module', 'shift_tokens', 'mv_split_residual', 'canon', 'ff_canon', 'mixer',
+)  # fmt: skip
+
+# rules of a stack that is given the same tokens twice in one row
+TWICE_RULES = (
+    Rule(
+        BY_ORDER,
+        lambda flags, dim: how_many(flags, BY_ORDER) > 0,
+        'this needs the rows of one sequence, and here each token stands in two, told apart by positions and a mask only',
+        {'shift_tokens': 1},
+        'Leave it out.',
+        only_changed=True,
+    ),
+    Rule(
+        ('rotary_scaling',),
+        lambda flags, dim: flags.rotary_by_length,
+        'these frequencies depend on how long a sequence is, and here each token stands in two rows',
+        {'rotary_pos_emb': True, 'rotary_scaling': {'type': 'dynamic', 'factor': 2.0, 'original_length': 4}},
+        'Choose another one.',
+    ),
+)
+
+# the same of the model around it
+TWICE_MODEL_RULES = (
+    Rule(
+        ('num_memory_tokens',),
+        lambda both, dim: bool(both.num_memory_tokens),
+        'memory tokens see all tokens and are seen by all, so that they would show what is to be predicted',
+        {'num_memory_tokens': 2},
+        'Leave it out.',
+    ),
+    Rule(
+        ('smear',),
+        lambda both, dim: both.smear,
+        'the embedding in the row before is mixed in, and here each token stands in two rows',
+        {'smear': True},
+        'Leave it out.',
+    ),
+    Rule(
+        ('bigram_hash_embed',),
+        lambda both, dim: both.bigram_hash_embed is not None,
+        'pairs are made with the token in the row before, and here each token stands in two rows',
+        {'bigram_hash_embed': 13},
+        'Leave it out.',
+    ),
+    Rule(
+        ('randomized_positions',),
+        lambda both, dim: both.randomized_positions is not None,
+        'positions are given here, and none are drawn',
+        {'randomized_positions': 32},
+        'Leave it out.',
+        inert=True,
+    ),
+)
+
+
 def both_of(net: Any) -> OnStack | None:
     """The flags of one of our models and its stack; None for all others."""
     flags, stack = getattr(net, 'flags', None), getattr(getattr(net, 'attn_layers', None), 'flags', None)
@@ -96,6 +156,14 @@ def check_rules(rules: Iterable[Rule], net: Any, where: str, subject: str = '') 
     if sentences := broken_rules(applicable, both, both.stack.dim, written):
         raise FlagError(*(f'{where}: {subject}{sentence}' for sentence in sentences))
     warn_inert(where, broken_rules(applicable, both, both.stack.dim, written, inert=True))
+
+
+def check_twice(net: Any, where: str) -> None:
+    """Raise FlagError for flags that go wrong where each token stands in two rows, one behind the other."""
+    both = both_of(net)
+    if both is not None and (sentences := broken_rules(TWICE_RULES, both.stack, both.stack.dim, written)):
+        raise FlagError(*(f'{where}: `attn_layers` of net has {sentence}' for sentence in sentences))
+    check_rules(TWICE_MODEL_RULES, net, where, 'net has ')
 
 
 def expert_loss(net: Any) -> bool:

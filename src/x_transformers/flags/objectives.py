@@ -198,6 +198,31 @@ class MaskedGenerateOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class BlockDiffusionOptions(Options):
+    """``BlockDiffusionWrapper``."""
+
+    block_size: int = flag(8, 'Tokens of a block.', low=1)
+    time_low: float = flag(1e-3, 'The smallest share of a block that is hidden.', above=0.0, high=1.0)
+    time_high: float = share(1.0, 'The largest share.')
+    RULES = (
+        Rule(
+            ('time_low', 'time_high'),
+            lambda given, _: given.time_low >= given.time_high,
+            'shares are drawn from between them',
+            {'time_low': 0.8, 'time_high': 0.3},
+            'Choose a smaller [time_low].',
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BlockGenerateOptions(Options):
+    """The call ``BlockDiffusionWrapper.generate``."""
+
+    steps: int | None = flag(None, 'Rounds for a block.', low=1)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BeliefStateOptions(Options):
     train_frac_forward_backward_pairs: float = flag(1.0, 'Share of the pairs that are trained on.', above=0.0, high=1.0)
     backward_ar_loss_weight: float = flag(1.0, 'Weight of predicting the previous token.')

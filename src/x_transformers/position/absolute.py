@@ -79,8 +79,9 @@ class AbsolutePositionalEmbedding(Module):
         offset: int | Int[Tensor, ' 1'] = 0,
     ) -> Float[Tensor, 'n d'] | Float[Tensor, 'b n d']:
         n = x.shape[1]
-        last = n + offset if pos is None and isinstance(offset, int) else n
-        if last > self.max_seq_len:
+        last = n + offset if isinstance(offset, int) else n
+        # positions of the caller's own may come several times, and the table names those that it lacks
+        if pos is None and last > self.max_seq_len:
             raise ValueError(
                 f'the sequence reaches position {last}, but there are absolute positions only up to max_seq_len = '
                 f'{self.max_seq_len}: shorten the sequence or raise max_seq_len'
