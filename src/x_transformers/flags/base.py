@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import numbers
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from functools import cache
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from x_transformers.flags.elsewhere import answer
+from x_transformers.flags.plain import plain, value_of
 from x_transformers.notices import written
 
 REQUIRED: Any = dataclasses.MISSING
@@ -177,6 +179,11 @@ def shown(value: Any) -> str:
     return getattr(value, '__name__', type(value).__name__)
 
 
+def is_part(flags: Flags, name: str, value: Any) -> bool:
+    """Whether a flag is no setting but the module that is set."""
+    return name in flags.flag_fields() and flags.default(name) is REQUIRED and hasattr(value, 'forward')
+
+
 # ---------------------------------------------------------------- the base of all flags
 
 
@@ -271,6 +278,37 @@ class Flags:
     def changed(self) -> dict[str, Any]:
         """The flags whose value is not the default."""
         return {name: getattr(self, name) for name in self.flag_fields() if self.is_changed(name)}
+
+    def keywords(self) -> dict[str, Any]:
+        """The keywords from which ``parse`` makes these flags again."""
+        return self.changed()
+
+    def to_json(self) -> str:
+        """The keywords as a JSON object, for ``from_json``. What has no default and is a module, ``attn_layers``, is left out.
+
+        Raises FlagError naming every keyword that JSON cannot hold, such as a function.
+        """
+        wrong: list[str] = []
+        held = {
+            name: plain(value, f'{type(self).__name__}: {name}', wrong)
+            for name, value in self.keywords().items()
+            if not is_part(self, name, value)
+        }
+        if wrong:
+            raise FlagError(*wrong)
+        return json.dumps(held, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, **more: Any) -> Self:
+        """The flags that ``to_json`` has written; ``more`` are laid over its keywords. Raises as ``parse``, and FlagError for
+        what is no JSON object."""
+        try:
+            held = json.loads(text)
+        except ValueError as error:
+            raise FlagError(f'{cls.__name__}: `text` must be a JSON object of keywords, but cannot be read: {error}.') from None
+        if not isinstance(held, dict):
+            raise FlagError(f'{cls.__name__}: `text` must be a JSON object of keywords, got a {type(held).__name__}.')
+        return cls.parse({name: value_of(value) for name, value in held.items()} | more, where=cls.__name__)
 
     def is_changed(self, name: str) -> bool:
         value, usual = getattr(self, name), self.default(name)

@@ -29,6 +29,9 @@ class LayeredFlags(Flags):
     cross_attention: AttentionFlags
     feedforward: FeedForwardFlags
     varying: Mapping[str, tuple[Any, ...]]
+    attn_given: frozenset[str]
+    cross_given: frozenset[str]
+    ff_given: frozenset[str]
     told_to_attention: Any
 
     @cached_property
@@ -151,6 +154,15 @@ class LayeredFlags(Flags):
 
     def changed(self) -> dict[str, Any]:
         return super().changed() | dict(self.varying)
+
+    def keywords(self) -> dict[str, Any]:
+        found = {name: value for name, value in Flags.changed(self).items() if name not in self.varying}
+        given = {'attn_': self.attn_given, 'cross_attn_': self.cross_given, 'ff_': self.ff_given}
+        held = {'attn_': self.attention, 'cross_attn_': self.cross_attention, 'ff_': self.feedforward}
+        parts = {part + name: getattr(held[part], name) for part in PARTS for name in sorted(given[part])}
+        # others follow from flags, as the depth of layers does
+        told = {*parts, *self.flag_fields()}
+        return found | parts | {name: PerLayer(values=over) for name, over in self.varying.items() if name in told}
 
     def is_changed(self, name: str) -> bool:
         if name == 'attn_dim_head':

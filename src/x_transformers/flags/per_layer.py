@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, get_origin
 
 from torch import nn
 
 from x_transformers.flags.base import FlagError, kinds_of, one_kind, shown, tidied
+from x_transformers.flags.plain import PerLayer
 
 T = TypeVar('T')
-
-
-@dataclass(frozen=True)
-class PerLayer:
-    """What ``per_layer`` makes: ``values`` for the layers of a kind, which repeat, or a ``function`` of the layer's index."""
-
-    values: tuple[Any, ...] = ()
-    function: Callable[[int], Any] | None = None
 
 
 Each: TypeAlias = T | Sequence[T] | Callable[[int], T] | PerLayer
@@ -116,3 +108,6 @@ def spread(given: PerLayer, layers: int, hint: Any, *, name: str, kind: str) -> 
                 f'{kind} layer {layer}.'
             ]
     return tuple(values), []
+
+
+__all__ = ['Each', 'PerLayer', 'as_per_layer', 'layer_schedule', 'per_layer', 'spread', 'takes']

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from x_transformers.attention.qk_clip import largest_scores
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.feedforward import FeedForward
-from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import STACK
 from x_transformers.flags.per_layer import Each, per_layer
 from x_transformers.flags.rules import check_stack
@@ -33,6 +32,7 @@ from x_transformers.layers.assemble import (
     warn_of_leaks,
 )
 from x_transformers.layers.call import Around, Carry, Inputs, Record
+from x_transformers.layers.decided import keywords_of_flags, with_own
 from x_transformers.layers.drop import is_dropped
 from x_transformers.layers.layer import Layer, make_layer, make_norm
 from x_transformers.layers.plan import ATTENTIONS, LayerPlan, Step, exchanged_plan, plan_layers
@@ -62,6 +62,8 @@ class AttentionLayers(Module):
     is_causal: bool
     # left to right but for a prefix, though ``causal`` is False
     has_prefix = False
+    # the flags that a subclass sets by itself
+    decides: ClassVar[Mapping[str, bool]] = {}
 
     # over several layers
     layer_integrators: Any
@@ -87,6 +89,11 @@ class AttentionLayers(Module):
         self.made_with = args, {name: made.get(name, value) for name, value in keywords.items()}
         self._build(parsed, plan_layers(parsed))
         self.init_own()
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags) -> Self:
+        """A stack as from these keywords; modules among them are the same ones. FlagError for flags that this class sets otherwise."""
+        return cls(**keywords_of_flags(cls, flags))
 
     # ------------------------------------------------------------ building
 
@@ -371,33 +378,24 @@ class AttentionLayers(Module):
             attention.qk_clip_(largest_scores(all_scores, attention.flags.head_learned_sink), tau=tau)
 
 
-def sets(name: str, given: Any, **fixed: bool) -> dict[str, Any]:
-    """The flags of a subclass; raise FlagError if someone gives what it sets by itself."""
-    taken = [f'`{flag}`' for flag in fixed if flag in given]
-    if taken:
-        raise FlagError(
-            f'{" and ".join(taken)} cannot be given to {name}, which sets it: leave it out, or use '
-            'AttentionLayers, Encoder (sees both ways), Decoder (causal), PrefixDecoder or CrossAttender.'
-        )
-    return {**given, **fixed}
-
-
 class Encoder(AttentionLayers):
     """Every token sees every other."""
 
     __signature__ = ClassSignature(STACK, 'causal')
+    decides: ClassVar[Mapping[str, bool]] = {'causal': False}
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
-        super().__init__(**sets('Encoder', flags, causal=False))
+        super().__init__(**with_own(Encoder, flags))
 
 
 class Decoder(AttentionLayers):
     """A token sees itself and those before it."""
 
     __signature__ = ClassSignature(STACK, 'causal')
+    decides: ClassVar[Mapping[str, bool]] = {'causal': True}
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
-        super().__init__(**sets('Decoder', flags, causal=True))
+        super().__init__(**with_own(Decoder, flags))
 
 
 class PrefixDecoder(AttentionLayers):
@@ -408,11 +406,11 @@ class PrefixDecoder(AttentionLayers):
     """
 
     __signature__ = ClassSignature(STACK, 'causal')
-
     has_prefix = True
+    decides: ClassVar[Mapping[str, bool]] = {'causal': False}
 
     def __init__(self, **flags: Unpack[EncoderKeywords]) -> None:
-        super().__init__(**sets('PrefixDecoder', flags, causal=False))
+        super().__init__(**with_own(PrefixDecoder, flags))
 
     def forward(
         self,
@@ -441,9 +439,10 @@ class CrossAttender(AttentionLayers):
     """Cross attention and feed-forwards, no self attention."""
 
     __signature__ = ClassSignature(STACK, 'cross_attend', 'only_cross')
+    decides: ClassVar[Mapping[str, bool]] = {'cross_attend': True, 'only_cross': True}
 
     def __init__(self, **flags: Unpack[CrossAttenderKeywords]) -> None:
-        super().__init__(**sets('CrossAttender', flags, cross_attend=True, only_cross=True))
+        super().__init__(**with_own(CrossAttender, flags))
 
 
 __all__ = ['AttentionLayers', 'CrossAttender', 'Decoder', 'Encoder', 'Intermediates', 'PrefixDecoder', 'TransformerBlock']

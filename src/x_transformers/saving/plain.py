@@ -14,12 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 import x_transformers
 from x_transformers.flags.base import FlagError, UnknownFlag
-from x_transformers.flags.per_layer import PerLayer, per_layer
+from x_transformers.flags.plain import plain, value_of
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.made import Made
 
-# the key of a value for each layer
-PER_LAYER = 'per_layer'
 # classes that are saved with models but are not names of the top level
 OTHERS = {
     'AttentionLayers': 'x_transformers.layers.stack',
@@ -72,40 +70,28 @@ def keywords_of(model: Made) -> dict[str, Any]:
 def to_plain(model: nn.Module) -> dict[str, Any]:
     """``{'class': ..., **keywords}`` of a model. Raises FlagError naming all keywords that a file cannot hold."""
     wrong: list[str] = []
-    plain = _plain_module(model, type(model).__name__, wrong)
+    found = _plain_module(model, type(model).__name__, wrong)
     if wrong:
         raise FlagError(*wrong)
-    return plain
+    return found
 
 
 def _plain_module(model: nn.Module, path: str, wrong: list[str]) -> dict[str, Any]:
     if not isinstance(model, Made) or not hasattr(model, 'made_with'):
         wrong.append(f'{path} must be a model of the library to be saved with its flags, got {type(model).__name__}.')
         return {}
-    flags = {name: _plain(value, f'{path}: {name}', wrong) for name, value in keywords_of(model).items()}
+    flags = {name: plain(value, f'{path}: {name}', wrong, _described) for name, value in keywords_of(model).items()}
     return {'class': type(model).__name__, **flags}
 
 
-def _plain(value: Any, path: str, wrong: list[str]) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry, path, wrong) for entry in value]
-    if isinstance(value, PerLayer):
-        return {PER_LAYER: _plain(value.values, path, wrong)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry, f'{path}[{name!r}]', wrong) for name, entry in value.items()}
-    if isinstance(value, Made):
-        return _plain_module(value, path, wrong)
-    what = getattr(value, '__name__', type(value).__name__)
-    wrong.append(f'{path} must be plain data to be saved in a file, got {what}. Save the state_dict instead, or give a name.')
-    return None
+def _described(value: Any, path: str, wrong: list[str]) -> dict[str, Any] | None:
+    return _plain_module(value, path, wrong) if isinstance(value, Made) else None
 
 
-def from_plain(plain: Mapping[str, Any], extra: type | None = None) -> Made:
+def from_plain(held: Mapping[str, Any], extra: type | None = None) -> Made:
     """The model that ``to_plain`` describes, untrained. Raises UnknownFlag for keywords that its class does not have."""
-    cls = class_named(plain.get('class'), extra)
-    keywords = {name: _value(value) for name, value in plain.items() if name != 'class'}
+    cls = class_named(held.get('class'), extra)
+    keywords = {name: value_of(value, from_plain) for name, value in held.items() if name != 'class'}
     known = inspect.signature(cls.__init__).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
         unknown = [name for name in keywords if name not in known]
@@ -134,15 +120,3 @@ def without_memory() -> Iterator[None]:
     """Models are built in here on the meta device."""
     with torch.device('meta'), Unfilled():
         yield
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if 'class' in value:
-            return from_plain(value)
-        if set(value) == {PER_LAYER}:
-            return per_layer(_value(value[PER_LAYER]))
-        return {name: _value(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return tuple(_value(entry) for entry in value)
-    return value
