@@ -92,7 +92,7 @@ class AttentionLayers(Module):
 
     @classmethod
     def from_flags(cls, flags: StackFlags) -> Self:
-        """A stack as from these keywords; modules among them are the same. FlagError for flags that the class sets otherwise."""
+        """A stack as from these keywords; modules among them are the same. FlagError for what the class sets otherwise."""
         return cls(**keywords_of_flags(cls, flags))
 
     # ------------------------------------------------------------ building
