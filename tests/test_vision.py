@@ -10,6 +10,7 @@ from torch import nn
 
 from x_transformers import Encoder, ViTransformerWrapper
 from x_transformers.flags.base import FlagError
+from x_transformers.vision import FeatureMaps
 
 STACK: dict[str, Any] = {'dim': 16, 'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
 
@@ -151,3 +152,44 @@ def test_sizes_of_images_are_one_number_or_two():
         ViTransformerWrapper(image_size=(4, 4, 4), patch_size=2, attn_layers=Encoder(dim=16, depth=1))
     with pytest.raises(FlagError, match='patches tile the image'):
         ViTransformerWrapper(image_size=(4, 6), patch_size=4, attn_layers=Encoder(dim=16, depth=1))
+
+
+@pytest.mark.parametrize('extra', [{}, {'use_cls_token': True, 'num_register_tokens': 3}], ids=['patches', 'cls and registers'])
+def test_feature_maps_are_the_patches_that_leave_blocks(extra: dict[str, Any]) -> None:
+    stack = Encoder(**{**STACK, 'depth': 3})
+    model, img = build(image_size=(6, 12), attn_layers=stack, **extra), torch.randn(2, 2, 6, 12)
+    left: list[torch.Tensor] = []
+    for layer in stack.layers[1::2]:
+        layer.register_forward_hook(lambda module, args, out: left.append(out[0]))
+    maps = FeatureMaps(model)(img)
+    front = 1 if extra else 0
+    wanted = [*left[:2], stack.final_norm(left[2])]
+    assert [tuple(each.shape) for each in maps] == [(2, 16, 2, 4)] * 3
+    for each, tokens in zip(maps, wanted, strict=True):
+        for row in range(2):
+            for column in range(4):
+                torch.testing.assert_close(each[:, :, row, column], tokens[:, front + 4 * row + column])
+    embeds = model(img, return_embeddings=True)[:, front:]
+    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), embeds)
+
+
+def test_chosen_maps_have_gradients() -> None:
+    model, img = build(attn_layers=Encoder(**{**STACK, 'depth': 3})), torch.randn(1, 2, 6, 6)
+    backbone = FeatureMaps(model, out_indices=(0, -2))
+    assert (backbone.channels, backbone.reduction) == (16, (3, 3))
+    every = model.feature_maps(img)
+    first, second = backbone(img)
+    torch.testing.assert_close((first, second), (every[0], every[1]))
+    second.square().sum().backward()
+    reached = [layer[1] for layer in model.attn_layers.layers]
+    assert all(parameter.grad.abs().sum() > 0 for part in reached[:4] for parameter in part.parameters())
+    assert all(parameter.grad is None for part in reached[4:] for parameter in part.parameters())
+
+
+def test_maps_of_blocks_that_there_are_not() -> None:
+    model, img = build(), torch.randn(1, 2, 6, 6)
+    for wrong in ((1,), (-2,), (True,)):
+        with pytest.raises(ValueError, match=r'out_indices must be numbers of 1 blocks, from 0 to 0, got'):
+            model.feature_maps(img, wrong)
+    with pytest.raises(TypeError, match='model must be a ViTransformerWrapper, got a Encoder'):
+        FeatureMaps(Encoder(**STACK))

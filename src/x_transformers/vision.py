@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +90,8 @@ class ViTransformerWrapper(Module):
         width_of_patch = self.channels * down * across
         return grid.permute(0, 2, 4, 3, 5, 1).reshape(img.shape[0], self.flags.num_patches, width_of_patch)
 
-    def forward(
-        self, img: Float[Tensor, 'b c h w'], return_embeddings: bool = False, return_logits_and_embeddings: bool = False
-    ) -> Any:
-        """Logits (b classes); the mean embedding (b d) if there are no classes.
-
-        ``return_embeddings``: an embedding per patch, (b n d), behind those of a cls token and, if they are kept, of registers;
-        ``return_logits_and_embeddings``: both.
-        """
-        if return_embeddings and return_logits_and_embeddings:
-            raise ValueError('return_embeddings and return_logits_and_embeddings exclude each other; the second returns both.')
+    def embedded(self, img: Float[Tensor, 'b c h w']) -> Float[Tensor, 'b n d']:
+        """What the stack is given: a cls token, patches row by row, registers."""
         wanted = (self.channels, *self.flags.image_sides)
         if img.ndim != 4 or tuple(img.shape[1:]) != wanted:
             raise ValueError(
@@ -111,10 +104,43 @@ class ViTransformerWrapper(Module):
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
         x = self.dropout(self.post_emb_norm(x + self.pos_embedding))
-        length = x.shape[1]
         if self.register_tokens is not None:
             x = torch.cat((x, self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1)
+        tokens: Tensor = x
+        return tokens
+
+    def feature_maps(
+        self, img: Float[Tensor, 'b c h w'], out_indices: Sequence[int] | None = None
+    ) -> list[Float[Tensor, 'b d r s']]:
+        """What left blocks of the stack, as maps with a cell for each patch; cls and register tokens are left out.
+
+        ``out_indices``: which executed blocks, from 0, or from the last by negative numbers; None: all. The last one is behind
+        the final norm. Raises ValueError for a block that there is not.
+        """
+        x = self.embedded(img)
+        seen = self.attn_layers(x, **self.on_grid(x), return_hiddens=True)[1].block_hiddens
+        chosen = range(len(seen)) if out_indices is None else tuple(out_indices)
+        if any(isinstance(index, bool) or not -len(seen) <= index < len(seen) for index in chosen):
+            raise ValueError(
+                f'out_indices must be numbers of {len(seen)} blocks, from 0 to {len(seen) - 1}, got {out_indices}.'
+            )
+        front = 0 if self.cls_token is None else 1
+        patches = (seen[index][:, front : front + self.flags.num_patches] for index in chosen)
+        return [each.transpose(1, 2).unflatten(2, self.flags.grid) for each in patches]
+
+    def forward(
+        self, img: Float[Tensor, 'b c h w'], return_embeddings: bool = False, return_logits_and_embeddings: bool = False
+    ) -> Any:
+        """Logits (b classes); the mean embedding (b d) if there are no classes.
+
+        ``return_embeddings``: an embedding per patch, (b n d), behind those of a cls token and, if they are kept, of registers;
+        ``return_logits_and_embeddings``: both.
+        """
+        if return_embeddings and return_logits_and_embeddings:
+            raise ValueError('return_embeddings and return_logits_and_embeddings exclude each other; the second returns both.')
+        x = self.embedded(img)
         out = self.attn_layers(x, **self.on_grid(x))
+        length = x.shape[1] - self.num_register_tokens
         embeds, registers = out[:, :length], out[:, length:]
         pooled = self.pooled(embeds)
         if self.flags.keep_register_tokens:
@@ -139,3 +165,23 @@ class ViTransformerWrapper(Module):
             return embeds.mean(dim=1)
         cls, patches = embeds[:, 0], embeds[:, 1:]
         return torch.cat((cls, patches.mean(dim=1)), dim=-1) if self.flags.cls_and_mean else cls
+
+
+class FeatureMaps(nn.Module):
+    """A model of images as a backbone, as ``features_only`` of timm makes one: images in, a list of maps out.
+
+    ``model``: a ``ViTransformerWrapper``, whose parameters are those of this module, under ``model``. ``out_indices``: the
+    blocks whose output is wanted, see ``ViTransformerWrapper.feature_maps``. ``channels`` and ``reduction``: the features of
+    a map, and the pixels of a side (height, width) that a cell covers.
+    """
+
+    def __init__(self, model: ViTransformerWrapper, out_indices: Sequence[int] | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, ViTransformerWrapper):
+            raise TypeError(f'model must be a ViTransformerWrapper, got a {type(model).__name__}.')
+        self.model = model
+        self.out_indices = None if out_indices is None else tuple(out_indices)
+        self.channels, self.reduction = model.dim, model.flags.patch_sides
+
+    def forward(self, img: Float[Tensor, 'b c h w']) -> list[Float[Tensor, 'b d r s']]:
+        return self.model.feature_maps(img, self.out_indices)
