@@ -218,7 +218,7 @@ def test_signatures_are_the_flags() -> None:
     assert 'causal' not in inspect.signature(Decoder).parameters
     assert 'only_cross' not in inspect.signature(CrossAttender).parameters
     assert inspect.signature(Encoder).parameters['rotary_pos_emb'].default is False
-    assert len(inspect.signature(AttentionLayers.forward).parameters) == 1 + 31 + 5
+    assert len(inspect.signature(AttentionLayers.forward).parameters) == 1 + 31 + 6
 
     class Mine(Decoder):
         def __init__(self, width: int) -> None:
@@ -491,10 +491,10 @@ def test_deep_embeds_by_executed_feed_forward() -> None:
     table, ids = torch.ones(7, 2, DIM, dtype=torch.float64), torch.randint(0, 7, (2, 5))
     torch.testing.assert_close(stack(x, deep_embeds_and_ids=(table, ids)), stack(x))
     table[:, 1] = 0
-    want = stack.layers[0].norm_before(x, None)
+    want = stack.layers[0].norm_before(stack.layers[0].norms[0], x, None)
     h = stack.layers[0].branch(want) + x
-    h = stack.layers[1].branch(stack.layers[1].norm_before(h, None)) + h
-    h = stack.layers[0].branch(stack.layers[0].norm_before(h, None)) + h
+    h = stack.layers[1].branch(stack.layers[1].norm_before(stack.layers[1].norms[0], h, None)) + h
+    h = stack.layers[0].branch(stack.layers[0].norm_before(stack.layers[0].norms[0], h, None)) + h
     torch.testing.assert_close(stack(x, deep_embeds_and_ids=(table, ids)), stack.final_norm(h))
     # a short table serves the first feed-forwards
     torch.testing.assert_close(stack(x, deep_embeds_and_ids=(table[:, :1], ids)), stack(x))
@@ -580,7 +580,7 @@ def test_scores_that_are_handed_on_hold_the_bias_already() -> None:
     torch.testing.assert_close(first.pre_softmax_attn, first.qk_similarities + bias)
     torch.testing.assert_close(second.pre_softmax_attn, second.qk_similarities + bias)
     own = stack.layers[2].inside
-    normed = stack.layers[2].norm_before(seen.hiddens[1], None)
+    normed = stack.layers[2].norm_before(stack.layers[2].norms[0], seen.hiddens[1], None)
     q, k = ((normed @ to.weight.t()).unflatten(-1, (2, 6)).transpose(1, 2) for to in (own.to_q, own.to_k))
     torch.testing.assert_close(second.qk_similarities, q @ k.mT * 6**-0.5 + first.qk_similarities + bias)
 

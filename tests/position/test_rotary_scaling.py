@@ -79,7 +79,7 @@ def test_yarn_multiplies_queries_and_keys_and_the_cache_undoes_it():
         stack = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_scaling=scaling, **flags)
         _, record = stack(x, return_hiddens=True)
         attention = stack.layers[0].inside
-        normed = stack.layers[0].norm_before(x, None)
+        normed = stack.layers[0].norm_before(stack.layers[0].norms[0], x, None)
         wanted = attention.to_k(normed).view(2, 6, 2, 8).transpose(1, 2)
         torch.testing.assert_close(record.attn_intermediates[0].cached_kv[0], wanted)
 
@@ -135,7 +135,7 @@ def test_halves_turn_the_k_th_channels_of_both_halves():
     x = torch.randn(1, 5, 16)
     _, record = stack(x, return_hiddens=True)
     attention = stack.layers[0].inside
-    normed = stack.layers[0].norm_before(x, None)
+    normed = stack.layers[0].norm_before(stack.layers[0].norms[0], x, None)
     q, k = (to(normed).view(5, 2, 8) for to in (attention.to_q, attention.to_k))
 
     def turned(t, position):
