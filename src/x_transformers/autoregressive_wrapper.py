@@ -40,14 +40,15 @@ from x_transformers.generation.sampling import (
     top_k,
     top_p,
 )
-from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, speculate
+from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, SelfDrafter, speculate
 from x_transformers.generation.texts import check_speculative, collected, run_text
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.losses import apart, next_embedding_loss, token_cross_entropy, with_experts
+from x_transformers.losses import apart, later_token_loss, next_embedding_loss, token_cross_entropy, with_experts
 from x_transformers.module import Module
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.randomness import forgetful_mask
+from x_transformers.tensor_types import Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.generation.continuation import Programs
@@ -98,6 +99,8 @@ class AutoregressiveWrapper(Module):
         pad_value: the id for those, for left padding, and for everything after an end token.
         mask_prob: share of the tokens, never the first, that nobody may attend to (https://arxiv.org/abs/2210.13432).
         add_attn_z_loss: add the net's attention z-loss, weighted by its ``attn_z_loss_weight``.
+        multi_token_loss_weight: weight of the loss of each head but the first, for nets with ``multi_token_heads``
+            (https://arxiv.org/abs/2404.19737 sums them; https://arxiv.org/abs/2412.19437 has 0.3 for their mean).
         next_embed_loss_weight: weight of the loss on the next embedding, for nets with ``add_continuous_pred_head``.
         looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: gates of a ``looped`` net open where a step
             gains less than this; how surely; and their weight in the loss.
@@ -116,6 +119,7 @@ class AutoregressiveWrapper(Module):
         add_attn_z_loss: bool = False,
         next_embed_loss_weight: float = 0.1,
         *,
+        multi_token_loss_weight: float = 1.0,
         looped_loss_threshold_exit: float = 0.05,
         looped_loss_slope: float = 50.0,
         looped_exit_loss_weight: float = 1.0,
@@ -123,19 +127,20 @@ class AutoregressiveWrapper(Module):
     ) -> None:
         super().__init__()
         looped = bool(getattr(net, 'looped', False))
+        multi_token_heads = int(getattr(net, 'multi_token_heads', 1))
         add_continuous_pred_head = bool(getattr(net, 'add_continuous_pred_head', False))
         options(AutoregressiveOptions, 'AutoregressiveWrapper', locals())
-        check_net(net, 'AutoregressiveWrapper', adds_expert_loss=True)
+        check_net(net, 'AutoregressiveWrapper', adds_expert_loss=True, reads_later_tokens=True)
         self.pad_value, self.ignore_index = pad_value, ignore_index
         self.net = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
-        self.mask_prob = mask_prob
-        self.add_attn_z_loss = add_attn_z_loss
+        self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
         self.add_continuous_pred_head = add_continuous_pred_head
         self.allow_future, self.looped = allow_future, looped
         self.adds_expert_loss = expert_loss(net)
         threshold, slope = looped_loss_threshold_exit, looped_loss_slope
         self.looped_loss = {'threshold': threshold, 'slope': slope, 'exit_weight': looped_exit_loss_weight}
+        self.multi_token_heads, self.multi_token_loss_weight = multi_token_heads, multi_token_loss_weight
         self.next_embed_loss_weight = next_embed_loss_weight
 
     # ------------------------------------------------------------ training
@@ -181,9 +186,11 @@ class AutoregressiveWrapper(Module):
         wanted = pad_at_dim(targets, (front, 0), value=self.ignore_index)
         inputs = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0.0:
-            kwargs['self_attn_kv_mask'] = self._forgetful_mask(inputs, prefix, kwargs)
+            kwargs['self_attn_kv_mask'] = forgetful_mask(inputs, self.mask_prob, prefix, kwargs)
         if self.add_continuous_pred_head:
             kwargs['return_next_embed_pred'] = True
+        if self.multi_token_heads > 1:
+            kwargs['return_multi_token_logits'] = True
         if self.add_attn_z_loss:
             kwargs['return_attn_z_loss'] = True
         if self.adds_expert_loss and lens is not None and 'mask' not in kwargs:
@@ -195,6 +202,7 @@ class AutoregressiveWrapper(Module):
             return self._loss_only(wanted, inputs, {'prepend_embeds': prepend_embeds, **kwargs})
         out, intermediates = self.net(inputs, return_intermediates=True, prepend_embeds=prepend_embeds, **kwargs)
         logits, following = out if self.add_continuous_pred_head else (out, None)
+        logits, *later = logits if self.multi_token_heads > 1 else (logits,)
         if self.looped:
             loss = loss_of_loops(intermediates, wanted, self.ignore_index, **self.looped_loss)
         else:
@@ -202,6 +210,10 @@ class AutoregressiveWrapper(Module):
         if self.add_attn_z_loss:
             loss = loss + intermediates.attn_z_loss
         loss = with_experts(loss, intermediates)
+        if later:
+            rows = [each[:, front:] for each in later]
+            given = {'packing': kwargs.get('flash_pack_seq_kwargs'), 'front': prefix, **self._loss_kind}
+            loss = loss + self.multi_token_loss_weight * later_token_loss(rows, targets, **given)
         if following is not None:
             predicted, embedded = (t[:, front:] for t in following)
             loss = loss + self.next_embed_loss_weight * next_embedding_loss(
@@ -209,28 +221,14 @@ class AutoregressiveWrapper(Module):
             )
         return (loss, (logits[:, front:-1], intermediates)) if return_outputs else loss
 
-    def _forgetful_mask(self, inputs: Int[Tensor, 'b n'], front: int, given: Mapping[str, Any]) -> Bool[Tensor, 'b m']:
-        """Which keys may be seen, of those that the caller's masks show: for the net this mask takes their place."""
-        n = inputs.shape[1]
-        rand = torch.randn(inputs.shape, device=inputs.device)
-        rand[:, 0] = -torch.finfo(rand.dtype).max
-        hidden = rand.topk(min(int(n * self.mask_prob), n - 1), dim=-1).indices
-        visible = torch.ones_like(inputs, dtype=torch.bool).scatter(1, hidden, False)
-        visible, before = pad_at_dim(visible, (front, 0), value=True), given.get('prepend_mask')
-        shown = default(given.get('self_attn_kv_mask'), given.get('mask'))
-        if shown is not None:
-            visible = visible & pad_at_dim(shown, (visible.shape[1] - shown.shape[1], 0), value=True)
-        return visible if before is None else visible & pad_at_dim(before, (0, inputs.shape[1]), value=True)
-
     def _token_loss(self, logits: Any, targets: Int[Tensor, 'b m']) -> Float[Tensor, '']:
         if not isinstance(logits, Tensor):
             raise ValueError('the net has several output heads; AutoregressiveWrapper needs one (num_output_heads=1)')
-        return token_cross_entropy(
-            logits,
-            targets,
-            ignore_index=self.ignore_index,
-            is_log_prob=bool(getattr(self.net, 'output_is_log_prob', False)),
-        )
+        return token_cross_entropy(logits, targets, **self._loss_kind)
+
+    @property
+    def _loss_kind(self) -> dict[str, Any]:
+        return {'ignore_index': self.ignore_index, 'is_log_prob': bool(getattr(self.net, 'output_is_log_prob', False))}
 
     def _wants_loss_only(self, kwargs: Mapping[str, Any]) -> bool:
         """Nobody reads what the net reports beside its output, and the net can leave it out."""
@@ -273,6 +271,7 @@ class AutoregressiveWrapper(Module):
         generator: torch.Generator | None = None,
         draft_model: nn.Module | None = None,
         prompt_lookup: int | None = None,
+        self_speculative: bool = False,
         lookahead: int = 4,
         compile: bool = False,
         return_intermediates: bool = False,
@@ -298,9 +297,9 @@ class AutoregressiveWrapper(Module):
             stream: return an iterator over single tokens (...) as they are made; the model stays in evaluation mode until
                 the iterator is used up or closed.
             generator: makes sampling reproducible.
-            draft_model, prompt_lookup: speculative decoding (https://arxiv.org/abs/2211.17192) with a smaller model, or with
-                what followed the newest ``prompt_lookup`` tokens before; ``lookahead`` guesses at a time. The distribution
-                stays exactly that of plain sampling.
+            draft_model, prompt_lookup, self_speculative: speculative decoding (https://arxiv.org/abs/2211.17192) with a smaller
+                model, with what followed the newest ``prompt_lookup`` tokens before, or with the net's ``multi_token_heads``;
+                ``lookahead`` guesses at a time. The distribution stays exactly that of plain sampling.
             compile: read with one compiled program, in memory of fixed shape. The first call compiles, for a minute or so;
                 later ones use the program again as long as the batch is the same and the text is about as long.
             return_intermediates: return (tokens, the net's intermediates of the last call), whose cache goes on from all
@@ -317,8 +316,7 @@ class AutoregressiveWrapper(Module):
         sampler = Sampler(temperature, identity if nets else filter_fn, filter_kwargs or {}, generator)
         tokens = Tokens(prompt.tokens, steps + max(lookahead, 0))
         models: list[nn.Module] = [self, *(net for net, _ in nets)]
-
-        speculative = draft_model is not None or prompt_lookup is not None
+        speculative = draft_model is not None or prompt_lookup is not None or self_speculative
 
         def reader(net: nn.Module) -> Reader:
             return reader_for(
@@ -341,7 +339,7 @@ class AutoregressiveWrapper(Module):
         for net, _ in nets:
             check_vocabulary(self.net, net, 'amateur')
         if speculative:
-            check_speculative(draft_model, prompt_lookup, nets)
+            check_speculative(self.net, draft_model, prompt_lookup, self_speculative, nets)
             if draft_model is not None:
                 small = unwrapped(draft_model)
                 check_vocabulary(self.net, small, 'draft model')
@@ -351,7 +349,7 @@ class AutoregressiveWrapper(Module):
                     drafting.check_length(prompt.tokens.shape[1] + steps - 1, 'the draft model')
                 drafter: Any = ModelDrafter(drafting, sampler)
             else:
-                drafter = LookupDrafter(prompt_lookup or 0)
+                drafter = SelfDrafter(main, sampler) if self_speculative else LookupDrafter(prompt_lookup or 0)
             whole: Reader | ContrastiveReader = main
             made = speculate(main, drafter, tokens, steps, sampler, lookahead, **rest)
         else:

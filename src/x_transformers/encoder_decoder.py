@@ -11,7 +11,7 @@ from torch import Tensor
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, UnknownFlag, unknown_flags
 from x_transformers.flags.constructors import DECODER, ENCODER, PAIR, SET_FOR_STACK, side
-from x_transformers.flags.fit import PER_TOKEN_RULES, TOLD_NOTHING_RULES, check_experts, check_rules
+from x_transformers.flags.fit import PER_TOKEN_RULES, TOLD_NOTHING_RULES, check_added_losses, check_rules
 from x_transformers.flags.objectives import XTransformerOptions, options
 from x_transformers.flags.rule import Rule, how_many
 from x_transformers.flags.signature import ClassSignature
@@ -37,6 +37,7 @@ STACK_NAMES = [name for group in side('')[1:] for name in group.keywords()]
 # the part's keywords with which it could never run, and those that nobody asks it for
 TOLD_NOTHING = tuple(rule for rule in TOLD_NOTHING_RULES if 'cross_attend' not in rule.flags)
 MEMORIES = ('max_mem_len', 'shift_mem_down', 'attn_z_loss_weight', 'input_not_include_cache')
+UNREAD = (*MEMORIES, 'attn_pool', 'add_continuous_pred_head', 'multi_token_heads', 'logits_dim')
 ENCODER_RULES = (
     *TOLD_NOTHING,
     Rule(
@@ -48,8 +49,8 @@ ENCODER_RULES = (
         only_changed=True,
     ),
     Rule(
-        (*MEMORIES, 'attn_pool', 'add_continuous_pred_head', 'logits_dim'),
-        lambda both, dim: how_many(both, (*MEMORIES, 'attn_pool', 'add_continuous_pred_head', 'logits_dim')) > 0,
+        UNREAD,
+        lambda both, dim: how_many(both, UNREAD) > 0,
         'nothing but the embeddings of the encoder is used',
         {'max_mem_len': 4},
         'Leave it out.',
@@ -118,7 +119,7 @@ class XTransformer(Module):
             stack = Encoder(dim=dim, **enc_stack)
             self.encoder = TransformerWrapper(**enc_wrapper, return_only_embed=True, attn_layers=stack)
             check_rules(ENCODER_RULES, self.encoder, 'XTransformer')
-            check_experts(self.encoder, 'XTransformer')
+            check_added_losses(self.encoder, 'XTransformer')
         if tie_token_emb:
             dec_wrapper['token_emb'] = self.encoder.token_emb
         with renamed(lambda name: DECODER + name):

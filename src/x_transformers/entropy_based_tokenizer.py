@@ -44,7 +44,7 @@ class EntropyBasedTokenizer(Module):
     ) -> None:
         super().__init__()
         options(TokenizerOptions, 'EntropyBasedTokenizer', locals())
-        check_net(decoder, 'EntropyBasedTokenizer', name='decoder')
+        check_net(decoder, 'EntropyBasedTokenizer', name='decoder', reads_later_tokens=True)
         if ignore_entropy_below > entropy_threshold:
             raise ValueError(
                 f'ignore_entropy_below must be at most entropy_threshold={entropy_threshold}, got {ignore_entropy_below}. '

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
-from x_transformers.flags.fit import check_experts
+from x_transformers.flags.fit import check_added_losses
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import checked_eos, checked_length, prepare
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
@@ -190,7 +190,7 @@ class FullBandwidth(Module):
         model: Any = net
         flags, stack = model.flags, model.attn_layers
         depth: int = stack.depth
-        check_experts(net, 'FullBandwidth')
+        check_added_losses(net, 'FullBandwidth')
         check_parameters(
             'FullBandwidth',
             temporal_parallel_passes < 2 and f'temporal_parallel_passes must be at least 2, got {temporal_parallel_passes}.',

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.token import scale_gradient
-from x_transformers.flags.fit import check_experts
+from x_transformers.flags.fit import check_added_losses
 from x_transformers.helpers import l2norm
 from x_transformers.latent_prediction import (
     SIGREG_KWARGS,
@@ -87,7 +87,7 @@ class LatentAutoregressive(Module):
         pad_value: int = 0,
     ) -> None:
         super().__init__()
-        check_experts(net, 'LatentAutoregressive')
+        check_added_losses(net, 'LatentAutoregressive')
         check_parameters(
             'LatentAutoregressive',
             num_rollouts < 1 and f'num_rollouts must be at least 1, got {num_rollouts}.',

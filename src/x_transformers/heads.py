@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.token import TokenEmbedding
-from x_transformers.feedforward import NAMED_ACTIVATIONS
+from x_transformers.feedforward import NAMED_ACTIVATIONS, FeedForward
 from x_transformers.helpers import softclamp
 from x_transformers.losses import linear_cross_entropy
 from x_transformers.module import Module, empty_parameter, is_heard
@@ -143,6 +143,22 @@ class HeadTransform(nn.Sequential):
 
     def __init__(self, dim: int, activation: str, norm: nn.Module, *, bias: bool = True) -> None:
         super().__init__(nn.Linear(dim, dim, bias=bias), NAMED_ACTIVATIONS[activation](), norm)
+
+
+class LaterToken(Module):
+    """The stack's output as the logits of a later token are made of it: with a normed feed-forward's added. (… d) -> (… d).
+
+    https://arxiv.org/abs/2404.19737
+    """
+
+    def __init__(self, dim: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        out: Tensor = x + self.ff(self.norm(x))
+        return out
 
 
 def next_embedding_head(dim: int, emb_dim: int) -> nn.Module:

@@ -269,6 +269,39 @@ def with_experts(loss: Float[Tensor, ''], seen: Any) -> Float[Tensor, '']:
     return loss if extra is None else loss + extra
 
 
+def later_targets(targets: Int[Tensor, 'b n'], by: int, packing: Any, front: int, ignore_index: int) -> Int[Tensor, 'b n']:
+    """What stands ``by`` places behind each target; nothing at the end, and in packed sequences nothing of the next one."""
+    later = F.pad(targets[:, by:], (0, min(by, targets.shape[1])), value=ignore_index)
+    if packing is None:
+        return later
+    starts = PackedSequences.of(packing).starts_q.to(targets.device).long() - front
+    place = torch.arange(targets.shape[1], device=targets.device)
+    # sequences that begin at a place or before it
+    document, other = ((each.unsqueeze(-1) >= starts).sum(dim=-1) for each in (place, place + by))
+    return later.masked_fill(document != other, ignore_index)
+
+
+def later_token_loss(
+    logits: Sequence[Float[Tensor, 'b n v']],
+    targets: Int[Tensor, 'b n'],
+    *,
+    packing: Any = None,
+    front: int = 0,
+    ignore_index: int = -100,
+    is_log_prob: bool = False,
+) -> Float[Tensor, '']:
+    """The mean losses of the tokens one, two, … places behind the targets, added up (https://arxiv.org/abs/2404.19737).
+
+    Logits without any target, as of rows that are too short, add 0. ``front``: rows in front, which packing counts.
+    """
+    losses = []
+    for by, each in enumerate(logits, 1):
+        wanted = later_targets(targets, by, packing, front, ignore_index)
+        total = token_cross_entropy(each, wanted, ignore_index=ignore_index, is_log_prob=is_log_prob, reduction='sum')
+        losses.append(total / (wanted != ignore_index).sum().clamp(min=1))
+    return torch.stack(losses).sum()
+
+
 def apart(x: Int[Tensor, 'b n'], packing: Any, front: int, ignore_index: int) -> Int[Tensor, 'b n']:
     """The tokens as targets: the first token of a packed sequence is not predicted from the last of the one before."""
     if packing is None:

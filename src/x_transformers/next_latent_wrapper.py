@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.flags.fit import check_experts
+from x_transformers.flags.fit import check_added_losses
 from x_transformers.latent_prediction import (
     SIGREG_KWARGS,
     Discount,
@@ -123,7 +123,7 @@ class NextLatentWrapper(Module):
         super().__init__()
         custom = dynamics_type == 'custom'
         mixture = getattr(net, 'to_mixture', None) is not None
-        check_experts(net, 'NextLatentWrapper')
+        check_added_losses(net, 'NextLatentWrapper')
         check_parameters(
             'NextLatentWrapper',
             num_rollouts < 1 and f'num_rollouts must be at least 1, got {num_rollouts}. Predict one position ahead or more.',

@@ -1,4 +1,4 @@
-"""Random decisions about the course of a forward: whether a layer is left out, how often the stack is run.
+"""Random decisions about the course of a forward: which layers are left out, how often the stack is run, which keys are hidden.
 
 Processes that train one model together must decide alike, or they would wait for each other. By default the numbers are those
 of Python's ``random``, so ``random.seed`` repeats them; ``decide_alike`` draws them from a seed and the number of the step.
@@ -7,10 +7,14 @@ of Python's ``random``, so ``random.seed`` repeats them; ``decide_alike`` draws 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from x_transformers.tensor_types import Int
+from x_transformers.helpers import default, pad_at_dim
+from x_transformers.tensor_types import Bool, Int
 
 _own: random.Random | None = None
 
@@ -32,10 +36,27 @@ def whole(low: int, high: int) -> int:
     return random.randint(low, high) if _own is None else _own.randint(low, high)
 
 
-def sorted_places(count: int, among: int, device: torch.device | None = None) -> Int[torch.Tensor, ' n']:
+def sorted_places(count: int, among: int, device: torch.device | None = None) -> Int[Tensor, ' n']:
     """``count`` different numbers from 0 to ``among`` - 1 in their order, every subset as likely as every other.
 
     Nobody waits for these, so they are drawn as dropout is, from torch's generator of the device: ``torch.manual_seed`` repeats
     them, and a compiled program draws them too.
     """
     return torch.randperm(among, device=device)[:count].sort().values
+
+
+def forgetful_mask(inputs: Int[Tensor, 'b n'], share: float, front: int, given: Mapping[str, Any]) -> Bool[Tensor, 'b m']:
+    """Which keys may be seen, of those that the caller's masks show: for the net this mask takes their place.
+
+    A ``share`` of the tokens, never the first, is hidden; the ``front`` rows in front of them are not.
+    """
+    n = inputs.shape[1]
+    rand = torch.randn(inputs.shape, device=inputs.device)
+    rand[:, 0] = -torch.finfo(rand.dtype).max
+    hidden = rand.topk(min(int(n * share), n - 1), dim=-1).indices
+    visible = torch.ones_like(inputs, dtype=torch.bool).scatter(1, hidden, False)
+    visible, before = pad_at_dim(visible, (front, 0), value=True), given.get('prepend_mask')
+    shown = default(given.get('self_attn_kv_mask'), given.get('mask'))
+    if shown is not None:
+        visible = visible & pad_at_dim(shown, (visible.shape[1] - shown.shape[1], 0), value=True)
+    return visible if before is None else visible & pad_at_dim(before, (0, inputs.shape[1]), value=True)

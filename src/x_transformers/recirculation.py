@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.call import last_positions
-from x_transformers.flags.fit import check_experts
+from x_transformers.flags.fit import check_added_losses
 from x_transformers.helpers import cast_tuple, default
 from x_transformers.latent_prediction import check_parameters, mlp
 from x_transformers.module import Module
@@ -85,7 +85,7 @@ class Recirculation(Module):
             cast_tuple(tuple(each) if isinstance(each, list) else each) for each in (source_layer, destination_layer)
         )
         count = stack.num_attn_layers
-        check_experts(net, 'Recirculation')
+        check_added_losses(net, 'Recirculation')
         check_parameters(
             'Recirculation',
             len(sources) != len(destinations)

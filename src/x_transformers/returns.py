@@ -30,6 +30,7 @@ class Asked:
     attn_z_loss: bool = False
     z_loss_weight: float = 1e-4
     expert_loss: bool = False
+    multi_token_logits: bool = False
 
     @property
     def intermediates_too(self) -> bool:
@@ -41,7 +42,7 @@ class Asked:
         """The stack must report what happened inside."""
         return self.intermediates_too or self.embeddings_and_intermediates or self.mems or self.attn
 
-    def check(self, *, has_head: bool, predicts_next: bool) -> None:
+    def check(self, *, has_head: bool, predicts_next: bool, predicts_later: bool) -> None:
         needs_head = {
             'return_logits_and_embeddings': self.logits_and_embeddings,
             'return_logit_entropies': self.logit_entropies,
@@ -53,6 +54,8 @@ class Asked:
             raise TypeError(f'attn_z_loss_weight must be a number, got {self.z_loss_weight!r}.')
         if self.next_embed_pred and not predicts_next:
             raise ValueError('return_next_embed_pred=True: build the model with add_continuous_pred_head=True.')
+        if self.multi_token_logits and not predicts_later:
+            raise ValueError('return_multi_token_logits=True: build the model with multi_token_heads=2, or more.')
 
     def logits(self, *, has_head: bool, pooled: bool) -> bool:
         """Whether anyone will see logits. ``pooled``: attention-pooled tokens are returned in their place."""

@@ -143,6 +143,11 @@ class StackWrapper(Module):
         """Whether it has a head for the next embedding."""
         return False
 
+    @property
+    def predicts_later(self) -> bool:
+        """Whether it has heads for tokens behind the next one."""
+        return False
+
     def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         """The new inputs as vectors of width ``emb_dim``, without positions."""
         raise NotImplementedError(f'{type(self).__name__} does not say how its inputs become vectors')
@@ -154,6 +159,10 @@ class StackWrapper(Module):
     def _next_embed(self, h: Tensor, initial: Float[Tensor, 'b n e']) -> tuple[Tensor, Tensor]:
         """(a prediction of the next embedding, the embeddings), of a model that ``predicts_next``."""
         raise NotImplementedError(f'{type(self).__name__} does not predict the next embedding')
+
+    def _later_logits(self, h: Tensor, call: Call) -> list[Any]:
+        """The logits (b n v) of each token behind the next one, of a model that ``predicts_later``."""
+        raise NotImplementedError(f'{type(self).__name__} does not predict tokens behind the next one')
 
     # ------------------------------------------------------------ forward
 
@@ -211,7 +220,7 @@ class StackWrapper(Module):
 
     def run(self, call: Call, asked: Asked) -> Any:
         """Embed what is new, put in front of it what belongs there, run the stack, take that out again, pool, read out."""
-        asked.check(has_head=self.has_head, predicts_next=self.predicts_next)
+        asked.check(has_head=self.has_head, predicts_next=self.predicts_next, predicts_later=self.predicts_later)
         if self.randomized_positions is not None and self.training:
             call = randomly_placed(call, self.randomized_positions)
         rows = self._rows(call)
@@ -226,6 +235,7 @@ class StackWrapper(Module):
         logits, embeds = None, h
         if asked.logits(has_head=self.has_head, pooled=pooled is not None):
             logits, embeds = self._logits(h, call, whole=asked.logits_and_embeddings)
+            logits = (logits, *self._later_logits(h, call)) if asked.multi_token_logits else logits
         return asked.answer(
             x=embeds,
             logits=logits,

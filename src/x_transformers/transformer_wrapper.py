@@ -27,6 +27,7 @@ from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.heads import (
     HeadForm,
     HeadTransform,
+    LaterToken,
     LinearHead,
     Logits,
     choose_head,
@@ -134,6 +135,11 @@ class TransformerWrapper(StackWrapper):
         if flags.logits_transform is not None:
             norm = self._entrance_norm(self.dim, flags.attn_layers)
             self.logits_transform = HeadTransform(self.dim, flags.logits_transform, norm, bias=flags.logits_transform_bias)
+        self.multi_token_heads = 1 if flags.return_only_embed else flags.multi_token_heads
+        later = [
+            LaterToken(self.dim, self._entrance_norm(self.dim, flags.attn_layers)) for _ in range(1, self.multi_token_heads)
+        ]
+        self.later_tokens = nn.ModuleList(later) if later else None
         self.add_continuous_pred_head = flags.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(self.dim, self.emb_dim) if flags.add_continuous_pred_head else None
 
@@ -219,6 +225,7 @@ class TransformerWrapper(StackWrapper):
         looped_inference: bool = True,
         looped_exit_prob_threshold: float = 0.9,
         return_expert_loss: bool = False,
+        return_multi_token_logits: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Logits (b n v), or what the ``return_*`` arguments ask for.
@@ -232,6 +239,7 @@ class TransformerWrapper(StackWrapper):
             return_next_embed_pred: also the prediction of the next embedding, with ``add_continuous_pred_head``.
             return_mems, return_attn: also the memories for the next segment; the attention maps, one per attention.
             return_attn_z_loss: the attention z-loss, in the intermediates.
+            return_multi_token_logits: the logits are a tuple, one for each of ``multi_token_heads``, the next token's first.
             return_expert_loss: also intermediates, with nothing but the ``expert_loss`` unless asked for.
             mask: True for tokens, False for padding.
             mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
@@ -272,6 +280,7 @@ class TransformerWrapper(StackWrapper):
             attn_z_loss=return_attn_z_loss,
             z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
             expert_loss=return_expert_loss,
+            multi_token_logits=return_multi_token_logits,
         )
         change = block_transform(transform_block_inputs)
         if change is not None:
@@ -312,6 +321,15 @@ class TransformerWrapper(StackWrapper):
     @property
     def predicts_next(self) -> bool:
         return self.to_next_embed_pred is not None
+
+    @property
+    def predicts_later(self) -> bool:
+        return self.later_tokens is not None
+
+    def _later_logits(self, h: Float[Tensor, 'b n d'], call: Call) -> list[Any]:
+        self._check_last(h, call.logits_last)
+        read = last_positions(h, call.logits_last)
+        return [self._logits(block(read), call, whole=False)[0] for block in self.later_tokens or ()]
 
     def _next_embed(self, h: Float[Tensor, 'b n d'], initial: Float[Tensor, 'b n e']) -> tuple[Tensor, Tensor]:
         return self.to_next_embed_pred(h), initial  # type: ignore[misc]

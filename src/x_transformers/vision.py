@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.flags.constructors import only
-from x_transformers.flags.fit import check_experts
+from x_transformers.flags.fit import check_added_losses
 from x_transformers.flags.rules import check_vision
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.wrapper import VisionFlags
@@ -50,7 +50,7 @@ class ViTransformerWrapper(Module):
         given = {'image_size': image_size, 'patch_size': patch_size, 'attn_layers': attn_layers, **flags}
         flags_ = VisionFlags.parse(given, where='ViTransformerWrapper')
         check_vision(flags_, stack_flags(attn_layers), type(self).__name__)
-        check_experts(attn_layers, type(self).__name__)
+        check_added_losses(attn_layers, type(self).__name__)
         # kept for reading; the stack lives in its slot only
         self.flags = replace(flags_, attn_layers=nn.Identity())
         stack: Any = attn_layers

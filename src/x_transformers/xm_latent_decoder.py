@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids
-from x_transformers.flags.fit import check_experts
+from x_transformers.flags.fit import check_added_losses
 from x_transformers.latent_prediction import check_parameters, masked_average
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
@@ -67,7 +67,7 @@ class XMLatentDecoder(Module):
         winner_fns: Sequence[Winner] | None = None,
     ) -> None:
         super().__init__()
-        check_experts(net, 'XMLatentDecoder')
+        check_added_losses(net, 'XMLatentDecoder')
         check_parameters(
             'XMLatentDecoder',
             num_latents < 1 and f'num_latents must be at least 1, got {num_latents}.',

@@ -15,7 +15,7 @@ from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
 from x_transformers.flags.constructors import only
-from x_transformers.flags.fit import check_experts, check_future
+from x_transformers.flags.fit import check_added_losses, check_future
 from x_transformers.flags.objectives import XValOptions, options
 from x_transformers.flags.other_inputs import XVAL_RULES, XValFlags
 from x_transformers.flags.rules import check_wrapper
@@ -197,7 +197,7 @@ class XValAutoregressiveWrapper(Module):
     ) -> None:
         super().__init__()
         options(XValOptions, 'XValAutoregressiveWrapper', locals())
-        check_experts(net, 'XValAutoregressiveWrapper')
+        check_added_losses(net, 'XValAutoregressiveWrapper')
         self.allow_future = allow_future
         self.net: Any = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)

@@ -120,9 +120,17 @@ class Combination:
 
     def call(self, model: nn.Module, x: Tensor, given: dict[str, Any], **more: Any) -> Any:
         """The model's answer about the tokens ``x``, as one tensor; with its intermediates if these are asked for."""
-        ask = {'return_next_embed_pred': True} if 'add_continuous_pred_head' in self.wrapper else {}
-        out = model(x, **given, **ask, **more)
+        out = model(x, **given, **self.asks, **more)
         return (self.read(out[0], x), out[1]) if more.get('return_intermediates') else self.read(out, x)
+
+    @property
+    def asks(self) -> dict[str, bool]:
+        """What must be asked for, so that everything which the model says is seen."""
+        asked = {
+            'return_next_embed_pred': 'add_continuous_pred_head' in self.wrapper,
+            'return_multi_token_logits': 'multi_token_heads' in self.wrapper,
+        }
+        return {name: True for name, wanted in asked.items() if wanted}
 
     def read(self, out: Any, x: Tensor) -> Tensor:
         if 'add_continuous_pred_head' in self.wrapper:

@@ -562,6 +562,7 @@ WRAPPER = (
     group('deep_embed', wrapper={'ff_deep_embed': True}),
     group('interspersed', STRICT, wrapper={'num_memory_tokens': 2, 'memory_tokens_interspersed_every': 4}),
     group('output_heads', wrapper={'num_output_heads': 2}),
+    group('multi_token', wrapper={'multi_token_heads': 3}),
     group('next_embed', wrapper={'add_continuous_pred_head': True}),
     group('only_embed', wrapper={'return_only_embed': True}),
     group('squeezed', wrapper={'logits_dim': 1, 'squeeze_out_last_dim': True}),

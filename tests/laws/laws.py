@@ -258,7 +258,7 @@ def continuations_are_full(case: Combination, compiled: bool = False) -> None:
     if reasons := refusals(model):
         must(all(reason.startswith(REFUSED) for reason in reasons), f'refused: {reasons}')
         return
-    x, asks = tokens(ROWS), {'return_next_embed_pred': True} if 'add_continuous_pred_head' in case.wrapper else {}
+    x, asks = tokens(ROWS), case.asks
     for starts in (None, torch.tensor([0, 2, 3])):
         given, left = case.inputs(ROWS), {}
         if starts is not None:

@@ -109,6 +109,10 @@ def following() -> Any:
     return net(wrapper={'add_continuous_pred_head': True})
 
 
+def several() -> Any:
+    return net(wrapper={'multi_token_heads': 3})
+
+
 def moved(model: nn.Module) -> nn.Module:
     """With parameters off their start."""
     return shaken(model, 1)
@@ -122,12 +126,13 @@ def autoregressive(net_: Callable[[], Any] = net, x: Tensor | None = None, **giv
     return model(holed() if x is None else x)
 
 
-def relative(longest: int = 2 * N) -> Any:
-    return net(rotary_pos_emb=True, wrapper={'use_abs_pos_emb': False, 'max_seq_len': longest})
+def relative(longest: int = 2 * N, heads: int = 1) -> Any:
+    wrapper = {'use_abs_pos_emb': False, 'max_seq_len': longest, 'multi_token_heads': heads}
+    return net(rotary_pos_emb=True, wrapper=wrapper)
 
 
-def generated(prompts: Any = None, longest: int = 6, **given: Any) -> Any:
-    model = AutoregressiveWrapper(relative(longest))
+def generated(prompts: Any = None, longest: int = 6, heads: int = 1, **given: Any) -> Any:
+    model = AutoregressiveWrapper(relative(longest, heads))
     fed = {'feeds': 0}
     handle = model.net.register_forward_pre_hook(lambda *_: fed.update(feeds=fed['feeds'] + 1))
     seen_lengths: list[int] = []
@@ -364,6 +369,7 @@ OBJECTIVES = (
         {
             'ignore_index': With(TOKEN, {'x': ids()}), 'pad_value': 3, 'mask_prob': 0.5,
             'next_embed_loss_weight': With(0.7, {'net_': following}),
+            'multi_token_loss_weight': With(0.7, {'net_': several}),
             'looped_loss_threshold_exit': With(-1.0, {'net_': looped}), 'looped_loss_slope': With(3.0, {'net_': looped}),
             'looped_exit_loss_weight': With(3.0, {'net_': looped}),
         },
@@ -382,6 +388,7 @@ OBJECTIVES = (
             'contrastive_decode_kwargs': With({'alpha': 0.9}, {'amateur_model': relative()}),
             'generator': Sampled(seeded), 'draft_model': relative(),
             'prompt_lookup': With(1, {'prompts': torch.tensor([[1, 2, 1, 2]])}),
+            'self_speculative': With(True, {'heads': 3}),
             'lookahead': With(2, {'draft_model': relative(), 'longest': 2 * N}),
         },
         ('prompts', 'seq_len'), {'compile': 'the same tokens by one program: tests/generation/test_continuation.py'},

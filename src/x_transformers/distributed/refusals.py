@@ -96,6 +96,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('context', 'looped', 'the stack is run again'),
     Refusal('context', 'attn_custom_attn_fn', 'it may look at other slices'),
     Refusal('context', 'add_attn_z_loss', 'it is a mean over the whole sequence'),
+    Refusal('context', 'multi_token_heads', 'what they are to predict may lie in the next slice'),
     Refusal('context', 'add_continuous_pred_head', 'its loss compares neighbours, which may lie in two slices'),
 )
 

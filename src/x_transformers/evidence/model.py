@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.flags.fit import check_experts
+from x_transformers.flags.fit import check_added_losses
 from x_transformers.flags.other_inputs import ContinuousFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.module import Module
@@ -61,7 +61,7 @@ class AnswerModel(Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        check_experts(net, type(self).__name__)
+        check_added_losses(net, type(self).__name__)
         self.net = net
 
     def forward(self, batch: Batch) -> Float[Tensor, '']:
@@ -92,7 +92,7 @@ class VectorModel(Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        check_experts(net, type(self).__name__)
+        check_added_losses(net, type(self).__name__)
         self.net = net
 
     def forward(self, batch: Batch) -> Float[Tensor, '']:

@@ -138,10 +138,10 @@ def check_net(
     per_token: bool = True,
     told_nothing: bool = False,
     adds_expert_loss: bool = False,
+    reads_later_tokens: bool = False,
 ) -> None:
     """Raise FlagError for flags of a net with which an objective can never run."""
-    if not adds_expert_loss:
-        check_experts(net, where)
+    check_added_losses(net, where, experts=not adds_expert_loss, later_tokens=not reads_later_tokens)
     rules = (*(PER_TOKEN_RULES if per_token else ()), *(TOLD_NOTHING_RULES if told_nothing else ()))
     check_rules(rules, net, where, f'{name} has ')
 
@@ -172,9 +172,11 @@ def expert_loss(net: Any) -> bool:
     return isinstance(flags, StackFlags) and flags.expert_loss
 
 
-def check_experts(net: Any, where: str) -> None:
-    """Raise FlagError for experts whose loss an objective would not add to its own."""
-    if expert_loss(net):
+def check_added_losses(net: Any, where: str, *, experts: bool = True, later_tokens: bool = True) -> None:
+    """Raise FlagError for experts, or heads of later tokens, whose loss an objective would not add to its own."""
+    if later_tokens:
+        check_later_tokens(net, where)
+    if experts and expert_loss(net):
         raise FlagError(
             f"{where}: `{written('ff_router_balance')}` must be 'bias' or 'none' and "
             f'`{written("ff_router_z_loss_weight")}` 0, got experts with a loss, which AutoregressiveWrapper alone adds. '
@@ -182,9 +184,19 @@ def check_experts(net: Any, where: str) -> None:
         )
 
 
+def check_later_tokens(net: Any, where: str) -> None:
+    """Raise FlagError for heads of later tokens that an objective would not train."""
+    heads = getattr(net, 'multi_token_heads', 1)
+    if heads > 1:
+        raise FlagError(
+            f'{where}: `{written("multi_token_heads")}` must be 1, got {heads}: the heads of later tokens are trained by '
+            'AutoregressiveWrapper alone. Leave it out.'
+        )
+
+
 def check_alone(stack: Any, where: str, *, context: bool = False) -> None:
     """Raise FlagError for a stack that needs more than its input; ``context``: it is given another sequence."""
-    check_experts(stack, where)
+    check_added_losses(stack, where)
     rules = [rule for rule in ALONE_RULES if not (context and 'cross_attend' in rule.flags)]
     if sentences := broken_rules(rules, stack.flags, stack.dim, written):
         raise FlagError(*(f'{where}: {sentence}' for sentence in sentences))

@@ -608,6 +608,7 @@ class WrapperKeywords(TypedDict, total=False):
     to_logits: Callable[..., Any] | None
     add_continuous_pred_head: bool
     input_not_include_cache: bool
+    multi_token_heads: int
     looped: bool
     max_looped_steps: int
     embed_scale: float | None
@@ -728,6 +729,7 @@ class EncKeywords(TypedDict, total=False):
     enc_to_logits: Callable[..., Any] | None
     enc_add_continuous_pred_head: bool
     enc_input_not_include_cache: bool
+    enc_multi_token_heads: int
     enc_looped: bool
     enc_max_looped_steps: int
     enc_embed_scale: float | None
@@ -1113,6 +1115,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_to_logits: Callable[..., Any] | None
     dec_add_continuous_pred_head: bool
     dec_input_not_include_cache: bool
+    dec_multi_token_heads: int
     dec_looped: bool
     dec_max_looped_steps: int
     dec_embed_scale: float | None

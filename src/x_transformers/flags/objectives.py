@@ -63,10 +63,14 @@ class AutoregressiveOptions(Options):
     next_embed_loss_weight: float = flag(
         0.1, 'Weight of the loss on the next embedding.', parent='add_continuous_pred_head'
     )  # fmt: skip
+    multi_token_loss_weight: float = flag(
+        1.0, 'Weight of the loss of each head for a later token.', parent='multi_token_heads', low=0.0
+    )  # fmt: skip
     looped_loss_threshold_exit: float = flag(0.05, 'Gates open where a step gains less.', parent='looped')
     looped_loss_slope: float = flag(50.0, 'How surely.', parent='looped', above=0.0)
     looped_exit_loss_weight: float = flag(1.0, 'Weight of the loss of the gates.', parent='looped', low=0.0)
     looped: bool = flag(False, OF_NET)
+    multi_token_heads: int = flag(1, OF_NET)
     allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
     add_continuous_pred_head: bool = flag(False, OF_NET)
 
@@ -81,7 +85,8 @@ class GenerateOptions(Options):
     )
     draft_model: nn.Module | None = flag(None, 'A smaller model that guesses.')
     prompt_lookup: int | None = flag(None, 'Guess what followed so many tokens before.', low=1)
-    lookahead: int = flag(4, 'Guesses at a time.', parent=('draft_model', 'prompt_lookup'), low=1)
+    self_speculative: bool = flag(False, 'Guess with the heads for later tokens.')
+    lookahead: int = flag(4, 'Guesses at a time.', parent=('draft_model', 'prompt_lookup', 'self_speculative'), low=1)
 
     filter_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the filter.')
     RULES = (

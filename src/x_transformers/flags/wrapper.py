@@ -47,6 +47,11 @@ class WrapperFlags(Flags):
     logits_dim: int | None = flag(None, 'Number of logits; None: num_tokens.', low=1)
     return_only_embed: bool = flag(False, 'No logits: the model returns its embeddings.')
     num_output_heads: int = flag(1, 'Number of heads; with several the logits are a tuple.', low=1)
+    multi_token_heads: int = flag(
+        1, 'Heads for so many next tokens. The first is the usual one; each other is a residual block in front of the same map '
+        'to logits. `return_multi_token_logits=True` returns all.', paper='https://arxiv.org/abs/2404.19737', low=1,
+        since='here',
+    )  # fmt: skip
     use_abs_pos_emb: bool = flag(True, 'Absolute positions, unless the stack turns them off.')
     scaled_sinu_pos_emb: bool = flag(
         False, 'Sinusoidal positions with a learned scale instead of a table.', paper='https://arxiv.org/abs/1706.03762'

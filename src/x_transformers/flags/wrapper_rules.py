@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HEADS = ('tie_embedding', 'num_output_heads', 'to_logits')
 SHAPES = ('logits_scale', 'logits_softcap', 'logits_bias', 'logits_transform')
-LOGITS = (*HEADS, 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_dim', *SHAPES)
+LOGITS = (*HEADS, 'multi_token_heads', 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_dim', *SHAPES)
 POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
 
 # rules of the model alone; ``dim`` is the stack's width
@@ -115,6 +115,19 @@ WRAPPER_RULES = (
         lambda flags, dim: flags.mixture_of_softmax and flags.num_output_heads > 1,
         'the mixture is of one head',
         {'mixture_of_softmax': True, 'num_output_heads': 2},
+    ),
+    Rule(
+        ('multi_token_heads', 'num_output_heads'),
+        lambda flags, dim: flags.multi_token_heads > 1 and flags.num_output_heads > 1,
+        'each head for a later token gives one set of logits',
+        {'multi_token_heads': 2, 'num_output_heads': 2},
+    ),
+    Rule(
+        ('multi_token_heads', *POOLS),
+        lambda flags, dim: flags.multi_token_heads > 1 and how_many(flags, POOLS) > 0,
+        'there is an output for the whole sequence, and no token that others would follow',
+        {'multi_token_heads': 2, 'average_pool_embed': True},
+        only_changed=True,
     ),
     Rule(
         ('scaled_sinu_pos_emb', 'use_abs_pos_emb'),

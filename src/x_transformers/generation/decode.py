@@ -142,6 +142,10 @@ class Reader:
         # what the net reported last, if somebody wants it
         self.keeps_intermediates = False
         self.intermediates: Any = None
+        # what its heads for later tokens say, if somebody wants it, from this position on
+        self.keeps_later = False
+        self.later: tuple[Float[Tensor, 'b k v'], ...] = ()
+        self.later_from = origin
         self.programs = programs
         self.continuation: Continuation | None = None
         self._skipped = 0
@@ -182,8 +186,14 @@ class Reader:
             given['cache'] = cache
         given.update(self._start_of(cache))
         out, intermediates = self.net(
-            tokens.part(low, high), return_intermediates=True, input_not_include_cache=True, logits_last=last, **given
+            tokens.part(low, high),
+            return_intermediates=True,
+            input_not_include_cache=True,
+            logits_last=last,
+            **given,
+            **self._asks(),
         )
+        out = self._without_later(out, high, last)
         made = KVCache.of(intermediates)
         if self.keeps_intermediates:
             self.intermediates = intermediates
@@ -210,13 +220,13 @@ class Reader:
     def _read_window(self, tokens: Tokens, last: int) -> Tensor:
         low, high = self._window_from(tokens.length), tokens.length
         given = self.keywords.whole(low, high)
-        given.update(self._start(low - self.origin))
+        given.update(self._start(low - self.origin), **self._asks())
         x = tokens.part(low, high)
         if self.own_net and not self.keeps_intermediates:
-            return self._newest(self.net(x, logits_last=last, **given), last)
+            return self._newest(self._without_later(self.net(x, logits_last=last, **given), high, last), last)
         if self.own_net:
             out, self.intermediates = self.net(x, logits_last=last, return_intermediates=True, **given)
-            return self._newest(out, last)
+            return self._newest(self._without_later(out, high, last), last)
         # by contract such a net processes one new token when it is given a cache
         cache = self.cache if self.caching and high - self.seen == 1 and last == 1 else None
         if cache is not None and self.limit is not None:
@@ -226,6 +236,16 @@ class Reader:
         self.intermediates = intermediates if self.keeps_intermediates else None
         self.seen = high
         return self._newest(out, last)
+
+    def _asks(self) -> dict[str, bool]:
+        return {'return_multi_token_logits': True} if self.keeps_later else {}
+
+    def _without_later(self, out: Any, high: int, last: int) -> Any:
+        """What the net expects next; what it expects behind that is kept."""
+        if self.keeps_later:
+            out, *later = out
+            self.later, self.later_from = tuple(later), high - last
+        return out
 
     def _window_from(self, high: int) -> int:
         return self.origin if self.limit is None else max(self.origin, high - self.limit)

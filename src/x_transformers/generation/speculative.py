@@ -1,6 +1,7 @@
 """Speculative decoding: cheap guesses, checked by the net in one pass, with the net's own distribution as the outcome.
 
-https://arxiv.org/abs/2211.17192 (a draft model), and prompt look-up, where the guess is what followed the same words before.
+https://arxiv.org/abs/2211.17192 (a draft model), https://arxiv.org/abs/2404.19737 (heads for later tokens), and prompt look-up,
+where the guess is what followed the same words before.
 """
 
 from __future__ import annotations
@@ -62,6 +63,31 @@ class ModelDrafter:
 
     def settle(self, length: int) -> None:
         self.reader.rollback(length, self._mark)
+
+
+class SelfDrafter:
+    """Guesses with the net's own heads for later tokens, from what they said when the text so far was checked.
+
+    The heads guess without each other's guesses, so they cost no pass of their own.
+    """
+
+    def __init__(self, reader: Reader, sampler: Sampler) -> None:
+        reader.keeps_later = True
+        self.reader = reader
+        self.sampler = sampler
+        self._said: list[Float[Tensor, 'b v']] = []
+
+    def draft(self, tokens: Tokens, count: int) -> Draft:
+        probs = [self.sampler.probs(logits) for logits in self._said[:count]]
+        if not probs:
+            return Draft(tokens.part(tokens.length))
+        guesses = torch.stack([self.sampler.draw(each) for each in probs], dim=1)
+        return Draft(guesses, torch.stack(probs, dim=1))
+
+    def settle(self, length: int) -> None:
+        # what stands next has been drawn from the first head; the others go on behind it
+        at = length - 1 - self.reader.later_from
+        self._said = [logits[:, at] for logits in self.reader.later]
 
 
 class LookupDrafter:

@@ -27,8 +27,17 @@ def collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> In
     return torch.cat(parts, dim=-1)
 
 
-def check_speculative(draft: nn.Module | None, lookup: int | None, amateurs: Sequence[Any]) -> None:
-    if draft is not None and lookup is not None:
-        raise GenerateError('draft_model and prompt_lookup are two ways to guess; give one of them')
+def check_speculative(
+    net: nn.Module, draft: nn.Module | None, lookup: int | None, own_heads: bool, amateurs: Sequence[Any]
+) -> None:
+    ways = {'draft_model': draft is not None, 'prompt_lookup': lookup is not None, 'self_speculative': own_heads}
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        raise GenerateError(f'{" and ".join(given)} are {len(given)} ways to guess; give one of them')
+    if own_heads and getattr(net, 'multi_token_heads', 1) < 2:
+        raise GenerateError(
+            'self_speculative must go with a net that has heads for later tokens, got one without. '
+            'Build it with multi_token_heads=2, or more.'
+        )
     if amateurs:
-        raise GenerateError('amateur_model cannot be combined with speculative decoding (draft_model, prompt_lookup)')
+        raise GenerateError(f'amateur_model cannot be combined with speculative decoding ({", ".join(ways)})')
