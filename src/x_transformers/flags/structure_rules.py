@@ -118,6 +118,16 @@ STRUCTURE_RULES = (
         {'canon': ('a',), 'attn_flash_pack_seq': True, 'rotary_pos_emb': True},
     ),
     Rule(
+        ('ff_canon', 'attn_flash_pack_seq'),
+        lambda flags, dim: (
+            not flags.canon
+            and any(part.flash_pack_seq for part in flags.attentions)
+            and any(layer.feedforward.canon for layer in (flags.by_layer if flags.varying else (flags,)))
+        ),
+        'a convolution would run from one packed sequence into the next',
+        {'ff_canon': True, 'attn_flash_pack_seq': True, 'rotary_pos_emb': True},
+    ),
+    Rule(
         ('layer_norm_scaling', 'pre_norm', 'resi_dual', 'gated_multi_residual', 'weight_tie_layers'),
         lambda flags, dim: (
             flags.layer_norm_scaling
