@@ -157,7 +157,7 @@ def test_losses_of_the_tokens_alone(router: str, balance: str) -> None:
     weight = {'router_balance_weight': 0.3} if balance == 'loss' else {}
     ff, x = layer(router=router, router_balance=balance, router_z_loss_weight=0.2, **weight), tokens(2, 4)
     padding = torch.tensor([[True, True, False, True], [True, False, False, False]])
-    _, seen = ff(x, around=BranchInputs(rows=padding))
+    _, seen = ff(x, around=BranchInputs(tokens=padding))
     assert seen.expert_loss.item() == pytest.approx(losses(ff, list(x[padding])))
     _, seen = ff(x, around=BranchInputs())
     assert seen.expert_loss.item() == pytest.approx(losses(ff, list(x.reshape(-1, DIM))))

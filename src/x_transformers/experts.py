@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.grouped import GroupedLinear, transformed
+from x_transformers.helpers import without_autocast
 from x_transformers.module import ExactBuffers, Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -64,7 +65,7 @@ class Router(ExactBuffers):
 
     def logits(self, x: Float[Tensor, 't d']) -> Float[Tensor, 't e']:
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
 
     def forward(self, x: Float[Tensor, 't d'], tokens: Bool[Tensor, ' t'] | None = None) -> Routed:

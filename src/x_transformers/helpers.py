@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce, wraps
 from typing import Any, TypeVar, cast
 
@@ -303,3 +304,16 @@ def recomputed_part() -> Hashable:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     return cast(Hashable, torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The precision that autocast wants, where it is on (it is not defined on the meta device)."""
+    kind = t.device.type
+    if kind == 'meta' or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """Precisions are ours to choose, on the way back too, which may run with autocast or without."""
+    return nullcontext() if autocast_dtype(t) is None else torch.autocast(t.device.type, enabled=False)

@@ -452,7 +452,7 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, cap
     monkeypatch.setenv('RANK', '0')
     said = sentence_of(capsys, train(text, tmp_path / 'run', '--batch', '3'))
     assert '--batch must be a multiple of 2' in said
-    assert '--tensor must be 1' in sentence_of(capsys, train(text, tmp_path / 'run', '--batch', '4', '--tensor', '2'))
+    assert '--pipeline must be 1' in sentence_of(capsys, train(text, tmp_path / 'run', '--batch', '4', '--pipeline', '2'))
     monkeypatch.setenv('RANK', '1')
     assert main(train(text, tmp_path / 'run', '--batch', '3')) == 2
     assert capsys.readouterr().err == ''

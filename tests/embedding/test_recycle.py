@@ -18,7 +18,7 @@ def test_rounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ('asked', 'recycling', 'says'), [(2, False, 'without recycling'), (None, True, 'must be given'), (0, True, 'at least once')]
+    ('asked', 'recycling', 'says'), [(2, False, 'without recycling'), (None, True, 'must be given'), (0, True, 'from 1')]
 )
 def test_rounds_that_make_no_sense(asked: int | None, recycling: bool, says: str) -> None:
     with pytest.raises(ValueError, match=says):

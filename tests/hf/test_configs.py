@@ -202,7 +202,7 @@ def outcome(model: str, name: str, value: Any, changed: dict[str, Any]) -> str:
             theirs.save_pretrained(folder)
             mine = from_hf(folder)
     except FlagError as error:
-        known = {*re.findall(r"'(\w+)'", str(value)), *vars(theirs.config)}
+        known = {name, *re.findall(r"'(\w+)'", str(value)), *vars(theirs.config)}
         named = set(re.findall(r'`(\w+)`', str(error)))
         return 'refused' if named & known else f'{name}={value!r} is refused without its name: {error}'
     output = theirs(**given)

@@ -222,6 +222,8 @@ def contradicts(names: set[str]) -> bool:
         or bool('repeat_blocks' in names and names & NO_BLOCKS)
         # positions must then be given for the memories too
         or bool('mems' in names and names & {'pos', 'pos_rows'})
+        # experts are kept in balance in one way
+        or bool('experts_biased' in names and names & {'experts_shared', 'experts_raw'})
         # places on a grid are not numbers
         or ('context_pos' in names and any(name.startswith('rotary_axes') for name in names))
     )

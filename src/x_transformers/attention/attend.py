@@ -12,7 +12,7 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, KernelArgs, Mixers, Needs, autocast_dtype
+from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, KernelArgs, Mixers, Needs
 from x_transformers.attention.kernels.choose import choose_kernel, explain
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
@@ -44,7 +44,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import only
 from x_transformers.flags.rule import broken_rules, out_of_range
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.helpers import under_transform
+from x_transformers.helpers import autocast_dtype, under_transform
 from x_transformers.module import Module
 from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float

@@ -98,7 +98,10 @@ def show(arguments: Sequence[str]) -> int:
     with torch.device('meta'):
         network = build_network(flags, vocabulary).train(options.training)
     stack_flags: StackFlags = network.attn_layers.flags  # type: ignore[union-attr, assignment]
-    seen = look(network, options)
+    try:
+        seen = look(network, options)
+    except ValueError as error:  # of a sequence of this length
+        raise TrainingError(f'--seq-len {options.seq_len} does not fit this model: {error}') from error
     kept = kept_bytes(flags, options, device, vocabulary) if options.training and here else None
     plan = plan_layers(stack_flags)
     summary = Summary.of(network, seen, kept, options)

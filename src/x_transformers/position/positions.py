@@ -136,8 +136,8 @@ def _one_of_each_pair(table: Float[Tensor, '... n r'], layout: str) -> Float[Ten
     return once(table if table.ndim >= 3 else table.unsqueeze(0), layout)
 
 
-def of_heads(table: Float[Tensor, 'b kh n p'], t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n p']:
-    """For each head of ``t``: one table for all, or that of its key head."""
+def of_heads(table: Tensor, t: Float[Tensor, 'b h n d']) -> Tensor:
+    """For each head of ``t``, (b h n p): one table for all, or that of its key head. Turns are complex numbers."""
     return table if table.shape[1] == 1 else tiled_heads(table, t.shape[1])
 
 

@@ -152,14 +152,6 @@ def usual_refusals(
     return reasons
 
 
-def autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """The precision that autocast wants, where it is on (it is not defined on the meta device)."""
-    kind = t.device.type
-    if kind == 'meta' or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
 def regrouped(t: Float[Tensor, 'b (x y) i d'], first: int) -> Float[Tensor, 'b (y x) i d']:
     """Heads seen as (first, second), in the order (second, first)."""
     return t.view(t.shape[0], first, -1, *t.shape[2:]).transpose(1, 2).flatten(1, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.kernels.base import autocast_dtype
-from x_transformers.helpers import by_formula, single, softclamp
+from x_transformers.helpers import by_formula, single, softclamp, without_autocast
 from x_transformers.tensor_types import Bool, Float
 
 # queries in a block, and in one of a narrow window, where less of what is computed is outside it
@@ -286,11 +284,6 @@ class Gradients:
             add_columns(target, part, block, shape, -1)
         else:
             target.add_(part)
-
-
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """Precisions are ours to choose, on the way back too, which may run with autocast or without."""
-    return nullcontext() if autocast_dtype(t) is None else torch.autocast(t.device.type, enabled=False)
 
 
 def laid_out(t: Float[Tensor, 'b k j d']) -> Float[Tensor, '(b k) j d']:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from x_transformers.attention.kernels import block_steps
 from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, regrouped, usual_refusals
-from x_transformers.attention.kernels.block_steps import BlockExtras, BlockShape, InBlocks, blocks_of, without_autocast
+from x_transformers.attention.kernels.block_steps import BlockExtras, BlockShape, InBlocks, blocks_of
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.scores.similarity import as_products
+from x_transformers.helpers import without_autocast
 from x_transformers.position.bias import rendered_bias
 from x_transformers.tensor_types import Bool, Float
 

@@ -14,13 +14,12 @@ from x_transformers.attention.kernels.base import (
     CallFacts,
     KernelArgs,
     Needs,
-    autocast_dtype,
     merged_mask,
     regrouped,
     usual_refusals,
 )
 from x_transformers.attention.scores.similarity import as_products
-from x_transformers.helpers import by_formula
+from x_transformers.helpers import autocast_dtype, by_formula
 from x_transformers.tensor_types import Float
 
 

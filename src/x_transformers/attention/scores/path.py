@@ -10,6 +10,7 @@ from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.told import PathSteps
 from x_transformers.flags.attention import ScoreFlags
+from x_transformers.helpers import without_autocast
 from x_transformers.tensor_types import Float
 
 
@@ -53,7 +54,7 @@ class PathSimilarity(ScoreRule):
         if state.steps is None:
             raise ValueError('attention along a path must be told its steps. Give steps to Attend.run.')
         wide = torch.promote_types(state.q.dtype, torch.float32)
-        with torch.autocast(state.q.device.type, enabled=False):
+        with without_autocast(state.q):
             q, k = state.q.to(wide) * state.scale, state.k.to(wide)
             steps = state.steps._replace(vectors=state.steps.vectors.to(wide), strengths=state.steps.strengths.to(wide))
             state.scores = path_scores(q, k, steps, state.geometry).to(torch.promote_types(state.q.dtype, state.k.dtype))
