@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from x_transformers.helpers import autocast_dtype
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float, Int
 
@@ -57,16 +59,15 @@ class GroupedLinear(Module):
 
 def same_precision(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in the precision that autocast, if it is on, wants of a linear map."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def sizes_of(counts: Int[Tensor, ' e'], rows: int) -> list[int]:
     """The counts as numbers; on a device without values, as even as can be."""
-    if counts.is_meta:
+    if counts.is_meta or isinstance(counts, FakeTensor):
         return [len(part) for part in torch.arange(rows, device='cpu').tensor_split(counts.shape[0])]
     sizes: list[int] = counts.tolist()
     return sizes
