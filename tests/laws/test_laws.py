@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from tests.laws.combination import Combination, draw, rotated, singles
-from tests.laws.laws import LAWS, causal, continuation_compiles, left_padding_blind, segments_are_whole
+from tests.laws.laws import (
+    LAWS,
+    causal,
+    continuation_compiles,
+    continuations_are_full,
+    left_padding_blind,
+    segments_are_whole,
+)
 from x_transformers.flags.base import FlagError
 
 SEED = int(os.environ.get('LAWS_SEED', '2161'))
@@ -59,6 +66,11 @@ def test_memories_hold_what_was_injected(name: str) -> None:
 
 def test_left_padding_does_not_move_tokens_away_from_the_positions_of_a_context() -> None:
     left_padding_blind(Combination('cross', ('context_pos',)))
+
+
+@pytest.mark.parametrize('name', ['attn_mask', 'attn_mask_whole', 'attn_mask_rows', 'attn_mask_heads'])
+def test_in_memory_of_fixed_shape_a_mask_of_pairs_leaves_memories_open(name: str) -> None:
+    continuations_are_full(Combination('decoder', (name, 'mems')))
 
 
 SAMPLE = ('decoder+rotary', 'cross+alibi', 'decoder+mla', 'decoder+shift', 'prefix+t5')

@@ -88,6 +88,14 @@ def narrower(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
 
+def over_columns(mask: Bool[Tensor, '... i k'], own: int, columns: int) -> Bool[Tensor, '... i j']:
+    """A mask over all ``columns``: one column speaks of every own key, and those that it lacks on the left are open."""
+    if mask.shape[-1] == 1 and columns != 1:
+        mask = mask.expand(*mask.shape[:-1], own)
+    missing = columns - mask.shape[-1]
+    return F.pad(mask, (missing, 0), value=True) if missing else mask
+
+
 def describe(value: Any) -> str:
     return f'shape {tuple(value.shape)} of {value.dtype}' if isinstance(value, Tensor) else repr(value)
 
@@ -197,8 +205,8 @@ class Mask:
     def _written_out(self, placed: Placed, **limits: Any) -> Mask:
         seen = placed.seen(**limits, prefix=self.prefix)
         if self.dense is not None:
-            more = self.dense.shape[-1] - placed.keys
-            seen = self.dense & (F.pad(seen, (more, 0), value=True) if more > 0 else seen)
+            columns = max(placed.keys, self.dense.shape[-1])
+            seen = over_columns(self.dense, placed.keys, columns) & over_columns(seen, placed.keys, columns)
         return self.having(causal=False, past=None, ahead=None, prefix=None, placed=None, dense=seen)
 
     def within(self, packed: PackedSequences | None) -> Mask:
@@ -370,10 +378,7 @@ class Mask:
     ) -> Bool[Tensor, '#b #h i j']:
         """Some rows and columns of the user's mask, whose missing columns on the left are open."""
         dense = dense[(None,) * (4 - dense.ndim)]
-        if dense.shape[-1] == 1 and geometry.keys != 1:
-            dense = dense.expand(*dense.shape[:-1], geometry.own)
-        if dense.shape[-1] != geometry.keys:
-            dense = F.pad(dense, (geometry.keys - dense.shape[-1], 0), value=True)
+        dense = over_columns(dense, geometry.own, geometry.keys)
         if dense.shape[-2] != 1 and rows != (0, dense.shape[-2]):
             dense = dense[..., rows[0] : rows[1], :]
         if columns == (0, geometry.own):
