@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from x_transformers.randomness import decide_alike
+
 DOCS = Path(__file__).parents[1] / 'docs'
 SNIPPETS = [
     pytest.param(block, id=f'{page.stem}-{number}')
@@ -27,6 +29,9 @@ def test_snippet_runs_and_shapes_are_as_its_comments_say(block, tmp_path, monkey
     for package in re.findall(r'^from (accelerate|peft|torchao|transformers)\b', block, re.MULTILINE):
         pytest.importorskip(package, reason=f'{package} is an extra of the developers')
     names: dict[str, object] = {}
-    exec(compile(block, 'snippet', 'exec'), names)
+    try:
+        exec(compile(block, 'snippet', 'exec'), names)
+    finally:
+        decide_alike(None)  # one asks for decisions that hold in the whole process
     for name, shape in re.findall(r'^(\w+) = .*# \(([\d, ]+)\)$', block, re.MULTILINE):
         assert tuple(names[name].shape) == tuple(int(size) for size in shape.split(',') if size.strip()), name
