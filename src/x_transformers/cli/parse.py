@@ -56,7 +56,7 @@ def parse_typed(full: Any, arguments: Sequence[str], prog: str) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(read):
         value, part = getattr(read, field.name), getattr(full, field.name)
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        if is_group(part):
             value = dataclasses.replace(part, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
         changes[field.name] = value
     return dataclasses.replace(full, **changes)
@@ -67,19 +67,24 @@ def all_fields(full: Any) -> dict[str, dataclasses.Field[Any]]:
     found: dict[str, dataclasses.Field[Any]] = {}
     for field in dataclasses.fields(full):
         part = getattr(full, field.name)
-        inside = dataclasses.fields(part) if dataclasses.is_dataclass(part) else (field,)
+        inside = dataclasses.fields(part) if is_group(part) else (field,)
         found.update({option.name: option for option in inside})
     return found
 
 
-def narrowed(full: Any, names: Collection[str]) -> type:
-    """The dataclass of ``full`` with these options and no others; their defaults are its values."""
+def is_group(part: Any) -> bool:
+    """Whether a field of a command holds options of its own."""
+    return dataclasses.is_dataclass(part) and not isinstance(part, type)
+
+
+def narrowed(full: Any, names: Collection[str], *, told: bool = False) -> type:
+    """The dataclass of ``full`` with these options and no others; their defaults are its values. ``told``: with sentences."""
     fields: list[tuple[str, Any, Any]] = []
     hints = get_type_hints(type(full), include_extras=True)
     for field in dataclasses.fields(full):
         part = getattr(full, field.name)
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            says = sentences_of(type(part))
+        if is_group(part):
+            says = sentences_of(type(part)) if told else {}
             inner = get_type_hints(type(part), include_extras=True)
             own: list[tuple[str, Any, Any]] = [
                 (
@@ -124,7 +129,9 @@ def show_help(full: Any, prog: str, *, short: bool) -> NoReturn:
     rest = len(all_fields(full).keys() & in_help(full, short=False)) - len(names)
     about = (type(full).__doc__ or '').strip()
     more = f'{about}\n\n{rest} more options, each a published idea or a detail: {prog} --help-all' if short else about
-    tyro.cli(narrowed(full, names), args=['--help'], prog=prog, description=more, config=(tyro.conf.OmitArgPrefixes,))
+    tyro.cli(
+        narrowed(full, names, told=True), args=['--help'], prog=prog, description=more, config=(tyro.conf.OmitArgPrefixes,)
+    )
     raise SystemExit(0)
 
 
