@@ -31,6 +31,7 @@ def main() -> None:
         attn_layers=layers,
         looped=True,
         max_looped_steps=LOOPS,
+        looped_positions=True,
     )
     model = AutoregressiveWrapper(net)
     run.train(model, lambda: model(counted(32)), lr=3e-3)

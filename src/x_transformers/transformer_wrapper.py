@@ -95,6 +95,7 @@ class TransformerWrapper(StackWrapper):
         self.recycling, self.train_max_recycle_steps = flags.recycling, flags.train_max_recycle_steps
         self.recycled_proj = nn.Linear(dim, dim, bias=False) if flags.recycling else None
         self.looped, self.max_looped_steps = flags.looped, flags.max_looped_steps
+        self.looped_positions = flags.looped_positions
         self.exit_gate = nn.Linear(dim, 1, bias=False) if flags.looped else None
         self.cls_token = empty_parameter(flags.num_cls_tokens, dim) if flags.use_cls_token else None
         self._build_memory_tokens(flags)
@@ -377,9 +378,18 @@ class TransformerWrapper(StackWrapper):
     def _loops(
         self, run: Callable[..., tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
     ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
-        size = len(check_steps(self.attn_layers, call.more.get('layers_execute_order')))
-        gate, most = self.exit_gate, self.max_looped_steps
-        outputs, h, record = run_loops(run, h, gate, call.loop, most=most, cache=call.cache, size=size)  # type: ignore[arg-type]
+        order, repeats = call.more.get('layers_execute_order'), call.more.get('repeat_blocks')
+        size = len(check_steps(self.attn_layers, order, repeats))
+        outputs, h, record = run_loops(
+            run,
+            h,
+            self.exit_gate,  # type: ignore[arg-type]
+            call.loop,
+            most=self.max_looped_steps,
+            cache=call.cache,
+            size=size,
+            every_place=self.looped_positions,
+        )
         if default(call.loop.all_logits, self.training):
             record.all_pred_logits = [self._logits(each, call, whole=False)[0] for each in outputs]
         return h, record

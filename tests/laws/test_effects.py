@@ -31,6 +31,7 @@ NOT_DRAWN = {
     'input_not_include_cache': WRAPPED + 'test_all_is_new_if_the_caller_says_so',
     'looped': 'tests/embedding/test_loop.py::net',
     'max_looped_steps': 'tests/embedding/test_loop.py::test_the_loss_is_the_formula',
+    'looped_positions': 'tests/embedding/test_loop.py::test_generation_is_the_loops',
     'token_emb': WRAPPED + 'test_your_own_embedding_is_started_too',
     'to_logits': WRAPPED + 'test_linear_head_gives_the_loss_without_logits',
 }

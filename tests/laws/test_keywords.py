@@ -108,6 +108,7 @@ CHANGE_NOTHING = {
     'polar_pos_emb': 'ready-made angles cover one call, and no further token',
     'deep_embeds_and_ids': 'the model sets it, from ff_deep_embed',
     'value_embeds_and_ids': 'the model sets it',
+    'one_place': 'the model sets it, of loops: tests/embedding/test_loop.py::test_places_of_a_token_that_is_read_alone',
     'flash_pack_seq_kwargs': 'packed documents do not go on',
     'flash_pack_seq_context_kwargs': 'packed documents do not go on',
 }

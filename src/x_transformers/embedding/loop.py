@@ -44,26 +44,38 @@ class LoopCall:
 
 
 def run_loops(
-    run: Run, x: Float[Tensor, 'b n d'], gate: nn.Module, call: LoopCall, *, most: int, cache: KVCache | None, size: int
+    run: Run,
+    x: Float[Tensor, 'b n d'],
+    gate: nn.Module,
+    call: LoopCall,
+    *,
+    most: int,
+    cache: KVCache | None,
+    size: int,
+    every_place: bool = False,
 ) -> tuple[list[Float[Tensor, 'b n d']], Float[Tensor, 'b n d'], LayerIntermediates]:
     """(the output of every step, that of each row's last step, the record of the last).
 
     ``size`` is the number of execution steps of one loop. Each loop has a cache of its own for what was read with several
-    tokens at once; a token that is read alone leaves in all of them the keys and values of its last step.
+    tokens at once; a token that is read alone leaves in all of them the keys and values of its last step. It has its place in
+    the first loop and none in later ones, as in 2.31.10, unless ``every_place``.
     """
     steps = most if call.steps is None else call.steps
     before = split(cache, size)
     if cache is not None and len(before) != steps:
         raise ValueError(f'looped_steps must be {len(before)} with this cache, which was made so, got {steps}.')
     exits = None if cache is None else cache.steps[steps * size]
-    batch = x.shape[0]
-    early = call.exits and call.steps is None and cache is not None and x.shape[1] == 1
-    exit_index = torch.full((batch,), steps - 1, device=x.device)
-    going = torch.ones(batch, dtype=torch.bool, device=x.device)
-    left, out = x.new_ones(batch, dtype=torch.float32), x
+    alone = call.exits and x.shape[1] == 1
+    early = alone and call.steps is None and not gate.training
+    exit_index = torch.full((x.shape[0],), steps - 1, device=x.device)
+    going = torch.ones_like(exit_index, dtype=torch.bool)
+    left, out = x.new_ones(x.shape[0], dtype=torch.float32), x
     outputs, gates, caches, losses = [], [], [], []
     for step in range(steps):
-        x, record = run(x) if cache is None else run(x, cache=before[step])
+        more: dict[str, Any] = {} if every_place else {'one_place': alone and cache is not None and step > 0}
+        x, record = run(x, **more) if cache is None else run(x, cache=before[step], **more)
+        # a state belongs to its loop: a token that has left would be missing in those behind it
+        early = early and (record.kv_cache is None or record.kv_cache.can_rollback)
         outputs.append(x)
         gates.append(gate(x))
         caches.append(record.kv_cache)
@@ -73,7 +85,7 @@ def run_loops(
             left = left * (1.0 - gates[-1][:, 0, 0].float().sigmoid())
             # what has left is one less what is left; a row leaves once
             leaves = going & (1.0 - left >= call.threshold)
-            exit_index = exit_index.masked_fill(leaves & going, step)
+            exit_index = exit_index.masked_fill(leaves, step)
             going = going & ~leaves
             if not bool(going.any()):
                 break
@@ -83,7 +95,7 @@ def run_loops(
         record.kv_cache, record.exit_indices = joined(caches, before, exit_index, exits, size=size, steps=steps, early=early)
         record.cache_length = record.kv_cache.length
     else:
-        record.exit_indices = exit_index[:1, None]
+        record.exit_indices = exit_index[:, None] if early else exit_index[:1, None]
     return outputs, out, record
 
 
@@ -97,13 +109,17 @@ def added_up(losses: list[Float[Tensor, ''] | None]) -> Float[Tensor, ''] | None
 
 
 def split(cache: KVCache | None, size: int) -> list[KVCache]:
-    """The caches of the loops: the steps of loop i are those from ``i * size`` on, the record of exits is behind the last."""
+    """The caches of the loops: the steps of loop i are those from ``i * size`` on, the record of exits is behind the last.
+
+    What belongs to no layer, at numbers below 0, is the same for all.
+    """
     if cache is None:
         return []
     loops = []
     for low in range(0, max(cache.steps), size):
         part = cache.fork()
-        part.steps = {index - low: layer for index, layer in part.steps.items() if low <= index < low + size}
+        own = {index: layer for index, layer in part.steps.items() if index < 0}
+        part.steps = own | {index - low: layer for index, layer in part.steps.items() if low <= index < low + size}
         loops.append(part)
     return loops
 
@@ -121,9 +137,9 @@ def joined(
     """(one cache of all loops, the index of the last step of every call)."""
     parts: list[Any] = list(caches)
     whole: Any = parts[0].fork()
-    if early:
-        parts = _shared(parts, before, exit_index, steps)
-    whole.steps = {loop * size + index: layer for loop, part in enumerate(parts) for index, layer in part.steps.items()}
+    own = {index: layer for index, layer in whole.steps.items() if index < 0}
+    layers = _shared(parts, before, exit_index, steps) if early else [_layers(part) for part in parts]
+    whole.steps = own | {loop * size + index: layer for loop, part in enumerate(layers) for index, layer in part.items()}
     new = whole.length - (before[0].length if before else 0)
     rows = exit_index[:, None, None].expand(-1, new, 1)
     record = LayerCache()
@@ -132,30 +148,34 @@ def joined(
     else:
         record.tapes, record.carry = {'exit': Tape.of(rows.contiguous())}, {'first': new}
     whole.steps[steps * size] = record
-    if not before:
-        # nobody left early
+    if not before and not early:
+        # nobody could leave
         return whole, exit_index[:1, None]
     return whole, record.tapes['exit'].value[:, record.carry['first'] - 1 :, 0]
 
 
-def _shared(parts: list[Any], before: list[KVCache], exit_index: Int[Tensor, ' b'], steps: int) -> list[Any]:
-    """The caches of all loops, with what each row's last step left of the newest token."""
+def _layers(part: KVCache) -> dict[int, LayerCache]:
+    return {index: layer for index, layer in part.steps.items() if index >= 0}
+
+
+def _shared(parts: list[Any], before: list[KVCache], exit_index: Int[Tensor, ' b'], steps: int) -> list[dict[int, LayerCache]]:
+    """The layers of all loops, with what each row's last step left of the newest token."""
     rows = torch.arange(exit_index.shape[0], device=exit_index.device)
     made = []
     for loop in range(steps):
-        part = before[loop].fork()
-        for index, layer in parts[0].steps.items():
-            kept = part.steps.setdefault(index, LayerCache())
+        held = _layers(before[loop].fork()) if before else {}
+        for index, layer in _layers(parts[0]).items():
+            kept = held.setdefault(index, LayerCache())
+            past = dict(kept.tapes)
             for name, tape in layer.tapes.items():
                 if tape.fixed:
-                    kept.tapes[name] = before[loop].steps[index].tapes.get(name, tape) if index in before[loop].steps else tape
+                    kept.tapes[name] = past.get(name, tape)
                     continue
                 newest = torch.stack([each.steps[index].tapes[name].value[..., -1:, :] for each in parts])
                 chosen = newest[exit_index.clamp(max=len(parts) - 1), rows]
-                held = before[loop].steps[index].tapes.get(name) if index in before[loop].steps else None
-                kept.tapes[name] = Tape.of(chosen) if held is None else held.append(chosen)
+                kept.tapes[name] = past[name].append(chosen) if name in past else Tape.of(chosen)
             kept.carry = dict(layer.carry)
-        made.append(part)
+        made.append(held)
     return made
 
 

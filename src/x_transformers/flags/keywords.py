@@ -611,6 +611,7 @@ class WrapperKeywords(TypedDict, total=False):
     multi_token_heads: int
     looped: bool
     max_looped_steps: int
+    looped_positions: bool
     embed_scale: float | None
     logits_scale: float | None
     logits_softcap: float | None
@@ -732,6 +733,7 @@ class EncKeywords(TypedDict, total=False):
     enc_multi_token_heads: int
     enc_looped: bool
     enc_max_looped_steps: int
+    enc_looped_positions: bool
     enc_embed_scale: float | None
     enc_logits_scale: float | None
     enc_logits_softcap: float | None
@@ -1118,6 +1120,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_multi_token_heads: int
     dec_looped: bool
     dec_max_looped_steps: int
+    dec_looped_positions: bool
     dec_embed_scale: float | None
     dec_logits_scale: float | None
     dec_logits_softcap: float | None

@@ -70,6 +70,14 @@ class WrapperFlags(Flags):
         since='2.31.10',
     )
     max_looped_steps: int = flag(4, 'So often at most.', paper=LOOPED, parent='looped', low=1, since='2.31.10')
+    looped_positions: bool = flag(
+        False,
+        'A token that is read alone has its rotary or polar position in every loop, as in training; without it in the first '
+        'loop only, as in 2.31.10.',
+        paper=LOOPED,
+        parent='looped',
+        since='here',
+    )
     emb_frac_gradient: float = flag(
         1.0,
         'Fraction of the gradient that reaches the embeddings.',

@@ -157,6 +157,7 @@ class Given:
     return_gumbel_log_probs: bool = False
     return_expert_loss: bool = False
     value_embeds_and_ids: tuple[Any, Tensor] | None = None
+    one_place: bool | None = None
 
 
 DECLARED = arguments_of(Given)

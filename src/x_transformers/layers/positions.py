@@ -178,11 +178,11 @@ def row_begins(stack: StackParts, given: Given, span: Span, cache: KVCache | Non
     return known[:, 0]
 
 
-def rotates_only_new(stack: StackParts, cache: KVCache | None) -> bool:
-    """Whether keys of the past have been rotated: not those made of a latent, nor those cached by hand."""
+def rotates_only_new(stack: StackParts, given: Given, cache: KVCache | None) -> bool:
+    """Whether keys of the past have been rotated: not those made of a latent, cached by hand, or at one place in some calls."""
     rotary = stack.rotary_pos_emb
     latent = any(flags.caches_latent for flags in stack.flags.attentions)
-    if rotary is None or rotary.scale is not None or latent or not keys_last(stack):
+    if rotary is None or rotary.scale is not None or latent or given.one_place is not None or not keys_last(stack):
         return False
     tapes = [] if cache is None else [layer.tapes for layer in cache]
     return all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
@@ -221,12 +221,13 @@ def positions(
             return ready
     if rotary is None and polar is None:
         pos = packed_positions(given, span) if pos is None else pos
-        only_new = rotates_only_new(stack, cache)
+        only_new = rotates_only_new(stack, given, cache)
         begins = row_begins(stack, given, span, cache)
         window = window_begin(span, begins, None if cache is None else cache.cursor)
         table = _table(stack, span, pos, only_new, begins, window)
+        table = torch.zeros_like(table) if given.one_place else table
         # caller's positions are what they are; of counted ones the window's first is 0, where it matters
-        counts = pos is None and not (isinstance(window, int) and window == 0)
+        counts = pos is None and not given.one_place and not (isinstance(window, int) and window == 0)
         counts = counts and (stack.depends_on_places or from_outside(given))
         made: Positions
         if stack.polar_pos_emb is not None:
@@ -234,7 +235,7 @@ def positions(
         else:
             embedding = stack.rotary_pos_emb if embedding is None else embedding
             seen = seen_so_far(span, seen) if embedding.depends_on_length else None
-            lasting = keys_last(stack)
+            lasting = keys_last(stack) and given.one_place is None
             again = counts and not (lasting and embedding.scale is None)
             angles = embedding(table - window if again else table, centred=not from_outside(given), seen=seen)
             made = RotaryPositions(*angles, layout=embedding.layout, lasting=lasting)

@@ -298,6 +298,7 @@ class AttentionLayers(Module):
         return_gumbel_log_probs: bool = False,
         return_expert_loss: bool = False,
         value_embeds_and_ids: tuple[Mapping[str, nn.Module], Int[Tensor, 'b n']] | None = None,
+        one_place: bool | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack. Every boolean mask: True is a token, or may be seen.
 
@@ -324,6 +325,7 @@ class AttentionLayers(Module):
           (number, stream).
         - ``flash_pack_seq_kwargs``, ``flash_pack_seq_context_kwargs``:
           ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
+        - ``one_place``: rotary and polar positions are all the same; False: they may be in others, so keys are cached bare.
         - ``causal``: self attention is so in this call, whatever the stack was built for.
         - ``return_gumbel_log_probs``: with ``return_hiddens`` every attention's ``log_probs`` (b h n) are those of the keys
           that hard or Gumbel attention has chosen.
@@ -338,7 +340,7 @@ class AttentionLayers(Module):
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
             condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
             flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, None, repeat_blocks, transform_block_inputs, causal,
-            return_gumbel_log_probs, return_expert_loss, value_embeds_and_ids,
+            return_gumbel_log_probs, return_expert_loss, value_embeds_and_ids, one_place,
         ))  # fmt: skip
 
     def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:
