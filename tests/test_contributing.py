@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import KERNELS
 from x_transformers.attention.scores.base import Form, ScoreRule
 from x_transformers.flags.attention import AttentionFlags, ScoreFlags
+from x_transformers.flags.base import TRAITS, flag
+from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.position_facts import ANY_POSITION_BIAS
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.layer import RESIDUALS
 from x_transformers.layers.residual import ResidualPath
@@ -53,9 +58,9 @@ def test_every_score_flag_is_read_by_somebody():
         for source in (path.read_text(encoding='utf-8'),)
     )
     names = [name for cls in (AttentionFlags, StackFlags) for name in cls.flag_fields()]
-    # norms are read by the names of their registry
-    by_registry = {f'use_{name}' for name in NORMS}
-    unread = [name for name in names if name not in by_registry and not re.search(rf'\b{name}\b', text)]
+    # norms are read by the names of their registry, position biases as the one that is on
+    by_name = {*(f'use_{name}' for name in NORMS), *ANY_POSITION_BIAS}
+    unread = [name for name in names if name not in by_name and not re.search(rf'\b{name}\b', text)]
     assert not unread, f'{unread}: no part reads these flags'
 
 
@@ -75,3 +80,41 @@ def test_every_residual_and_norm_has_a_flag_and_a_line():
 def test_every_bias_of_a_layer_is_built_from_flags():
     for name, build in BIASES.items():
         assert build(8, AttentionFlags()) is None, f'{name} must be off by default'
+
+
+# ---------------------------------------------------------------- what is true of a flag stands at the flag
+
+
+def flag_lists(tree: ast.AST, flags: set[str]) -> Iterator[tuple[str, ...]]:
+    """Tuples, lists and sets of at least three strings, all of them names of flags."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            names = [entry.value for entry in node.elts if isinstance(entry, ast.Constant) and isinstance(entry.value, str)]
+            if len(names) == len(node.elts) >= 3 and flags.issuperset(names):
+                yield tuple(names)
+
+
+def test_no_module_lists_flags_beside_their_fields():
+    parts = {prefix + name for prefix in ('', 'attn_') for name in AttentionFlags.flag_fields()}
+    flags = parts | {prefix + name for prefix in ('', 'ff_') for name in FeedForwardFlags.flag_fields()}
+    flags |= set(StackFlags.flag_fields())
+    assert list(flag_lists(ast.parse("names = ('selective', 'attn_path', 'mudd')"), flags))
+    package = ROOT / 'src/x_transformers'
+    # kernels name the rules that they carry, and refuse all others
+    paths = [path for path in package.rglob('*.py') if not {'flags', 'kernels'} & {*path.relative_to(package).parts}]
+    assert len(paths) > 200
+    found = {
+        str(path.relative_to(package)): [*flag_lists(ast.parse(path.read_text(encoding='utf-8')), flags)] for path in paths
+    }
+    found = {path: lists for path, lists in found.items() if lists}
+    assert not found, f'{found}: say it at the fields, as one of `one_of` or `traits` of flags/base.py'
+
+
+@pytest.mark.parametrize('trait', TRAITS)
+def test_every_trait_is_one_of_some_flag(trait):
+    assert any(cls.having(trait) for cls in (AttentionFlags, FeedForwardFlags, StackFlags))
+
+
+def test_an_unknown_trait_is_refused():
+    with pytest.raises(ValueError, match='traits must be among own_keys'):
+        flag(False, 'One more.', traits='own_key')

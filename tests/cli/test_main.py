@@ -386,7 +386,7 @@ def test_a_failed_run_leaves_no_folder(tmp_path, text, capsys, monkeypatch):
     ('more', 'sentence'),
     [
         (['--seed', '9' * 20], '--seed must be at least 0 and below'),
-        (['--attn-pool'], '--attn-pool does not fit a language model over bytes: the loss needs logits for every byte'),
+        (['--attn-pool'], '--attn-pool does not fit a language model over bytes: there is an output for the whole sequence'),
         (['--lr', '-1', '--steps', '0'], '--steps must be at least 1, got 0. --lr must be at least 0, got -1.'),
     ],
 )

@@ -150,7 +150,7 @@ def test_all_broken_rules_come_in_one_error():
     assert '`use_scalenorm=True` with `use_rmsnorm=True`: a stack has one kind of norm. Keep one.' in text
     assert '`rotary_xpos=True` with `causal=False`' in text
     assert '`attn_one_kv_head=True` with `attn_kv_heads=3`' in text
-    assert '`ff_relu_squared=True` with `ff_swish=True`' in text
+    assert '`ff_swish=True` with `ff_relu_squared=True`' in text
     assert '`attn_dropout=1.5`: it must be at most 1' in text
     assert len(error.sentences) == 5
 

@@ -88,14 +88,7 @@ def check_tokens(attn: AttentionParts, x: Tensor, given: Keywords) -> tuple[int,
 def check_context(attn: AttentionParts, context: Any, batch: int) -> None:
     shaped('context', context, batch, None, attn.dim_context, says='(batch, tokens, dim_context)')
     numbers('context', context)
-    for flag in (
-        'data_dependent_alibi',
-        'orthog_projected_values',
-        'orthog_projected_values_per_head',
-        'exclusive',
-        'stick_breaking',
-        'path',
-    ):
+    for flag in attn.flags.having('own_keys'):
         if getattr(attn.flags, flag):
             raise ValueError(
                 f'{flag} has no meaning in cross attention, where keys are not the queries: leave out context, or the flag'

@@ -158,15 +158,12 @@ def build_vector_model(flags: Mapping[str, Any], *, dim_in: int, dim_out: int, m
     return VectorModel(ContinuousTransformerWrapper(attn_layers=Decoder(**stack), **keywords))
 
 
-POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
-
-
 def build_pooled_model(flags: Mapping[str, Any], *, num_tokens: int, classes: int, max_seq_len: int) -> PooledModel:
     """An encoder with one output for a row: of the mean of all tokens, unless flags say another way."""
     from x_transformers import Encoder, TransformerWrapper
 
     wrapper, stack = split(flags, WrapperFlags)
-    if not any(wrapper.get(name) for name in POOLS):
+    if not any(wrapper.get(name) for name in WrapperFlags.one_of('pool')):
         wrapper['average_pool_embed'] = True
     keywords = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'logits_dim': classes, **wrapper}
     network = TransformerWrapper(attn_layers=Encoder(**stack), **keywords)

@@ -71,7 +71,12 @@ class ScoreFlags(Flags):
     sparse_topk_straight_through: bool = flag(
         False, 'Sparse weights forward, the gradient of the dense softmax backward.', paper=TOPK, parent='sparse_topk'
     )
-    hard: bool = flag(False, 'All weight on the highest score forward, the gradient of softmax backward.', one_of='weights')
+    hard: bool = flag(
+        False,
+        'All weight on the highest score forward, the gradient of softmax backward.',
+        one_of='weights',
+        traits='needs_tokens',
+    )
     l2_distance: bool = flag(
         False,
         'Scores are minus the squared distance of query and key.',
@@ -91,12 +96,13 @@ class ScoreFlags(Flags):
         paper='https://arxiv.org/abs/1611.01144',
         one_of='weights',
         formula='w_ij = softmax_j((s_ij + g_ij) / τ), g = −log(−log u)',
+        traits='needs_tokens',
     )
     gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax', above=0)
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
     selective: bool = flag(
         False, 'Tokens, through the first head, lower what later tokens may see of earlier ones.',
-        paper='https://arxiv.org/abs/2410.02703', self_only=True)  # fmt: skip
+        paper='https://arxiv.org/abs/2410.02703', self_only=True, traits=('built_causal', 'needs_tokens'))  # fmt: skip
     cog_signed: bool = flag(
         False,
         'Softmax of the absolute scores, with the sign of the scores.',
@@ -128,7 +134,7 @@ class ScoreFlags(Flags):
     )  # fmt: skip
     inverted_attention: bool = flag(
         False, 'Inverted (slot) attention: each key is shared out among the queries, and each query averages what it got.',
-        paper=INVERTED, since=LATER)  # fmt: skip
+        paper=INVERTED, since=LATER, traits=('built_causal', 'row_order'))  # fmt: skip
     scalable_softmax: bool = flag(
         False, 'Scores grow with the number n of keys that the query sees: times s · log n, s learned per head from 0.168 on, '
         'one over the mean of log n up to 1,024. Learned and zero keys count; biases do not grow.',
@@ -139,7 +145,8 @@ class ScoreFlags(Flags):
     stick_breaking: bool = flag(
         False, 'Stick-breaking attention: from the nearest key before the query on, each key takes the sigmoid of its score of '
         'what is left; the query does not see its own key, and what nobody takes is lost.',
-        paper='https://arxiv.org/abs/2410.17980', one_of='weights', self_only=True, since='here')  # fmt: skip
+        paper='https://arxiv.org/abs/2410.17980', one_of='weights', self_only=True, since='here',
+        traits=('own_keys', 'built_causal'))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -224,6 +231,7 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
         paper=FORGETTING,
         self_only=True,
         formula='s_ij ← s_ij + Σ_{j < t ≤ i} log σ(f_t)',
+        traits=('own_keys', 'built_causal'),
     )
     data_dependent_alibi_per_row: bool = flag(
         False, 'The gates depend on the query too.', paper=FORGETTING, parent='data_dependent_alibi', self_only=True
@@ -235,7 +243,11 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
         {}, 'More keywords for the forgetting bias: bias_init, post_log_scale.', parent='data_dependent_alibi', self_only=True
     )
     use_cope: bool = flag(
-        False, 'Contextual positions: each query counts the keys it opens a gate for.', paper=COPE, self_only=True
+        False,
+        'Contextual positions: each query counts the keys it opens a gate for.',
+        paper=COPE,
+        self_only=True,
+        traits='built_causal',
     )
     cope_max_pos: int = flag(16, 'Number of contextual positions.', paper=COPE, parent='use_cope', low=1, self_only=True)
     cope_soft_onehot_pos: bool = flag(
@@ -268,12 +280,14 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
         paper=BELIEF,
         self_only=True,
         formula='o ← o − (o · v̂) v̂, v̂ = v / |v|',
+        traits='own_keys',
     )
     orthog_projected_values_per_head: bool = flag(
         False,
         'The same, and as in 2.16.1 over all heads too; with both flags the output is given twice.',
         paper=BELIEF,
         self_only=True,
+        traits='own_keys',
     )
     laser: bool = flag(
         False,
@@ -302,7 +316,10 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
         low=1,
     )  # fmt: skip
     hybrid_module: nn.Module | None = flag(
-        None, 'A module that runs beside attention and is averaged with it; it is copied.', paper=HYBRID
+        None,
+        'A module that runs beside attention and is averaged with it; it is copied.',
+        paper=HYBRID,
+        traits=('built_causal', 'needs_tokens', 'row_order'),
     )
     hybrid_mask_kwarg: str | None = flag(
         None, "Name of the module's keyword that takes the padding mask, if the layer is not causal.", parent='hybrid_module'
@@ -361,7 +378,7 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
     )  # fmt: skip
     exclusive: bool = flag(
         False, "Each head's output without its component along the token's own value, as that is attended to.",
-        paper=EXCLUSIVE, self_only=True, since='here',
+        paper=EXCLUSIVE, self_only=True, since='here', traits='own_keys',
     )  # fmt: skip
     differential: bool = flag(
         False, 'Differential attention: neighbouring heads are a pair that shares its two values side by side, and gives the '
@@ -392,7 +409,7 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
     path: bool = flag(
         False, 'PaTH: a query meets a key through a Householder-like factor, I - β w wᵀ, of each token behind the key up to '
         'its own; w is made through a narrow middle and a convolution over three tokens, per key head.',
-        paper=PATH, self_only=True, since='here',
+        paper=PATH, self_only=True, since='here', traits=('own_keys', 'built_causal'),
     )  # fmt: skip
     path_rank: int = flag(32, 'Width of that middle.', paper=PATH, parent='path', low=1, self_only=True, since='here')
     project_out: bool | None = flag(None, 'False: no output projection, the heads side by side are the output.', since=LATER)

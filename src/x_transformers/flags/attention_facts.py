@@ -34,6 +34,9 @@ class AttentionFacts:
         orthog_projected_values: bool
         orthog_projected_values_per_head: bool
 
+        @classmethod
+        def having(cls, trait: str) -> tuple[str, ...]: ...
+
     @cached_property
     def num_kv_heads(self) -> int:
         if self.one_kv_head:
@@ -71,16 +74,7 @@ class AttentionFacts:
     @cached_property
     def tied_to_causality(self) -> tuple[str, ...]:
         """The flags that are on and were built for a layer that is causal, or for one that is not."""
-        names = (
-            'selective',
-            'use_cope',
-            'data_dependent_alibi',
-            'hybrid_module',
-            'inverted_attention',
-            'stick_breaking',
-            'path',
-        )
-        return tuple(name for name in names if getattr(self, name))
+        return tuple(name for name in self.having('built_causal') if getattr(self, name))
 
     @cached_property
     def gate_starts_open(self) -> bool:

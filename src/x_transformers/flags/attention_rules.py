@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from x_transformers.flags.attention import SDP_KWARGS, ScoreFlags
-from x_transformers.flags.feedforward import ACTIVATIONS
+from x_transformers.flags.feedforward import ACTIVATIONS, FeedForwardFlags
 from x_transformers.flags.rule import Rule, how_many
 
 WEIGHTS = ScoreFlags.one_of('weights')
 OTHER_PROJECTIONS = ('use_latent_q', 'use_latent_kv', 'qkv_bias')
 # no softmax of products over the keys of a query
 NO_SOFTMAX = ('sigmoid', 'softpick', 'stick_breaking', 'l2_distance', 'inverted_attention')
-SWITCHES = ('relu_squared', 'solu', 'swish')
+SWITCHES = FeedForwardFlags.one_of('activation')
 BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
 
 ATTENTION_RULES = (

@@ -46,6 +46,17 @@ class MissingFlag(FlagError, TypeError):
     """A flag without a default that was not given."""
 
 
+# what else can be true of a flag; whoever acts on it asks the field, so that no list of names stands anywhere else
+TRAITS = {
+    'own_keys': 'keys must be made of the tokens of the queries: a call of Attention cannot give a context',
+    'built_causal': 'it is built for a layer that is causal, or for one that is not: a call cannot choose',
+    'needs_tokens': 'it chooses among keys, or runs over tokens: a sequence without tokens is refused',
+    'row_order': 'it passes something from row to row, whatever positions and masks say; so do all that are self_only',
+    'across_layers': 'it makes something for all layers together: they cannot be exchanged for those of another kind',
+    'no_blocks': 'it leaves no blocks in their own order: a call cannot repeat some',
+}
+
+
 def flag(
     default: Any,
     says: str,
@@ -60,6 +71,7 @@ def flag(
     since: str = '2.16.1',
     self_only: bool = False,
     one_of: str | None = None,
+    traits: str | tuple[str, ...] = (),
     each: str | None = None,
     often: bool = False,
     formula: str | None = None,
@@ -70,10 +82,15 @@ def flag(
     without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` and ``below`` are
     not included. ``among`` names all values that there are. ``since`` is the release of x-transformers that has this keyword
     first, or 'here' for one that it never had. ``self_only``: it needs the order of one sequence, so that cross attention does
-    not inherit it. ``one_of`` names a group of flags of which one can be on. ``each``, of a stack's own flags: 'layer' if it
-    may differ between layers, 'attention' if between layers with heads, 'mixer' if between mixers.
+    not inherit it. ``one_of`` names a group of flags of which one can be on; ``traits``, what else of ``TRAITS`` is true of it.
+    ``each``, of a stack's own flags: 'layer' if it may differ between layers, 'attention' if between layers with heads, 'mixer'
+    if between mixers.
     ``often``: the short help of the commands lists it. ``formula``: what it computes, in a line.
     """
+    if unknown := set(as_tuple(traits)) - set(TRAITS):
+        raise ValueError(
+            f'traits must be among {", ".join(TRAITS)}, got {", ".join(sorted(unknown))}. Describe new ones there.'
+        )
     metadata = {
         'says': says,
         'paper': paper,
@@ -86,6 +103,7 @@ def flag(
         'since': since,
         'self_only': self_only,
         'one_of': one_of,
+        'traits': as_tuple(traits),
         'each': each,
         'often': often,
         'formula': formula,
@@ -204,6 +222,11 @@ class Flags:
     def one_of(cls, group: str) -> tuple[str, ...]:
         """The flags of a group of which one can be on."""
         return tuple(name for name, field in cls.flag_fields().items() if field.metadata['one_of'] == group)
+
+    @classmethod
+    def having(cls, trait: str) -> tuple[str, ...]:
+        """The flags of which this one of ``TRAITS`` is true."""
+        return tuple(name for name, field in cls.flag_fields().items() if trait in field.metadata['traits'])
 
     @classmethod
     def default(cls, name: str) -> Any:

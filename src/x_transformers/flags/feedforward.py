@@ -34,18 +34,21 @@ class FeedForwardFlags(Flags):
         paper=GLU,
         often=True,
         formula='x σ(x)',
+        one_of='activation',
     )
     relu_squared: bool = flag(
         False,
         'The square of ReLU instead of GELU.',
         paper='https://arxiv.org/abs/2109.08668',
         formula='max(0, x)²',
+        one_of='activation',
     )
     solu: bool = flag(
         False,
         'Softmax linear units: LayerNorm(softmax(x) x).',
         paper='https://transformer-circuits.pub/2022/solu/index.html',
         formula='LayerNorm(softmax(x) ⊙ x)',
+        one_of='activation',
     )
     custom_activation: Callable[..., Any] | str | None = flag(
         None, "Your own activation; it is copied. Or the name of one: 'relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'."
@@ -128,7 +131,7 @@ class FeedForwardFlags(Flags):
 
     canon: bool = flag(
         False, 'The input of the activation gets a causal convolution over four tokens, added.',
-        paper='https://arxiv.org/abs/2512.17351', since='here',
+        paper='https://arxiv.org/abs/2512.17351', since='here', traits='row_order',
     )  # fmt: skip
 
     @cached_property
@@ -136,7 +139,7 @@ class FeedForwardFlags(Flags):
         """``custom``, ``relu_squared``, ``solu``, ``swish`` or ``gelu``."""
         if self.custom_activation is not None:
             return 'custom'
-        for name in ('relu_squared', 'solu', 'swish'):
+        for name in self.one_of('activation'):
             if getattr(self, name):
                 return name
         return 'gelu'

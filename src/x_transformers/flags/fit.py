@@ -13,6 +13,7 @@ from torch import Tensor
 
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rule import Rule, broken_rules, how_many
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper_rules import ALONE_RULES, POOLS, OnStack
@@ -67,8 +68,10 @@ TOLD_NOTHING_RULES = (
 # what passes something from token to token by the order of the rows, whatever their positions and the mask say
 BY_ORDER = (
     *(f'attn_{name}' for name in AttentionFlags.self_only()),
-    'attn_inverted_attention', 'attn_hybrid_module', 'shift_tokens', 'mv_split_residual', 'canon', 'ff_canon', 'mixer',
-)  # fmt: skip
+    *(f'attn_{name}' for name in AttentionFlags.having('row_order')),
+    *(f'ff_{name}' for name in FeedForwardFlags.having('row_order')),
+    *StackFlags.having('row_order'),
+)
 
 # rules of a stack that is given the same tokens twice in one row
 TWICE_RULES = (

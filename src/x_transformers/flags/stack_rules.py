@@ -8,7 +8,7 @@ from x_transformers.flags.rule import Rule, how_many, is_on
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.structure_rules import SAME_KEYS, STRUCTURE_RULES
 
-POSITION_BIASES = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias', 'attn_data_dependent_alibi')
+POSITION_BIASES = (*ANY_POSITION_BIAS, 'attn_data_dependent_alibi')
 LAYOUTS_OF_PAIRS = ('interleaved', 'halves')
 LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio')
 NORMS = StackFlags.one_of('norm')

@@ -32,6 +32,7 @@ class StructureFlags(LayeredFlags):
         "What layers 'm' of custom_layers are: 'gated_delta_rule', 'gated_linear_attention', or a class or function that makes "
         'of the width a module with forward(x, state) -> (y, state).',
         paper=('https://arxiv.org/abs/2412.06464', 'https://arxiv.org/abs/2312.06635'), since='here', each='mixer',
+        traits='row_order',
     )  # fmt: skip
     mixer_kwargs: Mapping[str, Any] = flag(
         {}, 'Keywords of the mixer, such as heads, dim_head, conv and rank of ours.', parent='mixer', since='here', each='mixer'
@@ -49,7 +50,7 @@ class StructureFlags(LayeredFlags):
 
     attn_aggregated_residuals: bool = flag(
         False, 'Attention residuals: each branch sees a mixture of the inputs of all layers so far, weighted by attention.',
-        paper=AGGREGATED, since='2.17.0',
+        paper=AGGREGATED, since='2.17.0', traits='across_layers',
     )  # fmt: skip
     attn_aggregated_residual_kwargs: Mapping[str, Any] = flag(
         {}, 'Of the queries of that attention: lora_rank (64), lora_activation.', paper=AGGREGATED,
@@ -57,7 +58,7 @@ class StructureFlags(LayeredFlags):
     )  # fmt: skip
     mv_split_residual: bool = flag(
         False, 'The mean over time (so far, in causal stacks) and the deviation from it are written by different factors.',
-        paper='https://arxiv.org/abs/2605.06169', since='2.19.0', one_of='residual',
+        paper='https://arxiv.org/abs/2605.06169', since='2.19.0', one_of='residual', traits='row_order',
     )  # fmt: skip
     parallel_block: bool = flag(
         False, 'The layers of a block all read what enters it, each through its own norm, and their outputs are added to it.',
@@ -89,26 +90,26 @@ class StructureFlags(LayeredFlags):
     canon: tuple[str, ...] | None = flag(
         None, "Causal convolutions over four tokens, added to their input: before self attention ('a'), of its queries, keys "
         "and values ('b'), before a feed-forward ('c'), inside it ('d'); any of these letters.",
-        paper='https://arxiv.org/abs/2512.17351', since='here',
+        paper='https://arxiv.org/abs/2512.17351', since='here', traits='row_order',
     )  # fmt: skip
     kv_share_every: int | None = flag(
         None, 'So many self attentions in a row share the keys and values of the first of them, which alone has a cache.',
-        paper='https://arxiv.org/abs/2405.12981', since='here', low=2,
+        paper='https://arxiv.org/abs/2405.12981', since='here', low=2, traits='across_layers',
     )  # fmt: skip
     mudd: bool = flag(
         False, 'Between blocks, four mixtures of what entered and left all blocks so far, with weights made of each token: for '
         'queries, keys, values and the stream; one mixture at the end.',
-        paper='https://arxiv.org/abs/2502.12170', since='here',
+        paper='https://arxiv.org/abs/2502.12170', since='here', traits=('across_layers', 'no_blocks'),
     )  # fmt: skip
     residual_lambdas: bool | float = flag(
         False, 'Before each layer, attention or feed-forward, the stream is multiplied by a learned number of that layer, '
         'which starts at 1; a number: it starts there.',
-        paper=LAMBDAS, since='here', each='layer',
+        paper=LAMBDAS, since='here', each='layer', traits='across_layers',
     )  # fmt: skip
     embed_lambdas: bool | float = flag(
         False, "Before each layer the stack's input, RMS-normed, is added times a learned number of that layer, "
         'which starts at 0; a number: it starts there.',
-        paper=LAMBDAS, since='here', each='layer',
+        paper=LAMBDAS, since='here', each='layer', traits='across_layers',
     )  # fmt: skip
 
     def has_canon(self, letter: str) -> bool:

@@ -90,10 +90,10 @@ class WrapperFlags(Flags):
         'Weight of the z-loss of the attention scores, when the call asks for it.',
         paper='https://arxiv.org/abs/2202.08906',
     )
-    average_pool_embed: bool = flag(False, 'Logits of the mean of all tokens.')
-    use_cls_token: bool = flag(False, 'Logits of learned tokens in front of the sequence.')
+    average_pool_embed: bool = flag(False, 'Logits of the mean of all tokens.', one_of='pool')
+    use_cls_token: bool = flag(False, 'Logits of learned tokens in front of the sequence.', one_of='pool')
     num_cls_tokens: int = flag(1, 'Number of these tokens.', parent='use_cls_token', low=1)
-    attn_pool: bool = flag(False, 'Learned queries attend over the output.')
+    attn_pool: bool = flag(False, 'Learned queries attend over the output.', one_of='pool')
     num_pooled_tokens: int = flag(1, 'Number of these queries.', parent='attn_pool', low=1)
     attn_pool_depth: int = flag(1, 'Depth of the pooling; more than 1: a stack of cross attention.', parent='attn_pool', low=1)
     dim_pooled_tokens: int | None = flag(

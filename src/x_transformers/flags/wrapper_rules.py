@@ -9,19 +9,20 @@ from torch import nn
 
 from x_transformers.flags.feedforward import ACTIVATIONS
 from x_transformers.flags.rule import Rule, how_many
+from x_transformers.flags.stack import ADAPTIVE, StackFlags
+from x_transformers.flags.wrapper import WrapperFlags
 
 if TYPE_CHECKING:
-    from x_transformers.flags.stack import StackFlags
     from x_transformers.flags.wrapper import VisionFlags
 
 HEADS = ('tie_embedding', 'num_output_heads', 'to_logits')
 SHAPES = ('logits_scale', 'logits_softcap', 'logits_bias', 'logits_transform')
 LOGITS = (*HEADS, 'multi_token_heads', 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_dim', *SHAPES)
-POOLS = ('average_pool_embed', 'use_cls_token', 'attn_pool')
+POOLS = WrapperFlags.one_of('pool')
 
 # rules of the model alone; ``dim`` is the stack's width
 # what stands beside the tokens, or makes them rows of another kind
-UNLOOPED = ('recycling', 'num_memory_tokens', 'use_cls_token', 'average_pool_embed', 'attn_pool', 'ff_deep_embed')
+UNLOOPED = ('recycling', 'num_memory_tokens', *POOLS, 'ff_deep_embed')
 
 WRAPPER_RULES = (
     Rule(
@@ -267,8 +268,6 @@ ON_STACK_RULES = (
         only_changed=True,
     ),
 )
-
-ADAPTIVE = ('use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'use_adaptive_layerscale')
 
 # rules of a stack in a model that has nothing to tell it beside its input
 ALONE_RULES = (

@@ -60,10 +60,6 @@ def check_names(model: Any, names: Iterable[str]) -> None:
     raise TypeError(f'there is no argument {" or ".join(unknown)}; {hint}')
 
 
-# attention's flags that choose among keys, or run over tokens
-NEED_TOKENS = ('selective', 'hard', 'gumbel_softmax', 'hybrid_module')
-
-
 def check_input(stack: StackParts, x: Any, given: Given) -> None:
     check_number('seq_pos_offset', given.seq_pos_offset)
     check_number('cache_age', given.cache_age, low=0)
@@ -72,7 +68,8 @@ def check_input(stack: StackParts, x: Any, given: Given) -> None:
             f'x must be (batch, sequence, {stack.dim}) of floating point numbers, but is {shape_of(x)}; '
             'token ids need an embedding first, as in TransformerWrapper'
         )
-    if x.shape[1] == 0 and (names := [name for name in NEED_TOKENS if getattr(stack.flags.attention, name)]):
+    attention = stack.flags.attention
+    if x.shape[1] == 0 and (names := [name for name in attention.having('needs_tokens') if getattr(attention, name)]):
         raise ValueError(
             f'x must hold at least one token per row for {", ".join(f"attn_{name}" for name in names)}, '
             f'got shape {tuple(x.shape)}'

@@ -18,6 +18,8 @@ from x_transformers.helpers import exists
 class Layout(Protocol):
     """The flags that decide the order of layers, as ``StackFlags`` has them."""
 
+    @classmethod
+    def having(cls, trait: str) -> tuple[str, ...]: ...
     @property
     def depth(self) -> int | None: ...
     @property
@@ -54,16 +56,6 @@ class Layout(Protocol):
     def layer_dropout(self) -> float | tuple[float, ...]: ...
 
 
-# what is made for the layers that there are, one for each
-ACROSS = (
-    'integrate_layers',
-    'attn_aggregated_residuals',
-    'unet_skips',
-    'residual_lambdas',
-    'embed_lambdas',
-    'kv_share_every',
-    'mudd',
-)
 KINDS = {'a': 'self attention', 'c': 'cross attention', 'f': 'feed-forward', 'm': 'mixer'}
 # those with keys and values
 ATTENTIONS = 'ac'
@@ -346,7 +338,7 @@ def exchanged_plan(plan: LayerPlan, kinds: Sequence[str], order: tuple[int, ...]
             f'layer_types must name the kind of each of the {layers} layers, by a letter of {", ".join(KINDS)}, got {kinds}. '
             'Exchange layers, layer_types and layer_dropouts together.'
         )
-    across = [name for name in ACROSS if getattr(flags, name) not in (False, None)]
+    across = [name for name in flags.having('across_layers') if getattr(flags, name) not in (False, None)]
     if across and tuple(kinds) != plan.kinds:
         raise ValueError(
             f'layer_types must stay {plan.kinds} in a stack with {" and ".join(across)}, which was made for them, got {kinds}. '

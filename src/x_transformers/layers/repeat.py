@@ -12,16 +12,13 @@ from x_transformers.layers.plan import LayerPlan, Step
 if TYPE_CHECKING:
     from x_transformers.flags.stack import StackFlags
 
-# what leaves no blocks in their own order
-NO_BLOCKS = ('layers_execute_order', 'integrate_layers', 'custom_layers', 'par_ratio', 'sandwich_coef', 'mudd')
-
 
 def repeated_steps(flags: StackFlags, plan: LayerPlan, repeats: Any, order: Sequence[int] | None) -> tuple[Step, ...]:
     """The steps of a call whose blocks run as often as ``repeats`` says, https://dnhkng.github.io/posts/rys/.
 
     Raises ValueError if the stack has no such blocks.
     """
-    for name in NO_BLOCKS:
+    for name in flags.having('no_blocks'):
         if getattr(flags, name) or (name == 'layers_execute_order' and order is not None):
             raise ValueError(f'repeat_blocks must be left out with {name}, where there are no blocks in their own order.')
     count = len(plan.order) // plan.block_size

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.fit import PER_TOKEN_RULES
 from x_transformers.flags.presets import PRESETS
+from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.flags.wrapper_rules import ALONE_RULES
 from x_transformers.notices import InertFlagWarning
 from x_transformers.training.errors import TrainingError
 
@@ -22,30 +25,27 @@ SIZES: dict[str, Any] = {'dim': 192, 'depth': 5, 'heads': 3}
 USUAL_PRESET = 'quickstart'
 QUICKSTART: dict[str, Any] = {**SIZES, **PRESETS[USUAL_PRESET].flags}
 
-# flags that ask for something that a byte-level language model is not given, or that take away what it needs
+# flags that ask for something that a byte-level language model is not given, or that take away what it needs: those that no
+# model alone with its tokens has, and some that are refused for the data's sake
 UNFIT = {
-    'cross_attend': 'there is no context to attend to',
-    'only_cross': 'there is no context to attend to',
-    'use_adaptive_layernorm': 'there is no condition',
-    'use_adaptive_rmsnorm': 'there is no condition',
-    'use_adaptive_layerscale': 'there is no condition',
+    **{name: rule.why for rule in (*PER_TOKEN_RULES, *ALONE_RULES) for name in rule.flags},
+    'only_cross': 'there is no other sequence to attend to here',
     'embed_num_tokens': 'the data hold nothing but bytes',
-    'return_only_embed': 'the loss needs logits',
-    'average_pool_embed': 'the loss needs logits for every byte',
-    'attn_pool': 'the loss needs logits for every byte, and nothing would train the queries that pool',
-    'use_cls_token': 'the loss needs logits for every byte',
     'squeeze_out_last_dim': 'the loss needs logits for every byte',
     'attn_flash_pack_seq': 'each row holds one sequence',
 }
 
 
+def usual(name: str) -> Any:
+    """The default of one of these flags; False for those of parts."""
+    return next((cls.default(name) for cls in (WrapperFlags, StackFlags) if name in cls.flag_fields()), False)
+
+
 def check_fit(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> None:
     """Refuse flags that no language model over so many tokens can have."""
     for name, reason in UNFIT.items():
-        if flags.get(name):
+        if flags.get(name, usual(name)) != usual(name):
             raise TrainingError(f'--{name.replace("_", "-")} does not fit a language model over bytes: {reason}')
-    if flags.get('num_output_heads', 1) != 1:
-        raise TrainingError('--num-output-heads must be 1 for a language model over bytes: the loss takes one set of logits')
     if flags.get('logits_dim') not in (None, vocabulary):
         raise TrainingError(f'--logits-dim must be {vocabulary}, the size of the vocabulary, got {flags["logits_dim"]}.')
     for name in ('attn_dim_out', 'ff_dim_out'):
