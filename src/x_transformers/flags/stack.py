@@ -158,22 +158,15 @@ class StackFlags(PositionFacts, StructureFlags):
     )
     weight_tie_layers: bool = flag(False, 'All blocks share one set of weights.', paper='https://arxiv.org/abs/1909.11942')
     custom_layers: tuple[str, ...] | None = flag(
-        None,
-        "The layers one by one: 'a' attention, 'c' cross attention, 'f' feed-forward, 'm' mixer.",
-        traits='no_blocks',
+        None, "The layers one by one: 'a' attention, 'c' cross attention, 'f' feed-forward, 'm' mixer.", traits='no_blocks'
     )
     layers_execute_order: tuple[int, ...] | None = flag(
-        None,
-        'The order in which the layers run; repeats and gaps are allowed.',
-        traits='no_blocks',
+        None, 'The order in which the layers run; repeats and gaps are allowed.', traits='no_blocks'
     )
     sandwich_coef: int | None = flag(
-        None,
-        'This many attention layers first and feed-forwards last.',
-        paper='https://arxiv.org/abs/1911.03864',
-        low=1,
+        None, 'This many attention layers first and feed-forwards last.', paper='https://arxiv.org/abs/1911.03864', low=1,
         traits='no_blocks',
-    )
+    )  # fmt: skip
     par_ratio: int | None = flag(
         None, 'Fewer attention layers: one in this many layers, none in the last third.', paper='https://arxiv.org/abs/2009.04534',
         low=2, traits='no_blocks',
@@ -209,10 +202,7 @@ class StackFlags(PositionFacts, StructureFlags):
     )
     residual_fn_kwargs: Mapping[str, Any] = flag({}, 'More keywords for the residual.')
     shift_tokens: int | tuple[int, ...] = flag(
-        0,
-        'Give part of the channels of the tokens next to it, this far; one or per layer.',
-        each='layer',
-        traits='row_order',
+        0, 'Give part of the channels of the tokens next to it, this far; one or per layer.', each='layer', traits='row_order'
     )
     softclamp_output: bool = flag(
         False,
@@ -247,11 +237,9 @@ class StackFlags(PositionFacts, StructureFlags):
         False, 'U-Net skips: later blocks see what earlier blocks saw, in reverse order.', traits='across_layers'
     )
     integrate_layers: bool = flag(
-        False,
-        'Each branch sees a learned mixture of the inputs of all layers so far.',
-        paper=LIME,
+        False, 'Each branch sees a learned mixture of the inputs of all layers so far.', paper=LIME,
         traits=('across_layers', 'no_blocks'),
-    )
+    )  # fmt: skip
     layer_integrate_use_softmax: bool = flag(
         True, 'The mixture is a softmax; False: ReLU.', paper=LIME, parent='integrate_layers'
     )
