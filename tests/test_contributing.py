@@ -16,10 +16,11 @@ from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import KERNELS
 from x_transformers.attention.scores.base import Form, ScoreRule
-from x_transformers.flags.attention import AttentionFlags, ScoreFlags
+from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import TRAITS, flag
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.position_facts import ANY_POSITION_BIAS
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.layer import RESIDUALS
 from x_transformers.layers.residual import ResidualPath

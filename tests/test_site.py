@@ -41,9 +41,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_flag_has_an_anchor_under_its_full_name(site: Path) -> None:
     flag_pages = tool('flag_pages')
     for title, _, cls, _ in flag_pages.SECTIONS:
-        page = (site / 'flags' / flag_pages.page_name(title)).with_suffix('.html').read_text(encoding='utf-8')
         for name in cls.flag_fields():
-            assert f'id="{flag_pages.full_name(cls, name)}"' in page, (title, name)
+            page = flag_pages.page_name(title, flag_pages.family_of(cls, name))
+            text = (site / 'flags' / page).with_suffix('.html').read_text(encoding='utf-8')
+            assert f'id="{flag_pages.full_name(cls, name)}"' in text, (title, name)
+
+
+def test_where_flags_have_families_each_has_one() -> None:
+    features = tool('generate_features')
+    for cls in features.DIVIDED:
+        assert None not in features.families(cls), features.families(cls)[None]
 
 
 @pytest.mark.slow

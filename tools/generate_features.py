@@ -43,6 +43,8 @@ ROOT = Path(__file__).parent.parent
 PATH, SUPPORT, ATLAS = (ROOT / 'docs' / name for name in ('features.md', 'support.json', 'atlas/atlas.toml'))
 # those whose keywords the laws draw
 LAWFUL = (StackFlags, AttentionFlags, FeedForwardFlags, WrapperFlags)
+# those whose pages are divided by family
+DIVIDED = (StackFlags, AttentionFlags, WrapperFlags)
 # what may stand in front of such a flag in a stack or a model
 PREFIXES: dict[type[Flags], tuple[str, ...]] = {
     StackFlags: ('',),
@@ -72,6 +74,29 @@ SECTIONS: tuple[tuple[str, str, type[Flags], tuple[Rule, ...]], ...] = (
     ('Models of numbers', 'Keywords of `XValTransformerWrapper`.', XValFlags, XVAL_RULES),
     ('Models of images', 'Keywords of `ViTransformerWrapper`.', VisionFlags, VISION_RULES),
 )
+
+
+def parent_of(cls: type[Flags], name: str) -> str | None:
+    """The flag of the same class that a sub-option stands under."""
+    return next((p for p in as_tuple(cls.flag_fields()[name].metadata['parent']) if p in cls.flag_fields()), None)
+
+
+def family_of(cls: type[Flags], name: str) -> str | None:
+    if cls not in DIVIDED:
+        return None
+    parent = parent_of(cls, name)
+    family: str | None = cls.flag_fields()[name].metadata['family']
+    return family if parent is None else family_of(cls, parent)
+
+
+def families(cls: type[Flags]) -> dict[str | None, list[str]]:
+    """The flags of each family; under None where the class is not divided."""
+    if cls not in DIVIDED:
+        return {None: list(cls.flag_fields())}
+    found: dict[str | None, list[str]] = {}
+    for name in cls.flag_fields():
+        found.setdefault(family_of(cls, name), []).append(name)
+    return found
 
 
 def paper_link(paper: str) -> str:
@@ -206,12 +231,14 @@ def generated() -> str:
             'paper',
             *(('not with', 'example') if cls in LAWFUL else ()),
         )
-        lines += ['| ' + ' | '.join(columns) + ' |', '| ' + ' | '.join('---' for _ in columns) + ' |']
-        lines += [row(cls, name) for name in cls.flag_fields()]
+        head = ['| ' + ' | '.join(columns) + ' |', '| ' + ' | '.join('---' for _ in columns) + ' |']
+        for family, names in families(cls).items():
+            lines += [] if family is None else [f'### {title}: {family}', '']
+            lines += [*head, *(row(cls, name) for name in names), '']
         if cls is AttentionFlags:
-            lines += ['', f'Set by the stack, so without a prefix there: {listed(SET_BY_STACK)}.']
-            lines += [f'Not taken over by cross attention: {listed(AttentionFlags.self_only())}.']
-        lines += ['', 'What does not go together:', '', *map(rule_line, rules)]
+            lines += [f'Set by the stack, so without a prefix there: {listed(SET_BY_STACK)}.']
+            lines += [f'Not taken over by cross attention: {listed(AttentionFlags.self_only())}.', '']
+        lines += ['What does not go together:', '', *map(rule_line, rules)]
         if cls is AttentionFlags:
             lines += [
                 f'- `flash`, `{name}`: {why}, which no fused kernel does. Leave out one of them.'

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from x_transformers.flags.attention import AttendFlags, AttentionFlags
+from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import REQUIRED, default_of, type_hints
 from x_transformers.flags.constructors import DECODER, ENCODER, INNER, SHARED, STACK, Group, Groups, only, side
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
 from x_transformers.flags.per_layer import takes
+from x_transformers.flags.scores import AttendFlags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
 

@@ -10,8 +10,8 @@ import x_transformers.attend as table
 from x_transformers.attend import Attend, compact, once, pack_one, unpack_one
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.scores.contextual import CoPE
-from x_transformers.flags.attention import ScoreFlags
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.scores import ScoreFlags
 
 from .formula import FixedBias, attention
 

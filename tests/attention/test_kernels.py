@@ -15,7 +15,7 @@ from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import KERNELS, NAMES, choose_kernel, explain, use_kernel
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule
-from x_transformers.flags.attention import AttendFlags
+from x_transformers.flags.scores import AttendFlags
 
 from .formula import FixedBias, attention
 

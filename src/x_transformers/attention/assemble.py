@@ -11,7 +11,8 @@ from x_transformers.attention.attend import Attend
 from x_transformers.attention.gates import attention_on_attention, output_projection
 from x_transformers.attention.hybrid import FoldAxially
 from x_transformers.convolution import CausalConvolution
-from x_transformers.flags.attention import AttendFlags, AttentionFlags, ScoreFlags
+from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.scores import AttendFlags, ScoreFlags
 from x_transformers.position.projected import RelativeProjectedBias
 
 

@@ -38,11 +38,11 @@ from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
 from x_transformers.attention.told import Composition, PathSteps
 from x_transformers.attention.weights import NORMALIZERS, Dropout, Softmax, WeightedSum, ZeroMaskedRows
-from x_transformers.flags.attention import AttendFlags, ScoreFlags
 from x_transformers.flags.attention_rules import ATTENTION_RULES
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import only
 from x_transformers.flags.rule import broken_rules, out_of_range
+from x_transformers.flags.scores import AttendFlags, ScoreFlags
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import autocast_dtype, under_transform
 from x_transformers.module import Module

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.helpers import max_neg_value, single
 from x_transformers.tensor_types import Bool, Float
 

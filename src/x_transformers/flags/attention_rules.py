@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from x_transformers.flags.attention import SDP_KWARGS, ScoreFlags
 from x_transformers.flags.feedforward import ACTIVATIONS, FeedForwardFlags
 from x_transformers.flags.rule import Rule, how_many
+from x_transformers.flags.scores import SDP_KWARGS, ScoreFlags
 
 WEIGHTS = ScoreFlags.one_of('weights')
 OTHER_PROJECTIONS = ('use_latent_q', 'use_latent_kv', 'qkv_bias')

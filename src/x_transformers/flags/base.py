@@ -75,6 +75,7 @@ def flag(
     each: str | None = None,
     often: bool = False,
     formula: str | None = None,
+    family: str | None = None,
 ) -> Any:
     """One flag, as a dataclass field.
 
@@ -86,6 +87,7 @@ def flag(
     ``each``, of a stack's own flags: 'layer' if it may differ between layers, 'attention' if between layers with heads, 'mixer'
     if between mixers.
     ``often``: the short help of the commands lists it. ``formula``: what it computes, in a line.
+    ``family``: the heading that the documentation lists it under; a flag with a parent stands beside the parent.
     """
     if unknown := set(as_tuple(traits)) - set(TRAITS):
         raise ValueError(
@@ -107,6 +109,7 @@ def flag(
         'each': each,
         'often': often,
         'formula': formula,
+        'family': family,
     }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)

@@ -285,7 +285,6 @@ class InnerKeywords(TypedDict, total=False):
     mudd: bool
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
-    orthog_residual: bool
     resi_dual: bool
     resi_dual_scale: float
     hyper_conn_doubly_stochastic: bool
@@ -295,6 +294,7 @@ class InnerKeywords(TypedDict, total=False):
     rotary_layout: str
     norm_eps: float | None
     norm_bias: bool
+    orthog_residual: bool
     attn_flash: Each[bool]
     attn_dropout: Each[float]
     attn_pre_talking_heads: Each[bool]
@@ -834,7 +834,6 @@ class EncKeywords(TypedDict, total=False):
     enc_mudd: bool
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
-    enc_orthog_residual: bool
     enc_resi_dual: bool
     enc_resi_dual_scale: float
     enc_hyper_conn_doubly_stochastic: bool
@@ -844,6 +843,7 @@ class EncKeywords(TypedDict, total=False):
     enc_rotary_layout: str
     enc_norm_eps: float | None
     enc_norm_bias: bool
+    enc_orthog_residual: bool
     enc_attn_flash: Each[bool]
     enc_attn_dropout: Each[float]
     enc_attn_pre_talking_heads: Each[bool]
@@ -1221,7 +1221,6 @@ class PairKeywords(EncKeywords, total=False):
     dec_mudd: bool
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
-    dec_orthog_residual: bool
     dec_resi_dual: bool
     dec_resi_dual_scale: float
     dec_hyper_conn_doubly_stochastic: bool
@@ -1231,6 +1230,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_rotary_layout: str
     dec_norm_eps: float | None
     dec_norm_bias: bool
+    dec_orthog_residual: bool
     dec_attn_flash: Each[bool]
     dec_attn_dropout: Each[float]
     dec_attn_pre_talking_heads: Each[bool]

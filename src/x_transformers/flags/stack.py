@@ -24,17 +24,14 @@ from x_transformers.flags.layered import taken_apart
 from x_transformers.flags.parts import PARTS, cross_inherits, first_prefix, keyword_names, split
 from x_transformers.flags.per_layer import PerLayer, takes
 from x_transformers.flags.position_facts import ANY_POSITION_BIAS, PositionFacts
-from x_transformers.flags.structure import StructureFlags
+from x_transformers.flags.structure import ANY_ROTARY, HYPER, ROTARY, StructureFlags
 
 ADAPTIVE_SCALE = 'https://arxiv.org/abs/2212.09748'
 DYNAMIC = 'https://arxiv.org/abs/2108.00154'
-HYPER = ('https://arxiv.org/abs/2409.19606', 'https://arxiv.org/abs/2512.24880')
 LIME = 'https://arxiv.org/abs/2502.09245'
 POLAR = 'https://arxiv.org/abs/2509.10534'
 REALFORMER = 'https://arxiv.org/abs/2012.11747'
 REINJECT = ('https://arxiv.org/abs/1909.01377', 'https://arxiv.org/abs/2410.03020', 'https://arxiv.org/abs/2105.04090')
-RESI_DUAL = 'https://arxiv.org/abs/2304.14802'
-ROTARY = 'https://arxiv.org/abs/2104.09864'
 SANDWICH = 'https://arxiv.org/abs/2105.13290'
 T5 = 'https://arxiv.org/abs/1910.10683'
 XPOS = 'https://arxiv.org/abs/2212.10554'
@@ -43,18 +40,17 @@ XPOS = 'https://arxiv.org/abs/2212.10554'
 CROSS_NAMES = frozenset(keyword_names('cross_attn_'))
 
 ADAPTIVE = ('use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'use_adaptive_layerscale')
-ANY_ROTARY = ('rotary_pos_emb', 'rotary_xpos')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StackFlags(PositionFacts, StructureFlags):
     """Every keyword of ``AttentionLayers``; the parts' keywords come with ``attn_``, ``cross_attn_`` and ``ff_`` in front."""
 
-    dim: int = flag(REQUIRED, 'Width of the stack.', low=1, often=True)
-    depth: int | None = flag(None, 'Number of blocks.', low=0, often=True)
-    heads: int = flag(8, 'Number of query heads.', low=1, each='attention', often=True)
-    causal: bool = flag(False, 'A token sees no token to its right.')
-    cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.')
+    dim: int = flag(REQUIRED, 'Width of the stack.', low=1, often=True, family='layers')
+    depth: int | None = flag(None, 'Number of blocks.', low=0, often=True, family='layers')
+    heads: int = flag(8, 'Number of query heads.', low=1, each='attention', often=True, family='layers')
+    causal: bool = flag(False, 'A token sees no token to its right.', family='layers')
+    cross_attend: bool = flag(False, 'Blocks also attend to another sequence, the context.', family='layers')
     only_cross: bool = flag(False, 'Blocks attend to the context only.', parent='cross_attend')
     use_scalenorm: bool = flag(
         False,
@@ -62,6 +58,7 @@ class StackFlags(PositionFacts, StructureFlags):
         paper='https://arxiv.org/abs/1910.05895',
         one_of='norm',
         formula='g √d x / |x|',
+        family='norms',
     )
     use_rmsnorm: bool = flag(
         False,
@@ -70,6 +67,7 @@ class StackFlags(PositionFacts, StructureFlags):
         one_of='norm',
         often=True,
         formula='γ ⊙ √d x / |x|',
+        family='norms',
     )
     use_dynamic_tanh: bool = flag(
         False,
@@ -77,6 +75,7 @@ class StackFlags(PositionFacts, StructureFlags):
         paper='https://arxiv.org/abs/2503.10622',
         one_of='norm',
         formula='γ ⊙ tanh(α x) + β',
+        family='norms',
     )
     dynamic_tanh_init_alpha: float = flag(
         1.0, 'Factor inside tanh at the start.', paper='https://arxiv.org/abs/2503.10622', parent='use_dynamic_tanh'
@@ -87,17 +86,15 @@ class StackFlags(PositionFacts, StructureFlags):
         paper='https://arxiv.org/abs/2512.10938',
         one_of='norm',
         formula='γ ⊙ erf(α x + s) + β',
+        family='norms',
     )
-    use_simple_rmsnorm: bool = flag(
-        False,
-        'RMS norms without gains.',
-        one_of='norm',
-        formula='√d x / |x|',
+    use_simple_rmsnorm: bool = flag(False, 'RMS norms without gains.', one_of='norm', formula='√d x / |x|', family='norms')
+    use_adaptive_layernorm: bool = flag(False, 'The gains of layer norms come from a condition.', one_of='norm', family='norms')
+    use_adaptive_rmsnorm: bool = flag(False, 'The gains of RMS norms come from a condition.', one_of='norm', family='norms')
+    use_adaptive_layerscale: bool = flag(
+        False, 'Branches are scaled by a sigmoid gate of a condition.', paper=ADAPTIVE_SCALE, family='norms'
     )
-    use_adaptive_layernorm: bool = flag(False, 'The gains of layer norms come from a condition.', one_of='norm')
-    use_adaptive_rmsnorm: bool = flag(False, 'The gains of RMS norms come from a condition.', one_of='norm')
-    use_adaptive_layerscale: bool = flag(False, 'Branches are scaled by a sigmoid gate of a condition.', paper=ADAPTIVE_SCALE)
-    norm_add_unit_offset: bool = flag(True, 'Gains are stored as the difference from 1, so that weight decay pulls to 1.')
+    norm_add_unit_offset: bool = flag(True, 'Gains are stored minus 1, so that weight decay pulls to 1.', family='norms')
     dim_condition: int | None = flag(None, 'Width of the condition; None: dim.', parent=ADAPTIVE, low=1)
     adaptive_condition_mlp: bool = flag(False, 'The condition goes through a SiLU layer first.', parent=ADAPTIVE)
     adaptive_condition_mlp_expansion: int = flag(
@@ -108,6 +105,7 @@ class StackFlags(PositionFacts, StructureFlags):
         'ALiBi: a penalty that grows with the distance, one slope per head.',
         paper='https://arxiv.org/abs/2108.12409',
         formula='s_ij ← s_ij − m_h |i − j|',
+        family='positions',
     )
     alibi_num_heads: int | None = flag(
         None, 'Only the first heads get a penalty, this many; None: all.', parent='alibi_pos_bias', low=1
@@ -117,10 +115,11 @@ class StackFlags(PositionFacts, StructureFlags):
         'A learned bias per bucket of distances (T5 relative positions).',
         paper=T5,
         formula='s_ij ← s_ij + √d_head · b_h[bucket(i − j)]',
+        family='positions',
     )
     rel_pos_num_buckets: int = flag(32, 'Number of buckets.', paper=T5, parent='rel_pos_bias', low=2)
     rel_pos_max_distance: int = flag(128, 'Distances from here on share a bucket.', paper=T5, parent='rel_pos_bias', low=2)
-    dynamic_pos_bias: bool = flag(False, 'A small network makes the bias of each distance.', paper=DYNAMIC)
+    dynamic_pos_bias: bool = flag(False, 'A small network makes the bias of each distance.', paper=DYNAMIC, family='positions')
     dynamic_pos_bias_log_distance: bool = flag(
         False, 'The network sees the logarithm of the distance.', paper='https://arxiv.org/abs/2111.09883',
         parent='dynamic_pos_bias',
@@ -132,12 +131,14 @@ class StackFlags(PositionFacts, StructureFlags):
     )
     rotary_pos_emb: bool = flag(False, 'Rotary positions (RoPE): rotate queries and keys by their positions.', paper=ROTARY,
                                 often=True,
-        formula='channels 2p, 2p + 1 of q_i and k_i turn by i · 10000^(−2p / d_rotated)',
+        formula='channels 2p, 2p + 1 of q_i and k_i turn by i · 10000^(−2p / d_rotated)', family='positions'
     )  # fmt: skip
     rotary_emb_dim: int | None = flag(
         None, 'Rotate this many channels of each head; None: half.', paper=ROTARY, parent=ANY_ROTARY, low=2
     )
-    rotary_xpos: bool = flag(False, 'Rotary positions that also decay with the distance; turns them on.', paper=XPOS)
+    rotary_xpos: bool = flag(
+        False, 'Rotary positions that also decay with the distance; turns them on.', paper=XPOS, family='positions'
+    )
     rotary_interpolation_factor: float = flag(
         1.0, 'Divide positions by this, for longer sequences.', paper='https://arxiv.org/abs/2306.15595', parent=ANY_ROTARY,
         low=1.0,
@@ -152,46 +153,59 @@ class StackFlags(PositionFacts, StructureFlags):
     rotate_num_heads: int | None = flag(
         None, 'Rotate only this many heads of self attention, the last ones.', parent=ANY_ROTARY, low=1, each='attention'
     )
-    polar_pos_emb: bool = flag(False, 'Polar positions: content sets the length, position the angle.', paper=POLAR)
+    polar_pos_emb: bool = flag(
+        False, 'Polar positions: content sets the length, position the angle.', paper=POLAR, family='positions'
+    )
     polar_bias_uniform_init: bool = flag(
         False, 'The learned angles start spread instead of at zero.', paper=POLAR, parent='polar_pos_emb'
     )
-    weight_tie_layers: bool = flag(False, 'All blocks share one set of weights.', paper='https://arxiv.org/abs/1909.11942')
+    weight_tie_layers: bool = flag(
+        False, 'All blocks share one set of weights.', paper='https://arxiv.org/abs/1909.11942', family='layers'
+    )
     custom_layers: tuple[str, ...] | None = flag(
-        None, "The layers one by one: 'a' attention, 'c' cross attention, 'f' feed-forward, 'm' mixer.", traits='no_blocks'
+        None,
+        "The layers one by one: 'a' attention, 'c' cross attention, 'f' feed-forward, 'm' mixer.",
+        traits='no_blocks',
+        family='layers',
     )
     layers_execute_order: tuple[int, ...] | None = flag(
-        None, 'The order in which the layers run; repeats and gaps are allowed.', traits='no_blocks'
+        None, 'The order in which the layers run; repeats and gaps are allowed.', traits='no_blocks', family='layers'
     )
     sandwich_coef: int | None = flag(
         None, 'This many attention layers first and feed-forwards last.', paper='https://arxiv.org/abs/1911.03864', low=1,
-        traits='no_blocks',
+        traits='no_blocks', family='layers'
     )  # fmt: skip
     par_ratio: int | None = flag(
         None, 'Fewer attention layers: one in this many layers, none in the last third.', paper='https://arxiv.org/abs/2009.04534',
-        low=2, traits='no_blocks',
+        low=2, traits='no_blocks', family='layers'
     )  # fmt: skip
     macaron: bool = flag(
-        False, 'Half a feed-forward before and half after attention.', paper='https://arxiv.org/abs/1906.02762'
+        False, 'Half a feed-forward before and half after attention.', paper='https://arxiv.org/abs/1906.02762', family='layers'
     )
     residual_attn: bool = flag(
-        False, "Residual attention: scores are added to the next self attention's scores.", paper=REALFORMER
+        False, "Residual attention: scores are added to the next self attention's scores.", paper=REALFORMER, family='residuals'
     )
-    cross_residual_attn: bool = flag(False, "Scores are added to the next cross attention's scores.", paper=REALFORMER)
-    pre_norm: bool = flag(True, 'Norm before each branch; False: after each residual sum.')
-    pre_norm_has_final_norm: bool = flag(True, 'A norm at the end of a pre-norm stack.')
-    sandwich_norm: bool = flag(False, 'Norm also behind each branch.', paper=SANDWICH)
+    cross_residual_attn: bool = flag(
+        False, "Scores are added to the next cross attention's scores.", paper=REALFORMER, family='residuals'
+    )
+    pre_norm: bool = flag(True, 'Norm before each branch; False: after each residual sum.', family='norms')
+    pre_norm_has_final_norm: bool = flag(True, 'A norm at the end of a pre-norm stack.', family='norms')
+    sandwich_norm: bool = flag(False, 'Norm also behind each branch.', paper=SANDWICH, family='norms')
     gate_residual: bool = flag(
-        False, 'GRU cells in the place of residual sums.', paper='https://arxiv.org/abs/1910.06764', one_of='residual'
+        False,
+        'GRU cells in the place of residual sums.',
+        paper='https://arxiv.org/abs/1910.06764',
+        one_of='residual',
+        family='residuals',
     )
     orthog_residual: bool = flag(
         False, 'Add only what is orthogonal to the stream, token by token.', paper='https://arxiv.org/abs/2505.11881',
-        since='2.18.0', one_of='residual',
+        since='2.18.0', one_of='residual', family='residuals'
     )  # fmt: skip
     scale_residual: bool | float = flag(
         False, "Learned factors on the residual; a number: a constant factor on the branches' outputs instead.",
         paper='https://arxiv.org/abs/2110.09456',
-        formula='x ← γ ⊙ x + f(x)',
+        formula='x ← γ ⊙ x + f(x)', family='residuals'
     )  # fmt: skip
     scale_residual_constant: float = flag(
         1.0,
@@ -199,19 +213,25 @@ class StackFlags(PositionFacts, StructureFlags):
         paper='https://arxiv.org/abs/2203.00555',
         each='layer',
         formula='x ← c x + f(x)',
+        family='residuals',
     )
-    residual_fn_kwargs: Mapping[str, Any] = flag({}, 'More keywords for the residual.')
+    residual_fn_kwargs: Mapping[str, Any] = flag({}, 'More keywords for the residual.', family='residuals')
     shift_tokens: int | tuple[int, ...] = flag(
-        0, 'Give part of the channels of the tokens next to it, this far; one or per layer.', each='layer', traits='row_order'
+        0,
+        'Give part of the channels of the tokens next to it, this far; one or per layer.',
+        each='layer',
+        traits='row_order',
+        family='layers',
     )
     softclamp_output: bool = flag(
         False,
         'Keep the output inside a range with tanh.',
         paper='https://arxiv.org/abs/2408.00118',
         formula='y ← c · tanh(y / c)',
+        family='norms',
     )
     softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output', above=0)
-    zero_init_branch_output: bool = flag(False, 'All branches start at zero.')
+    zero_init_branch_output: bool = flag(False, 'All branches start at zero.', family='residuals')
     layer_dropout: float | tuple[float, ...] = flag(
         0.0,
         'In training, leave out layers with this probability; one or per layer.',
@@ -219,31 +239,40 @@ class StackFlags(PositionFacts, StructureFlags):
         low=0.0,
         high=1.0,
         each='layer',
+        family='layers',
     )
     cross_attn_tokens_dropout: float = flag(
         0.0, 'In training, drop this fraction of the context.', parent='cross_attend', low=0.0, high=1.0
     )
     disable_abs_pos_emb: bool | None = flag(
-        None, 'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.'
+        None,
+        'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.',
+        family='positions',
     )
     use_layerscale: bool = flag(
         False,
         'LayerScale: learned factors on the branches.',
         paper='https://arxiv.org/abs/2103.17239',
         formula='x ← x + γ ⊙ f(x)',
+        family='residuals',
     )
     layerscale_init_value: float = flag(0.0, 'These factors at the start.', parent='use_layerscale', each='layer')
     unet_skips: bool = flag(
-        False, 'U-Net skips: later blocks see what earlier blocks saw, in reverse order.', traits='across_layers'
+        False,
+        'U-Net skips: later blocks see what earlier blocks saw, in reverse order.',
+        traits='across_layers',
+        family='residuals',
     )
     integrate_layers: bool = flag(
         False, 'Each branch sees a learned mixture of the inputs of all layers so far.', paper=LIME,
-        traits=('across_layers', 'no_blocks'),
+        traits=('across_layers', 'no_blocks'), family='residuals'
     )  # fmt: skip
     layer_integrate_use_softmax: bool = flag(
         True, 'The mixture is a softmax; False: ReLU.', paper=LIME, parent='integrate_layers'
     )
-    num_residual_streams: int = flag(1, 'Hyper connections: number of residual streams.', paper=HYPER, low=1, one_of='residual')
+    num_residual_streams: int = flag(
+        1, 'Hyper connections: number of residual streams.', paper=HYPER, low=1, one_of='residual', family='residuals'
+    )
     hyper_conn_sinkhorn_iters: int = flag(
         5,
         'Rounds that make the mixing of the streams doubly stochastic.',
@@ -251,47 +280,18 @@ class StackFlags(PositionFacts, StructureFlags):
         parent='hyper_conn_doubly_stochastic',
         low=1,
     )
-    qkv_receive_diff_residuals: bool = flag(False, 'Queries, keys and values of self attention are made of different mixtures.')
-    reinject_input: bool = flag(False, 'A projection of the input is added before every layer.', paper=REINJECT)
-    learned_reinject_input_gate: bool = flag(False, 'A gate per token on what is injected.', paper=REINJECT)
-    add_value_residual: bool = flag(False, 'Values are mixed with those of the first layer.', paper=VALUE_RESIDUAL)
+    qkv_receive_diff_residuals: bool = flag(
+        False, 'Queries, keys and values of self attention are made of different mixtures.', family='residuals'
+    )
+    reinject_input: bool = flag(False, 'A projection of the input enters every layer.', paper=REINJECT, family='residuals')
+    learned_reinject_input_gate: bool = flag(False, 'A gate per token on what is injected.', paper=REINJECT, family='residuals')
+    add_value_residual: bool = flag(
+        False, 'Mix values with those of the first layer.', paper=VALUE_RESIDUAL, family='residuals'
+    )
     learned_value_residual_mix: bool = flag(
         True, 'How much is learned per token and head.', paper=VALUE_RESIDUAL, parent='add_value_residual'
     )
-    verbose: bool = flag(True, 'Warn about doubtful settings.')
-    resi_dual: bool = flag(
-        False,
-        'ResiDual: post-norm layers, and the sum of all branches is added at the end.',
-        paper=RESI_DUAL,
-        since='here',
-        one_of='residual',
-    )
-    resi_dual_scale: float = flag(1.0, 'Factor of the second residual.', paper=RESI_DUAL, parent='resi_dual', since='here')
-    hyper_conn_doubly_stochastic: bool = flag(
-        False, 'Streams are mixed by a doubly stochastic matrix; False: each stream carries their sum.', paper=HYPER,
-        parent='num_residual_streams', since='here',
-    )  # fmt: skip
-    gradient_checkpointing: bool = flag(
-        False, 'In training, branches keep only their input for the backward pass and run again there: less memory, more time.',
-        paper='https://arxiv.org/abs/1604.06174', since='here',
-    )  # fmt: skip
-    rotary_theta: float = flag(
-        10000.0, 'Base of the wavelengths: the slowest pair turns once in about 2π times this many tokens.', paper=ROTARY,
-        parent=ANY_ROTARY, above=0, since='here', each='attention',
-    )  # fmt: skip
-    rotary_scaling: Mapping[str, Any] | None = flag(
-        None, "Other frequencies for longer sequences: {'type': 'linear', 'factor': 4.0}, or dynamic, yarn, llama3, longrope.",
-        paper=('https://arxiv.org/abs/2309.00071', 'https://arxiv.org/abs/2407.21783', 'https://arxiv.org/abs/2402.13753'),
-        parent=ANY_ROTARY, since='here', each='attention',
-    )  # fmt: skip
-    rotary_layout: str = flag(
-        'interleaved', "Which channels turn together: neighbours, or 'halves': the k-th of both halves.", parent=ANY_ROTARY,
-        since='here',
-    )  # fmt: skip
-    norm_eps: float | None = flag(
-        None, 'Added under the root in norms; None: 1e-5 in layer norms, nothing in the others.', above=0, since='here'
-    )
-    norm_bias: bool = flag(False, 'Layer norms have a bias.', since='here')
+    verbose: bool = flag(True, 'Warn about doubtful settings.', family='layers')
 
     attention: AttentionFlags = field(default_factory=AttentionFlags)
     cross_attention: AttentionFlags = field(default_factory=AttentionFlags)

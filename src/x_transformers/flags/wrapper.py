@@ -27,38 +27,53 @@ LOOPED = 'https://arxiv.org/abs/2510.25741'
 class WrapperFlags(Flags):
     """Every keyword of ``TransformerWrapper``."""
 
-    num_tokens: int = flag(REQUIRED, 'Size of the vocabulary.', low=1)
-    max_seq_len: int = flag(REQUIRED, 'Longest sequence, for absolute positions; 0: no absolute positions.', low=0)
-    attn_layers: nn.Module = flag(REQUIRED, 'The stack: Encoder, Decoder, PrefixDecoder or CrossAttender.')
-    embed_num_tokens: Mapping[str, int] = flag({}, 'More embeddings that are summed in: name and size of each vocabulary.')
-    emb_dim: int | None = flag(None, "Width of the embeddings; None: the stack's width.", low=1)
-    max_mem_len: int = flag(0, 'Number of hidden states kept per layer as memories for the next segment.', paper=XL, low=0)
+    num_tokens: int = flag(REQUIRED, 'Size of the vocabulary.', low=1, family='embedding')
+    max_seq_len: int = flag(
+        REQUIRED, 'Longest sequence, for absolute positions; 0: no absolute positions.', low=0, family='embedding'
+    )
+    attn_layers: nn.Module = flag(REQUIRED, 'The stack: Encoder, Decoder, PrefixDecoder or CrossAttender.', family='embedding')
+    embed_num_tokens: Mapping[str, int] = flag(
+        {}, 'More embeddings that are summed in: name and size of each vocabulary.', family='embedding'
+    )
+    emb_dim: int | None = flag(None, "Width of the embeddings; None: the stack's width.", low=1, family='embedding')
+    max_mem_len: int = flag(
+        0, 'Number of hidden states kept per layer as memories for the next segment.', paper=XL, low=0, family='memories'
+    )
     shift_mem_down: int = flag(
-        0, 'Layers look at the memories of the layer this far above.', paper='https://arxiv.org/abs/2012.15688', low=0
+        0, 'Layers look at the memories of the layer this far above.', paper='https://arxiv.org/abs/2012.15688', low=0,
+        family='memories',
     )  # fmt: skip
-    emb_dropout: float = flag(0.0, 'Dropout on the embeddings.', low=0.0, high=1.0)
-    post_emb_norm: bool = flag(False, 'Layer norm of the embeddings.')
-    num_memory_tokens: int | None = flag(None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0)
+    emb_dropout: float = flag(0.0, 'Dropout on the embeddings.', low=0.0, high=1.0, family='embedding')
+    post_emb_norm: bool = flag(False, 'Layer norm of the embeddings.', family='embedding')
+    num_memory_tokens: int | None = flag(
+        None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0, family='memories'
+    )
     memory_tokens_interspersed_every: int | None = flag(
         None, 'Put the memory tokens in front of every window of this many tokens.', parent='num_memory_tokens', low=1
     )
     tie_embedding: bool = flag(False, 'Logits from the transposed token embedding.', paper='https://arxiv.org/abs/1608.05859',
-                               often=True)  # fmt: skip
-    logits_dim: int | None = flag(None, 'Number of logits; None: num_tokens.', low=1)
-    return_only_embed: bool = flag(False, 'No logits: the model returns its embeddings.')
-    num_output_heads: int = flag(1, 'Number of heads; with several the logits are a tuple.', low=1)
+                               often=True, family='embedding')  # fmt: skip
+    logits_dim: int | None = flag(None, 'Number of logits; None: num_tokens.', low=1, family='output')
+    return_only_embed: bool = flag(False, 'No logits: the model returns its embeddings.', family='output')
+    num_output_heads: int = flag(1, 'Number of heads; with several the logits are a tuple.', low=1, family='output')
     multi_token_heads: int = flag(
         1, 'Heads for so many next tokens. The first is the usual one; each other is a residual block in front of the same map '
         'to logits. `return_multi_token_logits=True` returns all.', paper='https://arxiv.org/abs/2404.19737', low=1,
-        since='here',
+        since='here', family='output'
     )  # fmt: skip
-    use_abs_pos_emb: bool = flag(True, 'Absolute positions, unless the stack turns them off.')
+    use_abs_pos_emb: bool = flag(True, 'Absolute positions, unless the stack turns them off.', family='embedding')
     scaled_sinu_pos_emb: bool = flag(
-        False, 'Sinusoidal positions with a learned scale instead of a table.', paper='https://arxiv.org/abs/1706.03762'
+        False,
+        'Sinusoidal positions with a learned scale instead of a table.',
+        paper='https://arxiv.org/abs/1706.03762',
+        family='embedding',
     )
-    l2norm_embed: bool = flag(False, 'Unit-length token and position embeddings.')
+    l2norm_embed: bool = flag(False, 'Unit-length token and position embeddings.', family='embedding')
     recycling: bool = flag(
-        False, 'Feed the output back into the input several times.', paper='https://www.nature.com/articles/s41586-021-03819-2'
+        False,
+        'Feed the output back into the input several times.',
+        paper='https://www.nature.com/articles/s41586-021-03819-2',
+        family='memories',
     )
     train_max_recycle_steps: int = flag(
         4, 'In training the number of rounds is drawn from 1 to this.', parent='recycling', low=1
@@ -68,6 +83,7 @@ class WrapperFlags(Flags):
         'Run the stack several times on its own output, until a gate says that it is enough.',
         paper=LOOPED,
         since='2.31.10',
+        family='memories',
     )
     max_looped_steps: int = flag(4, 'So often at most.', paper=LOOPED, parent='looped', low=1, since='2.31.10')
     looped_positions: bool = flag(
@@ -84,28 +100,31 @@ class WrapperFlags(Flags):
         paper='https://arxiv.org/abs/2105.13290',
         low=0.0,
         high=1.0,
+        family='embedding',
     )
     attn_z_loss_weight: float = flag(
         1e-4,
         'Weight of the z-loss of the attention scores, when the call asks for it.',
         paper='https://arxiv.org/abs/2202.08906',
+        family='output',
     )
-    average_pool_embed: bool = flag(False, 'Logits of the mean of all tokens.', one_of='pool')
-    use_cls_token: bool = flag(False, 'Logits of learned tokens in front of the sequence.', one_of='pool')
+    average_pool_embed: bool = flag(False, 'Logits of the mean of all tokens.', one_of='pool', family='output')
+    use_cls_token: bool = flag(False, 'Logits of learned tokens in front of the sequence.', one_of='pool', family='output')
     num_cls_tokens: int = flag(1, 'Number of these tokens.', parent='use_cls_token', low=1)
-    attn_pool: bool = flag(False, 'Learned queries attend over the output.', one_of='pool')
+    attn_pool: bool = flag(False, 'Learned queries attend over the output.', one_of='pool', family='output')
     num_pooled_tokens: int = flag(1, 'Number of these queries.', parent='attn_pool', low=1)
     attn_pool_depth: int = flag(1, 'Depth of the pooling; more than 1: a stack of cross attention.', parent='attn_pool', low=1)
     dim_pooled_tokens: int | None = flag(
         None, "Width of the pooled tokens; None: the stack's width.", parent='attn_pool', low=1
     )
-    squeeze_out_last_dim: bool = flag(False, 'Drop the last axis of the logits when its size is 1.')
-    token_emb: nn.Module | Callable[..., Any] | None = flag(None, 'Your own token embedding.')
+    squeeze_out_last_dim: bool = flag(False, 'Drop the last axis of the logits when its size is 1.', family='output')
+    token_emb: nn.Module | Callable[..., Any] | None = flag(None, 'Your own token embedding.', family='embedding')
     mixture_of_softmax: bool = flag(
         False,
         'The output is a mixture of softmaxes, as log probabilities.',
         paper=MIXTURE,
         formula='p = Σ_m π_m softmax(z_m), π = softmax(W x)',
+        family='output',
     )
     mixture_of_softmax_k: int = flag(
         4, 'Number of softmaxes in the mixture.', paper=MIXTURE, parent='mixture_of_softmax', low=1
@@ -115,24 +134,33 @@ class WrapperFlags(Flags):
         'Add the logarithm of their sigmoid to the logits.',
         paper='https://arxiv.org/abs/1805.10829',
         formula='p ∝ exp(z) σ(z)',
+        family='output',
     )
-    ff_deep_embed: bool = flag(False, "A learned factor per token, layer and channel on the feed-forwards' output.")
-    to_logits: Callable[..., Any] | None = flag(None, 'Your own head.')
-    add_continuous_pred_head: bool = flag(False, 'A second head that predicts the next embedding.')
-    input_not_include_cache: bool = flag(False, 'With a cache, the input is always new tokens only.')
+    ff_deep_embed: bool = flag(
+        False, "A learned factor per token, layer and channel on the feed-forwards' output.", family='embedding'
+    )
+    to_logits: Callable[..., Any] | None = flag(None, 'Your own head.', family='output')
+    add_continuous_pred_head: bool = flag(False, 'A second head that predicts the next embedding.', family='output')
+    input_not_include_cache: bool = flag(False, 'With a cache, the input is always new tokens only.', family='memories')
     embed_scale: float | None = flag(
-        None, 'Factor on the token embeddings; None: 1.', paper='https://arxiv.org/abs/1706.03762', since='here'
+        None,
+        'Factor on the token embeddings; None: 1.',
+        paper='https://arxiv.org/abs/1706.03762',
+        since='here',
+        family='embedding',
     )
-    logits_scale: float | None = flag(None, 'Factor on the logits, before the soft cap; None: 1.', since='here')
+    logits_scale: float | None = flag(
+        None, 'Factor on the logits, before the soft cap; None: 1.', since='here', family='output'
+    )
     logits_softcap: float | None = flag(
         None, 'Keep the logits between minus this and this, with tanh.', paper='https://arxiv.org/abs/2408.00118', above=0,
         since='here',
-        formula='z ← c · tanh(z / c)',
+        formula='z ← c · tanh(z / c)', family='output'
     )  # fmt: skip
-    logits_bias: bool = flag(False, 'A bias per logit, with a tied table too.', since='here')
+    logits_bias: bool = flag(False, 'A bias per logit, with a tied table too.', since='here', family='output')
     logits_transform: str | None = flag(
         None, "A linear map, the activation of this name and a norm, in front of the map to the logits (BERT's head).",
-        paper='https://arxiv.org/abs/1810.04805', since='here',
+        paper='https://arxiv.org/abs/1810.04805', since='here', family='output'
     )  # fmt: skip
     logits_transform_bias: bool = flag(True, 'A bias in that linear map.', parent='logits_transform', since='here')
     tie_embedding_scale: float | None = flag(
@@ -142,18 +170,18 @@ class WrapperFlags(Flags):
 
     smear: bool = flag(
         False, 'Each token embedding gets a learned, gated part of that before it.',
-        paper='https://github.com/KellerJordan/modded-nanogpt', since='here',
+        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', family='embedding'
     )  # fmt: skip
 
     bigram_hash_embed: int | None = flag(
         None, 'Rows of a table whose vector for each token and the one before it, found by a hash, is added to the embedding.',
-        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=2,
+        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=2, family='embedding'
     )  # fmt: skip
 
     value_embed: int | None = flag(
         None, 'Every so many self attentions, the last among them, add to their values a row of a token table of their own, '
         'gated for each key head.',
-        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=1,
+        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=1, family='embedding'
     )  # fmt: skip
     value_embed_gate_dim: int = flag(
         12, 'So many channels decide about the gates, or all of them.', parent='value_embed', since='here', low=1
@@ -162,7 +190,7 @@ class WrapperFlags(Flags):
     randomized_positions: int | None = flag(
         None, 'While training, positions are a sorted random subset of 0 … this - 1, one for the whole batch and drawn anew in '
         'every forward; in evaluation they are counted as usual.', paper='https://arxiv.org/abs/2305.16843', low=1,
-        since='here',
+        since='here', family='embedding'
     )  # fmt: skip
 
     @property

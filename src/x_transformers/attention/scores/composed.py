@@ -9,7 +9,7 @@ from torch import Tensor
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.scores.talking_heads import kept_finite
 from x_transformers.attention.told import Composition
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.tensor_types import Float
 
 

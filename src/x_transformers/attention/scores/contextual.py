@@ -12,7 +12,7 @@ from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.scores.talking_heads import kept_finite, mix_heads
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.helpers import max_neg_value
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float

@@ -9,7 +9,7 @@ from torch import Tensor
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.told import PathSteps
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.helpers import without_autocast
 from x_transformers.tensor_types import Float
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.helpers import softclamp
 
 

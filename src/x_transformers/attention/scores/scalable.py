@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.module import empty_parameter
 from x_transformers.tensor_types import Float
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.tensor_types import Float
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
-from x_transformers.flags.attention import ScoreFlags
+from x_transformers.flags.scores import ScoreFlags
 from x_transformers.module import empty_parameter
 from x_transformers.tensor_types import Float
 
