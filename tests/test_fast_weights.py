@@ -99,7 +99,7 @@ def test_source_and_target_must_have_one_form() -> None:
 
 def test_low_rank_keeps_the_trained_map() -> None:
     model, x = net(), torch.randint(11, (2, 9))
-    told = wrapper(deepcopy(model), ttt_module_paths=(), ttt_low_rank_paths=((PATH, 2),), ttt_lr=0.0, ttt_muon_lr=0.0)
+    told = wrapper(deepcopy(model), ttt_module_paths=(), ttt_low_rank_paths=((PATH, 2),), ttt_lr=0.0)
     expected = wrapper(deepcopy(model), ttt_lr=0.0)
     assert torch.allclose(told(x), expected(x), atol=1e-6)
     low = told.net.get_submodule(PATH).module
@@ -176,7 +176,7 @@ def test_generation_goes_on_from_what_the_prompt_taught() -> None:
     [
         ({'tbptt_steps': 1}, 'tbptt_steps must be at least 2'),
         ({'ttt_module_paths': ('nowhere.at.all',)}, 'no module'),
-        ({'ttt_module_paths': (), 'ttt_next_latent_loss': True}, 'must name what is trained'),
+        ({'ttt_module_paths': (), 'ttt_next_latent_loss': True, 'ttt_lr': 1e-3, 'ttt_wd': 0.01}, 'must name what is trained'),
         ({'ttt_low_rank_paths': ((PATH, 99),)}, 'the rank of'),
         ({'ttt_low_rank_paths': (('attn_layers.layers.1.1', 2),)}, 'must be a linear map'),
     ],

@@ -67,9 +67,9 @@ def test_each_position_is_given_what_the_last_pass_knew_before_it() -> None:
 
 @pytest.mark.parametrize('dynamic', [True, False])
 def test_the_loss_is_made_of_the_passes(dynamic: bool) -> None:
+    of_dynamic = {'dynamic_loss_decay': 0.8, 'dynamic_loss_threshold': 0.5} if dynamic else {}
     made = model(
-        temporal_parallel_passes=3, feedback_pass_weight=0.3, dynamic_rollout_loss_weight=dynamic,
-        dynamic_loss_decay=0.8, dynamic_loss_threshold=0.5,
+        temporal_parallel_passes=3, feedback_pass_weight=0.3, dynamic_rollout_loss_weight=dynamic, **of_dynamic
     )  # fmt: skip
     x = torch.randint(11, (2, 7))
     x[0, 3] = -100
@@ -141,7 +141,7 @@ def test_every_parameter_is_trained() -> None:
 @pytest.mark.parametrize(
     ('more', 'flags', 'says'),
     [
-        ({'temporal_parallel_passes': 1}, {}, 'temporal_parallel_passes must be at least 2'),
+        ({'temporal_parallel_passes': 1}, {}, 'temporal_parallel_passes=1.*must be at least 2'),
         ({'recirc_pairs': 'sideways'}, {}, 'recirc_pairs must be one of'),
         ({'recirc_pairs': [(3, 1)]}, {}, 'blocks 1 to 2'),
         ({'transition': 'glue'}, {}, 'transition must be one of'),

@@ -61,7 +61,8 @@ def test_it_matters_where_the_branches_give_nothing() -> None:
 
 @pytest.mark.parametrize('learned', [True, False])
 def test_cached_and_uncached_generation_agree(learned: bool) -> None:
-    model = Recirculation(net(), source_layer=(2, 1), destination_layer=(1, 0), alpha=0.3, use_learned=learned).eval()
+    how = {'use_learned': True} if learned else {'alpha': 0.3}
+    model = Recirculation(net(), source_layer=(2, 1), destination_layer=(1, 0), **how).eval()
     writer, prompt = AutoregressiveWrapper(model), torch.randint(11, (2, 4))
     made = [writer.generate(prompt, 6, temperature=0.0, cache_kv=cached) for cached in (True, False)]
     assert torch.equal(*made)

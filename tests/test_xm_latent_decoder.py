@@ -103,8 +103,8 @@ def test_the_winner_of_generation_is_named_by_a_function_of_logits() -> None:
         (lambda m: m(torch.zeros(1, 1).long()), 'at least two tokens'),
         (lambda m: m(torch.zeros(1, 4).long(), active_latent_index=7), 'one of the 4 slots'),
         (lambda m: m(torch.zeros(1, 4).long(), latents=torch.zeros(1, 2, 3, 8)), 'latents must have shape'),
-        (lambda m: decoder(candidates=0), 'candidates must be at least 1'),
-        (lambda m: decoder(latent_drop_prob=1.0), 'latent_drop_prob must lie'),
+        (lambda m: decoder(candidates=0), 'candidates=0.*must be at least 1'),
+        (lambda m: decoder(latent_drop_prob=1.0), 'latent_drop_prob=1.0.*must be less than 1'),
     ],
 )
 def test_refusals(call: Any, says: str) -> None:

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from x_transformers.embedding.call import rows_in_front
 from x_transformers.embedding.ids import beyond, training_ids
 from x_transformers.embedding.loop import loss_of_loops
+from x_transformers.flags.calls import BeamOptions, GenerateOptions
 from x_transformers.flags.fit import check_future, check_net, expert_loss
-from x_transformers.flags.objectives import AutoregressiveOptions, BeamOptions, GenerateOptions, options
+from x_transformers.flags.objectives import AutoregressiveOptions, options
 from x_transformers.generation import beam
-from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
+from x_transformers.generation.contrastive import (
+    USUAL_CONTRAST,
+    ContrastiveReader,
+    Options,
+    amateur_nets,
+    check_vocabulary,
+    unwrapped,
+)
 from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, no_program, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
 from x_transformers.generation.prompts import (
@@ -308,11 +316,13 @@ class AutoregressiveWrapper(Module):
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
         """
+        if contrastive_decode_kwargs == USUAL_CONTRAST:
+            contrastive_decode_kwargs = None
         options(GenerateOptions, 'generate', locals())
         warn_of_end(self.net, eos_token)
         prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
         filter_fn = resolve_filter(filter_logits_fn)
-        nets = amateur_nets(amateur_model, default(contrastive_decode_kwargs, {'alpha': 0.1, 'beta': 0.5}))
+        nets = amateur_nets(amateur_model, default(contrastive_decode_kwargs, USUAL_CONTRAST))
         sampler = Sampler(temperature, identity if nets else filter_fn, filter_kwargs or {}, generator)
         tokens = Tokens(prompt.tokens, steps + max(lookahead, 0))
         models: list[nn.Module] = [self, *(net for net, _ in nets)]

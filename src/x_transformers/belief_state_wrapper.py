@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.calls import BeliefGenerateOptions
 from x_transformers.flags.fit import check_net
 from x_transformers.flags.objectives import BeliefStateOptions, options
 from x_transformers.generation.decode import Tokens, decode, reader_for
@@ -223,6 +224,7 @@ class BeliefStateWrapper(Module):
             generator: makes sampling reproducible.
             kwargs: for the decoders.
         """
+        options(BeliefGenerateOptions, 'generate_with_suffix_cond', locals())
         check_reserved(kwargs)
         if suffix is not None and decode_backwards:
             raise ValueError('suffix is what forward decoding leads to; with decode_backwards=True leave it out')

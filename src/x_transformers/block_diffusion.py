@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from x_transformers.embedding.call import along_tokens
 from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.calls import BlockGenerateOptions
 from x_transformers.flags.fit import check_net, check_twice
-from x_transformers.flags.objectives import BlockDiffusionOptions, BlockGenerateOptions, options
+from x_transformers.flags.objectives import BlockDiffusionOptions, options
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import check_reserved, checked_length, flattened, restored
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter

@@ -15,6 +15,7 @@ from x_transformers.embedding.call import Call, check_frames
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.pooling import average
 from x_transformers.embedding.rows import Rows
+from x_transformers.flags.calls import FramesForwardOptions, FramesOptions, RolloutOptions
 from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import ContinuousOptions, options
@@ -24,7 +25,7 @@ from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import Prompt, align_right, check_reserved, checked_length, right_aligned, whole_number
+from x_transformers.generation.prompts import Prompt, align_right, check_reserved, checked_length, right_aligned
 from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
 from x_transformers.generation.views import VectorView
 from x_transformers.layers.checks import is_float, shape_of
@@ -231,6 +232,7 @@ class ContinuousAutoregressiveWrapper(Module):
             rollout_steps: with more than one, the net goes on from its own predictions: ``forward_rollout``.
             kwargs: for the net; ``mask`` (b n) or (b n-1), or ``lens`` (b), say which frames count.
         """
+        options(FramesForwardOptions, 'ContinuousAutoregressiveWrapper', {'rollout_steps': rollout_steps})
         if rollout_steps != 1:
             return self.forward_rollout(x, rollout_steps, **kwargs)
         self._check_frames(x, kwargs, 2)
@@ -284,8 +286,7 @@ class ContinuousAutoregressiveWrapper(Module):
         predicts frame after frame, with everything before in view. Gradients flow through what is fed back. Shorter rows do not
         count; if all are shorter the loss is 0.
         """
-        if whole_number(rollout_steps, 'rollout_steps') < 2:
-            raise ValueError(f'rollout_steps must be at least 1, and 2 for a rollout; got {rollout_steps}')
+        options(RolloutOptions, 'forward_rollout', {'rollout_steps': rollout_steps})
         self._check_frames(x, kwargs, rollout_steps + 1)
         check_future(self.net, kwargs, 'ContinuousAutoregressiveWrapper', allowed=self.allow_future)
         if moved := [name for name in OF_FRAMES if kwargs.get(name) is not None]:
@@ -366,6 +367,8 @@ class ContinuousAutoregressiveWrapper(Module):
 
         Raises ValueError (GenerateError where the cache does not reach far enough) before anything is computed.
         """
+        probabilistic = self.probabilistic
+        options(FramesOptions, 'generate', locals())
         check_reserved(kwargs)
         check_temperature(temperature)
         steps, prompt = checked_length(seq_len), self._prompt(start_tokens, prompt_lens)

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.continuous import ContinuousTransformerWrapper
+from x_transformers.flags.calls import EncodeOptions
 from x_transformers.flags.constructors import SHARED
+from x_transformers.flags.later_objectives import BottleneckOptions, FramesAutoencoderOptions
+from x_transformers.flags.objectives import options
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import masked_mean
-from x_transformers.latent_prediction import check_parameters
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
@@ -54,6 +56,7 @@ class VariationalBottleneck(Module):
 
     def __init__(self, dim: int, dim_latent: int, kl_loss_weight: float = 1.0) -> None:
         super().__init__()
+        options(BottleneckOptions, 'VariationalBottleneck', locals())
         self.to_mean_log_var = nn.Sequential(nn.Linear(dim, dim_latent * 2))
         self.kl_loss_weight = kl_loss_weight
 
@@ -108,14 +111,7 @@ class ContinuousTransformerAutoencoder(Module):
         **kwargs: Unpack[SharedKeywords],
     ) -> None:
         super().__init__()
-        kinds = ('deterministic', 'variational')
-        check_parameters(
-            'ContinuousTransformerAutoencoder',
-            loss_type not in ('l1', 'l2') and f"loss_type must be 'l1' or 'l2', got {loss_type!r}.",
-            bottleneck_type not in kinds and f'bottleneck_type must be one of {", ".join(kinds)}, got {bottleneck_type!r}.',
-            not 0.0 <= latents_dropout_prob < 1.0
-            and f'latents_dropout_prob must lie in 0 to 1, 1 excluded, got {latents_dropout_prob}.',
-        )  # fmt: skip
+        options(FramesAutoencoderOptions, 'ContinuousTransformerAutoencoder', locals())
         self.dim, self.max_seq_len, self.loss_type = dim, max_seq_len, loss_type
         self.dim_input, self.dim_latent = dim_input or dim, dim_latent or dim
         self.latents_dropout_prob = latents_dropout_prob
@@ -152,6 +148,8 @@ class ContinuousTransformerAutoencoder(Module):
         mask: Bool[Tensor, 'b n'] | None = None,
     ) -> Any:
         """Latents (b l), or (latents, the bottleneck's loss: a mean, or one per row with ``return_unreduced_loss``)."""
+        given = {'return_aux_loss': return_aux_loss, 'return_unreduced_loss': return_unreduced_loss}
+        options(EncodeOptions, 'encode', given)
         mask = self._mask(x, lens, mask)
         embeds: Tensor = self.encoder(x, mask=mask, return_embeddings=True)
         latents, loss = self.bottleneck(masked_mean(embeds, mask))

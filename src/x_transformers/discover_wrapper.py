@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.flags.calls import FitOptions
+from x_transformers.flags.later_objectives import DiscoverOptions, ProbeOptions
+from x_transformers.flags.objectives import options
 from x_transformers.latent_prediction import check_parameters, mlp
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
@@ -84,6 +87,7 @@ class TPREncoder(Module):
         mlp_dim: int | None = None,
     ) -> None:
         super().__init__()
+        options(ProbeOptions, 'TPREncoder', locals())
         self.filler_emb = nn.Embedding(num_fillers, filler_dim)
         self.role_emb = nn.Embedding(num_roles, role_dim)
         self.binding = empty_parameter(dim, filler_dim, role_dim)
@@ -129,6 +133,7 @@ class TPREncoder(Module):
         lr: float = 3e-3,
     ) -> float:
         """Minimise the squared distance to frozen encodings; a running mean of the loss."""
+        options(FitOptions, 'fit', locals())
         optimizer = torch.optim.Adam(self.parameters(), lr=lr)
         target, running = encodings.detach(), 0.0
         for step in range(steps):
@@ -158,12 +163,12 @@ class DiscoverDecoder(Module):
         self, *, decoder: nn.Module, num_fillers: int, bos_id: int, pad_id: int, max_seq_len: int, enc_pos: str | int = 'last'
     ) -> None:
         super().__init__()
+        options(DiscoverOptions, 'DiscoverDecoder', locals())
         known = getattr(decoder, 'num_tokens', max(bos_id, pad_id) + 1)
         check_parameters(
             'DiscoverDecoder',
             isinstance(enc_pos, str) and enc_pos != 'last' and f"enc_pos must be 'last' or a position, got {enc_pos!r}.",
             max(bos_id, pad_id) >= known and f'bos_id and pad_id must be below num_tokens={known}, got {bos_id} and {pad_id}.',
-            max_seq_len < 1 and f'max_seq_len must be at least 1, got {max_seq_len}.',
         )  # fmt: skip
         self.decoder: Any = decoder
         self.num_fillers, self.bos_id, self.pad_id = num_fillers, bos_id, pad_id

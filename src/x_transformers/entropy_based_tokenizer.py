@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.calls import CutOptions
 from x_transformers.flags.fit import check_net
 from x_transformers.flags.objectives import TokenizerOptions, options
 from x_transformers.generation.modes import eval_decorator
@@ -91,6 +92,8 @@ class EntropyBasedTokenizer(Module):
             return_segmented_seq: return the segments in place of their lengths.
             decoder_forward_kwargs: for the decoder.
         """
+        given = {'return_segmented_seq': return_segmented_seq, 'decoder_forward_kwargs': decoder_forward_kwargs}
+        options(CutOptions, 'EntropyBasedTokenizer', given)
         seq = token_ids(seq, 'seq')
         check(seq, lens)
         batch = seq if seq.ndim == 2 else seq[None]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from x_transformers.flags.constructors import SHARED
+from x_transformers.flags.later_objectives import NextStateLossOptions, TargetLossOptions
+from x_transformers.flags.objectives import options
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import default
 from x_transformers.latent_prediction import mlp
@@ -291,10 +293,7 @@ class TTTNextLatentPredictionLoss(Module):
 
     def __init__(self, dim: int, hidden_dim: int | None = None, num_layers: int = 3, loss_type: str = 'smooth_l1') -> None:
         super().__init__()
-        if loss_type not in ('smooth_l1', 'mse') or num_layers < 1:
-            raise ValueError(
-                f"loss_type must be 'smooth_l1' or 'mse' and num_layers at least 1, got {loss_type!r} and {num_layers}."
-            )
+        options(NextStateLossOptions, 'TTTNextLatentPredictionLoss', locals())
         hidden = default(hidden_dim, dim)
         self.predictor = nn.Sequential(nn.LayerNorm(dim), *mlp([dim, *[hidden] * (num_layers - 1), dim]))
         self.measure = F.smooth_l1_loss if loss_type == 'smooth_l1' else F.mse_loss
@@ -323,6 +322,7 @@ class TTTMetaLearningTargetKLLoss(Module):
         self, dim: int, num_classes: int, depth: int = 1, heads: int = 4, dim_head: int = 64, **kwargs: Unpack[SharedKeywords]
     ) -> None:
         super().__init__()
+        options(TargetLossOptions, 'TTTMetaLearningTargetKLLoss', locals())
         self.encoder = Encoder(dim=dim, depth=depth, heads=heads, attn_dim_head=dim_head, **kwargs)
         self.to_meta_prediction = nn.Linear(dim, num_classes)
         self.to_prediction = nn.Linear(dim, num_classes)

@@ -228,9 +228,14 @@ class FeedForward(Module):
 
     __signature__: Any = ClassSignature(only(FeedForwardFlags))
 
-    def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **flags: Unpack[FeedForwardKeywords]) -> None:
+    def __init__(
+        self, dim: int, dim_out: int | None = None, mult: float = 4, *more: Any, **flags: Unpack[FeedForwardKeywords]
+    ) -> None:
         super().__init__()
-        parsed = FeedForwardFlags.parse({'dim_out': dim_out, 'mult': mult, **flags}, where='FeedForward')
+        named = FeedForwardFlags.by_position(more, behind='mult', where='FeedForward')
+        if twice := [name for name in named if name in flags]:
+            raise TypeError(f'FeedForward: {", ".join(twice)} must be given once, by position or by name, got both.')
+        parsed = FeedForwardFlags.parse({'dim_out': dim_out, 'mult': mult, **named, **flags}, where='FeedForward')
         check_feedforward(parsed, dim)
         self._build(dim, parsed)
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.calls import BitsForwardOptions, FreeGenerateOptions, LatentsOptions
 from x_transformers.flags.constructors import INNER
 from x_transformers.flags.fit import check_alone
+from x_transformers.flags.later_objectives import BitsOptions
 from x_transformers.flags.objectives import FreeTransformerOptions, options
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Tokens, decode
@@ -45,8 +47,7 @@ class BinaryMapper(Module):
 
     def __init__(self, bits: int = 1, kl_loss_threshold: float = math.log(2)) -> None:
         super().__init__()
-        if bits < 1:
-            raise ValueError(f'bits must be at least 1, got {bits}')
+        options(BitsOptions, 'BinaryMapper', locals())
         self.bits = bits
         self.num_codes = 2**bits
         self.kl_loss_threshold = kl_loss_threshold
@@ -75,6 +76,8 @@ class BinaryMapper(Module):
         calc_aux_loss: bool | None = None,
     ) -> tuple[Float[Tensor, '... k'], Float[Tensor, '']]:
         """One-hot codes, and what they cost above the threshold; both flags follow the training mode unless given."""
+        given = {'temperature': temperature, 'straight_through': straight_through, 'calc_aux_loss': calc_aux_loss}
+        options(BitsForwardOptions, 'BinaryMapper', given)
         if logits.shape[-1] != self.bits:
             raise ValueError(f'logits must have {self.bits} channels, one per bit, got shape {tuple(logits.shape)}')
         straight_through = self.training if straight_through is None else straight_through
@@ -196,6 +199,7 @@ class FreeTransformer(Module):
         per_token_latents: bool | None = None,
     ) -> Any:
         """One-hot codes ``b n k``, or ``b 1 k`` for the whole sequence; optionally what they cost."""
+        options(LatentsOptions, 'encode_to_latents', {'return_kl_loss': return_kl_loss, 'per_token_latents': per_token_latents})
         per_token = self.per_token_latents if per_token_latents is None else per_token_latents
         rows, length, _ = decoder_head_embeds.shape
         queries = self.query_token_for_latents.expand(rows, length if per_token else 1, -1)
@@ -274,6 +278,7 @@ class FreeTransformer(Module):
             use_kv_cache: feed only new tokens, to head and tail alike, if both can be cached.
             generator: makes sampling reproducible.
         """
+        options(FreeGenerateOptions, 'generate', locals())
         prompt = prepare(prompts)
         if prompt.start is not None:
             raise ValueError('prompts must have one length here; run prompts of different lengths one by one')

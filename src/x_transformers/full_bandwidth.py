@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.calls import BandwidthGenerateOptions
 from x_transformers.flags.fit import check_added_losses
+from x_transformers.flags.later_objectives import FullBandwidthOptions
+from x_transformers.flags.objectives import options
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import checked_eos, checked_length, prepare
+from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare, warn_of_end
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.latent_prediction import Discount, check_parameters
 from x_transformers.losses import token_cross_entropy
@@ -187,13 +190,13 @@ class FullBandwidth(Module):
         pad_value: int = 0,
     ) -> None:
         super().__init__()
+        options(FullBandwidthOptions, 'FullBandwidth', locals())
         model: Any = net
         flags, stack = model.flags, model.attn_layers
         depth: int = stack.depth
         check_added_losses(net, 'FullBandwidth')
         check_parameters(
             'FullBandwidth',
-            temporal_parallel_passes < 2 and f'temporal_parallel_passes must be at least 2, got {temporal_parallel_passes}.',
             not stack.flags.depth_scale_residual and 'net must have depth_scale_residual=True in its stack.',
             not flags.tie_embedding and 'net must have tie_embedding=True.',
             not flags.post_emb_norm and 'net must have post_emb_norm=True.',
@@ -355,6 +358,9 @@ class FullBandwidth(Module):
             process_prompt: read the prompt with feedback; otherwise in one pass.
             should_fuse_latent: whether a new token is given what the last one knew, by its number.
         """
+        options(BandwidthGenerateOptions, 'generate', locals())
+        check_reserved(kwargs)
+        warn_of_end(self.net, eos_token)
         steps, eos = checked_length(seq_len), checked_eos(eos_token)
         prompt = prepare(prompts, None, self.pad_value)
         if prompt.start is not None:
@@ -386,7 +392,7 @@ class FullBandwidth(Module):
                     transform_block_inputs=self._fused(latents) if fuses else None,
                     **kwargs,
                 )
-        new = torch.stack(made, dim=1)
+        new = torch.stack(made, dim=1) if made else ids[:, :0]
         return prompt.unpack(torch.cat((ids, new), dim=1) if include_prompt else new)
 
 

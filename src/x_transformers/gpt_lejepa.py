@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from x_transformers.embedding.token import scale_gradient
 from x_transformers.flags.fit import check_added_losses
+from x_transformers.flags.later_objectives import LatentAutoregressiveOptions
+from x_transformers.flags.objectives import options
 from x_transformers.helpers import l2norm
 from x_transformers.latent_prediction import (
     SIGREG_KWARGS,
@@ -87,12 +89,10 @@ class LatentAutoregressive(Module):
         pad_value: int = 0,
     ) -> None:
         super().__init__()
+        options(LatentAutoregressiveOptions, 'LatentAutoregressive', locals())
         check_added_losses(net, 'LatentAutoregressive')
         check_parameters(
             'LatentAutoregressive',
-            num_rollouts < 1 and f'num_rollouts must be at least 1, got {num_rollouts}.',
-            not 0.0 <= sigreg_loss_weight <= 1.0 and f'sigreg_loss_weight must lie in 0 to 1, got {sigreg_loss_weight}.',
-            not 0.0 <= frac_gradient <= 1.0 and f'frac_gradient must lie in 0 to 1, got {frac_gradient}.',
             not (predict_next_embed_with_action or predict_next_embed_no_action)
             and 'predict_next_embed_with_action or predict_next_embed_no_action must be True.',
             getattr(net, 'to_logits', None) is None and 'net must have a head, to_logits, which the probe reads into.',

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids, training_ids
+from x_transformers.flags.calls import DrawingOptions, PosteriorOptions
 from x_transformers.flags.constructors import SHARED
 from x_transformers.flags.fit import check_alone
 from x_transformers.flags.objectives import GPTVAEOptions, options
@@ -106,6 +107,7 @@ class GPTVAE(Module):
         self, seq: Int[Tensor, 'b n'], return_mean_log_var: bool = False, generator: torch.Generator | None = None
     ) -> Any:
         """A sample of each row's latent, ``b z``; optionally also its mean and log-variance."""
+        options(PosteriorOptions, 'encode_to_latents', {'return_mean_log_var': return_mean_log_var, 'generator': generator})
         seq = token_ids(seq, 'seq')
         if seq.ndim != 2 or seq.shape[1] == 0:
             raise ValueError(f'the sequence to encode must be tokens (batch, length), not empty; got {tuple(seq.shape)}')
@@ -160,6 +162,7 @@ class GPTVAE(Module):
             generator: makes sampling reproducible, that of the latents too.
             generate_kwargs: of ``AutoregressiveWrapper.generate``.
         """
+        options(DrawingOptions, 'generate', {'generator': generator})
         if latents is not None and seq_for_latents is not None:
             raise ValueError('give either latents or seq_for_latents, not both: each decides the prefix')
         if seq_for_latents is not None:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.fit import check_added_losses
+from x_transformers.flags.later_objectives import NextLatentOptions
+from x_transformers.flags.objectives import options
 from x_transformers.latent_prediction import (
     SIGREG_KWARGS,
     Discount,
@@ -121,16 +123,14 @@ class NextLatentWrapper(Module):
         dynamic_loss_decay: float = 1.0,
     ) -> None:
         super().__init__()
+        options(NextLatentOptions, 'NextLatentWrapper', locals())
         custom = dynamics_type == 'custom'
         mixture = getattr(net, 'to_mixture', None) is not None
         check_added_losses(net, 'NextLatentWrapper')
         check_parameters(
             'NextLatentWrapper',
-            num_rollouts < 1 and f'num_rollouts must be at least 1, got {num_rollouts}. Predict one position ahead or more.',
-            dynamics_num_layers < 1 and f'dynamics_num_layers must be at least 1, got {dynamics_num_layers}.',
             isinstance(loss_type, str) and loss_type not in LOSS_TYPES
             and f'loss_type must be one of {", ".join(LOSS_TYPES)} or a module, got {loss_type!r}.',
-            dynamics_type not in DYNAMICS and f'dynamics_type must be one of {", ".join(DYNAMICS)}, got {dynamics_type!r}.',
             custom != (dynamics_network is not None)
             and "dynamics_network must be given with dynamics_type='custom', and only then.",
             mixture and kl_loss_weight > 0

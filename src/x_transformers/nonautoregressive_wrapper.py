@@ -16,8 +16,9 @@ from torch.func import grad_and_value, vmap
 
 from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.calls import MaskedForwardOptions, MaskedGenerateOptions
 from x_transformers.flags.fit import check_net
-from x_transformers.flags.objectives import MaskedGenerateOptions, MaskedOptions, options
+from x_transformers.flags.objectives import MaskedOptions, options
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import check_reserved
 from x_transformers.helpers import exists
@@ -235,6 +236,12 @@ class NonAutoregressiveWrapper(Module):
         **kwargs: Any,
     ) -> Losses:
         """The losses on sequences of exactly ``max_seq_len`` tokens; ``mask`` (True = text) keeps padding out of them."""
+        given = {
+            'only_train_generator': only_train_generator,
+            'only_train_critic': only_train_critic,
+            'generator_sample_temperature': generator_sample_temperature,
+        }
+        options(MaskedForwardOptions, 'NonAutoregressiveWrapper', given)
         x = token_ids(x)
         self.check(x, mask, only_train_generator, only_train_critic)
         text = torch.ones_like(x, dtype=torch.bool) if mask is None else mask

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.call import last_positions
+from x_transformers.flags.calls import LearnOptions, MixOptions
 from x_transformers.flags.fit import check_added_losses
+from x_transformers.flags.later_objectives import RecirculationOptions
+from x_transformers.flags.objectives import options
 from x_transformers.helpers import cast_tuple, default
 from x_transformers.latent_prediction import check_parameters, mlp
 from x_transformers.module import Module
@@ -79,6 +82,7 @@ class Recirculation(Module):
         learned_hidden: int | None = None,
     ) -> None:
         super().__init__()
+        options(RecirculationOptions, 'Recirculation', locals())
         model: Any = net
         stack = model.attn_layers
         sources, destinations = (
@@ -97,7 +101,6 @@ class Recirculation(Module):
             len(set(destinations)) != len(destinations) and f'destinations must differ, got {destinations}.',
             not model.can_cache_kv and 'net must be able to continue from a cache, which this one cannot.',
             stack.flags.streams > 1 and 'net must have one residual stream; leave out num_residual_streams.',
-            ramp_steps < 0 and f'ramp_steps must be at least 0, got {ramp_steps}.',
         )  # fmt: skip
         self.net: Any = model
         # under both names, as in checkpoints of 2.31.10
@@ -121,6 +124,7 @@ class Recirculation(Module):
 
         ``step`` says how many tokens came before.
         """
+        options(MixOptions, 'mix', {'step': step})
         mixed = {}
         for index, (source, destination) in enumerate(self.pairs):
             z_s, z_d = hiddens[source][:, -1:], hiddens[destination][:, -1:]
@@ -199,6 +203,7 @@ class Recirculation(Module):
 
         Raises ValueError without ``use_learned``.
         """
+        options(LearnOptions, 'learn_parameters', locals())
         if self.learned_mixers is None:
             raise ValueError('use_learned must be True: without mixers there is nothing to learn.')
         optimizer = torch.optim.Adam(self.learned_mixers.parameters(), lr=lr)

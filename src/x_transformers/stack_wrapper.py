@@ -208,7 +208,8 @@ class StackWrapper(Module):
             pos=pos,
             prepend_embeds=prepend_embeds,
             prepend_mask=prepend_mask,
-            sum_embeds=sum_embeds,
+            # what is added may have fewer axes, as in any sum
+            sum_embeds=sum_embeds[(None,) * (3 - sum_embeds.ndim)] if isinstance(sum_embeds, Tensor) else sum_embeds,
             seq_start_pos=seq_start_pos,
             cache=KVCache.of(cache, self._attention_steps(cache, more)),
             new_only=default(new_only, self.input_not_include_cache),
@@ -273,10 +274,10 @@ class StackWrapper(Module):
             isinstance(self.pos_emb, AbsolutePositionalEmbedding)
             and call.pos is None
             and isinstance(rows.seen, int)
-            and rows.seen + rows.new > self.max_seq_len
+            and rows.seen + rows.new > self.pos_emb.max_seq_len
         ):
             raise ValueError(
-                f'x: the sequence of {rows.seen + rows.new} tokens is longer than max_seq_len={self.max_seq_len}, '
+                f'x: the sequence of {rows.seen + rows.new} tokens is longer than max_seq_len={self.pos_emb.max_seq_len}, '
                 'beyond which there are no absolute positions; cut it, or use rotary_pos_emb=True.'
             )
         return rows

@@ -289,7 +289,7 @@ class TransformerWrapper(StackWrapper):
             if transform_token_embeds is None:
                 transform_token_embeds = partial(change, 1)
         call = self._call(
-            ids_or_none(x, prepend_embeds, own_table=self._own_token_emb),
+            ids_or_none(x, prepend_embeds, own_table=self._own_token_emb or not isinstance(self.token_emb, TokenEmbedding)),
             mask=mask,
             mems=mems,
             mem_masks=mem_masks,

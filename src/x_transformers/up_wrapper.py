@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.calls import MachineGenerateOptions
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import MachineOptions, PretrainOptions, options
 from x_transformers.generation.prompts import checked_length
@@ -96,6 +97,7 @@ class SyntheticDataGenerator(Module):
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, 'b k']:
         """Go on from seed and condition for ``length`` tokens; the newest ``max_seq_len`` of prefix and samples."""
+        options(MachineGenerateOptions, 'generate', locals())
         seed = None if seed is None else token_ids(seed, 'seed')
         condition = None if condition is None else token_ids(condition, 'condition')
         given = [part for part in (seed, condition) if part is not None]

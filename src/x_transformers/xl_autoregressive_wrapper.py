@@ -20,6 +20,7 @@ from x_transformers.fast_weights import (
     make_low_rank,
     sample_losses,
 )
+from x_transformers.flags.calls import WritingOptions, XLForwardOptions
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import XLOptions, options
 from x_transformers.generation.decode import Reader, Tokens, decode
@@ -122,9 +123,7 @@ class XLAutoregressiveWrapper(Module):
         paths = [*ttt_module_paths, *(path for path, _ in ttt_low_rank_paths)]
         check_parameters(
             'XLAutoregressiveWrapper',
-            tbptt_steps < 1 and f'tbptt_steps must be at least 1, got {tbptt_steps}.',
             bool(paths) and tbptt_steps < 2 and f'tbptt_steps must be at least 2 with test-time training, got {tbptt_steps}.',
-            episodic_mem_len < 0 and f'episodic_mem_len must be at least 0, got {episodic_mem_len}.',
             ttt_custom_loss_module is not None and ttt_next_latent_loss
             and 'ttt_custom_loss_module and ttt_next_latent_loss both say what is trained on. Give one of them.',
             not paths and (ttt_next_latent_loss or ttt_custom_loss_module is not None or ttt_use_muon)
@@ -171,11 +170,13 @@ class XLAutoregressiveWrapper(Module):
             ttt_recurrent_steps: with test-time training, how often each segment is read, with an update between; the last time
                 counts.
         """
+        given = {'dropout_mems': dropout_mems, 'ttt_recurrent_steps': ttt_recurrent_steps}
+        options(XLForwardOptions, 'XLAutoregressiveWrapper', given)
         x = token_ids(x)
         check_future(self.net, kwargs, 'XLAutoregressiveWrapper', allowed=self.allow_future)
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must be token ids (batch, at least two tokens), got shape {tuple(x.shape)}')
-        if ttt_recurrent_steps < 1 or (ttt_recurrent_steps > 1 and self.ttt is None):
+        if ttt_recurrent_steps > 1 and self.ttt is None:
             raise ValueError(
                 f'ttt_recurrent_steps must be 1, or more with test-time training, got {ttt_recurrent_steps}. '
                 'Give ttt_module_paths in the constructor.'
@@ -296,6 +297,7 @@ class XLAutoregressiveWrapper(Module):
         from the start of the prompt, on which test-time training works. Other arguments as in
         ``AutoregressiveWrapper.generate``.
         """
+        options(WritingOptions, 'generate', locals())
         check_reserved(kwargs)
         warn_of_end(self.net, eos_token)
         steps, eos = checked_length(seq_len), checked_eos(eos_token)

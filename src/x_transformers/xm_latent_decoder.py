@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids
+from x_transformers.flags.calls import CandidatesForwardOptions, CandidatesGenerateOptions
 from x_transformers.flags.fit import check_added_losses
+from x_transformers.flags.later_objectives import XMLatentOptions
+from x_transformers.flags.objectives import options
 from x_transformers.latent_prediction import check_parameters, masked_average
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
@@ -67,13 +70,10 @@ class XMLatentDecoder(Module):
         winner_fns: Sequence[Winner] | None = None,
     ) -> None:
         super().__init__()
+        options(XMLatentOptions, 'XMLatentDecoder', locals())
         check_added_losses(net, 'XMLatentDecoder')
         check_parameters(
             'XMLatentDecoder',
-            num_latents < 1 and f'num_latents must be at least 1, got {num_latents}.',
-            candidates < 1 and f'candidates must be at least 1, got {candidates}.',
-            max_batch_size is not None and max_batch_size < 1 and f'max_batch_size must be at least 1, got {max_batch_size}.',
-            not 0.0 <= latent_drop_prob < 1.0 and f'latent_drop_prob must lie in 0 to 1, 1 excluded, got {latent_drop_prob}.',
             winner_fns is not None and len(winner_fns) != num_latents
             and f'winner_fns must have one function for each of the {num_latents} slots, got {len(winner_fns)}.',
         )  # fmt: skip
@@ -134,6 +134,8 @@ class XMLatentDecoder(Module):
 
         ``mask`` says which tokens are no padding; padding is neither seen nor predicted. Further keywords go to the net.
         """
+        given = {'return_loss': return_loss, 'active_latent_index': active_latent_index}
+        options(CandidatesForwardOptions, 'XMLatentDecoder', given)
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must be token ids (batch, at least two tokens), got shape {tuple(x.shape)}.')
         x = token_ids(x)
@@ -225,6 +227,7 @@ class XMLatentDecoder(Module):
             return_best_latents: return (tokens, latents (b n l)).
             net_kwargs: keywords for the net while candidates are compared; all others go to ``generate``.
         """
+        options(CandidatesGenerateOptions, 'generate_with_candidate_latents', locals())
         slots = range(self.num_latents) if active_latent_index is None else [self._slot(active_latent_index)]
         if winner_fns is not None and len(winner_fns) != len(slots):
             raise ValueError(f'winner_fns must have one function for each of the {len(slots)} slots, got {len(winner_fns)}.')

@@ -14,6 +14,7 @@ from x_transformers.embedding.call import Call
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
+from x_transformers.flags.calls import CachedWritingOptions
 from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_added_losses, check_future
 from x_transformers.flags.objectives import XValOptions, options
@@ -60,9 +61,10 @@ def read_numbers(
     ids: Int[Tensor, 'b n'], numbers: Float[Tensor, 'b n'], token: int, elsewhere: float
 ) -> tuple[Bool[Tensor, 'b n'], Float[Tensor, 'b n']]:
     """(where the numbers are, the numbers with ``elsewhere`` at all other tokens). Only there they may be NaN."""
-    if not isinstance(numbers, Tensor) or not numbers.is_floating_point():
+    if not isinstance(numbers, Tensor) or numbers.is_complex() or numbers.dtype == torch.bool:
         kind = numbers.dtype if isinstance(numbers, Tensor) else type(numbers).__name__
-        raise TypeError(f'x_num must be a tensor of floating dtype, got {kind}')
+        raise TypeError(f'x_num must be a tensor of numbers, got {kind}')
+    numbers = numbers if numbers.is_floating_point() else numbers.to(torch.get_default_dtype())
     if ids.ndim != 2 or numbers.shape != ids.shape:
         raise ValueError(
             f'x and x_num must be batches of sequences (b n) of one shape, got {tuple(ids.shape)} and {tuple(numbers.shape)}'
@@ -283,6 +285,7 @@ class XValAutoregressiveWrapper(Module):
             generator: makes sampling reproducible.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
         """
+        options(CachedWritingOptions, 'generate', locals())
         check_reserved(kwargs)
         steps = checked_length(seq_len)
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
@@ -303,7 +306,7 @@ class XValAutoregressiveWrapper(Module):
                 pass
         ids, numbers = _ids_and_numbers(tokens.part(0 if include_prompt else start))
         is_number = ids == self.net.numerical_token_id
-        numbers = numbers.to(start_numbers.dtype)
+        numbers = numbers.to(start_numbers.dtype if start_numbers.is_floating_point() else torch.get_default_dtype())
         return GenerateReturn(ids, numbers.masked_fill(~is_number, torch.nan), is_number)
 
     def _prompt(self, ids: Tensor, numbers: Tensor, lens: Tensor | Sequence[int] | None) -> Prompt:

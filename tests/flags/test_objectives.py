@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import x_transformers
+from tests.laws.parameters import options_of
 from x_transformers import (
     DPO,
     AutoregressiveWrapper,
@@ -22,6 +26,7 @@ from x_transformers import (
     EntropyBasedTokenizer,
     InertFlagWarning,
     NeoMLP,
+    NextLatentWrapper,
     NonAutoregressiveWrapper,
     PrefixDecoder,
     TransformerWrapper,
@@ -30,30 +35,33 @@ from x_transformers import (
     XValAutoregressiveWrapper,
     XValTransformerWrapper,
 )
-from x_transformers.flags import objectives
+from x_transformers.continuous_autoencoder import ContinuousTransformerAutoencoder, VariationalBottleneck
+from x_transformers.discover_wrapper import DiscoverDecoder, TPREncoder
+from x_transformers.fast_weights import TTTMetaLearningTargetKLLoss, TTTNextLatentPredictionLoss
+from x_transformers.flags import calls, later_objectives, objectives
 from x_transformers.flags.base import FlagError, as_tuple
 from x_transformers.flags.fit import hides_future
 from x_transformers.flags.objectives import OF_NET, Options, options
-from x_transformers.free_transformer import FreeTransformer
+from x_transformers.free_transformer import BinaryMapper, FreeTransformer
+from x_transformers.full_bandwidth import FullBandwidth
+from x_transformers.gpt_lejepa import LatentAutoregressive
 from x_transformers.gpt_vae import GPTVAE
+from x_transformers.recirculation import Recirculation
 from x_transformers.up_wrapper import SyntheticDataGenerator, UniversalPretrainWrapper
+from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 V, N = 16, 8
 STACK = {'dim': 16, 'depth': 1, 'heads': 2, 'attn_dim_head': 8}
 
-# what each constructor or call is checked against
+# the constructors and calls that are checked against each class of options
 CHECKED = {
     objectives.AutoregressiveOptions: AutoregressiveWrapper.__init__,
-    objectives.GenerateOptions: AutoregressiveWrapper.generate,
-    objectives.BeamOptions: AutoregressiveWrapper.beam_search,
     objectives.XLOptions: XLAutoregressiveWrapper.__init__,
     objectives.XValOptions: XValAutoregressiveWrapper.__init__,
     objectives.ContinuousOptions: ContinuousAutoregressiveWrapper.__init__,
     objectives.XTransformerOptions: XTransformer.__init__,
     objectives.MaskedOptions: NonAutoregressiveWrapper.__init__,
-    objectives.MaskedGenerateOptions: NonAutoregressiveWrapper.generate,
     objectives.BlockDiffusionOptions: BlockDiffusionWrapper.__init__,
-    objectives.BlockGenerateOptions: BlockDiffusionWrapper.generate,
     objectives.BeliefStateOptions: BeliefStateWrapper.__init__,
     objectives.DPOOptions: DPO.__init__,
     objectives.FreeTransformerOptions: FreeTransformer.__init__,
@@ -62,6 +70,44 @@ CHECKED = {
     objectives.TokenizerOptions: EntropyBasedTokenizer.__init__,
     objectives.MachineOptions: SyntheticDataGenerator.__init__,
     objectives.PretrainOptions: UniversalPretrainWrapper.__init__,
+    later_objectives.FullBandwidthOptions: FullBandwidth.__init__,
+    later_objectives.LatentAutoregressiveOptions: LatentAutoregressive.__init__,
+    later_objectives.NextLatentOptions: NextLatentWrapper.__init__,
+    later_objectives.RecirculationOptions: Recirculation.__init__,
+    later_objectives.XMLatentOptions: XMLatentDecoder.__init__,
+    later_objectives.FramesAutoencoderOptions: ContinuousTransformerAutoencoder.__init__,
+    later_objectives.BottleneckOptions: VariationalBottleneck.__init__,
+    later_objectives.ProbeOptions: TPREncoder.__init__,
+    later_objectives.DiscoverOptions: DiscoverDecoder.__init__,
+    later_objectives.NextStateLossOptions: TTTNextLatentPredictionLoss.__init__,
+    later_objectives.TargetLossOptions: TTTMetaLearningTargetKLLoss.__init__,
+    later_objectives.BitsOptions: BinaryMapper.__init__,
+    calls.DrawingOptions: GPTVAE.generate,
+    calls.WritingOptions: XLAutoregressiveWrapper.generate,
+    calls.CachedWritingOptions: XValAutoregressiveWrapper.generate,
+    calls.GenerateOptions: AutoregressiveWrapper.generate,
+    calls.BeamOptions: AutoregressiveWrapper.beam_search,
+    calls.XLForwardOptions: XLAutoregressiveWrapper.forward,
+    calls.FramesOptions: ContinuousAutoregressiveWrapper.generate,
+    calls.FramesForwardOptions: ContinuousAutoregressiveWrapper.forward,
+    calls.RolloutOptions: ContinuousAutoregressiveWrapper.forward_rollout,
+    calls.MaskedForwardOptions: NonAutoregressiveWrapper.forward,
+    calls.MaskedGenerateOptions: NonAutoregressiveWrapper.generate,
+    calls.BlockGenerateOptions: BlockDiffusionWrapper.generate,
+    calls.BeliefGenerateOptions: BeliefStateWrapper.generate_with_suffix_cond,
+    calls.FreeGenerateOptions: FreeTransformer.generate,
+    calls.LatentsOptions: FreeTransformer.encode_to_latents,
+    calls.BitsForwardOptions: BinaryMapper.forward,
+    calls.PosteriorOptions: GPTVAE.encode_to_latents,
+    calls.MachineGenerateOptions: SyntheticDataGenerator.generate,
+    calls.BandwidthGenerateOptions: FullBandwidth.generate,
+    calls.CandidatesForwardOptions: XMLatentDecoder.forward,
+    calls.CandidatesGenerateOptions: XMLatentDecoder.generate_with_candidate_latents,
+    calls.EncodeOptions: ContinuousTransformerAutoencoder.encode,
+    calls.CutOptions: EntropyBasedTokenizer.forward,
+    calls.MixOptions: Recirculation.mix,
+    calls.LearnOptions: Recirculation.learn_parameters,
+    calls.FitOptions: TPREncoder.fit,
 }
 
 
@@ -70,8 +116,37 @@ def fields(of: type[Options]):
 
 
 def test_every_class_of_options_is_checked_here() -> None:
-    every = {kind for kind in vars(objectives).values() if isinstance(kind, type) and issubclass(kind, Options)}
+    said = [kind for module in (objectives, later_objectives, calls) for kind in vars(module).values()]
+    every = {kind for kind in said if isinstance(kind, type) and issubclass(kind, Options)}
     assert every - {Options} == set(CHECKED)
+
+
+def of_package() -> set[type]:
+    """Every module that is built around a net, or writes."""
+    found = set()
+    for path in Path(x_transformers.__file__).parent.glob('[a-z]*.py'):
+        module = importlib.import_module(f'x_transformers.{path.stem}')
+        for kind in vars(module).values():
+            if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == module.__name__:
+                around = {'net', 'model', 'decoder', 'forward_decoder'} & set(inspect.signature(kind).parameters)
+                found |= {kind} if around or 'generate' in vars(kind) else set()
+    # a net as others see it, and a module of parts of one
+    return {kind for kind in found if kind.__name__ not in ('EpisodicNet', 'SelfCritic', 'FeatureMaps')}
+
+
+OWNERS = sorted(
+    of_package() | {getattr(inspect.getmodule(call), call.__qualname__.split('.')[0]) for call in CHECKED.values()},
+    key=lambda kind: kind.__name__,
+)
+
+
+@pytest.mark.parametrize('owner', OWNERS, ids=lambda kind: kind.__name__)
+def test_every_option_of_an_objective_and_of_its_calls_is_declared(owner: type) -> None:
+    for name, call in vars(owner).items():
+        if inspect.isfunction(call) and (name == '__init__' or not (name.startswith('_') or name == 'parameters')):
+            said = [fields(of) for of, checked in CHECKED.items() if inspect.unwrap(checked) is inspect.unwrap(call)]
+            missing = set(options_of(call)) - {field for each in said for field in each}
+            assert not missing, f'{owner.__name__}.{name}: {missing} are in no class of options'
 
 
 @pytest.mark.parametrize('of', CHECKED, ids=lambda of: of.__name__)
@@ -95,7 +170,14 @@ def other(of: type[Options], name: str):
         return not default
     if isinstance(default, (int, float)):
         return default / 2 if isinstance(default, float) else default + 1
-    return {'contrastive_decode_kwargs': {'alpha': 0.2}, 'filter_kwargs': {'k': 2}}.get(name, 2)
+    named = {
+        'contrastive_decode_kwargs': {'alpha': 0.2},
+        'filter_kwargs': {'k': 2},
+        'filter_logits_fn': 'top_k',
+        'generator': torch.Generator(),
+        'sigreg_loss_kwargs': {'num_slices': 2},
+    }
+    return named.get(name, 2)
 
 
 @pytest.mark.parametrize(

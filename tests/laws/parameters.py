@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,6 +65,27 @@ class Target:
 
     def __str__(self) -> str:
         return self.name
+
+
+# what is checked where it is used, alike by all that write, and what is handed to stacks or nets, whose own it is
+ELSEWHERE = (
+    'seq_len', 'length', 'eos_token', 'temperature', 'filter_logits_fn', 'filter_kwargs', 'logit_filter_kwargs', 'prompt_lens',
+    'attn_dim_head', 'heads', 'logits_last',
+)  # fmt: skip
+
+
+def options_of(call: Callable[..., Any]) -> dict[str, set[str]]:
+    """Numbers, switches and words that a caller may choose, with their kinds, but what is checked elsewhere.
+
+    A switch of ``forward`` is read by its truth, which costs nothing.
+    """
+    chosen = {}
+    for name, parameter in inspect.signature(call).parameters.items():
+        kinds = set(str(parameter.annotation).split(' | ')) & {'int', 'float', 'bool', 'str'}
+        free = parameter.default is not parameter.empty or call.__name__ == '__init__'
+        if kinds and free and name not in ELSEWHERE and not (call.__name__ == 'forward' and kinds == {'bool'}):
+            chosen[name] = kinds
+    return chosen
 
 
 def seen(target: Target, given: dict[str, Any]) -> list[Any]:

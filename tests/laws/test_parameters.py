@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import x_transformers
 from tests.citations import pieces
-from tests.laws.parameters import TARGETS, Sampled, Target, With, seen
+from tests.laws.parameters import OBJECTIVES, TARGETS, Sampled, Target, With, options_of, seen
 from x_transformers import InertFlagWarning
+
+HOUSE = Path(x_transformers.__file__).parent
 
 
 def parameters(target: Target) -> dict[str, inspect.Parameter]:
@@ -63,6 +67,20 @@ def test_every_parameter_changes_something(target: Target, name: str) -> None:
     except InertFlagWarning:
         return
     assert not same(plain, changed), f'{target}: {name} changes nothing and does not warn'
+
+
+# what no number, switch or word can be
+SENSELESS = ([1], {'a': 1}, object(), float('nan'))
+
+
+@pytest.mark.parametrize(('target', 'name'), [(t, name) for t in OBJECTIVES for name in options_of(t.of)], ids=str)
+def test_what_an_option_cannot_be_is_told_by_its_name(target: Target, name: str) -> None:
+    chosen = target.values.get(name)
+    beside = chosen.beside if isinstance(chosen, With) else {}
+    for value in SENSELESS:
+        with pytest.raises((ValueError, TypeError), match=name) as caught:
+            seen(target, beside | {name: value})
+        assert Path(caught.traceback[-1].path).is_relative_to(HOUSE), f'{target}: {name}={value!r} is told from deep below'
 
 
 @pytest.mark.parametrize('target', TARGETS, ids=str)

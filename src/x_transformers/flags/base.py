@@ -13,7 +13,7 @@ import inspect
 import json
 import numbers
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
@@ -162,7 +162,8 @@ def one_kind(kind: Any) -> tuple[str, Callable[[Any], bool]]:
     if origin is int:
         return 'a whole number', lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if origin is float:
-        return 'a number', lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)
+        # what is no number is not equal to itself
+        return 'a number', lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
     if origin is str:
         return 'a string', lambda value: isinstance(value, str)
     if origin is tuple:
@@ -170,6 +171,8 @@ def one_kind(kind: Any) -> tuple[str, Callable[[Any], bool]]:
         return f'a tuple (each entry {words})', lambda value: isinstance(value, tuple) and all(map(fits, value))
     if origin is Mapping:
         return 'a dictionary', lambda value: isinstance(value, Mapping)
+    if origin is Sequence:
+        return 'a list or a tuple', lambda value: isinstance(value, Sequence) and not isinstance(value, str)
     if origin is Callable:
         return 'a function or a module', callable
     if origin is types.NoneType:
@@ -268,6 +271,21 @@ class Flags:
             raise MissingFlag(f'{where} needs {names}.')
 
     @classmethod
+    def by_position(cls, values: tuple[Any, ...], *, behind: str, where: str) -> dict[str, Any]:
+        """Names for values that were given by position, behind the flag of that name, in the order of 2.16.1.
+
+        Raises FlagError if there are more values than it had parameters.
+        """
+        names = [name for name, field in cls.flag_fields().items() if field.metadata['since'] == '2.16.1']
+        names = names[names.index(behind) + 1 :]
+        if len(values) > len(names):
+            raise FlagError(
+                f'{where}: at most {len(names)} values can be given by position behind `{behind}`, got {len(values)}. '
+                'Name the others.'
+            )
+        return dict(zip(names, values, strict=False))
+
+    @classmethod
     def read(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> tuple[dict[str, Any], list[str]]:
         """(tidied values, a sentence for each value of the wrong kind)."""
         values: dict[str, Any] = {}
@@ -338,6 +356,9 @@ class Flags:
 
     def is_changed(self, name: str) -> bool:
         value, usual = getattr(self, name), self.default(name)
+        if usual is None and isinstance(value, Mapping) and not value:
+            # no keywords: the default of 2.16.1, where there is None here
+            return False
         return value is not usual and (isinstance(value, bool) != isinstance(usual, bool) or bool(value != usual))
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The parameters of objectives and of their calls, declared like flags: a kind, a range, a parent, a sentence.
+"""The parameters of objectives, declared like flags: a kind, a range, a parent, a sentence.
 
 Constructors and calls keep their own signatures, as they take parameters by position, too; ``options`` checks what they were
 given against the fields here. A field that says "Of the net" is no parameter: others depend on it.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from x_transformers.flags.base import FlagError, Flags, flag
 from x_transformers.flags.rule import Rule, broken_rules, orphans, out_of_range
 from x_transformers.notices import warn_inert, written
 
 OF_NET = 'Of the net.'
-OptionsT = TypeVar('OptionsT', bound='Options')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -27,11 +27,14 @@ class Options(Flags):
     RULES: ClassVar[tuple[Rule, ...]] = ()
 
 
-def options(kind: type[OptionsT], where: str, given: Mapping[str, Any]) -> OptionsT:
+def options(kind: type[Options], where: str, given: Mapping[str, Any]) -> None:
     """Check parameters: one error for all that cannot be, one warning for all that do nothing.
 
-    ``given`` may hold more than the parameters of ``kind``, such as ``locals()`` of a constructor.
+    ``given`` may hold more than the parameters of ``kind``, such as ``locals()`` of a constructor. In a program that is being
+    compiled nothing is checked.
     """
+    if torch.compiler.is_compiling():
+        return
     own = {name: given[name] for name in kind.flag_fields() if name in given}
     fitting: dict[str, Any] = {}
     wrong: list[str] = []
@@ -44,7 +47,6 @@ def options(kind: type[OptionsT], where: str, given: Mapping[str, Any]) -> Optio
     if wrong:
         raise FlagError(*(sentence if sentence.startswith(where) else f'{where}: {sentence}' for sentence in wrong))
     warn_inert(where, [*orphans(made, written), *broken_rules(kind.RULES, made, 0, written, inert=True)])
-    return made
 
 
 def share(default: float, says: str, **more: Any) -> Any:
@@ -75,40 +77,7 @@ class AutoregressiveOptions(Options):
     add_continuous_pred_head: bool = flag(False, OF_NET)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class GenerateOptions(Options):
-    """The call ``AutoregressiveWrapper.generate``."""
-
-    amateur_model: Any = flag(None, 'Models for contrastive decoding.')
-    contrastive_decode_kwargs: Mapping[str, Any] | Sequence[Any] | None = flag(
-        None, 'alpha and beta for each of them.', parent='amateur_model'
-    )
-    draft_model: nn.Module | None = flag(None, 'A smaller model that guesses.')
-    prompt_lookup: int | None = flag(None, 'Guess what followed so many tokens before.', low=1)
-    self_speculative: bool = flag(False, 'Guess with the heads for later tokens.')
-    lookahead: int = flag(4, 'Guesses at a time.', parent=('draft_model', 'prompt_lookup', 'self_speculative'), low=1)
-
-    filter_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the filter.')
-    RULES = (
-        Rule(
-            ('filter_kwargs', 'amateur_model'),
-            lambda given, _: given.amateur_model is not None and bool(given.filter_kwargs),
-            'contrastive decoding has a cutoff of its own, and no filter',
-            {'filter_kwargs': {'k': 3}, 'amateur_model': object()},
-            inert=True,
-        ),
-    )
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class BeamOptions(Options):
-    """The call ``AutoregressiveWrapper.beam_search``."""
-
-    beams: int = flag(4, 'How many hypotheses are kept.', low=1)
-    stochastic: bool = flag(False, 'Draw the proposals.')
-    temperature: float | Tensor = flag(1.0, 'Of proposals that are drawn.', parent='stochastic')
-    filter_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the filter of such proposals.', parent='stochastic')
-    length_penalty: float = flag(0.0, 'Scores are divided by the length to this power.')
+FAST = ('ttt_module_paths', 'ttt_low_rank_paths')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -118,6 +87,18 @@ class XLOptions(Options):
     weight_by_valid: bool = flag(False, 'Weigh segments by the targets that count.')
     allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
     max_seq_len: int = flag(1, OF_NET + ' The length of a segment.', low=1)
+    tbptt_steps: int = flag(1, 'Gradients reach back over this many segments.', low=1)
+    ttt_module_paths: Sequence[Any] = flag((), 'Modules that are trained while the sequence is read.')
+    ttt_low_rank_paths: Sequence[Any] = flag((), 'Linear maps of which a low-rank part is.')
+    ttt_lr: float = flag(1e-3, 'Step size of an update.', parent=FAST, low=0.0)
+    ttt_wd: float = flag(0.01, 'Weight decay.', parent=FAST, low=0.0)
+    ttt_use_muon: bool = flag(False, 'Orthogonalise gradients of matrices.')
+    ttt_muon_steps: int = flag(5, 'Iterations of that.', parent='ttt_use_muon', low=1)
+    ttt_muon_lr: float = flag(1e-2, 'The step size of matrices.', parent='ttt_use_muon', low=0.0)
+    ttt_custom_loss_module: nn.Module | None = flag(None, 'What is trained on.')
+    ttt_next_latent_loss: bool = flag(False, 'Train on predicting the next hidden state.')
+    episodic_mem_len: int = flag(0, 'Learned keys and values for each self attention.', low=0)
+    ttt_low_rank_replaces: bool = flag(False, 'The low-rank part stands alone.', parent='ttt_low_rank_paths')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -171,6 +152,7 @@ class MaskedOptions(Options):
     self_cond_train_prob: float = share(0.75, 'How often so in training.', parent='self_cond')
     no_replace_prob: float = share(0.15, 'Share of the chosen positions that are left as they are.')
     random_token_prob: float = share(0.1, 'Share of the chosen positions that get a random token.')
+    schedule: str | Callable[..., Any] = flag('linear', 'The share that is hidden, by the time.')
     can_mask_prev_unmasked: bool = flag(False, 'Hide what was accepted again.')
     token_critic: nn.Module | None = flag(None, 'A net that judges tokens.')
     self_token_critic: bool = flag(False, 'The generator is the critic.')
@@ -191,21 +173,10 @@ class MaskedOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class MaskedGenerateOptions(Options):
-    """The call ``NonAutoregressiveWrapper.generate``."""
-
-    batch_size: int | None = flag(None, 'How many sequences.', low=1)
-    start_temperature: float | Tensor = flag(1.0, 'Of the first round.', low=0.0)
-    filter_thres: float | None = flag(0.7, 'The share of the vocabulary that is never sampled.', low=0.0, below=1.0)
-    noise_level_scale: float = flag(1.0, "Noise on what the critic says.", parent=CRITIC)  # fmt: skip
-    token_critic: nn.Module | None = flag(None, OF_NET)
-    self_token_critic: bool = flag(False, OF_NET)
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
 class BlockDiffusionOptions(Options):
     """``BlockDiffusionWrapper``."""
 
+    mask_id: int = flag(0, 'The token that stands for a hidden one.', low=0)
     block_size: int = flag(8, 'Tokens of a block.', low=1)
     time_low: float = flag(1e-3, 'The smallest share of a block that is hidden.', above=0.0, high=1.0)
     time_high: float = share(1.0, 'The largest share.')
@@ -218,13 +189,6 @@ class BlockDiffusionOptions(Options):
             'Choose a smaller [time_low].',
         ),
     )
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class BlockGenerateOptions(Options):
-    """The call ``BlockDiffusionWrapper.generate``."""
-
-    steps: int | None = flag(None, 'Rounds for a block.', low=1)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -248,6 +212,7 @@ class DPOOptions(Options):
     pad_id: int | None = flag(None, 'Everything but this id is text.')
     select_by_target: bool = flag(False, 'Count log-probabilities of response tokens.')
     reduction: str = flag('mean', 'Over the tokens of a response.', among=('mean', 'sum'))
+    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -257,7 +222,11 @@ class FreeTransformerOptions(Options):
     dec_head_depth: int = flag(0, 'Layers before the latent enters.', low=0)
     dec_tail_depth: int = flag(1, 'Layers behind it.', low=1)
     enc_depth: int = flag(1, 'Layers that find the latent.', low=1)
+    max_seq_len: int = flag(1, 'Kept for callers that read it.')
     dim_latent: int | None = flag(None, 'Kept for callers that pass it.')
+    binary_mapper_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the codes.')
+    enc_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the encoder.')
+    dec_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the decoders.')
     latent_bits: int = flag(16, 'Bits of a code.', low=1, high=24)
     per_token_latents: bool = flag(True, 'A code for each token.')
     kl_loss_threshold: float = flag(0.69, 'Nats that a code may carry for free.', low=0.0)
@@ -285,6 +254,7 @@ class GPTVAEOptions(Options):
     max_seq_len: int = flag(1, 'Longest sequence.', low=0)
     dim_latent: int | None = flag(None, 'Width of the latent.', low=1)
     enc_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the encoder.')
+    dec_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the decoder.')
     vae_kl_loss_weight: float = flag(1.0, 'Weight of the divergence.')
     vae_kl_div_floor: float = flag(0.0, 'What a latent dimension may cost for free.')
     latents_dropout_prob: float = share(0.5, 'Share of rows that must do without their prefix.')
@@ -354,6 +324,7 @@ class PretrainOptions(Options):
     seed_length: int = flag(8, 'Length of a seed.', low=1)
     reset_turing_machine_every: int = flag(0, 'Draw another machine after so many steps.', low=0)
     keep_buffer_on_cpu: bool = flag(False, 'The buffer is not saved.')
+    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
     RULES = (
         Rule(
             ('buffer_size', 'batch_size'),

@@ -7,6 +7,8 @@ from typing import Any
 
 from x_transformers.flags.constructors import Groups
 
+OPEN = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
 
 class ClassSignature:
     """The constructor's own parameters, and one for each flag in place of ``**flags``: ``__signature__ = ClassSignature(...)``.
@@ -30,7 +32,7 @@ class ClassSignature:
 
     def signature(self) -> inspect.Signature:
         _, *own = inspect.signature(self.home.__init__).parameters.values()
-        listed = {parameter.name: parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+        listed = {parameter.name: parameter for parameter in own if parameter.kind not in OPEN}
         for group in self.groups:
             for parameter in group.parameters():
                 if parameter.name not in self.fixed:
