@@ -291,7 +291,7 @@ def test_inputs_that_do_not_fit(x, num):
     for call in (net, wrapped, lambda *given: wrapped.generate(*given, 2)):
         refuse(ValueError, 'NaN at', call, x, broken)
         refuse(ValueError, 'one shape', call, x, num[:, 1:])
-        refuse(TypeError, 'x_num', call, x, x)
+        refuse(TypeError, 'x_num', call, x, x > 0)
         refuse(TypeError, 'integers', call, num, num)
     last = num.clone()
     last[0, -1] = torch.nan

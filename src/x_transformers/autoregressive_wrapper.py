@@ -15,14 +15,7 @@ from x_transformers.flags.calls import BeamOptions, GenerateOptions
 from x_transformers.flags.fit import check_future, check_net, expert_loss
 from x_transformers.flags.objectives import AutoregressiveOptions, options
 from x_transformers.generation import beam
-from x_transformers.generation.contrastive import (
-    USUAL_CONTRAST,
-    ContrastiveReader,
-    Options,
-    amateur_nets,
-    check_vocabulary,
-    unwrapped,
-)
+from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
 from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, no_program, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
 from x_transformers.generation.prompts import (
@@ -316,13 +309,11 @@ class AutoregressiveWrapper(Module):
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
         """
-        if contrastive_decode_kwargs == USUAL_CONTRAST:
-            contrastive_decode_kwargs = None
         options(GenerateOptions, 'generate', locals())
         warn_of_end(self.net, eos_token)
         prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
         filter_fn = resolve_filter(filter_logits_fn)
-        nets = amateur_nets(amateur_model, default(contrastive_decode_kwargs, USUAL_CONTRAST))
+        nets = amateur_nets(amateur_model, default(contrastive_decode_kwargs, {'alpha': 0.1, 'beta': 0.5}))
         sampler = Sampler(temperature, identity if nets else filter_fn, filter_kwargs or {}, generator)
         tokens = Tokens(prompt.tokens, steps + max(lookahead, 0))
         models: list[nn.Module] = [self, *(net for net, _ in nets)]

@@ -235,12 +235,17 @@ class Attend(Module):
         attn_bias: Float[Tensor, '... i j'] | None = None,
         prev_attn: Float[Tensor, 'b h i j'] | None = None,
         flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
+        *,
+        around: Mapping[str, Any] | None = None,
     ) -> tuple[Float[Tensor, 'b h i e'], Intermediates]:
-        """Attend, with everything given as tensors.
+        """Attend, with everything given as tensors; ``around``: what ``run`` takes, as an attention layer gives it.
 
         ``mask`` is (b j), or broadcasts to (b h i j); True may be seen. ``attn_bias`` broadcasts to (b h i j). Keys and values
         are (b kv_heads j d), or (b j d) for a single head. ``flash_pack_seq_kwargs`` describe sequences packed into one row.
         """
+        if around is not None:
+            out, maps = self.run(q, k, v, **around)
+            return out, Intermediates(maps=maps)
         k, v = (t.unsqueeze(1) if t.ndim == 3 else t for t in (k, v))
         check_call(self, q, k, v, mask, prev_attn, flash_pack_seq_kwargs)
         may_look = Mask() if mask is None else Mask(keys=mask) if mask.ndim == 2 else Mask(dense=mask)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention import latent, project, tensor_product
 from x_transformers.attention.assemble import BIASES, build_attend, build_convolutions, build_hybrid, build_output
+from x_transformers.attention.attending import attended
 from x_transformers.attention.composition import ComposeHeads
 from x_transformers.attention.differential import Differential, paired
 from x_transformers.attention.extra_keys import put_in_front
@@ -18,7 +19,6 @@ from x_transformers.attention.gates import gate_channels, gate_heads, open_gate,
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
 from x_transformers.attention.hybrid import mix_hybrid, run_module, shown
 from x_transformers.attention.inputs import BranchInputs, HandedKeys, Intermediates
-from x_transformers.attention.maps import Maps
 from x_transformers.attention.parts import Seen
 from x_transformers.attention.path import HouseholderSteps
 from x_transformers.attention.project import added, merge_heads, split_heads
@@ -269,7 +269,8 @@ class Attention(Module):
         if self.laser_clamp is not None:
             v = laser_in(v, self.laser_clamp)
         geometry = ScoreShape(queries=q.shape[-2], keys=k.shape[-2], front=front)
-        out, maps = self.attend.run(
+        out, told = attended(
+            self.attend,
             q,
             k,
             v,
@@ -287,7 +288,7 @@ class Attention(Module):
         )
         if given.return_scores or given.maps_now:
             # parameters that they are made of may be spread over processes again once this forward has ended
-            _ = maps.post_softmax if given.maps_now else maps.pre_softmax
+            _ = told.post_softmax_attn if given.maps_now else told.pre_softmax_attn
         # where nobody keeps them, their room is free for what follows
         del q, k, v
         if self.laser_clamp is not None:
@@ -298,7 +299,7 @@ class Attention(Module):
             out = self.differential(out)
         out, hidden = self.gated_heads(out, seen.x, given)
         result = self.to_out(self.orthogonal_to(self.gated_channels(added(merge_heads(out), given.deltas.heads), seen.x), own))
-        report = self.report(own, maps, given, hidden)
+        report = self.report(told, own, given, hidden)
         report.handed = handed
         return self.written(result, given.rows), report
 
@@ -374,11 +375,12 @@ class Attention(Module):
         own = tiled_heads(own[..., own.shape[-2] - merged.shape[-2] :, :], self.heads)
         return torch.cat([without_component(merged, merge_heads(own))] * self.orthogonal_copies, dim=-1)
 
-    def report(self, own: Tensor, maps: Maps, given: BranchInputs, hidden: Any) -> Intermediates:
-        seen = Intermediates(values=own, hybrid_hidden=hidden, maps=maps, cache=given.past)
+    def report(self, told: Intermediates, own: Tensor, given: BranchInputs, hidden: Any) -> Intermediates:
+        """What the scores and weights were, with what else the layer has to say."""
+        told.values, told.hybrid_hidden, told.cache = own, hidden, given.past
         if given.log_probs:
-            seen.log_probs = log_prob_from_hard_attend(seen)
-        return seen
+            told.log_probs = log_prob_from_hard_attend(told)
+        return told
 
     # ------------------------------------------------------------ training
 

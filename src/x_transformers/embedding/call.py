@@ -37,7 +37,7 @@ class Call:
     prepend_embeds: Float[Tensor, 'b p e'] | None = argument('b p e', 'Embeddings in front of the tokens.')
     prepend_mask: Bool[Tensor, 'b p'] | None = argument('b p', 'Which prepended embeddings are tokens.', needs='prepend_embeds')
     embed_ids: Mapping[str, Int[Tensor, 'b n']] = argument('b n', 'Ids for further embeddings, by name.', default=dict)
-    sum_embeds: Float[Tensor, '#b #n e'] | None = argument('b n e', 'Embeddings that are added.')
+    sum_embeds: Float[Tensor, '#b #n e'] | None = argument('e | n e | b n e', 'Embeddings that are added.')
     seq_start_pos: Int[Tensor, ' b'] | None = None
     cache: KVCache | None = None
     new_only: bool = False

@@ -356,8 +356,8 @@ class Flags:
 
     def is_changed(self, name: str) -> bool:
         value, usual = getattr(self, name), self.default(name)
-        if usual is None and isinstance(value, Mapping) and not value:
-            # no keywords: the default of 2.16.1, where there is None here
+        if (usual is None and isinstance(value, Mapping) and not value) or (value is None and isinstance(usual, Mapping)):
+            # no keywords are the default of 2.16.1 where there is None here, and None stands for others
             return False
         return value is not usual and (isinstance(value, bool) != isinstance(usual, bool) or bool(value != usual))
 

@@ -46,7 +46,7 @@ class GenerateOptions(CachedWritingOptions):
     restrict_to_max_seq_len: bool = flag(True, 'Show the net only its last max_seq_len tokens.')
     amateur_model: Any = flag(None, 'Models for contrastive decoding.')
     contrastive_decode_kwargs: Mapping[str, Any] | Sequence[Any] | None = flag(
-        None, 'alpha and beta for each of them.', parent='amateur_model'
+        {'alpha': 0.1, 'beta': 0.5}, 'alpha and beta for each of them.', parent='amateur_model'
     )
     draft_model: nn.Module | None = flag(None, 'A smaller model that guesses.')
     prompt_lookup: int | None = flag(None, 'Guess what followed so many tokens before.', low=1)

@@ -14,9 +14,6 @@ from x_transformers.tensor_types import Float, Int
 
 Options = Mapping[str, Any]
 
-# the default of 2.16.1
-USUAL_CONTRAST: Options = {'alpha': 0.1, 'beta': 0.5}
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The net inside an autoregressive wrapper, or the net itself."""
