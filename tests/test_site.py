@@ -47,6 +47,13 @@ def test_every_flag_has_an_anchor_under_its_full_name(site: Path) -> None:
             assert f'id="{flag_pages.full_name(cls, name)}"' in text, (title, name)
 
 
+@pytest.mark.slow
+def test_flag_pages_link_to_guides(site: Path) -> None:
+    text = (site / 'flags' / 'attention_weights.html').read_text(encoding='utf-8')
+    assert 'href="../per_layer.html"' in text
+    assert '.md</code>' not in text
+
+
 def test_where_flags_have_families_each_has_one() -> None:
     features = tool('generate_features')
     for cls in features.DIVIDED:

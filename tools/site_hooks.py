@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import posixpath
 import re
 import sys
 from pathlib import Path
@@ -51,17 +52,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links above docs/ lead to the copies on the site, or are shown as paths where the target is no page."""
     inner = page.file.src_uri in OUTER.values()
+    folder = posixpath.dirname(page.file.src_uri)
 
     def link(found: re.Match[str]) -> str:
         label, target = found[1], found[2]
         path, _, anchor = target.partition('#')
         if inner:
             path = path.removeprefix('docs/') if path.startswith('docs/') else f'../{path}' if path else path
-        name = path.removeprefix('../')
-        if path.startswith('../') and name in OUTER:
-            path = OUTER[name]
-        elif path.startswith('../'):
-            return f'`{name}`' if not label.startswith('!') else label
+        whole = posixpath.normpath(posixpath.join(folder, path))
+        if whole.startswith('../'):
+            name = whole.removeprefix('../')
+            if name not in OUTER:
+                return f'`{name}`' if not label.startswith('!') else label
+            path = posixpath.relpath(OUTER[name], folder or '.')
         return f'{label}({path}{"#" + anchor if anchor else ""})'
 
     return re.sub(r'(!?\[[^\]]*\])\((?!\w+://|mailto:|#)([^)\s]+)\)', link, markdown)
