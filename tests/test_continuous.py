@@ -415,6 +415,7 @@ def test_inputs_that_do_not_fit(x):
     refuse(ValueError, 'sum_embeds', wrapped, x, rollout_steps=2, sum_embeds=x)
     refuse(ValueError, 'gaps', wrapped, x, rollout_steps=2, mask=torch.arange(N).expand(B, N) > 2)
     refuse(ValueError, 'temperature', wrapped.generate, x, 2, temperature=-1.0)
+    refuse(TypeError, 'temperature', wrapped.generate, x, 2, temperature=torch.tensor([0.5, 0.7]))
     refuse(ValueError, 'seq_len', wrapped.generate, x, -1)
     refuse(ValueError, 'empty', wrapped.generate, x[:, :0], 2)
     refuse(ValueError, 'start_tokens', wrapped.generate, x[0, 0], 2)

@@ -95,6 +95,11 @@ class XLForwardOptions(Options):
     ttt_recurrent_steps: int = flag(1, 'How often each segment is read.', low=1)
 
 
+def spreads(temperature: float | Tensor) -> bool:
+    """Whether a temperature asks for a spread of its own; 0 takes the mean, as any net does that draws nothing."""
+    return (not isinstance(temperature, Tensor) or temperature.numel() == 1) and temperature not in (0.0, 1.0)
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FramesOptions(CachedWritingOptions):
     """The call ``ContinuousAutoregressiveWrapper.generate``."""
@@ -105,8 +110,7 @@ class FramesOptions(CachedWritingOptions):
     RULES = (
         Rule(
             ('temperature',),
-            # 0 takes the mean, as any other net does
-            lambda given, _: not given.probabilistic and given.temperature not in (0.0, 1.0),
+            lambda given, _: not given.probabilistic and spreads(given.temperature),
             'nothing is drawn by a net without probabilistic=True',
             {'temperature': 0.5},
             'Leave it out.',
