@@ -17,7 +17,8 @@ def table() -> str:
     said = {(refusal.kind, refusal.flag): refusal.reason for refusal in REFUSALS}
     equal = [kind for kind in KINDS if kind not in kinds]
     lines = [
-        f'Every flag is equal under {", ".join(equal)}. So are the flags that this table does not name, under all kinds.',
+        f'Every flag is equal under {", ".join(equal)}. So are the flags that this table does not name, under all kinds. '
+        'What is refused with tensor is so with sequence and loss parallel, which go beside it.',
         '',
     ]
     lines += [f'| flag | {" | ".join(kinds)} |', f'| --- |{" --- |" * len(kinds)}']

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from x_transformers.embedding.token import TokenEmbedding
 from x_transformers.feedforward import NAMED_ACTIVATIONS, FeedForward
 from x_transformers.helpers import softclamp
+from x_transformers.layers.slots import class_accepts
 from x_transformers.losses import linear_cross_entropy
 from x_transformers.module import Module, empty_parameter, is_heard
 from x_transformers.tensor_types import Float, Int
@@ -28,12 +29,13 @@ def loss_of(
     ignore_index: int = -100,
     scale: float | None = None,
     softcap: float | None = None,
+    measure: Callable[..., Tensor] = linear_cross_entropy,
 ) -> Float[Tensor, '']:
-    """The cross entropy of logits that are never held: one linear map, times ``scale``, capped."""
+    """The cross entropy of logits that are never held: one linear map, times ``scale``, capped; by ``measure``."""
     if scale is not None:
         # the factor is that of the logits, a bias among them
         x, bias = x * scale, None if bias is None else bias * scale
-    return linear_cross_entropy(x, weight, bias, targets, ignore_index=ignore_index, softcap=softcap)
+    return measure(x, weight, bias, targets, ignore_index=ignore_index, softcap=softcap)
 
 
 class LinearLogits(nn.Linear):
@@ -100,7 +102,7 @@ class OutputHeads(nn.ModuleList):
 
 def gives_loss(head: Any) -> bool:
     """Whether the loss may be had without logits: the head is one linear map, as it was made, and nobody waits for logits."""
-    own = isinstance(head, (LinearLogits, TiedHead)) and type(head).forward in (LinearLogits.forward, TiedHead.forward)
+    own = isinstance(head, (LinearLogits, TiedHead)) and class_accepts(type(head), 'targets')
     if not (own or type(head) is nn.Linear) or is_heard(head):
         return False
     # weights of other kinds, such as quantised ones, know products, but no gradients that are written by hand

@@ -458,6 +458,7 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, cap
     assert capsys.readouterr().err == ''
     monkeypatch.setenv('WORLD_SIZE', '1')
     assert 'torchrun' in sentence_of(capsys, train(text, tmp_path / 'run', '--tensor', '2'))
+    assert '--loss-parallel must be off' in sentence_of(capsys, train(text, tmp_path / 'run', '--loss-parallel'))
     assert list(tmp_path.iterdir()) == [text]
 
 

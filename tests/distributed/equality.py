@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,12 +18,14 @@ from torch.distributed.tensor import DTensor
 
 from tests.laws.combination import Combination
 from tests.two_processes import check_equal, command, objective_of
-from x_transformers import AutoregressiveWrapper
+from x_transformers import AutoregressiveWrapper, autoregressive_wrapper
 from x_transformers.distributed.context import MASK, PASSED, PER_TOKEN, Sliced, sliced_refusals
 from x_transformers.distributed.mesh import Degrees, MeshError, World, start
-from x_transformers.distributed.parallelize import parallelize
+from x_transformers.distributed.parallelize import parallelize, stacks_of
 from x_transformers.distributed.refusals import refusals
+from x_transformers.distributed.sequence import NEED_ALL, sequence_refusals
 from x_transformers.distributed.tensor import check_divides
+from x_transformers.distributed.vocabulary import vocabulary_refusals
 
 # (degrees, keywords of parallelize)
 MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
@@ -35,6 +38,10 @@ MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'hybrid': (Degrees(replicate=2, shard=1), {'shard': 'hybrid'}),
     'tensor': (Degrees(tensor=2), {}),
     'tensor+full': (Degrees(tensor=2), {'checkpoint': 'full'}),
+    'sequence': (Degrees(tensor=2), {'sequence_parallel': True}),
+    'sequence+full': (Degrees(tensor=2), {'sequence_parallel': True, 'checkpoint': 'full'}),
+    'logits': (Degrees(tensor=2), {'loss_parallel': True}),
+    'loss': (Degrees(tensor=2), {'loss_parallel': True}),
     'context': (Degrees(context=2), {}),
     'context+full': (Degrees(context=2), {'shard': 'full', 'checkpoint': 'full'}),
 }
@@ -43,6 +50,8 @@ OF_FOUR: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'shards+tensor': (Degrees(shard=2, tensor=2), {'shard': 'full'}),
     'shards+tensor+full': (Degrees(shard=2, tensor=2), {'shard': 'full', 'checkpoint': 'full'}),
     'hybrid+tensor': (Degrees(replicate=2, tensor=2), {'shard': 'hybrid'}),
+    'shards+sequence': (Degrees(shard=2, tensor=2), {'shard': 'full', 'sequence_parallel': True}),
+    'shards+loss': (Degrees(shard=2, tensor=2), {'shard': 'full', 'sequence_parallel': True, 'loss_parallel': True}),
     'shards+context': (Degrees(shard=2, context=2), {'shard': 'full'}),
     'tensor+context': (Degrees(tensor=2, context=2), {'shard': 'full'}),
     'hybrid+shards': (Degrees(replicate=2, shard=2), {'shard': 'hybrid'}),
@@ -58,29 +67,46 @@ def attempt(name: str) -> None:
     case, mode = name.split()
     degrees, how = {**MODES, **OF_FOUR}[mode]
     combination, world = Combination.parse(case), world_of(degrees)
-    objective = degrees.context > 1
+    objective = degrees.context > 1 or mode.endswith('loss')
+
+    stacks: list[Any] = []
 
     def spread(model: nn.Module) -> InSlices | None:
         parallelize(model, world, **how)
+        stacks.extend(stacks_of(model))
         if degrees.tensor > 1:
             meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
             assert any('tensor' in (mesh.mesh_dim_names or ()) for mesh in meshes), 'nothing is cut'
-        return InSlices(model, world.context_mesh) if objective else None
+        return InSlices(model, world.context_mesh) if degrees.context > 1 else None
 
     model: nn.Module = combination.build()
     if objective:
         if not is_trainable(combination, model):
             return
         model = AutoregressiveWrapper(model)
-    if any(said(model, degrees)):
+    if any(said(model, degrees, how)):
         with pytest.raises(MeshError, match=' must '):
             parallelize(model, world, **how)
-    elif objective and combination.inputs(1).part().keys() - PASSED - PER_TOKEN - {MASK}:
+    elif degrees.context > 1 and combination.inputs(1).part().keys() - PASSED - PER_TOKEN - {MASK}:
         # whose call has something for each token
         with pytest.raises(MeshError, match='must be left out with --context'):
             objective_of(combination, spread(model), 0)  # type: ignore[arg-type]
     else:
-        check_equal(combination, spread, (world.data_rank, world.data_size), objective=objective)
+        with every_loss_by_its_head(mode.endswith('loss')):
+            check_equal(combination, spread, (world.data_rank, world.data_size), objective=objective)
+        if how.get('sequence_parallel') and not combination.inputs(1).part().keys() & NEED_ALL:
+            assert any(stack.streams.slices.calls > 0 for stack in stacks), 'no sequence was cut'
+
+
+@contextmanager
+def every_loss_by_its_head(wanted: bool) -> Iterator[None]:
+    """Without logits even where they would be few."""
+    before = autoregressive_wrapper.LARGE_LOGITS
+    autoregressive_wrapper.LARGE_LOGITS = 0 if wanted else before
+    try:
+        yield
+    finally:
+        autoregressive_wrapper.LARGE_LOGITS = before
 
 
 class InSlices(Sliced):
@@ -104,9 +130,14 @@ def is_trainable(case: Combination, net: nn.Module) -> bool:
     return loss.isfinite().item() is True
 
 
-def said(model: nn.Module, degrees: Degrees) -> Iterator[str]:
+def said(model: nn.Module, degrees: Degrees, how: dict[str, Any]) -> Iterator[str]:
     """Why a model cannot be spread in this way."""
     kinds = {name for name in ('tensor', 'context', 'pipeline') if getattr(degrees, name) > 1}
+    if how.get('sequence_parallel'):
+        kinds.add('sequence parallel')
+        yield from sequence_refusals(model)
+    if how.get('loss_parallel'):
+        yield from vocabulary_refusals(model, degrees.tensor)
     yield from refusals(model, kinds)
     if degrees.tensor > 1:
         yield from check_divides(model, degrees.tensor)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.distributed.equality import every_loss_by_its_head
 from tests.two_processes import WORLD, attempt_all, whole
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.distributed.engine import MeshEngine
@@ -33,15 +34,18 @@ GRIDS = {
     'shards': Degrees(shard=2),
     'tensor': Degrees(tensor=2),
     'context': Degrees(context=2),
+    'sequence': Degrees(tensor=2),
 }
-SHARD = {'copies': 'none', 'shards': 'full', 'tensor': 'none', 'context': 'full'}
+SHARD = {'copies': 'none', 'shards': 'full', 'tensor': 'none', 'context': 'full', 'sequence': 'none'}
+MORE: dict[str, dict[str, Any]] = {'sequence': {'sequence_parallel': True, 'loss_parallel': True}}
 
 
 def make(dtype: torch.dtype = torch.float64, **flags: Any) -> nn.Module:
     # one parameter without an axis in each layer, grouped heads, a tied head
     flags = {'attn_kv_heads': 2, 'rotary_pos_emb': True, 'use_dynamic_tanh': True, 'ff_glu': True} | flags
     stack = Decoder(dim=16, depth=2, heads=4, attn_dim_head=4, verbose=False, **flags)
-    net = TransformerWrapper(num_tokens=32, max_seq_len=16, attn_layers=stack, tie_embedding=True)
+    # a vocabulary that two do not divide
+    net = TransformerWrapper(num_tokens=33, max_seq_len=16, attn_layers=stack, tie_embedding=True)
     return AutoregressiveWrapper(net).to(dtype)
 
 
@@ -63,7 +67,7 @@ def trainer(engine: Engine, model: nn.Module, options: TrainerOptions, **more: A
 
 
 def on(world: World, name: str, model: nn.Module, **how: Any) -> tuple[MeshEngine, nn.Module]:
-    engine = MeshEngine(world, shard=SHARD[name], **how)  # type: ignore[arg-type]
+    engine = MeshEngine(world, shard=SHARD[name], **MORE.get(name, {}), **how)  # type: ignore[arg-type]
     return engine, engine.spread(copy.deepcopy(model))
 
 
@@ -84,7 +88,8 @@ def losses_agree(worlds: Worlds, folder: Path, dtype: torch.dtype, limit: float,
     for name, world in worlds.items():
         engine, mine = on(world, name, model, checkpoint='full' if name == 'shards' else 'none')
         run = trainer(engine, mine, given)
-        run.train()
+        with every_loss_by_its_head(name == 'sequence'):
+            run.train()
         for record, want in zip(run.history.steps, alone.history.steps, strict=True):
             for key in ('loss', 'grad_norm'):
                 assert abs(record[key] - want[key]) <= limit * max(1.0, want[key]), (name, record, want)
@@ -185,7 +190,7 @@ def a_model_without_numbers_is_filled_alike(worlds: Worlds, folder: Path) -> Non
     for name, world in worlds.items():
         with torch.device('meta'):
             model = make(torch.float32)
-        engine = MeshEngine(world, shard=SHARD[name])  # type: ignore[arg-type]
+        engine = MeshEngine(world, shard=SHARD[name], **MORE.get(name, {}))  # type: ignore[arg-type]
         mine = engine.spread(model, seed=5)
         found.append({key: whole(tensor) for key, tensor in mine.state_dict().items()})
         assert all(tensor.isfinite().all() for tensor in found[-1].values())

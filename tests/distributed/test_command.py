@@ -72,7 +72,7 @@ def test_a_run_changes_its_processes(tmp_path: Path, text: Path) -> None:
     assert [status for status, _ in first] == [0, 0], first
     then = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', '5', '--data', str(text)], world=1))
     assert then[0][0] == 0, then
-    more = ['--resume', '--steps', '7', '--shard', 'none', '--tensor', '2']
+    more = ['--resume', '--steps', '7', '--shard', 'none', '--tensor', '2', '--sequence-parallel', '--loss-parallel']
     last = ended(launch(['train', '--run-dir', str(run), *more, '--data', str(text)]))
     assert [status for status, _ in last] == [0, 0], last
     whole = tmp_path / 'whole'
@@ -130,6 +130,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, text: Path) -> None:
         'the number of heads must be a multiple of --tensor 2, got 3': ([*given, '--tensor', '2', '--heads', '3'], []),
         '`attn_dropout` must be left as it is with tensor': ([*given, '--tensor', '2', '--attn-dropout', '0.1'], []),
         'must be a multiple of 3': ([*given, '--tensor', '3'], []),
+        '--sequence-parallel must go with --tensor 2 or more, got 1': ([*given, '--sequence-parallel'], []),
     }
     for sentence, (arguments, own) in wrong.items():
         found = ended(launch(arguments, rank1=own))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,6 +31,11 @@ CUT = [
     'decoder+mem_kv+qk_norm_dim_scale', 'decoder+value_residual+residual_attn', 'decoder+pre_talking',
     'decoder+attn_bias_whole+attn_mask_whole',
 ]  # fmt: skip
+# what runs on slices, on all rows in a layer that runs on slices, and between layers; experts, and heads over a vocabulary
+BESIDE = [
+    'decoder+kv_heads+rotary+glu', 'cross+t5+sink+head_scale', 'decoder+streams', 'encoder+shift+layerscale', 'decoder+lime',
+    'decoder+canon', 'prefix+value_embed', 'decoder+experts_shared', 'decoder+tied',
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -36,6 +43,7 @@ def test_some_are_equal() -> None:
     cases = [*SOME, *(str(case) for case in draw(4, seed=0))]
     modes = ['copies', 'shards+full', 'hybrid']
     names = with_modes(cases, modes) + with_modes([*SOME, *CUT], ['tensor', 'tensor+full']) + with_modes(SLICED, ['context'])
+    names += with_modes(BESIDE, ['sequence', 'loss'])
     done, failed = attempt_all(attempt, names)
     assert not failed, '\n'.join(failed)
     assert done == len(names)
@@ -59,18 +67,21 @@ def test_every_flag_is_equal_on_two_axes() -> None:
 
 @pytest.mark.deep
 def test_some_are_equal_on_two_axes() -> None:
-    done, failed = attempt_all(attempt, with_modes([*SOME, *CUT, *SLICED], list(OF_FOUR)), world=4)
+    cases = [*SOME, *CUT, *SLICED, *BESIDE]
+    done, failed = attempt_all(attempt, with_modes(cases, list(OF_FOUR)), world=4)
     assert not failed, '\n'.join(failed)
-    assert done == (len(SOME) + len(CUT) + len(SLICED)) * len(OF_FOUR)
+    assert done == len(cases) * len(OF_FOUR)
 
 
 @pytest.mark.deep
 def test_random_combinations_are_equal() -> None:
     cases = [str(case) for case in draw(60, seed=1) if fits(case)]
     assert len(cases) > 50
-    done, failed = attempt_all(attempt, with_modes(cases, ['copies', 'shards', 'shards+every', 'tensor', 'context']))
+    done, failed = attempt_all(
+        attempt, with_modes(cases, ['copies', 'shards', 'shards+every', 'tensor', 'sequence', 'loss', 'context'])
+    )
     assert not failed, '\n'.join(failed)
-    assert done == 5 * len(cases)
+    assert done == 7 * len(cases)
 
 
 @pytest.mark.parametrize('degrees', [Degrees(tensor=2), Degrees(context=2)])
@@ -86,7 +97,9 @@ def test_slices_are_compared() -> None:
     cases = [case for case in rotated() if case.kind == 'decoder']
     models = [(case, case.build()) for case in cases]
     trained = [case for case, net in models if is_trainable(case, net)]
-    free = [net for case, net in models if case in trained and not any(said(AutoregressiveWrapper(net), Degrees(context=2)))]
+    free = [
+        net for case, net in models if case in trained and not any(said(AutoregressiveWrapper(net), Degrees(context=2), {}))
+    ]
     assert len(free) > 0.7 * len(cases), (len(free), len(trained), len(cases))
 
 
@@ -110,6 +123,26 @@ def test_what_cannot_be_cut_is_refused(case: str, tensor: int, said: str) -> Non
     world = World(None, Degrees(tensor=tensor), torch.device('cpu'), 0, tensor)  # type: ignore[arg-type]
     with pytest.raises(MeshError, match=said):
         parallelize(Combination.parse(case).build(), world)
+
+
+def test_what_goes_beside_heads_is_refused() -> None:
+    alone, group = (World(None, Degrees(tensor=size), torch.device('cpu'), 0, size) for size in (1, 2))  # type: ignore[arg-type]
+    with pytest.raises(
+        MeshError, match=r'--sequence-parallel must go with --tensor 2 or more, got 1\. .* --loss-parallel'
+    ):
+        parallelize(Combination.parse('decoder').build(), alone, sequence_parallel=True, loss_parallel=True)
+    with pytest.raises(MeshError, match='`mv_split_residual` must be left as it is with sequence parallel'):
+        parallelize(Combination.parse('decoder+mv_split').build(), group, sequence_parallel=True)
+    model: Any = Combination.parse('decoder').build()
+    model.attn_layers.layers[1] = torch.nn.Linear(16, 16)
+    with pytest.raises(MeshError, match='modules of your own must be left out with --sequence-parallel, got Linear'):
+        parallelize(model, group, sequence_parallel=True)
+    model = Combination.parse('decoder').build()
+    model.to_logits = torch.nn.Sequential(torch.nn.Linear(16, 24))
+    with pytest.raises(MeshError, match='a head must be one linear map with --loss-parallel, got none'):
+        parallelize(model, group, loss_parallel=True)
+    with pytest.raises(MeshError, match='a model must be an AutoregressiveWrapper'):
+        parallelize(torch.nn.Linear(2, 2), group, loss_parallel=True)
 
 
 def fits(case: Combination) -> bool:

@@ -509,7 +509,7 @@ FEEDFORWARD = (
     group('experts_raw', ff_experts=4, ff_experts_active=1, ff_router_normalize=False, ff_router_balance='none'),
     group(
         'experts_shared',
-        ff_experts=5,
+        ff_experts=6,
         ff_experts_active=3,
         ff_shared_experts=2,
         ff_router='sigmoid',

@@ -87,7 +87,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
     precision: Literal['bf16'] | None = 'bf16' if options.precision == 'bf16' and options.shard != 'none' else None
     engine = MeshEngine(
         world, shard=options.shard, precision=precision, checkpoint=options.checkpointing, compile=options.compile,
-        offload=options.offload,
+        offload=options.offload, **beside(options),
     )  # fmt: skip
     if world.is_main:
         from x_transformers.cli.bar import Bar
@@ -127,7 +127,9 @@ def check_rows(options: TrainOptions, degrees: Degrees) -> None:
 
 def check_options(options: TrainOptions, degrees: Degrees) -> None:
     """Errors: ``MeshError`` naming every option that several processes cannot have."""
-    wrong = option_refusals(degrees, compile=options.compile, offload=options.offload, checkpoint=options.checkpointing)
+    wrong = option_refusals(
+        degrees, compile=options.compile, offload=options.offload, checkpoint=options.checkpointing, **beside(options)
+    )
     if options.lora:
         wrong.append('--lora must be 0 with several processes: low-rank changes are added in one process.')
     if wrong:
@@ -144,8 +146,13 @@ def check_model(config: RunConfig, degrees: Degrees) -> None:
         model = build_model(config.flags)
     check(
         model, degrees, shard=options.shard, checkpoint=options.checkpointing, precision=None, compile=options.compile,
-        offload=options.offload,
+        offload=options.offload, **beside(options),
     )  # fmt: skip
+
+
+def beside(options: TrainOptions) -> dict[str, bool]:
+    """What else a tensor group shares."""
+    return {'sequence_parallel': options.sequence_parallel, 'loss_parallel': options.loss_parallel}
 
 
 def check_alike(world: World, asked: Any) -> None:

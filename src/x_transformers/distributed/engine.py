@@ -38,6 +38,8 @@ class MeshEngine(Engine):
         checkpoint: Checkpointing = 'none',
         compile: bool = False,
         offload: bool = False,
+        sequence_parallel: bool = False,
+        loss_parallel: bool = False,
     ) -> None:
         self.world = world
         self.rank, self.world_size, self.is_main = world.data_rank, world.data_size, world.is_main
@@ -49,6 +51,8 @@ class MeshEngine(Engine):
             'checkpoint': checkpoint,
             'compile': compile,
             'offload': offload,
+            'sequence_parallel': sequence_parallel,
+            'loss_parallel': loss_parallel,
         }
         self.model: nn.Module | None = None
 

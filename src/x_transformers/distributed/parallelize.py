@@ -29,7 +29,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from x_transformers.distributed.mesh import Shard, World
 from x_transformers.distributed.refusals import check
+from x_transformers.distributed.sequence import slice_stacks
 from x_transformers.distributed.tensor import cut_biases, cut_branches
+from x_transformers.distributed.vocabulary import cut_vocabulary
 from x_transformers.layers.stack import AttentionLayers
 from x_transformers.module import Module, own_part
 from x_transformers.stack_wrapper import StackWrapper
@@ -50,6 +52,8 @@ def parallelize(
     compile: bool = False,
     reshard: bool = True,
     offload: bool = False,
+    sequence_parallel: bool = False,
+    loss_parallel: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """Spread ``model`` over the processes of ``world``; the same model, changed.
@@ -63,16 +67,23 @@ def parallelize(
         compile: each layer by itself.
         reshard: let go of a layer's weights after its forward, and gather them again for its gradients.
         offload: shards, gradients and the optimizer's state lie in the memory of the CPU.
+        sequence_parallel: between its branches a stack has slices of the sequence, one in each process of a tensor group.
+        loss_parallel: each process of a tensor group has the logits of some tokens of the vocabulary.
         seed: of a model on the meta device, which is filled here, the same whatever the grid.
 
     Call ``randomness.decide_alike(seed, step)`` before each step where layers are left out or run again by chance.
 
     Errors: ``MeshError`` naming the flags that cannot be spread in this way.
     """
-    check(model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, compile=compile, offload=offload)
+    check(
+        model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, compile=compile, offload=offload,
+        sequence_parallel=sequence_parallel, loss_parallel=loss_parallel,
+    )  # fmt: skip
     model = model if on_meta(model) else model.to(world.device)
     if world.degrees.tensor > 1:
         cut_biases(model, world.mesh['tensor'])
+    if sequence_parallel:
+        slice_stacks(model, world.mesh['tensor'])
     if checkpoint != 'none':
         checkpoint_layers(model, checkpoint)
     if compile:
@@ -82,10 +93,12 @@ def parallelize(
         Filling(model, world.device, seed).fill(model)
         if world.degrees.tensor > 1:
             cut_branches(model, world.mesh['tensor'])
+            if loss_parallel:
+                cut_vocabulary(model, world.mesh['tensor'])
             return model
         replicate(model, process_group=world.data_mesh.get_group(), find_unused_parameters=may_leave_out(model))
         return model
-    shard_layers(model, world, precision=precision, reshard=reshard, offload=offload, seed=seed)
+    shard_layers(model, world, precision=precision, reshard=reshard, offload=offload, loss_parallel=loss_parallel, seed=seed)
     return model
 
 
@@ -170,7 +183,16 @@ def keep_products() -> Any:
 # sharding
 
 
-def shard_layers(model: nn.Module, world: World, *, precision: str | None, reshard: bool, offload: bool, seed: int) -> None:
+def shard_layers(
+    model: nn.Module,
+    world: World,
+    *,
+    precision: str | None,
+    reshard: bool,
+    offload: bool,
+    loss_parallel: bool,
+    seed: int,
+) -> None:
     """FSDP2 with a unit for each layer, one for the ends, and the whole as the root."""
     degrees = world.degrees
     mesh: DeviceMesh = world.mesh['replicate', 'shard'] if degrees.replicate > 1 else world.mesh['shard']
@@ -192,6 +214,8 @@ def shard_layers(model: nn.Module, world: World, *, precision: str | None, resha
         filling.fill(part)
         if degrees.tensor > 1:
             cut_branches(part, world.mesh['tensor'], policy.param_dtype)
+        if loss_parallel:
+            cut_vocabulary(part, world.mesh['tensor'])
 
     filling = Filling(model, world.device, seed)
     for unit in units(model):

@@ -13,7 +13,9 @@ from torch import nn
 from x_transformers.attention.attention import Attention
 from x_transformers.distributed.context import sliced_refusals
 from x_transformers.distributed.degrees import Degrees, MeshError
+from x_transformers.distributed.sequence import sequence_refusals
 from x_transformers.distributed.tensor import check_divides
+from x_transformers.distributed.vocabulary import vocabulary_refusals
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import default_of
 
@@ -40,7 +42,7 @@ class Refusal(NamedTuple):
     allowed: Callable[[Any], bool] | None = None  # values of the flag that are not refused
 
 
-KINDS = ('shard none', 'shard full', 'shard hybrid', 'checkpoint', 'tensor', 'context')
+KINDS = ('shard none', 'shard full', 'shard hybrid', 'checkpoint', 'tensor', 'sequence parallel', 'loss parallel', 'context')
 
 MIXES = 'it mixes all heads, of which each process has some'
 DROPS = 'other units would be dropped than in one process'
@@ -72,10 +74,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('tensor', 'ff_dropout', DROPS),
     Refusal('tensor', 'attn_custom_attn_fn', UNKNOWN),
     Refusal('tensor', 'ff_custom_activation', UNKNOWN, allowed=is_name),
-    Refusal('tensor', 'ff_experts', 'experts are cut neither by features nor among processes'),
     Refusal('tensor', 'ff_solu', 'it norms all inner features, of which each process has some'),
     Refusal('tensor', 'ff_post_act_ln', 'it norms all inner features, of which each process has some'),
     Refusal('tensor', 'add_attn_z_loss', 'it reads the attention maps of all heads'),
+    Refusal('sequence parallel', 'mv_split_residual', 'its residual is a mean over all rows before'),
     Refusal('context', 'attn_data_dependent_alibi', SUMS),
     Refusal('context', 'attn_hybrid_module', 'its state comes from the slice before'),
     Refusal('context', 'mixer', 'its state comes from the slice before'),
@@ -131,21 +133,44 @@ def differs(module: Any, name: str, allowed: Callable[[Any], bool] | None) -> bo
     return bool(value != usual) and not (allowed is not None and allowed(value))
 
 
-def option_refusals(degrees: Degrees, *, compile: bool, offload: bool, checkpoint: Any = 'none') -> list[str]:
+def option_refusals(
+    degrees: Degrees,
+    *,
+    compile: bool,
+    offload: bool,
+    checkpoint: Any = 'none',
+    sequence_parallel: bool = False,
+    loss_parallel: bool = False,
+) -> list[str]:
     """A sentence for each option that is refused whatever the flags."""
     found = [sentence for name, sentence in NOT_BUILT.items() if getattr(degrees, name) > 1]
     asked = {'compile': compile, 'offload': offload, 'checkpointing selective': checkpoint == 'selective'}
+    if degrees.tensor == 1:
+        beside = {'--sequence-parallel': sequence_parallel, '--loss-parallel': loss_parallel}
+        found += [f'{name} must go with --tensor 2 or more, got 1. Leave it out.' for name, on in beside.items() if on]
     return found + [sentence for name, sentence in NOT_PROVEN.items() if asked[name]]
 
 
 def check(
-    model: nn.Module, degrees: Degrees, *, shard: str, checkpoint: Any, precision: str | None, compile: bool, offload: bool
+    model: nn.Module,
+    degrees: Degrees,
+    *,
+    shard: str,
+    checkpoint: Any,
+    precision: str | None,
+    compile: bool,
+    offload: bool,
+    sequence_parallel: bool = False,
+    loss_parallel: bool = False,
 ) -> None:
     """Refuse what cannot be done, naming all of it.
 
     Errors: ``MeshError``.
     """
-    found = option_refusals(degrees, compile=compile, offload=offload, checkpoint=checkpoint)
+    found = option_refusals(
+        degrees, compile=compile, offload=offload, checkpoint=checkpoint, sequence_parallel=sequence_parallel,
+        loss_parallel=loss_parallel,
+    )  # fmt: skip
     if precision is not None and shard == 'none':
         found.append('precision must be None for copies, got bf16: their weights stay as they are. Use autocast, or shard.')
     if checkpoint not in ('none', 'full', 'selective') and not (isinstance(checkpoint, int) and checkpoint >= 1):
@@ -156,6 +181,12 @@ def check(
     if degrees.tensor > 1:
         kinds.add('tensor')
         found += tensor_refusals(model, degrees, shard)
+    if sequence_parallel:
+        kinds.add('sequence parallel')
+        found += sequence_refusals(model)
+    if loss_parallel:
+        kinds.add('loss parallel')
+        found += vocabulary_refusals(model, degrees.tensor)
     if degrees.context > 1:
         kinds.add('context')
         found += sliced_refusals(model)

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.inputs import BranchInputs, ExtraKeys
 from x_transformers.attention.maps import Maps
+from x_transformers.convolution import CausalConvolution
 from x_transformers.distributed.degrees import MeshError
+from x_transformers.distributed.moves import Entry, Swap, added_up, all_rows, copied, entries_of, length_of, summed_rows
+from x_transformers.embedding.values import TokenValues
 from x_transformers.feedforward import FeedForward
 from x_transformers.layers.stack import AttentionLayers
 from x_transformers.position.bias import DenseBias
@@ -58,13 +61,16 @@ HEADS = {
     'attend.softmax_scales': Cut(0),
     'rel_proj_pos_bias.to_distance_weights': Cut(0),
     'data_dependent_alibi.to_forget_gates': Cut(0),
+    'convolutions.q': Cut(1),
+    'convolutions.k': Cut(1, of_keys=True),
+    'convolutions.v': Cut(1, of_keys=True),
 }
 # modules in an attention that count its heads
 COUNTING = ('rel_proj_pos_bias', 'data_dependent_alibi')
 # what an attention may be called with by others than a stack
 PLAIN = {'context', 'mask', 'context_mask'}
 # the same in a feed-forward; a gated one has values and gates one behind the other
-FEATURES = {'ff.0.proj': Cut(0, runs=2), 'ff.0.mult_bias': Cut(0), 'ff.0.0': Cut(0)}
+FEATURES = {'ff.0.proj': Cut(0, runs=2), 'ff.0.mult_bias': Cut(0), 'ff.0.0': Cut(0), 'ff.0.canon': Cut(1)}
 
 
 def cut_branches(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
@@ -76,7 +82,12 @@ def cut_branches(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None =
         if isinstance(module, Attention) and not is_cut(module):
             parallelize_module(module, mesh, HeadParallel(dtype))
         elif isinstance(module, FeedForward) and not is_cut(module):
-            parallelize_module(module, mesh, FeatureParallel(dtype))
+            if module.flags.experts is None:
+                parallelize_module(module, mesh, FeatureParallel(dtype))
+            else:
+                from x_transformers.distributed.experts import ExpertParallel
+
+                parallelize_module(module.ff, mesh, ExpertParallel(dtype))
 
 
 def is_cut(module: nn.Module) -> bool:
@@ -94,25 +105,15 @@ def check_divides(model: nn.Module, size: int) -> Iterator[str]:
                 numbers['heads of keys and values'] = module.kv_heads
         elif isinstance(module, FeedForward) and module.flags.experts is None:
             numbers = {'inner features of a feed-forward': output_of(module).in_features}
+        elif isinstance(module, FeedForward):
+            numbers = {'experts': module.flags.experts or 0}
         for name, number in numbers.items():
             if number % size:
                 wrong[f'the number of {name} must be a multiple of --tensor {size}, got {number}. Choose another.'] = None
     yield from wrong
 
 
-# ---------------------------------------------------------------- between whole and cut
-
-
-def copied(t: Tensor, mesh: DeviceMesh) -> Tensor:
-    """``t``, which all processes have, for each to do something else with: its gradients are added up."""
-    if not t.requires_grad:
-        return t
-    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-def added_up(t: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum of what the processes have, for all of them to do the same with."""
-    return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+# ---------------------------------------------------------------- a branch, cut
 
 
 def placement_of(cut: Cut, groups: int) -> Placement:
@@ -123,14 +124,6 @@ def placement_of(cut: Cut, groups: int) -> Placement:
 
 def found_in(table: dict[str, Cut], name: str) -> Cut | None:
     return next((cut for key, cut in table.items() if name == key or name.startswith(f'{key}.')), None)
-
-
-class Entry(NamedTuple):
-    """A parameter as it is registered."""
-
-    owner: nn.Module
-    name: str
-    cut: bool
 
 
 class BranchParallel(ParallelStyle):
@@ -151,15 +144,15 @@ class BranchParallel(ParallelStyle):
                         spread = distribute_tensor(parameter.detach(), device_mesh, [placement], src_data_rank=None)
                         setattr(owner, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
                     if (owner, name) != (output, 'bias'):
-                        entries.append(Entry(owner, name, placement is not None))
+                        entries.append(Entry(owner, name))
         self.narrow(module)
         swap = Swap(entries, device_mesh, self.dtype)
+        self.adding = OutputSum(device_mesh)
         module.register_forward_pre_hook(partial(self.enter, swap=swap), with_kwargs=True)
         module.register_forward_hook(swap.leave, always_call=True)
         module.register_forward_hook(self.leave, with_kwargs=True)
-        adding = OutputSum(device_mesh)
-        output.register_forward_pre_hook(adding.enter)
-        output.register_forward_hook(adding.leave, always_call=True)
+        output.register_forward_pre_hook(self.adding.enter)
+        output.register_forward_hook(self.adding.leave, always_call=True)
         return module
 
     def placement(self, module: Any, owner: nn.Module, path: str, parameter: Tensor) -> Placement | None:
@@ -178,6 +171,12 @@ class BranchParallel(ParallelStyle):
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """After the branch has run."""
 
+    def input(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """All rows of what all processes have, or have slices of; then the output is a slice, too."""
+        mesh, whole = self.adding.mesh, length_of(kwargs.get('around'))
+        self.adding.to_slices = whole > 0
+        return all_rows(x, whole, mesh, alike=False) if whole else copied(x, mesh)
+
 
 class FeatureParallel(BranchParallel):
     """A feed-forward."""
@@ -186,6 +185,8 @@ class FeatureParallel(BranchParallel):
         if owner is self.output(module):
             return Shard(1) if parameter.ndim == 2 else None
         cut = found_in(FEATURES, path)
+        if cut is not None and isinstance(owner, CausalConvolution) and module.flags.glu:
+            cut = cut._replace(runs=2)
         return None if cut is None else placement_of(cut, 1)
 
     def output(self, module: FeedForward) -> nn.Linear:
@@ -194,7 +195,7 @@ class FeatureParallel(BranchParallel):
     def enter(self, module: Any, args: Any, kwargs: dict[str, Any], *, swap: Swap) -> tuple[Any, dict[str, Any]]:
         x, *rest = args
         swap.enter()
-        return (copied(x, swap.mesh), *rest), kwargs
+        return (self.input(x, kwargs), *rest), kwargs
 
 
 def output_of(module: FeedForward) -> nn.Linear:
@@ -254,7 +255,7 @@ class HeadParallel(BranchParallel):
             # a context alone, as in pooling
             rest = [each if each is None else copied(each, swap.mesh) for each in rest]
         swap.enter()
-        return (copied(x, swap.mesh), *rest), kwargs
+        return (self.input(x, kwargs), *rest), kwargs
 
 
 class NoMaps(Maps):
@@ -297,6 +298,9 @@ class HeadShare:
             changed['extra'] = ExtraKeys(
                 self.some_keys(copied(keys, self.mesh)), self.some_keys(copied(values, self.mesh)), mask
             )
+        if given.token_values is not None:
+            module, ids = given.token_values
+            changed['token_values'] = TokenValues(partial(self.some_values, module), ids)
         if isinstance(given.bias, DenseBias):
             changed['bias'] = DenseBias(self.some(copied(given.bias.bias, self.mesh)))
         dense = given.mask.dense
@@ -313,35 +317,26 @@ class HeadShare:
         index = self.keys if t.shape[1] == self.kv_heads else self.queries % t.shape[1]
         return t.index_select(1, index.to(t.device))
 
-
-class Swap:
-    """Exchanges parameters for what a branch is to run on, and back."""
-
-    def __init__(self, entries: list[Entry], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-        self.entries, self.mesh, self.dtype = entries, mesh, dtype
-        self.held: list[nn.Parameter | None] = []
-
-    def enter(self) -> None:
-        self.held = [owner._parameters[name] for owner, name, _ in self.entries]
-        for (owner, name, _), parameter in zip(self.entries, self.held, strict=True):
-            if parameter is not None:
-                # as functional_call does; a parameter that is whole makes a part of the output on every process
-                here = parameter.to_local() if isinstance(parameter, DTensor) else copied(parameter, self.mesh)
-                # those that every process keeps for itself are not cast when they are gathered
-                owner._parameters[name] = here if self.dtype is None else here.to(self.dtype)  # type: ignore[assignment]
-
-    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        held, self.held = self.held, []
-        for (owner, name, _), parameter in zip(self.entries, held, strict=False):
-            owner._parameters[name] = parameter
+    def some_values(self, module: Any, x: Tensor, ids: Tensor) -> Tensor:
+        """Of what a module of the model, which is whole everywhere, makes for all key heads."""
+        swap = Swap(entries_of(module), self.mesh)
+        swap.enter()
+        try:
+            return self.some_keys(module(x, ids))
+        finally:
+            swap.leave()
 
 
 class OutputSum:
-    """The output of a branch is the sum of what all processes make of their features; its bias is added once, behind."""
+    """The output of a branch is the sum of what all processes make of their features; its bias is added once, behind.
+
+    ``to_slices``: each process needs its rows of the sum alone.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.bias: nn.Parameter | None = None
+        self.to_slices = False
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self.bias, module._parameters['bias'] = module._parameters['bias'], None
@@ -352,6 +347,9 @@ class OutputSum:
         if out is None:
             # a layer that is run again for its gradients stops as soon as all is there again
             return None
+        if self.to_slices:
+            part = summed_rows(out, self.mesh)
+            return part if bias is None else part + copied(bias, self.mesh)
         whole = added_up(out, self.mesh)
         return whole if bias is None else whole + bias
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class ValueEmbed(Module):
 class TokenValues(NamedTuple):
     """What one attention adds to its values: of these tokens."""
 
-    module: nn.Module
+    module: Callable[[Tensor, Tensor], Tensor]
     ids: Int[Tensor, 'b n']
 
 

@@ -15,7 +15,8 @@ from x_transformers.training.errors import TrainingError
 FREE_ON_RESUME = {
     'data', 'data_cache', 'device', 'threads', 'compile', 'log', 'tensorboard', 'val_every', 'val_bytes', 'val_data',
     'final_bytes', 'save_every', 'keep', 'keep_best', 'sample_prompt', 'sample_length', 'sample_every', 'steps', 'peak_flops',
-    'exit_on_term', 'json', 'shard', 'tensor', 'context', 'pipeline', 'checkpointing', 'offload',
+    'exit_on_term', 'json', 'shard', 'tensor', 'context', 'pipeline', 'checkpointing', 'offload', 'sequence_parallel',
+    'loss_parallel',
 }  # fmt: skip
 
 # (lowest, below which it must stay) of each number
@@ -148,7 +149,11 @@ class TrainOptions(TrainerOptions):
     shard: Literal['none', 'full', 'hybrid'] = often('none')
     """Under torchrun, none: copies; full: parts over all processes; hybrid: parts within a node, copies between nodes."""
     tensor: int = 1
-    """Under torchrun, processes that share the heads and features of each layer."""
+    """Under torchrun, processes that share the heads, features and experts of each layer."""
+    sequence_parallel: bool = False
+    """With --tensor: between attentions and feed-forwards each process of a group has a slice of every sequence."""
+    loss_parallel: bool = False
+    """With --tensor: each process of a group has the logits of some tokens of the vocabulary."""
     context: int = 1
     """Under torchrun, processes that share each sequence."""
     pipeline: int = 1

@@ -1,0 +1,108 @@
+"""Between what all processes of a tensor group have and what each has of it: copies, sums, slices, and parameters on loan."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from x_transformers.attention.inputs import BranchInputs
+from x_transformers.tensor_types import Float
+
+
+def copied(t: Tensor, mesh: DeviceMesh) -> Tensor:
+    """``t``, which all processes have, for each to do something else with: its gradients are added up."""
+    if not t.requires_grad:
+        return t
+    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+def added_up(t: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of what the processes have, for all of them to do the same with."""
+    return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+
+
+def rows_of(t: Float[Tensor, '... n d'], mesh: DeviceMesh) -> Float[Tensor, '... m d']:
+    """This process's rows of what all have; the gradients of all rows are put together."""
+    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).redistribute(placements=[rows(t)]).to_local()
+
+
+def summed_rows(t: Float[Tensor, '... n d'], mesh: DeviceMesh) -> Float[Tensor, '... m d']:
+    """This process's rows of the sum of what the processes have."""
+    return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[rows(t)]).to_local()
+
+
+def all_rows(t: Float[Tensor, '... m d'], whole: int, mesh: DeviceMesh, *, alike: bool) -> Float[Tensor, '... n d']:
+    """The ``whole`` rows of which each process has some. ``alike``: all do the same with them; else gradients are added up."""
+    return joined(t, t.ndim - 2, whole, mesh, alike=alike)
+
+
+def joined(t: Tensor, axis: int, whole: int, mesh: DeviceMesh, *, alike: bool) -> Tensor:
+    """The same along any axis."""
+    shape = torch.Size((*t.shape[:axis], whole, *t.shape[axis + 1 :]))
+    stride = torch.empty(shape, device='meta').stride()
+    spread = DTensor.from_local(t.contiguous(), mesh, [Shard(axis)], run_check=False, shape=shape, stride=stride)
+    return spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate() if alike else Partial()])
+
+
+def rows(t: Tensor) -> Shard:
+    return Shard(t.ndim - 2)
+
+
+class SlicedInputs(BranchInputs):
+    """What surrounds a branch whose input is a slice of a sequence of ``whole`` rows; 0: it is no slice.
+
+    ``cut_to``: a branch that was given all rows is to hand out its slice of them.
+    """
+
+    whole: int
+    cut_to: int
+
+    @classmethod
+    def of(cls, given: BranchInputs, whole: int) -> SlicedInputs:
+        made = cls.__new__(cls)
+        made.__dict__.update(given.__dict__, whole=whole, cut_to=0)
+        return made
+
+
+def length_of(given: Any) -> int:
+    """How many rows there are in all, where a branch is given some of them; else 0."""
+    return given.whole if isinstance(given, SlicedInputs) else 0
+
+
+class Entry(NamedTuple):
+    """A parameter as it is registered."""
+
+    owner: nn.Module
+    name: str
+
+
+def entries_of(*modules: nn.Module, without: frozenset[nn.Module] = frozenset()) -> list[Entry]:
+    """Every parameter below the modules, but for those of the modules ``without``."""
+    owners = dict.fromkeys(each for module in modules for each in module.modules() if each not in without)
+    return [Entry(owner, name) for owner in owners for name, _ in owner.named_parameters(recurse=False)]
+
+
+class Swap:
+    """Exchanges parameters for what a module is to run on, and back."""
+
+    def __init__(self, entries: list[Entry], mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+        self.entries, self.mesh, self.dtype = entries, mesh, dtype
+        self.held: list[nn.Parameter | None] = []
+
+    def enter(self, *args: Any) -> None:
+        self.held = [owner._parameters[name] for owner, name in self.entries]
+        for (owner, name), parameter in zip(self.entries, self.held, strict=True):
+            if parameter is not None:
+                # as functional_call does; a parameter that is whole makes a part of the output on every process
+                here = parameter.to_local() if isinstance(parameter, DTensor) else copied(parameter, self.mesh)
+                # those that every process keeps for itself are not cast when they are gathered
+                owner._parameters[name] = here if self.dtype is None else here.to(self.dtype)  # type: ignore[assignment]
+
+    def leave(self, *args: Any) -> None:
+        held, self.held = self.held, []
+        for (owner, name), parameter in zip(self.entries, held, strict=False):
+            owner._parameters[name] = parameter

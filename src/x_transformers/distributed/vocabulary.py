@@ -1,0 +1,204 @@
+"""Loss parallelism beside heads and features: each process of a tensor group has the logits of some tokens of the vocabulary.
+
+The head's rows are cut, and with a tied head those of the token table. A loss that a head makes by itself is put together of
+what each process has, a few rows at a time, with PyTorch's ``loss_parallel``; no process ever has a whole row of logits. Where
+the logits themselves are asked for they are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import RowwiseParallel, loss_parallel, parallelize_module
+from torch.distributed.tensor.placement_types import Replicate
+
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.distributed.moves import added_up, copied, joined
+from x_transformers.heads import LinearLogits, TiedHead, loss_of
+from x_transformers.helpers import autocast_dtype
+from x_transformers.losses import CHUNK_ACCELERATOR, CHUNK_CPU, at_least_single, check_targets
+from x_transformers.stack_wrapper import StackWrapper
+from x_transformers.tensor_types import Float, Int
+
+
+def cut_vocabulary(part: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut every head below ``part`` that is one linear map and whole, in place; a tied one with its table."""
+    for module in part.modules():
+        if type(module) is LinearLogits:
+            cut_rows(module, mesh)
+            module.__class__ = LogitsOfSome
+        elif type(module) is TiedHead:
+            cut_table(module._embedding[0].emb, mesh)
+            cut_rows(module, mesh)
+            module.__class__ = TiedLogitsOfSome
+
+
+def vocabulary_refusals(model: nn.Module, size: int) -> Iterator[str]:
+    """A sentence for everything about a model that keeps its vocabulary from being cut among ``size`` processes."""
+    if not isinstance(model, (AutoregressiveWrapper, StackWrapper)):
+        yield f'a model must be an AutoregressiveWrapper, or what it wraps, with --loss-parallel, got {type(model).__name__}.'
+        return
+    heads = [module for module in model.modules() if type(module) in (LinearLogits, TiedHead)]
+    if not heads:
+        yield 'a head must be one linear map with --loss-parallel, got none. Use --tensor alone.'
+    for head in heads:
+        tokens = head.weight.shape[0]  # type: ignore[index]
+        if tokens < size:
+            yield f'a vocabulary must have at least as many tokens as --tensor with --loss-parallel, got {tokens} for {size}.'
+
+
+def cut_rows(module: nn.Module, mesh: DeviceMesh) -> None:
+    with torch.no_grad():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            setattr(module, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+
+
+def cut_table(table: nn.Embedding, mesh: DeviceMesh) -> None:
+    if isinstance(table.weight, DTensor):
+        return
+    style = RowwiseParallel(input_layouts=Replicate())
+    style.src_data_rank = None
+    table.register_forward_pre_hook(check_ids)
+    parallelize_module(table, mesh, style)
+
+
+def check_ids(table: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """An id that no process has would have a vector of zeros. Errors: ``IndexError``, as of a table that is whole."""
+    ids, rows = args[0], table.num_embeddings
+    if ids.device.type == 'cpu' and bool(((ids < 0) | (ids >= rows)).any()):  # type: ignore[operator]
+        raise IndexError(f'ids must lie in 0 … {rows} - 1.')  # said again by who looks them up
+
+
+class LogitsOfSome(LinearLogits):
+    """A ``LinearLogits`` of which each process has some rows."""
+
+    def forward(self, input: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
+        return logits_or_loss(input, self.weight, self.bias, targets, **loss)
+
+
+class TiedLogitsOfSome(TiedHead):
+    """A ``TiedHead`` whose table has some rows in each process."""
+
+    def forward(self, x: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
+        return logits_or_loss(x, self.weight, self.bias, targets, **loss)
+
+
+def logits_or_loss(
+    x: Float[Tensor, '... d'],
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Int[Tensor, '...'] | None,
+    **loss: Any,
+) -> Tensor:
+    """All logits, or with targets their loss, as of a head that is whole."""
+    if targets is not None:
+        return loss_of(x, weight, bias, targets, measure=vocabulary_cross_entropy, **loss)
+    whole, mesh = weight.shape[0], mesh_of(weight)
+    own = F.linear(copied(x, mesh), local(weight, x.dtype), None if bias is None else local(bias, x.dtype))
+    return joined(own, own.ndim - 1, whole, mesh, alike=True)
+
+
+def mesh_of(weight: Tensor) -> DeviceMesh:
+    mesh: DeviceMesh = weight.device_mesh  # type: ignore[attr-defined]
+    return mesh
+
+
+def local(t: Any, dtype: torch.dtype) -> Tensor:
+    """This process's rows; those that every process keeps for itself are not cast when they are gathered."""
+    rows: Tensor = t.to_local()
+    return rows.to(dtype)
+
+
+def vocabulary_cross_entropy(
+    hidden: Float[Tensor, '... d'],
+    weight: Float[Tensor, 'v d'],
+    bias: Float[Tensor, ' v'] | None,
+    targets: Int[Tensor, '...'],
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, '']:
+    """``linear_cross_entropy`` of a weight and a bias whose rows are cut among processes; they are ``DTensor``."""
+    check_targets('vocabulary_cross_entropy', hidden, targets, 'hidden')
+    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    kind = rows.device.type
+    dtype = autocast_dtype(rows) or rows.dtype
+    size = chunk or (CHUNK_CPU if kind == 'cpu' else CHUNK_ACCELERATOR)
+    plan = LossPlan(mesh_of(weight), weight.shape[0], ignore_index, softcap, size, torch.is_grad_enabled())
+    with torch.autocast(kind, enabled=False):
+        own = local(weight, dtype), None if bias is None else local(bias, dtype)
+        total: Tensor = _VocabularyLoss.apply(rows, *own, wanted, plan)  # type: ignore[no-untyped-call]
+    count = (wanted != ignore_index).sum()
+    # as for ordinary cross entropy: the mean of no tokens is not a number
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+
+
+class LossPlan:
+    """What the sum of losses goes by, beside tensors."""
+
+    def __init__(
+        self, mesh: DeviceMesh, classes: int, ignore_index: int, softcap: float | None, chunk: int, with_grad: bool
+    ) -> None:
+        self.mesh, self.classes, self.ignore_index = mesh, classes, ignore_index
+        self.softcap, self.chunk, self.with_grad = softcap, chunk, with_grad
+
+    def loss(
+        self,
+        wanted: Int[Tensor, ' n'],
+        rows: Float[Tensor, 'n d'],
+        weight: Float[Tensor, 'w d'],
+        bias: Float[Tensor, ' w'] | None = None,
+    ) -> Float[Tensor, '']:
+        logits = at_least_single(F.linear(rows, weight, bias))
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        shape = torch.Size((logits.shape[0], self.classes))
+        spread = DTensor.from_local(logits, self.mesh, [Shard(1)], run_check=False, shape=shape, stride=(self.classes, 1))
+        return F.cross_entropy(spread, wanted, ignore_index=self.ignore_index, reduction='sum')
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    """The sum of the cross entropies. Its gradients are made in the forward, while a few rows of logits are there.
+
+    So ``loss_parallel``, which must be on for both, is on in here alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor, plan: LossPlan
+    ) -> Float[Tensor, '']:
+        whole = [rows, weight] if bias is None else [rows, weight, bias]
+        needs = [plan.with_grad and needed for needed in ctx.needs_input_grad[: len(whole)]]
+        slopes = [torch.zeros_like(t) if needed else None for t, needed in zip(whole, needs, strict=True)]
+        parameters = [t.detach().requires_grad_(needed) for t, needed in zip(whole[1:], needs[1:], strict=True)]
+        total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+        for start in range(0, rows.shape[0], plan.chunk):
+            here = slice(start, start + plan.chunk)
+            with torch.enable_grad(), loss_parallel():
+                some = rows[here].to(weight.dtype).detach().requires_grad_(needs[0])
+                loss: Any = plan.loss(wanted[here], some, *parameters)
+                leaves = [leaf for leaf in (some, *parameters) if leaf.requires_grad]
+                found = iter(torch.autograd.grad(loss, leaves) if leaves else ())
+            total += loss.detach().to_local()
+            # the gradient of a row comes once, that of a parameter from every chunk
+            places: tuple[Any, ...] = (here, ..., ...)
+            for slope, part in zip(slopes, places, strict=False):
+                if slope is not None:
+                    slope[part] += next(found)
+        if slopes[0] is not None:
+            slopes[0] = added_up(slopes[0], plan.mesh)
+        ctx.save_for_backward(*slopes, *[None] * (3 - len(slopes)))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, '']) -> tuple[Tensor | None, ...]:
+        return (*(None if slope is None else slope * grad.to(slope.dtype) for slope in ctx.saved_tensors), None, None)
