@@ -1,13 +1,15 @@
 """What training costs beside the arithmetic of one process: data, their loading, parts of parameters, copies, saving.
 
-``python benchmarks/scaling.py [data loader parts copies saving memory …]``. Width 512, 8 rows of 512 tokens, one thread for
-each process. Times that are compared are taken in turns, and the median of the ratios counts. Work is measured in processor
-time, so that other programs count little; what processes do together in time on the clock, which needs free processors.
+``python benchmarks/scaling.py [data loader parts copies saving memory …]`` ends in a table: what was found, what is wanted, and
+whether it is so. Width 512, 8 rows of 512 tokens, one thread for each process. Times that are compared are taken in turns, and
+the median of the ratios counts. Work is measured in processor time, so that other programs count little; what processes do
+together, and how long training stops, in time on the clock, which needs free processors.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import resource
 import socket
@@ -18,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -70,10 +72,47 @@ def seconds(act: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - began
 
 
+def in_turns(first: Callable[[], object], second: Callable[[], object], clock: Callable[[], float]) -> list[float]:
+    """How much longer ``first`` takes than ``second``, round by round. Each begins every other round."""
+    ratios = []
+    for index in range(ROUNDS):
+        if index % 2:
+            below, above = seconds(second, clock), seconds(first, clock)
+        else:
+            above, below = seconds(first, clock), seconds(second, clock)
+        ratios.append(above / below)
+    return ratios
+
+
+class Found(NamedTuple):
+    """One line of the table: the median of the values counts, and must lie in a range."""
+
+    what: str
+    values: list[float]
+    unit: str
+    least: float = 0.0
+    most: float = float('inf')
+
+    @property
+    def middle(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def wanted(self) -> str:
+        bounds = ((self.least, '≥', 0.0), (self.most, '≤', float('inf')))
+        return ', '.join(f'{sign} {bound:g}' for bound, sign, free in bounds if bound != free) or '–'
+
+    def row(self) -> str:
+        is_so = 'yes' if self.least <= self.middle <= self.most else '**no**'
+        spread = f'{min(self.values):.3g} … {max(self.values):.3g}'
+        cells = (self.what, f'{self.middle:.3g} {self.unit}'.strip(), spread, self.wanted, is_so if self.wanted != '–' else '–')
+        return f'| {" | ".join(cells)} |'
+
+
 # what is measured
 
 
-def data() -> None:
+def data() -> list[Found]:
     """Text into tokens of a BPE, with checksums and files."""
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     sources = standard_library()
@@ -84,10 +123,11 @@ def data() -> None:
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
             found.append(seconds(lambda: prepare(sources, tokenizer, cache=Path(folder)), time.process_time))
-    print(f'data: {size / 1e6 / statistics.median(found):.1f} MB of text per second of one processor ({size / 1e6:.0f} MB)')
+    rates = [size / 1e6 / each for each in found]
+    return [Found(f'preparation of {size / 1e6:.0f} MB of text with BPE, on one processor', rates, 'MB/s', least=5.0)]
 
 
-def loader() -> None:
+def loader() -> list[Found]:
     """A batch of token shards, as a share of the step that learns from it."""
     sources = standard_library()
     tokenizer = train_bpe((source.path.read_bytes() for source in sources[:100]), 8192)
@@ -96,14 +136,12 @@ def loader() -> None:
         batches = TokenBatches([(made.train, 1.0)], batch=ROWS, window=LENGTH, seed=0)
         step = step_of(trainer(Engine(), build_model(FLAGS, 8192), batches))
         step()
-        shares = []
-        for index in range(ROUNDS):
-            fetched = seconds(lambda number=index: batches.batch(number), time.process_time)
-            shares.append(fetched / seconds(step, time.process_time))
-    print(f'loader: {100 * statistics.median(shares):.2f} % of a step (width {WIDTH}, depth 4, {ROWS} x {LENGTH} tokens)')
+        numbers = iter(range(10**6))
+        shares = in_turns(lambda: batches.batch(next(numbers)), step, time.process_time)
+    return [Found('a batch, as a share of its step', [100 * share for share in shares], '%', most=2.0)]
 
 
-def parts() -> None:
+def parts() -> list[Found]:
     """FSDP2 on one process against the plain step."""
     world = start(Degrees(shard=1), 'cpu')
     model = build_model(FLAGS)
@@ -112,17 +150,17 @@ def parts() -> None:
     spread = step_of(trainer(engine, engine.spread(model), rows()))
     for step in (plain, spread):
         step()
-    ratios = [seconds(spread, time.process_time) / seconds(plain, time.process_time) for _ in range(ROUNDS)]
+    ratios = in_turns(spread, plain, time.process_time)
     stop()
-    tell('parts: a step of FSDP2 on one process takes', ratios, 'plain steps')
+    return [Found('a step of FSDP2 on one process', ratios, 'plain steps', most=1.05)]
 
 
-def copies() -> None:
+def copies() -> list[Found]:
     """Steps of two processes with copies against those of one process, on the clock."""
-    with_two(copies_here)
+    return [Found('work of two processes with copies', with_two(copies_here), 'times that of one', least=1.7)]
 
 
-def copies_here(rank: int) -> None:
+def copies_here(rank: int) -> list[float]:
     model = build_model(FLAGS)
     alone = step_of(trainer(Engine(), copy.deepcopy(model), rows()))
     engine = MeshEngine(start(Degrees(replicate=2), 'cpu'))
@@ -139,33 +177,54 @@ def copies_here(rank: int) -> None:
             # two batches in one, while the other process waits
             ratios.append(2 * seconds(alone, time.perf_counter) / together)
         dist.barrier()
-    if rank == 0:
-        tell(f'copies: with a load of {os.getloadavg()[0]:.1f}, two processes do', ratios, 'times the work of one')
+    return ratios
 
 
-def saving() -> None:
-    """How long a checkpoint that is written in the background holds up training."""
+def saving() -> list[Found]:
+    """How long a checkpoint that is written in the background holds up training: weights and averages are copied, no more."""
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(FLAGS)
         made = trainer(Engine(), model, rows(count=1, length=64), store=Checkpoints(Path(folder)))
         step_of(made)()
-        found = []
-        for _ in range(3):
-            found.append(seconds(made.save, time.perf_counter))
+        on_clock, own, copied = [], [], []
+        tensors = [
+            *model.parameters(),
+            *(p.detach().clone() for p in model.parameters()),
+            *map(torch.zeros_like, model.parameters()),
+        ]
+        for _ in range(ROUNDS):
+            began, worked = time.perf_counter(), time.thread_time()
+            made.save()
+            on_clock.append(time.perf_counter() - began)
+            own.append(time.thread_time() - worked)
             made.store.wait()  # type: ignore[union-attr]
+            worked = time.thread_time()
+            _ = [tensor.detach().to('cpu', copy=True) for tensor in tensors]
+            copied.append(time.thread_time() - worked)
             step_of(made)()
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f'saving: stops training for {statistics.median(found):.2f} s ({count / 1e6:.0f} million parameters, AdamW)')
+    return [
+        Found(
+            f'a checkpoint in the background stops training ({count / 1e6:.0f} million parameters, AdamW)',
+            on_clock,
+            's',
+            most=0.5,
+        ),
+        Found('the same in processor time', own, 's', most=0.5),
+        Found('the same, against copies of as many tensors', [a / b for a, b in zip(own, copied, strict=True)], 'times'),
+    ]
 
 
-def memory() -> None:
+def memory() -> list[Found]:
     """The growth of the peak of resident memory on each of two processes, against the plan."""
     # memory that is let go of is handed back, whatever its size; else the peak would be that of the allocator's heap
     os.environ['MALLOC_MMAP_THRESHOLD_'] = str(1 << 16)
-    with_two(memory_here)
+    return [
+        Found('growth of the peak of memory on two processes', with_two(memory_here), 'times the plan', least=0.9, most=1.1)
+    ]
 
 
-def memory_here(rank: int) -> None:
+def memory_here(rank: int) -> list[float]:
     world = start(Degrees(shard=2), 'cpu')
     batch = rows(rank, 2, 4, LARGE['max_seq_len'])  # type: ignore[arg-type]
 
@@ -181,12 +240,9 @@ def memory_here(rank: int) -> None:
     train(LARGE)
     grown = torch.tensor(float(peak() - before))
     dist.all_reduce(grown, dist.ReduceOp.MAX)
-    if rank == 0:
-        size = Size.of(LARGE, seq_len=LARGE['max_seq_len'], half=False)  # type: ignore[arg-type]
-        need = next(n for n in needs(size, devices=2, per_node=2, batch=4, half=False) if n.degrees.shard == 2)
-        print(
-            f'memory: planned {need.total / 1e9:.2f} GB, grown by {grown.item() / 1e9:.2f} GB ({need.total / grown.item():.2f})'
-        )
+    size = Size.of(LARGE, seq_len=LARGE['max_seq_len'], half=False)  # type: ignore[arg-type]
+    need = next(n for n in needs(size, devices=2, per_node=2, batch=4, half=False) if n.degrees.shard == 2)
+    return [grown.item() / need.total]
 
 
 def peak() -> int:
@@ -196,25 +252,26 @@ def peak() -> int:
 # two processes
 
 
-def with_two(act: Callable[[int], None]) -> None:
+def with_two(act: Callable[[int], list[float]]) -> list[float]:
+    """What the first of two processes has found."""
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
-    mp.spawn(process, (act, port), nprocs=2)  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'found'
+        mp.spawn(process, (act, port, path), nprocs=2)  # type: ignore[no-untyped-call]
+        values: list[float] = json.loads(path.read_text(encoding='utf-8'))
+    return values
 
 
-def process(rank: int, act: Callable[[int], None], port: int) -> None:
+def process(rank: int, act: Callable[[int], list[float]], port: int, path: Path) -> None:
     os.environ.update(MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
-    act(rank)
+    values = act(rank)
+    if rank == 0:
+        path.write_text(json.dumps(values), encoding='utf-8')
     stop()
-
-
-def tell(what: str, ratios: list[float], unit: str) -> None:
-    print(
-        f'{what} {statistics.median(ratios):.2f} {unit} (from {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds)'
-    )
 
 
 MEASURES = {act.__name__: act for act in (data, loader, parts, copies, saving, memory)}
@@ -222,5 +279,11 @@ MEASURES = {act.__name__: act for act in (data, loader, parts, copies, saving, m
 if __name__ == '__main__':
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for name in sys.argv[1:] or MEASURES:
-        MEASURES[name]()
+    asked = sys.argv[1:] or list(MEASURES)
+    print(
+        f'{len(os.sched_getaffinity(0))} processors, a load of {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}'
+    )
+    print('\n| what | found | from … to | wanted | met |\n| --- | ---: | ---: | ---: | --- |', flush=True)
+    for name in asked:
+        for line in MEASURES[name]():
+            print(line.row(), flush=True)

@@ -127,9 +127,7 @@ def test_what_cannot_be_cut_is_refused(case: str, tensor: int, said: str) -> Non
 
 def test_what_goes_beside_heads_is_refused() -> None:
     alone, group = (World(None, Degrees(tensor=size), torch.device('cpu'), 0, size) for size in (1, 2))  # type: ignore[arg-type]
-    with pytest.raises(
-        MeshError, match=r'--sequence-parallel must go with --tensor 2 or more, got 1\. .* --loss-parallel'
-    ):
+    with pytest.raises(MeshError, match=r'--sequence-parallel must go with --tensor 2 or more, got 1\. .* --loss-parallel'):
         parallelize(Combination.parse('decoder').build(), alone, sequence_parallel=True, loss_parallel=True)
     with pytest.raises(MeshError, match='`mv_split_residual` must be left as it is with sequence parallel'):
         parallelize(Combination.parse('decoder+mv_split').build(), group, sequence_parallel=True)
