@@ -141,6 +141,7 @@ CASES = (
     other('T5 1.0', 'T5ForConditionalGeneration', 'T5Config', **T5),
     other('T5 1.1', 'T5ForConditionalGeneration', 'T5Config', **T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False,
           num_decoder_layers=3),
+    other('T5, no head', 'T5Model', 'T5Config', **T5),
     other('T5, encoder', 'T5EncoderModel', 'T5Config', **T5),
     other('BERT, masked words', 'BertForMaskedLM', 'BertConfig', **BERT),
     other('BERT', 'BertModel', 'BertConfig', **BERT, hidden_act='relu', type_vocab_size=3),
@@ -213,7 +214,8 @@ def ours(model: Any, given: dict[str, Tensor], embeddings: bool) -> Tensor:
         return out
     if 'decoder_input_ids' in given:
         encoded, mask = model.encode(given['input_ids'], given['attention_mask'].bool())
-        said: Tensor = model.decoder.net(given['decoder_input_ids'], context=encoded, context_mask=mask)
+        asked = {'context': encoded, 'context_mask': mask, 'return_embeddings': embeddings}
+        said: Tensor = model.decoder.net(given['decoder_input_ids'], **asked)
         return said
     more = {'token_emb_kwargs': {'token_type_ids': given['token_type_ids']}} if 'token_type_ids' in given else {}
     return model(given['input_ids'], mask=given['attention_mask'].bool(), return_embeddings=embeddings, **more)

@@ -132,6 +132,9 @@ VALUES: dict[str, list[Any]] = {
     'patch_size': [8, (4, 8)],
     'position_embedding_type': ['relative_key'],
     'use_bidirectional_attention': [True],
+    'num_register_tokens': [0, 1, 3],
+    'num_experts_per_tok': [1, 3],
+    'relative_attention_max_distance': [7, 40],
 }
 # keys of older configs, which the classes turn into others
 OLDER = {

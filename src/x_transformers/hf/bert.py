@@ -8,11 +8,11 @@ from x_transformers.hf.family import (
     Family,
     KeyRule,
     Plain,
-    activation,
     check_head,
     for_layers,
     headless,
     layer_norm,
+    layer_normed,
     rule,
     with_bias,
 )
@@ -43,22 +43,11 @@ def bert(config: Config) -> Plain:
         },
         'post_emb_norm': True,
         **head,
-        'attn_layers': {
-            'class': 'Encoder',
-            'dim': dim,
-            'depth': config.need('num_hidden_layers'),
-            'heads': heads,
-            'attn_dim_head': dim // heads,
-            'attn_qkv_bias': True,
-            'attn_out_bias': True,
-            'pre_norm': False,
-            'norm_add_unit_offset': False,
-            'norm_bias': True,
-            'norm_eps': config.get('layer_norm_eps', 1e-12),
-            'ff_dim_inner': config.need('intermediate_size'),
-            **activation(config, 'hidden_act', 'gelu'),
-            'verbose': False,
-        },
+        'attn_layers': layer_normed(
+            config, 'Encoder', dim=dim, depth=config.need('num_hidden_layers'), heads=heads,
+            inner=config.need('intermediate_size'), act=('hidden_act', 'gelu'), eps=config.get('layer_norm_eps', 1e-12),
+            pre_norm=False,
+        ),
     }  # fmt: skip
 
 

@@ -130,7 +130,8 @@ def checked_sources(
     used = {name for r in rules for name in r.theirs}
     unused = re.compile(family.unused or r'(?!)')
     tied = bool(plain.get('tie_embedding') or plain.get('tie_token_emb'))
-    left = [name for name in weights if name not in used and not unused.fullmatch(name)]
+    # a table without rows is stored, and says nothing
+    left = [name for name in weights if name not in used and not unused.fullmatch(name) and 0 not in weights.shape(name)]
     heads = [name for name in left if tied and name in ('lm_head.weight', 'embed_out.weight')]
     missing = [name for r in rules for name in r.theirs if name not in weights]
     given = {name for r in rules for name in r.ours}

@@ -148,12 +148,39 @@ NAMES_OF_ACTIVATIONS = {
 }
 
 
+BIASES: Plain = {'attn_qkv_bias': True, 'attn_out_bias': True}
+
+
 def activation(config: Config, key: str, usual: str) -> Plain:
     name = config.get(key, usual)
     if name not in ACTIVATIONS:
         config.wrong.append(f'`{key}` is {name!r}: there is no flag for this activation, only for {", ".join(ACTIVATIONS)}')
         return {}
     return dict(ACTIVATIONS[name])
+
+
+def layer_normed(
+    config: Config, stack: str, *, dim: int, depth: int, heads: int, inner: int, act: tuple[str, str], eps: float, **more: Any
+) -> Plain:
+    """The keywords of a pre-norm stack of this class, with layer norms and plain feed-forwards, biases everywhere.
+
+    ``inner``: the feed-forward's width; ``act``: the key of its activation, and the usual one; ``more``: changes to these.
+    """
+    return {
+        'class': stack,
+        'dim': dim,
+        'depth': depth,
+        'heads': heads,
+        'attn_dim_head': dim // heads,
+        **BIASES,
+        'norm_add_unit_offset': False,
+        'norm_bias': True,
+        'norm_eps': eps,
+        'ff_dim_inner': inner,
+        **activation(config, *act),
+        'verbose': False,
+        **more,
+    }
 
 
 def rotary(config: Config, dim_head: int, kind: str | None = None, *, share: float | None = 1.0) -> Plain:
@@ -175,8 +202,9 @@ def rotary(config: Config, dim_head: int, kind: str | None = None, *, share: flo
         config.wrong.append(f'`partial_rotary_factor` is {own!r}: in this family it is {share}')
     channels = int(dim_head * (share or own or 1.0))
     if channels % 2 or channels < 2:
+        part = '' if channels == dim_head else f' and `partial_rotary_factor` or `rotary_pct` {channels / dim_head:.3g}'
         config.wrong.append(
-            f'`head_dim`, or `hidden_size` by heads, is {dim_head}, of which {channels} channels turn: they turn in pairs'
+            f'`head_dim`, or `hidden_size` by heads, is {dim_head}{part}, so that {channels} channels turn: they turn in pairs'
         )
     name = given.pop('rope_type', None) or given.pop('type', None) or 'default'
     given.pop('type', None)

@@ -7,11 +7,11 @@ from x_transformers.hf.family import (
     Family,
     KeyRule,
     Plain,
-    activation,
     check_head,
     for_layers,
     headless,
     layer_norm,
+    layer_normed,
     rule,
 )
 from x_transformers.hf.maps import TRANSPOSED, chain, scaled, split
@@ -28,22 +28,11 @@ def gpt2(config: Config) -> Plain:
     scales = {'attn_scale': [scale / (layer + 1) for layer in range(depth)]} if by_layer else {'attn_scale': scale}
     tied = bool(config.get('tie_word_embeddings', True))
     head: Plain = {'return_only_embed': True} if headless(config.architecture) else {'tie_embedding': True} if tied else {}
-    stack: Plain = {
-        'class': 'Decoder',
-        'dim': dim,
-        'depth': depth,
-        'heads': heads,
-        'attn_dim_head': dim // heads,
-        'attn_qkv_bias': True,
-        'attn_out_bias': True,
+    stack = layer_normed(
+        config, 'Decoder', dim=dim, depth=depth, heads=heads, inner=config.get('n_inner', 4 * dim),
+        act=('activation_function', 'gelu_new'), eps=config.get('layer_norm_epsilon', 1e-5),
         **({} if scales == {'attn_scale': (dim // heads) ** -0.5} else scales),
-        'norm_add_unit_offset': False,
-        'norm_bias': True,
-        'norm_eps': config.get('layer_norm_epsilon', 1e-5),
-        'ff_dim_inner': config.get('n_inner', 4 * dim),
-        **activation(config, 'activation_function', 'gelu_new'),
-        'verbose': False,
-    }
+    )  # fmt: skip
     sizes = {'num_tokens': config.need('vocab_size'), 'max_seq_len': config.need('n_positions')}
     return {'class': 'TransformerWrapper', **sizes, **head, 'attn_layers': stack}
 

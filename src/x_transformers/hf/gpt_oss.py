@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, for_layers, rotary, rule
-from x_transformers.hf.llama import ATTENTION, FORWARD, UNUSED, attention_rules, biases, decoder, ends, windows
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, rotary, rule
+from x_transformers.hf.llama import FORWARD, UNUSED, biases, decoder, pre_norm_rules, windows
 from x_transformers.hf.maps import Map, each
 
 
@@ -16,6 +16,11 @@ def gpt_oss(config: Config) -> Plain:
     config.only('swiglu_alpha', 1.702, 'this unit has the slope of quick_gelu only')
     config.skip('initial_context_length', 'experts_per_token')
     config.values.setdefault('attention_bias', True)
+    active = config.get('num_experts_per_tok', 4)
+    if active == 1:
+        config.wrong.append(
+            '`num_experts_per_tok` is 1: shares that add up to one need two experts, or the router learns nothing'
+        )
     dim_head = config.get('head_dim', config.need('hidden_size') // heads)
     turned = rotary(config, dim_head)
     if config.get('rope_theta') is None and config.get('rope_parameters', {}).get('rope_theta') is None:
@@ -32,7 +37,7 @@ def gpt_oss(config: Config) -> Plain:
         ff_glu_clamp_value=config.get('swiglu_limit', 7.0),
         ff_glu_add_one=True,
         ff_experts=config.get('num_local_experts', config.get('num_experts', 128)),
-        ff_experts_active=config.get('num_experts_per_tok', 4),
+        ff_experts_active=active,
         ff_router_bias=True,
         ff_router_balance='none',
     )
@@ -66,15 +71,7 @@ def expert_rules(theirs: str, ours: str) -> list[KeyRule]:
 
 
 def gpt_oss_rules(config: Config, model: Plain) -> list[KeyRule]:
-    stack, layer = model['attn_layers'], 'model.layers.{i}'
-    rules = [
-        *ends(model),
-        rule(f'{layer}.input_layernorm.weight', f'{ATTENTION}.0.0.g'),
-        rule(f'{layer}.post_attention_layernorm.weight', f'{FORWARD}.0.0.g'),
-        *attention_rules(f'{layer}.self_attn', stack),
-        *expert_rules(f'{layer}.mlp', f'{FORWARD}.1.ff'),
-    ]
-    return for_layers(rules, stack['depth'])
+    return pre_norm_rules(model, expert_rules('model.layers.{i}.mlp', f'{FORWARD}.1.ff'))
 
 
 GPT_OSS = Family(('gpt_oss',), gpt_oss, gpt_oss_rules, prefix='model.', unused=UNUSED)

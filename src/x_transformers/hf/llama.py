@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from x_transformers.hf.family import (
+    BIASES,
     Config,
     Family,
     KeyRule,
@@ -77,7 +78,7 @@ def longest(config: Config, stack: Plain) -> int:
 
 def biases(config: Config) -> Plain:
     has = bool(config.get('attention_bias', False))
-    return {'attn_qkv_bias': True, 'attn_out_bias': True} if has else {}
+    return dict(BIASES) if has else {}
 
 
 def llama(config: Config) -> Plain:
@@ -186,16 +187,21 @@ def gated_rules(theirs: str, bias: bool) -> list[KeyRule]:
     return rules + [rule(f'{theirs}.down_proj.{kind}', f'{FORWARD}.1.ff.2.{kind}') for kind in kinds]
 
 
-def llama_rules(config: Config, model: Plain) -> list[KeyRule]:
+def pre_norm_rules(model: Plain, forward: list[KeyRule]) -> list[KeyRule]:
+    """``forward``: the rules of the feed-forward."""
     stack, layer = model['attn_layers'], 'model.layers.{i}'
     rules = [
         *ends(model),
         rule(f'{layer}.input_layernorm.weight', f'{ATTENTION}.0.0.g'),
         rule(f'{layer}.post_attention_layernorm.weight', f'{FORWARD}.0.0.g'),
         *attention_rules(f'{layer}.self_attn', stack),
-        *gated_rules(f'{layer}.mlp', not stack['ff_no_bias']),
+        *forward,
     ]
     return for_layers(rules, stack['depth'])
+
+
+def llama_rules(config: Config, model: Plain) -> list[KeyRule]:
+    return pre_norm_rules(model, gated_rules('model.layers.{i}.mlp', not model['attn_layers']['ff_no_bias']))
 
 
 def llama_config(model: Plain) -> Plain:

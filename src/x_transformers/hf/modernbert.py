@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.hf.family import (
+    BIASES,
     NAMES_OF_ACTIVATIONS,
     Config,
     Family,
@@ -46,7 +47,7 @@ def modernbert(config: Config) -> Plain:
             'depth': depth,
             'heads': heads,
             'attn_dim_head': dim // heads,
-            **({'attn_qkv_bias': True, 'attn_out_bias': True} if bias else {}),
+            **(BIASES if bias else {}),
             **({} if window is None else {'attn_max_attend_past': window, 'attn_max_attend_future': window}),
             'rotary_pos_emb': True,
             **turned,

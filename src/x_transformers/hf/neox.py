@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from x_transformers.hf.family import (
+    BIASES,
     Config,
     Family,
     KeyRule,
     Plain,
-    activation,
     for_layers,
     layer_norm,
+    layer_normed,
     rotary,
     rule,
     with_bias,
@@ -27,23 +28,13 @@ def neox(config: Config) -> Plain:
     if old:
         turned['rotary_theta'] = float(config.get('rotary_emb_base', turned['rotary_theta']))
     config.skip('rotary_pct', 'rotary_emb_base')
-    stack: Plain = {
-        'class': 'Decoder',
-        'dim': dim,
-        'depth': config.need('num_hidden_layers'),
-        'heads': heads,
-        'attn_dim_head': dim // heads,
-        **({'attn_qkv_bias': True, 'attn_out_bias': True} if config.get('attention_bias', True) else {}),
+    stack = layer_normed(
+        config, 'Decoder', dim=dim, depth=config.need('num_hidden_layers'), heads=heads,
+        inner=config.need('intermediate_size'), act=('hidden_act', 'gelu'), eps=config.get('layer_norm_eps', 1e-5),
+        **(BIASES if config.get('attention_bias', True) else dict.fromkeys(BIASES, False)),
         **({'parallel_block': True} if config.get('use_parallel_residual', True) else {}),
-        'rotary_pos_emb': True,
-        **turned,
-        'norm_add_unit_offset': False,
-        'norm_bias': True,
-        'norm_eps': config.get('layer_norm_eps', 1e-5),
-        'ff_dim_inner': config.need('intermediate_size'),
-        **activation(config, 'hidden_act', 'gelu'),
-        'verbose': False,
-    }
+        rotary_pos_emb=True, **turned,
+    )  # fmt: skip
     return wrapper(config, stack)
 
 

@@ -14,6 +14,12 @@ def stack_keywords(config: Config, depth: int) -> Plain:
     act = Config({'model_type': config.kind, 'feed_forward_proj': 'gelu_new' if gated and name == 'gelu' else name})
     inner = activation(act, 'feed_forward_proj', 'relu')
     config.wrong += act.wrong
+    buckets, farthest = config.get('relative_attention_num_buckets', 32), config.get('relative_attention_max_distance', 128)
+    if buckets > farthest:
+        config.wrong.append(
+            f'`relative_attention_num_buckets` is {buckets} and `relative_attention_max_distance` {farthest}: '
+            'there are at most as many buckets as distances'
+        )
     return {
         'depth': depth,
         'heads': config.need('num_heads'),
@@ -24,8 +30,8 @@ def stack_keywords(config: Config, depth: int) -> Plain:
         'norm_add_unit_offset': False,
         'norm_eps': config.get('layer_norm_epsilon', 1e-6),
         'rel_pos_bias': True,
-        'rel_pos_num_buckets': config.get('relative_attention_num_buckets', 32),
-        'rel_pos_max_distance': config.get('relative_attention_max_distance', 128),
+        'rel_pos_num_buckets': buckets,
+        'rel_pos_max_distance': farthest,
         'rel_pos_kwargs': {'scale': 1.0},
         'ff_dim_inner': config.need('d_ff'),
         'ff_no_bias': True,

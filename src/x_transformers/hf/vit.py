@@ -6,13 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, layer_norm, rule, with_bias
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, for_layers, layer_norm, layer_normed, rule, with_bias
 from x_transformers.hf.maps import HALVES_SWAPPED, Map, each, shaped
 
 
-def vision(config: Config, **more: Any) -> Plain:
+def vision(config: Config, inner: int, stack: Plain, **more: Any) -> Plain:
+    """``inner``: the feed-forward's width; ``stack``: further keywords of the stack, ``more``: of the model."""
     dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
-    qkv = bool(config.get('qkv_bias', True))
+    layers = layer_normed(
+        config, 'Encoder', dim=dim, depth=config.need('num_hidden_layers'), heads=heads, inner=inner,
+        act=('hidden_act', 'gelu'), eps=config.get('layer_norm_eps', 1e-12), attn_qkv_bias=bool(config.get('qkv_bias', True)),
+        **stack,
+    )  # fmt: skip
     return {
         'class': 'ViTransformerWrapper',
         'image_size': config.get('image_size', 224),
@@ -21,21 +26,8 @@ def vision(config: Config, **more: Any) -> Plain:
         'patch_norm': False,
         'use_cls_token': True,
         **classes(config),
-        **{name: value for name, value in more.items() if not name.startswith('stack_')},
-        'attn_layers': {
-            'class': 'Encoder',
-            'dim': dim,
-            'depth': config.need('num_hidden_layers'),
-            'heads': heads,
-            'attn_dim_head': dim // heads,
-            **({'attn_qkv_bias': True} if qkv else {}),
-            'attn_out_bias': True,
-            'norm_add_unit_offset': False,
-            'norm_bias': True,
-            'norm_eps': config.get('layer_norm_eps', 1e-12),
-            **more.get('stack_', {}),
-            'verbose': False,
-        },
+        **more,
+        'attn_layers': layers,
     }
 
 
@@ -50,23 +42,22 @@ def classes(config: Config) -> Plain:
 
 def vit(config: Config) -> Plain:
     config.skip('encoder_stride', 'pooler_output_size', 'pooler_act')
-    inner = {'ff_dim_inner': config.need('intermediate_size'), **activation(config, 'hidden_act', 'gelu')}
-    return vision(config, stack_=inner)
+    return vision(config, config.need('intermediate_size'), {})
 
 
 def dinov2(config: Config) -> Plain:
     config.skip('layerscale_value', 'reshape_hidden_states', 'stage_names', 'out_features', 'out_indices')
     config.only('apply_layernorm', True, 'the final norm cannot be left out of the embeddings alone')
-    hidden = int(config.need('hidden_size') * config.get('mlp_ratio', 4))
-    gated = bool(config.get('use_swiglu_ffn', False))
-    act = activation(config, 'hidden_act', 'gelu')
-    inner: Plain = {'ff_dim_inner': hidden, **act}
-    if gated:
-        inner = {'ff_glu': True, 'ff_swish': True, 'ff_dim_inner': (int(hidden * 2 / 3) + 7) // 8 * 8}
+    inner = int(config.need('hidden_size') * config.get('mlp_ratio', 4))
+    stack: Plain = {'use_layerscale': True, 'layerscale_init_value': 1.0}
+    if config.get('use_swiglu_ffn', False):
+        # the activation that the config names counts in the other kind
+        inner = (int(inner * 2 / 3) + 7) // 8 * 8
+        stack |= {'ff_glu': True, 'ff_swish': True, 'ff_relu_squared': False, 'ff_custom_activation': None}
     registers = config.get('num_register_tokens', 4)
     kept = {'num_register_tokens': registers, 'keep_register_tokens': True} if registers else {}
     more = {**kept, 'cls_and_mean': True} if config.architecture.endswith('ForImageClassification') else kept
-    return vision(config, **more, stack_={**inner, 'use_layerscale': True, 'layerscale_init_value': 1.0})
+    return vision(config, inner, stack, **more)
 
 
 # ---------------------------------------------------------------- weights

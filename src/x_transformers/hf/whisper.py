@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, activation, for_layers, layer_norm, rule, with_bias
+from x_transformers.hf.family import Config, Family, KeyRule, Plain, for_layers, layer_norm, layer_normed, rule, with_bias
 from x_transformers.hf.llama import ATTENTION, FORWARD
 
 # what stands in front of the encoder's names in each architecture
@@ -27,22 +27,11 @@ def whisper(config: Config) -> Plain:
         'class': 'WhisperEncoder',
         'num_mels': config.get('num_mel_bins', 80),
         'max_seq_len': config.get('max_source_positions', 1500),
-        'attn_layers': {
-            'class': 'Encoder',
-            'dim': dim,
-            'depth': config.need('encoder_layers'),
-            'heads': heads,
-            'attn_dim_head': dim // heads,
-            'attn_qkv_bias': ('q', 'v'),
-            'attn_out_bias': True,
-            'norm_add_unit_offset': False,
-            'norm_bias': True,
-            'norm_eps': 1e-5,
-            'ff_dim_inner': config.need('encoder_ffn_dim'),
-            **activation(config, 'activation_function', 'gelu'),
-            'verbose': False,
-        },
-    }
+        'attn_layers': layer_normed(
+            config, 'Encoder', dim=dim, depth=config.need('encoder_layers'), heads=heads, inner=config.need('encoder_ffn_dim'),
+            act=('activation_function', 'gelu'), eps=1e-5, attn_qkv_bias=('q', 'v'),
+        ),
+    }  # fmt: skip
 
 
 def whisper_rules(config: Config, model: Plain) -> list[KeyRule]:
