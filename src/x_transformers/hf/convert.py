@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, headless
 from x_transformers.hf.maps import JOINED, SAME
@@ -205,9 +206,15 @@ def to_hf(model: Module, folder: str | Path, *, family: str | None = None) -> No
     """Write a model in the Hugging Face format: ``config.json`` and safetensors files.
 
     A model that came from there takes its own config back; for one that was made here ``family`` (None: any that fits) makes a
-    config. Raises FlagError that names the flags which the family does not have.
+    config. Of an objective (``AutoregressiveWrapper``) the model inside is written. Raises FlagError that names the flags which
+    the family does not have.
     """
     folder = Path(folder)
+    inner: Any = model.net if isinstance(model, AutoregressiveWrapper) else model
+    written(inner, folder, family)
+
+
+def written(model: Module, folder: Path, family: str | None) -> None:
     plain = to_plain(model)
     config = matching_config(model, plain, family)
     chosen = family_of(config)

@@ -14,8 +14,9 @@ from x_transformers.saving.tensors import read_json
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether ``save_pretrained`` or ``hf import`` has written it."""
-    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get('format') == FORMAT
+    """Whether ``save_pretrained`` or ``hf import`` has written it; a run folder is known by its training."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return config.get('format') == FORMAT and 'training' not in config
 
 
 def language_model(folder: Path, device: torch.device | str) -> AutoregressiveWrapper:

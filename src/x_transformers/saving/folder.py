@@ -25,6 +25,8 @@ FORMAT = 'x_transformers'
 # raised when an older library could no longer read a folder
 VERSION = 1
 HEADER = ('format', 'format_version', 'library_version', 'model', 'tied', 'hf')
+# what the trainer writes beside these: a run folder is a model folder, too
+OF_RUNS = ('flags', 'training', 'corpus', 'vocabulary', 'torch')
 
 
 @contextmanager
@@ -74,19 +76,24 @@ def once_each(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return kept, same
 
 
-def save(model: Made, folder: str | Path) -> None:
-    """Write ``config.json``, ``model.safetensors`` and, unless there is one, a model card. Existing weights are replaced."""
-    folder = Path(folder)
-    plain = to_plain(model)
-    tensors, same = once_each(model)
-    config = {
+def described(model: Made) -> dict[str, Any]:
+    """What ``config.json`` says of a model."""
+    _, same = once_each(model)
+    return {
         'format': FORMAT,
         'format_version': VERSION,
         'library_version': library_version(),
-        'model': plain,
+        'model': to_plain(model),
         **({'tied': same} if same else {}),
         **({'hf': model.hf_config} if getattr(model, 'hf_config', None) is not None else {}),
     }
+
+
+def save(model: Made, folder: str | Path) -> None:
+    """Write ``config.json``, ``model.safetensors`` and, unless there is one, a model card. Existing weights are replaced."""
+    folder = Path(folder)
+    plain, config = to_plain(model), described(model)
+    tensors, _ = once_each(model)
     with written_whole(folder) as fresh:
         write(fresh, tensors.items(), metadata={'format': 'pt'})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
@@ -122,13 +129,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get('format') != FORMAT:
         kind = config.get('model_type')
         hint = f' Its model_type is {kind!r}: use x_transformers.hf.from_hf.' if kind else ''
+        if 'training' in config and 'flags' in config:
+            hint = ' It is a run of an earlier version: use x_transformers.training.run.load_run.'
         raise FolderError(f'{folder / CONFIG} must have "format": "{FORMAT}", got {config.get("format")!r}.{hint}')
     if not isinstance(config.get('format_version'), int) or config['format_version'] > VERSION:
         raise FolderError(
             f'{folder / CONFIG} is of format version {config.get("format_version")!r}, and this library reads {VERSION}. '
             'Install a newer one.'
         )
-    unknown = [name for name in config if name not in HEADER]
+    unknown = [name for name in config if name not in (*HEADER, *OF_RUNS)]
     if unknown or not isinstance(config.get('model'), Mapping):
         what = f'unknown keys {", ".join(map(repr, unknown))}' if unknown else "no 'model'"
         raise FolderError(f'{folder / CONFIG} has {what}; its keys are {", ".join(HEADER)}.')
@@ -138,17 +147,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load(
     cls: type[Made], folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Any:
-    """A model in evaluation mode from a folder that ``save`` has written, one tensor at a time.
+    """A model in evaluation mode from a folder that ``save`` or the trainer has written, one tensor at a time.
 
-    ``cls``: what it must be. ``dtype``: of floating weights; None: as they are stored. Raises FolderError for a folder that
-    does not hold such a model, UnknownFlag for flags that this version does not know.
+    ``cls``: what it must be, or the model inside of it, which is then returned alone. ``dtype``: of floating weights; None: as
+    they are stored. Raises FolderError for a folder that does not hold such a model, UnknownFlag for flags that this version
+    does not know.
     """
     folder = Path(folder)
     config = read_config(folder)
     name = config['model'].get('class')
     with without_memory():
         model = from_plain(config['model'], extra=cls)
-    if not isinstance(model, cls):
+    asked = inside(model, cls)
+    if asked is None:
         raise FolderError(f'{folder} holds a {name}, not a {cls.__name__}. Use {name}.from_pretrained.')
     weights = Weights(folder)
     same = config.get('tied', {})
@@ -157,7 +168,14 @@ def load(
     fill(model, {target: weights.stored(target) for target in wanted}, device=device, dtype=dtype)
     if 'hf' in config:
         model.hf_config = config['hf']
-    return model.eval()
+    return asked.eval()
+
+
+def inside(model: Any, cls: type[Made]) -> Made | None:
+    """The model itself, or the first below its objectives (``net``) that is of this class."""
+    while model is not None and not isinstance(model, cls):
+        model = getattr(model, 'net', None)
+    return model
 
 
 def check_names(folder: Path, wanted: Mapping[str, Tensor], weights: Weights, same: Mapping[str, str]) -> None:

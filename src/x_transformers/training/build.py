@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.flags.wrapper_rules import ALONE_RULES
 from x_transformers.notices import InertFlagWarning
 from x_transformers.training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 
 NUM_BYTES = 256
 
@@ -102,12 +105,11 @@ def refuse_inert(flags: Mapping[str, Any], typed: Collection[str]) -> None:
         raise FlagError(*found)
 
 
-def build_model(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> nn.Module:
+def build_model(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> AutoregressiveWrapper:
     """``AutoregressiveWrapper`` around the network: token ids (b n) in, loss out."""
     from x_transformers import AutoregressiveWrapper
 
-    model: nn.Module = AutoregressiveWrapper(build_network(flags, vocabulary))
-    return model
+    return AutoregressiveWrapper(build_network(flags, vocabulary))
 
 
 def network_of(model: nn.Module) -> nn.Module:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from x_transformers.flags.base import FlagError
+from x_transformers.saving.folder import described
+from x_transformers.saving.plain import without_memory
 from x_transformers.training.batches import Prefetched
 from x_transformers.training.build import NUM_BYTES, build_model, choose_device, reading_arguments, refuse_inert
 from x_transformers.training.checkpoint import publish
@@ -38,7 +40,7 @@ SAMPLES = 'samples.txt'  # those written while training
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What ``config.json`` holds: everything that the weights and the losses depend on."""
+    """What ``config.json`` holds: everything that the weights and the losses depend on, and what ``from_pretrained`` reads."""
 
     flags: dict[str, Any]
     options: TrainOptions
@@ -46,7 +48,10 @@ class RunConfig:
     vocabulary: int = NUM_BYTES
 
     def write(self, run: Path) -> None:
+        with without_memory():
+            model = build_model(self.flags, self.vocabulary)
         values = {
+            **described(model),
             'flags': self.flags,
             'training': self.options.to_json(),
             'corpus': self.fingerprint,
