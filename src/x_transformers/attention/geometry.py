@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from x_transformers.tensor_types import Float
@@ -32,12 +33,21 @@ class ScoreShape:
 
     @property
     def is_open(self) -> bool:
-        """Whether an exporter has left lengths open, so that nothing may be decided by them."""
-        return not (isinstance(self.queries, int) and isinstance(self.keys, int))
+        """Whether an exporter or a compiler has left lengths open, so that nothing may be decided by them."""
+        if not (isinstance(self.queries, int) and isinstance(self.keys, int)):
+            return True
+        return torch.compiler.is_compiling() and not (is_fixed(self.queries) and is_fixed(self.keys))
 
     def with_front(self, columns: int) -> ScoreShape:
         """The same after ``columns`` more keys were put in front."""
         return ScoreShape(self.queries, self.keys + columns, self.front + columns)
+
+
+def is_fixed(size: int) -> bool:
+    """Whether a compiler knows this size; what is decided by one that it leaves open is compiled again for other lengths."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
 
 
 def tiled_heads(t: Float[Tensor, 'b kh n d'], heads: int) -> Float[Tensor, 'b h n d']:

@@ -245,8 +245,7 @@ class Mask:
         if not self.causal:
             return False
         queries, keys = geometry.queries, geometry.keys
-        known = type(queries) is int and type(keys) is int
-        return not known or queries > 1 or keys - geometry.front < queries
+        return geometry.is_open or queries > 1 or keys - geometry.front < queries
 
     def limits_past(self, geometry: ScoreShape) -> bool:
         """Whether the window forbids anything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, 
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.helpers import recall, remember
+from x_transformers.notices import warn_user
 from x_transformers.position.bias import rendered_bias
 from x_transformers.tensor_types import Float
 
@@ -58,8 +59,8 @@ class Flex:
             q, k = torch.nn.functional.pad(q, (0, missing)), torch.nn.functional.pad(k, (0, missing))
         heads, kv_heads = q.shape[1], k.shape[1]
         order = paired_heads(heads, kv_heads, q.device)
-        run = compiled(q.device.type)
         out, aux = run(
+            q.device.type,
             q if order is None else q[:, order],
             k,
             v,
@@ -85,9 +86,30 @@ class Flex:
 def compiled(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # on CPU, where only a test asks for it, it is not worth compiling
-    run: Any = flex_attention if device == 'cpu' else torch.compile(flex_attention, dynamic=False)
+    # on CPU, where only a test asks for it, it is not worth compiling. Without fullgraph torch would silently go on with the
+    # whole score matrix once it has compiled more forms than it keeps
+    run: Any = flex_attention if device == 'cpu' else torch.compile(flex_attention, fullgraph=True)
     return cast(Callable[..., Any], run)
+
+
+def run(device: str, *args: Any, **keywords: Any) -> Any:
+    """The compiled kernel; what was compiled before is let go of when there is no room for one more form."""
+    if torch.compiler.is_compiling():
+        return compiled(device)(*args, **keywords)
+    from torch._C._dynamo.eval_frame import reset_code
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch.nn.attention.flex_attention import flex_attention
+
+    try:
+        return compiled(device)(*args, **keywords)
+    except FailOnRecompileLimitHit:
+        warn_user(
+            f'torch keeps {config.recompile_limit} compiled forms of attention, and this is one more: all are compiled anew. '
+            'Raise torch._dynamo.config.recompile_limit if that happens often.'
+        )
+        reset_code(flex_attention.__code__)
+        return compiled(device)(*args, **keywords)
 
 
 def paired_heads(heads: int, kv_heads: int, device: torch.device) -> Tensor | None:
@@ -103,17 +125,41 @@ def score_mod(args: KernelArgs, order: Tensor | None) -> Callable[..., Tensor] |
     clamp = args.softclamp
     if bias is None and clamp is None:
         return None
-    sizes = None if bias is None else bias.shape
+    # numbers that differ from length to length would be compiled again with each
+    rows, heads, many = (False,) * 3 if bias is None else tuple(size > 1 for size in bias.shape[:3])
 
     def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if bias is not None and sizes is not None:
+        if bias is not None:
             head = h if order is None else order[h]
-            score = score + bias[b if sizes[0] > 1 else 0, head if sizes[1] > 1 else 0, i if sizes[2] > 1 else 0, j]
+            score = score + bias[b if rows else 0, head if heads else 0, i if many else 0, j]
         if clamp is not None:
             score = torch.tanh(score / clamp) * clamp
         return score
 
     return change
+
+
+def of_distance(past: int | None, ahead: int | None, front: int, first: int, i: Tensor, j: Tensor) -> Tensor:
+    """Whether query ``i`` may look at key ``j``, by their distance; rows in front are seen by all."""
+    seen = i >= 0
+    if ahead is not None:
+        seen = seen & (j - front <= i + first + ahead)
+    if past is not None:
+        seen = seen & (i + first - (j - front) <= past)
+    return seen if ahead is None and past is None else seen | (j < front)
+
+
+@lru_cache(maxsize=32)
+def distance_mask(past: int | None, ahead: int | None, front: int, first: int, queries: int, keys: int, device: str) -> Any:
+    """The blocks of a mask that depends on nothing but these numbers: made once for all calls of a shape."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return of_distance(past, ahead, front, first, i, j)
+
+    # what is kept may be of use in training, too
+    with torch.inference_mode(False):
+        return create_block_mask(may_look, None, None, queries, keys, device=device)
 
 
 def block_mask(args: KernelArgs, q: Tensor, order: Tensor | None) -> Any:
@@ -131,21 +177,17 @@ def block_mask(args: KernelArgs, q: Tensor, order: Tensor | None) -> Any:
     allowed = apart.rendered(geometry, q.device)
     past, ahead = (None, None) if mask.prefix is not None else mask.limits(geometry)
     front, first = geometry.front, geometry.first
-    sizes = (1, 1, 1, 1) if allowed is None else allowed.shape
+    if allowed is None and not torch.compiler.is_compiling():
+        return distance_mask(past, ahead, front, first, geometry.queries, geometry.keys, str(q.device))
+    batch, heads, rows = (None,) * 3 if allowed is None else tuple(size if size > 1 else None for size in allowed.shape[:3])
+    many_heads, many_rows, several = heads is not None, rows is not None, batch is not None
 
     def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = i >= 0
-        if ahead is not None:
-            seen = seen & (j - front <= i + first + ahead)
-        if past is not None:
-            seen = seen & (i + first - (j - front) <= past)
-        if ahead is not None or past is not None:
-            seen = seen | (j < front)
+        seen = of_distance(past, ahead, front, first, i, j)
         if allowed is not None:
             head = h if order is None else order[h]
-            seen = seen & allowed[b if sizes[0] > 1 else 0, head if sizes[1] > 1 else 0, i if sizes[2] > 1 else 0, j]
+            seen = seen & allowed[b if several else 0, head if many_heads else 0, i if many_rows else 0, j]
         return seen
 
-    batch, heads = (sizes[0] if sizes[0] > 1 else None), (sizes[1] if sizes[1] > 1 else None)
     made = create_block_mask(may_look, batch, heads, geometry.queries, geometry.keys, device=str(q.device))
     return remember(mask.memo, key, made)
