@@ -23,11 +23,14 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 6
 
 
+# what Lightning does to itself, and what it advises
+@pytest.mark.filterwarnings(r'ignore:.isinstance\(treespec, LeafSpec:FutureWarning')
+@pytest.mark.filterwarnings('ignore:The .train_dataloader. does not have many workers')
 @pytest.mark.parametrize('block', SNIPPETS)
 def test_snippet_runs_and_shapes_are_as_its_comments_say(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
-    for package in re.findall(r'^from (accelerate|peft|torchao|transformers)\b', block, re.MULTILINE):
-        pytest.importorskip(package, reason=f'{package} is an extra of the developers')
+    for package in re.findall(r'^from (accelerate|lightning|lm_eval|peft|torchao|transformers)\b', block, re.MULTILINE):
+        pytest.importorskip(package, reason=f'{package} is an extra of the developers, or left to the user')
     names: dict[str, object] = {}
     try:
         exec(compile(block, 'snippet', 'exec'), names)
