@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -70,12 +71,12 @@ class Answers:
 def for_harness(model: AutoregressiveWrapper, tokenizer: Tokenizer) -> Any:
     """The model as ``lm_eval.simple_evaluate(model=...)`` takes it. Raises TrainingError where lm-eval is not installed."""
     try:
-        from lm_eval.api.model import LM
+        base: Any = import_module('lm_eval.api.model').LM
     except ModuleNotFoundError:
         raise TrainingError('for_harness needs lm-evaluation-harness: pip install lm-eval.') from None
     answers = Answers(model, tokenizer)
 
-    class Harness(LM):  # type: ignore[misc]  # without the package its classes are of unknown type
+    class Harness(base):  # type: ignore[misc]  # a class that is known only where the package is
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return [answers.likelihood(*request.args) for request in requests]
 
