@@ -18,6 +18,7 @@ from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare, warn_of_end
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.latent_prediction import Discount, check_parameters
+from x_transformers.layers.arguments import is_number
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import RMSNorm
@@ -211,6 +212,11 @@ class FullBandwidth(Module):
         self.transitions = nn.ModuleDict()
         self.pairs: list[Pair] = []
         for entry in self._entries(recirc_pairs, depth):
+            if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3) or not all(map(is_number, entry[:2])):
+                raise ValueError(
+                    'recirc_pairs must be pairs (block out of which, block into which), each with a transition of its own '
+                    f'behind it if wanted, got {entry!r}.'
+                )
             out, into, *own = entry
             if not (1 <= out <= depth and 1 <= into <= depth) or (out, into) in self.pairs:
                 raise ValueError(f'recirc_pairs must be different pairs of blocks 1 to {depth}, got {(out, into)}.')

@@ -19,6 +19,7 @@ from x_transformers.flags.later_objectives import RecirculationOptions
 from x_transformers.flags.objectives import options
 from x_transformers.helpers import cast_tuple, default
 from x_transformers.latent_prediction import check_parameters, mlp
+from x_transformers.layers.arguments import is_number
 from x_transformers.module import Module
 from x_transformers.tensor_types import Float, Int
 
@@ -89,6 +90,9 @@ class Recirculation(Module):
             cast_tuple(tuple(each) if isinstance(each, list) else each) for each in (source_layer, destination_layer)
         )
         count = stack.num_attn_layers
+        for name, each in (('source_layer', sources), ('destination_layer', destinations)):
+            if not all(map(is_number, each)):
+                raise ValueError(f'Recirculation: {name} must be the index of an attention layer, or several, got {each}.')
         check_added_losses(net, 'Recirculation')
         check_parameters(
             'Recirculation',

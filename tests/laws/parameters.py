@@ -790,5 +790,3 @@ MODELS = (
     ),
     Target('ViTransformerWrapper.forward', ViTransformerWrapper.forward, of_call(of_images), {}, ('img',)),
 )  # fmt: skip
-
-TARGETS = (*OBJECTIVES, *MODELS)
