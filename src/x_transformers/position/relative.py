@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from math import log
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from x_transformers.flags.base import FlagError
-from x_transformers.helpers import recall, recomputed_part, remember
-from x_transformers.module import Module
+from x_transformers.helpers import recall, recomputed_part, remember, without_autocast
+from x_transformers.module import Module, is_sharded
 from x_transformers.norms import LayerNorm
 from x_transformers.position.bias import Bias
 from x_transformers.tensor_types import Float, Int
@@ -187,6 +189,18 @@ class RelativePositionBias(DistanceBias):
         return values.t() * self.scale
 
 
+def in_precision(module: nn.Module, x: Float[Tensor, 'm c'], dtype: torch.dtype) -> Float[Tensor, 'm d']:
+    """``module(x)``, computed with its parameters in a wider precision. Where these are elsewhere now, in their own."""
+    held = {name: t for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_floating_point()}
+    if all(t.dtype == dtype for t in held.values()):
+        out: Tensor = module(x)
+    elif any(t.is_meta for t in held.values()) or is_sharded(module):
+        out = module(x.to(next(iter(held.values())).dtype)).to(dtype)
+    else:
+        out = functional_call(module, {name: t.to(dtype) for name, t in held.items()}, (x,))
+    return out
+
+
 class DynamicPositionBias(DistanceBias):
     """A bias that a small network computes from the distance (of its logarithm, with ``log_distance``).
 
@@ -207,12 +221,15 @@ class DynamicPositionBias(DistanceBias):
 
     def of_distances(self, distances: Int[Tensor, 'm']) -> Float[Tensor, 'h m']:
         weight = cast(nn.Linear, self.mlp[-1]).weight
-        back = (-distances).to(torch.promote_types(weight.dtype, torch.float32))
+        single = torch.promote_types(weight.dtype, torch.float32)
+        back = (-distances).to(single)
         if self.log_distance:
             back = back.sign() * (back.abs() + 1.0).log()
-        hidden = back.unsqueeze(-1).to(weight.dtype)
-        for layer in self.mlp:
-            hidden = layer(hidden)
+        hidden = back.unsqueeze(-1)
+        # half precision knows no odd number above 256, or 2048
+        with without_autocast(hidden):
+            for layer in self.mlp:
+                hidden = in_precision(layer, hidden, single)
         return hidden.t()
 
 
