@@ -132,6 +132,12 @@ class Run:
             raise SystemExit(f'{self.name} missed its figure: {what} is {value:.4g}, {asked} was wanted.')
 
 
+def counted(rows: int, length: int, symbols: int, *, steps: int = 5) -> Tensor:
+    """Sequences that count modulo ``symbols`` (rows, length); each begins anywhere, and its step is 1 to ``steps``."""
+    begin, step = torch.randint(symbols, (rows, 1)), torch.randint(1, steps + 1, (rows, 1))
+    return (begin + step * torch.arange(length)) % symbols
+
+
 def figure(rows: int, columns: int, *, width: float, height: float) -> Any:
     """(matplotlib figure, its axes as an array of rows and columns); needs no display."""
     import matplotlib

@@ -5,20 +5,12 @@ Each sequence counts modulo 16 in a step of its own. The net is trained in paral
 
 from __future__ import annotations
 
-import torch
-from common import Run
-from torch import Tensor
+from common import Run, counted
 
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.full_bandwidth import FullBandwidth
 
 SYMBOLS, LENGTH = 16, 20
-
-
-def counted(rows: int) -> Tensor:
-    """Each row begins anywhere and goes on in its own step (b 20)."""
-    begin, step = torch.randint(SYMBOLS, (rows, 1)), torch.randint(1, 6, (rows, 1))
-    return (begin + step * torch.arange(LENGTH)) % SYMBOLS
 
 
 def main() -> None:
@@ -37,9 +29,9 @@ def main() -> None:
     )
     # with two passes only, what is trained is not yet what tokens that are written one by one have seen
     model = FullBandwidth(net, temporal_parallel_passes=4)
-    run.train(model, lambda: model(counted(32)), lr=3e-3)
+    run.train(model, lambda: model(counted(32, LENGTH, SYMBOLS)), lr=3e-3)
 
-    x = counted(256)
+    x = counted(256, LENGTH, SYMBOLS)
     made = model.generate(x[:, :4], LENGTH - 4, temperature=0.0)
     right = (made == x[:, 4:]).float().mean()
     run.check('share of tokens right', right, at_least=0.95, baseline=f'guessing reaches {1 / SYMBOLS:.3f}')

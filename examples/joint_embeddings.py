@@ -6,19 +6,12 @@ Each sequence counts modulo 16 in a step of its own. A tenth of the probe's grad
 from __future__ import annotations
 
 import torch
-from common import Run
-from torch import Tensor
+from common import Run, counted
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.gpt_lejepa import LatentAutoregressive
 
 SYMBOLS, LENGTH = 16, 20
-
-
-def counted(rows: int) -> Tensor:
-    """Each row begins anywhere and goes on in its own step (b 20)."""
-    begin, step = torch.randint(SYMBOLS, (rows, 1)), torch.randint(1, 6, (rows, 1))
-    return (begin + step * torch.arange(LENGTH)) % SYMBOLS
 
 
 def main() -> None:
@@ -30,9 +23,9 @@ def main() -> None:
         attn_layers=Decoder(dim=64, depth=2, heads=2, attn_dim_head=32, rotary_pos_emb=True, use_rmsnorm=True),
     )
     model = LatentAutoregressive(net, dim=64, frac_gradient=0.1, sigreg_loss_kwargs={'num_slices': 32})
-    run.train(model, lambda: model(counted(32)), lr=3e-3)
+    run.train(model, lambda: model(counted(32, LENGTH, SYMBOLS)), lr=3e-3)
 
-    x = counted(256)
+    x = counted(256, LENGTH, SYMBOLS)
     made = AutoregressiveWrapper(net).generate(x[:, :4], LENGTH - 4, temperature=0.0)
     right = (made == x[:, 4:]).float().mean()
     run.check('share of tokens right', right, at_least=0.95, baseline=f'guessing reaches {1 / SYMBOLS:.3f}')

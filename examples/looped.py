@@ -6,19 +6,11 @@ most tokens.
 
 from __future__ import annotations
 
-import torch
-from common import Run
-from torch import Tensor
+from common import Run, counted
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
 SYMBOLS, LENGTH, LOOPS = 16, 20, 3
-
-
-def counted(rows: int) -> Tensor:
-    """Each row begins anywhere and goes on in its own step (b 20)."""
-    begin, step = torch.randint(SYMBOLS, (rows, 1)), torch.randint(1, 6, (rows, 1))
-    return (begin + step * torch.arange(LENGTH)) % SYMBOLS
 
 
 def main() -> None:
@@ -34,9 +26,9 @@ def main() -> None:
         looped_positions=True,
     )
     model = AutoregressiveWrapper(net)
-    run.train(model, lambda: model(counted(32)), lr=3e-3)
+    run.train(model, lambda: model(counted(32, LENGTH, SYMBOLS)), lr=3e-3)
 
-    x = counted(256)
+    x = counted(256, LENGTH, SYMBOLS)
     made, seen = model.generate(x[:, :4], LENGTH - 4, temperature=0.0, return_intermediates=True)
     right = (made == x[:, 4:]).float().mean()
     loops = seen.exit_indices.float().mean() + 1

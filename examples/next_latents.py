@@ -6,18 +6,11 @@ Each sequence counts modulo 32 in a step of its own, which the first two tokens 
 from __future__ import annotations
 
 import torch
-from common import Run
-from torch import Tensor
+from common import Run, counted
 
 from x_transformers import AutoregressiveWrapper, Decoder, NextLatentWrapper, TransformerWrapper
 
 SYMBOLS, LENGTH = 32, 24
-
-
-def counted(rows: int) -> Tensor:
-    """Each row begins anywhere and goes on in its own step (b 24)."""
-    begin, step = torch.randint(SYMBOLS, (rows, 1)), torch.randint(1, 8, (rows, 1))
-    return (begin + step * torch.arange(LENGTH)) % SYMBOLS
 
 
 def main() -> None:
@@ -29,9 +22,9 @@ def main() -> None:
         attn_layers=Decoder(dim=64, depth=2, heads=2, attn_dim_head=32, rotary_pos_emb=True, use_rmsnorm=True),
     )
     model = NextLatentWrapper(net, dim=64, num_rollouts=2)
-    run.train(model, lambda: model(counted(32)), lr=3e-3)
+    run.train(model, lambda: model(counted(32, LENGTH, SYMBOLS, steps=7)), lr=3e-3)
 
-    x = counted(256)
+    x = counted(256, LENGTH, SYMBOLS, steps=7)
     with torch.no_grad():
         _, parts = model(x, return_loss_breakdown=True)
     made = AutoregressiveWrapper(net).generate(x[:, :4], LENGTH - 4, temperature=0.0)

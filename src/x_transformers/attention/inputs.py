@@ -125,6 +125,28 @@ class BranchInputs:
         return other
 
 
+class LazyMap:
+    """An attribute that is read from ``maps`` unless somebody sets it."""
+
+    def __init__(self, of_maps: str) -> None:
+        self.of_maps = of_maps
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, report: Intermediates | None, owner: type) -> Float[Tensor, 'b h i j'] | None:
+        if report is None:
+            return None
+        given = report._maps_set[self.name]
+        if given is not None or report.maps is None:
+            return given
+        computed: Tensor | None = getattr(report.maps, self.of_maps)
+        return computed
+
+    def __set__(self, report: Intermediates, value: Float[Tensor, 'b h i j'] | None) -> None:
+        report._maps_set[self.name] = value
+
+
 class Intermediates:
     """What one attention reports.
 
@@ -134,6 +156,10 @@ class Intermediates:
     (latent, rotated-head keys) with a latent; assigning it replaces the cache. ``log_probs`` (b h i) are those of the keys
     that hard attention has chosen, if the call asked for them. A feed-forward of experts reports its ``expert_loss`` alone.
     """
+
+    qk_similarities = LazyMap('qk_similarities')
+    pre_softmax_attn = LazyMap('pre_softmax')
+    post_softmax_attn = LazyMap('post_softmax')
 
     def __init__(
         self,
@@ -150,11 +176,10 @@ class Intermediates:
         maps: Maps | None = None,
         cache: LayerCache | None = None,
     ) -> None:
-        self._given: dict[str, Tensor | None] = {
-            'qk_similarities': qk_similarities,
-            'pre_softmax_attn': pre_softmax_attn,
-            'post_softmax_attn': post_softmax_attn,
-        }
+        self._maps_set: dict[str, Tensor | None] = {}
+        self.qk_similarities = qk_similarities
+        self.pre_softmax_attn = pre_softmax_attn
+        self.post_softmax_attn = post_softmax_attn
         self._cached_kv = cached_kv
         self.values = values
         self.layer_type = layer_type
@@ -164,37 +189,6 @@ class Intermediates:
         self.maps = maps
         self.cache = cache
         self.handed: HandedKeys | None = None
-
-    def _map(self, name: str, lazy: str) -> Tensor | None:
-        given = self._given[name]
-        if given is not None or self.maps is None:
-            return given
-        computed: Tensor | None = getattr(self.maps, lazy)
-        return computed
-
-    @property
-    def qk_similarities(self) -> Tensor | None:
-        return self._map('qk_similarities', 'qk_similarities')
-
-    @qk_similarities.setter
-    def qk_similarities(self, value: Tensor | None) -> None:
-        self._given['qk_similarities'] = value
-
-    @property
-    def pre_softmax_attn(self) -> Tensor | None:
-        return self._map('pre_softmax_attn', 'pre_softmax')
-
-    @pre_softmax_attn.setter
-    def pre_softmax_attn(self, value: Tensor | None) -> None:
-        self._given['pre_softmax_attn'] = value
-
-    @property
-    def post_softmax_attn(self) -> Tensor | None:
-        return self._map('post_softmax_attn', 'post_softmax')
-
-    @post_softmax_attn.setter
-    def post_softmax_attn(self, value: Tensor | None) -> None:
-        self._given['post_softmax_attn'] = value
 
     @property
     def cached_kv(self) -> CachedKeys | None:

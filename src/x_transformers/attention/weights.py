@@ -147,30 +147,27 @@ class Hard(Normalize):
         return one_hot_straight_through
 
 
-class SparseTopK(Normalize):
+class TopK(Normalize):
+    """A softmax over the highest scores of each query."""
+
+    @classmethod
+    def is_on(cls, flags: ScoreFlags) -> bool:
+        return flags.sparse_topk is not None and flags.sparse_topk_straight_through == (cls is StraightThroughTopK)
+
+    @classmethod
+    def weights(cls, flags: ScoreFlags) -> WeightFunction:
+        straight = flags.sparse_topk_straight_through
+        return partial(sparse_topk_attn, sparse_topk=flags.sparse_topk or 1, straight_through=straight)
+
+
+class SparseTopK(TopK):
     name = 'sparse_topk'
     unfused = None
 
-    @classmethod
-    def is_on(cls, flags: ScoreFlags) -> bool:
-        return flags.sparse_topk is not None and not flags.sparse_topk_straight_through
 
-    @classmethod
-    def weights(cls, flags: ScoreFlags) -> WeightFunction:
-        return partial(sparse_topk_attn, sparse_topk=flags.sparse_topk or 1)
-
-
-class StraightThroughTopK(Normalize):
+class StraightThroughTopK(TopK):
     name = 'sparse_topk_straight_through'
     unfused = 'the gradient is that of all scores'
-
-    @classmethod
-    def is_on(cls, flags: ScoreFlags) -> bool:
-        return flags.sparse_topk is not None and flags.sparse_topk_straight_through
-
-    @classmethod
-    def weights(cls, flags: ScoreFlags) -> WeightFunction:
-        return partial(sparse_topk_attn, sparse_topk=flags.sparse_topk or 1, straight_through=True)
 
 
 class Softpick(Normalize):

@@ -87,16 +87,8 @@ class AnswerModel(Module):
         return F.linear(hidden[asked], weight, bias), targets
 
 
-class VectorModel(Module):
+class VectorModel(AnswerModel):
     """Vectors in, a vector out at each position; it is scored against the ``values`` of its row."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        check_added_losses(net, type(self).__name__)
-        self.net = net
-
-    def forward(self, batch: Batch) -> Float[Tensor, '']:
-        return F.cross_entropy(*self.answers(batch))
 
     def answers(self, batch: Batch) -> tuple[Float[Tensor, 'a v'], Int[Tensor, ' a']]:
         batch = on_device_of(self, batch)

@@ -95,7 +95,26 @@ def write(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any, around: A
     return written
 
 
-class Residual(ResidualPath):
+class ScaledStream(ResidualPath):
+    """One stream, times a learned gain per feature (``scale_residual``) before a branch is added to it."""
+
+    def __init__(self, dim: int, scale_residual: bool = False) -> None:
+        super().__init__()
+        self.residual_scale = empty_parameter(dim) if scale_residual else None
+        self.init_own()
+
+    def init_own(self) -> None:
+        if self.residual_scale is not None:
+            nn.init.ones_(self.residual_scale)
+
+    def scaled(self, stream: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        return stream if self.residual_scale is None else stream * self.residual_scale
+
+    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'b n d']]:
+        return streams, streams
+
+
+class Residual(ScaledStream):
     """``out + c * (a * stream)``, with a learned gain per feature ``a`` (``scale_residual``) and a constant ``c``."""
 
     @classmethod
@@ -109,21 +128,11 @@ class Residual(ResidualPath):
         return cls(flags.dim, **{**settings, **flags.residual_fn_kwargs})
 
     def __init__(self, dim: int, scale_residual: bool = False, scale_residual_constant: float = 1.0, **kwargs: Any) -> None:
-        super().__init__()
-        self.residual_scale = empty_parameter(dim) if scale_residual else None
+        super().__init__(dim, scale_residual)
         self.scale_residual_constant = scale_residual_constant
-        self.init_own()
 
-    def init_own(self) -> None:
-        if self.residual_scale is not None:
-            nn.init.ones_(self.residual_scale)
-
-    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Tensor, Tensor]:
-        return streams, streams
-
-    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
-        if self.residual_scale is not None:
-            rest = rest * self.residual_scale
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        rest = self.scaled(rest)
         if self.scale_residual_constant != 1.0:
             rest = rest * self.scale_residual_constant
         return out + rest
@@ -145,13 +154,12 @@ class OrthogonalResidual(Residual):
     def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
         return cls(flags.dim, **{'scale_residual': flags.learns_residual_scale, **flags.residual_fn_kwargs})
 
-    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
-        if self.residual_scale is not None:
-            rest = rest * self.residual_scale
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        rest = self.scaled(rest)
         return rest + without_component(out, rest)
 
 
-class GRUGating(ResidualPath):
+class GRUGating(ScaledStream):
     """A GRU cell per token: the branch's output is its input, the stream its state; https://arxiv.org/abs/1910.06764."""
 
     name = 'gate_residual'
@@ -161,22 +169,11 @@ class GRUGating(ResidualPath):
         return cls(flags.dim, **{'scale_residual': flags.learns_residual_scale, **flags.residual_fn_kwargs})
 
     def __init__(self, dim: int, scale_residual: bool = False, **kwargs: Any) -> None:
-        super().__init__()
+        super().__init__(dim, scale_residual)
         self.gru = nn.GRUCell(dim, dim)
-        self.residual_scale = empty_parameter(dim) if scale_residual else None
-        self.init_own()
 
-    def init_own(self) -> None:
-        if self.residual_scale is not None:
-            nn.init.ones_(self.residual_scale)
-
-    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Tensor, Tensor]:
-        return streams, streams
-
-    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
-        if self.residual_scale is not None:
-            rest = rest * self.residual_scale
-        gated: Tensor = self.gru(out.flatten(0, -2), rest.flatten(0, -2).to(out.dtype))
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        gated: Tensor = self.gru(out.flatten(0, -2), self.scaled(rest).flatten(0, -2).to(out.dtype))
         return gated.view_as(out)
 
 

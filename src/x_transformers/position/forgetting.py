@@ -65,22 +65,11 @@ class ForgetBias(Bias):
         return torch.where(index <= rows(index).unsqueeze(-1), bias, ahead)
 
 
-class DataDependentAlibi(Module):
-    """One gate for each token and head; not causal: a second one for looking ahead.
-
-    The gates start nearly open: their bias is ``bias_init``. ``post_log_scale`` multiplies their logarithms.
-    forward: (b n dim) -> (b heads n n). ``bias``: the same for a branch with a cache or memories.
-    """
+class ForgetGates(Module):
+    """What both kinds of gates share. forward: (b n dim) -> (b heads n n), the bias of a whole sequence."""
 
     # forget gates stand in the place of any other bias
     replaces = True
-
-    def __init__(self, dim: int, heads: int, causal: bool = True, bias_init: float = 5.0, post_log_scale: float = 1.0) -> None:
-        super().__init__()
-        self.heads = heads
-        self.causal = causal
-        self.post_log_scale = post_log_scale
-        self.to_forget_gates = nn.Sequential(GateLinear(dim, heads if causal else heads * 2, bias_init), nn.LogSigmoid())
 
     def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n n']:
         return self.bias(x).render(ScoreShape(x.shape[-2], x.shape[-2]))
@@ -96,6 +85,30 @@ class DataDependentAlibi(Module):
 
         Keys that nobody sees, where ``keys`` is False, stand in nobody's way: their gates are open.
         """
+        raise NotImplementedError(f'{type(self).__name__} must have a `bias`')
+
+
+class DataDependentAlibi(ForgetGates):
+    """One gate for each token and head; not causal: a second one for looking ahead.
+
+    The gates start nearly open: their bias is ``bias_init``. ``post_log_scale`` multiplies their logarithms.
+    forward: (b n dim) -> (b heads n n). ``bias``: the same for a branch with a cache or memories.
+    """
+
+    def __init__(self, dim: int, heads: int, causal: bool = True, bias_init: float = 5.0, post_log_scale: float = 1.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.post_log_scale = post_log_scale
+        self.to_forget_gates = nn.Sequential(GateLinear(dim, heads if causal else heads * 2, bias_init), nn.LogSigmoid())
+
+    def bias(
+        self,
+        x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
+        past: LayerCache | None = None,
+        mem: Float[Tensor, 'b l d'] | None = None,
+        keys: Bool[Tensor, 'b j'] | None = None,
+    ) -> Bias:
         new = self.gates(_first_view(x))
         queries = placed_queries(past, new.shape[-2], mem)
         if keys is not None:
@@ -126,15 +139,12 @@ class DataDependentAlibi(Module):
         return logs.to(torch.promote_types(logs.dtype, torch.float32))
 
 
-class PerRowDataDependentAlibi(Module):
+class PerRowDataDependentAlibi(ForgetGates):
     """A gate for each pair of query and key: small queries and keys of ``dim_head`` channels decide how far it is open.
 
     forward: (b n dim) -> (b heads n n); ``bias``: the same for a branch with a cache or memories.
     Raises FlagError unless ``causal``: there is no gate that looks ahead.
     """
-
-    # forget gates stand in the place of any other bias
-    replaces = True
 
     def __init__(self, dim: int, heads: int, causal: bool = True, dim_head: int = 8, post_log_scale: float = 1.0) -> None:
         super().__init__()
@@ -146,9 +156,6 @@ class PerRowDataDependentAlibi(Module):
         self.post_log_scale = post_log_scale
         self.to_forget_gates = nn.Sequential(nn.Linear(dim, heads * dim_head * 2, bias=False))
 
-    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n n']:
-        return self.bias(x).render(ScoreShape(x.shape[-2], x.shape[-2]))
-
     def bias(
         self,
         x: Float[Tensor, 'b n d'] | Float[Tensor, '3 b n d'],
@@ -156,10 +163,6 @@ class PerRowDataDependentAlibi(Module):
         mem: Float[Tensor, 'b l d'] | None = None,
         keys: Bool[Tensor, 'b j'] | None = None,
     ) -> Bias:
-        """For the new tokens ``x`` (of three views, the queries') behind the memories and the tokens of the cache.
-
-        Keys that nobody sees, where ``keys`` is False, stand in nobody's way: their gates are open.
-        """
         q, k = self.heads_of(_first_view(x))
         if past is not None:
             check_gates(past, past.get('forget'), k.shape[-2])
