@@ -169,7 +169,7 @@ def table(rows: list[dict[str, Any]], labels: list[str]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], labels: list[str], path: Path) -> None:
-    from x_transformers.drawing import name_beside, panels, save, style
+    from x_transformers.drawing import name_beside, panels, save_figure, style
 
     with style():
         figure, [[axis]] = panels(width=8.5, height=0.35 * len(rows) + 1.5)
@@ -182,7 +182,7 @@ def draw(rows: list[dict[str, Any]], labels: list[str], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_xlabel('processor time, as a ratio to the hand-written floor')
         name_beside(axis)
-        save(figure, path)
+        save_figure(figure, path)
 
 
 def wanted_of(options: argparse.Namespace) -> list[str]:

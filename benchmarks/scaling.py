@@ -36,7 +36,7 @@ from x_transformers.training.checkpoint import Checkpoints
 from x_transformers.training.data import standard_library
 from x_transformers.training.engine import Engine
 from x_transformers.training.options import TrainerOptions
-from x_transformers.training.shards import prepare
+from x_transformers.training.shards import prepare_shards
 from x_transformers.training.tokens import train_bpe
 from x_transformers.training.trainer import Trainer
 
@@ -122,7 +122,7 @@ def data() -> list[Found]:
     found = []
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
-            found.append(seconds(lambda: prepare(sources, tokenizer, cache=Path(folder)), time.process_time))
+            found.append(seconds(lambda: prepare_shards(sources, tokenizer, cache=Path(folder)), time.process_time))
     rates = [size / 1e6 / each for each in found]
     return [Found(f'preparation of {size / 1e6:.0f} MB of text with BPE, on one processor', rates, 'MB/s', least=5.0)]
 
@@ -132,7 +132,7 @@ def loader() -> list[Found]:
     sources = standard_library()
     tokenizer = train_bpe((source.path.read_bytes() for source in sources[:100]), 8192)
     with tempfile.TemporaryDirectory() as folder:
-        made = prepare(sources, tokenizer, cache=Path(folder))
+        made = prepare_shards(sources, tokenizer, cache=Path(folder))
         batches = TokenBatches([(made.train, 1.0)], batch=ROWS, window=LENGTH, seed=0)
         step = step_of(trainer(Engine(), build_model(FLAGS, 8192), batches))
         step()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from x_transformers.drawing import panels, save, settings
+from x_transformers.drawing import panels, save_figure, settings
 
 PICTURES = Path('runs/examples')
 
@@ -113,7 +113,7 @@ class Run:
         """Save a matplotlib figure as ``runs/examples/NAME.png``."""
         PICTURES.mkdir(parents=True, exist_ok=True)
         path = PICTURES / f'{name or self.name}.png'
-        save(figure, path)
+        save_figure(figure, path)
         tqdm.write(f'{self.name}: wrote {path}')
 
     def check(

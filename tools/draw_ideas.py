@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.drawing import panels, save, style
+from x_transformers.drawing import panels, save_figure, style
 
 PATH = Path(__file__).parent.parent / 'docs/assets/ideas.png'
 N, DIM = 24, 32
@@ -73,7 +73,7 @@ def main() -> None:
                 axis.set_title(title, fontsize=8)
                 axis.set_xticks([])
                 axis.set_yticks([])
-        print(f'wrote {save(figure, PATH)}')
+        print(f'wrote {save_figure(figure, PATH)}')
 
 
 if __name__ == '__main__':

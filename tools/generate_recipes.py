@@ -17,7 +17,7 @@ from x_transformers.cli.evidence import row_of, table
 from x_transformers.evidence.experiment import Experiment, Outcome, Question
 from x_transformers.evidence.findings import number, probability, signed, verdict_words
 from x_transformers.evidence.suites import SUITES
-from x_transformers.evidence.tasks.data import Bytes
+from x_transformers.evidence.tasks.data import ByteText
 from x_transformers.flags.presets import PRESETS
 
 PAGES = {name: DOCS / f'{name}.md' for name in ('recipes', 'evidence')}
@@ -46,7 +46,7 @@ def recipe_table(kept: Kept) -> str:
 def question_table(kept: Kept, made: Experiment, asked: Question) -> str:
     outcomes = made.answer(asked, {})
     task, runs = asked.the_task(), [line for line in kept.lines().values() if 'seed' in line]
-    cached = isinstance(task, Bytes)
+    cached = isinstance(task, ByteText)
     columns = ('difference, 95 % interval', 'p (Holm)', 'verdict', 'at equal time', 'time')
     head = ['idea', f'{task.metric} ({task.better} is better)', *columns, *(['cache'] if cached else [])]
     first = next((o for o in outcomes if o.baseline is not None), None)

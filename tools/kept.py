@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from x_transformers.cli.evidence import questions_of
+from x_transformers.cli.evidence import suite_questions
 from x_transformers.evidence.experiment import Experiment, Question
 from x_transformers.evidence.plan import Plan, question, read_plan
 from x_transformers.evidence.runs import CostRun, Job, write_text
@@ -44,7 +44,7 @@ class Kept:
     @cached_property
     def questions(self) -> tuple[Question, ...]:
         if self.plan_path is None:
-            return questions_of(SUITES[self.name](), seeds=3, steps=None)
+            return suite_questions(SUITES[self.name](), seeds=3, steps=None)
         seeds = int(self.plan.more.get('seeds', 3))
         base, ideas, settings = self.plan.base, self.plan.ideas, self.plan.settings
         return tuple(question(entry, base, ideas, seeds=seeds, settings=settings) for entry in self.plan.tasks)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from x_transformers.embedding.call import rows_in_front
 from x_transformers.embedding.ids import beyond, training_ids
 from x_transformers.embedding.loop import loss_of_loops
-from x_transformers.flags.calls import BeamOptions, GenerateOptions
+from x_transformers.flags.calls import BeamOptions, GenerationOptions
 from x_transformers.flags.fit import check_future, check_net, expert_loss
 from x_transformers.flags.objectives import AutoregressiveOptions, options
 from x_transformers.generation import beam
-from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_vocabulary, unwrapped
+from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_same_vocabulary, unwrapped
 from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, no_program, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
 from x_transformers.generation.prompts import (
@@ -25,7 +25,7 @@ from x_transformers.generation.prompts import (
     check_reserved,
     checked_eos,
     checked_length,
-    prepare,
+    prepare_prompts,
     warn_of_end,
 )
 from x_transformers.generation.sampling import (
@@ -46,7 +46,7 @@ from x_transformers.generation.texts import check_speculative, collected, run_te
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.losses import apart, later_token_loss, next_embedding_loss, token_cross_entropy, with_experts
+from x_transformers.losses import later_token_loss, next_embedding_loss, packed_targets, token_cross_entropy, with_experts
 from x_transformers.module import Module
 from x_transformers.randomness import forgetful_mask
 from x_transformers.tensor_types import Float, Int
@@ -178,7 +178,7 @@ class AutoregressiveWrapper(Module):
         front = 0 if kwargs.get('excise_prepend_embeds') else prefix
         if targets is None:
             # outputs are not sliced, as a target that does not count costs less than a copy of them
-            wanted = apart(x, kwargs.get('flash_pack_seq_kwargs'), prefix, self.ignore_index)[:, 1:]
+            wanted = packed_targets(x, kwargs.get('flash_pack_seq_kwargs'), prefix, self.ignore_index)[:, 1:]
             targets = pad_at_dim(wanted, (0, 1), value=self.ignore_index)
         elif targets.shape != x.shape:
             raise ValueError(f'targets must have the shape of x, {tuple(x.shape)}, got {tuple(targets.shape)}.')
@@ -309,7 +309,7 @@ class AutoregressiveWrapper(Module):
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
         """
-        options(GenerateOptions, 'generate', locals())
+        options(GenerationOptions, 'generate', locals())
         warn_of_end(self.net, eos_token)
         prompt, steps = self._prompt(prompts, prompt_lens, kwargs), checked_length(seq_len)
         filter_fn = resolve_filter(filter_logits_fn)
@@ -338,12 +338,12 @@ class AutoregressiveWrapper(Module):
             )
         rest: dict[str, Any] = {'eos': checked_eos(eos_token), 'pad': self.pad_value}
         for net, _ in nets:
-            check_vocabulary(self.net, net, 'amateur')
+            check_same_vocabulary(self.net, net, 'amateur')
         if speculative:
             check_speculative(self.net, draft_model, prompt_lookup, self_speculative, nets)
             if draft_model is not None:
                 small = unwrapped(draft_model)
-                check_vocabulary(self.net, small, 'draft model')
+                check_same_vocabulary(self.net, small, 'draft model')
                 models.append(draft_model)
                 drafting = reader(small)
                 if eos_token is None and steps > 0:
@@ -446,4 +446,4 @@ class AutoregressiveWrapper(Module):
         check_reserved(kwargs)
         if getattr(self.net, 'has_multiple_heads', False):
             raise GenerateError('the net has several output heads; generation needs one (num_output_heads=1)')
-        return prepare(prompts, lens, self.pad_value, may_be_empty=kwargs.get('prepend_embeds') is not None)
+        return prepare_prompts(prompts, lens, self.pad_value, may_be_empty=kwargs.get('prepend_embeds') is not None)

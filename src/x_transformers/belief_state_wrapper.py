@@ -16,10 +16,10 @@ from x_transformers.flags.fit import check_net
 from x_transformers.flags.objectives import BeliefStateOptions, options
 from x_transformers.generation.decode import Tokens, decode, reader_for
 from x_transformers.generation.modes import eval_decorator
-from x_transformers.generation.prompts import check_reserved, checked_length, prepare
+from x_transformers.generation.prompts import check_reserved, checked_length, prepare_prompts
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
-from x_transformers.layers.checks import is_whole, shape_of
+from x_transformers.layers.checks import is_int, shape_of
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.randomness import happens
@@ -231,7 +231,7 @@ class BeliefStateWrapper(Module):
         steps = checked_length(seq_len)
         filter_kwargs = {'min_p': 0.1} if filter_kwargs is None else filter_kwargs
         pick = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs, generator)
-        prompt = prepare(turned(prompts) if decode_backwards else prompts, may_be_empty=decode_backwards)
+        prompt = prepare_prompts(turned(prompts) if decode_backwards else prompts, may_be_empty=decode_backwards)
         rows, given = len(prompt.tokens), {'return_embeddings': True, **kwargs}
         if decode_backwards:
             # written before anything is known of the beginning: one random token stands for it
@@ -319,7 +319,7 @@ def check_sequence(seq: Tensor, lens: Tensor | None) -> None:
         raise ValueError(f'seq must be tokens of shape (batch, length) with at least 2 of them, got {tuple(seq.shape)}')
     if lens is None:
         return
-    if not is_whole(lens, 1) or lens.shape != seq.shape[:1]:
+    if not is_int(lens, 1) or lens.shape != seq.shape[:1]:
         raise ValueError(f'lens must hold one length per row, a tensor of shape ({seq.shape[0]},), got {shape_of(lens)}')
     if bool((lens < 2).any()) or bool((lens > seq.shape[1]).any()):
         raise ValueError(f'lens must lie between 2 and the length of the sequence, {seq.shape[1]}; got {lens.tolist()}')

@@ -112,14 +112,14 @@ class DPO(Module):
         """
         preferred_seq = token_ids(preferred_seq, 'preferred_seq')
         unpreferred_seq = token_ids(unpreferred_seq, 'unpreferred_seq')
-        check_pair(preferred_seq, unpreferred_seq)
+        check_preference_pair(preferred_seq, unpreferred_seq)
         check_future(self.policy_model, {}, 'DPO', allowed=self.allow_future)
         if self.pad_id is not None:
             preferred_seq_mask = preferred_seq != self.pad_id if preferred_seq_mask is None else preferred_seq_mask
             unpreferred_seq_mask = unpreferred_seq != self.pad_id if unpreferred_seq_mask is None else unpreferred_seq_mask
-        check_mask('prompt_mask', prompt_mask, preferred_seq)
-        check_mask('preferred_seq_mask', preferred_seq_mask, preferred_seq)
-        check_mask('unpreferred_seq_mask', unpreferred_seq_mask, unpreferred_seq)
+        check_sequence_mask('prompt_mask', prompt_mask, preferred_seq)
+        check_sequence_mask('preferred_seq_mask', preferred_seq_mask, preferred_seq)
+        check_sequence_mask('unpreferred_seq_mask', unpreferred_seq_mask, unpreferred_seq)
         self.ref_model.eval()
         gained = self.gain(preferred_seq, prompt_mask, preferred_seq_mask)
         lost = self.gain(unpreferred_seq, prompt_mask, unpreferred_seq_mask)
@@ -137,7 +137,7 @@ class DPO(Module):
         return self.score(self.policy_model, seq, chosen) - reference
 
 
-def check_pair(preferred: Tensor, unpreferred: Tensor) -> None:
+def check_preference_pair(preferred: Tensor, unpreferred: Tensor) -> None:
     if preferred.ndim != 2 or preferred.shape != unpreferred.shape or preferred.shape[1] < 2:
         raise ValueError(
             'preferred_seq and unpreferred_seq must both be tokens of shape (batch, length), padded to one length of at least '
@@ -145,7 +145,7 @@ def check_pair(preferred: Tensor, unpreferred: Tensor) -> None:
         )
 
 
-def check_mask(name: str, mask: Tensor | None, seq: Tensor) -> None:
+def check_sequence_mask(name: str, mask: Tensor | None, seq: Tensor) -> None:
     rows, length = seq.shape
     if mask is not None and (not is_bool(mask, 2) or tuple(mask.shape) not in ((rows, length), (rows, length - 1))):
         raise ValueError(

@@ -63,7 +63,7 @@ def name_beside(axis: Any, *names: str) -> None:
     axis.legend(*([names] if names else []), loc='center left', bbox_to_anchor=(1.0, 0.5))
 
 
-def save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
     """Write the picture whole or not at all. Its format is that of the path's name."""
     temporary = path.with_name(f'.{path.name}')
     figure.savefig(temporary, format=path.suffix.removeprefix('.'), dpi=DOTS_PER_INCH, bbox_inches='tight')

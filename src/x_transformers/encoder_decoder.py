@@ -109,9 +109,9 @@ class XTransformer(Module):
         options(XTransformerOptions, 'XTransformer', locals())
         enc, rest = groupby_prefix_and_trim(ENCODER, flags)
         dec, rest = groupby_prefix_and_trim(DECODER, rest)
-        check_names(enc, dec, rest)
-        enc_wrapper, enc_stack = split(enc)
-        dec_wrapper, dec_stack = split(dec)
+        check_side_names(enc, dec, rest)
+        enc_wrapper, enc_stack = split_side(enc)
+        dec_wrapper, dec_stack = split_side(dec)
         if tie_token_emb:
             check_tied(enc_wrapper, dec_wrapper)
         self.cross_attn_tokens_dropout = cross_attn_tokens_dropout
@@ -186,12 +186,12 @@ class XTransformer(Module):
         return loss
 
 
-def split(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_side(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the model's keywords, the stack's)."""
     return {k: v for k, v in flags.items() if k in MODEL_NAMES}, {k: v for k, v in flags.items() if k not in MODEL_NAMES}
 
 
-def check_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+def check_side_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
     """Raise one error for all names that are unknown, set here, or missing."""
     where = 'XTransformer'
     wrong = []

@@ -95,7 +95,7 @@ class EntropyBasedTokenizer(Module):
         given = {'return_segmented_seq': return_segmented_seq, 'decoder_forward_kwargs': decoder_forward_kwargs}
         options(CutOptions, 'EntropyBasedTokenizer', given)
         seq = token_ids(seq, 'seq')
-        check(seq, lens)
+        check_sequences(seq, lens)
         batch = seq if seq.ndim == 2 else seq[None]
         logits = self.decoder(batch, **(decoder_forward_kwargs or {}))
         closes = self.boundaries(calc_entropy_from_logits(logits), lens)
@@ -136,7 +136,7 @@ def reached(amounts: Float[Tensor, 'b n'], threshold: float) -> Bool[Tensor, 'b 
     return begins[:, 1 : length + 1].bool()
 
 
-def check(seq: Tensor, lens: Tensor | None) -> None:
+def check_sequences(seq: Tensor, lens: Tensor | None) -> None:
     if seq.ndim not in (1, 2) or seq.shape[-1] == 0:
         raise ValueError(f'seq must be tokens of shape (length,) or (batch, length), not empty; got {tuple(seq.shape)}')
     if lens is None:

@@ -182,7 +182,7 @@ class GLU(Gate):
         self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
 
     def forward(self, x: Float[Tensor, '... c'], around: BranchInputs | None = None) -> Float[Tensor, '... d']:
-        return self.gated(convolved(self.canon, self.proj(x), around))
+        return self.gated(convolved_hidden(self.canon, self.proj(x), around))
 
 
 class Convolved(nn.Sequential):
@@ -193,11 +193,11 @@ class Convolved(nn.Sequential):
         self.canon = CausalConvolution(linear.out_features, 'inside')
 
     def forward(self, x: Float[Tensor, '... n c'], around: BranchInputs | None = None) -> Float[Tensor, '... n d']:
-        out: Tensor = self[1](convolved(self.canon, self[0](x), around))
+        out: Tensor = self[1](convolved_hidden(self.canon, self[0](x), around))
         return out
 
 
-def convolved(
+def convolved_hidden(
     convolution: CausalConvolution | None, x: Float[Tensor, '... n d'], around: BranchInputs | None
 ) -> Float[Tensor, '... n d']:
     if convolution is None:

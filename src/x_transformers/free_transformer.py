@@ -20,7 +20,7 @@ from x_transformers.flags.objectives import FreeTransformerOptions, options
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Tokens, decode
 from x_transformers.generation.modes import eval_decorator
-from x_transformers.generation.prompts import checked_length, prepare
+from x_transformers.generation.prompts import checked_length, prepare_prompts
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_p
 from x_transformers.layers.stack import CrossAttender, Decoder
 from x_transformers.losses import token_cross_entropy
@@ -214,10 +214,10 @@ class FreeTransformer(Module):
     ) -> Any:
         """Next-token loss given codes found in the sequence itself, or one code found in ``seq_for_latents``."""
         seq = token_ids(seq, 'seq')
-        check_tokens('seq', seq, at_least=2)
+        check_token_ids('seq', seq, at_least=2)
         if seq_for_latents is not None:
             seq_for_latents = token_ids(seq_for_latents, 'seq_for_latents')
-            check_tokens('seq_for_latents', seq_for_latents, at_least=1, rows=len(seq))
+            check_token_ids('seq_for_latents', seq_for_latents, at_least=1, rows=len(seq))
         inputs, labels = seq[:, :-1], seq[:, 1:]
         hidden = self.head(inputs)
         if seq_for_latents is None:
@@ -279,7 +279,7 @@ class FreeTransformer(Module):
             generator: makes sampling reproducible.
         """
         options(FreeGenerateOptions, 'generate', locals())
-        prompt = prepare(prompts)
+        prompt = prepare_prompts(prompts)
         if prompt.start is not None:
             raise ValueError('prompts must have one length here; run prompts of different lengths one by one')
         rows, length = prompt.tokens.shape
@@ -294,7 +294,7 @@ class FreeTransformer(Module):
         return prompt.unpack(tokens.part(0 if include_prompt else length))
 
 
-def check_tokens(name: str, seq: Tensor, at_least: int, rows: int | None = None) -> None:
+def check_token_ids(name: str, seq: Tensor, at_least: int, rows: int | None = None) -> None:
     if seq.ndim != 2 or seq.shape[1] < at_least or (rows is not None and len(seq) != rows):
         wanted = 'batch' if rows is None else rows
         raise ValueError(f'{name} must be tokens ({wanted}, length) with length at least {at_least}, got {tuple(seq.shape)}')

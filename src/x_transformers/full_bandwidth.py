@@ -15,7 +15,7 @@ from x_transformers.flags.fit import check_added_losses
 from x_transformers.flags.later_objectives import FullBandwidthOptions
 from x_transformers.flags.objectives import options
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare, warn_of_end
+from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare_prompts, warn_of_end
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.latent_prediction import Discount, check_parameters
 from x_transformers.layers.arguments import is_number
@@ -368,7 +368,7 @@ class FullBandwidth(Module):
         check_reserved(kwargs)
         warn_of_end(self.net, eos_token)
         steps, eos = checked_length(seq_len), checked_eos(eos_token)
-        prompt = prepare(prompts, None, self.pad_value)
+        prompt = prepare_prompts(prompts, None, self.pad_value)
         if prompt.start is not None:
             raise ValueError('prompts must have one length; generate from others one by one.')
         if not getattr(self.net, 'can_cache_kv', False):

@@ -21,7 +21,7 @@ from x_transformers.tensor_types import Float, Int
 Logits = Tensor | tuple[Tensor, ...]
 
 
-def loss_of(
+def linear_loss(
     x: Float[Tensor, '... d'],
     weight: Float[Tensor, 'v d'],
     bias: Float[Tensor, ' v'] | None,
@@ -39,18 +39,18 @@ def loss_of(
 
 
 class LinearLogits(nn.Linear):
-    """Logits by one linear map; or with ``targets`` the loss of them, see ``loss_of``."""
+    """Logits by one linear map; or with ``targets`` the loss of them, see ``linear_loss``."""
 
     def forward(self, input: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
         if targets is None:
             return F.linear(input, self.weight, self.bias)
-        return loss_of(input, self.weight, self.bias, targets, **loss)
+        return linear_loss(input, self.weight, self.bias, targets, **loss)
 
 
 class TiedHead(Module):
     """Logits from the transposed token table (https://arxiv.org/abs/1608.05859). Its only parameter is a ``bias``, if asked.
 
-    With ``targets`` the loss, see ``loss_of``. Shard it together with the table, whose weight it reads.
+    With ``targets`` the loss, see ``linear_loss``. Shard it together with the table, whose weight it reads.
     """
 
     def __init__(self, embedding: TokenEmbedding, bias: bool = False) -> None:
@@ -81,7 +81,7 @@ class TiedHead(Module):
     def forward(self, x: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
         if targets is None:
             return F.linear(x, self.table(x), self.bias)
-        return loss_of(x, self.table(x), self.bias, targets, **loss)
+        return linear_loss(x, self.table(x), self.bias, targets, **loss)
 
 
 class LinearHead(NamedTuple):
@@ -111,7 +111,7 @@ def gives_loss(head: Any) -> bool:
 
 def head_loss(head: Any, x: Float[Tensor, '... d'], **loss: Any) -> Float[Tensor, '']:
     """The loss by a head that ``gives_loss``, in its own forward; an ordinary linear map knows no targets, and is read."""
-    out: Tensor = loss_of(x, head.weight, head.bias, **loss) if type(head) is nn.Linear else head(x, **loss)
+    out: Tensor = linear_loss(x, head.weight, head.bias, **loss) if type(head) is nn.Linear else head(x, **loss)
     return out
 
 

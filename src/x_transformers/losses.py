@@ -302,7 +302,7 @@ def later_token_loss(
     return torch.stack(losses).sum()
 
 
-def apart(x: Int[Tensor, 'b n'], packing: Any, front: int, ignore_index: int) -> Int[Tensor, 'b n']:
+def packed_targets(x: Int[Tensor, 'b n'], packing: Any, front: int, ignore_index: int) -> Int[Tensor, 'b n']:
     """The tokens as targets: the first token of a packed sequence is not predicted from the last of the one before."""
     if packing is None:
         return x

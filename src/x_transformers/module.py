@@ -110,9 +110,9 @@ class Module(Made):
 
         Raises FlagError if a flag is no plain data, such as a function.
         """
-        from x_transformers.saving.folder import save
+        from x_transformers.saving.folder import save_model
 
-        save(self, folder)
+        save_model(self, folder)
 
     @classmethod
     def from_pretrained(

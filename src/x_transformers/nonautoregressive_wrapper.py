@@ -335,7 +335,7 @@ class NonAutoregressiveWrapper(Module):
         """What the critic says of each token. The net's own critic is told what the net is told; another one what it takes."""
         critic: Any = self.token_critic
         if not isinstance(critic, SelfCritic):
-            told = {name: value for name, value in told.items() if takes(critic, name)}
+            told = {name: value for name, value in told.items() if critic_takes(critic, name)}
         judged: Tensor = critic(seq, **told).squeeze(-1)
         return judged
 
@@ -355,7 +355,7 @@ class NonAutoregressiveWrapper(Module):
         return 1 - logits.softmax(dim=-1).gather(-1, sampled[..., None]).squeeze(-1)
 
 
-def takes(critic: nn.Module, name: str) -> bool:
+def critic_takes(critic: nn.Module, name: str) -> bool:
     """Whether a critic of the user's own can be told this: it has an argument of this name, or a stack that needs it."""
     stack: Any = getattr(critic, 'attn_layers', None)
     if name.startswith('context') and stack is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
-from x_transformers.embedding.before import remember
+from x_transformers.embedding.before import store_kept
 from x_transformers.embedding.call import Call, check_added, check_list, check_prepended, last_positions, moved_down, no_padding
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows, shuffled
@@ -346,7 +346,7 @@ class StackWrapper(Module):
             h, record.memory_tokens = rows.memory.remove(h, length)
         if record.kv_cache is not None:
             record.kv_cache.front = rows.front
-            remember(record.kv_cache, call, rows)
+            store_kept(record.kv_cache, call, rows)
         record.last_layer_hiddens = h
         return h, record
 

@@ -26,7 +26,7 @@ from x_transformers.flags.objectives import XLOptions, options
 from x_transformers.generation.decode import Reader, Tokens, decode
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare, warn_of_end
+from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare_prompts, warn_of_end
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.latent_prediction import check_parameters
 from x_transformers.losses import token_cross_entropy
@@ -301,7 +301,7 @@ class XLAutoregressiveWrapper(Module):
         check_reserved(kwargs)
         warn_of_end(self.net, eos_token)
         steps, eos = checked_length(seq_len), checked_eos(eos_token)
-        prompt = prepare(start_tokens, None, self.pad_value)
+        prompt = prepare_prompts(start_tokens, None, self.pad_value)
         if prompt.start is not None:
             raise ValueError('prompts of different lengths do not share their segments; generate from them one by one')
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import softplus
 
 from x_transformers.attention.attention import Attention
-from x_transformers.attention.extra_keys import put_in_front
+from x_transformers.attention.extra_keys import with_extra_keys
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import ExtraKeys
 from x_transformers.attention.mask import Mask
@@ -71,7 +71,7 @@ def test_order_and_mask_of_the_front():
     keys, values = torch.zeros(B, 2, N, 3), torch.zeros(B, 2, N, 1)
     memory = (torch.ones(2, 4, 3), torch.ones(2, 4, 1))
     extra = ExtraKeys(torch.full((B, 2, 2, 3), 2.0), torch.full((B, 2, 2, 1), 2.0), torch.tensor([[False, True]] * B))
-    k, v, mask, front = put_in_front(keys, values, Mask(), heads=4, memory=memory, extra=extra)
+    k, v, mask, front = with_extra_keys(keys, values, Mask(), heads=4, memory=memory, extra=extra)
     assert front == 6
     expected = [2.0, 2.0, 1.0, 1.0, 1.0, 1.0, *[0.0] * N]
     assert k[0, 0, :, 0].tolist() == expected

@@ -14,7 +14,7 @@ import pytest
 from x_transformers.cli.generate import GenerateOptions
 from x_transformers.cli.info import InfoOptions
 from x_transformers.cli.main import BAD_INPUT, main
-from x_transformers.cli.options import GROUPS, all_keywords, group_class, keywords
+from x_transformers.cli.options import GROUPS, all_keywords, group_class, group_keywords
 from x_transformers.flags.base import as_tuple, kinds_of, type_hints
 from x_transformers.training.options import TrainOptions
 
@@ -122,7 +122,7 @@ def everything(more: list[str], capsys: pytest.CaptureFixture[str], *, train_onl
 def test_every_flag_of_the_model(group, capsys):
     wrong: list[str] = []
     for field in dataclasses.fields(group_class(group)):
-        keyword = keywords(group)[field.name]
+        keyword = group_keywords(group)[field.name]
         kinds = tuple(kind for kind in keyword.plain_kinds if kind is not types.NoneType)
         for value in values(field.name, kinds):
             if kinds[0] is bool and value == str(field.default):
@@ -135,7 +135,7 @@ def test_every_flag_of_the_model(group, capsys):
 def test_every_flag_of_cross_attention_is_refused_or_has_no_effect(capsys):
     wrong: list[str] = []
     for field in dataclasses.fields(group_class('cross_attention')):
-        kinds = tuple(kind for kind in keywords('cross_attention')[field.name].plain_kinds if kind is not types.NoneType)
+        kinds = tuple(kind for kind in group_keywords('cross_attention')[field.name].plain_kinds if kind is not types.NoneType)
         value = values(field.name, kinds)[0]
         option = f'--{field.name.replace("_", "-")}'
         wrong += everything([option, *value.split()], capsys, train_only=True)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from x_transformers.cli import train
-from x_transformers.cli.options import GROUPS, all_keywords, group_class, is_refused, keywords
+from x_transformers.cli.options import GROUPS, all_keywords, group_class, group_keywords, is_refused
 from x_transformers.flags.base import FlagError
 from x_transformers.training.build import QUICKSTART
 from x_transformers.training.errors import TrainingError
@@ -121,5 +121,5 @@ def test_bad_files_are_named(tmp_path, text, error, sentence):
 
 
 def test_groups_do_not_share_names():
-    names = [name for group in GROUPS for name in keywords(group)]
+    names = [name for group in GROUPS for name in group_keywords(group)]
     assert len(names) == len(set(names))

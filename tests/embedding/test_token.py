@@ -13,7 +13,7 @@ from x_transformers.embedding.token import (
     add_named,
     check_mask,
     named_tables,
-    put_in_front,
+    prepend_rows,
     scale_gradient,
     true_in_front,
 )
@@ -97,13 +97,13 @@ def test_fraction_of_the_gradient() -> None:
 def test_rows_in_front_and_their_mask() -> None:
     rows, x = torch.randn(2, 2, 4), torch.randn(2, 3, 4)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    both, none = put_in_front(rows, x, None)
+    both, none = prepend_rows(rows, x, None)
     assert torch.equal(both, torch.cat((rows, x), dim=1))
     assert none is None
-    _, longer = put_in_front(rows, x, mask)
+    _, longer = prepend_rows(rows, x, mask)
     assert longer is not None
     assert longer.tolist() == [[True, True, True, True, False], [True, True, True, False, False]]
-    _, other = put_in_front(rows, x, None, torch.tensor([[False, True], [True, True]]))
+    _, other = prepend_rows(rows, x, None, torch.tensor([[False, True], [True, True]]))
     assert other is not None
     assert other[0].tolist() == [False, True, True, True, True]
     assert torch.equal(true_in_front(mask, 2), longer)

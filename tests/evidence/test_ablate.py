@@ -15,7 +15,7 @@ from x_transformers.evidence import Task, ablate
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
 from x_transformers.evidence.findings import verdict_words
 from x_transformers.evidence.page import forest, ticks
-from x_transformers.evidence.plan import arm_of, pairs_of, question, read_plan, split_words, value_of
+from x_transformers.evidence.plan import arm_of, pairs_of, parsed_value, question, read_plan, split_words
 from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Settings, TaskName
 from x_transformers.evidence.statistics import compare
@@ -246,13 +246,13 @@ def test_keys_of_a_file_are_checked(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_words_become_flags() -> None:
-    assert value_of('true') is True
-    assert value_of('True') is True
-    assert value_of('None') is None
-    assert value_of('3') == 3
-    assert value_of('0.5') == 0.5
-    assert value_of('[1, 2]') == (1, 2)
-    assert value_of('cosine') == 'cosine'
+    assert parsed_value('true') is True
+    assert parsed_value('True') is True
+    assert parsed_value('None') is None
+    assert parsed_value('3') == 3
+    assert parsed_value('0.5') == 0.5
+    assert parsed_value('[1, 2]') == (1, 2)
+    assert parsed_value('cosine') == 'cosine'
     assert split_words('a=1, b=[1, 2] c="x, y"') == ['a=1', 'b=[1, 2]', 'c="x, y"']
     assert pairs_of(['ff-glu=true,ff_swish=true', 'depth=2'], '--base') == {'ff_glu': True, 'ff_swish': True, 'depth': 2}
     assert arm_of('swiglu: ff_glu=true,ff_swish=true') == Arm('swiglu', {'ff_glu': True, 'ff_swish': True})

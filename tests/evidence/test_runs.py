@@ -18,7 +18,7 @@ from x_transformers.evidence.experiment import Arm, Experiment, Question, at_ste
 from x_transformers.evidence.model import AnswerModel
 from x_transformers.evidence.pool import attempt, death, run_all
 from x_transformers.evidence.report import make_report
-from x_transformers.evidence.runs import Run, Settings, Store, TaskName, write_json
+from x_transformers.evidence.runs import ArmRun, RunFolder, Settings, TaskName, write_record
 from x_transformers.evidence.tasks import make_task
 from x_transformers.training.errors import TrainingError
 
@@ -98,7 +98,7 @@ def test_finished_runs_are_not_done_again(tmp_path: Path) -> None:
 
 def test_a_result_that_is_written_halfway_is_not_one(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        write_json(tmp_path / 'result.json', {'value': {1, 2}, 'bad': object()})
+        write_record(tmp_path / 'result.json', {'value': {1, 2}, 'bad': object()})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,8 +162,8 @@ def test_whoever_holds_a_run_keeps_others_from_it(tmp_path: Path) -> None:
     run = asked.run(asked.questions[0], Arm('baseline'), 0)
     with asked.store.claim(run) as mine:
         assert mine
-        assert attempt(Store(tmp_path), run) == ('busy', '')
-    assert attempt(Store(tmp_path), run) == ('done', '')
+        assert attempt(RunFolder(tmp_path), run) == ('busy', '')
+    assert attempt(RunFolder(tmp_path), run) == ('done', '')
 
 
 def test_shards_do_everything_together(tmp_path: Path) -> None:
@@ -375,4 +375,4 @@ def test_run_all_does_nothing_where_all_is_done(tmp_path: Path) -> None:
     run_all(asked.store, asked.jobs({}), workers=3)  # starts no worker: it would take seconds
     lines = [json.loads((path / 'options.json').read_text()) for path in (tmp_path / 'runs').iterdir()]
     assert {line['seed'] for line in lines} == {0, 1, 2}
-    assert all(isinstance(run, Run) for run in asked.jobs({}))
+    assert all(isinstance(run, ArmRun) for run in asked.jobs({}))

@@ -85,7 +85,7 @@ CHECKED = {
     calls.DrawingOptions: GPTVAE.generate,
     calls.WritingOptions: XLAutoregressiveWrapper.generate,
     calls.CachedWritingOptions: XValAutoregressiveWrapper.generate,
-    calls.GenerateOptions: AutoregressiveWrapper.generate,
+    calls.GenerationOptions: AutoregressiveWrapper.generate,
     calls.BeamOptions: AutoregressiveWrapper.beam_search,
     calls.XLForwardOptions: XLAutoregressiveWrapper.forward,
     calls.FramesOptions: ContinuousAutoregressiveWrapper.generate,

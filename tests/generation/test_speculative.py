@@ -9,7 +9,7 @@ from tests.generation.toys import OldToy, Toy
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.generation.decode import Reader, Tokens
 from x_transformers.generation.sampling import Sampler, top_k
-from x_transformers.generation.speculative import Draft, LookupDrafter, ModelDrafter, Tally, check, speculate
+from x_transformers.generation.speculative import Draft, LookupDrafter, ModelDrafter, Tally, accept_guesses, speculate
 
 PROMPT = torch.tensor([[1, 2, 0], [2, 0, 1]])
 
@@ -107,9 +107,9 @@ def test_one_check_by_hand() -> None:
     """Certain acceptance where p covers q; certain refusal where p is zero, and then the rest of p."""
     probs = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]])
     drafted = torch.nn.functional.one_hot(torch.tensor([[1, 0]]), 3).float()
-    made = check(Draft(torch.tensor([[1, 0]]), drafted), probs, Sampler())
+    made = accept_guesses(Draft(torch.tensor([[1, 0]]), drafted), probs, Sampler())
     assert (made.accepted, made.following.tolist()) == (1, [2])
-    made = check(Draft(torch.tensor([[1, 2]])), probs, Sampler())
+    made = accept_guesses(Draft(torch.tensor([[1, 2]])), probs, Sampler())
     assert (made.accepted, made.following.tolist()) == (2, [0])
-    made = check(Draft(torch.tensor([[0, 2]])), probs, Sampler())
+    made = accept_guesses(Draft(torch.tensor([[0, 2]])), probs, Sampler())
     assert (made.accepted, made.following.tolist()) == (0, [1])

@@ -30,7 +30,9 @@ def write(folder: Path, sizes: dict[str, int], shard: int) -> None:
     config = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'rms_norm_eps': 1e-5, **sizes, **heads}
     (folder / 'config.json').write_text(json.dumps(config))
     torch.manual_seed(0)
-    tensors.write(folder, ((name, torch.rand(shape)) for name, shape in shapes(sizes)), metadata={'format': 'pt'}, shard=shard)
+    tensors.write_tensors(
+        folder, ((name, torch.rand(shape)) for name, shape in shapes(sizes)), metadata={'format': 'pt'}, shard=shard
+    )
 
 
 def shapes(sizes: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -97,7 +97,7 @@ def test_configs_that_cannot_be_expressed_are_refused_by_key(change, says):
 def rewrite(folder, change):
     held = dict(Weights(folder).items())
     change(held)
-    tensors.write(folder, held.items(), metadata={'format': 'pt'})
+    tensors.write_tensors(folder, held.items(), metadata={'format': 'pt'})
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def rewrite(folder, change):
 )
 def test_weights_that_do_not_fit_are_named_before_any_is_read(folder, change, says, monkeypatch):
     rewrite(folder, change)
-    monkeypatch.setattr(tensors, 'read', lambda place: pytest.fail('a tensor was read'))
+    monkeypatch.setattr(tensors, 'read_tensor', lambda place: pytest.fail('a tensor was read'))
     with pytest.raises(FolderError, match=says):
         from_hf(folder)
 
@@ -130,7 +130,7 @@ def test_a_tied_head_that_is_none(folder):
 def test_a_missing_shard_is_named(folder):
     held = dict(Weights(folder).items())
     (folder / 'model.safetensors').unlink()
-    tensors.write(folder, held.items(), metadata={'format': 'pt'}, shard=4000)
+    tensors.write_tensors(folder, held.items(), metadata={'format': 'pt'}, shard=4000)
     whole = from_hf(folder)
     ids = torch.randint(0, 40, (2, 9))
     torch.testing.assert_close(whole(ids), home_made()(ids))

@@ -14,7 +14,7 @@ from x_transformers.layers.residual import (
     ParallelStreams,
     ResiDual,
     Residual,
-    write,
+    write_stream,
 )
 from x_transformers.layers.stack import Decoder
 from x_transformers.layers.stream_steps import read_formula, read_streams
@@ -272,10 +272,10 @@ def test_gradients_of_each_sample_by_vmap() -> None:
 def test_a_residual_is_called_where_somebody_listens() -> None:
     residual, x = Residual(16), torch.randn(2, 3, 16)
     heard: list[int] = []
-    torch.testing.assert_close(write(residual, x, x), 2 * x)
+    torch.testing.assert_close(write_stream(residual, x, x), 2 * x)
     handle = residual.register_forward_hook(lambda *_: heard.append(1))
-    torch.testing.assert_close(write(residual, x, x), 2 * x)
+    torch.testing.assert_close(write_stream(residual, x, x), 2 * x)
     handle.remove()
     assert heard == [1]
     residual.forward = lambda out, rest: out
-    torch.testing.assert_close(write(residual, x, x), x)
+    torch.testing.assert_close(write_stream(residual, x, x), x)

@@ -77,13 +77,13 @@ def test_images_and_dtypes(tmp_path):
 def test_saving_again_leaves_no_old_weights_and_no_foreign_file_is_touched(tmp_path, monkeypatch):
     model = language_model()
     monkeypatch.setattr(tensors, 'SHARD', 4096)
-    monkeypatch.setattr(tensors.write, '__kwdefaults__', {'shard': 4096})
+    monkeypatch.setattr(tensors.write_tensors, '__kwdefaults__', {'shard': 4096})
     model.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob('model-*-of-*.safetensors'))) > 1
     assert (tmp_path / 'model.safetensors.index.json').exists()
     (tmp_path / 'notes.txt').write_text('mine')
     same_weights(model, TransformerWrapper.from_pretrained(tmp_path))
-    monkeypatch.setattr(tensors.write, '__kwdefaults__', {'shard': 2**30})
+    monkeypatch.setattr(tensors.write_tensors, '__kwdefaults__', {'shard': 2**30})
     model.save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.glob('*.safetensors*')] == ['model.safetensors']
     assert (tmp_path / 'notes.txt').read_text() == 'mine'

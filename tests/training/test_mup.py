@@ -9,7 +9,7 @@ import torch
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.training.errors import TrainingError
-from x_transformers.training.mup import mup_init_, narrower, shares
+from x_transformers.training.mup import mup_init_, narrower_model, shares
 from x_transformers.training.optimizers import make_optimizers, parameter_groups
 from x_transformers.training.options import TrainerOptions
 
@@ -64,7 +64,7 @@ def test_the_trainer_s_optimizer_learns_by_the_rules():
 
 
 def test_the_narrower_model_has_heads_in_proportion_and_takes_no_memory():
-    model = narrower(made(64), BASE)
+    model = narrower_model(made(64), BASE)
     assert model.net.attn_layers.dim == BASE
     assert model.net.attn_layers.attn_heads == 2
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -123,7 +123,7 @@ def test_other_optimizers_are_refused():
 
 def test_a_run_starts_by_the_rules_and_goes_on(tmp_path):
     from x_transformers.training.options import TrainOptions
-    from x_transformers.training.run import RunConfig, prepare
+    from x_transformers.training.run import RunConfig, prepare_run
 
     text = tmp_path / 'text.txt'
     text.write_text('the quick brown fox jumps over the lazy dog. ' * 200)
@@ -135,6 +135,6 @@ def test_a_run_starts_by_the_rules_and_goes_on(tmp_path):
             data=(str(text),), run_dir=str(tmp_path / str(mup)), seq_len=16, batch=2, steps=2, device='cpu', log=(),
             mup=mup, optimizer='adamw', mup_base=BASE, data_cache=str(tmp_path / 'cache'),
         )  # fmt: skip
-        run = prepare(RunConfig(flags, options), lambda line: None)
+        run = prepare_run(RunConfig(flags, options), lambda line: None)
         weights[mup] = run.trainer.model.net.to_logits.weight.detach().clone()
     assert torch.allclose(weights[True], weights[False] * 0.5**0.5)

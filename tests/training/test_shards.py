@@ -10,7 +10,7 @@ import torch
 from x_transformers.training import shards
 from x_transformers.training.data import Source
 from x_transformers.training.errors import DataError
-from x_transformers.training.shards import TokenText, is_held_out, prepare
+from x_transformers.training.shards import TokenText, is_held_out, prepare_shards
 from x_transformers.training.tokens import Bytes, train_bpe
 
 
@@ -35,7 +35,7 @@ def small_parts(monkeypatch):
 
 def test_documents_become_tokens_once(tmp_path, corpus, monkeypatch):
     sources, texts = corpus
-    made = prepare(sources, Bytes(), cache=tmp_path / 'cache')
+    made = prepare_shards(sources, Bytes(), cache=tmp_path / 'cache')
     assert whole(made.train) == b''.join(text for text in texts if not is_held_out(text))
     assert whole(made.held_out) == b''.join(text for text in texts if is_held_out(text))
     assert made.train.documents + made.held_out.documents == 300
@@ -43,25 +43,25 @@ def test_documents_become_tokens_once(tmp_path, corpus, monkeypatch):
     assert len(made.train.parts) > 3
     assert made.train.bytes_per_token == 1.0
     monkeypatch.setattr(shards, 'read_documents', None)  # nothing is read again
-    again = prepare(sources, Bytes(), cache=tmp_path / 'cache')
+    again = prepare_shards(sources, Bytes(), cache=tmp_path / 'cache')
     assert whole(again.train) == whole(made.train)
     assert again.digest == made.digest
 
 
 def test_other_contents_or_settings_are_another_corpus(tmp_path, corpus):
     sources, _ = corpus
-    digests = {prepare(sources, Bytes(), cache=tmp_path / 'cache').digest}
-    digests.add(prepare(sources, Bytes(), separator=b'x', cache=tmp_path / 'cache').digest)
-    digests.add(prepare(sources[:1], Bytes(), cache=tmp_path / 'cache').digest)
+    digests = {prepare_shards(sources, Bytes(), cache=tmp_path / 'cache').digest}
+    digests.add(prepare_shards(sources, Bytes(), separator=b'x', cache=tmp_path / 'cache').digest)
+    digests.add(prepare_shards(sources[:1], Bytes(), cache=tmp_path / 'cache').digest)
     sources[0].path.write_text(sources[0].path.read_text().replace('document', 'Document'))
-    digests.add(prepare(sources, Bytes(), cache=tmp_path / 'cache').digest)
+    digests.add(prepare_shards(sources, Bytes(), cache=tmp_path / 'cache').digest)
     assert len(digests) == 4
 
 
 def test_a_bpe_corpus_has_ends_between_documents(tmp_path, corpus):
     sources, texts = corpus
     tokenizer = train_bpe(texts, 300)
-    made = prepare(sources, tokenizer, cache=tmp_path / 'cache')
+    made = prepare_shards(sources, tokenizer, cache=tmp_path / 'cache')
     ids = made.train.window(0, len(made.train))
     assert made.train.parts[0].tokens.dtype == torch.uint16
     pieces = tokenizer.decode(ids.tolist()).split(b'<|endoftext|>')
@@ -71,7 +71,7 @@ def test_a_bpe_corpus_has_ends_between_documents(tmp_path, corpus):
 
 def test_an_interrupted_preparation_goes_on_behind_its_last_part(tmp_path, corpus, monkeypatch):
     sources, _ = corpus
-    wanted = prepare(sources, Bytes(), cache=tmp_path / 'whole')
+    wanted = prepare_shards(sources, Bytes(), cache=tmp_path / 'whole')
 
     class Killed(BaseException):
         pass
@@ -86,7 +86,7 @@ def test_an_interrupted_preparation_goes_on_behind_its_last_part(tmp_path, corpu
 
     monkeypatch.setattr(shards, '_write_side', die)
     with pytest.raises(Killed):
-        prepare(sources, Bytes(), cache=tmp_path / 'cache')
+        prepare_shards(sources, Bytes(), cache=tmp_path / 'cache')
     monkeypatch.setattr(shards, '_write_side', real)
     encoded = []
 
@@ -99,7 +99,7 @@ def test_an_interrupted_preparation_goes_on_behind_its_last_part(tmp_path, corpu
     with open(journal, 'a') as file:
         file.write('{"read": 12, "tra')  # a line that was being written
     said = []
-    got = prepare(sources, Counting(), cache=tmp_path / 'cache', say=said.append)
+    got = prepare_shards(sources, Counting(), cache=tmp_path / 'cache', say=said.append)
     assert whole(got.train) == whole(wanted.train)
     assert whole(got.held_out) == whole(wanted.held_out)
     assert 'interrupted after' in said[0]
@@ -109,23 +109,23 @@ def test_an_interrupted_preparation_goes_on_behind_its_last_part(tmp_path, corpu
 @pytest.mark.parametrize('name', ['tokens', 'ends', 'prompts'])
 def test_damaged_shards_are_refused(tmp_path, corpus, name):
     sources, _ = corpus
-    prepare(sources, Bytes(), cache=tmp_path / 'cache')
+    prepare_shards(sources, Bytes(), cache=tmp_path / 'cache')
     path = sorted((tmp_path / 'cache').rglob(f'*.train.{name}'))[1]
     data = path.read_bytes()
     path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(DataError, match='got another checksum'):
-        prepare(sources, Bytes(), cache=tmp_path / 'cache')
+        prepare_shards(sources, Bytes(), cache=tmp_path / 'cache')
     path.write_bytes(data[:-1])
     with pytest.raises(DataError, match='must be a shard of'):
-        prepare(sources, Bytes(), cache=tmp_path / 'cache')
+        prepare_shards(sources, Bytes(), cache=tmp_path / 'cache')
     path.unlink()
     with pytest.raises(DataError, match='cannot be read'):
-        prepare(sources, Bytes(), cache=tmp_path / 'cache')
+        prepare_shards(sources, Bytes(), cache=tmp_path / 'cache')
 
 
 def test_windows_spans_and_splits_agree_with_the_documents(tmp_path, corpus):
     sources, texts = corpus
-    text = prepare(sources, Bytes(), cache=tmp_path / 'cache').train
+    text = prepare_shards(sources, Bytes(), cache=tmp_path / 'cache').train
     ids, spans = whole(text), list(text.document_spans())
     assert [ids[a:b] for a, b in spans] == [t for t in texts if not is_held_out(t)]
     for start in range(0, len(text), 397):

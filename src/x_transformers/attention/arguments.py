@@ -59,7 +59,7 @@ def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tu
 # ---------------------------------------------------------------- tokens
 
 
-def check_tokens(attn: AttentionParts, x: Tensor, given: Keywords) -> tuple[int, int, int]:
+def check_attention_input(attn: AttentionParts, x: Tensor, given: Keywords) -> tuple[int, int, int]:
     """(batch, queries, own keys without memories and past)."""
     context, mem, shift = given['context'], given['mem'], given['kv_input_residual']
     if attn.separate_views:
@@ -71,7 +71,7 @@ def check_tokens(attn: AttentionParts, x: Tensor, given: Keywords) -> tuple[int,
     numbers('x', x)
     batch, queries = x.shape[-3], x.shape[-2]
     if context is not None:
-        check_context(attn, context, batch)
+        check_attention_context(attn, context, batch)
     elif attn.dim_context != attn.dim:
         raise ValueError(
             f'context is missing: keys and values are made of a sequence of width {attn.dim_context} (dim_context)'
@@ -85,7 +85,7 @@ def check_tokens(attn: AttentionParts, x: Tensor, given: Keywords) -> tuple[int,
     return batch, queries, keys
 
 
-def check_context(attn: AttentionParts, context: Any, batch: int) -> None:
+def check_attention_context(attn: AttentionParts, context: Any, batch: int) -> None:
     shaped('context', context, batch, None, attn.dim_context, says='(batch, tokens, dim_context)')
     numbers('context', context)
     for flag in attn.flags.having('own_keys'):
@@ -152,7 +152,7 @@ def front_columns(attn: AttentionParts, given: Keywords) -> int:
 # ---------------------------------------------------------------- positions
 
 
-def placed(attn: AttentionParts, given: Keywords) -> Positions | None:
+def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
     rotary, context_rotary, polar = (given[name] for name in ('rotary_pos_emb', 'context_rotary_pos_emb', 'polar_pos_emb'))
     if rotary is not None and polar is not None:
         raise ValueError('rotary_pos_emb and polar_pos_emb exclude each other')
@@ -174,7 +174,7 @@ def placed(attn: AttentionParts, given: Keywords) -> Positions | None:
     return RotaryPositions(freqs, scale, context_rotary)
 
 
-def bias_of(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
+def call_bias(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
     rel_pos, attn_bias, pos = given['rel_pos'], given['attn_bias'], given['pos']
     if rel_pos is not None and attn_bias is not None:
         raise ValueError('rel_pos and attn_bias exclude each other: both are added to the scores; add them up yourself')
@@ -249,7 +249,7 @@ def deltas(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], m
     return Deltas(given['q_delta'], given['k_delta'], given['v_delta'], given['o_delta'], weights)
 
 
-def check_causal(attn: AttentionParts, causal: Any) -> None:
+def check_attention_causal(attn: AttentionParts, causal: Any) -> None:
     if causal is None:
         return
     if not isinstance(causal, bool):
@@ -289,8 +289,8 @@ def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
 def branch_inputs(attn: AttentionParts, x: Tensor, *, return_intermediates: bool, **given: Any) -> BranchInputs:
     """What surrounds an attention, from the keywords of ``Attention.forward``."""
     given['return_intermediates'] = return_intermediates
-    check_causal(attn, given['causal'])
-    batch, queries, keys = check_tokens(attn, x, given)
+    check_attention_causal(attn, given['causal'])
+    batch, queries, keys = check_attention_input(attn, x, given)
     past = past_of(attn, given)
     held = 0 if past is None or given['context'] is not None else past.length
     if given['context'] is not None:
@@ -316,8 +316,8 @@ def branch_inputs(attn: AttentionParts, x: Tensor, *, return_intermediates: bool
         context=given['context'],
         mask=whole_mask(attn, given, sizes, mems, held),
         rows=rows,
-        bias=bias_of(attn, given, sizes, own),
-        positions=placed(attn, given),
+        bias=call_bias(attn, given, sizes, own),
+        positions=call_positions(attn, given),
         mem=given['mem'],
         previous=previous,
         first_values=first,

@@ -37,7 +37,7 @@ from x_transformers.attention.scores.similarity import Distance, Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
 from x_transformers.attention.told import Composition, PathSteps
-from x_transformers.attention.weights import NORMALIZERS, Dropout, Softmax, WeightedSum, ZeroMaskedRows
+from x_transformers.attention.weights import NORMALIZERS, AttentionDropout, Softmax, WeightedSum, ZeroMaskedRows
 from x_transformers.flags.attention_rules import ATTENTION_RULES
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import only
@@ -87,7 +87,7 @@ ORDER: tuple[type[ScoreRule], ...] = (
     AddToWeights,
     RecordWeights,
     DropSink,
-    Dropout,
+    AttentionDropout,
     MixWeights,
     ComposeWeights,
     ScaleWeights,
@@ -247,7 +247,7 @@ class Attend(Module):
             out, maps = self.run(q, k, v, **around)
             return out, Intermediates(maps=maps)
         k, v = (t.unsqueeze(1) if t.ndim == 3 else t for t in (k, v))
-        check_call(self, q, k, v, mask, prev_attn, flash_pack_seq_kwargs)
+        check_arguments(self, q, k, v, mask, prev_attn, flash_pack_seq_kwargs)
         may_look = Mask() if mask is None else Mask(keys=mask) if mask.ndim == 2 else Mask(dense=mask)
         bias = None
         if attn_bias is not None:
@@ -362,7 +362,7 @@ def not_with_dropout(rule: type[ScoreRule]) -> bool:
     return rule.form in (Form.POINTWISE, Form.WHOLE) or (rule.form is Form.WEIGHTS and rule is not Softmax)
 
 
-def check_call(
+def check_arguments(
     attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prev_attn: Tensor | None, packed: Any
 ) -> None:
     if mask is not None and mask.dtype != torch.bool:

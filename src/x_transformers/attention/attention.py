@@ -13,11 +13,11 @@ from x_transformers.attention import latent, project, tensor_product
 from x_transformers.attention.assemble import BIASES, build_attend, build_convolutions, build_hybrid, build_output
 from x_transformers.attention.attending import attended
 from x_transformers.attention.composition import ComposeHeads
-from x_transformers.attention.differential import Differential, paired
-from x_transformers.attention.extra_keys import put_in_front
+from x_transformers.attention.differential import Differential, paired_values
+from x_transformers.attention.extra_keys import with_extra_keys
 from x_transformers.attention.gates import gate_channels, gate_heads, open_gate, output_gate, value_gate
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
-from x_transformers.attention.hybrid import mix_hybrid, run_module, shown
+from x_transformers.attention.hybrid import mix_hybrid, module_input, run_module
 from x_transformers.attention.inputs import BranchInputs, HandedKeys, Intermediates
 from x_transformers.attention.parts import Seen
 from x_transformers.attention.path import HouseholderSteps
@@ -112,7 +112,7 @@ class Attention(Module):
             self.to_q = nn.Linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'))
             self.to_k = nn.Linear(dim_k, flags.key_heads_from_latent * self.dim_head, bias=flags.has_bias('k'))
             self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'))
-        self._keys_values = project.keys_values if self.to_latent_kv is None else latent.keys_values
+        self._keys_values = project.keys_values if self.to_latent_kv is None else latent.latent_keys_values
         self.to_value_residual_mix = None
         if flags.learned_value_residual_mix:
             # decided by the tokens that the values belong to: of a context, if that has a width of its own
@@ -254,7 +254,7 @@ class Attention(Module):
         causal = self.causal if given.causal is None else given.causal
         mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future, self.flags.stick_breaking)
         excluded = own_values(v, q.shape[-2], seen.mems, given.past) if self.flags.exclusive else None
-        k, v, mask, front = put_in_front(
+        k, v, mask, front = with_extra_keys(
             k,
             v,
             mask,
@@ -265,7 +265,7 @@ class Attention(Module):
             rotated_heads=self.rotated_heads,
         )
         if self.differential is not None:
-            v, excluded = paired(v), None if excluded is None else paired(excluded)
+            v, excluded = paired_values(v), None if excluded is None else paired_values(excluded)
         if self.laser_clamp is not None:
             v = laser_in(v, self.laser_clamp)
         geometry = ScoreShape(queries=q.shape[-2], keys=k.shape[-2], front=front)
@@ -358,7 +358,7 @@ class Attention(Module):
         out = gate_heads(out, x, self.to_v_head_gate)
         if self.hybrid_module is None or self.hybrid_norms is None:
             return out, None
-        x_shown, keywords = shown(x, self.flags.hybrid_mask_kwarg, given.padding, self.causal)
+        x_shown, keywords = module_input(x, self.flags.hybrid_mask_kwarg, given.padding, self.causal)
         other, hidden = run_module(self.hybrid_module, x_shown, given.past, **keywords)
         return mix_hybrid(out, other, self.hybrid_norms, None if self.hybrid_mix is None else self.hybrid_mix(x)), hidden
 

@@ -23,7 +23,7 @@ FIRST = 0.2
 EPS = 1e-5
 
 
-def paired(values: Float[Tensor, 'b kh j e'], copies: int = 2) -> Float[Tensor, 'b kh j (2 e)']:
+def paired_values(values: Float[Tensor, 'b kh j e'], copies: int = 2) -> Float[Tensor, 'b kh j (2 e)']:
     """Both heads of a pair have the values of both, side by side."""
     both = torch.cat((values[:, ::2], values[:, 1::2]), dim=-1)
     return both.repeat_interleave(copies, dim=1)

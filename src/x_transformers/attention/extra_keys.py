@@ -41,7 +41,7 @@ def with_front(mask: Mask, visible: Bool[Tensor, 'b m'], behind: int) -> Mask:
     return found
 
 
-def put_in_front(
+def with_extra_keys(
     keys: Tensor,
     values: Tensor,
     mask: Mask,

@@ -138,7 +138,7 @@ def mix_hybrid(
     return torch.lerp(out, other, share.sigmoid().transpose(1, 2).unsqueeze(-1).to(out.dtype))
 
 
-def shown(
+def module_input(
     x: Float[Tensor, 'b n d'], name: str | None, padding: Bool[Tensor, 'b n'] | None, causal: bool
 ) -> tuple[Float[Tensor, 'b n d'], dict[str, Any]]:
     """(what the module reads, its keywords): the padding mask (True: a token) under the module's own keyword.

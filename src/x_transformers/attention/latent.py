@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import LayerCache
 
 
-def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysValues:
+def latent_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysValues:
     """Keys and values through the latent, in the order memories, past, new."""
     cross = given.context is not None
     past = given.past
     if cross and held_rows(past, 'latent'):
         held = cast('LayerCache', past)
-        return placed(attn, cast(Tensor, held.get('latent')), held.get('k_rope'), held.get('mixed'), None, given)
+        return with_rotated_heads(attn, cast(Tensor, held.get('latent')), held.get('k_rope'), held.get('mixed'), None, given)
     apart = attn.flags.tensor_product and seen.values is not seen.keys
     z: Tensor = cast(nn.Module, attn.to_latent_kv)(seen.keys, *((seen.values,) if apart else ()))
     new = {'latent': z}
@@ -43,10 +43,10 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     mixed = whole.get('mixed')
     if mixed is None and whole['latent'] is z:
         mixed = attn.normed_values(own)
-    return placed(attn, whole['latent'], whole.get('k_rope'), mixed, own, given)
+    return with_rotated_heads(attn, whole['latent'], whole.get('k_rope'), mixed, own, given)
 
 
-def placed(
+def with_rotated_heads(
     attn: AttentionParts, z: Tensor, k_rope: Tensor | None, values: Tensor | None, own: Tensor | None, given: BranchInputs
 ) -> KeysValues:
     """Key heads from the latent with the rotated heads behind them; values, unless they are known, from the latent too."""

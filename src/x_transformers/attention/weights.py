@@ -203,7 +203,7 @@ NORMALIZERS: tuple[type[Normalize], ...] = (
 )  # fmt: skip
 
 
-class Dropout(ScoreRule):
+class AttentionDropout(ScoreRule):
     """While training, leave some weights out."""
 
     name = 'dropout'

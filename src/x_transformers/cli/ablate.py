@@ -16,7 +16,7 @@ from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Questi
 from x_transformers.evidence.findings import signed
 from x_transformers.evidence.plan import arm_of, noise_arms, pairs_of, question, read_plan
 from x_transformers.evidence.report import Report, make_report
-from x_transformers.evidence.runs import Job, Run
+from x_transformers.evidence.runs import ArmRun, Job
 from x_transformers.evidence.statistics import scipy_stats
 from x_transformers.evidence.tasks import TASKS
 from x_transformers.flags.presets import help_text
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def numbers(text: str | Sequence[float] | None, option: str) -> tuple[float, ...]:
+def numbers_of(text: str | Sequence[float] | None, option: str) -> tuple[float, ...]:
     if text is None:
         return ()
     try:
@@ -138,7 +138,7 @@ def shard_of(text: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def at_least(value: int, low: int, option: str) -> int:
+def check_at_least(value: int, low: int, option: str) -> int:
     if value < low:
         raise TrainingError(f'{option} must be at least {low}, got {value}. Take a larger number.')
     return value
@@ -176,7 +176,7 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
     ideas = selected(ideas, options.select)
     ideas += [arm_of(text) for text in options.idea]
     if options.noise:
-        ideas = noise_arms(at_least(options.repetitions, 1, '--repetitions'))
+        ideas = noise_arms(check_at_least(options.repetitions, 1, '--repetitions'))
     if not ideas:
         raise TrainingError('--idea must name at least one idea, got none. Write --idea shift_tokens=1, or --noise.')
     for name in ('steps', 'lr', 'optimizer', 'evaluations'):
@@ -184,9 +184,9 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
             settings[name] = getattr(options, name)
             for entry in entries:
                 entry.pop(name, None)
-    seeds = at_least(int(options.seeds if options.seeds is not None else more.get('seeds', 3)), 1, '--seeds')
-    widths = numbers(options.ladder or more.get('ladder'), '--ladder') or (None,)
-    grid = numbers(options.lr_grid or more.get('lr_grid'), '--lr-grid')
+    seeds = check_at_least(int(options.seeds if options.seeds is not None else more.get('seeds', 3)), 1, '--seeds')
+    widths = numbers_of(options.ladder or more.get('ladder'), '--ladder') or (None,)
+    grid = numbers_of(options.lr_grid or more.get('lr_grid'), '--lr-grid')
     device = str(options.device or more.get('device', 'cpu'))
     asked: list[Question] = []
     ladder: dict[str, list[str]] = {}
@@ -230,11 +230,11 @@ class Live:
         self.experiment = experiment
 
     def told(self, job: Job) -> None:
-        if isinstance(job, Run) and not self.bar.disable:
+        if isinstance(job, ArmRun) and not self.bar.disable:
             self.bar.set_postfix_str(self.interval_of(job), refresh=False)
         self.bar.update(1)
 
-    def interval_of(self, job: Run) -> str:
+    def interval_of(self, job: ArmRun) -> str:
         for asked in self.experiment.questions:
             for arm in asked.arms:
                 if asked.task == job.task and self.experiment.run(asked, arm, job.seed - arm.other_seeds).hash == job.hash:
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str]) -> int:
     scipy_stats()
     budget, shard = seconds_of(options.budget), shard_of(options.shard)
     default_workers = more.get('workers', 1)
-    workers = at_least(int(options.workers if options.workers is not None else default_workers), 0, '--workers')
+    workers = check_at_least(int(options.workers if options.workers is not None else default_workers), 0, '--workers')
     folder = Path(options.out or more.get('out') or Path('runs/ablate') / folder_name(asked))
     experiment = Experiment(asked, folder)
     broken = experiment.check()
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.tracker:
         track(options.tracker, report)
     if not options.json:
-        show(report, extra.get('power', []), options.power, stopped)
+        show_report(report, extra.get('power', []), options.power, stopped)
         print(f'page: {page}')
     print(report.json(**extra))
     if stopped:
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if all(outcome.verdict == 'failed' for outcome in report.outcomes) else 0
 
 
-def show(report: Report, power: Sequence[Mapping[str, Any]], difference: float | None, stopped: bool) -> None:
+def show_report(report: Report, power: Sequence[Mapping[str, Any]], difference: float | None, stopped: bool) -> None:
     """The outcome in words."""
     print(report.table())
     for note in report.notes():

@@ -8,12 +8,12 @@ import signal
 import sys
 
 from x_transformers.training.options import TrainOptions
-from x_transformers.training.report import Comparison
+from x_transformers.training.report import CompressorComparison
 from x_transformers.training.run import Run
 from x_transformers.training.trainer import Interrupted
 
 
-def written(run: Run, comparison: Comparison) -> None:
+def say_written(run: Run, comparison: CompressorComparison) -> None:
     """Say where everything is."""
     print(f'written to {run.options.run_dir}')
     if run.options.json:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from x_transformers.cli.ablate import Live, at_least, seconds_of
+from x_transformers.cli.ablate import Live, check_at_least, seconds_of
 from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Question
 from x_transformers.evidence.findings import number
 from x_transformers.evidence.plan import question
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def questions_of(suite: Suite, seeds: int, steps: int | None) -> tuple[Question, ...]:
+def suite_questions(suite: Suite, seeds: int, steps: int | None) -> tuple[Question, ...]:
     found = []
     for entry in suite.entries:
         values = {'task': entry.task, 'label': entry.label, 'options': entry.options, 'base': entry.base}
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.suite not in SUITES:
         raise TrainingError(f'the suite must be one of {", ".join(SUITES)}, got {options.suite!r}. Choose one of them.')
     suite = SUITES[options.suite]()
-    asked = questions_of(suite, at_least(options.seeds, 1, '--seeds'), options.steps)
+    asked = suite_questions(suite, check_at_least(options.seeds, 1, '--seeds'), options.steps)
     folder = Path(options.out or f'runs/evidence/{options.suite}')
     experiment = Experiment(asked, folder, costs=False)
     broken = experiment.check()
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f'{suite.about} {suite.paper}\n{suite.reduced}\n{missing} runs to do in {folder}', file=sys.stderr)
     live, stopped = Live(experiment, missing, options.json), False
     try:
-        workers = at_least(options.workers, 0, '--workers')
+        workers = check_at_least(options.workers, 0, '--workers')
         experiment.go(workers=workers, told=live.told, budget=seconds_of(options.budget), broken=broken)
     except KeyboardInterrupt:
         stopped = True

@@ -52,7 +52,7 @@ def range_of(option: str, text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def opened(run: str) -> Any:
+def open_model(run: str) -> Any:
     from x_transformers.hf.text import is_model_folder
     from x_transformers.module import Module
     from x_transformers.training.run import load_run
@@ -61,14 +61,14 @@ def opened(run: str) -> Any:
     return Module.from_pretrained(folder) if is_model_folder(folder) else load_run(folder).eval()
 
 
-def write(options: ExportOptions, model: Any, batch: tuple[int, int], length: tuple[int, int]) -> None:
+def write_program(options: ExportOptions, model: Any, batch: tuple[int, int], length: tuple[int, int]) -> None:
     from x_transformers.export import ExportError, export, onnx, save
-    from x_transformers.saving.folder import write_weights
+    from x_transformers.saving.folder import write_model_weights
 
     settings: dict[str, Any] = {'batch': batch, 'length': length, 'what': options.what, 'mask': options.mask}
     try:
         if options.format == 'safetensors':
-            write_weights(model, options.target)
+            write_model_weights(model, options.target)
         elif options.format == 'onnx':
             onnx(model, options.target, **settings)
         else:
@@ -84,8 +84,8 @@ def main(arguments: Sequence[str]) -> int:
     batch, length = range_of('--batch', options.batch), range_of('--length', options.length)
     if options.target.is_dir() or not options.target.parent.is_dir():
         raise TrainingError(f'--out must be a file in a folder that exists, got {options.target}.')
-    model = opened(options.run)
-    write(options, model, batch, length)
+    model = open_model(options.run)
+    write_program(options, model, batch, length)
     size = options.target.stat().st_size
     if options.json:
         told = {'run': options.run, 'format': options.format, 'file': str(options.target), 'bytes': size}

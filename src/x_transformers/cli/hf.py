@@ -25,9 +25,9 @@ class Explain:
     def run(self) -> None:
         from x_transformers.hf import explain
         from x_transformers.saving.hub import fetched
-        from x_transformers.saving.tensors import read_json
+        from x_transformers.saving.tensors import json_object
 
-        config = read_json(fetched(self.folder) / 'config.json')
+        config = json_object(fetched(self.folder) / 'config.json')
         python = explain(config)
         print(python)
         if self.json:

@@ -84,14 +84,14 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        return show(arguments)
+        return show_info(arguments)
     except FlagError as error:
         file = from_file(config_path(arguments), InfoOptions, arguments)
         own = typed_names(arguments, all_keywords()) | file.names
         raise FlagError(*error.sentences, *preset_sentences(error, file.preset or USUAL_PRESET, own)) from error
 
 
-def show(arguments: Sequence[str]) -> int:
+def show_info(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
     device, here = device_asked(options.device)
     vocabulary = NUM_BYTES if options.run is None else RunConfig.read(Path(options.run)).vocabulary
@@ -140,13 +140,13 @@ def device_asked(name: str) -> tuple[torch.device, bool]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Measured:
     flops: int
     cache_bytes: int
     calls: list[tuple[Needs, CallFacts]]
 
 
-def look(network: nn.Module, options: InfoOptions) -> Seen:
+def look(network: nn.Module, options: InfoOptions) -> Measured:
     """Send a sequence without numbers through the model and watch."""
     ids = torch.zeros(1, options.seq_len, dtype=torch.long, device='meta')
     counter = FlopCounterMode(display=False)
@@ -154,7 +154,7 @@ def look(network: nn.Module, options: InfoOptions) -> Seen:
         dtype = torch.bfloat16 if options.bf16 else next(network.parameters()).dtype
         _, intermediates = network.to(dtype)(ids, return_intermediates=True)
     cache = KVCache.of(intermediates)
-    return Seen(counter.get_total_flops(), 0 if cache is None else cache.bytes(), calls)
+    return Measured(counter.get_total_flops(), 0 if cache is None else cache.bytes(), calls)
 
 
 @contextmanager
@@ -222,7 +222,7 @@ class Summary:
     seq_len: int
 
     @classmethod
-    def of(cls, network: nn.Module, seen: Seen, kept: int | None, options: InfoOptions) -> Summary:
+    def of(cls, network: nn.Module, seen: Measured, kept: int | None, options: InfoOptions) -> Summary:
         parameters = list(network.parameters())
         count, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
         return cls(count, size, seen.flops / options.seq_len, seen.cache_bytes, kept, options.seq_len)
@@ -315,7 +315,7 @@ def kept_lines(kept: int | None, options: InfoOptions, device: torch.device) -> 
     return [f'kept for the backward: {kept / options.seq_len:,.0f} bytes per byte of text, without those of the loss']
 
 
-def cache_lines(network: Any, seen: Seen, options: InfoOptions) -> list[str]:
+def cache_lines(network: Any, seen: Measured, options: InfoOptions) -> list[str]:
     if not network.can_cache_kv:
         return ['cache: none, these flags need the whole sequence at every step']
     return [f'cache: {seen.cache_bytes / options.seq_len:,.0f} bytes per byte of text and sequence']

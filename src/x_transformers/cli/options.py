@@ -84,7 +84,7 @@ def takes_tuple(kinds: tuple[Any, ...]) -> bool:
 
 
 @cache
-def keywords(group: str) -> dict[str, Keyword]:
+def group_keywords(group: str) -> dict[str, Keyword]:
     """The keywords of one group, by the name they have in a flat call."""
     if group in PART_OF_GROUP:
         part = PART_OF_GROUP[group]
@@ -97,14 +97,14 @@ def keywords(group: str) -> dict[str, Keyword]:
 
 @cache
 def all_keywords() -> dict[str, Keyword]:
-    return {name: keyword for group in GROUPS for name, keyword in keywords(group).items()}
+    return {name: keyword for group in GROUPS for name, keyword in group_keywords(group).items()}
 
 
 @cache
 def group_class(group: str) -> type:
     """A frozen dataclass with one field per option of a group; its defaults are those of the command line."""
     fields: list[tuple[str, Any, Any]] = []
-    for name, keyword in keywords(group).items():
+    for name, keyword in group_keywords(group).items():
         if not keyword.has_option:
             continue
         inherits = group == 'cross_attention'
@@ -135,7 +135,7 @@ class ModelOptions:
         for group in GROUPS:
             for field in dataclasses.fields(getattr(self, group)):
                 value = getattr(getattr(self, group), field.name)
-                keyword = keywords(group)[field.name]
+                keyword = group_keywords(group)[field.name]
                 usual = None if group == 'cross_attention' else keyword.default
                 if value != usual or type(value) is not type(usual):
                     flat[field.name] = tuple(value) if isinstance(value, (list, tuple)) else value
@@ -154,7 +154,7 @@ def model_fields() -> list[tuple[str, Any, Any]]:
 
 def is_refused(name: str) -> bool:
     """Whether every command refuses this flag: their model is a decoder over tokens, which is given nothing beside them."""
-    if name in UNFIT or name in keywords('cross_attention'):
+    if name in UNFIT or name in group_keywords('cross_attention'):
         return True
     keyword = all_keywords()[name]
     parents = as_tuple(keyword.metadata['parent'])

@@ -136,7 +136,7 @@ def show_help(full: Any, prog: str, *, short: bool) -> NoReturn:
 
 
 def refuse_unknown(arguments: Sequence[str], known: Collection[str], prog: str) -> None:
-    options = [argument for argument in arguments if argument.startswith('-') and not is_number(argument)]
+    options = [argument for argument in arguments if argument.startswith('-') and not is_numeric(argument)]
     unknown = [argument.partition('=')[0] for argument in options if not typed_names([argument], known)]
     sentences = []
     for option in unknown:
@@ -152,7 +152,7 @@ def refuse_unknown(arguments: Sequence[str], known: Collection[str], prog: str) 
         raise TrainingError(' '.join(sentences))
 
 
-def is_number(argument: str) -> bool:
+def is_numeric(argument: str) -> bool:
     try:
         float(argument)
     except ValueError:

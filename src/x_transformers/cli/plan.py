@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     size = Size.of(flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16)
     batch = options.batch or options.gpus
     found = list(needs(size, devices=options.gpus, per_node=options.per_node, batch=batch, half=options.bf16))
-    print('\n'.join([*about(size, options, batch), '', *table(found, options.memory * GIB)]))
+    print('\n'.join([*about(size, options, batch), '', *plan_table(found, options.memory * GIB)]))
     if options.json:
         grids = [dataclasses.asdict(need) | {'total': need.total, 'fits': need.total <= options.memory * GIB} for need in found]
         print(json.dumps({'parameters': size.parameters, 'flops_per_step': size.flops * batch, 'batch': batch, 'grids': grids}))
@@ -107,7 +107,7 @@ def about(size: Size, options: PlanOptions, batch: int) -> list[str]:
     return lines
 
 
-def table(found: Sequence[Need], memory: float) -> list[str]:
+def plan_table(found: Sequence[Need], memory: float) -> list[str]:
     """One line for each grid, in GiB of one device, and which is the first that fits."""
     head = f'{"GiB of each device":<44}{"weights":>9}{"grads":>9}{"optimizer":>11}{"gathered":>10}{"kept":>9}{"peak":>9}'
     lines = [head]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
-from x_transformers.cli.options import GROUPS, all_keywords, group_class, keywords, takes_tuple
+from x_transformers.cli.options import GROUPS, all_keywords, group_class, group_keywords, takes_tuple
 from x_transformers.flags.base import FlagError, kinds_of, shown, tidied, type_hints, unknown_flags
 from x_transformers.flags.presets import preset
 from x_transformers.training.build import USUAL_PRESET
@@ -73,10 +73,10 @@ def from_file(path: str | None, own: type | None = None, arguments: Sequence[str
     wrong: list[str] = []
     result = FileValues({}, {}, {}, frozenset(values), named)
     for group in GROUPS:
-        given = {name: usual[name] for name in keywords(group) if name in usual and group != 'cross_attention'}
-        for name in keywords(group):
+        given = {name: usual[name] for name in group_keywords(group) if name in usual and group != 'cross_attention'}
+        for name in group_keywords(group):
             if name in values:
-                keyword = keywords(group)[name]
+                keyword = group_keywords(group)[name]
                 if keyword.per_layer and isinstance(values[name], list) and not takes_tuple(keyword.kinds):
                     # one for each layer; the stack checks them, when it knows the layers
                     (given if takes_tuple(keyword.plain_kinds) else result.only_here)[name] = tuple(values[name])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from x_transformers.cli.bar import Bar
-from x_transformers.cli.ending import stopped, written
+from x_transformers.cli.ending import say_written, stopped
 from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed, typed_names
 from x_transformers.cli.toml import config_path, from_file
@@ -21,7 +21,7 @@ from x_transformers.training.build import USUAL_PRESET
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import TrainOptions, often, option
-from x_transformers.training.run import begin, finish, prepare
+from x_transformers.training.run import begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
 AXES = ('tensor', 'context', 'pipeline')
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> Parsed:
     return Parsed(flags, read.training, frozenset(typed_names(arguments, known) | file.names), file.preset)
 
 
-def check_alone(options: TrainOptions) -> None:
+def check_one_process(options: TrainOptions) -> None:
     """Refuse what takes several processes."""
     wrong = [f'--{name} must be 1 in one process, got {value}.' for name in AXES if (value := getattr(options, name)) > 1]
     wrong += [f'{option(name)} must be off in one process, got it on.' for name in OF_GROUPS if getattr(options, name)]
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return train(lambda: parse([with_long_name(argument) for argument in arguments]))
     asked = parse([with_long_name(argument) for argument in arguments])
-    check_alone(asked.options)
+    check_one_process(asked.options)
     try:
         return train_alone(asked)
     except FlagError as error:
@@ -101,7 +101,7 @@ def train_alone(asked: Parsed) -> int:
     with locked(Path(asked.options.run_dir), create=not asked.options.resume):
         config = begin(asked.flags, asked.options, typed=asked.typed, typed_flags=asked.typed_flags)
         with Bar(config.options.steps) as bar:
-            run = prepare(config, bar.write, [bar])
+            run = prepare_run(config, bar.write, [bar])
             bar.start(run.trainer.step)
             try:
                 run.train()
@@ -109,7 +109,7 @@ def train_alone(asked: Parsed) -> int:
                 bar.close()
                 return stopped(stop, config.options)
         comparison = finish(run, print)
-    written(run, comparison)
+    say_written(run, comparison)
     return 0
 
 

@@ -23,7 +23,7 @@ from x_transformers.training.build import build_model
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import TrainOptions
-from x_transformers.training.run import RunConfig, begin, finish, prepare
+from x_transformers.training.run import RunConfig, begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
 BAD_INPUT = 2
@@ -76,7 +76,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
         held.enter_context(locked(Path(options.run_dir), create=not options.resume))
         return begin(asked.flags, options, typed=asked.typed, typed_flags=asked.typed_flags)
 
-    from x_transformers.cli.ending import stopped, written
+    from x_transformers.cli.ending import say_written, stopped
 
     check_alike(world, asked)
     config = of_main(world, open_folder)
@@ -93,10 +93,10 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
         from x_transformers.cli.bar import Bar
 
         bar: Any = held.enter_context(Bar(options.steps))
-        run = prepare(config, bar.write, [bar], engine)
+        run = prepare_run(config, bar.write, [bar], engine)
         bar.start(run.trainer.step)
     else:
-        run = prepare(config, lambda text: None, [], engine)
+        run = prepare_run(config, lambda text: None, [], engine)
     try:
         run.train()
     except Interrupted as stop:
@@ -108,7 +108,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
         bar.close()
     comparison = finish(run, print if world.is_main else lambda text: None)
     if world.is_main:
-        written(run, comparison)
+        say_written(run, comparison)
     return 0
 
 

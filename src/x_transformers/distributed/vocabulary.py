@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import Replicate
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.distributed.moves import added_up, copied, joined
-from x_transformers.heads import LinearLogits, TiedHead, loss_of
+from x_transformers.heads import LinearLogits, TiedHead, linear_loss
 from x_transformers.helpers import autocast_dtype
 from x_transformers.losses import CHUNK_ACCELERATOR, CHUNK_CPU, at_least_single, check_targets
 from x_transformers.stack_wrapper import StackWrapper
@@ -100,7 +100,7 @@ def logits_or_loss(
 ) -> Tensor:
     """All logits, or with targets their loss, as of a head that is whole."""
     if targets is not None:
-        return loss_of(x, weight, bias, targets, measure=vocabulary_cross_entropy, **loss)
+        return linear_loss(x, weight, bias, targets, measure=vocabulary_cross_entropy, **loss)
     whole, mesh = weight.shape[0], mesh_of(weight)
     own = F.linear(copied(x, mesh), local(weight, x.dtype), None if bias is None else local(bias, x.dtype))
     return joined(own, own.ndim - 1, whole, mesh, alike=True)

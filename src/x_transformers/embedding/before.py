@@ -101,7 +101,7 @@ def one_before(new: Tensor, name: str, call: Call, rows: Rows) -> Tensor:
     return torch.cat((last, new), dim=1)[:, : new.shape[1]]
 
 
-def remember(cache: KVCache, call: Call, rows: Rows) -> None:
+def store_kept(cache: KVCache, call: Call, rows: Rows) -> None:
     """Put what was kept of the new tokens into the cache that goes out, which has a row for each row of the stack."""
     if not call.kept or cache.cursor is not None:
         return

@@ -13,7 +13,7 @@ from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
 from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of
-from x_transformers.layers.checks import check_prefix, is_whole
+from x_transformers.layers.checks import check_prefix, is_int
 from x_transformers.notices import warn_inert
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -135,7 +135,7 @@ def check_added(call: Call, batch: int, dim: int) -> None:
     start = call.seq_start_pos
     if start is not None and not isinstance(start, Tensor):
         raise TypeError(f'seq_start_pos must be a tensor of whole numbers, one per row, got a {type(start).__name__}.')
-    if start is not None and (start.shape != (batch,) or not is_whole(start, 1)):
+    if start is not None and (start.shape != (batch,) or not is_int(start, 1)):
         raise ValueError(
             f'seq_start_pos must be one whole number per row, ({batch},), got {start.dtype} of shape {tuple(start.shape)}.'
         )

@@ -61,7 +61,7 @@ def run_loops(
     the first loop and none in later ones, as in 2.31.10, unless ``every_place``.
     """
     steps = most if call.steps is None else call.steps
-    before = split(cache, size)
+    before = split_by_loop(cache, size)
     if cache is not None and len(before) != steps:
         raise ValueError(f'looped_steps must be {len(before)} with this cache, which was made so, got {steps}.')
     exits = None if cache is None else cache.steps[steps * size]
@@ -90,7 +90,7 @@ def run_loops(
             if not bool(going.any()):
                 break
     record.exit_logits = gates
-    record.expert_loss = added_up(losses)
+    record.expert_loss = summed_losses(losses)
     if caches[0] is not None:
         record.kv_cache, record.exit_indices = joined(caches, before, exit_index, exits, size=size, steps=steps, early=early)
         record.cache_length = record.kv_cache.length
@@ -99,7 +99,7 @@ def run_loops(
     return outputs, out, record
 
 
-def added_up(losses: list[Float[Tensor, ''] | None]) -> Float[Tensor, ''] | None:
+def summed_losses(losses: list[Float[Tensor, ''] | None]) -> Float[Tensor, ''] | None:
     """The sum of those that are there."""
     known = [loss for loss in losses if loss is not None]
     return sum(known[1:], known[0]) if known else None
@@ -108,7 +108,7 @@ def added_up(losses: list[Float[Tensor, ''] | None]) -> Float[Tensor, ''] | None
 # ---------------------------------------------------------------- one cache for all loops
 
 
-def split(cache: KVCache | None, size: int) -> list[KVCache]:
+def split_by_loop(cache: KVCache | None, size: int) -> list[KVCache]:
     """The caches of the loops: the steps of loop i are those from ``i * size`` on, the record of exits is behind the last.
 
     What belongs to no layer, at numbers below 0, is the same for all.

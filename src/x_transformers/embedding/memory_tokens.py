@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.embedding.token import put_in_front, true_in_front
+from x_transformers.embedding.token import prepend_rows, true_in_front
 from x_transformers.helpers import pad_at_dim
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -38,7 +38,7 @@ class MemoryTokens:
     ) -> tuple[Float[Tensor, 'b k d'], Bool[Tensor, 'b k'] | None]:
         """The longer sequence and its mask."""
         if not self.every:
-            return put_in_front(tokens.expand(x.shape[0], -1, -1), x, mask)
+            return prepend_rows(tokens.expand(x.shape[0], -1, -1), x, mask)
         x = self.windows(x, 0.0)
         laid = torch.cat((tokens.to(x.dtype).expand(*x.shape[:2], -1, -1), x), dim=2).flatten(1, 2)
         return laid, None if mask is None else self.mask(mask)

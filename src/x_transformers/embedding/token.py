@@ -112,7 +112,7 @@ def scale_gradient(x: Tensor, fraction: float) -> Tensor:
 # ---------------------------------------------------------------- what stands in front
 
 
-def put_in_front(
+def prepend_rows(
     rows: Float[Tensor, 'b p d'],
     x: Float[Tensor, 'b n d'],
     mask: Bool[Tensor, 'b n'] | None,

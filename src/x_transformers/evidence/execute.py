@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from x_transformers.evidence.draws import seed_of
 from x_transformers.evidence.pairing import fill_by_name
-from x_transformers.evidence.runs import CostRun, Job, Run
+from x_transformers.evidence.runs import ArmRun, CostRun, Job
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
-from x_transformers.evidence.training import train
+from x_transformers.evidence.training import train_arm
 
 LAST = 3
 """A run is judged by the mean of so many evaluations at its end."""
@@ -31,7 +31,7 @@ def execute(job: Job, task: Task | None = None) -> dict[str, Any]:
     """The result of a job. ``task`` is given where it exists as an object already."""
     task = task or make_task(job.task.name, job.task.options)
     with quiet():
-        return run_of(job, task) if isinstance(job, Run) else cost_of(job, task)
+        return run_of(job, task) if isinstance(job, ArmRun) else cost_of(job, task)
 
 
 @contextmanager
@@ -57,10 +57,10 @@ def prepared_model(task: Task, flags: Mapping[str, Any], seed: int, device: str)
     return model.to(device)
 
 
-def run_of(run: Run, task: Task) -> dict[str, Any]:
+def run_of(run: ArmRun, task: Task) -> dict[str, Any]:
     model = prepared_model(task, run.flags, run.seed, run.device)
     started, wall = time.process_time(), time.perf_counter()
-    curve = train(task, model, run.settings, run.seed)
+    curve = train_arm(task, model, run.settings, run.seed)
     last = [measures for _, measures in curve[-LAST:]]
     value = statistics.fmean(measures[task.metric] for measures in last)
     if not math.isfinite(value):

@@ -16,7 +16,7 @@ import torch
 
 from x_transformers.evidence.execute import quiet
 from x_transformers.evidence.pool import run_all
-from x_transformers.evidence.runs import CostRun, Job, Run, Settings, Store, TaskName, hash_of, read_json, write_json
+from x_transformers.evidence.runs import ArmRun, CostRun, Job, RunFolder, Settings, TaskName, hash_of, read_record, write_record
 from x_transformers.evidence.statistics import Comparison, compare, margin_of
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
@@ -168,7 +168,7 @@ class Experiment:
     """What each task says of itself."""
 
     def __post_init__(self) -> None:
-        self.store = Store(self.folder)
+        self.store = RunFolder(self.folder)
         self.identities = self.identities or {q.title: q.the_task().options() for q in self.questions}
         if len(self.identities) != len(self.questions):
             raise TrainingError('the tasks of one experiment must have different names. Give each its own.')
@@ -221,7 +221,7 @@ class Experiment:
         path = self.folder / EXPERIMENT
         if self.folder.exists() and not self.folder.is_dir():
             raise TrainingError(f'--out must be a folder, got the file {self.folder}. Choose another one.')
-        before = read_json(path)
+        before = read_record(path)
         wanted = json.loads(json.dumps(self.describe(), default=list))
         if before is not None and before != wanted:
             raise TrainingError(
@@ -234,7 +234,7 @@ class Experiment:
             raise TrainingError(f'{self.folder} already holds this experiment. Go on with --resume, or choose another --out.')
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, wanted)
+            write_record(path, wanted)
         except OSError as error:
             raise TrainingError(
                 f'--out {self.folder} cannot be written: {error.strerror or error}. Choose another one.'
@@ -242,11 +242,11 @@ class Experiment:
 
     # runs
 
-    def run(self, question: Question, arm: Arm, seed: int, lr_factor: float = 1.0) -> Run:
+    def run(self, question: Question, arm: Arm, seed: int, lr_factor: float = 1.0) -> ArmRun:
         settings = dataclasses.replace(question.settings, lr=question.settings.lr * lr_factor)
         identity = self.identities[question.title]
         seed = seed + arm.other_seeds
-        return Run(question.task, question.flags_of(arm), settings, seed, question.device, identity)
+        return ArmRun(question.task, question.flags_of(arm), settings, seed, question.device, identity)
 
     def cost(self, question: Question, arm: Arm) -> CostRun:
         identity = self.identities[question.title]

@@ -16,6 +16,7 @@ from x_transformers.flags.other_inputs import ContinuousFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.module import Module
 from x_transformers.tensor_types import Float, Int
+from x_transformers.training.build import split_flags
 
 IGNORE = -100
 """The target of a position that asks nothing."""
@@ -119,33 +120,24 @@ class PooledModel(Module):
         return pooled if self.head is None else self.head(pooled), batch.targets[:, 0]
 
 
-def split(flags: Mapping[str, Any], wrapper: type[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(keywords of the model around the stack, keywords of the stack)."""
-    own = wrapper.flag_fields()
-    return (
-        {name: value for name, value in flags.items() if name in own},
-        {name: value for name, value in flags.items() if name not in own},
-    )
-
-
-def build_network(flags: Mapping[str, Any], *, num_tokens: int, max_seq_len: int, **more: Any) -> nn.Module:
+def build_language_model(flags: Mapping[str, Any], *, num_tokens: int, max_seq_len: int, **more: Any) -> nn.Module:
     """``TransformerWrapper`` around a ``Decoder``. Flags may name ``max_seq_len`` themselves."""
     from x_transformers import Decoder, TransformerWrapper
 
-    wrapper, stack = split(flags, WrapperFlags)
+    wrapper, stack = split_flags(flags)
     keywords = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, **more, **wrapper}
     network: nn.Module = TransformerWrapper(attn_layers=Decoder(**stack), **keywords)
     return network
 
 
 def build_token_model(flags: Mapping[str, Any], *, num_tokens: int, max_seq_len: int, **more: Any) -> AnswerModel:
-    return AnswerModel(build_network(flags, num_tokens=num_tokens, max_seq_len=max_seq_len, **more))
+    return AnswerModel(build_language_model(flags, num_tokens=num_tokens, max_seq_len=max_seq_len, **more))
 
 
 def build_vector_model(flags: Mapping[str, Any], *, dim_in: int, dim_out: int, max_seq_len: int) -> VectorModel:
     from x_transformers import ContinuousTransformerWrapper, Decoder
 
-    wrapper, stack = split(flags, ContinuousFlags)
+    wrapper, stack = split_flags(flags, ContinuousFlags)
     keywords = {'dim_in': dim_in, 'dim_out': dim_out, 'max_seq_len': max_seq_len, **wrapper}
     return VectorModel(ContinuousTransformerWrapper(attn_layers=Decoder(**stack), **keywords))
 
@@ -154,7 +146,7 @@ def build_pooled_model(flags: Mapping[str, Any], *, num_tokens: int, classes: in
     """An encoder with one output for a row: of the mean of all tokens, unless flags say another way."""
     from x_transformers import Encoder, TransformerWrapper
 
-    wrapper, stack = split(flags, WrapperFlags)
+    wrapper, stack = split_flags(flags)
     if not any(wrapper.get(name) for name in WrapperFlags.one_of('pool')):
         wrapper['average_pool_embed'] = True
     keywords = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'logits_dim': classes, **wrapper}

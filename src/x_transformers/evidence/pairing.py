@@ -44,12 +44,12 @@ def fill_by_name(model: nn.Module, seed: int) -> None:
     named = {id(p): generator('parameter', seed, name) for name, p in model.named_parameters() if p.device.type == 'cpu'}
     try:
         with torch.no_grad(), NamedFills(named):
-            fill(model, '', seed, set())
+            fill_module(model, '', seed, set())
     finally:
         torch.set_rng_state(state)
 
 
-def fill(module: nn.Module, name: str, seed: int, done: set[int]) -> None:
+def fill_module(module: nn.Module, name: str, seed: int, done: set[int]) -> None:
     """Children first: a parent may read what they hold, but changes nothing in them."""
     if id(module) in done:
         return
@@ -58,7 +58,7 @@ def fill(module: nn.Module, name: str, seed: int, done: set[int]) -> None:
     own = module.init_own if isinstance(module, Module) and ours else getattr(module, 'reset_parameters', None)
     if ours or own is None:
         for child_name, child in module.named_children():
-            fill(child, f'{name}.{child_name}' if name else child_name, seed, done)
+            fill_module(child, f'{name}.{child_name}' if name else child_name, seed, done)
     if own is not None:
         torch.manual_seed(seed_of('module', seed, name))
         own()

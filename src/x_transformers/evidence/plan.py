@@ -30,7 +30,7 @@ class Plan:
     more: Mapping[str, Any]
 
 
-def value_of(text: str) -> Any:
+def parsed_value(text: str) -> Any:
     """A value as in TOML: true, 3, 0.5, [1, 2], "word"; else a word. ``True`` and ``None`` are known too."""
     known = {'True': True, 'False': False, 'None': None}
     if text in known:
@@ -58,7 +58,7 @@ def pairs_of(words: Iterable[str], option: str) -> dict[str, Any]:
             name, equals, value = part.partition('=')
             if not equals or not name:
                 raise TrainingError(f'{option} must be NAME=VALUE, got {part!r}. Write for example {option} depth=2.')
-            found[name.strip().replace('-', '_')] = value_of(value.strip())
+            found[name.strip().replace('-', '_')] = parsed_value(value.strip())
     return found
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from x_transformers.drawing import BLUE, GREY, RED, name_beside, panels, save, style
+from x_transformers.drawing import BLUE, GREY, RED, name_beside, panels, save_figure, style
 from x_transformers.evidence.findings import Findings, confidence_band
 from x_transformers.training.errors import TrainingError
 
@@ -44,10 +44,10 @@ def panels_for(tasks: Sequence[str], height: float) -> tuple[Any, list[Any]]:
 def draw_forest(report: Findings, path: Path) -> Path:
     """Differences with their intervals, one panel per task; to the right is better."""
     with styled():
-        return save(forest(report), path)
+        return save_figure(forest_plot(report), path)
 
 
-def forest(report: Findings) -> Any:
+def forest_plot(report: Findings) -> Any:
     tasks = report.tasks()
     tallest = max(sum(outcome.task == task for outcome in report.outcomes) for task in tasks)
     figure, axes = panels_for(tasks, 1.4 + 0.24 * tallest)
@@ -72,7 +72,7 @@ def forest(report: Findings) -> Any:
 def draw_curves(report: Findings, path: Path, most: int = 8) -> Path:
     """The metric over steps: mean of the seeds, with a band from the lowest to the highest; the ideas that differ most."""
     with styled():
-        return save(curves_of(report, most), path)
+        return save_figure(curves_of(report, most), path)
 
 
 def curves_of(report: Findings, most: int) -> Any:

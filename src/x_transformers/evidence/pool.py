@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from x_transformers.evidence.execute import execute, one_thread
-from x_transformers.evidence.runs import Job, Store
+from x_transformers.evidence.runs import Job, RunFolder
 from x_transformers.evidence.tasks.base import Task
 
 Told = Callable[[Job], None]
@@ -24,7 +24,7 @@ POLL = 0.5
 DONE, BUSY, FAILED = 'done', 'busy', 'failed'
 
 
-def attempt(store: Store, job: Job, task: Task | None = None) -> tuple[str, str]:
+def attempt(store: RunFolder, job: Job, task: Task | None = None) -> tuple[str, str]:
     """Do a run unless it is done or somebody else works on it: (what came of it, why it failed)."""
     with store.claim(job) as mine:
         if not mine:
@@ -55,7 +55,7 @@ def sentence(error: BaseException) -> str:
     return f'{type(error).__name__}: {text[:400]}{where}'
 
 
-def run_here(store: Store, jobs: Iterable[Job], told: Told, deadline: float | None, task: Task | None = None) -> None:
+def run_here(store: RunFolder, jobs: Iterable[Job], told: Told, deadline: float | None, task: Task | None = None) -> None:
     """One after the other, in this process."""
     waiting = deque(jobs)
     idle = 0
@@ -96,7 +96,7 @@ def worker_main(pipe: Connection, folder: str, path: Sequence[str]) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     one_thread()
-    store = Store(folder)
+    store = RunFolder(folder)
     while True:
         try:
             job = pipe.recv()
@@ -109,7 +109,7 @@ def worker_main(pipe: Connection, folder: str, path: Sequence[str]) -> None:
             return
 
 
-def start_worker(store: Store) -> Worker:
+def start_worker(store: RunFolder) -> Worker:
     context = multiprocessing.get_context('spawn')
     ours, theirs = context.Pipe()
     process = context.Process(target=worker_main, args=(theirs, str(store.folder), list(sys.path)), daemon=True)
@@ -126,7 +126,7 @@ def start_worker(store: Store) -> Worker:
     return Worker(process, ours)
 
 
-def run_in_workers(store: Store, jobs: Iterable[Job], workers: int, told: Told, deadline: float | None) -> None:
+def run_in_workers(store: RunFolder, jobs: Iterable[Job], workers: int, told: Told, deadline: float | None) -> None:
     """Several at a time. A worker that dies takes its run with it, which is then a failure that says so."""
     waiting = deque(jobs)
     team = [start_worker(store) for _ in range(min(workers, len(waiting)))]
@@ -184,7 +184,7 @@ def death(code: int | None) -> str:
 
 
 def run_all(
-    store: Store,
+    store: RunFolder,
     jobs: Sequence[Job],
     *,
     workers: int = 0,

@@ -68,7 +68,7 @@ class TaskName:
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmRun:
     """One arm with one seed."""
 
     task: TaskName
@@ -121,7 +121,7 @@ class CostRun:
         return hash_of(self.options())
 
 
-Job = Run | CostRun
+Job = ArmRun | CostRun
 
 
 def hash_of(options: Mapping[str, Any]) -> str:
@@ -129,7 +129,7 @@ def hash_of(options: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Store:
+class RunFolder:
     """The runs of a folder."""
 
     def __init__(self, folder: str | Path) -> None:
@@ -139,22 +139,22 @@ class Store:
         return self.folder / 'runs' / job.hash
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        return read_json(self.path(job) / RESULT)
+        return read_record(self.path(job) / RESULT)
 
     def failure(self, job: Job) -> dict[str, Any] | None:
         """Why a run failed, unless it has been done since."""
-        return None if self.result(job) is not None else read_json(self.path(job) / FAILED)
+        return None if self.result(job) is not None else read_record(self.path(job) / FAILED)
 
     def settled(self, job: Job) -> bool:
         return (self.path(job) / RESULT).exists() or (self.path(job) / FAILED).exists()
 
     def write_result(self, job: Job, result: Mapping[str, Any]) -> None:
-        write_json(self.path(job) / RESULT, result)
+        write_record(self.path(job) / RESULT, result)
         with contextlib.suppress(FileNotFoundError):
             (self.path(job) / FAILED).unlink()
 
     def write_failure(self, job: Job, why: str) -> None:
-        write_json(self.path(job) / FAILED, {'why': why})
+        write_record(self.path(job) / FAILED, {'why': why})
 
     def forget_failure(self, job: Job) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -169,7 +169,7 @@ class Store:
         try:
             mine = lock(handle)
             if mine and not (path / OPTIONS).exists():
-                write_json(path / OPTIONS, job.options())
+                write_record(path / OPTIONS, job.options())
             yield mine
         finally:
             os.close(handle)  # which also gives the lock back
@@ -187,7 +187,7 @@ def lock(handle: int) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
     """Under its name at once: whoever reads sees nothing or all of it."""
     write_text(path, json.dumps(value, default=list) + '\n')
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Entry:
+class SuiteEntry:
     """One line of a suite: a task, what is trained, and what others report for it."""
 
     label: str
@@ -27,7 +27,7 @@ class Suite:
     paper: str
     reduced: str
     """How the sizes differ from the published ones, and why."""
-    entries: tuple[Entry, ...]
+    entries: tuple[SuiteEntry, ...]
     mean: Mapping[str, float] = field(default_factory=dict)
     """Published means over the entries."""
 
@@ -43,13 +43,13 @@ def mqar() -> Suite:
         'One layer runs at the published length 64 with 4 pairs, and a vocabulary of 1024 in the place of 8192. Two layers run '
         'at length 32 with a vocabulary of 64, rotary positions and 1,500 steps; published runs see 100,000 rows many times.',
         (
-            Entry('one layer', 'mqar', {}, one, 2000, 3e-3, {guess: 0.25}),
-            Entry('one layer, shift_tokens=1', 'mqar', {}, {**one, 'shift_tokens': 1}, 2000, 3e-3),
-            Entry(
+            SuiteEntry('one layer', 'mqar', {}, one, 2000, 3e-3, {guess: 0.25}),
+            SuiteEntry('one layer, shift_tokens=1', 'mqar', {}, {**one, 'shift_tokens': 1}, 2000, 3e-3),
+            SuiteEntry(
                 'one layer, shift_tokens=1, window of 2', 'mqar', {}, {**one, 'shift_tokens': 1, 'attn_max_attend_past': 2},
                 2000, 3e-3,
             ),
-            Entry('two layers, rotary', 'mqar', small, {'depth': 2, 'rotary_pos_emb': True}, 1500, 3e-3, {paper: 1.0}),
+            SuiteEntry('two layers, rotary', 'mqar', small, {'depth': 2, 'rotary_pos_emb': True}, 1500, 3e-3, {paper: 1.0}),
         ),
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def mad() -> Suite:
         published = {source: row[place] / 100 for source, row in MAD_ROWS.items()}
         # blanks are many and say nothing: the same number of steps takes four times as long
         steps = 600 if name == 'selective-copying' else 1500
-        entries.append(Entry(name, f'mad/{name}', options, small, steps, 1e-3, published))
+        entries.append(SuiteEntry(name, f'mad/{name}', options, small, steps, 1e-3, published))
     return Suite(
         'Six tasks of mechanistic architecture design, class-balanced accuracy.',
         'https://arxiv.org/abs/2403.17844',
@@ -101,7 +101,7 @@ def length() -> Suite:
         'ALiBi': {'alibi_pos_bias': True, 'use_abs_pos_emb': False},
     }
     entries = [
-        Entry(f'{task}, {kind}', f'length/{task}', options, {**base, **flags}, 1000, 2e-3)
+        SuiteEntry(f'{task}, {kind}', f'length/{task}', options, {**base, **flags}, 1000, 2e-3)
         for task in ('copy', 'sort', 'parity', 'addition')
         for kind, flags in kinds.items()
     ]
@@ -122,7 +122,7 @@ def depo() -> Suite:
         'rotary, shift_tokens=1': {'rotary_pos_emb': True, 'shift_tokens': 1},
         'no positions, shift_tokens=1': {'use_abs_pos_emb': False, 'shift_tokens': 1},
     }
-    entries = [Entry(kind, 'depo', options, {**base, **flags}, 2000, 2e-3) for kind, flags in kinds.items()]
+    entries = [SuiteEntry(kind, 'depo', options, {**base, **flags}, 2000, 2e-3) for kind, flags in kinds.items()]
     return Suite(
         'The k-th successor on a cycle that is given as shuffled edges.',
         'https://arxiv.org/abs/2512.17351',
@@ -142,7 +142,7 @@ def bytes_() -> Suite:
         'shift_tokens=1': {'shift_tokens': 1},
         'value residual': {'add_value_residual': True},
     }
-    entries = [Entry(kind, 'bytes', options, {**base, **flags}, 400, 3e-3) for kind, flags in kinds.items()]
+    entries = [SuiteEntry(kind, 'bytes', options, {**base, **flags}, 400, 3e-3) for kind, flags in kinds.items()]
     return Suite(
         "Bits per byte on held-out files of Python's standard library.",
         'https://docs.python.org/3/library/',

@@ -15,7 +15,7 @@ from x_transformers.training.trainer import Trainer
 Curve = list[tuple[int, dict[str, float]]]
 
 
-def train(task: Task, model: nn.Module, settings: Settings, seed: int) -> Curve:
+def train_arm(task: Task, model: nn.Module, settings: Settings, seed: int) -> Curve:
     """(finished steps, measures) of every evaluation."""
     wanted = set(settings.evaluated())
 

@@ -40,7 +40,7 @@ class Traced(NamedTuple):
     outputs: tuple[str, ...]
 
 
-class Logits(nn.Module):
+class LogitsModule(nn.Module):
     """A model as a function of its input, and of a mask if ``masked``."""
 
     def __init__(self, model: nn.Module, masked: bool) -> None:
@@ -132,7 +132,7 @@ class Step(nn.Module):
 # ---------------------------------------------------------------- what is traced
 
 
-def longest(model: nn.Module) -> int | None:
+def longest_input(model: nn.Module) -> int | None:
     """The longest sequence that a model with absolute positions takes."""
     net: Any = getattr(model, 'net', model)
     return int(net.max_seq_len) if getattr(net, 'has_absolute_positions', False) else None
@@ -143,7 +143,7 @@ def ranges(model: nn.Module, batch: Range, length: Range, least: int) -> tuple[R
     for name, (low, high) in (('batch', batch), ('length', length)):
         if not 1 <= low <= high:
             raise ExportError(f'{name} must be (least, most) with 1 <= least <= most, got {(low, high)}.')
-    most = longest(model)
+    most = longest_input(model)
     low, high = max(length[0], least), length[1] if most is None else min(length[1], most)
     if low > high:
         raise ExportError(f'length must reach from at least {least} to at most {most}, got {length}.')
@@ -184,7 +184,7 @@ def traced(model: nn.Module, batch: Range, length: Range, what: What, mask: bool
         return Traced(model, (x,), (free,), ('ids',), ('loss',))
     if mask and 'mask' not in inspect.signature(net.forward).parameters:
         raise ExportError(f'mask=True needs a model that takes a mask, which {type(net).__name__} does not.')
-    module = Logits(net, mask)
+    module = LogitsModule(net, mask)
     if not mask:
         return Traced(module, (x,), (free,), ('x',), ('logits',))
     seen_mask = torch.ones(b, n, dtype=torch.bool, device=device)

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from x_transformers.flags.elsewhere import answer
-from x_transformers.flags.plain import plain, value_of
+from x_transformers.flags.plain import plain, value_from_plain
 from x_transformers.notices import written
 
 REQUIRED: Any = dataclasses.MISSING
@@ -352,7 +352,7 @@ class Flags:
             raise FlagError(f'{cls.__name__}: `text` must be a JSON object of keywords, but cannot be read: {error}.') from None
         if not isinstance(held, dict):
             raise FlagError(f'{cls.__name__}: `text` must be a JSON object of keywords, got a {type(held).__name__}.')
-        return cls.parse({name: value_of(value) for name, value in held.items()} | more, where=cls.__name__)
+        return cls.parse({name: value_from_plain(value) for name, value in held.items()} | more, where=cls.__name__)
 
     def is_changed(self, name: str) -> bool:
         value, usual = getattr(self, name), self.default(name)

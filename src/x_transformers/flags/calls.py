@@ -40,7 +40,7 @@ class CachedWritingOptions(WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class GenerateOptions(CachedWritingOptions):
+class GenerationOptions(CachedWritingOptions):
     """The call ``AutoregressiveWrapper.generate``."""
 
     restrict_to_max_seq_len: bool = flag(True, 'Show the net only its last max_seq_len tokens.')

@@ -16,7 +16,7 @@ SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals', 'learned_value_
 CROSS_SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals')
 
 
-def split(
+def split_parts(
     given: Mapping[str, Any], own_names: Collection[str], *, where: str, prefix: str
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """(the stack's own keywords, the parts' keywords by prefix); raises UnknownFlag for all others."""

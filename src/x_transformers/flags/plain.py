@@ -43,14 +43,14 @@ def plain(value: Any, path: str, wrong: list[str], describe: Described = nothing
     return described
 
 
-def value_of(held: Any, build: Callable[[Mapping[str, Any]], Any] | None = None) -> Any:
+def value_from_plain(held: Any, build: Callable[[Mapping[str, Any]], Any] | None = None) -> Any:
     """The value of which a file holds ``held``. ``build``: makes a model of a description, which has a class."""
     if isinstance(held, Mapping):
         if build is not None and 'class' in held:
             return build(held)
         if set(held) == {PER_LAYER}:
-            return PerLayer(values=tuple(value_of(held[PER_LAYER], build)))
-        return {name: value_of(entry, build) for name, entry in held.items()}
+            return PerLayer(values=tuple(value_from_plain(held[PER_LAYER], build)))
+        return {name: value_from_plain(entry, build) for name, entry in held.items()}
     if isinstance(held, list):
-        return tuple(value_of(entry, build) for entry in held)
+        return tuple(value_from_plain(entry, build) for entry in held)
     return held

@@ -21,7 +21,7 @@ from x_transformers.flags.attention import VALUE_RESIDUAL, AttentionFlags
 from x_transformers.flags.base import REQUIRED, FlagError, flag, type_hints
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.layered import taken_apart
-from x_transformers.flags.parts import PARTS, cross_inherits, first_prefix, keyword_names, split
+from x_transformers.flags.parts import PARTS, cross_inherits, first_prefix, keyword_names, split_parts
 from x_transformers.flags.per_layer import PerLayer, takes
 from x_transformers.flags.position_facts import ANY_POSITION_BIAS, PositionFacts
 from x_transformers.flags.structure import ANY_ROTARY, HYPER, ROTARY, StructureFlags
@@ -311,7 +311,7 @@ class StackFlags(PositionFacts, StructureFlags):
         """Flags of a stack and its parts from flat keywords: ``attn_`` for attention, ``cross_attn_`` laid over it for cross
         attention, ``ff_`` for feed-forwards. Errors as ``Flags.parse``; a name that only the stack may set
         (``attn_heads``) is unknown."""
-        own, parts = split(given, cls.flag_fields(), where=where, prefix=prefix)
+        own, parts = split_parts(given, cls.flag_fields(), where=where, prefix=prefix)
         cls.check_complete(own, where=where, prefix=prefix)
         apart: dict[str, PerLayer] = {}
         own = taken_apart(own, cls, '', apart, own=True)

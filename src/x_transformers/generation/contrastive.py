@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.generation.decode import Reader, Tokens
 from x_transformers.generation.prompts import GenerateError
-from x_transformers.generation.sampling import check_options, contrastive_decode_fn
+from x_transformers.generation.sampling import check_callable, contrastive_decode_fn
 from x_transformers.tensor_types import Float, Int
 
 Options = Mapping[str, Any]
@@ -38,7 +38,7 @@ def amateur_nets(
             f'there are {len(nets)} amateurs and {len(settings)} contrastive_decode_kwargs; give one dict for each amateur'
         )
     for setting in settings:
-        check_options(contrastive_decode_fn, 2, setting, 'contrastive_decode_kwargs')
+        check_callable(contrastive_decode_fn, 2, setting, 'contrastive_decode_kwargs')
         alpha = setting.get('alpha', 0.1)
         for name, value in setting.items():
             if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
@@ -51,7 +51,7 @@ def amateur_nets(
     return [(unwrapped(net), setting) for net, setting in zip(nets, settings, strict=True)]
 
 
-def check_vocabulary(expert: nn.Module, other: nn.Module, role: str) -> None:
+def check_same_vocabulary(expert: nn.Module, other: nn.Module, role: str) -> None:
     """Refuse two nets that are known to have different vocabularies."""
     ours, theirs = getattr(expert, 'num_tokens', None), getattr(other, 'num_tokens', None)
     if ours is not None and theirs is not None and ours != theirs:

@@ -107,7 +107,7 @@ class Prompt:
         return restored(rows, self.leading)
 
 
-def prepare(
+def prepare_prompts(
     prompts: Tensor | Sequence[Tensor],
     lens: Tensor | Sequence[int] | None = None,
     pad_value: int = 0,

@@ -113,7 +113,7 @@ def gumbel_sample(
     return (logits / max(temperature, eps) + gumbel_noise(logits, generator)).argmax(dim=-1)
 
 
-def check_options(fn: Callable[..., Tensor], tensors: int, options: Mapping[str, Any], name: str) -> None:
+def check_callable(fn: Callable[..., Tensor], tensors: int, options: Mapping[str, Any], name: str) -> None:
     """Raise unless ``fn`` can be called with so many tensors and these keywords."""
     if not isinstance(options, Mapping):
         raise TypeError(f'{name} must be a dictionary of keywords, got {options!r}')
@@ -167,7 +167,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        check_options(self.filter_fn, 1, self.filter_kwargs, 'filter_kwargs')
+        check_callable(self.filter_fn, 1, self.filter_kwargs, 'filter_kwargs')
         check_keeps(self.filter_fn, self.filter_kwargs)
 
     def probs(self, logits: Float[Tensor, '... v']) -> Float[Tensor, '... v']:

@@ -128,7 +128,7 @@ class Checked:
     following: Int[Tensor, ' b']
 
 
-def check(draft: Draft, probs: Float[Tensor, 'b k1 v'], sampler: Sampler) -> Checked:
+def accept_guesses(draft: Draft, probs: Float[Tensor, 'b k1 v'], sampler: Sampler) -> Checked:
     """Accept guesses with probability min(1, p/q); where a row refuses, draw from what p has more than q.
 
     ``probs`` are the net's distributions after each guess, one more than there are guesses. The batch goes on together: it
@@ -184,7 +184,7 @@ def speculate(
         mark = reader.mark()
         tokens.extend(draft.tokens)
         probs = sampler.probs(reader.read(tokens, last=count + 1))
-        checked = check(draft, probs, sampler)
+        checked = accept_guesses(draft, probs, sampler)
         tokens.cut(length + checked.accepted)
         reader.rollback(tokens.length, mark)
         drafter.settle(tokens.length)

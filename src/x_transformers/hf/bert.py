@@ -11,10 +11,10 @@ from x_transformers.hf.family import (
     check_head,
     for_layers,
     headless,
-    layer_norm,
+    layer_norm_rules,
     layer_normed,
     rule,
-    with_bias,
+    weight_and_bias,
 )
 from x_transformers.hf.maps import Map, scaled
 
@@ -59,21 +59,21 @@ def bert_rules(config: Config, model: Plain) -> list[KeyRule]:
         rule(f'{embeddings}.token_type_embeddings.weight', 'token_emb.types.weight'),
         # ours are multiplied by dim ** -0.5
         rule(f'{embeddings}.position_embeddings.weight', 'pos_emb.emb.weight', scaled(stack['dim'] ** 0.5)),
-        *layer_norm(f'{embeddings}.LayerNorm', 'post_emb_norm'),
-        *with_bias(f'{theirs}.attention.self.query', f'{attention}.1.to_q'),
-        *with_bias(f'{theirs}.attention.self.key', f'{attention}.1.to_k'),
-        *with_bias(f'{theirs}.attention.self.value', f'{attention}.1.to_v'),
-        *with_bias(f'{theirs}.attention.output.dense', f'{attention}.1.to_out'),
-        *layer_norm(f'{theirs}.attention.output.LayerNorm', f'{attention}.0.2'),
-        *with_bias(f'{theirs}.intermediate.dense', f'{forward}.1.ff.0.0'),
-        *with_bias(f'{theirs}.output.dense', f'{forward}.1.ff.2'),
-        *layer_norm(f'{theirs}.output.LayerNorm', f'{forward}.0.2'),
+        *layer_norm_rules(f'{embeddings}.LayerNorm', 'post_emb_norm'),
+        *weight_and_bias(f'{theirs}.attention.self.query', f'{attention}.1.to_q'),
+        *weight_and_bias(f'{theirs}.attention.self.key', f'{attention}.1.to_k'),
+        *weight_and_bias(f'{theirs}.attention.self.value', f'{attention}.1.to_v'),
+        *weight_and_bias(f'{theirs}.attention.output.dense', f'{attention}.1.to_out'),
+        *layer_norm_rules(f'{theirs}.attention.output.LayerNorm', f'{attention}.0.2'),
+        *weight_and_bias(f'{theirs}.intermediate.dense', f'{forward}.1.ff.0.0'),
+        *weight_and_bias(f'{theirs}.output.dense', f'{forward}.1.ff.2'),
+        *layer_norm_rules(f'{theirs}.output.LayerNorm', f'{forward}.0.2'),
     ]
     if 'logits_transform' in model:
         head = 'cls.predictions'
         rules += [
-            *with_bias(f'{head}.transform.dense', 'logits_transform.0'),
-            *layer_norm(f'{head}.transform.LayerNorm', 'logits_transform.2'),
+            *weight_and_bias(f'{head}.transform.dense', 'logits_transform.0'),
+            *layer_norm_rules(f'{head}.transform.LayerNorm', 'logits_transform.2'),
         ]
         if model.get('tie_embedding'):
             rules.append(rule(f'{head}.bias', 'to_logits.bias'))

@@ -20,10 +20,10 @@ from x_transformers.hf.family import Config, Family, KeyRule, Plain, headless
 from x_transformers.hf.maps import JOINED, SAME
 from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
-from x_transformers.saving.folder import complain, fill, written_whole
+from x_transformers.saving.folder import fill_model, refuse_weights, written_whole
 from x_transformers.saving.hub import fetched
 from x_transformers.saving.plain import from_plain, to_plain, without_memory
-from x_transformers.saving.tensors import Source, Weights, read_json, write
+from x_transformers.saving.tensors import TensorSource, Weights, json_object, write_tensors
 
 # the model_type of a config: the file of its family, the name of the family there
 FAMILIES = {
@@ -96,7 +96,7 @@ def from_hf(
             path_or_model.save_pretrained(made)
             return from_hf(made, dtype=dtype, device=device, prepare=prepare)
     folder = fetched(path_or_model)
-    config = read_json(folder / 'config.json')
+    config = json_object(folder / 'config.json')
     if config.get('format') == 'x_transformers':
         raise FolderError(f'{folder} is a folder of this library: use from_pretrained.')
     plain = keywords(config)
@@ -110,7 +110,7 @@ def from_hf(
         if dtype is not None:
             model.to(dtype)
         prepare(model)
-    fill(model, sources, device=device, dtype=dtype)
+    fill_model(model, sources, device=device, dtype=dtype)
     model.hf_config = dict(config)
     return model.eval()
 
@@ -125,7 +125,7 @@ def rules_for(family: Family, config: Mapping[str, Any], plain: Plain, weights: 
 
 def checked_sources(
     folder: Path, model: nn.Module, rules: list[KeyRule], weights: Weights, family: Family, plain: Plain
-) -> dict[str, Source]:
+) -> dict[str, TensorSource]:
     """For each tensor of ours, what makes it. Raises FolderError, before any tensor is read, if names or shapes do not fit."""
     wanted = {name: tuple(t.shape) for name, t in own_tensors(model).items()}
     used = {name for r in rules for name in r.theirs}
@@ -138,10 +138,10 @@ def checked_sources(
     given = {name for r in rules for name in r.ours}
     missing += [f'{name} (of ours)' for name in wanted if name not in given]
     shapes = [] if missing else list(other_shapes(rules, weights, wanted))
-    complain(folder, missing, [name for name in left if name not in heads], shapes)
+    refuse_weights(folder, missing, [name for name in left if name not in heads], shapes)
     if heads:
-        check_tied(folder, heads[0], rules, weights)
-    sources: dict[str, Source] = {}
+        check_tied_head(folder, heads[0], rules, weights)
+    sources: dict[str, TensorSource] = {}
     for entry in rules:
         sources |= sources_of(entry, weights)
     return sources
@@ -152,7 +152,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def sources_of(entry: KeyRule, weights: Weights) -> dict[str, Source]:
+def sources_of(entry: KeyRule, weights: Weights) -> dict[str, TensorSource]:
     """What makes each of a rule's tensors; several that are made of one are kept until all have been taken."""
     if entry.map is SAME:
         return {ours: weights.stored(theirs) for theirs, ours in zip(entry.theirs, entry.ours, strict=True)}
@@ -163,7 +163,7 @@ def sources_of(entry: KeyRule, weights: Weights) -> dict[str, Source]:
             for name, part in zip(entry.theirs, out.chunk(2), strict=True):
                 weights.stored(name).into(part)
 
-        return {entry.ours[0]: Source(dtype, each)}
+        return {entry.ours[0]: TensorSource(dtype, each)}
     made: dict[str, Tensor] = {}
 
     def into(name: str) -> Callable[[Tensor], None]:
@@ -174,7 +174,7 @@ def sources_of(entry: KeyRule, weights: Weights) -> dict[str, Source]:
 
         return written
 
-    return {name: Source(dtype, into(name)) for name in entry.ours}
+    return {name: TensorSource(dtype, into(name)) for name in entry.ours}
 
 
 def other_shapes(rules: list[KeyRule], weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -192,7 +192,7 @@ def other_shapes(rules: list[KeyRule], weights: Weights, wanted: Mapping[str, tu
                 yield f'{theirs} gives {shape}, but the config wants {wanted[name]}'
 
 
-def check_tied(folder: Path, head: str, rules: list[KeyRule], weights: Weights) -> None:
+def check_tied_head(folder: Path, head: str, rules: list[KeyRule], weights: Weights) -> None:
     """A head that is stored beside a table it is tied to must be that table."""
     table = next(r.theirs[0] for r in rules if r.ours[0].endswith('token_emb.emb.weight'))
     if not weights.equal(head, table):
@@ -236,7 +236,7 @@ def written(model: Module, folder: Path, family: str | None) -> None:
                 yield from ((name, t.clone()) for name, t in zip(entry.theirs, made, strict=True))
 
     with written_whole(folder) as fresh:
-        write(fresh, tensors(), metadata={'format': 'pt'})
+        write_tensors(fresh, tensors(), metadata={'format': 'pt'})
         (fresh / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
@@ -302,13 +302,13 @@ def flat(model: nn.Module, path: str = '') -> dict[str, Any]:
 
 def explain(config: Mapping[str, Any]) -> str:
     """The keywords of a config, as Python that builds the model."""
-    return shown(keywords(config))
+    return as_python(keywords(config))
 
 
-def shown(plain: Any, indent: int = 0) -> str:
+def as_python(plain: Any, indent: int = 0) -> str:
     space = ' ' * (indent + 4)
     if isinstance(plain, Mapping) and 'class' in plain:
-        inside = ''.join(f'{space}{name}={shown(value, indent + 4)},\n' for name, value in plain.items() if name != 'class')
+        inside = ''.join(f'{space}{name}={as_python(value, indent + 4)},\n' for name, value in plain.items() if name != 'class')
         return f'{plain["class"]}(\n{inside}{" " * indent})'
     return repr(plain)
 

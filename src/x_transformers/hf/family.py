@@ -89,13 +89,13 @@ def rule(theirs: str | tuple[str, ...], ours: str | tuple[str, ...], map: Map = 
     return KeyRule((theirs,) if isinstance(theirs, str) else theirs, (ours,) if isinstance(ours, str) else ours, map)
 
 
-def with_bias(theirs: str, ours: str, map: Map = SAME, bias: bool | Map = True) -> list[KeyRule]:
+def weight_and_bias(theirs: str, ours: str, map: Map = SAME, bias: bool | Map = True) -> list[KeyRule]:
     """Weight and bias of one linear map or norm."""
     rules = [rule(f'{theirs}.weight', f'{ours}.weight', map)]
     return rules if bias is False else [*rules, rule(f'{theirs}.bias', f'{ours}.bias', map if bias is True else bias)]
 
 
-def layer_norm(theirs: str, ours: str, bias: bool = True) -> list[KeyRule]:
+def layer_norm_rules(theirs: str, ours: str, bias: bool = True) -> list[KeyRule]:
     rules = [rule(f'{theirs}.weight', f'{ours}.gamma')]
     return [*rules, rule(f'{theirs}.bias', f'{ours}.beta')] if bias else rules
 

@@ -10,7 +10,7 @@ from x_transformers.hf.family import (
     check_head,
     for_layers,
     headless,
-    layer_norm,
+    layer_norm_rules,
     layer_normed,
     rule,
 )
@@ -45,9 +45,9 @@ def gpt2_rules(config: Config, model: Plain) -> list[KeyRule]:
         rule('transformer.wte.weight', 'token_emb.emb.weight'),
         # ours are multiplied by dim ** -0.5
         rule('transformer.wpe.weight', 'pos_emb.emb.weight', scaled(stack['dim'] ** 0.5)),
-        *layer_norm(f'{theirs}.ln_1', f'{attention}.0.0'),
-        *layer_norm(f'{theirs}.ln_2', f'{forward}.0.0'),
-        *layer_norm('transformer.ln_f', 'attn_layers.final_norm'),
+        *layer_norm_rules(f'{theirs}.ln_1', f'{attention}.0.0'),
+        *layer_norm_rules(f'{theirs}.ln_2', f'{forward}.0.0'),
+        *layer_norm_rules('transformer.ln_f', 'attn_layers.final_norm'),
         rule(
             f'{theirs}.attn.c_attn.weight', tuple(f'{name}.weight' for name in projections), chain(split(3, dim=1), TRANSPOSED)
         ),

@@ -19,7 +19,7 @@ from x_transformers.hf.family import (
     rotary,
     rule,
 )
-from x_transformers.hf.maps import JOINED, SAME, Map, chain, paired, regrouped, scaled, shaped, shifted
+from x_transformers.hf.maps import JOINED, SAME, Map, chain, paired, regrouped_heads, reshaped, scaled, shifted
 
 
 def decoder(config: Config, **more: Any) -> Plain:
@@ -61,14 +61,14 @@ def wrapper(config: Config, stack: Plain, **more: Any) -> Plain:
     return {
         'class': 'TransformerWrapper',
         'num_tokens': config.need('vocab_size'),
-        'max_seq_len': longest(config, stack),
+        'max_seq_len': longest_text(config, stack),
         **head,
         **more,
         'attn_layers': stack,
     }
 
 
-def longest(config: Config, stack: Plain) -> int:
+def longest_text(config: Config, stack: Plain) -> int:
     """How far a text may go before its beginning is forgotten: frequencies that are stretched as it grows reach further."""
     scaling, length = stack.get('rotary_scaling'), config.get('max_position_embeddings', 2048)
     if isinstance(scaling, Mapping) and scaling['type'] == 'dynamic':
@@ -149,10 +149,10 @@ def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False) -> lis
     kv_heads = int(stack.get('attn_kv_heads', heads))
     turned = stack.get('rotary_emb_dim', dim_head) if stack.get('rotary_pos_emb') else 0
     turn, turn_keys = (paired(count, dim_head, turned) if turned else SAME for count in (heads, kv_heads))
-    maps: dict[str, Map] = {'q': chain(turn, regrouped(heads, kv_heads)), 'k': turn_keys, 'v': SAME}
+    maps: dict[str, Map] = {'q': chain(turn, regrouped_heads(heads, kv_heads)), 'k': turn_keys, 'v': SAME}
     ours = f'{ATTENTION}.1'
     rules = [rule(f'{theirs}.{name}_proj.weight', f'{ours}.to_{name}.weight', map) for name, map in maps.items()]
-    rules.append(rule(f'{theirs}.o_proj.weight', f'{ours}.to_out.weight', regrouped(heads, kv_heads, dim=1)))
+    rules.append(rule(f'{theirs}.o_proj.weight', f'{ours}.to_out.weight', regrouped_heads(heads, kv_heads, dim=1)))
     if stack.get('attn_qkv_bias'):
         rules += [rule(f'{theirs}.{name}_proj.bias', f'{ours}.to_{name}.bias', map) for name, map in maps.items()]
     if stack.get('attn_out_bias'):
@@ -162,11 +162,11 @@ def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False) -> lis
             shifted(1.0) if unit_offset else SAME,
             paired(1, dim_head, turned) if turned else SAME,
             scaled(dim_head**0.5),
-            shaped((1, 1, dim_head), (dim_head,)),
+            reshaped((1, 1, dim_head), (dim_head,)),
         )
         rules += [rule(f'{theirs}.{name}_norm.weight', f'{ours}.qk_norm_{name}_scale', gain) for name in 'qk']
     if stack.get('attn_head_learned_sink'):
-        rules.append(rule(f'{theirs}.sinks', f'{ours}.attend.head_attn_sink', regrouped(heads, kv_heads)))
+        rules.append(rule(f'{theirs}.sinks', f'{ours}.attend.head_attn_sink', regrouped_heads(heads, kv_heads)))
     return rules
 
 

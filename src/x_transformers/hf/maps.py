@@ -56,7 +56,7 @@ def shifted(by: float) -> Map:
     return each(lambda t: t + by, lambda t: t - by)
 
 
-def shaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> Map:
+def reshaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> Map:
     return each(lambda t: t.reshape(ours), lambda t: t.reshape(theirs))
 
 
@@ -78,7 +78,7 @@ def paired(heads: int, dim_head: int, turned: int | None = None) -> Map:
     return each(rows((2, turned // 2)), rows((turned // 2, 2)))
 
 
-def regrouped(heads: int, kv_heads: int, dim: int = 0) -> Map:
+def regrouped_heads(heads: int, kv_heads: int, dim: int = 0) -> Map:
     """Query heads that share a key head lie together in theirs; in ours query head h has key head h mod kv_heads."""
     groups = heads // kv_heads
     if groups == 1 or kv_heads == 1:

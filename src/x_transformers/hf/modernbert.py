@@ -13,11 +13,11 @@ from x_transformers.hf.family import (
     check_head,
     for_layers,
     headless,
-    layer_norm,
+    layer_norm_rules,
     one_or_each,
     rotary_by_kind,
     rule,
-    with_bias,
+    weight_and_bias,
 )
 from x_transformers.hf.llama import ATTENTION, FORWARD, layer_kinds
 from x_transformers.hf.maps import HALVES_SWAPPED, SAME, apart, chain, paired, split
@@ -88,20 +88,20 @@ def modernbert_rules(config: Config, model: Plain) -> list[KeyRule]:
     kinds = ('weight', 'bias') if bias else ('weight',)
     rules = [
         rule('model.embeddings.tok_embeddings.weight', 'token_emb.emb.weight'),
-        *layer_norm('model.embeddings.norm', 'post_emb_norm', norm_bias),
-        *layer_norm('model.final_norm', 'attn_layers.final_norm', norm_bias),
+        *layer_norm_rules('model.embeddings.norm', 'post_emb_norm', norm_bias),
+        *layer_norm_rules('model.final_norm', 'attn_layers.final_norm', norm_bias),
         *(rule(f'{theirs}.attn.Wqkv.{kind}', tuple(f'{name}.{kind}' for name in projections), fused) for kind in kinds),
-        *with_bias(f'{theirs}.attn.Wo', f'{ATTENTION}.1.to_out', bias=bias),
-        *layer_norm(f'{theirs}.mlp_norm', f'{FORWARD}.0.0', norm_bias),
-        *with_bias(f'{theirs}.mlp.Wi', f'{FORWARD}.1.ff.0.proj', HALVES_SWAPPED, bias=inner_bias),
-        *with_bias(f'{theirs}.mlp.Wo', f'{FORWARD}.1.ff.2', bias=inner_bias),
+        *weight_and_bias(f'{theirs}.attn.Wo', f'{ATTENTION}.1.to_out', bias=bias),
+        *layer_norm_rules(f'{theirs}.mlp_norm', f'{FORWARD}.0.0', norm_bias),
+        *weight_and_bias(f'{theirs}.mlp.Wi', f'{FORWARD}.1.ff.0.proj', HALVES_SWAPPED, bias=inner_bias),
+        *weight_and_bias(f'{theirs}.mlp.Wo', f'{FORWARD}.1.ff.2', bias=inner_bias),
     ]
     rules = for_layers(rules, stack['depth'])
-    first = layer_norm(f'{theirs}.attn_norm', f'{ATTENTION}.0.0', norm_bias)
+    first = layer_norm_rules(f'{theirs}.attn_norm', f'{ATTENTION}.0.0', norm_bias)
     rules += [entry.at(layer) for layer in range(1, stack['depth']) for entry in first]
     if 'logits_transform' in model:
-        rules += with_bias('head.dense', 'logits_transform.0', bias=bool(model['logits_transform_bias']))
-        rules += layer_norm('head.norm', 'logits_transform.2', norm_bias)
+        rules += weight_and_bias('head.dense', 'logits_transform.0', bias=bool(model['logits_transform_bias']))
+        rules += layer_norm_rules('head.norm', 'logits_transform.2', norm_bias)
         rules += [rule('decoder.bias', 'to_logits.bias')] if model['logits_bias'] else []
         rules += [] if model.get('tie_embedding') else [rule('decoder.weight', 'to_logits.weight')]
     return rules

@@ -9,11 +9,11 @@ from x_transformers.hf.family import (
     KeyRule,
     Plain,
     for_layers,
-    layer_norm,
+    layer_norm_rules,
     layer_normed,
     rotary,
     rule,
-    with_bias,
+    weight_and_bias,
 )
 from x_transformers.hf.llama import ATTENTION, FORWARD, wrapper
 from x_transformers.hf.maps import SAME, apart, chain, paired, split_in_heads
@@ -45,18 +45,18 @@ def neox_rules(config: Config, model: Plain) -> list[KeyRule]:
     fused = chain(split_in_heads(heads, dim_head), apart(turn, turn, SAME))
     rules = [
         rule('gpt_neox.embed_in.weight', 'token_emb.emb.weight'),
-        *layer_norm(f'{theirs}.input_layernorm', f'{ATTENTION}.0.0'),
-        *layer_norm(f'{theirs}.post_attention_layernorm', f'{FORWARD}.0.0'),
-        *layer_norm('gpt_neox.final_layer_norm', 'attn_layers.final_norm'),
+        *layer_norm_rules(f'{theirs}.input_layernorm', f'{ATTENTION}.0.0'),
+        *layer_norm_rules(f'{theirs}.post_attention_layernorm', f'{FORWARD}.0.0'),
+        *layer_norm_rules('gpt_neox.final_layer_norm', 'attn_layers.final_norm'),
         *(
             rule(
                 f'{theirs}.attention.query_key_value.{kind}', tuple(f'{ATTENTION}.1.to_{name}.{kind}' for name in 'qkv'), fused
             )
             for kind in (('weight', 'bias') if bias else ('weight',))
         ),
-        *with_bias(f'{theirs}.attention.dense', f'{ATTENTION}.1.to_out', bias=bias),
-        *with_bias(f'{theirs}.mlp.dense_h_to_4h', f'{FORWARD}.1.ff.0.0'),
-        *with_bias(f'{theirs}.mlp.dense_4h_to_h', f'{FORWARD}.1.ff.2'),
+        *weight_and_bias(f'{theirs}.attention.dense', f'{ATTENTION}.1.to_out', bias=bias),
+        *weight_and_bias(f'{theirs}.mlp.dense_h_to_4h', f'{FORWARD}.1.ff.0.0'),
+        *weight_and_bias(f'{theirs}.mlp.dense_4h_to_h', f'{FORWARD}.1.ff.2'),
     ]
     if not model.get('tie_embedding') and not model.get('return_only_embed'):
         rules.append(rule('embed_out.weight', 'to_logits.weight'))

@@ -64,7 +64,7 @@ def t5(config: Config) -> Plain:
     }
 
 
-def attention_rules(theirs: str, ours: str, layer: str) -> list[KeyRule]:
+def t5_attention_rules(theirs: str, ours: str, layer: str) -> list[KeyRule]:
     names = {'q': 'to_q', 'k': 'to_k', 'v': 'to_v', 'o': 'to_out'}
     return [rule(f'{theirs}.{name}.weight', f'{ours}.layers.{layer}.1.{to}.weight') for name, to in names.items()]
 
@@ -76,7 +76,7 @@ def half_rules(theirs: str, ours: str, cross: bool, gated: bool) -> list[KeyRule
     forward, number = f'{ours}.layers.{last}', 2 if cross else 1
     dense = f'{block}.{number}.DenseReluDense'
     rules = [
-        *attention_rules(f'{block}.0.SelfAttention', ours, first),
+        *t5_attention_rules(f'{block}.0.SelfAttention', ours, first),
         rule(f'{block}.0.layer_norm.weight', f'{ours}.layers.{first}.0.0.g'),
         rule(f'{block}.{number}.layer_norm.weight', f'{forward}.0.0.g'),
         rule(f'{dense}.wo.weight', f'{forward}.1.ff.2.weight'),
@@ -88,7 +88,7 @@ def half_rules(theirs: str, ours: str, cross: bool, gated: bool) -> list[KeyRule
         ),
     ]
     if cross:
-        rules += attention_rules(f'{block}.1.EncDecAttention', ours, '{c}')
+        rules += t5_attention_rules(f'{block}.1.EncDecAttention', ours, '{c}')
         rules.append(rule(f'{block}.1.layer_norm.weight', f'{ours}.layers.{{c}}.0.0.g'))
     if gated:
         rules.append(rule((f'{dense}.wi_1.weight', f'{dense}.wi_0.weight'), f'{forward}.1.ff.0.proj.weight', JOINED))

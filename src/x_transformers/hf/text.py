@@ -10,12 +10,12 @@ from torch import nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.module import Module
 from x_transformers.saving.folder import CONFIG, FORMAT
-from x_transformers.saving.tensors import read_json
+from x_transformers.saving.tensors import json_object
 
 
 def is_model_folder(folder: Path) -> bool:
     """Whether ``save_pretrained`` or ``hf import`` has written it; a run folder is known by its training."""
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = json_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return config.get('format') == FORMAT and 'training' not in config
 
 

@@ -6,8 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, for_layers, layer_norm, layer_normed, rule, with_bias
-from x_transformers.hf.maps import HALVES_SWAPPED, Map, each, shaped
+from x_transformers.hf.family import (
+    Config,
+    Family,
+    KeyRule,
+    Plain,
+    for_layers,
+    layer_norm_rules,
+    layer_normed,
+    rule,
+    weight_and_bias,
+)
+from x_transformers.hf.maps import HALVES_SWAPPED, Map, each, reshaped
 
 
 def vision(config: Config, inner: int, stack: Plain, **more: Any) -> Plain:
@@ -80,22 +90,24 @@ def of_patches(model: Plain) -> Map:
 def embedding_rules(prefix: str, model: Plain) -> list[KeyRule]:
     dim, theirs = model['attn_layers']['dim'], f'{prefix}embeddings'
     rules = [
-        rule(f'{theirs}.cls_token', 'cls_token', shaped((1, dim), (1, 1, dim))),
+        rule(f'{theirs}.cls_token', 'cls_token', reshaped((1, dim), (1, 1, dim))),
         rule(f'{theirs}.position_embeddings', 'pos_embedding'),
         rule(f'{theirs}.patch_embeddings.projection.weight', 'patch_to_embedding.1.weight', of_patches(model)),
         rule(f'{theirs}.patch_embeddings.projection.bias', 'patch_to_embedding.1.bias'),
-        *layer_norm(f'{prefix}layernorm', 'attn_layers.final_norm'),
+        *layer_norm_rules(f'{prefix}layernorm', 'attn_layers.final_norm'),
     ]
-    return [*rules, *with_bias('classifier', 'mlp_head')] if 'num_classes' in model else rules
+    return [*rules, *weight_and_bias('classifier', 'mlp_head')] if 'num_classes' in model else rules
 
 
 def self_attention_rules(theirs: str, ours: str, model: Plain) -> list[KeyRule]:
     bias = bool(model['attn_layers'].get('attn_qkv_bias'))
     names = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v'}
     rules = [
-        entry for name, to in names.items() for entry in with_bias(f'{theirs}.attention.{name}', f'{ours}.{to}', bias=bias)
+        entry
+        for name, to in names.items()
+        for entry in weight_and_bias(f'{theirs}.attention.{name}', f'{ours}.{to}', bias=bias)
     ]
-    return [*rules, *with_bias(f'{theirs}.output.dense', f'{ours}.to_out')]
+    return [*rules, *weight_and_bias(f'{theirs}.output.dense', f'{ours}.to_out')]
 
 
 def vit_rules(config: Config, model: Plain) -> list[KeyRule]:
@@ -103,10 +115,10 @@ def vit_rules(config: Config, model: Plain) -> list[KeyRule]:
     rules = [
         *embedding_rules('vit.', model),
         *self_attention_rules(f'{layer}.attention', f'{attention}.1', model),
-        *layer_norm(f'{layer}.layernorm_before', f'{attention}.0.0'),
-        *layer_norm(f'{layer}.layernorm_after', f'{forward}.0.0'),
-        *with_bias(f'{layer}.intermediate.dense', f'{forward}.1.ff.0.0'),
-        *with_bias(f'{layer}.output.dense', f'{forward}.1.ff.2'),
+        *layer_norm_rules(f'{layer}.layernorm_before', f'{attention}.0.0'),
+        *layer_norm_rules(f'{layer}.layernorm_after', f'{forward}.0.0'),
+        *weight_and_bias(f'{layer}.intermediate.dense', f'{forward}.1.ff.0.0'),
+        *weight_and_bias(f'{layer}.output.dense', f'{forward}.1.ff.2'),
     ]
     return for_layers(rules, model['attn_layers']['depth'])
 
@@ -119,20 +131,20 @@ def dinov2_rules(config: Config, model: Plain) -> list[KeyRule]:
     rules = [
         *embedding_rules(prefix, model),
         *self_attention_rules(f'{layer}.attention', f'{attention}.1.fn', model),
-        *layer_norm(f'{layer}.norm1', f'{attention}.0.0'),
-        *layer_norm(f'{layer}.norm2', f'{forward}.0.0'),
+        *layer_norm_rules(f'{layer}.norm1', f'{attention}.0.0'),
+        *layer_norm_rules(f'{layer}.norm2', f'{forward}.0.0'),
         rule(f'{layer}.layer_scale1.lambda1', f'{attention}.1.gamma'),
         rule(f'{layer}.layer_scale2.lambda1', f'{forward}.1.gamma'),
     ]
     if registers:
-        tokens = shaped((registers, dim), (1, registers, dim))
+        tokens = reshaped((registers, dim), (1, registers, dim))
         rules.append(rule(f'{prefix}embeddings.register_tokens', 'register_tokens', tokens))
     if stack.get('ff_glu'):
         # theirs is the gate before the value
-        rules += with_bias(f'{layer}.mlp.weights_in', f'{inner}.0.proj', HALVES_SWAPPED)
-        rules += with_bias(f'{layer}.mlp.weights_out', f'{inner}.2')
+        rules += weight_and_bias(f'{layer}.mlp.weights_in', f'{inner}.0.proj', HALVES_SWAPPED)
+        rules += weight_and_bias(f'{layer}.mlp.weights_out', f'{inner}.2')
     else:
-        rules += [*with_bias(f'{layer}.mlp.fc1', f'{inner}.0.0'), *with_bias(f'{layer}.mlp.fc2', f'{inner}.2')]
+        rules += [*weight_and_bias(f'{layer}.mlp.fc1', f'{inner}.0.0'), *weight_and_bias(f'{layer}.mlp.fc2', f'{inner}.2')]
     return for_layers(rules, stack['depth'])
 
 

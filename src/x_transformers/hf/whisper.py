@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from x_transformers.hf.family import Config, Family, KeyRule, Plain, for_layers, layer_norm, layer_normed, rule, with_bias
+from x_transformers.hf.family import (
+    Config,
+    Family,
+    KeyRule,
+    Plain,
+    for_layers,
+    layer_norm_rules,
+    layer_normed,
+    rule,
+    weight_and_bias,
+)
 from x_transformers.hf.llama import ATTENTION, FORWARD
 
 # what stands in front of the encoder's names in each architecture
@@ -38,20 +48,20 @@ def whisper_rules(config: Config, model: Plain) -> list[KeyRule]:
     prefix = PREFIXES[config.architecture or 'WhisperForConditionalGeneration']
     layer = f'{prefix}layers.{{i}}'
     rules = [
-        *with_bias(f'{prefix}conv1', 'conv_in'),
-        *with_bias(f'{prefix}conv2', 'conv_down'),
+        *weight_and_bias(f'{prefix}conv1', 'conv_in'),
+        *weight_and_bias(f'{prefix}conv2', 'conv_down'),
         rule(f'{prefix}embed_positions.weight', 'pos_emb'),
         *(
             entry
             for name in 'qkv'
-            for entry in with_bias(f'{layer}.self_attn.{name}_proj', f'{ATTENTION}.1.to_{name}', bias=name != 'k')
+            for entry in weight_and_bias(f'{layer}.self_attn.{name}_proj', f'{ATTENTION}.1.to_{name}', bias=name != 'k')
         ),
-        *with_bias(f'{layer}.self_attn.out_proj', f'{ATTENTION}.1.to_out'),
-        *layer_norm(f'{layer}.self_attn_layer_norm', f'{ATTENTION}.0.0'),
-        *with_bias(f'{layer}.fc1', f'{FORWARD}.1.ff.0.0'),
-        *with_bias(f'{layer}.fc2', f'{FORWARD}.1.ff.2'),
-        *layer_norm(f'{layer}.final_layer_norm', f'{FORWARD}.0.0'),
-        *layer_norm(f'{prefix}layer_norm', 'attn_layers.final_norm'),
+        *weight_and_bias(f'{layer}.self_attn.out_proj', f'{ATTENTION}.1.to_out'),
+        *layer_norm_rules(f'{layer}.self_attn_layer_norm', f'{ATTENTION}.0.0'),
+        *weight_and_bias(f'{layer}.fc1', f'{FORWARD}.1.ff.0.0'),
+        *weight_and_bias(f'{layer}.fc2', f'{FORWARD}.1.ff.2'),
+        *layer_norm_rules(f'{layer}.final_layer_norm', f'{FORWARD}.0.0'),
+        *layer_norm_rules(f'{prefix}layer_norm', 'attn_layers.final_norm'),
     ]
     return for_layers(rules, model['attn_layers']['depth'])
 

@@ -43,7 +43,7 @@ class DynamicLIMe(Module):
         return mixed if self.multiple_views else mixed[0]
 
 
-class LowRank(Module):
+class LowRankLinear(Module):
     """A linear map of low rank that starts at zero; ``activation`` between its halves. forward: (… d) -> (… e)."""
 
     def __init__(self, dim: int, dim_out: int, rank: int, activation: nn.Module | None = None) -> None:
@@ -76,7 +76,7 @@ class AggregatedResiduals(Module):
         super().__init__()
         self.num_views = num_views
         self.to_keys = DepthNorm(dim)
-        self.to_query = nn.Sequential(DepthNorm(dim), LowRank(dim, dim * num_views, lora_rank, lora_activation))
+        self.to_query = nn.Sequential(DepthNorm(dim), LowRankLinear(dim, dim * num_views, lora_rank, lora_activation))
         self.norm = DepthNorm(dim)
 
     def forward(self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def is_bool(value: Any, *dims: int) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool and value.ndim in dims
 
 
-def is_whole(value: Any, *dims: int) -> bool:
+def is_int(value: Any, *dims: int) -> bool:
     numbers = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return numbers and value.ndim in dims
 
@@ -128,7 +128,7 @@ def check_per_token(name: str, t: Tensor, span: Span, whole: bool = True) -> Non
         )
 
 
-def check_mask(name: str, mask: Any, span: Span) -> None:
+def check_token_mask(name: str, mask: Any, span: Span) -> None:
     if not is_bool(mask, 2):
         raise TypeError(
             f'{name} must be a boolean tensor (batch, tokens), True where there is a token, but is {shape_of(mask)}'
@@ -140,9 +140,9 @@ def check_masks(stack: StackParts, given: Given, span: Span) -> None:
     for name in ('mask', 'self_attn_kv_mask'):
         mask = getattr(given, name)
         if mask is not None:
-            check_mask(name, mask, span)
+            check_token_mask(name, mask, span)
     start = given.seq_start_pos
-    if start is not None and (not is_whole(start, 1) or start.shape[0] != span.batch):
+    if start is not None and (not is_int(start, 1) or start.shape[0] != span.batch):
         raise ValueError(
             f'seq_start_pos must be ({span.batch},) whole numbers, the number of padded tokens on the left of each row, '
             f'but is {shape_of(start)}'
@@ -168,7 +168,7 @@ def check_masks(stack: StackParts, given: Given, span: Span) -> None:
 def check_prefix(prefix: Any, batch: int) -> None:
     """A number of tokens, or one for each row."""
     fits = is_number(prefix) and prefix >= 0
-    if prefix is not None and not fits and not (is_whole(prefix, 0, 1) and prefix.numel() in (1, batch)):
+    if prefix is not None and not fits and not (is_int(prefix, 0, 1) and prefix.numel() in (1, batch)):
         raise ValueError(
             f'prefix_attn_len must be a whole number from 0, or ({batch},) of them, one per row, but is {shape_of(prefix)}'
         )
@@ -269,13 +269,13 @@ def check_deep_embeds(stack: StackParts, pair: Any, span: Span) -> None:
     table, ids = pair
     if not is_float(table, 3) or table.shape[-1] != stack.dim:
         raise ValueError(f'the table of deep_embeds_and_ids must be (tokens, layers, {stack.dim}), but is {shape_of(table)}')
-    if not is_whole(ids, 2):
+    if not is_int(ids, 2):
         raise ValueError(f'the ids of deep_embeds_and_ids must be whole numbers (batch, sequence), but are {shape_of(ids)}')
     check_per_token('the ids of deep_embeds_and_ids', ids, span)
 
 
 def check_value_embeds(pair: Any, span: Span) -> None:
-    whole = isinstance(pair, (tuple, list)) and len(pair) == 2 and is_whole(pair[1], 2)
+    whole = isinstance(pair, (tuple, list)) and len(pair) == 2 and is_int(pair[1], 2)
     if not whole or not isinstance(pair[0], (Mapping, nn.ModuleDict)):
         raise TypeError('value_embeds_and_ids must be a pair: modules by the number of their layer, and ids (batch, sequence)')
     check_per_token('the ids of value_embeds_and_ids', pair[1], span)

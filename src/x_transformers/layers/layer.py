@@ -23,8 +23,8 @@ from x_transformers.layers.residual import (
     ResiDual,
     Residual,
     ResidualPath,
-    read,
-    write,
+    read_stream,
+    write_stream,
 )
 from x_transformers.layers.slots import call_branch, call_norm, split_result
 from x_transformers.layers.split_residual import MVSplitResidual
@@ -103,7 +103,7 @@ class Layer(nn.ModuleList):
         """
         norms, branch, residual = self._modules.values()
         before, behind, after = norms._modules.values()
-        h, rest = read(residual, streams)
+        h, rest = read_stream(residual, streams)
         h = around.enter(h)
         if around.drop is True:
             return streams, None
@@ -115,7 +115,7 @@ class Layer(nn.ModuleList):
         out, seen = split_result(run(branch, h, given))
         del h
         out = out if behind is None else call_norm(behind, out, condition)
-        written = write(residual, out if self.scale == 1.0 else out * self.scale, rest, around)
+        written = write_stream(residual, out if self.scale == 1.0 else out * self.scale, rest, around)
         return (written if after is None else norm_after(after, residual, written, wide_condition)), seen
 
     def norm_before(self, norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:

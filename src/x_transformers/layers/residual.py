@@ -65,7 +65,7 @@ class ResidualPath(Module):
         return self.write(x, residual)
 
 
-def read(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
+def read_stream(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
     """(what the branch sees, what is left for ``write``), of anybody's way around a branch.
 
     A foreign one may have a ``prepare``, which returns the two and keywords for its forward, as in 2.16.1.
@@ -79,7 +79,7 @@ def read(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
     return h, (rest, keywords)
 
 
-def write(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any, around: Any = None) -> Tensor:
+def write_stream(residual: nn.Module, out: Float[Tensor, 'b n d'], rest: Any, around: Any = None) -> Tensor:
     """The streams, with the branch's output: ``residual(out, stream)``; a module with one input changes what is added."""
     written: Tensor
     if isinstance(residual, ResidualPath):

@@ -14,7 +14,7 @@ from x_transformers.attention.geometry import tiled_heads
 from x_transformers.helpers import Memo, recall, recomputed_part, remember
 from x_transformers.module import last_rows
 from x_transformers.position.polar import place
-from x_transformers.position.rotary import as_turns, check_table, once, turn, turn_by_cos_sin, turn_halves, twice
+from x_transformers.position.rotary import as_turns, check_table, per_pair, turn, turn_by_cos_sin, turn_halves, twice
 from x_transformers.tensor_types import Float, Int
 
 
@@ -133,7 +133,7 @@ class RotaryTable:
 
 
 def _one_of_each_pair(table: Float[Tensor, '... n r'], layout: str) -> Float[Tensor, '#b n p']:
-    return once(table if table.ndim >= 3 else table.unsqueeze(0), layout)
+    return per_pair(table if table.ndim >= 3 else table.unsqueeze(0), layout)
 
 
 def of_heads(table: Tensor, t: Float[Tensor, 'b h n d']) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.rotary_scaling import BY_LENGTH, Settings
 from x_transformers.module import ExactBuffers, last_rows
-from x_transformers.position.rotary_scaling import attention_factor, length_scaled, scaled
+from x_transformers.position.rotary_scaling import attention_factor, length_scaled, scaled_frequencies
 from x_transformers.tensor_types import Bool, Float, Int
 
 
@@ -74,7 +74,7 @@ class RotaryEmbedding(ExactBuffers):
             return
         channels = torch.arange(0, self.dim, 2, device=self.inv_freq.device).float()
         inv_freq = 1.0 / self.base ** (channels / self.dim)
-        self.inv_freq.copy_(scaled(inv_freq, self.scaling, base=self.base, dim=self.dim))
+        self.inv_freq.copy_(scaled_frequencies(inv_freq, self.scaling, base=self.base, dim=self.dim))
         if self.scale is not None:
             self.scale.copy_((channels + 0.4 * self.dim) / (1.4 * self.dim))
 
@@ -124,7 +124,7 @@ def twice(table: Float[Tensor, '... p'], layout: str) -> Float[Tensor, '... r']:
     return table.repeat_interleave(2, dim=-1) if layout == 'interleaved' else torch.cat((table, table), dim=-1)
 
 
-def once(table: Float[Tensor, '... r'], layout: str) -> Float[Tensor, '... p']:
+def per_pair(table: Float[Tensor, '... r'], layout: str) -> Float[Tensor, '... p']:
     """The reverse of ``twice``."""
     return table[..., ::2] if layout == 'interleaved' else table[..., : table.shape[-1] // 2]
 

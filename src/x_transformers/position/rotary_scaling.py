@@ -14,7 +14,7 @@ from x_transformers.flags.rotary_scaling import Settings, settings_of
 from x_transformers.tensor_types import Bool, Float, Int
 
 
-def scaled(inv_freq: Float[Tensor, 'p'], scaling: Settings | None, *, base: float, dim: int) -> Float[Tensor, 'p']:
+def scaled_frequencies(inv_freq: Float[Tensor, 'p'], scaling: Settings | None, *, base: float, dim: int) -> Float[Tensor, 'p']:
     """The frequencies of a type that does not look at the length; of the others those of short sequences."""
     change = CHANGES.get('' if scaling is None else scaling['type'])
     return inv_freq if change is None else change(inv_freq, settings_of(scaling), base, dim)

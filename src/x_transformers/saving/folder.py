@@ -18,7 +18,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.made import Made
 from x_transformers.saving.plain import from_plain, to_plain, without_memory
-from x_transformers.saving.tensors import WEIGHTS, Source, Weights, read_json, write
+from x_transformers.saving.tensors import WEIGHTS, TensorSource, Weights, json_object, write_tensors
 
 CONFIG, CARD = 'config.json', 'README.md'
 FORMAT = 'x_transformers'
@@ -89,24 +89,24 @@ def described(model: Made) -> dict[str, Any]:
     }
 
 
-def save(model: Made, folder: str | Path) -> None:
+def save_model(model: Made, folder: str | Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and, unless there is one, a model card. Existing weights are replaced."""
     folder = Path(folder)
     plain, config = to_plain(model), described(model)
     tensors, _ = once_each(model)
     with written_whole(folder) as fresh:
-        write(fresh, tensors.items(), metadata={'format': 'pt'})
+        write_tensors(fresh, tensors.items(), metadata={'format': 'pt'})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         if not (folder / CARD).exists():
             (fresh / CARD).write_text(card(model, plain), encoding='utf-8')
 
 
-def write_weights(model: Made, target: Path) -> None:
+def write_model_weights(model: Made, target: Path) -> None:
     """One safetensors file: tied weights once, the flags as JSON in its metadata. It takes its name when all is written."""
     tensors, same = once_each(model)
     told = {'format': 'pt', 'flags': json.dumps(to_plain(model)), 'tied': json.dumps(same)}
     with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as folder:
-        write(Path(folder), tensors.items(), metadata=told, shard=None)
+        write_tensors(Path(folder), tensors.items(), metadata=told, shard=None)
         (Path(folder) / WEIGHTS).replace(target)
 
 
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config of one of our folders. Raises FolderError for any other."""
     if not folder.is_dir():
         raise FolderError(f'{folder} is no folder.')
-    config = read_json(folder / CONFIG)
+    config = json_object(folder / CONFIG)
     if config.get('format') != FORMAT:
         kind = config.get('model_type')
         hint = f' Its model_type is {kind!r}: use x_transformers.hf.from_hf.' if kind else ''
@@ -164,8 +164,8 @@ def load(
     weights = Weights(folder)
     same = config.get('tied', {})
     wanted, _ = once_each(model)
-    check_names(folder, wanted, weights, same)
-    fill(model, {target: weights.stored(target) for target in wanted}, device=device, dtype=dtype)
+    check_weight_names(folder, wanted, weights, same)
+    fill_model(model, {target: weights.stored(target) for target in wanted}, device=device, dtype=dtype)
     if 'hf' in config:
         model.hf_config = config['hf']
     return asked.eval()
@@ -178,7 +178,7 @@ def inside(model: Any, cls: type[Made]) -> Made | None:
     return model
 
 
-def check_names(folder: Path, wanted: Mapping[str, Tensor], weights: Weights, same: Mapping[str, str]) -> None:
+def check_weight_names(folder: Path, wanted: Mapping[str, Tensor], weights: Weights, same: Mapping[str, str]) -> None:
     missing = [name for name in wanted if name not in weights]
     left = [name for name in weights if name not in wanted and name not in same]
     shapes = [
@@ -186,10 +186,10 @@ def check_names(folder: Path, wanted: Mapping[str, Tensor], weights: Weights, sa
         for name, t in wanted.items()
         if name in weights and weights.shape(name) != tuple(t.shape)
     ]
-    complain(folder, missing, left, shapes)
+    refuse_weights(folder, missing, left, shapes)
 
 
-def complain(folder: Path, missing: list[str], left: list[str], shapes: list[str]) -> None:
+def refuse_weights(folder: Path, missing: list[str], left: list[str], shapes: list[str]) -> None:
     """Raise one FolderError for names that are missing, left over or of another shape."""
     parts = [
         f'{what}: {", ".join(names[:5])}{f" and {len(names) - 5} more" if len(names) > 5 else ""}'
@@ -201,9 +201,9 @@ def complain(folder: Path, missing: list[str], left: list[str], shapes: list[str
 
 
 @torch.no_grad()
-def fill(
+def fill_model(
     model: nn.Module,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, TensorSource],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -229,7 +229,7 @@ def fill(
             source.into(buffers[name])
             continue
         old = named[name]
-        new = nn.Parameter(filled(old, made.pop(name), source), requires_grad=old.requires_grad)
+        new = nn.Parameter(filled_parameter(old, made.pop(name), source), requires_grad=old.requires_grad)
         for module, slot in slots[id(old)]:
             module._parameters[slot] = new
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -244,7 +244,7 @@ def room(old: Tensor, stored: torch.dtype, device: torch.device, dtype: torch.dt
     return torch.empty(old.shape, dtype=dtype if dtype is not None and stored.is_floating_point else stored, device=device)
 
 
-def filled(old: Any, new: Tensor | None, source: Source) -> Tensor:
+def filled_parameter(old: Any, new: Tensor | None, source: TensorSource) -> Tensor:
     """A parameter's numbers, in its memory or in that of this process's part."""
     if new is not None:
         source.into(new)
@@ -271,4 +271,4 @@ def fresh_buffers(model: nn.Module, device: torch.device) -> None:
             raise FlagError(f'{type(module).__name__} has buffers that cannot be made again.')
 
 
-__all__ = ['card', 'complain', 'fill', 'load', 'once_each', 'read_config', 'save', 'written_whole']
+__all__ = ['card', 'refuse_weights', 'fill_model', 'load', 'once_each', 'read_config', 'save_model', 'written_whole']

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import x_transformers
 from x_transformers.flags.base import FlagError, UnknownFlag
-from x_transformers.flags.plain import plain, value_of
+from x_transformers.flags.plain import plain, value_from_plain
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.made import Made
 
@@ -91,7 +91,7 @@ def _described(value: Any, path: str, wrong: list[str]) -> dict[str, Any] | None
 def from_plain(held: Mapping[str, Any], extra: type | None = None) -> Made:
     """The model that ``to_plain`` describes, untrained. Raises UnknownFlag for keywords that its class does not have."""
     cls = class_named(held.get('class'), extra)
-    keywords = {name: value_of(value, from_plain) for name, value in held.items() if name != 'class'}
+    keywords = {name: value_from_plain(value, from_plain) for name, value in held.items() if name != 'class'}
     known = inspect.signature(cls.__init__).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
         unknown = [name for name in keywords if name not in known]

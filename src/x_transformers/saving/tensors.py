@@ -43,7 +43,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where a parameter's numbers come from: their dtype, and what writes them into a tensor of the parameter's shape."""
 
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class Weights(Mapping[str, Tensor]):
             self.metadata |= metadata
 
     def __getitem__(self, name: str) -> Tensor:
-        return read(self.places[name])
+        return read_tensor(self.places[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -78,10 +78,10 @@ class Weights(Mapping[str, Tensor]):
         # a Mapping would read the tensor to see whether it is there
         return name in self.places
 
-    def stored(self, name: str) -> Source:
+    def stored(self, name: str) -> TensorSource:
         """What reads one tensor into its place."""
         place = self.places[name]
-        return Source(place.dtype, partial(read_into, place))
+        return TensorSource(place.dtype, partial(read_into, place))
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same, number by number; read in pieces."""
@@ -106,7 +106,7 @@ def files_of(folder: Path) -> list[Path]:
     """The files with weights: one, or those that an index names."""
     index = folder / INDEX
     if index.is_file():
-        table = read_json(index).get('weight_map')
+        table = json_object(index).get('weight_map')
         if not isinstance(table, Mapping) or not table:
             raise FolderError(f'{index} must have a weight_map, a table from tensors to files; it has none.')
         files = [folder / str(name) for name in sorted(set(table.values()))]
@@ -123,7 +123,7 @@ def files_of(folder: Path) -> list[Path]:
     raise FolderError(f'{folder} holds no weights: there is neither {WEIGHTS} nor {INDEX}.{hint}')
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -169,7 +169,7 @@ def place_of(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Pla
     return Place(file, dtype, shape, begin, end)
 
 
-def read(place: Place) -> Tensor:
+def read_tensor(place: Place) -> Tensor:
     """One tensor, in memory of its own."""
     if place.end == place.begin:
         return torch.empty(place.shape, dtype=place.dtype)
@@ -213,7 +213,7 @@ def read_into(place: Place, out: Tensor) -> None:
     if tuple(out.shape) != place.shape:
         raise FolderError(f'a tensor in {place.file} is {place.shape} and {tuple(out.shape)} in the model.')
     if not out.is_contiguous():
-        out.copy_(read(place))
+        out.copy_(read_tensor(place))
         return
     flat = out.view(-1)
     for begin, piece in pieces(place):
@@ -223,7 +223,7 @@ def read_into(place: Place, out: Tensor) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def write(
+def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str], shard: int | None = SHARD
 ) -> None:
     """One file of weights, or several with an index if they are larger than ``shard`` bytes (None: one, however large).

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.flags.base import FlagError
+from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.fit import PER_TOKEN_RULES
 from x_transformers.flags.presets import PRESETS
 from x_transformers.flags.stack import StackFlags
@@ -39,7 +39,7 @@ UNFIT = {
 }
 
 
-def usual(name: str) -> Any:
+def default_flag(name: str) -> Any:
     """The default of one of these flags; False for those of parts."""
     return next((cls.default(name) for cls in (WrapperFlags, StackFlags) if name in cls.flag_fields()), False)
 
@@ -47,7 +47,7 @@ def usual(name: str) -> Any:
 def check_fit(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> None:
     """Refuse flags that no language model over so many tokens can have."""
     for name, reason in UNFIT.items():
-        if flags.get(name, usual(name)) != usual(name):
+        if flags.get(name, default_flag(name)) != default_flag(name):
             raise TrainingError(f'--{name.replace("_", "-")} does not fit a language model over bytes: {reason}')
     if flags.get('logits_dim') not in (None, vocabulary):
         raise TrainingError(f'--logits-dim must be {vocabulary}, the size of the vocabulary, got {flags["logits_dim"]}.')
@@ -58,9 +58,9 @@ def check_fit(flags: Mapping[str, Any], vocabulary: int = NUM_BYTES) -> None:
             )
 
 
-def split_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(keywords of TransformerWrapper, keywords of Decoder)."""
-    own = WrapperFlags.flag_fields()
+def split_flags(flags: Mapping[str, Any], model: type[Flags] = WrapperFlags) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(keywords of the model around a stack, of which ``model`` are the flags, and keywords of the stack)."""
+    own = model.flag_fields()
     return (
         {name: value for name, value in flags.items() if name in own},
         {name: value for name, value in flags.items() if name not in own},

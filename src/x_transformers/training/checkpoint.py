@@ -69,9 +69,9 @@ class Checkpoints:
             self._finished.append(save_checkpoint(self.run, step, weights, state, keep=self.keep, export=export))
             return
         same = all(export.get(name) is tensor for name, tensor in weights.items())
-        own = {name: copied(tensor) for name, tensor in weights.items()}
-        other = None if same else {name: copied(tensor) for name, tensor in export.items()}
-        held = tree_map(copied, dict(state))
+        own = {name: cpu_copy(tensor) for name, tensor in weights.items()}
+        other = None if same else {name: cpu_copy(tensor) for name, tensor in export.items()}
+        held = tree_map(cpu_copy, dict(state))
 
         def write() -> None:
             try:
@@ -113,7 +113,7 @@ class Checkpoints:
         write_atomically(self.run / BEST, weights_as_bytes(export, {'step': str(step), 'value': repr(value)}))
 
 
-def copied(value: Any) -> Any:
+def cpu_copy(value: Any) -> Any:
     """A tensor's copy on the CPU, which later steps do not change; anything else as it is."""
     return value.detach().to('cpu', copy=True) if isinstance(value, Tensor) else value
 

@@ -26,7 +26,7 @@ from x_transformers.training.data import (
 from x_transformers.training.documents import has_records, read_documents
 from x_transformers.training.errors import DataError, TrainingError
 from x_transformers.training.options import TrainOptions
-from x_transformers.training.shards import Prepared, TokenText, cache_folder, content_digests, is_held_out, prepare
+from x_transformers.training.shards import Prepared, TokenText, cache_folder, content_digests, is_held_out, prepare_shards
 from x_transformers.training.tokens import Bytes, JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 IN_MEMORY = 1 << 30  # plain bytes up to here are sampled from where they are
@@ -191,7 +191,7 @@ def load_data(options: TrainOptions, say: Say, run: Path | None = None) -> Data:
     parts = []
     for (found, weight), (patterns, _) in zip(sources, groups, strict=True):
         about = ', '.join(patterns) if patterns else "the source of Python's standard library"
-        made = prepare(found, tokenizer, separator=separator, say=say, cache=cache, about=about)
+        made = prepare_shards(found, tokenizer, separator=separator, say=say, cache=cache, about=about)
         parts.append((with_held_out(made, options.seq_len), weight))
     lines = [
         f'{made.about}: {len(made.train):,} tokens to train on, {len(made.held_out):,} held out '
@@ -210,7 +210,7 @@ def load_sets(options: TrainOptions, tokenizer: Tokenizer, say: Say) -> dict[str
     """``--val-data``: sets by their names, which are the last parts of their paths."""
     cache = Path(options.data_cache).expanduser() if options.data_cache else cache_folder()
     return {
-        Path(pattern).stem: prepare(find_sources([pattern]), tokenizer, say=say, cache=cache, about=pattern)
+        Path(pattern).stem: prepare_shards(find_sources([pattern]), tokenizer, say=say, cache=cache, about=pattern)
         for pattern in options.val_data
     }
 

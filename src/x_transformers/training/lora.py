@@ -12,7 +12,7 @@ from x_transformers.tensor_types import Float
 from x_transformers.training.errors import TrainingError
 
 
-class LowRank(nn.Module):
+class LoRAWeight(nn.Module):
     """``weight + up @ down``; ``up`` starts at 0, so that the model starts as it was."""
 
     decayed_parameters = ('down', 'up')
@@ -40,7 +40,7 @@ def add_lora(model: nn.Module, rank: int) -> int:
     if not maps:
         raise TrainingError(f'--lora must be below the width of the linear maps, got {rank}.')
     for module in maps:
-        parametrize.register_parametrization(module, 'weight', LowRank(module.weight, rank))
+        parametrize.register_parametrization(module, 'weight', LoRAWeight(module.weight, rank))
     return len(maps)
 
 

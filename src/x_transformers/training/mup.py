@@ -28,14 +28,16 @@ class Share(NamedTuple):
     init: float = 1.0
 
 
-def narrower(model: nn.Module, base: int) -> nn.Module:
+def narrower_model(model: nn.Module, base: int) -> nn.Module:
     """The same model with stacks of width ``base``, on the meta device.
 
     Raises TrainingError if it cannot be built so.
     """
     if not isinstance(model, Made) or not hasattr(model, 'made_with'):
         raise TrainingError(f'mup needs a model that was made of flags, got {type(model).__name__}. Leave out mup.')
-    given = {name: narrower(value, base) if isinstance(value, Made) else value for name, value in keywords_of(model).items()}
+    given = {
+        name: narrower_model(value, base) if isinstance(value, Made) else value for name, value in keywords_of(model).items()
+    }
     if isinstance(model, AttentionLayers):
         given |= {'dim': base, 'heads': fewer(model.flags.varying.get('heads', model.flags.heads), base, model.dim)}
     try:
@@ -64,7 +66,7 @@ def shares(model: nn.Module, base: int) -> dict[nn.Parameter, Share]:
     """
     if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):
         raise TrainingError('mup must have whole parameters, got some that are spread over processes. Use one, or copies.')
-    names = {name: parameter.shape for name, parameter in narrower(model, base).named_parameters()}
+    names = {name: parameter.shape for name, parameter in narrower_model(model, base).named_parameters()}
     missing = [name for name, _ in model.named_parameters() if name not in names]
     if missing:
         raise TrainingError(

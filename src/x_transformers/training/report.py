@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from x_transformers.drawing import BLUE, GREEN, GREY, RED, name_beside, panels, save, style
+from x_transformers.drawing import BLUE, GREEN, GREY, RED, name_beside, panels, save_figure, style
 from x_transformers.training.errors import CheckpointError
 from x_transformers.training.files import write_atomically
 from x_transformers.training.logs import Log
@@ -81,7 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CompressorComparison:
     """The model and two compressors on the same bytes, in bits per byte."""
 
     size: int
@@ -90,7 +90,7 @@ class Comparison:
     xz: float
 
     @classmethod
-    def of(cls, data: bytes, model: float) -> Comparison:
+    def of(cls, data: bytes, model: float) -> CompressorComparison:
         return cls(
             len(data), model, 8 * len(gzip.compress(data, 9)) / len(data), 8 * len(lzma.compress(data, preset=9)) / len(data)
         )
@@ -111,7 +111,7 @@ def versus(model: float, other: float) -> str:
     return f'{abs(change):.1f} % {"more" if change > 0 else "less"}'
 
 
-def draw_losses(lines: Sequence[Mapping[str, Any]], path: Path, comparison: Comparison | None = None) -> None:
+def draw_losses(lines: Sequence[Mapping[str, Any]], path: Path, comparison: CompressorComparison | None = None) -> None:
     """The curves of training and held-out loss, with the compressors as lines. Nothing is drawn without matplotlib."""
     if importlib.util.find_spec('matplotlib') is None:
         return
@@ -130,4 +130,4 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], path: Path, comparison: Comp
         axis.set(xlabel='training step', ylabel='bits per byte')
         if axis.lines:
             name_beside(axis)
-        save(figure, path)
+        save_figure(figure, path)

@@ -26,7 +26,7 @@ from x_transformers.training.lora import add_lora, merged
 from x_transformers.training.mup import mup_init_
 from x_transformers.training.options import TrainOptions, merge_for_resume
 from x_transformers.training.randomness import random_state, restore_random_state, seed_everything
-from x_transformers.training.report import METRICS, PICTURE, Comparison, Metrics, draw_losses, read_metrics
+from x_transformers.training.report import METRICS, PICTURE, CompressorComparison, Metrics, draw_losses, read_metrics
 from x_transformers.training.sample import sample_text
 from x_transformers.training.shards import Prepared
 from x_transformers.training.speed import Utilization, peak_of, training_flops
@@ -201,7 +201,7 @@ def start_weights(model: nn.Module, first: Path | None, options: TrainOptions, e
         mup_init_(model, options.mup_base)
 
 
-def prepare(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), engine: Engine | None = None) -> Run:
+def prepare_run(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (), engine: Engine | None = None) -> Run:
     """Data, model and trainer, at the step where the run stands."""
     options, folder, engine = config.options, Path(config.options.run_dir), engine or Engine()
     if options.threads is not None:
@@ -301,13 +301,13 @@ def rehearse(model: nn.Module, data: Data, options: TrainOptions) -> None:
 # end
 
 
-def finish(run: Run, say: Say) -> Comparison:
+def finish(run: Run, say: Say) -> CompressorComparison:
     """Measure the final figures, write the picture and the sample."""
     options, trainer, folder = run.options, run.trainer, run.folder
     is_main = trainer.engine.is_main
     with trainer.evaluating():
         text, bits = run.data.final(run.loss, options)
-    comparison = Comparison.of(text, bits)
+    comparison = CompressorComparison.of(text, bits)
     if is_main:
         run.metrics.add(step=trainer.step, final=dataclasses.asdict(comparison))
         draw_losses(read_metrics(folder / METRICS), folder / PICTURE, comparison)
@@ -352,4 +352,4 @@ def tokenizer_of(run: Path) -> Tokenizer:
     return tokenizer
 
 
-__all__ = ['NUM_BYTES', 'Run', 'RunConfig', 'begin', 'finish', 'load_run', 'prepare', 'tokenizer_of']
+__all__ = ['NUM_BYTES', 'Run', 'RunConfig', 'begin', 'finish', 'load_run', 'prepare_run', 'tokenizer_of']

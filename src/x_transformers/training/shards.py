@@ -203,7 +203,7 @@ class _Side:
         self.tokens = array(self.code)
 
 
-def prepare(
+def prepare_shards(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
     *,
@@ -367,4 +367,4 @@ def digest_of(path: Path) -> str:
     return total.hexdigest()
 
 
-__all__ = ['Prepared', 'TokenText', 'cache_folder', 'has_records', 'load_prepared', 'prepare']
+__all__ = ['Prepared', 'TokenText', 'cache_folder', 'has_records', 'load_prepared', 'prepare_shards']

@@ -220,7 +220,7 @@ class Trainer:
                 continue  # nothing to predict: its mean would be no number
             with self.engine.accumulating(last=micro + 1 == len(batches)):
                 with self.autocast():
-                    loss = single(self.loss(self.forward, on_device(batch, self.device)))
+                    loss = one_loss(self.loss(self.forward, on_device(batch, self.device)))
                 share = count / max(everywhere, 1.0)
                 # gradients are averaged over processes
                 (loss * (share * self.engine.averages)).backward()
@@ -350,7 +350,7 @@ def loss_of(forward: Callable[..., Any], batch: Any) -> Tensor:
     return out  # type: ignore[no-any-return]
 
 
-def single(loss: Any) -> Tensor:
+def one_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TrainingError(f'the loss must be a tensor, got {type(loss).__name__}. Give Trainer(loss=...) a function for it.')
     if loss.ndim != 0:

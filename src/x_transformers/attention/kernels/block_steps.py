@@ -109,7 +109,7 @@ def rows(t: Tensor, block: Block) -> Tensor:
     return t if t.shape[-2] == 1 else t[..., block.top : block.bottom, :]
 
 
-def bias_of(bias: Tensor, block: Block, shape: BlockShape) -> tuple[Tensor, int]:
+def bias_of_block(bias: Tensor, block: Block, shape: BlockShape) -> tuple[Tensor, int]:
     """(the block's part of a bias, or of its gradient; which of the block's columns it begins at)."""
     if shape.low is None:
         return rows(bias, block), 0
@@ -206,7 +206,7 @@ def weigh(
     elif raw is not None:
         scores = scores.clone()
     if extra.bias is not None:
-        part, begin = bias_of(extra.bias, block, shape)
+        part, begin = bias_of_block(extra.bias, block, shape)
         scores[..., begin:].add_(columns(part, block, shape, -1) if shape.low is None else part)
     if shape.softclamp is not None:
         scores.div_(shape.softclamp).tanh_()
@@ -228,7 +228,7 @@ def weigh(
     return BlockWeights(raw, slope, weights, factor)
 
 
-def spread(found: BlockWeights, extra: BlockExtras) -> Float[Tensor, 'b h i j']:
+def value_weights(found: BlockWeights, extra: BlockExtras) -> Float[Tensor, 'b h i j']:
     """The weights that values are looked up with."""
     weights = found.weights if extra.after is None else mixed(extra.after, found.weights)
     return weights if found.factor is None else weights * found.factor
@@ -244,7 +244,7 @@ class Gradients:
     def through(
         self, grad: Tensor, found: BlockWeights, extra: BlockExtras, block: Block, shape: BlockShape
     ) -> Float[Tensor, 'b h i j']:
-        """From the gradient of ``spread`` to that of the products."""
+        """From the gradient of ``value_weights`` to that of the products."""
         of_factor = None
         if found.factor is not None:
             weights = found.weights if extra.after is None else mixed(extra.after, found.weights)
@@ -278,7 +278,7 @@ class Gradients:
     def add_bias(self, grad: Tensor, block: Block, shape: BlockShape) -> None:
         if self.bias is None:
             return
-        target, begin = bias_of(self.bias, block, shape)
+        target, begin = bias_of_block(self.bias, block, shape)
         part = summed_to(grad[..., begin:], target).to(target.dtype)
         if shape.low is None:
             add_columns(target, part, block, shape, -1)
@@ -318,7 +318,7 @@ class InBlocks(torch.autograd.Function):
             size = (batch, heads, block.bottom - block.top)
             scores = scratch.product(stacked(queried, block, kv_heads), columns(keys, block, shape, 2))
             found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=False)
-            weights = spread(found, more).to(v.dtype).view(scores.shape)
+            weights = value_weights(found, more).to(v.dtype).view(scores.shape)
             out[:, :, block.top : block.bottom] = torch.bmm(weights, columns(values, block, shape, 1)).view(*size, v.shape[-1])
         return out
 
@@ -377,7 +377,7 @@ def whole_bias(strip: Float[Tensor, '1 h r m'], shape: BlockShape) -> Float[Tens
     """A strip that is good for each block, written out. What no block looks at is 0."""
     rows = []
     for block in blocks_of(shape):
-        part, front = bias_of(strip, block, shape)
+        part, front = bias_of_block(strip, block, shape)
         rows.append(F.pad(part, (front + block.left, shape.own - block.right)))
     return torch.cat(rows, dim=-2)
 
@@ -397,7 +397,7 @@ def blocks_backward(ctx: Any, grad: Float[Tensor, 'b h i e']) -> tuple[Tensor | 
         kept_k, kept_v = columns(keys, block, shape, 1), columns(values, block, shape, 1)
         scores = scratches[0].product(rows_q, kept_k.transpose(1, 2))
         found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=True)
-        weights = spread(found, more).to(v.dtype).view(scores.shape)
+        weights = value_weights(found, more).to(v.dtype).view(scores.shape)
         add_columns(grad_v, torch.bmm(weights.transpose(1, 2), rows_grad), block, shape, 1)
         change = single(scratches[1].product(rows_grad, kept_v.transpose(1, 2))).view_as(found.weights)
         change = gradients.through(change, found, more, block, shape).to(q.dtype).view(scores.shape)

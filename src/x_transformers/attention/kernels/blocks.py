@@ -53,7 +53,7 @@ class Blocks:
                 args.sink is not None or args.softclamp is not None or args.sigmoid or any(m is not None for m in args.mixers)
             )
             q, k = as_products(q, k, whole=whole)
-        shape = shape_of(args)
+        shape = block_shape(args)
         bias, shape = with_bias(args, shape)
         allowed, opened = masks(args, q)
         extra = BlockExtras(bias, args.sink, *args.mixers, allowed, opened)
@@ -71,7 +71,7 @@ class Blocks:
         return regrouped(out, k.shape[1]) if apart else out
 
 
-def shape_of(args: KernelArgs) -> BlockShape:
+def block_shape(args: KernelArgs) -> BlockShape:
     mask, geometry = args.mask, args.geometry
     past, ahead = (None, None) if mask.prefix is not None else mask.limits(geometry)
     return BlockShape(

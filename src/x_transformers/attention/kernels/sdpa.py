@@ -178,26 +178,26 @@ def over_heads(
     """Run it, with query head h looking at key head h mod kv_heads."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads == kv_heads:
-        return run(q, k, v, added, causal, args)
+        return run_sdpa(q, k, v, added, causal, args)
     groups = heads // kv_heads
     if q.shape[2] == 1:
         # the queries of a group are the rows of one key head: nothing is repeated
         rows = q.view(q.shape[0], groups, kv_heads, -1).transpose(1, 2)
         if added is not None and added.shape[1] != 1:
             added = added.view(added.shape[0], groups, kv_heads, -1).transpose(1, 2)
-        return run(rows, k, v, added, False, args).transpose(1, 2).reshape(q.shape[0], heads, 1, -1)
+        return run_sdpa(rows, k, v, added, False, args).transpose(1, 2).reshape(q.shape[0], heads, 1, -1)
     if added is None or (added.shape[1] == 1 and q.device.type == 'cpu'):
         # torch pairs query head h with key head h // group: bring ours into that order and back
         if kv_heads == 1:
-            return run(q, k, v, added, causal, args, enable_gqa=True)
-        out = run(regrouped(q, groups), k, v, added, causal, args, enable_gqa=True)
+            return run_sdpa(q, k, v, added, causal, args, enable_gqa=True)
+        out = run_sdpa(regrouped(q, groups), k, v, added, causal, args, enable_gqa=True)
         return regrouped(out, kv_heads)
     if kv_heads == 1:
-        return run(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), added, causal, args)
-    return run(q, tiled_heads(k, heads), tiled_heads(v, heads), added, causal, args)
+        return run_sdpa(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), added, causal, args)
+    return run_sdpa(q, tiled_heads(k, heads), tiled_heads(v, heads), added, causal, args)
 
 
-def run(
+def run_sdpa(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, args: KernelArgs, enable_gqa: bool = False
 ) -> Tensor:
     tensors = (q, k, v) if added is None else (q, k, v, added)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from x_transformers.evidence.tasks.base import SequenceTask, Task
-from x_transformers.evidence.tasks.data import Bytes, Digits, LongerBytes, Shapes, WholeDigits
+from x_transformers.evidence.tasks.data import ByteText, Digits, LongerBytes, Shapes, WholeDigits
 from x_transformers.evidence.tasks.length import (
     Addition,
     Copy,
@@ -45,7 +45,7 @@ CLASSES: tuple[type[SequenceTask], ...] = (
     *(Recall, Forgetting, Compositional, Stacked, ContinuousRecall),
     *MAD,
     *LENGTH,
-    *(Depo, Mano, Bytes, LongerBytes, Digits, WholeDigits, Shapes),
+    *(Depo, Mano, ByteText, LongerBytes, Digits, WholeDigits, Shapes),
 )
 TASKS: dict[str, type[SequenceTask]] = {task.name: task for task in CLASSES}
 

@@ -24,7 +24,7 @@ def corpus_of(data: tuple[str, ...], window: int) -> tuple[Corpus, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bytes(SequenceTask):
+class ByteText(SequenceTask):
     """The next byte of text: your files, or the source of Python's standard library; one file in 32 is held out.
 
     ``bits`` are bits per byte on held-out windows, evenly spread over the text.
@@ -89,7 +89,7 @@ class Bytes(SequenceTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongerBytes(Bytes):
+class LongerBytes(ByteText):
     """Trained on windows of ``length`` bytes, tested on windows of ``tested``."""
 
     name: ClassVar[str] = 'bytes/longer'

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.evidence.draws import Draws
-from x_transformers.evidence.model import IGNORE, Batch, build_network, on_device_of
+from x_transformers.evidence.model import IGNORE, Batch, build_language_model, on_device_of
 from x_transformers.evidence.tasks.base import SequenceTask, ignored
 from x_transformers.module import Module
 from x_transformers.tensor_types import Float, Int
@@ -233,7 +233,7 @@ class Compression(MadTask):
         return Batch(inputs, inputs.clone())
 
     def model(self, flags: Mapping[str, Any]) -> nn.Module:
-        net = build_network(flags, num_tokens=self.num_tokens, max_seq_len=self.length)
+        net = build_language_model(flags, num_tokens=self.num_tokens, max_seq_len=self.length)
         return CompressionModel(net, int(flags['dim']), self.num_tokens)
 
 
