@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers import InertFlagWarning
 from x_transformers.attention.inputs import BranchInputs
 from x_transformers.feedforward import GLU, PIECE, FeedForward, ReluSquared, SoLU
 from x_transformers.flags.feedforward import FeedForwardFlags
@@ -199,6 +200,15 @@ def test_the_input_of_the_activation_is_clamped():
     x = 3 * torch.randn(5, 4, dtype=torch.float64)
     inner = layer.ff[0][0](x)
     assert torch.allclose(layer(x), layer.ff[2](F.gelu(0.5 * torch.tanh(inner / 0.5))))
+
+
+def test_a_gated_unit_has_no_single_input_to_clamp():
+    with pytest.warns(InertFlagWarning, match='glu_softclamp'):
+        layer = FeedForward(4, glu=True, softclamp_value=0.5)
+    plain = FeedForward(4, glu=True)
+    plain.load_state_dict(layer.state_dict())
+    x = 3 * torch.randn(5, 4)
+    assert torch.equal(layer(x), plain(x))
 
 
 def test_containers_are_called_where_somebody_listens() -> None:

@@ -31,7 +31,7 @@ FUNCTIONS = words("""
 exists default identity first is_empty cast_tuple divisible_by at_most_one_of maybe detach_all Sequential log
 max_neg_value l2norm softclamp masked_mean pad_at_dim or_reduce orthog_project get_cached_kvs calc_entropy calc_z_loss
 init_zero_ pick_and_pop group_dict_by_key string_begins_with group_by_key_prefix groupby_prefix_and_trim dropout_seq
-rotate_half apply_rotary_pos_emb apply_polar_pos_emb sinkhorn shift
+rotate_half apply_rotary_pos_emb apply_polar_pos_emb sinkhorn shift layer_schedule default_device log_prob_from_hard_attend
 """)
 BORROWED = words("""
 torch nn F rearrange repeat einsum Tensor partial wraps math

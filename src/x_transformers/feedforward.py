@@ -368,4 +368,4 @@ def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:
         made = ClampedGate(flags.glu_gate_softclamp_value, silu=flags.swish)
     else:
         made = nn.SiLU() if flags.swish else nn.GELU()
-    return made if flags.softclamp_value is None else Clamped(flags.softclamp_value, made)
+    return made if flags.softclamp_value is None or flags.glu else Clamped(flags.softclamp_value, made)

@@ -23,7 +23,7 @@ from torch import Tensor, cat, einsum, is_tensor, nn, stack, tensor
 from torch.amp import autocast
 from torch.nn import Module, ModuleDict, ModuleList
 
-from x_transformers.attend import Attend, Intermediates
+from x_transformers.attend import Attend, Intermediates, log_prob_from_hard_attend
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.hybrid import FoldAxially
 from x_transformers.attention.scores.contextual import CoPE
@@ -33,6 +33,7 @@ from x_transformers.embedding.pooling import AttentionPool
 from x_transformers.embedding.token import TokenEmbedding
 from x_transformers.encoder_decoder import XTransformer
 from x_transformers.feedforward import GLU, FeedForward, ReluSquared, SoLU
+from x_transformers.flags.per_layer import layer_schedule
 from x_transformers.helpers import (
     Identity,
     Sequential,
@@ -40,6 +41,7 @@ from x_transformers.helpers import (
     at_most_one_of,
     cast_tuple,
     default,
+    default_device,
     detach_all,
     divisible_by,
     equals,

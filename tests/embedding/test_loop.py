@@ -39,6 +39,7 @@ def test_the_stack_runs_on_its_own_output() -> None:
         assert torch.allclose(record.all_pred_logits[step], model.to_logits(h), atol=1e-5)
     assert torch.allclose(logits, model.to_logits(h), atol=1e-5)
     assert torch.allclose(model(x, looped_steps=1), record.all_pred_logits[0], atol=1e-5)
+    assert [cache.length for cache in record.looped_prompt_kv_cache] == [6] * 3
 
 
 @pytest.mark.parametrize('steps', [1, 3])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import tomllib
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from x_transformers.flags import keywords
 from x_transformers.flags.parts import PARTS, keyword_names
@@ -36,6 +40,27 @@ def test_typed_keywords_are_those_that_parse_accepts():
     assert typed == set(StackFlags.flag_fields()) | {name for part in PARTS for name in keyword_names(part)}
     required = {'num_tokens', 'max_seq_len', 'attn_layers'}
     assert set(get_type_hints(keywords.WrapperKeywords)) | required == set(WrapperFlags.flag_fields())
+
+
+def test_every_flag_has_its_paper_or_is_said_to_have_none():
+    module = tool('generate_features')
+    flags = [(cls, name) for _, _, cls, _ in module.SECTIONS for name in cls.flag_fields()]
+    assert len(flags) >= 300
+    cells = [line.split(' | ')[4] for line in module.generated().splitlines() if line.startswith('| `')]
+    assert len(cells) == len(flags)
+    for (cls, name), cell in zip(flags, cells, strict=True):
+        links = re.findall(r'\[[^\]]+\]\((https?://[^)]+)\)', cell)
+        assert links if cls.flag_fields()[name].metadata['paper'] else links or cell.rstrip(' |') == 'no paper', name
+
+
+def test_the_version_is_that_of_the_interface():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    version = Version(project['version'])
+    assert version.base_version == '2.31.10'
+    for wish in ('x-transformers>=2.20', 'x-transformers>=2.31.10', 'x-transformers~=2.31', 'x-transformers<3'):
+        assert Requirement(wish).specifier.contains(version), wish
+    for name in ('README.md', 'CHANGELOG.md', 'docs/migrating.md'):
+        assert version.base_version in (ROOT / name).read_text(encoding='utf-8'), name
 
 
 def test_every_flag_and_every_rule_is_in_the_documentation():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.laws.combination import shaken
-from x_transformers import Decoder, Encoder, TransformerWrapper
+from x_transformers import Decoder, Encoder, InertFlagWarning, TransformerWrapper
 from x_transformers.flags.base import FlagError
 
 SMALL = {'dim': 8, 'depth': 2, 'heads': 2, 'attn_dim_head': 4, 'verbose': False}
@@ -60,11 +60,30 @@ def test_shared_layers_have_one_mixture_for_any_number_of_inputs():
 
 
 @pytest.mark.parametrize(
+    ('flags', 'without', 'says'),
+    [
+        (RANK | {'depth_scale_residual': 0.5}, RANK, 'depth_scale_residual=0.5'),
+        (RANK | {'depth_scale_residual': True}, RANK, 'depth_scale_residual=True'),
+        (RANK | {'integrate_layers': True}, {'integrate_layers': True}, 'and the second does'),
+        ({'attn_aggregated_residuals': True, 'integrate_layers': True}, {'integrate_layers': True}, 'and the second does'),
+    ],
+)
+def test_what_attention_residuals_and_mixtures_leave_without_effect(flags, without, says):
+    torch.manual_seed(0)
+    with pytest.warns(InertFlagWarning, match=says):
+        stack = Decoder(**SMALL, **flags)
+    torch.manual_seed(0)
+    plain = Decoder(**SMALL, **without)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, stack.state_dict()[name])
+    assert len(plain.state_dict()) == len(stack.state_dict())
+    assert torch.equal(stack(X.float()), plain(X.float()))
+
+
+@pytest.mark.parametrize(
     ('flags', 'says'),
     [
         ({'attn_aggregated_residuals': True}, r'the rank \(64\) must be at least 1 and less than the width'),
-        (RANK | {'integrate_layers': True}, 'each mixes the inputs of all layers so far'),
-        (RANK | {'depth_scale_residual': 0.5}, 'depth_scale_residual'),
         (RANK | {'attn_aggregated_residual_kwargs': {'lora_rank': 2, 'rank': 1}}, 'the known keywords are'),
         ({'mv_split_residual': True, 'gate_residual': True}, 'each is a way to write'),
         ({'mv_split_residual': True, 'num_residual_streams': 2}, 'each is a way to write'),

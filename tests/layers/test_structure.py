@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.laws.combination import shaken
-from x_transformers import Decoder, Encoder, TransformerBlock, TransformerWrapper
+from x_transformers import Decoder, Encoder, InertFlagWarning, TransformerBlock, TransformerWrapper
 from x_transformers.flags.base import FlagError
 from x_transformers.module import DepthScaledLinear, reset_parameters
 
@@ -42,6 +42,11 @@ IDS = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed(4))
 )
 def test_only_attn_leaves_out_the_feed_forwards(flags, kinds):
     assert ''.join(Decoder(**SMALL | flags, only_attn=True).plan.kinds) == kinds
+
+
+def test_macaron_has_no_effect_without_feed_forwards():
+    with pytest.warns(InertFlagWarning, match='macaron'):
+        assert ''.join(Decoder(**SMALL, only_attn=True, macaron=True).plan.kinds) == 'aaa'
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ class LayerIntermediates:
     - ``last_hidden``, ``last_layer_hiddens``: the stack's output, and the part of it that belongs to tokens;
     - ``attn_intermediates``: one per executed attention, with maps that are computed when read;
     - ``exit_logits``, ``all_pred_logits``: of every step of a looped model; ``exit_indices``: the last step of each call;
+      ``looped_prompt_kv_cache``: what each step has seen, where none was left out;
     - ``expert_loss``: of all layers of experts together, in training;
     - ``initial_embeds`` (also ``initial_embed``): the embeddings that entered the stack;
     - ``kv_cache``: the memory behind ``cached_kv``; ``cache_length``: how many rows have been seen.
@@ -46,6 +47,7 @@ class LayerIntermediates:
     exit_logits: list[Float[Tensor, 'b n 1']] | None = None
     all_pred_logits: list[Tensor | tuple[Tensor, ...]] | None = None
     exit_indices: Int[Tensor, 'b c'] | None = None
+    looped_prompt_kv_cache: list[KVCache] | None = None
     cache_length: int = 0
     kv_cache: KVCache | None = None
     expert_loss: Float[Tensor, ''] | None = None

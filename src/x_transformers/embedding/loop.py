@@ -94,6 +94,7 @@ def run_loops(
     if caches[0] is not None:
         record.kv_cache, record.exit_indices = joined(caches, before, exit_index, exits, size=size, steps=steps, early=early)
         record.cache_length = record.kv_cache.length
+        record.looped_prompt_kv_cache = None if early else [each for each in caches if each is not None]
     else:
         record.exit_indices = exit_index[:, None] if early else exit_index[:1, None]
     return outputs, out, record

@@ -385,6 +385,7 @@ FEEDFORWARD_RULES = (
         'a gated linear unit has two inputs to clamp',
         {'glu': True, 'softclamp_value': 2.0},
         'Use [glu_softclamp].',
+        inert=True,
     ),
     Rule(
         ('experts_active', 'experts'),

@@ -325,7 +325,7 @@ class StackFlags(PositionFacts, StructureFlags):
         if wrong:
             raise FlagError(*wrong)
         stack = cls(**values)
-        if stack.depth_scale_residual is True:
+        if stack.depth_scale_residual is True and not stack.attn_aggregated_residuals:
             apart = stack.depths(parts) | apart
         varying = stack.spread(apart, prefix)
         for name, over in varying.items():

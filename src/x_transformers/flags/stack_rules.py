@@ -251,8 +251,8 @@ STACK_RULES = (
         'Leave out [norm_before].',
     ),
     Rule(
-        ('use_dynamic_tanh', 'pre_norm', 'resi_dual', 'pre_and_post_norm'),
-        lambda flags, dim: flags.use_dynamic_tanh and flags.post_norm,
+        ('use_dynamic_tanh', 'pre_norm', 'resi_dual'),
+        lambda flags, dim: flags.use_dynamic_tanh and (not flags.pre_norm or flags.resi_dual),
         'tanh in the place of a norm must not lie on the residual stream',
         {'use_dynamic_tanh': True, 'pre_norm': False},
     ),

@@ -174,6 +174,11 @@ class StructureFlags(LayeredFlags):
         return self.integrate_layers or self.attn_aggregated_residuals
 
     @property
+    def aggregates(self) -> bool:
+        """They are attention residuals."""
+        return self.attn_aggregated_residuals and not self.integrate_layers
+
+    @property
     def gated_streams(self) -> bool:
         return self.gated_multi_residual and self.num_residual_streams > 1
 
@@ -184,7 +189,8 @@ class StructureFlags(LayeredFlags):
     @property
     def branch_scale(self) -> float:
         """The constant factor on what branches write."""
-        for given in (self.depth_scale_residual, self.scale_residual):
+        by_depth = False if self.attn_aggregated_residuals else self.depth_scale_residual
+        for given in (by_depth, self.scale_residual):
             if not isinstance(given, bool):
                 return float(given)
         return 1.0

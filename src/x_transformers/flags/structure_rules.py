@@ -185,12 +185,13 @@ STRUCTURE_RULES = (
     Rule(
         ('attn_aggregated_residuals', 'integrate_layers'),
         lambda flags, dim: flags.attn_aggregated_residuals and flags.integrate_layers,
-        'each mixes the inputs of all layers so far',
+        'each mixes the inputs of all layers so far, and the second does',
         {'attn_aggregated_residuals': True, 'attn_aggregated_residual_kwargs': {'lora_rank': 2}, 'integrate_layers': True},
+        inert=True,
     ),
     Rule(
         ('attn_aggregated_residual_kwargs', 'dim'),
-        lambda flags, dim: flags.attn_aggregated_residuals and not 0 < flags.aggregated_rank < dim,
+        lambda flags, dim: flags.aggregates and not 0 < flags.aggregated_rank < dim,
         'the rank ({aggregated_rank}) must be at least 1 and less than the width',
         {'attn_aggregated_residuals': True, 'attn_aggregated_residual_kwargs': {'lora_rank': 999}},
         'Give a lora_rank below {dim}.',
@@ -211,6 +212,7 @@ STRUCTURE_RULES = (
             'attn_aggregated_residuals': True,
             'attn_aggregated_residual_kwargs': {'lora_rank': 2},
         },
+        inert=True,
     ),
     Rule(
         ('mv_split_residual', 'scale_residual', 'scale_residual_constant'),
@@ -287,11 +289,18 @@ STRUCTURE_RULES = (
         {'pre_and_post_norm': True, 'resi_dual': True},
     ),
     Rule(
-        ('only_attn', 'layers_execute_order', 'unet_skips', 'macaron'),
-        lambda flags, dim: flags.only_attn and how_many(flags, ('layers_execute_order', 'unet_skips', 'macaron')) > 0,
+        ('only_attn', 'layers_execute_order', 'unet_skips'),
+        lambda flags, dim: flags.only_attn and how_many(flags, ('layers_execute_order', 'unet_skips')) > 0,
         'this counts on the feed-forwards of each block',
         {'only_attn': True, 'unet_skips': True},
         only_changed=True,
+    ),
+    Rule(
+        ('only_attn', 'macaron'),
+        lambda flags, dim: flags.only_attn and flags.macaron,
+        'there is no feed-forward that could stand on both sides of attention',
+        {'only_attn': True, 'macaron': True},
+        inert=True,
     ),
     Rule(
         ('only_attn', 'custom_layers'),

@@ -139,7 +139,7 @@ def depth_parts(flags: StackFlags, plan: LayerPlan) -> dict[str, nn.Module | Non
 
 def choose_mixtures(flags: StackFlags, plan: LayerPlan) -> nn.ModuleList | None:
     """What mixes the inputs of all layers so far: one for each step, or for each layer."""
-    if flags.attn_aggregated_residuals:
+    if flags.aggregates:
         kwargs = {'lora_rank': flags.aggregated_rank, **flags.attn_aggregated_residual_kwargs}
         return nn.ModuleList([AggregatedResiduals(flags.dim, num_views=layer.views, **kwargs) for layer in plan.layers])
     if not flags.integrate_layers:

@@ -238,7 +238,7 @@ class AttentionLayers(Module):
         """What mixes the inputs of all layers so far: one for each step, or for each layer where any number can be mixed."""
         if self.layer_integrators is None:
             return None
-        mixture: nn.Module = self.layer_integrators[step.layer if self.flags.attn_aggregated_residuals else step.index]
+        mixture: nn.Module = self.layer_integrators[step.layer if self.flags.aggregates else step.index]
         return mixture
 
     def _join(self, step: Step, streams: Tensor, carry: Carry) -> Tensor:
