@@ -18,9 +18,10 @@ from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import Sequential, softclamp
-from x_transformers.module import Dropout, Module, branch_output, empty_parameter, run_through
+from x_transformers.module import Dropout, Module, branch_output, empty_parameter, linear, run_through
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
+from x_transformers.unit_weights import GainedActivation
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -142,7 +143,7 @@ class Gate(Module):
     def settings(flags: FeedForwardFlags) -> dict[str, Any]:
         """The keywords that the flags say."""
         return {
-            'mult_bias': flags.glu_mult_bias,
+            'mult_bias': flags.glu_mult_bias or flags.unit_weights,
             'limit': flags.glu_up_softclamp_value if flags.glu_softclamp else None,
             'clamp': flags.glu_clamp_value,
             'add_one': flags.glu_add_one,
@@ -175,11 +176,12 @@ class GLU(Gate):
         mult_bias: bool = False,
         bias: bool = True,
         canon: bool = False,
+        unit: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(dim_out, activation, mult_bias, **settings)
         self.canon = CausalConvolution(dim_out * 2, 'inside') if canon else None
-        self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
+        self.proj = linear(dim_in, dim_out * 2, bias=bias, unit=unit)
 
     def forward(self, x: Float[Tensor, '... c'], around: BranchInputs | None = None) -> Float[Tensor, '... d']:
         return self.gated(convolved_hidden(self.canon, self.proj(x), around))
@@ -252,19 +254,30 @@ class FeedForward(Module):
         dim_out = dim if flags.dim_out is None else flags.dim_out
         dim_inner = flags.inner(dim)
         activation = choose_activation(flags, dim_inner)
+        unit, biased = flags.unit_weights, not (flags.no_bias or flags.unit_weights)
+        if unit:
+            activation = GainedActivation(dim_inner, dim, activation)
         if flags.experts is not None:
             self.ff: nn.Module = self._experts(dim, dim_out, flags, activation)
             return
         first = (
-            GLU(dim, dim_inner, activation, bias=flags.glu_bias, canon=flags.canon, **Gate.settings(flags))
+            GLU(
+                dim,
+                dim_inner,
+                activation,
+                bias=flags.glu_bias and not unit,
+                canon=flags.canon,
+                unit=unit,
+                **Gate.settings(flags),
+            )
             if flags.glu
-            else (Convolved if flags.canon else nn.Sequential)(nn.Linear(dim, dim_inner, bias=not flags.no_bias), activation)
+            else (Convolved if flags.canon else nn.Sequential)(linear(dim, dim_inner, bias=biased, unit=unit), activation)
         )
         self.ff = Sequential(
             first,
             LayerNorm(dim_inner) if flags.post_act_ln else None,
             Dropout(flags.dropout),
-            branch_output(dim_inner, dim_out, not flags.no_bias, zero=flags.zero_init_output, depth=flags.output_proj_depth),
+            branch_output(dim_inner, dim_out, biased, zero=flags.zero_init_output, depth=flags.output_proj_depth, unit=unit),
             Dropout(flags.sublayer_dropout) if flags.sublayer_dropout > 0.0 else None,
         )
         if flags.canon:

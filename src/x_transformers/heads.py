@@ -15,8 +15,9 @@ from x_transformers.feedforward import NAMED_ACTIVATIONS, FeedForward
 from x_transformers.helpers import softclamp
 from x_transformers.layers.slots import class_accepts
 from x_transformers.losses import linear_cross_entropy
-from x_transformers.module import Module, empty_parameter, is_heard
+from x_transformers.module import Module, empty_parameter, is_heard, to_unit_length_
 from x_transformers.tensor_types import Float, Int
+from x_transformers.unit_weights import UnitGain
 
 Logits = Tensor | tuple[Tensor, ...]
 
@@ -84,6 +85,41 @@ class TiedHead(Module):
         return linear_loss(x, self.table(x), self.bias, targets, **loss)
 
 
+class UnitLogits(LinearLogits):
+    """Logits by vectors of unit length, times a learned gain for each."""
+
+    def __init__(self, dim: int, num_logits: int, bias: bool = False) -> None:
+        super().__init__(dim, num_logits, bias=bias)
+        self.gain = UnitGain(num_logits, held=dim**-0.5)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.normalize_()
+        # not yet there while it is built
+        if 'gain' in self._modules:
+            self.gain.reset_parameters()
+
+    def normalize_(self) -> None:
+        to_unit_length_(self.weight, -1)
+
+    def forward(self, input: Float[Tensor, '... d'], *_: Any, **__: Any) -> Tensor:
+        out: Tensor = super().forward(input) * self.gain()
+        return out
+
+
+class UnitTiedHead(TiedHead):
+    """Logits from a token table of vectors of unit length, times a learned gain for each."""
+
+    def __init__(self, embedding: TokenEmbedding, bias: bool = False) -> None:
+        super().__init__(embedding, bias)
+        rows, dim = embedding.emb.weight.shape
+        self.gain = UnitGain(rows, held=dim**-0.5)
+
+    def forward(self, x: Float[Tensor, '... d'], *_: Any, **__: Any) -> Tensor:
+        out: Tensor = super().forward(x) * self.gain()
+        return out
+
+
 class LinearHead(NamedTuple):
     """Logits as a loss can make them a few rows at a time: one linear map, a factor, a soft cap."""
 
@@ -124,15 +160,20 @@ def choose_head(
     count: int = 1,
     own: Callable[..., Any] | None = None,
     bias: bool = False,
+    unit: bool = False,
 ) -> Callable[..., Any] | None:
-    """The first that applies: no head, the transposed token table, several heads, the user's own head, one linear map."""
+    """The first that applies: no head, the transposed token table, several heads, the user's own head, one linear map.
+
+    ``unit``: of vectors of unit length, with a learned gain for each logit.
+    """
     if only_embed:
         return None
     if tied_to is not None:
-        return TiedHead(tied_to, bias)
+        return (UnitTiedHead if unit else TiedHead)(tied_to, bias)
+    linear = UnitLogits if unit else LinearLogits
     if count > 1:
-        return OutputHeads([LinearLogits(dim, num_logits, bias=bias) for _ in range(count)])
-    return own if own is not None else LinearLogits(dim, num_logits, bias=bias)
+        return OutputHeads([linear(dim, num_logits, bias=bias) for _ in range(count)])
+    return own if own is not None else linear(dim, num_logits, bias=bias)
 
 
 def mixture_modules(dim: int, k: int) -> tuple[nn.Module, nn.Module]:

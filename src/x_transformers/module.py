@@ -183,8 +183,49 @@ class DepthScaledLinear(nn.Linear):
         nn.init.normal_(self.weight, std=(2 * self.in_features * self.depth) ** -0.5)
 
 
-def branch_output(dim_in: int, dim_out: int, bias: bool, *, zero: bool = False, depth: int | None = None) -> nn.Linear:
-    """The last linear map of a branch: it may start at zero, or smaller the deeper it is."""
+class UnitLinear(nn.Linear):
+    """A linear map between the width and something else, whose weights have unit length along the width.
+
+    So they start; ``normalize_`` makes it so again after an optimizer's step. ``writes``: the width is that of the output.
+    https://arxiv.org/abs/2410.01131
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True, *, writes: bool = False) -> None:
+        self.writes = writes
+        super().__init__(dim_in, dim_out, bias=bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.normalize_()
+
+    def normalize_(self) -> None:
+        to_unit_length_(self.weight, 0 if self.writes else -1)
+
+
+@torch.no_grad()
+def to_unit_length_(weight: Tensor, axis: int) -> None:
+    """Scale in place, so that every vector along this axis has unit length; a zero stays zero."""
+    length = torch.linalg.vector_norm(weight, dim=axis, keepdim=True)
+    weight.div_(length.clamp(min=torch.finfo(weight.dtype).tiny))
+
+
+def unit_modules(model: nn.Module) -> list[Any]:
+    """The modules whose weights have unit length (``ngpt``)."""
+    return [module for module in model.modules() if callable(getattr(module, 'normalize_', None))]
+
+
+def linear(dim_in: int, dim_out: int, *, bias: bool, unit: bool) -> nn.Linear:
+    """A linear map of the stream, with weights of unit length if asked."""
+    return UnitLinear(dim_in, dim_out, bias) if unit else nn.Linear(dim_in, dim_out, bias=bias)
+
+
+def branch_output(
+    dim_in: int, dim_out: int, bias: bool, *, zero: bool = False, depth: int | None = None, unit: bool = False
+) -> nn.Linear:
+    """The last linear map of a branch: it may start at zero, smaller the deeper it is, or with unit length."""
+    if unit:
+        return UnitLinear(dim_in, dim_out, bias, writes=True)
     if zero:
         return ConstantLinear(dim_in, dim_out, bias=bias)
     return nn.Linear(dim_in, dim_out, bias=bias) if depth is None else DepthScaledLinear(dim_in, dim_out, bias, depth=depth)

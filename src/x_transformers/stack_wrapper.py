@@ -25,7 +25,7 @@ from x_transformers.layers.arguments import check_number
 from x_transformers.layers.checks import check_names, check_steps
 from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.losses import calc_z_loss
-from x_transformers.module import Dropout, Module, empty_parameter
+from x_transformers.module import Dropout, Module, empty_parameter, unit_modules
 from x_transformers.norms import LayerNorm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
 from x_transformers.randomness import sorted_places
@@ -121,6 +121,11 @@ class StackWrapper(Module):
         for module in self.attn_layers.modules():
             if isinstance(module, FeedForward):
                 module.balance_experts_()
+
+    def normalize_weights_(self) -> None:
+        """With ``ngpt``: give weights unit length again, after each step of an optimizer (https://arxiv.org/abs/2410.01131)."""
+        for module in unit_modules(self):
+            module.normalize_()
 
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Shrink queries and keys whose scores exceeded ``tau`` (https://arxiv.org/abs/2507.20534)."""

@@ -81,7 +81,9 @@ class TransformerWrapper(StackWrapper):
         self.num_tokens, self.num_cls_tokens = flags.num_tokens, flags.num_cls_tokens
         self.l2norm_embed = flags.l2norm_embed
         own = flags.token_emb
-        self.token_emb: Any = TokenEmbedding(emb_dim, flags.num_tokens, flags.l2norm_embed) if own is None else own
+        self.token_emb: Any = own
+        if own is None:
+            self.token_emb = TokenEmbedding(emb_dim, flags.num_tokens, flags.l2norm_embed, unit=stack.flags.ngpt)
         self._own_token_emb = own is not None
         self.embed_scale = flags.embed_scale
         self._build_positions(flags, stack, flags.l2norm_embed)
@@ -131,6 +133,7 @@ class TransformerWrapper(StackWrapper):
             count=flags.num_output_heads,
             own=flags.to_logits,
             bias=flags.logits_bias,
+            unit=stack_flags(flags.attn_layers).ngpt,
         )
         self.logits_transform = None
         if flags.logits_transform is not None:

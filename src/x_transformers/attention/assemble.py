@@ -13,6 +13,7 @@ from x_transformers.attention.hybrid import FoldAxially
 from x_transformers.convolution import CausalConvolution
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.scores import AttendFlags, ScoreFlags
+from x_transformers.module import branch_output
 from x_transformers.position.projected import RelativeProjectedBias
 
 
@@ -70,6 +71,8 @@ def build_output(dim: int, flags: AttentionFlags) -> nn.Module:
     if flags.project_out is False:
         return nn.Identity()
     dim_in = flags.dim_attended * flags.orthogonal_outputs
+    if flags.unit_weights:
+        return branch_output(dim_in, flags.dim_out or dim, flags.out_bias, unit=True)
     build = attention_on_attention if flags.on_attn else output_projection
     return build(dim_in, flags.dim_out or dim, flags.zero_init_output, flags.out_bias, flags.output_proj_depth)
 

@@ -33,10 +33,11 @@ from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import without_component
-from x_transformers.module import Module, empty_parameter
+from x_transformers.module import Module, empty_parameter, linear
 from x_transformers.norms import MultiheadRMSNorm
 from x_transformers.position.bias import Bias, SumBias
 from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.unit_weights import UnitGain
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -109,9 +110,10 @@ class Attention(Module):
             self.to_latent_q, self.to_latent_kv, self.to_q, self.to_k, self.to_v = made
             dim_q = made.to_q.channels
         else:
-            self.to_q = nn.Linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'))
-            self.to_k = nn.Linear(dim_k, flags.key_heads_from_latent * self.dim_head, bias=flags.has_bias('k'))
-            self.to_v = nn.Linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'))
+            unit, keys = flags.unit_weights, flags.key_heads_from_latent
+            self.to_q = linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'), unit=unit)
+            self.to_k = linear(dim_k, keys * self.dim_head, bias=flags.has_bias('k'), unit=unit)
+            self.to_v = linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'), unit=unit)
         self._keys_values = project.keys_values if self.to_latent_kv is None else latent.latent_keys_values
         self.to_value_residual_mix = None
         if flags.learned_value_residual_mix:
@@ -121,7 +123,8 @@ class Attention(Module):
 
     def _build_keys_and_values(self) -> None:
         flags, heads, kv_heads, dim_head = self.flags, self.heads, self.kv_heads, self.dim_head
-        self.qk_norm, self.qk_norm_groups = flags.qk_norm, flags.qk_norm_groups
+        self.qk_norm, self.qk_norm_groups = flags.qk_norm or flags.unit_weights, flags.qk_norm_groups
+        self.unit_gain = UnitGain(heads, 1, dim_head, held=self.dim**-0.5) if flags.unit_weights else None
         gains = flags.qk_norm and flags.qk_norm_dim_scale
         self.qk_norm_eps = flags.qk_norm_eps
         q_gains, k_gains = (1, 1) if flags.qk_norm_shared_gain else (heads, kv_heads)
@@ -250,6 +253,8 @@ class Attention(Module):
         handed = HandedKeys(k, v, own, given.mask) if given.hands_on_keys else None
         if given.positions is not None:
             q = given.positions.queries(q, self.rotated_heads)
+        if self.unit_gain is not None:
+            q = q * self.unit_gain().square().to(q.dtype)
         bias = self.bias(seen, given)
         causal = self.causal if given.causal is None else given.causal
         mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future, self.flags.stick_breaking)

@@ -48,6 +48,7 @@ MIXES = 'it mixes all heads, of which each process has some'
 DROPS = 'other units would be dropped than in one process'
 DRAWS = 'other numbers would be drawn than in one process'
 SUMS = 'sums over the slices before are not gathered'
+UNIT = 'gains and lengths of weights are cut neither by heads nor by features'
 UNKNOWN = 'it may look at what other processes have'
 
 # a flag that gives other numbers under one of these kinds, or cannot run, has its row here
@@ -63,6 +64,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('tensor', 'rotary_axes_mixed', 'each key head turns in its own way, and positions are made for all of them'),
     Refusal('tensor', 'attn_output_gate', 'it reads all heads, of which each process has some'),
     Refusal('tensor', 'attn_project_out', 'its output would be some heads only'),
+    Refusal('tensor', 'ngpt', UNIT),
+    Refusal('tensor', 'attn_unit_weights', UNIT),
+    Refusal('tensor', 'ff_unit_weights', UNIT),
     Refusal('tensor', 'attn_selective', 'the first head decides for all, and one process has it'),
     Refusal('tensor', 'attn_orthog_projected_values', 'it takes all heads as one vector'),
     Refusal('tensor', 'attn_orthog_projected_values_per_head', 'it takes all heads as one vector'),

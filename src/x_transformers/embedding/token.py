@@ -11,22 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.helpers import default, l2norm
-from x_transformers.module import Module
+from x_transformers.module import Module, to_unit_length_
 from x_transformers.position.absolute import Table, look_up
 from x_transformers.tensor_types import Bool, Float, Int
+
+
+class UnitTable(Table):
+    """A table of vectors of unit length, at the start and after ``normalize_``. https://arxiv.org/abs/2410.01131"""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.normalize_()
+
+    def normalize_(self) -> None:
+        to_unit_length_(self.weight, -1)
 
 
 class TokenEmbedding(Module):
     """A table of ``num_tokens`` token vectors of width ``dim``, of unit length with ``l2norm_embed``.
 
     The table starts from a normal distribution of variance 2 / dim (https://arxiv.org/abs/1502.01852), or of standard deviation
-    1e-5 with ``l2norm_embed``: what counts then is the direction, which can turn quickly. ``init_std`` says otherwise.
+    1e-5 with ``l2norm_embed``: what counts then is the direction, which can turn quickly. ``init_std`` says otherwise. With
+    ``unit`` its vectors have unit length, and ``normalize_`` of the table makes it so again.
     """
 
-    def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False, *, init_std: float | None = None) -> None:
+    def __init__(
+        self, dim: int, num_tokens: int, l2norm_embed: bool = False, *, init_std: float | None = None, unit: bool = False
+    ) -> None:
         super().__init__()
         self.l2norm_embed = l2norm_embed
-        self.emb = Table(num_tokens, dim, std=default(init_std, 1e-5 if l2norm_embed else math.sqrt(2 / dim)))
+        std = default(init_std, 1e-5 if l2norm_embed else math.sqrt(2 / dim))
+        self.emb = UnitTable(num_tokens, dim, std=std) if unit else Table(num_tokens, dim, std=std)
 
     def init_(self) -> None:
         """Draw the table anew."""

@@ -22,6 +22,7 @@ LATENT = 'https://arxiv.org/abs/2405.04434'
 BELIEF = 'https://openreview.net/forum?id=Ard2QzPAUK'
 ATTENTION_PAPER = 'https://arxiv.org/abs/1706.03762'
 DIFFERENTIAL = 'https://arxiv.org/abs/2410.05258'
+NGPT = 'https://arxiv.org/abs/2410.01131'
 EXCLUSIVE = 'https://arxiv.org/abs/2603.09078'
 HYBRID_GATES = 'https://arxiv.org/abs/2608.11805'
 TENSOR_PRODUCT = 'https://arxiv.org/abs/2501.06425'
@@ -253,6 +254,10 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
         None, 'The output projection starts with variance 1 / (2 · width · this).', since='2.31.10', low=1, family='heads'
     )
 
+    unit_weights: bool = flag(
+        False, 'Weights, queries and keys have unit length, scores are times the root of dim_head and the square of a learned '
+        'gain per head and channel, behind the rotation. `ngpt` turns it on.', paper=NGPT, since='here', family='heads',
+    )  # fmt: skip
     qk_rmsnorm: bool = flag(False, 'RMS norm of each query and key head, with gains.', since=LATER, family='heads')
     k_rmsnorm: bool = flag(False, 'RMS norm of each key head alone, with gains.', since=LATER, family='heads')
     gate_values_rank: int | None = flag(

@@ -22,6 +22,7 @@ class AttentionFacts:
         value_dim_head: int | None
         scale: float | None
         qk_norm: bool
+        unit_weights: bool
         qk_norm_scale: float
         qkv_bias: bool | tuple[str, ...]
         rotate_num_heads: int | None
@@ -51,6 +52,8 @@ class AttentionFacts:
     def score_scale(self) -> float:
         if self.scale is not None:
             return self.scale
+        if self.unit_weights:
+            return float(self.dim_head**0.5)
         return float(self.qk_norm_scale) if self.qk_norm else self.dim_head**-0.5
 
     def has_bias(self, name: str) -> bool:

@@ -10,8 +10,9 @@ from x_transformers.flags.scores import SDP_KWARGS, ScoreFlags
 
 WEIGHTS = ScoreFlags.one_of('weights')
 OTHER_PROJECTIONS = ('use_latent_q', 'use_latent_kv', 'qkv_bias')
-# no softmax of products over the keys of a query
-NO_SOFTMAX = ('sigmoid', 'softpick', 'stick_breaking', 'l2_distance', 'inverted_attention')
+NO_SOFTMAX = ('sigmoid', 'softpick', 'stick_breaking', 'l2_distance', 'inverted_attention')  # of products over keys
+STARTS = ('zero_init_output', 'output_proj_depth')
+UNLIKE_UNITS = ('qk_norm', 'qk_rmsnorm', 'k_rmsnorm', 'use_latent_q', 'use_latent_kv', 'tensor_product', 'on_attn', *STARTS)
 SWITCHES = FeedForwardFlags.one_of('activation')
 BACKENDS = (*SDP_KWARGS, 'enable_cudnn')
 
@@ -111,6 +112,13 @@ ATTENTION_RULES = (
         'with cosine similarities the factor is [qk_norm_scale]',
         {'scale': 0.5, 'qk_norm': True},
         'Give [qk_norm_scale].',
+    ),
+    Rule(
+        ('unit_weights', *UNLIKE_UNITS),
+        lambda flags, dim: flags.unit_weights and how_many(flags, UNLIKE_UNITS) > 0,
+        'weights of plain projections have unit length, and so have queries and keys',
+        {'unit_weights': True, 'qk_norm': True},
+        only_changed=True,
     ),
     Rule(
         ('qk_rmsnorm', 'k_rmsnorm'),
@@ -377,6 +385,13 @@ FEEDFORWARD_RULES = (
         lambda flags, dim: flags.glu_softclamp and flags.activation not in ('gelu', 'swish'),
         'the clamped gate is defined for GELU and SiLU',
         {'glu': True, 'glu_softclamp': True, 'relu_squared': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('unit_weights', 'experts', *STARTS),
+        lambda flags, dim: flags.unit_weights and how_many(flags, ('experts', *STARTS)) > 0,
+        'weights of plain linear maps have unit length, from the start',
+        {'unit_weights': True, 'experts': 4},
         only_changed=True,
     ),
     Rule(

@@ -86,6 +86,10 @@ class FeedForwardFlags(Flags):
     glu_add_one: bool = flag(
         False, 'Add one to the factor of the gated linear unit without activation.', parent='glu', since='here'
     )
+    unit_weights: bool = flag(
+        False, 'Weights have unit length, there are no biases, and hidden units have learned gains; what enters the activation '
+        'is times the root of the width, too. `ngpt` turns it on.', paper='https://arxiv.org/abs/2410.01131', since='here',
+    )  # fmt: skip
     experts: int | None = flag(
         None, 'Mixture of experts: so many feed-forwards, of which each token goes through a few; none is full.',
         paper=EXPERTS, since='here', low=2,

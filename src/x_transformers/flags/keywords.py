@@ -138,6 +138,7 @@ class AttentionKeywords(TypedDict, total=False):
     qk_norm_shared_gain: bool
     qk_norm_eps: float | None
     output_proj_depth: int | None
+    unit_weights: bool
     qk_rmsnorm: bool
     k_rmsnorm: bool
     gate_values_rank: int | None
@@ -183,6 +184,7 @@ class FeedForwardKeywords(TypedDict, total=False):
     output_proj_depth: int | None
     glu_clamp_value: float | None
     glu_add_one: bool
+    unit_weights: bool
     experts: int | None
     experts_active: int
     shared_experts: int
@@ -285,6 +287,7 @@ class InnerKeywords(TypedDict, total=False):
     mudd: bool
     residual_lambdas: Each[bool | float]
     embed_lambdas: Each[bool | float]
+    ngpt: bool
     resi_dual: bool
     resi_dual_scale: float
     hyper_conn_doubly_stochastic: bool
@@ -372,6 +375,7 @@ class InnerKeywords(TypedDict, total=False):
     attn_qk_norm_shared_gain: Each[bool]
     attn_qk_norm_eps: Each[float | None]
     attn_output_proj_depth: Each[int | None]
+    attn_unit_weights: Each[bool]
     attn_qk_rmsnorm: Each[bool]
     attn_k_rmsnorm: Each[bool]
     attn_gate_values_rank: Each[int | None]
@@ -472,6 +476,7 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_qk_norm_shared_gain: Each[bool]
     cross_attn_qk_norm_eps: Each[float | None]
     cross_attn_output_proj_depth: Each[int | None]
+    cross_attn_unit_weights: Each[bool]
     cross_attn_qk_rmsnorm: Each[bool]
     cross_attn_k_rmsnorm: Each[bool]
     cross_attn_gate_values_rank: Each[int | None]
@@ -514,6 +519,7 @@ class InnerKeywords(TypedDict, total=False):
     ff_output_proj_depth: Each[int | None]
     ff_glu_clamp_value: Each[float | None]
     ff_glu_add_one: Each[bool]
+    ff_unit_weights: Each[bool]
     ff_experts: Each[int | None]
     ff_experts_active: Each[int]
     ff_shared_experts: Each[int]
@@ -834,6 +840,7 @@ class EncKeywords(TypedDict, total=False):
     enc_mudd: bool
     enc_residual_lambdas: Each[bool | float]
     enc_embed_lambdas: Each[bool | float]
+    enc_ngpt: bool
     enc_resi_dual: bool
     enc_resi_dual_scale: float
     enc_hyper_conn_doubly_stochastic: bool
@@ -922,6 +929,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_qk_norm_shared_gain: Each[bool]
     enc_attn_qk_norm_eps: Each[float | None]
     enc_attn_output_proj_depth: Each[int | None]
+    enc_attn_unit_weights: Each[bool]
     enc_attn_qk_rmsnorm: Each[bool]
     enc_attn_k_rmsnorm: Each[bool]
     enc_attn_gate_values_rank: Each[int | None]
@@ -1022,6 +1030,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_qk_norm_shared_gain: Each[bool]
     enc_cross_attn_qk_norm_eps: Each[float | None]
     enc_cross_attn_output_proj_depth: Each[int | None]
+    enc_cross_attn_unit_weights: Each[bool]
     enc_cross_attn_qk_rmsnorm: Each[bool]
     enc_cross_attn_k_rmsnorm: Each[bool]
     enc_cross_attn_gate_values_rank: Each[int | None]
@@ -1064,6 +1073,7 @@ class EncKeywords(TypedDict, total=False):
     enc_ff_output_proj_depth: Each[int | None]
     enc_ff_glu_clamp_value: Each[float | None]
     enc_ff_glu_add_one: Each[bool]
+    enc_ff_unit_weights: Each[bool]
     enc_ff_experts: Each[int | None]
     enc_ff_experts_active: Each[int]
     enc_ff_shared_experts: Each[int]
@@ -1221,6 +1231,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_mudd: bool
     dec_residual_lambdas: Each[bool | float]
     dec_embed_lambdas: Each[bool | float]
+    dec_ngpt: bool
     dec_resi_dual: bool
     dec_resi_dual_scale: float
     dec_hyper_conn_doubly_stochastic: bool
@@ -1309,6 +1320,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_qk_norm_shared_gain: Each[bool]
     dec_attn_qk_norm_eps: Each[float | None]
     dec_attn_output_proj_depth: Each[int | None]
+    dec_attn_unit_weights: Each[bool]
     dec_attn_qk_rmsnorm: Each[bool]
     dec_attn_k_rmsnorm: Each[bool]
     dec_attn_gate_values_rank: Each[int | None]
@@ -1409,6 +1421,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_qk_norm_shared_gain: Each[bool]
     dec_cross_attn_qk_norm_eps: Each[float | None]
     dec_cross_attn_output_proj_depth: Each[int | None]
+    dec_cross_attn_unit_weights: Each[bool]
     dec_cross_attn_qk_rmsnorm: Each[bool]
     dec_cross_attn_k_rmsnorm: Each[bool]
     dec_cross_attn_gate_values_rank: Each[int | None]
@@ -1451,6 +1464,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_ff_output_proj_depth: Each[int | None]
     dec_ff_glu_clamp_value: Each[float | None]
     dec_ff_glu_add_one: Each[bool]
+    dec_ff_unit_weights: Each[bool]
     dec_ff_experts: Each[int | None]
     dec_ff_experts_active: Each[int]
     dec_ff_shared_experts: Each[int]

@@ -340,11 +340,7 @@ class StackFlags(PositionFacts, StructureFlags):
             for name, value in read['attn_'].items()
             if f'attn_{name}' not in varying and cross_inherits(name, read['cross_attn_'])
         }
-        for part in PARTS:
-            if stack.zero_init_branch_output:
-                read[part]['zero_init_output'] = True
-            if stack.has_canon({'attn_': 'b', 'ff_': 'd'}.get(part, '-')):
-                read[part]['canon'] = True
+        read = {part: stack.told_to_part(part, its) for part, its in read.items()}
         return dataclasses.replace(
             stack,
             attention=AttentionFlags(**stack.told_to_attention, **read['attn_']),
@@ -430,7 +426,7 @@ class StackFlags(PositionFacts, StructureFlags):
 
     @property
     def has_final_norm(self) -> bool:
-        before_alone = self.pre_norm and self.pre_norm_has_final_norm and not self.pre_and_post_norm
+        before_alone = self.pre_norm and self.pre_norm_has_final_norm and not self.pre_and_post_norm and not self.ngpt
         return self.gated_streams or self.resi_dual or before_alone
 
     @property

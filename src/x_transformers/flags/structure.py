@@ -17,6 +17,7 @@ RESI_DUAL = 'https://arxiv.org/abs/2304.14802'
 ROTARY = 'https://arxiv.org/abs/2104.09864'
 GRID = 'https://arxiv.org/abs/2403.13298'
 LAMBDAS = 'https://github.com/KellerJordan/modded-nanogpt'
+NGPT = 'https://arxiv.org/abs/2410.01131'
 AGGREGATED = ('https://arxiv.org/abs/2603.15031', 'https://arxiv.org/abs/2601.21582')
 
 ANY_ROTARY = ('rotary_pos_emb', 'rotary_xpos')
@@ -31,6 +32,7 @@ class StructureFlags(LayeredFlags):
         scale_residual: bool | float
         num_residual_streams: int
         integrate_layers: bool
+        zero_init_branch_output: bool
 
     mixer: Callable[..., Any] | str | None = flag(
         None,
@@ -118,6 +120,25 @@ class StructureFlags(LayeredFlags):
         'which starts at 0; a number: it starts there.',
         paper=LAMBDAS, since='here', each='layer', traits='across_layers', family='residuals'
     )  # fmt: skip
+
+    ngpt: bool = flag(
+        False, 'Normalised transformer: stream, weights, queries and keys have unit length, there are no norms, and no biases '
+        "in feed-forwards; each branch turns the stream by a learned share per channel, which starts at 0.05 ('rate' of "
+        'residual_fn_kwargs). Weights keep their length by `normalize_weights_()` after each step of an optimizer.',
+        paper=NGPT, since='here', one_of='residual', family='residuals',
+        formula='x ← norm(x + |α| (norm(branch(x)) − x))',
+    )  # fmt: skip
+
+    def told_to_part(self, part: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A part's keywords with those that the stack sets."""
+        told = dict(given)
+        if self.ngpt:
+            told['unit_weights'] = True
+        if self.zero_init_branch_output:
+            told['zero_init_output'] = True
+        if self.has_canon({'attn_': 'b', 'ff_': 'd'}.get(part, '-')):
+            told['canon'] = True
+        return told
 
     def has_canon(self, letter: str) -> bool:
         return letter in (self.canon or ())

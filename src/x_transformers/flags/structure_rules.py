@@ -37,6 +37,12 @@ SAME_KEYS = Rule(
 
 # what lays out layers in another way than block after block, each of which begins with self attention
 UNBLOCKED = (*LAYOUTS, 'weight_tie_layers', 'macaron', 'only_cross')
+# what has no place, or no effect, where vectors have unit length
+NORMED = (
+    'pre_norm', 'sandwich_norm', 'pre_and_post_norm', 'layer_norm_scaling', 'use_scalenorm', 'use_rmsnorm', 'use_dynamic_tanh',
+    'use_derf', 'use_simple_rmsnorm', 'use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'scale_residual',
+    'scale_residual_constant', 'depth_scale_residual', 'zero_init_branch_output',
+)  # fmt: skip
 # what decides, too, about what enters a layer
 ENTERING = (
     'integrate_layers', 'attn_aggregated_residuals', 'qkv_receive_diff_residuals', 'unet_skips', *LAMBDAS,
@@ -280,6 +286,20 @@ STRUCTURE_RULES = (
             'residual_fn_kwargs': {'read_gate_rank': 2},
             'sandwich_norm': True,
         },
+        only_changed=True,
+    ),
+    Rule(
+        ('ngpt', *NORMED),
+        lambda flags, dim: flags.ngpt and (how_many(flags, NORMED) > 0 or not flags.pre_norm),
+        'the stream, and what branches write, has unit length',
+        {'ngpt': True, 'sandwich_norm': True},
+        only_changed=True,
+    ),
+    Rule(
+        ('ngpt', 'attn_unit_weights', 'polar_pos_emb'),
+        lambda flags, dim: flags.polar and any(part.unit_weights for part in flags.attentions),
+        'polar positions make queries and keys of twice the width, which have no unit length',
+        {'ngpt': True, 'polar_pos_emb': True},
         only_changed=True,
     ),
     Rule(

@@ -12,7 +12,7 @@ from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.across_depth import AggregatedResiduals, ConcatCombine, DynamicLIMe, MultiwayDense, StreamLambdas
 from x_transformers.layers.condition import AdaptiveMLP
 from x_transformers.layers.plan import ATTENTIONS, LayerPlan
-from x_transformers.layers.residual import BlockStreams, DualStreams, ParallelStreams, SingleStream
+from x_transformers.layers.residual import BlockStreams, DualStreams, ParallelStreams, SingleStream, UnitStream
 from x_transformers.position.grid import GridRotary
 from x_transformers.position.polar import PolarEmbedding
 from x_transformers.position.rotary import RotaryEmbedding
@@ -90,6 +90,8 @@ def choose_streams(flags: StackFlags) -> SingleStream:
         return DualStreams(flags.resi_dual_scale)
     if flags.parallel_block:
         return BlockStreams()
+    if flags.ngpt:
+        return UnitStream()
     return ParallelStreams(flags.streams) if flags.streams > 1 else SingleStream()
 
 

@@ -23,6 +23,7 @@ from x_transformers.layers.residual import (
     ResiDual,
     Residual,
     ResidualPath,
+    SphereResidual,
     read_stream,
     write_stream,
 )
@@ -171,7 +172,8 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
 
 # the ways to join a branch to the stream, the first that is on
 RESIDUALS: tuple[type[ResidualPath], ...] = (
-    ResiDual, ParallelBlock, GatedMultiResidual, HyperConnection, GRUGating, OrthogonalResidual, MVSplitResidual, Residual,
+    ResiDual, ParallelBlock, GatedMultiResidual, HyperConnection, GRUGating, OrthogonalResidual, MVSplitResidual,
+    SphereResidual, Residual,
 )  # fmt: skip
 # all of them are told these, as in the original, and some have no use for them
 SCALES = ('scale_residual', 'scale_residual_constant')
@@ -194,7 +196,7 @@ def make_layer(flags: StackFlags, spec: LayerSpec, causal: bool) -> Layer:
     A prefix decoder is ``causal`` whatever its flag says.
     """
     flags = flags.layer(spec.index)
-    before = flags.pre_norm and not flags.resi_dual and not flags.gated_streams
+    before = flags.pre_norm and not (flags.resi_dual or flags.gated_streams or flags.ngpt)
     return Layer(
         before=make_norm(flags) if before and flags.norm_before else None,
         behind=make_norm(flags) if before and flags.sandwich_norm else None,

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.helpers import without_component
+from x_transformers.helpers import l2norm, without_component
 from x_transformers.layers.plan import block_size
 from x_transformers.layers.slots import SECOND, accepts
 from x_transformers.module import Module, empty_parameter, is_bare
 from x_transformers.tensor_types import Float
+from x_transformers.unit_weights import UnitGain
 
 if TYPE_CHECKING:
     from x_transformers.flags.stack import StackFlags
@@ -159,6 +160,29 @@ class OrthogonalResidual(Residual):
         return rest + without_component(out, rest)
 
 
+class SphereResidual(ResidualPath):
+    """nGPT, https://arxiv.org/abs/2410.01131: ``norm(stream + |a| (norm(out) - stream))`` on the sphere of unit length.
+
+    ``a``: a learned share per feature that starts at ``rate``.
+    """
+
+    name = 'ngpt'
+
+    @classmethod
+    def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
+        return cls(flags.dim, **flags.residual_fn_kwargs)
+
+    def __init__(self, dim: int, rate: float = 0.05, **kwargs: Any) -> None:
+        super().__init__()
+        self.share = UnitGain(dim, held=dim**-0.5, start=rate)
+
+    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Tensor, Tensor]:
+        return streams, streams
+
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
+        return l2norm(rest + self.share().abs().to(rest.dtype) * (l2norm(out) - rest))
+
+
 class GRUGating(ScaledStream):
     """A GRU cell per token: the branch's output is its input, the stream its state; https://arxiv.org/abs/1910.06764."""
 
@@ -251,6 +275,13 @@ class SingleStream:
     def condition(self, condition: Tensor) -> Tensor:
         """A condition per row of the batch, as the streams' rows need it."""
         return condition
+
+
+class UnitStream(SingleStream):
+    """One tensor, every token of unit length."""
+
+    def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Tensor:
+        return l2norm(x)
 
 
 class ParallelStreams(SingleStream):

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from x_transformers.module import unit_modules
 from x_transformers.training.build import choose_device
 from x_transformers.training.ema import AveragedWeights
 from x_transformers.training.engine import Engine
@@ -155,7 +156,8 @@ class Trainer:
         self.best = best
         self.exported = exported or self.engine.model_state
         self.optimizers = make_optimizers(model, self.options, matrices)
-        # feed-forwards of experts whose balance a bias keeps
+        # modules whose weights have unit length, and feed-forwards of experts whose balance a bias keeps
+        self.unit_weights = unit_modules(model)
         self.balanced: list[Any] = [module for module in model.modules() if getattr(module, 'balances_by_bias', False)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averaged = AveragedWeights(model, self.options.ema) if self.options.ema else None
@@ -238,6 +240,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for unit in self.unit_weights:
+            unit.normalize_()
         for balanced in self.balanced:
             balanced.balance_experts_()
         if self.averaged is not None:
