@@ -42,6 +42,7 @@ ONES = torch.ones(2, LENGTH, dtype=torch.bool)
 VECTORS = torch.randn(2, LENGTH, 16)
 LATE = torch.zeros(2, LONGEST + 1, dtype=torch.long)
 
+FF = 'attn_layers.layers.3.1.ff.2'
 Call = Callable[[], Any]
 
 
@@ -438,3 +439,48 @@ def test_a_refused_call_leaves_the_model_as_it_was() -> None:
         assert model.training
     after: dict[str, Tensor] = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    'name', ['value_embed', 'smear', 'bigram_hash_embed', 'ff_deep_embed', 'looped', 'multi_token_heads', 'tie_embedding']
+)
+def test_ideas_of_tokens_in_models_without_them(name: str) -> None:
+    says = f'no flag `{name}`; it is a keyword of TransformerWrapper'
+    refuses(lambda: Decoder(**STACK, **{name: True}), says)
+    refuses(lambda: ContinuousTransformerWrapper(dim_in=4, max_seq_len=8, attn_layers=Decoder(**STACK), **{name: True}), says)
+
+
+@pytest.mark.parametrize(
+    ('ways', 'words'),
+    [
+        ({'ttt_module_paths': (FF, 'attn_layers.layers.9')}, ("the net has no module 'attn_layers.layers.9'",)),
+        ({'ttt_module_paths': ((FF, 'nowhere'),)}, ("the net has no module 'nowhere'",)),
+        ({'ttt_module_paths': (3,)}, ('ttt_module_paths must hold dotted paths', 'got 3')),
+        ({'ttt_low_rank_paths': ((FF, 2), ('nowhere', 2))}, ('ttt_low_rank_paths', "no module 'nowhere'")),
+        ({'ttt_low_rank_paths': ((FF, 99),)}, ('must lie in 1 to 16, got 99',)),
+    ],
+)
+def test_a_path_that_is_not_there_leaves_the_net_as_it_was(ways: dict[str, Any], words: tuple[str, ...]) -> None:
+    model = net(wrapper={'max_mem_len': 4})
+    before = str(model)
+    refuses(lambda: XLAutoregressiveWrapper(model, tbptt_steps=2, **ways), *words)
+    assert str(model) == before
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        ({'looped_steps': 1.5}, ('looped_steps', 'got 1.5')),
+        ({'looped_steps': 'all'}, ('looped_steps', "got 'all'")),
+        ({'looped_exit_prob_threshold': None}, ('looped_exit_prob_threshold must be a number', 'got None')),
+    ],
+)
+def test_how_often_a_model_loops(call: dict[str, Any], words: tuple[str, ...]) -> None:
+    model = net(wrapper={'looped': True}, pre_and_post_norm=True)
+    refuses(lambda: model(IDS, **call), *words)
+
+
+def test_more_loops_than_the_cache_was_made_for() -> None:
+    model = net(wrapper={'looped': True, 'max_looped_steps': 2}, pre_and_post_norm=True)
+    _, seen = model(IDS, return_intermediates=True)
+    refuses(lambda: model(IDS[:, :1], cache=seen, input_not_include_cache=True, looped_steps=5), 'must be 2', 'got 5')

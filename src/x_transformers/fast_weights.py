@@ -143,11 +143,13 @@ class EpisodicNet(Module):
 # ---------------------------------------------------------------- where the fast weights are
 
 
-def module_at(net: nn.Module, path: str) -> nn.Module:
+def module_at(net: nn.Module, path: str, name: str = 'ttt_module_paths') -> nn.Module:
+    if not isinstance(path, str):
+        raise ValueError(f'{name} must hold dotted paths of modules, got {path!r}. Name some of net.named_modules().')
     try:
         return net.get_submodule(path)
     except AttributeError:
-        raise ValueError(f'ttt_module_paths: the net has no module {path!r}. Name one of net.named_modules().') from None
+        raise ValueError(f'{name}: the net has no module {path!r}. Name one of net.named_modules().') from None
 
 
 def put(net: nn.Module, path: str, module: nn.Module) -> None:
@@ -172,13 +174,23 @@ def make_fast(net: nn.Module, path: str) -> FastWeights:
     return fast
 
 
-def make_low_rank(net: nn.Module, path: str, rank: int, replaces: bool = False) -> None:
-    module = module_at(net, path)
+def pair_of(path: Any) -> tuple[str, str]:
+    """(whose gradient, what it moves): a module and itself, unless a pair is given."""
+    return tuple(path) if isinstance(path, (tuple, list)) and len(path) == 2 else (path, path)
+
+
+def check_low_rank(net: nn.Module, path: str, rank: int) -> nn.Linear:
+    """The linear map at this path, of which a part of this rank can be trained."""
+    module = module_at(net, path, 'ttt_low_rank_paths')
     if not isinstance(module, nn.Linear):
         raise ValueError(f'ttt_low_rank_paths: {path} must be a linear map, got {type(module).__name__}.')
     if not 1 <= rank <= min(module.weight.shape):
         raise ValueError(f'ttt_low_rank_paths: the rank of {path} must lie in 1 to {min(module.weight.shape)}, got {rank}.')
-    put(net, path, LowRank(module, rank, replaces))
+    return module
+
+
+def make_low_rank(net: nn.Module, path: str, rank: int, replaces: bool = False) -> None:
+    put(net, path, LowRank(check_low_rank(net, path, rank), rank, replaces))
 
 
 # ---------------------------------------------------------------- the update

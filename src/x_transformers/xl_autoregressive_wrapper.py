@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from x_transformers.fast_weights import (
     TestTimeTraining,
     TTTMetaLearningTargetKLLoss,
     TTTNextLatentPredictionLoss,
+    check_low_rank,
     make_fast,
     make_low_rank,
+    module_at,
+    pair_of,
     sample_losses,
 )
 from x_transformers.flags.calls import WritingOptions, XLForwardOptions
@@ -136,6 +140,11 @@ class XLAutoregressiveWrapper(Module):
         self.allow_future = allow_future
         self.weight_by_valid = weight_by_valid
         self.tbptt_steps = tbptt_steps
+        # all are looked up before the first is wrapped, so that a net is whole after an error
+        for path, rank in ttt_low_rank_paths:
+            check_low_rank(self.net, path, rank)
+        for part in chain.from_iterable(map(pair_of, ttt_module_paths)):
+            module_at(self.net, part)
         for path, rank in ttt_low_rank_paths:
             make_low_rank(self.net, path, rank, ttt_low_rank_replaces)
         self.ttt = self._training_on_the_way(paths, ttt_lr, ttt_wd, ttt_muon_steps if ttt_use_muon else None, ttt_muon_lr)
@@ -148,8 +157,7 @@ class XLAutoregressiveWrapper(Module):
     ) -> TestTimeTraining | None:
         if not paths:
             return None
-        named = [(path, path) if isinstance(path, str) else path for path in paths]
-        pairs = [(make_fast(self.net, source), make_fast(self.net, target)) for source, target in named]
+        pairs = [(make_fast(self.net, source), make_fast(self.net, target)) for source, target in map(pair_of, paths)]
         return TestTimeTraining(pairs, lr=lr, weight_decay=weight_decay, muon_steps=muon_steps, muon_lr=muon_lr)
 
     # ------------------------------------------------------------ training

@@ -192,6 +192,22 @@ class Liar(NoState):
         return self.map(x)
 
 
+class Shorter(NoState):
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return self.map(x)[:, :1], None
+
+
+class Grown(NoState):
+    """One that keeps the protocol only once it is somewhere else."""
+
+    runs = False
+
+    def forward(self, x: Tensor, state: Tensor | None) -> Tensor:  # type: ignore[override]
+        if not self.runs:
+            raise RuntimeError('no kernel here')
+        return self.map(x)
+
+
 class Deaf(NoState):
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         whole = self.map(x).cumsum(dim=1) + (0.0 if state is None else state)
@@ -204,6 +220,8 @@ class Deaf(NoState):
         ({'mixer': None}, "what the layers 'm' are is missing"),
         ({'mixer': 'mamba'}, 'the known names are'),
         ({'mixer': NoState}, r'forward\(x, state\)'),
+        ({'mixer': Liar}, r'Liar.forward must return \(y, state\)'),
+        ({'mixer': Shorter}, r'y of shape \(1, 2, …\)'),
         ({'mixer': lambda dim: 3}, r'forward\(x, state\)'),
         ({'mixer_kwargs': {'speed': 3}}, 'must be made of the width'),
         ({'mixer_kwargs': {'heads': 0}}, 'heads must be a whole number from 1'),
@@ -217,8 +235,11 @@ def test_refusals(flags: dict[str, Any], words: str) -> None:
 
 
 def test_what_breaks_the_protocol_in_a_call_is_told() -> None:
-    with pytest.raises(ValueError, match=r'Liar.forward must return \(y, state\)'):
-        model(mixer=Liar)(ids(1, 4))
+    net = model(mixer=Grown)
+    Grown.runs = True
+    with pytest.raises(ValueError, match=r'Grown.forward must return \(y, state\)'):
+        net(ids(1, 4))
+    Grown.runs = False
     with pytest.raises(ValueError, match='which Deaf would remember'):
         model(mixer=Deaf)(ids(2, 4), seq_start_pos=torch.tensor([0, 1]))
     with pytest.raises(FlagError, match='not the state of a mixer'):

@@ -39,8 +39,10 @@ class LoopCall:
     def check(self, looped: bool) -> None:
         if not looped and self != LoopCall():
             raise ValueError('looped_... arguments must go to a model with looped=True. Build it so, or leave them out.')
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f'looped_steps must be at least 1, got {self.steps}.')
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+            raise ValueError(f'looped_steps must be at least 1, a whole number, got {self.steps!r}.')
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise ValueError(f'looped_exit_prob_threshold must be a number, got {self.threshold!r}.')
 
 
 def run_loops(

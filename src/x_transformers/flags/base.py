@@ -235,6 +235,11 @@ class Flags:
         return tuple(name for name, field in cls.flag_fields().items() if trait in field.metadata['traits'])
 
     @classmethod
+    def elsewhere(cls) -> Mapping[str, str]:
+        """Names that are keywords of another constructor, and of which."""
+        return {}
+
+    @classmethod
     def default(cls, name: str) -> Any:
         return default_of(cls.flag_fields()[name])
 
@@ -254,9 +259,8 @@ class Flags:
         """
         unknown = [name for name in given if name not in cls.flag_fields()]
         if unknown:
-            raise unknown_flags(
-                [prefix + name for name in unknown], where=where, known=[prefix + name for name in cls.flag_fields()]
-            )
+            known = [prefix + name for name in cls.flag_fields()]
+            raise unknown_flags([prefix + name for name in unknown], where=where, known=known, elsewhere=cls.elsewhere())
         cls.check_complete(given, where=where, prefix=prefix)
         values, wrong = cls.read(given, where=where, prefix=prefix)
         if wrong:
@@ -366,12 +370,16 @@ class Flags:
         return f'{type(self).__name__}({inside})'
 
 
-def unknown_flags(names: Iterable[str], *, where: str, known: Iterable[str]) -> UnknownFlag:
-    """One error for all unknown names, each with the nearest known one."""
+def unknown_flags(
+    names: Iterable[str], *, where: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None
+) -> UnknownFlag:
+    """One error for all unknown names, each with the nearest known one. ``elsewhere``: whose keyword a name is, if not here."""
     known = list(known)
     sentences = []
     for name in names:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = answer(name, known) or (f'did you mean `{near[0]}`?' if near else 'no flag has a similar name.')
+        whose = (elsewhere or {}).get(name)
+        told = None if whose is None else f'it is a keyword of {whose}.'
+        hint = answer(name, known) or told or (f'did you mean `{near[0]}`?' if near else 'no flag has a similar name.')
         sentences.append(f'{where}: unrecognized kwargs: there is no flag `{name}`; {hint}')
     return UnknownFlag(*sentences)

@@ -14,7 +14,7 @@ from torch import nn
 
 from x_transformers.flags.base import REQUIRED, Flags, default_of, flag
 from x_transformers.flags.rule import Rule
-from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.flags.wrapper import WrapperFlags, of_token_models
 
 STACK = 'The stack: Encoder, Decoder, PrefixDecoder or CrossAttender.'
 XVAL = 'https://arxiv.org/abs/2310.02989'
@@ -26,8 +26,16 @@ def same(name: str) -> Any:
     return dataclasses.field(default=default_of(its_field), metadata=its_field.metadata)
 
 
+class OtherInputs(Flags):
+    """Base of these: what they lack of ``TransformerWrapper`` is said to be its own."""
+
+    @classmethod
+    def elsewhere(cls) -> Mapping[str, str]:
+        return of_token_models()
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ContinuousFlags(Flags):
+class ContinuousFlags(OtherInputs):
     """Every keyword of ``ContinuousTransformerWrapper``."""
 
     attn_layers: nn.Module = flag(REQUIRED, STACK)
@@ -58,7 +66,7 @@ class ContinuousFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class MultiInputFlags(Flags):
+class MultiInputFlags(OtherInputs):
     """Every keyword of ``MultiInputTransformerWrapper``."""
 
     num_tokens: Mapping[str, int] = flag({}, 'The inputs: name and size of the vocabulary of each.')
@@ -79,7 +87,7 @@ class MultiInputFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class XValFlags(Flags):
+class XValFlags(OtherInputs):
     """Every keyword of ``XValTransformerWrapper``."""
 
     num_tokens: int = same('num_tokens')

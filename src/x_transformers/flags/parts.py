@@ -8,6 +8,7 @@ from typing import Any
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import Flags, UnknownFlag, unknown_flags
 from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.wrapper import of_token_models
 
 PARTS: dict[str, type[Flags]] = {'attn_': AttentionFlags, 'cross_attn_': AttentionFlags, 'ff_': FeedForwardFlags}
 
@@ -38,7 +39,8 @@ def split_parts(
             unknown.append(name)
     if reserved or unknown:
         known = [*own_names, *(name for part in PARTS for name in keyword_names(part))]
-        near = unknown_flags([prefix + name for name in unknown], where=where, known=[prefix + name for name in known])
+        spelt = [prefix + name for name in known]
+        near = unknown_flags([prefix + name for name in unknown], where=where, known=spelt, elsewhere=of_token_models())
         raise UnknownFlag(*reserved, *near.sentences)
     return own, parts
 

@@ -252,3 +252,8 @@ class VisionFlags(Flags):
     @cached_property
     def num_patches(self) -> int:
         return math.prod(self.grid)
+
+
+def of_token_models() -> dict[str, str]:
+    """The keywords of ``TransformerWrapper``, and that they are: what an error says where they are given to something else."""
+    return dict.fromkeys(WrapperFlags.flag_fields(), 'TransformerWrapper, a model of tokens')

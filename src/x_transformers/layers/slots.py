@@ -80,6 +80,17 @@ def has_state(module: nn.Module) -> bool:
     return accepts(module, STATE)
 
 
+def broken_promise(module: nn.Module, result: Any, x: Float[Tensor, 'b n d']) -> str | None:
+    """What is wrong with what such a forward has returned for ``x``, as a sentence."""
+    fits = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor)
+    if fits and result[0].shape[:2] == x.shape[:2]:
+        return None
+    return (
+        f'{type(module).__name__}.forward must return (y, state) with y of shape ({x.shape[0]}, {x.shape[1]}, …), '
+        'as its keyword `state` promises. Return both, the state behind the last row.'
+    )
+
+
 def can_cache(module: nn.Module, kind: str) -> bool:
     """Whether a token may be decoded by this branch without running it on those before.
 
@@ -128,11 +139,8 @@ def call_with_state(branch: nn.Module, x: Float[Tensor, 'b n d'], around: Branch
     elif tokens is not None:
         x = x.masked_fill(~tokens.unsqueeze(-1), 0.0)
     result = branch(x, None if past is None else past.carry.get(STATE), **told)
-    if not isinstance(result, tuple) or len(result) != 2 or result[0].shape[:2] != x.shape[:2]:
-        raise ValueError(
-            f'{type(branch).__name__}.forward must return (y, state) with y of shape ({x.shape[0]}, {x.shape[1]}, …), '
-            'as its keyword `state` promises. Return both, the state behind the last row.'
-        )
+    if (wrong := broken_promise(branch, result, x)) is not None:
+        raise ValueError(wrong)
     out: Tensor = result[0]
     if packed is not None:
         out = packed.packed_again(out)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from x_transformers.flags.base import FlagError
-from x_transformers.layers.slots import has_state
+from x_transformers.layers.slots import broken_promise, has_state
 from x_transformers.mixers.linear import NAMED
 
 if TYPE_CHECKING:
@@ -36,4 +37,22 @@ def make_mixer(flags: StackFlags) -> nn.Module:
             f'`mixer` must make modules with forward(x, state) -> (y, state), got {type(made).__name__}. '
             'Give its forward a keyword `state`, which is None at first.'
         )
+    if type(made) not in NAMED.values() and (wrong := tried(made, flags.dim)) is not None:
+        raise FlagError(f'`mixer`: {wrong}')
     return made
+
+
+def tried(mixer: nn.Module, dim: int) -> str | None:
+    """What is wrong with what it returns for two rows of zeros, if it runs where it is: some have kernels for a GPU alone."""
+    like = next((p for p in mixer.parameters() if p.is_floating_point()), torch.empty(0))
+    x, modes = torch.zeros(1, 2, dim, device=like.device, dtype=like.dtype), [(each, each.training) for each in mixer.modules()]
+    mixer.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = mixer(x, None)
+    except Exception:
+        return None
+    finally:
+        for each, mode in modes:
+            each.training = mode
+    return broken_promise(mixer, result, x)
