@@ -1,0 +1,51 @@
+"""Linear maps of many experts: one product for each, and torch's product of all at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from x_transformers.grouped import GroupedLinear, by_group, has_kernel, in_one_product
+
+COUNTS = torch.tensor([5, 0, 3, 8])
+
+
+@pytest.mark.parametrize('biased', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_one_product_is_that_of_each_group(dtype: torch.dtype, biased: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 24, dtype=dtype)
+    weight, bias = torch.randn(4, 32, 24, dtype=dtype), torch.randn(4, 32, dtype=dtype) if biased else None
+    found = []
+    for product in (lambda *t: by_group(*t, COUNTS.tolist()), lambda *t: in_one_product(*t, COUNTS)):
+        leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
+        out = product(*leaves)
+        out.mul(torch.linspace(-1, 1, out.numel()).to(dtype).view_as(out)).sum().backward()
+        found.append([out, *(t.grad for t in leaves if t is not None)])
+    # the bias is added after one rounding more, of numbers up to 16
+    near = {'atol': 1e-5, 'rtol': 1e-5} if dtype == torch.float32 else {'atol': 16 * 2**-8, 'rtol': 2**-8}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **near)
+
+
+def test_the_kernel_is_for_half_precision_on_a_device() -> None:
+    class OnDevice:
+        is_cuda, dtype = True, torch.bfloat16
+
+    weight = torch.zeros(4, 32, 24)
+    assert has_kernel(OnDevice(), weight)  # type: ignore[arg-type]
+    assert not has_kernel(OnDevice(), weight[:, :, :21])  # type: ignore[arg-type]
+    assert not has_kernel(torch.zeros(2, 24, dtype=torch.bfloat16), weight)
+
+
+def test_the_module_is_a_loop_over_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, x = GroupedLinear(4, 24, 32, bias=True), torch.randn(16, 24)
+    rows, begin = [], 0
+    for expert, count in enumerate(COUNTS.tolist()):
+        rows.append(F.linear(x[begin : begin + count], module.weight[expert], module.bias[expert]))  # type: ignore[index]
+        begin += count
+    torch.testing.assert_close(module(x, COUNTS), torch.cat(rows))
+    monkeypatch.setattr('x_transformers.grouped.has_kernel', lambda x, weight: True)
+    torch.testing.assert_close(module(x, COUNTS), torch.cat(rows))
