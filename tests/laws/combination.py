@@ -31,8 +31,10 @@ from tests.laws.groups import (
     TOKENS,
     Group,
     Recurrent,
+    no_inputs,
 )
-from x_transformers import CrossAttender, Decoder, Encoder, PrefixDecoder, TransformerWrapper
+from x_transformers import CrossAttender, Decoder, Encoder, PrefixDecoder, TransformerWrapper, per_layer
+from x_transformers.flags.parts import PARTS
 from x_transformers.layers.checks import check_steps
 
 STACKS = {DECODER: Decoder, CROSS: Decoder, ENCODER: Encoder, PREFIX: PrefixDecoder, CROSSER: CrossAttender}
@@ -41,18 +43,23 @@ LONGEST_PREFIX = 3
 
 @dataclass(frozen=True)
 class Combination:
-    """What was drawn. ``str`` gives a text from which ``parse`` makes it again."""
+    """What was drawn. ``str`` gives a text from which ``parse`` makes it again.
+
+    ``apart``: groups whose flags only the last layer of their kind has, written with a ~ behind them.
+    """
 
     kind: str
     names: tuple[str, ...]
+    apart: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        return '+'.join((self.kind, *self.names))
+        return '+'.join((self.kind, *(f'{name}~' if name in self.apart else name for name in self.names)))
 
     @staticmethod
     def parse(text: str) -> Combination:
-        kind, *names = text.split('+')
-        return Combination(kind, tuple(names))
+        kind, *written = text.split('+')
+        apart = frozenset(name.removesuffix('~') for name in written if name.endswith('~'))
+        return Combination(kind, tuple(name.removesuffix('~') for name in written), apart)
 
     @property
     def groups(self) -> list[Group]:
@@ -66,7 +73,7 @@ class Combination:
     def flags(self) -> dict[str, Any]:
         flags: dict[str, Any] = {}
         for entry in self.groups:
-            flags.update(entry.flags)
+            flags.update(of_the_last_layer(entry.flags) if entry.name in self.apart else entry.flags)
         flags = {'dim': DIM, 'heads': HEADS, 'attn_dim_head': DIM_HEAD, 'verbose': False} | flags
         if 'custom_layers' not in flags:
             flags['depth'] = DEPTH
@@ -229,9 +236,34 @@ def contradicts(names: set[str]) -> bool:
     )
 
 
+def of_the_last_layer(flags: dict[str, Any]) -> dict[str, Any]:
+    """These flags of layers as tuples, with which all layers but the last of their kind have the defaults."""
+    usual = {name: part.default(name.removeprefix(prefix)) for name in flags for prefix, part in [part_of(name)]}
+    return {name: per_layer((*[usual[name]] * (DEPTH - 1), value)) for name, value in flags.items()}
+
+
+def part_of(name: str) -> tuple[str, Any]:
+    """(prefix, flags) of the part of a stack that a keyword belongs to."""
+    fields = ((prefix, part) for prefix, part in PARTS.items() if name.startswith(prefix))
+    return next((found for found in fields if name.removeprefix(found[0]) in found[1].flag_fields()), ('', None))
+
+
+# groups that can be of one layer alone: flags of layers, each of which is one value, and no argument of the call
+SINGLE = {
+    entry.name
+    for entry in GROUPS
+    if entry.flags
+    and not entry.wrapper
+    and entry.inputs is no_inputs
+    and all(part_of(name)[0] and not (callable(value) or isinstance(value, tuple)) for name, value in entry.flags.items())
+}
+# what layers share has one shape
+ALIKE = {entry.name for entry in GROUPS if entry.flags.keys() & {'attn_dim_head', 'attn_value_dim_head', 'attn_kv_heads'}}
+
+
 def draw(count: int, seed: int, most: int = 6) -> list[Combination]:
-    """``count`` distinct combinations of one to ``most`` groups."""
-    source = random.Random(seed)
+    """``count`` distinct combinations of one to ``most`` groups, in every third of which some are of one layer alone."""
+    source, of_layers = random.Random(seed), random.Random(f'{seed} layers')
     found: dict[Combination, None] = {}
     while len(found) < count:
         kind = source.choice((DECODER, DECODER, DECODER, ENCODER, ENCODER, CROSS, CROSS, PREFIX, CROSSER))
@@ -239,7 +271,10 @@ def draw(count: int, seed: int, most: int = 6) -> list[Combination]:
         names = source.sample(fitting, source.randint(1, most))
         if contradicts(set(names)):
             continue
-        found.setdefault(Combination(kind, tuple(sorted(names))))
+        apart = frozenset(name for name in sorted(names) if name in SINGLE and of_layers.random() < 0.5)
+        apart = apart if of_layers.random() < 1 / 3 else frozenset()
+        apart = apart - ALIKE if set(names) & (FOR_HEADS | HYBRIDS) else apart
+        found.setdefault(Combination(kind, tuple(sorted(names)), apart))
     return list(found)
 
 

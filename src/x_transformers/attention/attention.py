@@ -251,10 +251,7 @@ class Attention(Module):
         q = self.normed_queries(split_heads(q, self.heads))
         k, v, own = self._keys_values(self, seen, given)
         handed = HandedKeys(k, v, own, given.mask) if given.hands_on_keys else None
-        if given.positions is not None:
-            q = given.positions.queries(q, self.rotated_heads)
-        if self.unit_gain is not None:
-            q = q * self.unit_gain().square().to(q.dtype)
+        q = self.placed_queries(q, given)
         bias = self.bias(seen, given)
         causal = self.causal if given.causal is None else given.causal
         mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future, self.flags.stick_breaking)
@@ -319,6 +316,11 @@ class Attention(Module):
         if self.qk_norm:
             q = unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale, self.qk_norm_eps)
         return q if self.q_rmsnorm is None else self.q_rmsnorm(q).to(q.dtype)
+
+    def placed_queries(self, q: Float[Tensor, 'b h n d'], given: BranchInputs) -> Float[Tensor, 'b h n e']:
+        """Queries with their positions; those of unit length have their keys' gains, too."""
+        q = q if given.positions is None else given.positions.queries(q, self.rotated_heads)
+        return q if self.unit_gain is None else q * self.unit_gain().square().to(q.dtype)
 
     def normed_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m d']:
         if self.qk_norm:

@@ -176,10 +176,10 @@ class SphereResidual(ResidualPath):
         super().__init__()
         self.share = UnitGain(dim, held=dim**-0.5, start=rate)
 
-    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Tensor, Tensor]:
+    def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'b n d']]:
         return streams, streams
 
-    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Tensor:
+    def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         return l2norm(rest + self.share().abs().to(rest.dtype) * (l2norm(out) - rest))
 
 
