@@ -147,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load(
     cls: type[Made], folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Any:
-    """A model in evaluation mode from a folder that ``save`` or the trainer has written, one tensor at a time.
+    """A model in evaluation mode from a folder that ``save_model`` or the trainer has written, one tensor at a time.
 
     ``cls``: what it must be, or the model inside of it, which is then returned alone. ``dtype``: of floating weights; None: as
     they are stored. Raises FolderError for a folder that does not hold such a model, UnknownFlag for flags that this version
@@ -271,4 +271,4 @@ def fresh_buffers(model: nn.Module, device: torch.device) -> None:
             raise FlagError(f'{type(module).__name__} has buffers that cannot be made again.')
 
 
-__all__ = ['card', 'refuse_weights', 'fill_model', 'load', 'once_each', 'read_config', 'save_model', 'written_whole']
+__all__ = ['card', 'fill_model', 'load', 'once_each', 'read_config', 'refuse_weights', 'save_model', 'written_whole']
