@@ -18,20 +18,25 @@ PAGE, PICTURE = ROOT / 'docs/atlas.md', ROOT / 'docs/assets/atlas.svg'
 
 # what others say of an idea, from their logs; the idea of the atlas that comes nearest
 PUBLIC = (
-    ('residual scalars', 'scale-residual', '+', '+', '+', ''),
-    ('value residual (value embeddings there)', 'value-residual', '+', '+', '', ''),
+    ('the input and a factor of the stream before each layer', 'stream-and-input-scalars', '+', '+', '+', ''),
+    ('value embeddings', 'value-embeddings', '+', '+', '', ''),
     ('logit soft cap', 'logit-soft-cap', '+', '+', 'used', ''),
-    ('smear, a look at the token before', 'shift-tokens', '+', '0, then +', '+', ''),
+    ('smear: a gated part of the token before', 'smear', '+', '0, then +', '+', ''),
     ('output gate per head', 'head-gates', '+', '0', '+', 'needed'),
-    ('remove the part along the own value', 'orthogonal-values', '+', '+ per step, − per second', '+', '+, slower'),
+    ('remove the part along the own value', 'exclusive', '+', '+ per step, − per second', '+', '+, slower'),
     ('U-net skips', 'unet-skips', '+', '−', '', ''),
-    ('layers see all earlier ones (MUDD there)', 'integrate-layers', '+', '', '', ''),
+    ('MUDD skips', 'mudd', '+', '', '', ''),
+    ('composable heads', 'composable', '+', '', '', ''),
     ('hyper-connections', 'hyper-connections', '+, later replaced', '', '', ''),
+    ('attention and feed-forward in parallel', 'parallel-block', '', '', '+', '−, faster'),
+    ('bigram-hash embedding', 'bigram-hash', '+', '+, 0 when deeper', '+, dropped', ''),
+    ('partial rotary positions (half of the channels)', 'rotary', 'used', '−', '+', 'used'),
     ('dynamic tanh', 'dynamic-tanh', '', '− at every tuning', '', ''),
     ('ReLU²', 'relu-squared', 'used', '+', '+ (leaky)', ''),
     ('SwiGLU', 'swiglu', '', '−', '', '(Shazeer, Narang: +)'),
     ('RMS norm', 'rmsnorm', 'used', 'used', 'used', 'used'),
     ('window in all layers (a pattern there)', 'window', '+', 'default', 'used', ''),
+    ('mixture of experts', 'experts', '', '+ per step, − per second', '', 'base'),
 )
 LOGS = ('modded-nanogpt', 'nanochat log', 'parameter-golf 2026', 'Marin')
 COLOURS = {'helps': '#0072b2', 'hurts': '#d55e00', 'no difference': '#8a8f98', 'not resolved': '#c9cdd3', 'failed': '#333333'}

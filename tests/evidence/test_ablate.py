@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from x_transformers.cli import ablate as command
 from x_transformers.cli.main import main
-from x_transformers.evidence import Task, ablate
+from x_transformers.evidence import Task, ablate, estimate
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
 from x_transformers.evidence.findings import verdict_words
 from x_transformers.evidence.page import forest, ticks
@@ -307,6 +308,23 @@ def test_the_page_is_one_file_without_anything_from_elsewhere(tmp_path: Path) ->
         assert len(re.findall(f'<{closed}[ >]', text)) == text.count(f'</{closed}>'), closed
 
 
+def test_the_page_counts_parameters_whole(tmp_path: Path) -> None:
+    made = report(tmp_path)
+    made.outcomes[0].cost = {'seconds': [1.0, 1.0], 'parameters': [29150.0, 29180.0], 'flops': [1.0, 2.0], 'bytes': [3, 4]}
+    text = made.page().read_text(encoding='utf-8')
+    assert '<td>29,180</td>' in text
+
+
+def test_what_pairing_removed_is_the_median_of_ideas(tmp_path: Path) -> None:
+    made = report(tmp_path, tasks=1, ideas=4)
+    for outcome, removed in zip(made.outcomes, (-0.003, 0.9, -0.006, -0.001), strict=True):
+        assert outcome.comparison is not None
+        outcome.comparison = dataclasses.replace(outcome.comparison, pairing_removed=removed)
+    assert 'pairing removed 0 % of' in made.notes()[0]
+    made.outcomes = made.outcomes[:2]
+    assert 'pairing removed 45 % of' in made.notes()[0]
+
+
 def test_a_large_page_is_small(tmp_path: Path) -> None:
     path = report(tmp_path, tasks=4, ideas=40).page()
     assert path.stat().st_size <= 2_000_000
@@ -412,3 +430,47 @@ def test_reports_of_an_unfinished_experiment_say_so(tmp_path: Path) -> None:
     made = make_report(Experiment((asked,), tmp_path), {})
     assert 'no finished pair of runs' in made.table()
     assert any('are missing' in note for note in made.notes())
+
+
+# ---------------------------------------------------------------- how long it takes
+
+
+def test_time_is_that_of_steps_and_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, 'timed', lambda question: (0.5, 3.0))
+    settings = Settings(steps=100, lr=0.1, evaluations=2)
+    assert settings.evaluated() == [48, 84, 96, 100]
+    asked = Question(TaskName('mqar'), {'dim': 8, 'depth': 1}, settings, (Arm('x', {'heads': 2}),), 3)
+    made = Experiment((asked,), tmp_path)
+    jobs = made.jobs({})
+    # six runs, and thirty steps of the two in turns with two before that are not counted
+    whole = 6 * (100 * 0.5 + 4 * 3.0) + 2 * 32 * 0.5
+    assert len(jobs) == 7
+    assert estimate.estimated_seconds(made, jobs, workers=1) == pytest.approx(whole)
+    assert estimate.estimated_seconds(made, jobs, workers=2) == pytest.approx(whole / 2)
+    assert estimate.estimated_seconds(made, jobs[:1], workers=0) == pytest.approx(100 * 0.5 + 4 * 3.0)
+    own = Question(TaskName(OWN), {'bias': True}, settings, (), 1)
+    made = Experiment((own,), tmp_path)
+    assert estimate.estimated_seconds(made, made.jobs({}), workers=1) is None
+
+
+def test_steps_and_evaluations_are_timed(tmp_path: Path) -> None:
+    options = {'vocabulary': 16, 'length': 8, 'pairs': 2, 'rows_per_step': 4, 'test_rows': 4}
+    tiny, large = (
+        estimate.timed(Question(TaskName('mqar', options | more), {'dim': 16, 'depth': 1}, Settings(steps=3, lr=0.1), (), 1))
+        for more in ({}, {'rows_per_step': 2048, 'test_rows': 4096})
+    )
+    assert 0 < tiny[0] < large[0]
+    assert 0 < tiny[1] < large[1]
+
+
+def test_the_time_of_a_profile_is_told_before_it_runs(tmp_path: Path, capsys: Any) -> None:
+    words = ['--profile', 'quick', '--idea', 'shift_tokens=1', '--steps', '40', '--budget', '0s', '--workers', '2']
+    assert main(['ablate', *words, '--out', str(tmp_path / 'x')]) == 0
+    told = capsys.readouterr().err
+    assert re.search(r'21 runs and timings to do in \S+, about \d+ (seconds|minutes) with 2 free processors', told)
+
+
+def test_times_in_words() -> None:
+    assert [estimate.in_words(seconds) for seconds in (0.2, 1.2, 40, 89.7, 600, 5399, 9000)] == [
+        '1 second', '1 second', '40 seconds', '90 seconds', '10 minutes', '90 minutes', '2.5 hours',
+    ]  # fmt: skip

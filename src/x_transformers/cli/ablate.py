@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from x_transformers.evidence.estimate import estimated_seconds, in_words
 from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Question, folder_name
 from x_transformers.evidence.findings import signed
 from x_transformers.evidence.plan import arm_of, noise_arms, pairs_of, question, read_plan
@@ -265,15 +266,15 @@ def main(arguments: Sequence[str]) -> int:
             experiment.store.forget_failure(job)
         jobs = failed
     mine = [job for job in jobs if int(job.hash, 16) % shard[1] == shard[0] - 1]
-    missing = sum(not experiment.store.settled(job) for job in mine)
+    missing = [job for job in mine if not experiment.store.settled(job)]
     said = io.StringIO() if options.json else sys.stderr
     for made in asked:
         print(
             f'{made.title}: {len(made.arms)} ideas, {made.seeds} seeds, {made.settings.steps} steps, {flags_text(made.base)}',
             file=said,
         )
-    print(f'{missing} runs and timings to do in {folder}', file=said)
-    live = Live(experiment, missing, options.json)
+    print(f'{len(missing)} runs and timings to do in {folder}{time_of(experiment, missing, workers, options.json)}', file=said)
+    live = Live(experiment, len(missing), options.json)
     stopped = False
     try:
         experiment.go(
@@ -302,6 +303,14 @@ def main(arguments: Sequence[str]) -> int:
     if stopped:
         return 130
     return 1 if all(outcome.verdict == 'failed' for outcome in report.outcomes) else 0
+
+
+def time_of(experiment: Experiment, missing: Sequence[Job], workers: int, silent: bool) -> str:
+    """About how long it takes, where anybody reads it."""
+    seconds = None if silent or not missing else estimated_seconds(experiment, missing, workers)
+    if seconds is None:
+        return ''
+    return f', about {in_words(seconds)} with {max(1, workers)} free processor{"s" if workers > 1 else ""}'
 
 
 def show_report(report: Report, power: Sequence[Mapping[str, Any]], difference: float | None, stopped: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,8 +138,8 @@ class Findings:
                     f'{task}: the baseline is {mean:.4g} with σ = {sigma:.2g} over {len(base)} seeds; δ = {number(margin, 2)}'
                 )
                 if removed:
-                    middle = sorted(removed)[len(removed) // 2]
-                    line += f'; pairing removed {100 * middle:.0f} % of the variance of differences (median of ideas)'
+                    middle = round(100 * statistics.median(removed))
+                    line += f'; pairing removed {middle} % of the variance of differences (median of ideas)'
                 lines.append(line + '.')
         lines += self.scale_notes()
         if self.missing:

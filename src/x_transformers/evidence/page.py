@@ -25,13 +25,13 @@ TEMPLATE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; --ink: #1a1c1f; --soft: #5d646d; --line: #d9dde2; --paper: #ffffff; --panel: #f5f6f8;
-  --helps: #0067a3; --hurts: #b84c00; --same: #6b7280; --open: #9aa1aa; --c0: #1a1c1f; --c1: #0072b2; --c2: #d55e00; --c3: #009e73;
+  --helps: #0067a3; --hurts: #b84c00; --same: #6b7280; --open: #6f7782; --c0: #1a1c1f; --c1: #0072b2; --c2: #d55e00; --c3: #009e73;
   --c4: #cc79a7; --c5: #b8860b; --c6: #56b4e9; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a0a7b0; --line: #3a4048; --paper: #15181c; --panel: #1e2228;
-  --helps: #5cb8f2; --hurts: #ff9a52; --same: #a0a7b0; --open: #7b838d; --c0: #e6e8eb; --c1: #5cb8f2; --c2: #ff9a52; --c3: #3ddbb0;
+  --helps: #5cb8f2; --hurts: #ff9a52; --same: #a0a7b0; --open: #8b939d; --c0: #e6e8eb; --c1: #5cb8f2; --c2: #ff9a52; --c3: #3ddbb0;
   --c4: #e7a5ca; --c5: #f0c649; --c6: #9bd7f7; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 78rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 80rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
@@ -39,8 +39,8 @@ p { margin: .4rem 0; max-width: 46rem; }
 .forest svg { min-width: 34rem; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; min-width: 100%; }
-th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; min-width: 100%; }
+th, td { text-align: right; padding: .3rem; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child, .word { text-align: left; }
 td.word { white-space: normal; min-width: 6.5rem; } td.verdict { min-width: 9.5rem; }
@@ -53,7 +53,7 @@ svg text { fill: var(--ink); } svg .tick { fill: var(--soft); } svg .axis { stro
 pre { background: var(--panel); border: 1px solid var(--line); padding: .75rem; overflow-x: auto; font-size: .8rem; border-radius: 4px; }
 nav { font-size: .9rem; columns: 14rem; } a { color: var(--helps); }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --panel: #eee; --helps: #0067a3;
-  --hurts: #b84c00; --same: #555; --open: #888; --c0: #000; --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #cc79a7; --c5: #b8860b;
+  --hurts: #b84c00; --same: #555; --open: #666; --c0: #000; --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #cc79a7; --c5: #b8860b;
   --c6: #56b4e9; } tr, svg, h2 { break-inside: avoid; break-after: auto; } h2 { break-after: avoid; }
   body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; } table { font-size: 6.3pt; }
   th, td { padding: 1.5pt 3pt; } td.word { min-width: 0; } td.verdict { white-space: nowrap; }
@@ -151,7 +151,7 @@ def row_values(outcome: Outcome) -> dict[str, str]:
         'second': second or '–',
         'second_kind': CLASSES[second] if second else '',
         'time': f'{row["time"]:.2f} ×' if 'time' in row else '–',
-        'parameters': f'{row["parameters"]:,}' if 'parameters' in row else '–',
+        'parameters': f'{row["parameters"]:,.0f}' if 'parameters' in row else '–',
         'flops': f'{row["flops"]:,.0f}' if 'flops' in row else '–',
         'bytes': f'{row["bytes"] / 1e6:.1f}' if 'bytes' in row else '–',
         'seeds': str(row['seeds']),
