@@ -62,9 +62,10 @@ examples: $(STAMP)  ## train every example (about a minute each); fails if one m
 bench: $(STAMP)  ## speed against a minimal hand-written GPT
 	$(BIN)/python benchmarks/bench.py
 
-atlas: $(STAMP)  ## run what is missing of the atlas of ideas (hours; BUDGET=minutes stops earlier), then write docs/atlas.md
+atlas: $(STAMP)  ## run what is missing of the atlas of ideas (hours; BUDGET=minutes stops earlier), then write its pages
 	$(BIN)/python tools/kept.py atlas --workers $(WORKERS) $(if $(BUDGET),--budget $(BUDGET))
 	$(BIN)/python tools/generate_atlas.py
+	$(BIN)/python tools/generate_features.py
 
 recipes: $(STAMP)  ## the same for the tables of docs/recipes.md
 evidence: $(STAMP)  ## the same for the published suites: docs/evidence.md

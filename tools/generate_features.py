@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -187,12 +188,17 @@ def row(cls: type[Flags], name: str) -> str:
 
 @cache
 def measured() -> dict[str, str]:
-    """Of each flag that the atlas of ideas has, as it is written in a stack or a model, the idea."""
-    ideas = tomllib.loads(ATLAS.read_text(encoding='utf-8'))['ideas']
+    """Of each flag that the atlas of ideas has measured, as it is written in a stack or a model, the idea."""
+    plan = tomllib.loads(ATLAS.read_text(encoding='utf-8'))
+    lines = map(json.loads, ATLAS.with_name('results.jsonl').read_text(encoding='utf-8').splitlines())
+    runs = Counter((line['task'], line['idea']) for line in lines if 'seed' in line)
+    ran = {idea for (_, idea), count in runs.items() if count >= plan['seeds']}
     found: dict[str, str] = {}
-    for idea, flags in sorted(ideas.items(), key=lambda item: len(item[1])):
-        for name in flags:
-            found.setdefault(name, idea)
+    for idea, flags in sorted(plan['ideas'].items(), key=lambda item: len(item[1])):
+        for place, (name, value) in enumerate(flags.items() if idea in ran else ()):
+            # behind the first, sizes that go with it say nothing of themselves
+            if place == 0 or value is True:
+                found.setdefault(name, idea)
     return found
 
 
