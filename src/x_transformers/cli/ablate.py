@@ -270,7 +270,8 @@ def main(arguments: Sequence[str]) -> int:
     said = io.StringIO() if options.json else sys.stderr
     for made in asked:
         print(
-            f'{made.title}: {len(made.arms)} ideas, {made.seeds} seeds, {made.settings.steps} steps, {flags_text(made.base)}',
+            f'{made.title}: {counted(len(made.arms), "idea")}, {counted(made.seeds, "seed")}, '
+            f'{counted(made.settings.steps, "step")}, {flags_text(made.base)}',
             file=said,
         )
     print(f'{len(missing)} runs and timings to do in {folder}{time_of(experiment, missing, workers, options.json)}', file=said)
@@ -310,7 +311,11 @@ def time_of(experiment: Experiment, missing: Sequence[Job], workers: int, silent
     seconds = None if silent or not missing else estimated_seconds(experiment, missing, workers)
     if seconds is None:
         return ''
-    return f', about {in_words(seconds)} with {max(1, workers)} free processor{"s" if workers > 1 else ""}'
+    return f', about {in_words(seconds)} with {counted(max(1, workers), "free processor")}'
+
+
+def counted(number: int, thing: str) -> str:
+    return f'{number} {thing}' + ('' if number == 1 else 's')
 
 
 def show_report(report: Report, power: Sequence[Mapping[str, Any]], difference: float | None, stopped: bool) -> None:

@@ -68,5 +68,5 @@ def one_thread_for_now() -> Iterator[None]:
 def in_words(seconds: float) -> str:
     """``40 seconds``, ``9 minutes``, ``2.5 hours``."""
     if seconds < 90:
-        return f'{max(1, round(seconds))} seconds' if round(seconds) > 1 else '1 second'
+        return f'{round(seconds)} seconds' if seconds >= 1.5 else '1 second'
     return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
