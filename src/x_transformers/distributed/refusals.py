@@ -49,6 +49,7 @@ DROPS = 'other units would be dropped than in one process'
 DRAWS = 'other numbers would be drawn than in one process'
 SUMS = 'sums over the slices before are not gathered'
 UNIT = 'gains and lengths of weights are cut neither by heads nor by features'
+BEFORE = 'the token before a slice is not gathered'
 UNKNOWN = 'it may look at what other processes have'
 
 # a flag that gives other numbers under one of these kinds, or cannot run, has its row here
@@ -100,6 +101,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('context', 'randomized_positions', DRAWS),
     Refusal('context', 'recycling', 'the stack is run again'),
     Refusal('context', 'looped', 'the stack is run again'),
+    Refusal('context', 'smear', BEFORE),
+    Refusal('context', 'bigram_hash_embed', BEFORE),
     Refusal('context', 'attn_custom_attn_fn', 'it may look at other slices'),
     Refusal('context', 'add_attn_z_loss', 'it is a mean over the whole sequence'),
     Refusal('context', 'multi_token_heads', 'what they are to predict may lie in the next slice'),
