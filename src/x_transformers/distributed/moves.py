@@ -25,22 +25,22 @@ def added_up(t: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
 
 
-def rows_of(t: Float[Tensor, '... n d'], mesh: DeviceMesh) -> Float[Tensor, '... m d']:
+def slice_of(t: Float[Tensor, '... n d'], mesh: DeviceMesh) -> Float[Tensor, '... m d']:
     """This process's rows of what all have; the gradients of all rows are put together."""
-    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).redistribute(placements=[rows(t)]).to_local()
+    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).redistribute(placements=[along_rows(t)]).to_local()
 
 
 def summed_rows(t: Float[Tensor, '... n d'], mesh: DeviceMesh) -> Float[Tensor, '... m d']:
     """This process's rows of the sum of what the processes have."""
-    return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[rows(t)]).to_local()
+    return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[along_rows(t)]).to_local()
 
 
 def all_rows(t: Float[Tensor, '... m d'], whole: int, mesh: DeviceMesh, *, alike: bool) -> Float[Tensor, '... n d']:
     """The ``whole`` rows of which each process has some. ``alike``: all do the same with them; else gradients are added up."""
-    return joined(t, t.ndim - 2, whole, mesh, alike=alike)
+    return whole_of(t, t.ndim - 2, whole, mesh, alike=alike)
 
 
-def joined(t: Tensor, axis: int, whole: int, mesh: DeviceMesh, *, alike: bool) -> Tensor:
+def whole_of(t: Tensor, axis: int, whole: int, mesh: DeviceMesh, *, alike: bool) -> Tensor:
     """The same along any axis."""
     shape = torch.Size((*t.shape[:axis], whole, *t.shape[axis + 1 :]))
     stride = torch.empty(shape, device='meta').stride()
@@ -48,7 +48,7 @@ def joined(t: Tensor, axis: int, whole: int, mesh: DeviceMesh, *, alike: bool) -
     return spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate() if alike else Partial()])
 
 
-def rows(t: Tensor) -> Shard:
+def along_rows(t: Tensor) -> Shard:
     return Shard(t.ndim - 2)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from x_transformers.attention.attention import Attention
-from x_transformers.distributed.moves import SlicedInputs, Swap, all_rows, copied, entries_of, length_of, rows_of
+from x_transformers.distributed.moves import SlicedInputs, Swap, all_rows, copied, entries_of, length_of, slice_of
 from x_transformers.feedforward import FeedForward
 from x_transformers.layers.branch import change_first
 from x_transformers.layers.layer import Layer
@@ -83,7 +83,7 @@ class Slices:
         self.length = 0
 
     def cut(self, t: Tensor) -> Tensor:
-        return rows_of(t, self.mesh) if self.length else t
+        return slice_of(t, self.mesh) if self.length else t
 
     def join(self, t: Tensor) -> Tensor:
         return all_rows(t, self.length, self.mesh, alike=True) if self.length else t
@@ -188,7 +188,7 @@ class SlicedLayer(ParallelStyle):
         """Of something for each token, or for all alike."""
         if t is None or not whole:
             return t
-        return rows_of(t, self.slices.mesh) if t.shape[-2] == whole else copied(t, self.slices.mesh)
+        return slice_of(t, self.slices.mesh) if t.shape[-2] == whole else copied(t, self.slices.mesh)
 
     def enter_branch(self, branch: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         given = kwargs.get('around')
@@ -199,7 +199,7 @@ class SlicedLayer(ParallelStyle):
         if takes_slices(branch, given):
             if given.rows is None:
                 return None
-            tokens = rows_of(given.rows.unsqueeze(-1), mesh).squeeze(-1)
+            tokens = slice_of(given.rows.unsqueeze(-1), mesh).squeeze(-1)
             return args, kwargs | {'around': given.having(rows=tokens)}
         x, *rest = args
         x = all_rows(x, whole, mesh, alike=True)
@@ -209,7 +209,7 @@ class SlicedLayer(ParallelStyle):
         given = kwargs.get('around')
         if not isinstance(given, SlicedInputs) or not given.cut_to:
             return None
-        return change_first(out, lambda t: rows_of(t, self.slices.mesh))
+        return change_first(out, lambda t: slice_of(t, self.slices.mesh))
 
 
 def takes_slices(branch: nn.Module, given: SlicedInputs) -> bool:

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, loss_parallel, pa
 from torch.distributed.tensor.placement_types import Replicate
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.distributed.moves import added_up, copied, joined
+from x_transformers.distributed.moves import added_up, copied, whole_of
 from x_transformers.heads import LinearLogits, TiedHead, linear_loss
 from x_transformers.helpers import autocast_dtype
 from x_transformers.losses import CHUNK_ACCELERATOR, CHUNK_CPU, at_least_single, check_targets
@@ -103,7 +103,7 @@ def logits_or_loss(
         return linear_loss(x, weight, bias, targets, measure=vocabulary_cross_entropy, **loss)
     whole, mesh = weight.shape[0], mesh_of(weight)
     own = F.linear(copied(x, mesh), local(weight, x.dtype), None if bias is None else local(bias, x.dtype))
-    return joined(own, own.ndim - 1, whole, mesh, alike=True)
+    return whole_of(own, own.ndim - 1, whole, mesh, alike=True)
 
 
 def mesh_of(weight: Tensor) -> DeviceMesh:
