@@ -26,6 +26,19 @@ def encoder(tokens: int = 7, length: int = 6, dim: int = 16, seed: int = 0, **gi
     return shaken(TransformerWrapper(num_tokens=tokens, max_seq_len=length, attn_layers=stack, **given))
 
 
+class Around(nn.Module):
+    """A net by the contract of the original around ours: it is given the whole window and what the call before returned."""
+
+    can_cache_kv = can_cache_kv_outside_max_seq_len = True
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net, self.max_seq_len = net, net.max_seq_len
+
+    def forward(self, x: Tensor, return_intermediates: bool = False, cache: Any = None, seq_start_pos: Any = None) -> Any:
+        return self.net(x, return_intermediates=return_intermediates, cache=cache, seq_start_pos=seq_start_pos)
+
+
 def shaken(net: Any) -> Any:
     """Every parameter off its start, so that no part is silent."""
     with torch.no_grad():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -86,11 +87,8 @@ def test_loss_by_loop(kind: Any, length: int, size: int) -> None:
     assert got.item() == pytest.approx(total / (2 * length), rel=1e-6)
 
 
-@pytest.mark.parametrize('kind', [PREFIX, ENCODER])
-@torch.no_grad()
-def test_one_pass_equals_blocks_alone_under_every_flag(kind: str) -> None:
-    """Of each flag either the net is refused, or its blocks computed together are what they are alone."""
-    equal, refused = 0, set()
+def of_every_flag(kind: str) -> Iterator[tuple[str, BlockDiffusionWrapper | None, dict[str, Any]]]:
+    """(the flag's group, a model with it, what its calls are told), or no model where it is refused."""
     for group in GROUPS:
         if kind not in group.kinds or group.random:
             continue
@@ -101,12 +99,24 @@ def test_one_pass_equals_blocks_alone_under_every_flag(kind: str) -> None:
             given.pop('prefix_attn_len', None)
             made.check_told(given)
         except (ValueError, InertFlagWarning):
-            refused.add(group.name)
+            yield group.name, None, {}
+        else:
+            yield group.name, made, given
+
+
+@pytest.mark.parametrize('kind', [PREFIX, ENCODER])
+@torch.no_grad()
+def test_one_pass_equals_blocks_alone_under_every_flag(kind: str) -> None:
+    """Of each flag either the net is refused, or its blocks computed together are what they are alone."""
+    equal, refused = 0, set()
+    for flag, made, given in of_every_flag(kind):
+        if made is None:
+            refused.add(flag)
             continue
         x = tokens(2, 8)
         noisy = x.masked_fill(torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5, 23)
         together, each = made.logits(x, noisy, **given), alone(made, x, noisy, **given)
-        torch.testing.assert_close(together, each, rtol=1e-8, atol=1e-8, msg=lambda said, name=group.name: f'{name}: {said}')
+        torch.testing.assert_close(together, each, rtol=1e-8, atol=1e-8, msg=lambda said, name=flag: f'{name}: {said}')
         equal += 1
     assert equal > 100
     assert refused >= {
@@ -270,18 +280,8 @@ def test_cached_equals_recomputed(flags: dict[str, Any]) -> None:
 def test_a_cached_block_is_a_recomputed_one_under_every_flag() -> None:
     """Two blocks are remembered one after the other, and what is read of a third one twice, with other noise, is forgotten."""
     equal = 0
-    for group in GROUPS:
-        if PREFIX not in group.kinds or group.random:
-            continue
-        case = Combination(PREFIX, (group.name,))
-        try:
-            made = BlockDiffusionWrapper(case.build(), mask_id=23, block_size=3)
-            given = case.inputs(2).part()
-            given.pop('prefix_attn_len', None)
-            made.check_told(given)
-        except (ValueError, InertFlagWarning):
-            continue
-        if not made.net.can_cache_kv:
+    for flag, made, given in of_every_flag(PREFIX):
+        if made is None or not made.net.can_cache_kv:
             continue
         x = tokens(2, 9)
         cached, whole = (BlockReader(made, given, caches=caches) for caches in (True, False))
@@ -289,7 +289,7 @@ def test_a_cached_block_is_a_recomputed_one_under_every_flag() -> None:
             block = x[:, begin : begin + 3].clone()
             block[:, noisy] = 23
             read = [reader.read(x[:, :begin], block) for reader in (cached, whole)]
-            torch.testing.assert_close(*read, rtol=1e-8, atol=1e-8, msg=lambda said, name=group.name: f'{name}: {said}')
+            torch.testing.assert_close(*read, rtol=1e-8, atol=1e-8, msg=lambda said, name=flag: f'{name}: {said}')
         equal += 1
     assert equal > 100
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.objectives import Around
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.cache.intermediates import LayerIntermediates
@@ -204,19 +205,6 @@ def test_a_cache_by_hand_lacks_what_attention_remembers_beside_keys(flags: dict[
     net, x = model(**flags), prompts(1, 7)
     with pytest.raises(ValueError, match=f'must hold {says}'):
         net(x, cache=by_hand(net, x[:, :6]))
-
-
-class Around(nn.Module):
-    """A net by the contract of the original: it is given the whole window and what the call before returned."""
-
-    can_cache_kv = can_cache_kv_outside_max_seq_len = True
-
-    def __init__(self, net: TransformerWrapper) -> None:
-        super().__init__()
-        self.net, self.max_seq_len = net, net.max_seq_len
-
-    def forward(self, x: Tensor, return_intermediates: bool = False, cache: Any = None, seq_start_pos: Any = None) -> Any:
-        return self.net(x, return_intermediates=return_intermediates, cache=cache, seq_start_pos=seq_start_pos)
 
 
 @pytest.mark.parametrize(

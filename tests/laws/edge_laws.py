@@ -13,6 +13,7 @@ from tests.laws.combination import Combination, tokens
 from tests.laws.groups import DIM, LENGTH, TOKENS
 from tests.laws.laws import ROWS, can_cache, decodes_as_in_full, has_hybrid, left_padding_refused, must, must_equal
 from tests.laws.wrapper_laws import NOT_GENERATED
+from tests.objectives import Around
 from x_transformers import AutoregressiveWrapper
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.cache.intermediates import LayerIntermediates
@@ -192,19 +193,6 @@ def rebuilt_caches_continue(case: Combination) -> None:
     must_equal(out[:, -3:], full[:, 6:], 'behind a cache put together by hand')
 
 
-class Foreign(nn.Module):
-    """A net by the contract of the original around ours: it is given the whole window and what the call before returned."""
-
-    can_cache_kv = can_cache_kv_outside_max_seq_len = True
-
-    def __init__(self, net: Any) -> None:
-        super().__init__()
-        self.net, self.max_seq_len = net, net.max_seq_len
-
-    def forward(self, x: Tensor, return_intermediates: bool = False, cache: Any = None, seq_start_pos: Any = None) -> Any:
-        return self.net(x, return_intermediates=return_intermediates, cache=cache, seq_start_pos=seq_start_pos)
-
-
 @torch.no_grad()
 def foreign_nets_write_alike(case: Combination) -> None:
     """Beams around a net by the original's contract, which reorder its cache, find what they find around ours."""
@@ -216,7 +204,7 @@ def foreign_nets_write_alike(case: Combination) -> None:
     options: dict[str, Any] = {'beams': 2, 'return_beams_and_scores': True}
     x = tokens(ROWS, 4, seed=4)
     found, scores = AutoregressiveWrapper(net).beam_search(x, 4, **options)
-    again, scored = AutoregressiveWrapper(Foreign(net)).beam_search(x, 4, **options)
+    again, scored = AutoregressiveWrapper(Around(net)).beam_search(x, 4, **options)
     must_equal(scored, scores, 'scores of beams around a foreign net')
     must_equal(again.double(), found.double(), 'beams around a foreign net')
 
