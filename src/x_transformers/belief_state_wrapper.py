@@ -19,7 +19,7 @@ from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import check_reserved, checked_length, prepare_prompts
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
-from x_transformers.layers.checks import is_int, shape_of
+from x_transformers.layers.checks import is_int, of_width, shape_of
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.randomness import happens
@@ -150,7 +150,7 @@ class BeliefStateWrapper(Module):
         i, j = pairs.unbind(dim=-1)
         both = torch.cat((ahead[:, i], behind[:, j]), dim=-1)
         given = both * self.to_distance_cond(j - i).to(both.dtype) if told else both
-        logits = self.text_head(given).unflatten(-1, (2, self.num_tokens))
+        logits = of_width(self.text_head(given), 2 * self.num_tokens, 'text_head').unflatten(-1, (2, self.num_tokens))
         labels = torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1)
         text = token_cross_entropy(logits, labels, reduction='none')
         if not self.pred_distance or told:
@@ -254,7 +254,8 @@ class BeliefStateWrapper(Module):
         def answer(embeds: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n v']:
             other = fixed[:, None].expand(-1, embeds.shape[1], -1)
             pair = (other, embeds) if backwards else (embeds, other)
-            following, previous = self.text_head(torch.cat(pair, dim=-1)).chunk(2, dim=-1)
+            said = of_width(self.text_head(torch.cat(pair, dim=-1)), 2 * self.num_tokens, 'text_head')
+            following, previous = said.chunk(2, dim=-1)
             logits: Tensor = previous if backwards else following
             return logits
 

@@ -16,6 +16,7 @@ from x_transformers.flags.later_objectives import BottleneckOptions, FramesAutoe
 from x_transformers.flags.objectives import options
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import masked_mean
+from x_transformers.layers.checks import of_width
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.module import Module
 from x_transformers.tensor_types import Bool, Float, Int
@@ -153,6 +154,7 @@ class ContinuousTransformerAutoencoder(Module):
         mask = self._mask(x, lens, mask)
         embeds: Tensor = self.encoder(x, mask=mask, return_embeddings=True)
         latents, loss = self.bottleneck(masked_mean(embeds, mask))
+        latents = of_width(latents, self.dim_latent, 'bottleneck')
         if not return_aux_loss:
             return latents
         return latents, loss if return_unreduced_loss else loss.mean()

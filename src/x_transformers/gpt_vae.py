@@ -17,6 +17,7 @@ from x_transformers.flags.fit import check_alone
 from x_transformers.flags.objectives import GPTVAEOptions, options
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.modes import eval_decorator
+from x_transformers.layers.checks import of_width
 from x_transformers.layers.stack import Decoder, Encoder
 from x_transformers.losses import at_least_single
 from x_transformers.module import Module
@@ -72,7 +73,7 @@ class GPTVAE(Module):
         options(GPTVAEOptions, 'GPTVAE', locals())
         dim_latent = dim if dim_latent is None else dim_latent
         shared: dict[str, Any] = {'dim': dim, 'attn_dim_head': attn_dim_head, 'heads': heads} | kwargs
-        self.num_tokens, self.dim_latent, self.pad_id = num_tokens, dim_latent, pad_id
+        self.num_tokens, self.dim, self.dim_latent, self.pad_id = num_tokens, dim, dim_latent, pad_id
         parts: list[tuple[list[str], Any]] = []
         if encoder is None:
             with kept_back() as inert:
@@ -112,7 +113,7 @@ class GPTVAE(Module):
         if seq.ndim != 2 or seq.shape[1] == 0:
             raise ValueError(f'the sequence to encode must be tokens (batch, length), not empty; got {tuple(seq.shape)}')
         mask = seq != self.pad_id
-        pooled = self.encoder(seq.masked_fill(~mask, 0), mask=mask)
+        pooled = of_width(self.encoder(seq.masked_fill(~mask, 0), mask=mask), self.dim, 'encoder')
         mean, log_variance = self.to_latent_mean_log_variance(pooled).chunk(2, dim=-1)
         latents = mean + (0.5 * log_variance).exp() * torch.zeros_like(mean).normal_(generator=generator)
         return (latents, (mean, log_variance)) if return_mean_log_var else latents

@@ -22,7 +22,7 @@ from x_transformers.flags.objectives import MaskedOptions, options
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import check_reserved
 from x_transformers.helpers import exists
-from x_transformers.layers.checks import is_bool, shape_of
+from x_transformers.layers.checks import is_bool, of_width, shape_of
 from x_transformers.losses import at_least_single, token_cross_entropy
 from x_transformers.module import Module, empty_parameter
 from x_transformers.randomness import happens
@@ -336,7 +336,7 @@ class NonAutoregressiveWrapper(Module):
         critic: Any = self.token_critic
         if not isinstance(critic, SelfCritic):
             told = {name: value for name, value in told.items() if critic_takes(critic, name)}
-        judged: Tensor = critic(seq, **told).squeeze(-1)
+        judged = of_width(critic(seq, **told), 1, 'token_critic').squeeze(-1)
         return judged
 
     def doubt(

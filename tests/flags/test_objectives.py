@@ -247,6 +247,14 @@ def encoder(**flags) -> TransformerWrapper:
     return net(Encoder, **flags)
 
 
+VAE = {'num_tokens': V, 'depth': 1, 'enc_depth': 1, 'max_seq_len': 2 * N, 'heads': 2, 'attn_dim_head': 8}
+FRAMES = {'dim': 16, 'enc_depth': 1, 'dec_depth': 1, 'max_seq_len': N, 'heads': 2, 'attn_dim_head': 8}
+
+
+def critic_of(width: int) -> TransformerWrapper:
+    return TransformerWrapper(num_tokens=V, max_seq_len=N, logits_dim=width, attn_layers=Encoder(**STACK))
+
+
 def ids(rows: int = 2) -> torch.Tensor:
     return torch.randint(0, V, (rows, N))
 
@@ -349,3 +357,25 @@ def test_options_are_silent_where_nothing_is_wrong() -> None:
         warnings.simplefilter('error')
         NonAutoregressiveWrapper(encoder(), mask_id=0, self_token_critic=True, critic_loss_weight=2.0, self_cond=True)
         AutoregressiveWrapper(net(wrapper={'add_continuous_pred_head': True}), next_embed_loss_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    ('run', 'name', 'width'),
+    [
+        (lambda: BeliefStateWrapper(net(), text_head=nn.Linear(32, 5))(ids()), 'text_head', 2 * V),
+        (lambda: BeliefStateWrapper(net(), text_head=nn.Linear(32, 6)).generate_with_suffix_cond(ids(), 2), 'text_head', 2 * V),
+        (lambda: NonAutoregressiveWrapper(critic_of(V), mask_id=0, token_critic=critic_of(3))(ids()), 'token_critic', 1),
+        (
+            lambda: GPTVAE(**VAE, encoder=net(Encoder, wrapper={'average_pool_embed': True}), dim=32)(ids()), 'encoder', 32,
+        ),
+        (
+            lambda: ContinuousTransformerAutoencoder(**FRAMES, dim_latent=5, bottleneck=VariationalBottleneck(16, 4))(
+                torch.randn(2, N, 16)
+            ),
+            'bottleneck', 5,
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_module_of_the_users_own_says_must_fit(run, name: str, width: int) -> None:
+    with pytest.raises(ValueError, match=f'{name} must return a tensor whose last axis has {width} entries, got'):
+        run()

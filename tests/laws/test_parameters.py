@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import random
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import x_transformers
 from tests.citations import pieces
 from tests.laws.later_parameters import LATER
 from tests.laws.parameters import MODELS, OBJECTIVES, Sampled, Target, With, options_of, seen
+from tests.laws.test_laws import COUNT, SEED
 from x_transformers import InertFlagWarning
 
 TARGETS = (*OBJECTIVES, *LATER, *MODELS)
@@ -84,6 +87,39 @@ def test_what_an_option_cannot_be_is_told_by_its_name(target: Target, name: str)
         with pytest.raises((ValueError, TypeError), match=name) as caught:
             seen(target, beside | {name: value})
         assert Path(caught.traceback[-1].path).is_relative_to(HOUSE), f'{target}: {name}={value!r} is told from deep below'
+
+
+def together(target: Target, rng: random.Random) -> dict[str, Any]:
+    """Several parameters at once, each with what must stand beside it."""
+    named = {name: p.default for name, p in parameters(target).items() if name in target.values or isinstance(p.default, bool)}
+    # a program takes a minute to be made
+    chosen = {name: variant(target, name, default) for name, default in named.items() if name != 'compile'}
+    names = rng.sample(sorted(chosen), min(len(chosen), rng.choice((2, 2, 3, 4, 5))))
+    beside = {key: value for name in names for key, value in chosen[name].beside.items()}
+    return beside | {name: given(chosen[name]) for name in names}
+
+
+def runs_or_is_refused(target: Target, number: int) -> None:
+    told = together(target, random.Random(f'{SEED} {target} {number}'))
+    try:
+        seen(target, told)
+    except (ValueError, TypeError) as error:
+        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(HOUSE):
+            pytest.fail(f'{target} with {sorted(told)}: from deep below: {error}')
+
+
+@pytest.mark.filterwarnings('ignore::x_transformers.InertFlagWarning')
+@pytest.mark.parametrize('target', TARGETS, ids=str)
+def test_some_parameters_together_run_or_are_refused_by_a_sentence(target: Target) -> None:
+    runs_or_is_refused(target, 0)
+
+
+@pytest.mark.deep
+@pytest.mark.filterwarnings('ignore::x_transformers.InertFlagWarning')
+@pytest.mark.parametrize('target', TARGETS, ids=str)
+def test_many_parameters_together_run_or_are_refused_by_a_sentence(target: Target) -> None:
+    for number in range(1, 1 + max(COUNT // 100, 5)):
+        runs_or_is_refused(target, number)
 
 
 @pytest.mark.parametrize('target', TARGETS, ids=str)

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from x_transformers.layers.parts import StackParts
 
 
+def of_width(said: Any, width: int, name: str) -> Tensor:
+    """What a module of the user's own has said, whose last axis must have this width."""
+    if not isinstance(said, Tensor) or said.ndim == 0 or said.shape[-1] != width:
+        raise ValueError(f'{name} must return a tensor whose last axis has {width} entries, got {shape_of(said)}.')
+    return said
+
+
 def shape_of(value: Any) -> str:
     return f'{tuple(value.shape)} of {value.dtype}' if isinstance(value, Tensor) else f'a {type(value).__name__}'
 
