@@ -12,7 +12,7 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, KernelArgs, Mixers, Needs
+from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, Kernel, KernelArgs, Mixers, Needs
 from x_transformers.attention.kernels.choose import choose_kernel, explain
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
@@ -44,7 +44,7 @@ from x_transformers.flags.constructors import only
 from x_transformers.flags.rule import broken_rules, out_of_range
 from x_transformers.flags.scores import AttendFlags, ScoreFlags
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.helpers import autocast_dtype, under_transform
+from x_transformers.helpers import autocast_dtype, recall, remember, under_transform
 from x_transformers.module import Module
 from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float
@@ -206,9 +206,20 @@ class Attend(Module):
             backends=self.backends,
             return_attn=return_attn,
             return_scores=return_scores,
+            autocast=autocast_dtype(q),
         )
-        out = choose_kernel(self.needs, facts_of(args))(args)
-        return out, self.maps(args)
+        return self.kernel(args)(args), self.maps(args)
+
+    def kernel(self, args: KernelArgs) -> Kernel:
+        """The kernel of a call, chosen once for all layers that share a mask and ask the same of it."""
+        q, k, v, mask = args.q, args.k, args.v, args.mask
+        learns = torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad)
+        key = (
+            'kernel', args.geometry, self.needs, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.dtype, args.autocast,
+            q.device, learns, args.dropout > 0, args.return_scores, args.previous is None, args.delta is None,
+        )  # fmt: skip
+        found: Kernel | None = recall(mask.memo, key, args.bias)
+        return remember(mask.memo, key, choose_kernel(self.needs, facts_of(args)), args.bias) if found is None else found
 
     def mixers(self) -> Mixers:
         """The matrices that mix heads, for kernels that know them."""
@@ -224,7 +235,7 @@ class Attend(Module):
         sink = self.head_attn_sink is not None
         if args.records or not (args.return_attn or args.return_scores):
             return Maps(args.records, sink=sink)
-        return Maps(remake=partial(remade, args, autocast_dtype(args.q)), sink=sink)
+        return Maps(remake=partial(remade, args), sink=sink)
 
     def forward(
         self,
@@ -270,8 +281,9 @@ class Attend(Module):
         geometry = given.pop('geometry', None) or ScoreShape(q.shape[-2], k.shape[-2])
         mask = given.pop('mask', None) or Mask().narrowed(self.causal, None, strict=self.flags.stick_breaking)
         args = KernelArgs(
-            q, k, v, mask, geometry, self.rules, scale=1.0, dropout=self.dropout if self.training else 0.0, **given
-        )
+            q, k, v, mask, geometry, self.rules,
+            scale=1.0, dropout=self.dropout if self.training else 0.0, autocast=autocast_dtype(q), **given,
+        )  # fmt: skip
         return explain(self.needs, facts_of(args))
 
 
@@ -283,7 +295,7 @@ def facts_of(args: KernelArgs) -> CallFacts:
     windows = ((limits_past, mask.past), (limits_ahead, mask.ahead))
     return CallFacts(
         device=q.device.type,
-        dtype=autocast_dtype(q) or q.dtype,
+        dtype=args.autocast or q.dtype,
         gradients=recording and (q.requires_grad or k.requires_grad or v.requires_grad),
         dropout=args.dropout > 0,
         heads=q.shape[1],
@@ -307,8 +319,9 @@ def facts_of(args: KernelArgs) -> CallFacts:
     )
 
 
-def remade(args: KernelArgs, dtype: torch.dtype | None) -> Records:
+def remade(args: KernelArgs) -> Records:
     """The maps, in the precision in which attention ran."""
+    dtype = args.autocast
     if dtype is None and autocast_dtype(args.q) is None:
         return maps_of(args)
     with torch.autocast(args.q.device.type, dtype=dtype, enabled=dtype is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from x_transformers.tensor_types import Float
 
 
-@dataclass(frozen=True)
-class ScoreShape:
+class ScoreShape(NamedTuple):
     """Geometry of a score matrix.
 
     ``keys`` counts all columns. The first ``front`` of them were put in front of the sequence (zero, external and memory

@@ -190,14 +190,15 @@ class Mask:
 
         The same object for the same question, so that layers share what it renders.
         """
-        causal, past = causal or self.causal, narrower(past, self.past)
+        causal = causal or self.causal
+        past = self.past if past is None else narrower(past, self.past)
         ahead = None if causal else narrower(ahead, self.ahead)
-        limits = {'causal': causal, 'past': past, 'ahead': ahead, 'strict': strict}
-        if self.placed is None and all(getattr(self, name) == limit for name, limit in limits.items()):
+        if self.placed is None and (causal, past, ahead, strict) == (self.causal, self.past, self.ahead, self.strict):
             return self
-        key = ('narrowed', *limits.values())
+        key = ('narrowed', causal, past, ahead, strict)
         found: Mask | None = recall(self.memo, key)
         if found is None:
+            limits = {'causal': causal, 'past': past, 'ahead': ahead, 'strict': strict}
             made = self.having(**limits) if self.placed is None else self._written_out(self.placed, **limits)
             found = remember(self.memo, key, made)
         return found

@@ -113,12 +113,14 @@ class KernelArgs:
     backends: tuple[str, ...] | None = None
     return_attn: bool = False
     return_scores: bool = False
+    # the precision that autocast wants, where it is on
+    autocast: torch.dtype | None = None
     records: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def queries(self) -> Float[Tensor, 'b h i d']:
         """The queries as they meet the keys."""
-        return scaled_queries(self.q, self.factor)
+        return self.q if self.factor is None else scaled_queries(self.q, self.factor)
 
 
 class Kernel(Protocol):

@@ -46,7 +46,7 @@ class Blocks:
         return tuple(reasons)
 
     def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
-        q, k, v = unified(args.queries, args.k, args.v)
+        q, k, v = unified(args)
         if args.l2_distance:
             # a softmax does not see what is the same in a whole row; all that stands in front of it, or in its place, does
             whole = (

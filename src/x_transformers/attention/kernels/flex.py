@@ -52,7 +52,7 @@ class Flex:
     def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
         from torch.nn.attention.flex_attention import AuxRequest
 
-        q, k, v = unified(args.queries, args.k, args.v)
+        q, k, v = unified(args)
         if args.l2_distance:
             q, k = as_products(q, k, whole=args.sink is not None or args.softclamp is not None)
             missing = -q.shape[-1] % 16

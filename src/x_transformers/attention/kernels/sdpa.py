@@ -19,7 +19,7 @@ from x_transformers.attention.kernels.base import (
     usual_refusals,
 )
 from x_transformers.attention.scores.similarity import as_products
-from x_transformers.helpers import autocast_dtype, by_formula
+from x_transformers.helpers import by_formula
 from x_transformers.tensor_types import Float
 
 
@@ -65,13 +65,15 @@ class Sdpa:
         return tuple(reasons)
 
     def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:
-        q, k, v = unified(args.queries, args.k, args.v)
+        q, k, v = unified(args)
         if args.l2_distance:
             q, k = as_products(q, k, whole=args.sink is not None)
-        lead = lead_of(args)
+        # without asking for causality, which one query at the end has by itself
+        alone = type(args.geometry.queries) is int and args.geometry.queries == 1
+        lead = None if alone else lead_of(args)
         if lead is not None:
             return with_lead(q, k, v, args, lead)
-        added, causal = additive_mask(args, q)
+        added, causal = (added_mask(args, q), False) if alone else additive_mask(args, q)
         if args.sink is not None:
             k, v, added = with_sink(args, k, v, added, q)
         width = v.shape[-1]
@@ -91,9 +93,9 @@ class Sdpa:
         return out
 
 
-def unified(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All in one precision: autocast's where it is on."""
-    dtype = autocast_dtype(q)
+def unified(args: KernelArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in one precision: autocast's where it is on."""
+    q, k, v, dtype = args.q if args.factor is None else args.queries, args.k, args.v, args.autocast
     if dtype is None or q.dtype == torch.float64:
         if q.dtype == k.dtype == v.dtype:
             return q, k, v
@@ -147,9 +149,14 @@ def additive_mask(args: KernelArgs, q: Tensor) -> tuple[Tensor | None, bool]:
     """(what is added to the scores, whether the kernel's own causality is asked)."""
     if args.bias is None and args.sink is None and args.mask.plain_causal(args.geometry):
         return None, True
+    return added_mask(args, q), False
+
+
+def added_mask(args: KernelArgs, q: Tensor) -> Tensor | None:
+    """Bias and mask, causality included, as one tensor to add."""
     # a row of -inf gives exactly 0 on CPU. Elsewhere kernels differ, so there rows are zeroed afterwards
     mask_value = float('-inf') if q.device.type == 'cpu' else torch.finfo(q.dtype).min / 2
-    return merged_mask(args.mask, args.bias, args.geometry, dtype=q.dtype, device=q.device, mask_value=mask_value), False
+    return merged_mask(args.mask, args.bias, args.geometry, dtype=q.dtype, device=q.device, mask_value=mask_value)
 
 
 def with_sink(args: KernelArgs, k: Tensor, v: Tensor, added: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

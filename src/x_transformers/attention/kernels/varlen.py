@@ -45,7 +45,7 @@ class Varlen:
         packed = args.mask.packed
         if packed is None:
             raise ValueError('the varlen kernel was asked to run without packed sequences')
-        q, k, v = unified(args.queries, args.k, args.v)
+        q, k, v = unified(args)
         heads, kv_heads = q.shape[1], k.shape[1]
         if 1 < kv_heads < heads:
             q = regrouped(q, heads // kv_heads)
