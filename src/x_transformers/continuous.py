@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         self,
         x: Float[Tensor, 'b n c'],
         return_embeddings: bool = False,
-        return_intermediates: bool = False,
+        return_intermediates: bool | Literal['cache'] = False,
         return_mems: bool = False,
         mask: Bool[Tensor, 'b n'] | None = None,
         lens: Int[Tensor, ' b'] | None = None,

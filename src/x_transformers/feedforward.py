@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from x_transformers.flags.keywords import FeedForwardKeywords
 
 
-# tokens at a time where no gradient is wanted: in larger pieces the inner features only leave the processor's cache
-PIECE = 512
-
-
 class ReluSquared(Module):
     """``relu(x) ** 2``, https://arxiv.org/abs/2109.08668. forward: (…) -> (…)."""
 
@@ -332,8 +328,11 @@ class FeedForward(Module):
         out: Tensor
         if self.flags.canon:
             out = self.ff(x, around)
+        elif torch.compiler.is_compiling():
+            out = self.ff(x)
         else:
-            out = self._in_pieces(x) if self._takes_pieces(x) else run_through(self.ff, x)
+            piece = self._piece(x)
+            out = run_through(self.ff, x) if piece is None else self._in_pieces(x, piece)
         return out if deep_embed is None else out * deep_embed
 
     def _by_experts(self, x: Float[Tensor, '... n d'], deep_embed: Tensor | None, around: BranchInputs | None) -> Any:
@@ -347,21 +346,26 @@ class FeedForward(Module):
 
         return out, Intermediates(expert_loss=loss)
 
-    def _takes_pieces(self, x: Float[Tensor, '... n d']) -> bool:
-        """Whether the inner features of all tokens need not be there at once: no gradient keeps them, nobody else sees them."""
-        # asked first: a compiler would bind the number of tokens to what is compared with it
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training or x.numel() <= PIECE * self.dim:
-            return False
-        heard = any(module._forward_hooks or module._forward_pre_hooks for module in self.ff.modules())
-        return self.flags.custom_activation is None and not heard
+    def _piece(self, x: Float[Tensor, '... n d']) -> int | None:
+        """How many tokens at a time where no gradient keeps the inner features and nobody else sees them; None: all at once.
 
-    def _in_pieces(self, x: Float[Tensor, '... n d']) -> Float[Tensor, '... n e']:
-        first, *rest = x.reshape(-1, self.dim).split(PIECE)
+        So many that their inner features take no more memory than x, or than the weights that make them, whichever is more.
+        """
+        if x.numel() <= self.dim * self.dim or torch.is_grad_enabled() or self.training:
+            return None
+        heard = any(module._forward_hooks or module._forward_pre_hooks for module in self.ff.modules())
+        if self.flags.custom_activation is not None or heard:
+            return None
+        piece = max(self.dim, x.numel() // (self.flags.inner(self.dim) * (2 if self.flags.glu else 1)))
+        return piece if piece * self.dim < x.numel() else None
+
+    def _in_pieces(self, x: Float[Tensor, '... n d'], piece: int) -> Float[Tensor, '... n e']:
+        first, *rest = x.reshape(-1, self.dim).split(piece)
         out = run_through(self.ff, first)
         whole = out.new_empty(x.numel() // self.dim, out.shape[-1])
-        whole[:PIECE] = out
-        for number, piece in enumerate(rest, start=1):
-            whole[number * PIECE : number * PIECE + piece.shape[0]] = run_through(self.ff, piece)
+        whole[:piece] = out
+        for number, part in enumerate(rest, start=1):
+            whole[number * piece : number * piece + part.shape[0]] = run_through(self.ff, part)
         return whole.view(*x.shape[:-1], -1)
 
 

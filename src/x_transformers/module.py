@@ -12,7 +12,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from x_transformers.saving.made import Made
 
@@ -271,13 +276,22 @@ def fill(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(spread_as(value, parameter))
 
 
-NO_HOOKS: Any = ({}, {}, {}, {})
-
-
 def is_bare(module: nn.Module) -> bool:
-    """Whether a call of this module is its forward and nothing else: no hook, of those who shard either, no other method."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return hooks == NO_HOOKS and 'forward' not in module.__dict__ and not _has_any_global_hook()
+    """Whether a call of this module is its forward and nothing else: no hook, of those who shard either, no other method, and
+    no program that it was compiled to."""
+    # asked several times for each layer and token: one expression, with no call in it
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in module.__dict__
+        or module._compiled_call_impl is not None
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    )
 
 
 def is_heard(module: nn.Module) -> bool:
@@ -297,8 +311,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def run_through(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``. Of a sequence that nobody listens to the parts are called, and not those that do nothing now."""
-    if type(module) is not nn.Sequential or not is_bare(module) or torch.compiler.is_compiling():
+    """``module(x)``, where nobody compiles. Of a sequence that nobody listens to the parts are called, and those that do nothing
+    now are not."""
+    if type(module) is not nn.Sequential or not is_bare(module):
         out: Tensor = module(x)
         return out
     for part in module._modules.values():

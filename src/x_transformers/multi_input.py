@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class MultiInputTransformerWrapper(StackWrapper):
         x: Mapping[str, Int[Tensor, 'b n']],
         return_embeddings: bool = False,
         return_logits_and_embeddings: bool = False,
-        return_intermediates: bool = False,
+        return_intermediates: bool | Literal['cache'] = False,
         mask: Bool[Tensor, 'b n'] | None = None,
         return_mems: bool = False,
         return_attn: bool = False,

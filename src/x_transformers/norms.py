@@ -51,30 +51,33 @@ def rms_norm(
     if gain is not None and gain.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain = x.to(dtype), gain.to(dtype)
-    if torch.compiler.is_compiling() or not _by_hand(x, gain):
+    learning = torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad))
+    if not learning or torch.compiler.is_compiling() or not _has_by_hand(x):
         return _rms_formula(x, gain, eps)
     out: Tensor = _RMSNorm.apply(x, gain, eps)[0]  # type: ignore[no-untyped-call]
     return out
 
 
-def _by_hand(x: Tensor, gain: Tensor | None) -> bool:
-    learning = torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad))
-    return learning and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) and not under_transform()
+def _has_by_hand(x: Tensor) -> bool:
+    return x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) and not under_transform()
 
 
-def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None = None) -> Float[Tensor, '... 1']:
+def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None, slopes: bool) -> Float[Tensor, '... 1']:
+    """``slopes``: somebody may take them; without them a vector of zeros may be divided by anything."""
     if eps is not None:
         return (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = at_least(length, MIN_LENGTH) if slopes else length.clamp(min=MIN_LENGTH)
     # not sqrt(d) / length, which is the same operations behind two calls of Python
-    scale: Tensor = at_least(length, MIN_LENGTH).reciprocal() * x.shape[-1] ** 0.5
+    scale: Tensor = length.reciprocal() * x.shape[-1] ** 0.5
     return scale
 
 
 def _rms_formula(x: Tensor, gain: Tensor | None, eps: float | None = None) -> Tensor:
     # half precision rounds once, at the end: neither 1e-12 nor the square of a long vector is a half
-    wide = single(x)
-    scaled = wide * _inverse_rms(wide, eps)
+    wide = x if x.dtype == torch.float32 else single(x)
+    slopes = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+    scaled = wide * _inverse_rms(wide, eps, slopes)
     return (scaled if gain is None else scaled * gain).to(x.dtype)
 
 
@@ -89,7 +92,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, gain: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
-        inverse = _inverse_rms(x, eps)
+        inverse = _inverse_rms(x, eps, slopes=True)
         return (x * inverse if gain is None else (x * gain).mul_(inverse)), inverse
 
     @staticmethod
@@ -149,12 +152,8 @@ class LayerNorm(Module):
         if self.beta is not None:
             nn.init.zeros_(self.beta)
 
-    @property
-    def gain(self) -> Float[Tensor, 'd']:
-        return self.gamma + 1.0 if self.unit_offset else self.gamma
-
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return layer_norm(x, self.gain, self.beta, self.eps)
+        return layer_norm(x, self.gamma + 1.0 if self.unit_offset else self.gamma, self.beta, self.eps)
 
 
 class AdaptiveLayerNorm(Module):
@@ -217,12 +216,8 @@ class RMSNorm(Module):
     def init_own(self) -> None:
         nn.init.constant_(self.g, 1.0 - self.unit_offset)
 
-    @property
-    def gain(self) -> Float[Tensor, 'd']:
-        return self.g + 1.0 if self.unit_offset else self.g
-
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return rms_norm(x, self.gain, self.eps)
+        return rms_norm(x, self.g + 1.0 if self.unit_offset else self.g, self.eps)
 
 
 class AdaptiveRMSNorm(Module):

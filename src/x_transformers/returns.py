@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Asked:
 
     embeddings: bool = False
     logits_and_embeddings: bool = False
-    intermediates: bool = False
+    intermediates: bool | Literal['cache'] = False
     embeddings_and_intermediates: bool = False
     logit_entropies: bool = False
     next_embed_pred: bool = False
@@ -35,12 +35,18 @@ class Asked:
     @property
     def intermediates_too(self) -> bool:
         """Intermediates are the second part of the result: asked for, or needed to carry what was asked for."""
-        return self.intermediates or self.logit_entropies or self.attn_z_loss
+        return bool(self.intermediates) or self.logit_entropies or self.attn_z_loss
 
     @property
     def record(self) -> bool:
         """The stack must report what happened inside."""
-        return self.intermediates_too or self.embeddings_and_intermediates or self.mems or self.attn
+        return self.whole_record or self.intermediates == 'cache'
+
+    @property
+    def whole_record(self) -> bool:
+        """Not the cache alone."""
+        others = self.logit_entropies or self.attn_z_loss or self.embeddings_and_intermediates or self.mems or self.attn
+        return others or (bool(self.intermediates) and self.intermediates != 'cache')
 
     def check(self, *, has_head: bool, predicts_next: bool, predicts_later: bool) -> None:
         needs_head = {

@@ -332,7 +332,9 @@ class StackWrapper(Module):
 
         def run(x: Tensor, **changed: Any) -> tuple[Tensor, LayerIntermediates]:
             if asked.record:
-                out: tuple[Tensor, LayerIntermediates] = self.attn_layers(x, return_hiddens=True, **{**given, **changed})
+                out: tuple[Tensor, LayerIntermediates] = self.attn_layers(
+                    x, return_hiddens=asked.whole_record or 'cache', **{**given, **changed}
+                )
                 return out
             if asked.expert_loss:
                 with_loss: tuple[Tensor, LayerIntermediates] = self.attn_layers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ class TransformerWrapper(StackWrapper):
         x: Int[Tensor, 'b n'] | None,
         return_embeddings: bool = False,
         return_logits_and_embeddings: bool = False,
-        return_intermediates: bool = False,
+        return_intermediates: bool | Literal['cache'] = False,
         return_embeddings_and_intermediates: bool = False,
         return_logit_entropies: bool = False,
         return_next_embed_pred: bool = False,
@@ -237,7 +237,8 @@ class TransformerWrapper(StackWrapper):
         Args:
             x: token ids; None: there are only ``prepend_embeds``.
             return_embeddings: what the logits are made of (b n d), in their place; ``return_logits_and_embeddings``: both.
-            return_intermediates: also a ``LayerIntermediates``: hidden states, scores and weights, the cache.
+            return_intermediates: also a ``LayerIntermediates``: hidden states, scores and weights, the cache; 'cache': with the
+                cache alone, so that neither hidden states nor attention are kept.
             return_embeddings_and_intermediates: that beside the embeddings, without logits.
             return_logit_entropies: the entropies of the logits (b n), in ``intermediates.logit_entropies``.
             return_next_embed_pred: also the prediction of the next embedding, with ``add_continuous_pred_head``.
@@ -429,7 +430,7 @@ class TransformerWrapper(StackWrapper):
         if self.cls_token is not None:
             h, record.last_layer_hiddens = read_cls(h, self.num_cls_tokens)
             return h, None
-        if self.attn_pool is None or not (self._pools_in_place_of_logits or asked.record):
+        if self.attn_pool is None or not (self._pools_in_place_of_logits or asked.whole_record):
             return h, None
         record.attn_pooled_tokens = self.attn_pool(h, mask)
         return h, record.attn_pooled_tokens if self._pools_in_place_of_logits else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class XValTransformerWrapper(StackWrapper):
         x: Int[Tensor, 'b n'],
         x_num: Float[Tensor, 'b n'],
         return_embeddings: bool = False,
-        return_intermediates: bool = False,
+        return_intermediates: bool | Literal['cache'] = False,
         return_mems: bool = False,
         mask: Bool[Tensor, 'b n'] | None = None,
         return_attn: bool = False,

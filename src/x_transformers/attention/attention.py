@@ -21,7 +21,7 @@ from x_transformers.attention.hybrid import mix_hybrid, module_input, run_module
 from x_transformers.attention.inputs import BranchInputs, HandedKeys, Intermediates
 from x_transformers.attention.parts import Seen
 from x_transformers.attention.path import HouseholderSteps
-from x_transformers.attention.project import added, merge_heads, split_heads
+from x_transformers.attention.project import merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
 from x_transformers.attention.tensor_product import KeyValueFactors, OuterProducts
@@ -247,8 +247,16 @@ class Attention(Module):
     def _attended(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         """The layer on x, (b n d) or with separate views (3 b n d)."""
         seen = project.gather(self, x, given)
-        q = project.convolved(self, 'q', added(self.to_q(seen.queries), given.deltas.queries), given)
-        q = self.normed_queries(split_heads(q, self.heads))
+        deltas = given.deltas
+        # what most layers do without is asked here: a call that does nothing is made for each layer and token
+        q = self.to_q(seen.queries)
+        if deltas.queries is not None:
+            q = q + deltas.queries
+        if self.convolutions is not None:
+            q = project.convolved(self, 'q', q, given)
+        q = split_heads(q, self.heads)
+        if self.qk_norm or self.q_rmsnorm is not None:
+            q = self.normed_queries(q)
         k, v, own = self._keys_values(self, seen, given)
         handed = HandedKeys(k, v, own, given.mask) if given.hands_on_keys else None
         q = self.placed_queries(q, given)
@@ -256,16 +264,18 @@ class Attention(Module):
         causal = self.causal if given.causal is None else given.causal
         mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future, self.flags.stick_breaking)
         excluded = own_values(v, q.shape[-2], seen.mems, given.past) if self.flags.exclusive else None
-        k, v, mask, front = with_extra_keys(
-            k,
-            v,
-            mask,
-            heads=self.heads,
-            memory=self.memory(),
-            extra=given.extra,
-            positions=given.positions,
-            rotated_heads=self.rotated_heads,
-        )
+        front = 0
+        if self.mem_k is not None or given.extra is not None:
+            k, v, mask, front = with_extra_keys(
+                k,
+                v,
+                mask,
+                heads=self.heads,
+                memory=self.memory(),
+                extra=given.extra,
+                positions=given.positions,
+                rotated_heads=self.rotated_heads,
+            )
         if self.differential is not None:
             v, excluded = paired_values(v), None if excluded is None else paired_values(excluded)
         if self.laser_clamp is not None:
@@ -282,7 +292,7 @@ class Attention(Module):
             geometry=geometry,
             packed=given.packed,
             rows=given.padding,
-            delta=given.deltas.weights,
+            delta=deltas.weights,
             steps=None if self.path_steps is None else self.path_steps(seen.x, given),
             composition=None if self.composition is None else self.composition(seen, given),
             return_attn=given.return_attn,
@@ -300,7 +310,12 @@ class Attention(Module):
         if self.differential is not None:
             out = self.differential(out)
         out, hidden = self.gated_heads(out, seen.x, given)
-        result = self.to_out(self.orthogonal_to(self.gated_channels(added(merge_heads(out), given.deltas.heads), seen.x), own))
+        out = merge_heads(out)
+        if deltas.heads is not None:
+            out = out + deltas.heads
+        if self.to_v_gate is not None or self.to_output_gate is not None:
+            out = self.gated_channels(out, seen.x)
+        result = self.to_out(self.orthogonal_to(out, own) if self.orthogonal_copies else out)
         report = self.report(told, own, given, hidden)
         report.handed = handed
         return self.written(result, given.rows), report
@@ -362,7 +377,8 @@ class Attention(Module):
         """Head scale, head gates, then the mixture with the hybrid module, whose hidden state is returned too."""
         if self.head_scale_params is not None:
             out = out * self.head_scale_params
-        out = gate_heads(out, x, self.to_v_head_gate)
+        if self.to_v_head_gate is not None:
+            out = gate_heads(out, x, self.to_v_head_gate)
         if self.hybrid_module is None or self.hybrid_norms is None:
             return out, None
         x_shown, keywords = module_input(x, self.flags.hybrid_mask_kwarg, given.padding, self.causal)
@@ -377,8 +393,6 @@ class Attention(Module):
 
         As in 2.16.1 the flag that is named after heads takes all heads as one vector, too.
         """
-        if self.orthogonal_copies == 0:
-            return merged
         own = tiled_heads(own[..., own.shape[-2] - merged.shape[-2] :, :], self.heads)
         return torch.cat([without_component(merged, merge_heads(own))] * self.orthogonal_copies, dim=-1)
 

@@ -30,7 +30,9 @@ def latent_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) ->
     new = {'latent': z}
     if attn.to_rotateable_k is not None:
         new['k_rope'] = split_heads(attn.to_rotateable_k(seen.keys), cast(int, attn.rotated_heads))
-    own = with_token_values(split_heads(attn.to_v(z), attn.kv_heads), seen, given)
+    own = split_heads(attn.to_v(z), attn.kv_heads)
+    if given.token_values is not None:
+        own = with_token_values(own, seen, given.token_values)
     if given.first_values is not None or given.token_values is not None:
         # each token has its own share of first values, and its row of a table, once
         if past is not None and not cross and held_rows(past, 'mixed') != held_rows(past, 'latent'):

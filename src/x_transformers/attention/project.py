@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from x_transformers.tensor_types import Float
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
     from x_transformers.cache.kv_cache import LayerCache
-    from x_transformers.position.positions import Positions, RotaryPositions
+    from x_transformers.embedding.values import TokenValues
+    from x_transformers.position.positions import Positions
 
 
 class KeysValues(NamedTuple):
@@ -34,12 +35,8 @@ def merge_heads(t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n (h d)']:
     return t.transpose(1, 2).flatten(2)
 
 
-def added(t: Tensor, delta: Tensor | None) -> Tensor:
-    return t if delta is None else t + delta
-
-
-def with_memories(t: Tensor, mem: Tensor | None) -> Tensor:
-    return t if mem is None else torch.cat((mem.to(t.dtype), t), dim=-2)
+def with_memories(t: Tensor, mem: Tensor) -> Tensor:
+    return torch.cat((mem.to(t.dtype), t), dim=-2)
 
 
 def gather(attn: AttentionParts, x: Tensor, given: BranchInputs) -> Seen:
@@ -54,8 +51,9 @@ def gather(attn: AttentionParts, x: Tensor, given: BranchInputs) -> Seen:
     if given.kv_shift is not None:
         keys = keys + given.kv_shift
         values = keys if same else values + given.kv_shift
-    keys = with_memories(keys, given.mem)
-    values = keys if same else with_memories(values, given.mem)
+    if given.mem is not None:
+        keys = with_memories(keys, given.mem)
+        values = keys if same else with_memories(values, given.mem)
     if attn.to_latent_q is not None:
         queries = attn.to_latent_q(queries)
     return Seen(own, queries, keys, values, 0 if given.mem is None else given.mem.shape[-2])
@@ -85,13 +83,22 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     cross = given.context is not None
     if cross and held_rows(given.past, 'k'):
         return cross_from_cache(attn, given)
-    own = convolved(attn, 'v', added(attn.to_v(seen.values), given.deltas.values), given, seen.mems)
-    own = split_heads(own, attn.kv_heads)
-    own = with_token_values(own, seen, given)
+    own, k, deltas = attn.to_v(seen.values), attn.to_k(seen.keys), given.deltas
+    # what most layers do without is asked here: a call that does nothing is made for each layer and token
+    if deltas.values is not None:
+        own = own + deltas.values
+    if deltas.keys is not None:
+        k = k + deltas.keys
+    if attn.convolutions is not None:
+        own, k = convolved(attn, 'v', own, given, seen.mems), convolved(attn, 'k', k, given, seen.mems)
+    own, k = split_heads(own, attn.kv_heads), split_heads(k, attn.kv_heads)
+    if given.token_values is not None:
+        own = with_token_values(own, seen, given.token_values)
     v = own if given.first_values is None else attn.mixed_values(own, seen, given)
-    v = attn.normed_values(v)
-    k = convolved(attn, 'k', added(attn.to_k(seen.keys), given.deltas.keys), given, seen.mems)
-    k = attn.normed_keys(split_heads(k, attn.kv_heads))
+    if attn.value_rmsnorm is not None:
+        v = attn.normed_values(v)
+    if attn.qk_norm or attn.k_rmsnorm is not None:
+        k = attn.normed_keys(k)
     positions = given.positions
     if keeps_placed(positions, given.past, cross):
         k, v = place_and_remember(attn, k, v, seen.mems, given)
@@ -106,21 +113,18 @@ def convolved(
     attn: AttentionParts, name: str, t: Float[Tensor, 'b m c'], given: BranchInputs, mems: int = 0
 ) -> Float[Tensor, 'b m c']:
     """Queries, keys or values with a convolution over the tokens of this sequence; memories in front stay as they are."""
-    if attn.convolutions is None:
-        return t
     if given.context is not None:
         raise ValueError(
             f'context must be left out with {attn.flags!r}, which convolves over one sequence. Build it without canon.'
         )
-    new: Tensor = attn.convolutions[name](t[:, mems:], given.padding, given.past)
+    convolutions: Any = attn.convolutions
+    new: Tensor = convolutions[name](t[:, mems:], given.padding, given.past)
     return torch.cat((t[:, :mems], new), dim=1) if mems else new
 
 
-def with_token_values(own: Float[Tensor, 'b kh m e'], seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:
+def with_token_values(own: Float[Tensor, 'b kh m e'], seen: Seen, given: TokenValues) -> Float[Tensor, 'b kh m e']:
     """Values with what a table has for each token; memories have no tokens."""
-    if given.token_values is None:
-        return own
-    module, ids = given.token_values
+    module, ids = given
     new: Tensor = module(seen.values[..., seen.mems :, :], ids).to(own.dtype)
     return own + F.pad(new, (0, 0, seen.mems, 0))
 
@@ -152,7 +156,8 @@ def keeps_placed(positions: Positions | None, past: LayerCache | None, cross: bo
 
 def place_and_remember(attn: AttentionParts, k: Tensor, v: Tensor, mems: int, given: BranchInputs) -> tuple[Tensor, ...]:
     """Rotate memories and new keys, append the new ones. Their angles are kept, so that the rotation can be undone."""
-    past, positions = cast('LayerCache', given.past), cast('RotaryPositions', given.positions)
+    past: Any = given.past
+    positions: Any = given.positions
     new = k.shape[-2] - mems
     if mems:
         # between the positions of the memories and those of the new keys lie those of the past, if there are rows for them
@@ -165,5 +170,5 @@ def place_and_remember(attn: AttentionParts, k: Tensor, v: Tensor, mems: int, gi
     past.carry['rotated_heads'] = attn.rotated_heads
     if positions.form is not None:
         past.carry['rotary_form'] = positions.form
-    past.extend(angles=positions.new_angles(new).expand(k.shape[0], -1, -1))
+    positions.keep_angles(past, new, k.shape[0])
     return remember(past, mems, False, k=k, v=v)

@@ -94,6 +94,8 @@ class LayerCache:
     def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
         """Append to each named tape, making those that are missing; the full values, in the order given."""
         tapes, whole, cursor = self.tapes, [], self.cursor
+        # a compiler is shown no memory that tapes share: who may write where is not a question about tensors
+        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         for name, rows in new.items():
             tape = tapes.get(name)
             if tape is None:
@@ -104,7 +106,7 @@ class LayerCache:
                     )
                 tape = Tape.of(rows)
             else:
-                tape = tape.append(rows) if cursor is None else tape.append(rows, cursor.row)
+                tape = tape.append(rows, None if cursor is None else cursor.row, in_place=in_place)
             tapes[name] = tape
             whole.append(tape.value)
         return tuple(whole)
@@ -145,14 +147,10 @@ class LayerCache:
 
     def fork(self) -> LayerCache:
         """A snapshot that can be continued independently; tapes are shared until one of the two is written."""
-        twin = LayerCache(self.cursor)
-        twin.tapes = self.tapes.copy()
-        # most have neither, and this is done for every layer and token
-        if self.states:
-            twin.states = self.states.copy()
-        if self.carry:
-            twin.carry = self.carry.copy()
-            twin.carry_axis = self.carry_axis.copy()
+        # without its constructor, which would be called for every layer and token
+        twin = LayerCache.__new__(LayerCache)
+        twin.cursor, twin.tapes = self.cursor, self.tapes.copy()
+        twin.states, twin.carry, twin.carry_axis = self.states.copy(), self.carry.copy(), self.carry_axis.copy()
         return twin
 
     def changed(self, change: Callable[[Tape], Tape]) -> LayerCache:

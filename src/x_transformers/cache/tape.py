@@ -70,9 +70,12 @@ class Tape:
         value = self.value
         return value.numel() * value.element_size()
 
-    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None) -> Tape:
-        """This tape with ``new`` behind it. ``at`` is for tapes whose end is a tensor (``FixedTape``)."""
-        buffer = self._room.buffer
+    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool = True) -> Tape:
+        """This tape with ``new`` behind it. ``at`` is for tapes whose end is a tensor (``FixedTape``).
+
+        ``in_place=False``: memory that tapes share is not written, as where gradients are recorded.
+        """
+        room, buffer = self._room, self._room.buffer
         if self.fixed:
             raise ValueError('a fixed tape (cross attention) cannot grow; replace it instead')
         if new.shape[:-2] != buffer.shape[:-2] or new.shape[-1] != buffer.shape[-1]:
@@ -80,17 +83,15 @@ class Tape:
                 f'the cache holds rows of shape {_but_length(buffer)} and the new ones are {_but_length(new)}; they must agree '
                 '(batch, heads, features): use the cache with the batch it was made for, or reorder its rows first'
             )
-        # a compiler is shown no memory that tapes share: who may write where is not a question about tensors
-        functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if functional or new.dtype != buffer.dtype or new.device != buffer.device:
+        if not in_place or torch.is_grad_enabled() or new.dtype != buffer.dtype or new.device != buffer.device:
             return Tape.of(torch.cat((self.value, new), dim=-2), reserve=self.reserve)
         more = new.shape[-2]
         end = self._start + self.length
-        if not self._room.has_space(end, more):
+        if not room.has_space(end, more):
             return self._moved(more).append(new)
         buffer.narrow(-2, end, more).copy_(new)
-        self._room.used = end + more
-        return Tape(self._room, self._start, self.length + more, reserve=max(self.reserve - more, 0))
+        room.used = end + more
+        return Tape(room, self._start, self.length + more, reserve=max(self.reserve - more, 0))
 
     def _moved(self, more: int) -> Tape:
         """A copy of this tape with room for at least ``more`` rows."""
@@ -157,7 +158,7 @@ class FixedTape(Tape):
         buffer.narrow(-2, 0, held).copy_(value[..., :held, :])
         return cls(buffer)
 
-    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None) -> FixedTape:
+    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool = True) -> FixedTape:
         buffer = self._room.buffer
         if at is None:
             raise ValueError('a tape of fixed shape must be told where to write')

@@ -187,7 +187,7 @@ class Reader:
         given.update(self._start_of(cache))
         out, intermediates = self.net(
             tokens.part(low, high),
-            return_intermediates=True,
+            return_intermediates=True if self.keeps_intermediates else 'cache',
             input_not_include_cache=True,
             logits_last=last,
             **given,

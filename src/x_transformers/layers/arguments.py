@@ -126,7 +126,7 @@ class Given:
     cache: Cache = None
     input_not_include_cache: bool = False
     cache_age: int = 1
-    return_hiddens: bool = False
+    return_hiddens: bool | Literal['cache'] = False
     rotary_pos_emb: Any = None
     polar_pos_emb: Any = None
     pos: Tensor | None = argument('n | b n | b h n', 'Positions in place of 0, 1, 2 …', floating='n e | b n e', past='all')

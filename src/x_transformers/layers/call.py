@@ -182,7 +182,7 @@ class Inputs:
             return BranchInputs(
                 mask=self.masks.base,
                 tokens=self.padding,
-                deep_embed=self.deep_embed(step.nth) if step.kind == 'f' else None,
+                deep_embed=self.deep_embed(step.nth) if step.kind == 'f' and self.deep_table is not None else None,
                 padding=self.shift_padding,
                 packed=self.packed if step.kind == 'm' else None,
                 past=past,
@@ -203,8 +203,9 @@ class Inputs:
         )
         if step.kind == 'a':
             self._for_self(given, step)
-            given.hands_on_keys = step.layer in carry.keys_from.values()
-            given.shared = carry.keys.get(carry.keys_from.get(step.layer, -1))
+            if carry.keys_from:
+                given.hands_on_keys = step.layer in carry.keys_from.values()
+                given.shared = carry.keys.get(carry.keys_from.get(step.layer, -1))
         else:
             self._for_cross(given, step, context_dropout)
         return given
@@ -214,17 +215,19 @@ class Inputs:
         if given.mem is not None:
             given.mask = self.masks.of(step.nth)
         given.bias = self.bias
-        given.positions = _at(self.positions_of_layers, step.layer) or self.positions
+        # where there is none there is no call either: this is asked for each layer and token
+        own = _at(self.positions_of_layers, step.layer) if self.positions_of_layers else None
+        given.positions = own or self.positions
         given.extra = _at(self.extra, step.nth) if self.extra else None
         given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
         given.packed = self.packed
         given.causal = self.causal
-        given.token_values = of_layer(self.value_embeds, step.layer)
+        given.token_values = None if self.value_embeds is None else of_layer(self.value_embeds, step.layer)
 
-    def condition_of_memory(self, mem: Float[Tensor, 'b l d'] | None) -> Float[Tensor, 'b #l c'] | None:
+    def condition_of_memory(self, mem: Float[Tensor, 'b l d']) -> Float[Tensor, 'b #l c'] | None:
         """What the norm of a memory depends on; a shorter memory ends where the others end."""
         known = self.mem_condition
-        return known if known is None or mem is None or known.shape[1] == 1 else known[:, self.span.mems - mem.shape[1] :]
+        return known if known is None or known.shape[1] == 1 else known[:, self.span.mems - mem.shape[1] :]
 
     def _for_cross(self, given: BranchInputs, step: Step, dropout: float) -> None:
         given.context, given.mask = self.context, self.cross_mask
@@ -322,9 +325,9 @@ class Carry:
     blocks: list[Tensor] = field(default_factory=list)
     views: Tensor | None = None
 
-    def enter(self, h: Tensor | None) -> None:
+    def enter(self, h: Tensor) -> None:
         """``h`` entered a layer."""
-        if self.mixes and h is not None:
+        if self.mixes:
             self.seen.append(h)
 
     def take(self, step: Step, seen: Intermediates | None) -> None:
@@ -352,9 +355,9 @@ class Record:
     cache: KVCache | None = None
     expert_loss: Float[Tensor, ''] | None = None
 
-    def enter(self, step: Step, h: Tensor | None, injected: Tensor | None) -> None:
+    def enter(self, step: Step, h: Tensor, injected: Tensor | None) -> None:
         """``h`` is about to enter the layer: (b n d), or one each for queries, keys and values; ``injected`` is added to it."""
-        if not self.wanted or h is None:
+        if not self.wanted:
             return
         self.layer_hiddens.append(h)
         if step.kind == 'a':

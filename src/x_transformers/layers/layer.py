@@ -24,7 +24,7 @@ from x_transformers.layers.residual import (
     Residual,
     ResidualPath,
     SphereResidual,
-    read_stream,
+    read_foreign,
     write_stream,
 )
 from x_transformers.layers.slots import call_branch, call_norm, split_result
@@ -104,7 +104,7 @@ class Layer(nn.ModuleList):
         """
         norms, branch, residual = self._modules.values()
         before, behind, after = norms._modules.values()
-        h, rest = read_stream(residual, streams)
+        h, rest = residual.read(streams) if isinstance(residual, ResidualPath) else read_foreign(residual, streams)
         h = around.enter(h)
         if around.drop is True:
             return streams, None
@@ -121,7 +121,8 @@ class Layer(nn.ModuleList):
 
     def norm_before(self, norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
         """Pre-norm, of the branch's input and of memories, and its constant factor."""
-        x = call_norm(norm, x, condition)
+        if norm is not None:
+            x = norm(x) if condition is None else call_norm(norm, x, condition)
         return x if self.norm_scale == 1.0 else x * self.norm_scale
 
 

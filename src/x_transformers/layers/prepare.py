@@ -99,9 +99,9 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
         cache=working,
         transform_block=block_transform(given.transform_block_inputs),
         continues=cache is not None and span.past > 0,
-        return_attn=given.return_hiddens,
+        return_attn=bool(given.return_hiddens) and given.return_hiddens != 'cache',
         causal=given.causal,
-        log_probs=given.return_gumbel_log_probs and given.return_hiddens,
+        log_probs=given.return_gumbel_log_probs and bool(given.return_hiddens) and given.return_hiddens != 'cache',
     )
     return x, inputs
 

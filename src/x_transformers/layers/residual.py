@@ -66,13 +66,11 @@ class ResidualPath(Module):
         return self.write(x, residual)
 
 
-def read_stream(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
-    """(what the branch sees, what is left for ``write``), of anybody's way around a branch.
+def read_foreign(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
+    """(what the branch sees, what is left for ``write``), of a way around a branch that is no ``ResidualPath``.
 
-    A foreign one may have a ``prepare``, which returns the two and keywords for its forward, as in 2.16.1.
+    It may have a ``prepare``, which returns the two and keywords for its forward, as in 2.16.1.
     """
-    if isinstance(residual, ResidualPath):
-        return residual.read(streams)
     prepare = getattr(residual, 'prepare', None)
     if prepare is None:
         return streams, (streams, {})

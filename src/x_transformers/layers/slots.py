@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,9 @@ STATE = 'state'
 ANY = '**'
 SECOND = 'a second input'
 
-_ACCEPTED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+# by class. A weak dictionary costs several calls each time, for each layer and token; some libraries make classes without end
+_ACCEPTED: dict[type, frozenset[str]] = {}
+MOST = 1024
 
 
 def accepted(forward: Any, bound: bool) -> frozenset[str]:
@@ -47,6 +48,8 @@ def accepted(forward: Any, bound: bool) -> frozenset[str]:
 def class_accepts(kind: type, what: str) -> bool:
     known = _ACCEPTED.get(kind)
     if known is None:
+        if len(_ACCEPTED) == MOST:
+            _ACCEPTED.clear()
         known = _ACCEPTED[kind] = accepted(kind.forward, bound=False)  # type: ignore[attr-defined]
     return what in known
 
@@ -117,7 +120,8 @@ def split_result(out: Any) -> Result:
 
 def call_branch(branch: nn.Module, x: Tensor, around: BranchInputs) -> Any:
     """The branch on x: its output, or (output, Intermediates)."""
-    if takes_around(branch):
+    # most classes say so themselves, which is asked first: for each layer and token
+    if ('forward' not in branch.__dict__ and class_accepts(type(branch), 'around')) or takes_around(branch):
         return branch(x, around=around)
     if not has_state(branch):
         return branch(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -183,21 +183,25 @@ class AttentionLayers(Module):
         wide_condition = None if condition is None else self.streams.condition(condition)
         streams = self.streams.open(x, self.stream_emb)
         layers, maps_now = self._layers(), call.return_attn and is_sharded(self)
+        # what is asked for each layer and token is asked here once
+        joins, enters = self.unet_skips or self.lambdas is not None, self._enters_blocks(call)
         for step in call.steps:
-            if step.block:
+            if enters and step.block:
                 streams = between(self.mudd, self._begin_block(step.block, streams, call, record), carry)
-            if self.unet_skips or self.lambdas is not None:
+            if joins:
                 streams = self._join(step, streams, carry)
             around = self._around(step, call, carry, x.device, maps_now)
             written, seen = layers[step.layer](streams, condition, wide_condition, around)
-            carry.enter(around.entered)
-            record.enter(step, around.entered, call.injected)
+            if around.entered is not None:
+                carry.enter(around.entered)
+                record.enter(step, around.entered, call.injected)
             if around.drop is True:
                 record.leave_out(step)
                 continue
             streams = torch.where(around.drop, streams, written) if isinstance(around.drop, Tensor) else written
-            carry.take(step, seen)
-            record.leave(step, seen)
+            if seen is not None or record.wanted:
+                carry.take(step, seen)
+                record.leave(step, seen)
             # the next layer runs without these, unless somebody keeps them
             del around, written, seen
         streams = between(self.mudd, streams, carry)
@@ -213,20 +217,25 @@ class AttentionLayers(Module):
         return out, record
 
     def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device, maps_now: bool) -> Around:
-        given = call.for_step(step, carry, self._lost_context())
+        training = self.training
+        given = call.for_step(step, carry, self.cross_attn_tokens_dropout if training else 0.0)
         given.maps_now = maps_now
         return Around(
             given,
             injected=call.injected,
-            mem_condition=call.condition_of_memory(given.mem),
+            mem_condition=None if given.mem is None else call.condition_of_memory(given.mem),
             mixture=None if self.layer_integrators is None else self._mixture(step),
             tokens=call.padding,
-            before=carry.seen.copy(),
+            before=carry.seen.copy() if carry.mixes else (),
             views=carry.views if step.kind == 'a' else None,
             shows=call.return_attn,
-            drop=self.training and self._drops(step, call, device),
-            checkpoint=self.training and self.flags.gradient_checkpointing,
+            drop=training and self._drops(step, call, device),
+            checkpoint=training and self.flags.gradient_checkpointing,
         )
+
+    def _enters_blocks(self, call: Inputs) -> bool:
+        """Whether anything happens where a block begins."""
+        return self.mudd is not None or call.return_attn or call.transform_block is not None
 
     def _begin_block(self, block: int, streams: Tensor, call: Inputs, record: Record) -> Tensor:
         """The streams that enter the ``block``-th executed block, changed as the caller wishes."""
@@ -256,9 +265,6 @@ class AttentionLayers(Module):
         """Layer dropout; never while a cache is continued, which holds every layer's past."""
         return not call.continues and is_dropped(self.layer_dropouts[step.layer], device)
 
-    def _lost_context(self) -> float:
-        return self.cross_attn_tokens_dropout if self.training else 0.0
-
     def forward(
         self,
         x: Float[Tensor, 'b n d'],
@@ -274,7 +280,7 @@ class AttentionLayers(Module):
         cache: Cache = None,
         input_not_include_cache: bool = False,
         cache_age: int = 1,
-        return_hiddens: bool = False,
+        return_hiddens: bool | Literal['cache'] = False,
         rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
         polar_pos_emb: tuple[Tensor, Tensor] | None = None,
         pos: Tensor | None = None,
@@ -329,6 +335,7 @@ class AttentionLayers(Module):
         - ``causal``: self attention is so in this call, whatever the stack was built for.
         - ``return_gumbel_log_probs``: with ``return_hiddens`` every attention's ``log_probs`` (b h n) are those of the keys
           that hard or Gumbel attention has chosen.
+        - ``return_hiddens='cache'``: the intermediates hold the cache, and neither hidden states nor attention.
         - ``return_expert_loss``: without ``return_hiddens``, intermediates that hold nothing but the ``expert_loss``.
 
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from x_transformers.module import last_rows
 from x_transformers.position.polar import place
 from x_transformers.position.rotary import as_turns, check_table, per_pair, turn, turn_by_cos_sin, turn_halves, twice
 from x_transformers.tensor_types import Float, Int
+
+if TYPE_CHECKING:
+    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.tape import Tape
 
 
 class Positions(ABC):
@@ -88,7 +92,8 @@ class RotaryTable:
             width = cos.shape[-1]
             turned = turn_by_cos_sin(t[..., :width], cos, -sin if back else sin)
             return turned if width == dim else torch.cat((turned, t[..., width:]), dim=-1)
-        turns = of_heads(self._turns(n, dim, before, inverse), t)
+        turns = self._turns(n, dim, before, inverse)
+        turns = turns if turns.shape[1] == 1 else of_heads(turns, t)
         return turn(t, turns.conj() if back else turns)
 
     def spread(self, rows: int) -> RotaryTable:
@@ -116,7 +121,7 @@ class RotaryTable:
 
     def _turns(self, n: int, dim: int, before: int, inverse: bool) -> Tensor:
         """Complex numbers for a whole head: 1 for the pairs that don't turn."""
-        key = ('turns', n, dim, before, inverse, self._part())
+        key = ('turns', n, dim, before, inverse, self._part() if self.angles.requires_grad else None)
         turns: Tensor | None = recall(self._made, key)
         return remember(self._made, key, as_turns(*self._pairs(n, dim, before, inverse), dim)) if turns is None else turns
 
@@ -164,6 +169,11 @@ class RotaryPositions(Positions):
         self.cache_form = 'positioned' if lasting and not isinstance(self._of_keys.scale, Tensor) else 'raw'
         self._of_placed: RotaryTable | None = None
         self._of_window: RotaryTable | None = None
+        self._kept: Memo = []
+        # (layout, factor) of the keys, where they are not the usual ones: what it takes to undo the rotation from angles
+        scale = self._of_keys.scale
+        form = layout, 1.0 if isinstance(scale, Tensor) else scale
+        self.form = None if form == ('interleaved', 1.0) else form
 
     def begin_window(self, freqs: Float[Tensor, '#b 1 r']) -> None:
         """The angles of the first row that is in sight, where earlier ones have left: places count from there.
@@ -187,13 +197,6 @@ class RotaryPositions(Positions):
         return k if self._of_window is None else self._of_window.spread(k.shape[-2]).rotated(k, heads)
 
     @property
-    def form(self) -> tuple[str, float] | None:
-        """(layout, factor) of the keys, where they are not the usual ones: what it takes to undo the rotation from angles."""
-        scale = self._of_keys.scale
-        form = self._of_keys.layout, 1.0 if isinstance(scale, Tensor) else scale
-        return None if form == ('interleaved', 1.0) else form
-
-    @property
     def key_rows(self) -> int:
         """For how many keys there are positions."""
         return self._of_keys.angles.shape[-2]
@@ -210,6 +213,19 @@ class RotaryPositions(Positions):
     def new_angles(self, n: int) -> Float[Tensor, '#b n p']:
         """The angles of those n keys, one for each pair of channels."""
         return last_rows((self._of_keys if self._of_placed is None else self._of_placed).angles, n)
+
+    def keep_angles(self, past: LayerCache, n: int, batch: int) -> None:
+        """Append those angles to the cache, so that the rotation can be undone.
+
+        Layers whose tapes of angles are one and the same go on sharing one.
+        """
+        tape = past.tapes.get('angles')
+        longer: Tape | None = recall(self._kept, ('angles', n, batch), tape)
+        if longer is None:
+            past.extend(angles=self.new_angles(n).expand(batch, -1, -1))
+            remember(self._kept, ('angles', n, batch), past.tapes['angles'], tape)
+        else:
+            past.tapes['angles'] = longer
 
 
 # ---------------------------------------------------------------- polar

@@ -183,7 +183,11 @@ def turn(t: Float[Tensor, '... n d'], turns: Tensor) -> Float[Tensor, '... n d']
     dtype = turns.dtype.to_real()
     dtype = dtype if t.dtype == dtype else torch.promote_types(t.dtype, dtype)
     wide = t if t.dtype == dtype else t.to(dtype)
-    if wide.stride(-1) != 1 or any(stride % 2 for stride in wide.stride()[:-1]) or wide.storage_offset() % 2:
+    *strides, last = wide.stride()
+    odd = wide.storage_offset()
+    for stride in strides:
+        odd |= stride
+    if last != 1 or odd % 2:
         wide = wide.contiguous()
     pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], wide.shape[-1] // 2, 2))
     turned = torch.view_as_real(pairs * (turns if turns.dtype == pairs.dtype else turns.to(pairs.dtype))).flatten(-2)
