@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers import InertFlagWarning
 from x_transformers.attention.inputs import BranchInputs
-from x_transformers.feedforward import GLU, PIECE, FeedForward, ReluSquared, SoLU
+from x_transformers.feedforward import GLU, FeedForward, ReluSquared, SoLU
 from x_transformers.flags.feedforward import FeedForwardFlags
 
 
@@ -156,25 +156,31 @@ def test_parts_alone() -> None:
     assert shapes(GLU(4, 3, nn.SiLU())) == {'proj.weight': (6, 4), 'proj.bias': (6,)}
 
 
-@pytest.mark.parametrize('flags', [{}, {'glu': True, 'dim_out': 6}])
-def test_without_gradient_tokens_are_taken_in_pieces(flags: dict[str, Any]) -> None:
-    feedforward, x = FeedForward(8, **flags).eval(), torch.randn(2, PIECE, 8)
+# pieces whose inner features (32, and 64 with a gate) are as many numbers as x has, 2 * 64 * 8; not below 8 tokens, whose
+# features are as many as the weights that make them
+@pytest.mark.parametrize(
+    ('flags', 'tokens', 'pieces'),
+    [({}, 64, [32] * 4), ({'glu': True, 'dim_out': 6}, 64, [16] * 8), ({}, 8, [8, 8]), ({}, 6, [8, 4]), ({}, 4, [])],
+)
+def test_without_gradient_tokens_are_taken_in_pieces(flags: dict[str, Any], tokens: int, pieces: list[int]) -> None:
+    feedforward, x = FeedForward(8, **flags).eval(), torch.randn(2, tokens, 8)
     rows: list[int] = []
     inner, want = feedforward.ff.forward, feedforward(x)
 
     def watched(t: torch.Tensor) -> torch.Tensor:
-        rows.append(t.shape[0])
+        if t.ndim == 2:
+            rows.append(t.shape[0])
         return inner(t)
 
     with torch.no_grad():
         feedforward.ff.forward = watched  # type: ignore[method-assign]
         torch.testing.assert_close(feedforward(x), want)
-        assert rows == [PIECE, PIECE]
+        assert rows == pieces
         # whoever listens hears all tokens at once
         heard: list[torch.Size] = []
         feedforward.ff[0].register_forward_hook(lambda module, given, out: heard.append(out.shape))
         torch.testing.assert_close(feedforward(x), want)
-    assert [shape[:2] for shape in heard] == [(2, PIECE)]
+    assert [shape[:2] for shape in heard] == [(2, tokens)]
 
 
 @pytest.mark.parametrize('swish', [False, True])

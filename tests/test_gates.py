@@ -20,7 +20,6 @@ from x_transformers.attention.attend import Attend
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.attention.mask import Mask
-from x_transformers.feedforward import PIECE
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 HEADS = {'heads': 8}
@@ -73,7 +72,7 @@ def test_no_more_is_kept_for_the_backward_than_by_the_hand_written_model(floor, 
 # modern recipe two streams, norm and output of a gated feed-forward, and the inner features of the tokens of one piece
 @pytest.mark.parametrize(('recipe', 'tensors'), [('plain', 7.2), ('modern', 4.0 + 4.5)])
 def test_what_a_prefill_holds_at_once(worker, recipe, tensors):
-    length = 4 * PIECE
+    length = 2048
     x, ours = ids(1, length), model(length=length, attn_dim_head=8, **(worker.MODERN if recipe == 'modern' else {})).eval()
     with torch.no_grad(), Alive() as alive:
         ours.net(x)

@@ -311,8 +311,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def run_through(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, where nobody compiles. Of a sequence that nobody listens to the parts are called, and those that do nothing
-    now are not."""
+    """``module(x)``, where nobody compiles. Of a sequence that nobody listens to the parts are called, but for idle ones."""
     if type(module) is not nn.Sequential or not is_bare(module):
         out: Tensor = module(x)
         return out

@@ -309,7 +309,9 @@ class Attention(Module):
             out = exclusive(out, excluded)
         if self.differential is not None:
             out = self.differential(out)
-        out, hidden = self.gated_heads(out, seen.x, given)
+        hidden = None
+        if self.head_scale_params is not None or self.to_v_head_gate is not None or self.hybrid_module is not None:
+            out, hidden = self.gated_heads(out, seen.x, given)
         out = merge_heads(out)
         if deltas.heads is not None:
             out = out + deltas.heads
@@ -318,7 +320,8 @@ class Attention(Module):
         result = self.to_out(self.orthogonal_to(out, own) if self.orthogonal_copies else out)
         report = self.report(told, own, given, hidden)
         report.handed = handed
-        return self.written(result, given.rows), report
+        plain = given.rows is None and self.sublayer_dropout is None
+        return result if plain else self.written(result, given.rows), report
 
     # ------------------------------------------------------------ its steps
 

@@ -177,7 +177,8 @@ class Inputs:
 
     def for_step(self, step: Step, carry: Carry, context_dropout: float = 0.0) -> BranchInputs:
         """What the branch of one step is given; a memory still has to be normed by its layer."""
-        past = None if self.cache is None else self.cache.step(step.index)
+        cache = self.cache
+        past = None if cache is None else cache.steps.get(step.index) or cache.step(step.index)
         if step.kind not in ATTENTIONS:
             return BranchInputs(
                 mask=self.masks.base,
@@ -290,6 +291,8 @@ class Around:
         self.checkpoint = checkpoint
         self.tokens = tokens
         self.entered: Tensor | None = None
+        # nobody listens to what enters, and nothing takes its place
+        self.as_it_is = views is None and mixture is None and not shows
 
     def enter(self, h: Float[Tensor, 'b n d']) -> Tensor:
         """What the layer sees of h: with LIMe a mixture of all that layers so far were about to see."""

@@ -233,6 +233,8 @@ def check_context(stack: StackParts, given: Given, batch: int) -> None:
 
 
 def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: int) -> None:
+    if given.mems is None and given.mem_masks is None:
+        return
     layers = sum(step.kind == 'a' for step in steps)
     for name in ('mems', 'mem_masks'):
         entries = getattr(given, name)

@@ -105,7 +105,7 @@ class Layer(nn.ModuleList):
         norms, branch, residual = self._modules.values()
         before, behind, after = norms._modules.values()
         h, rest = residual.read(streams) if isinstance(residual, ResidualPath) else read_foreign(residual, streams)
-        h = around.enter(h)
+        h = h if around.as_it_is else around.enter(h)
         if around.drop is True:
             return streams, None
         h = self.norm_before(before, h if around.injected is None else h + around.injected, condition)
@@ -113,7 +113,9 @@ class Layer(nn.ModuleList):
         if given.mem is not None:
             given = given.having(mem=self.norm_before(before, given.mem, around.mem_condition))
         run = run_checkpointed if around.checkpoint else call_branch
-        out, seen = split_result(run(branch, h, given))
+        out, seen = run(branch, h, given), None
+        if isinstance(out, tuple):
+            out, seen = split_result(out)
         del h
         out = out if behind is None else call_norm(behind, out, condition)
         written = write_stream(residual, out if self.scale == 1.0 else out * self.scale, rest, around)

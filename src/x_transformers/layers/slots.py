@@ -110,10 +110,8 @@ def can_cache(module: nn.Module, kind: str) -> bool:
     return has_state(module) or not (kind != 'f' if mixes is None else mixes)
 
 
-def split_result(out: Any) -> Result:
-    """(output, what attention reports) of a branch."""
-    if not isinstance(out, tuple):
-        return out, None
+def split_result(out: tuple[Any, ...]) -> Result:
+    """(output, what attention reports) of a branch that returns several things."""
     seen = out[1] if len(out) > 1 else None
     return out[0], seen if isinstance(seen, Intermediates) else None
 
