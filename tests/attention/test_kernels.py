@@ -12,6 +12,7 @@ from x_transformers.attention.attend import ORDER, Attend, fused_refusals
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels import block_steps
 from x_transformers.attention.kernels.base import CallFacts, Needs
+from x_transformers.attention.kernels.block_steps import InBlocks, blocks_of
 from x_transformers.attention.kernels.choose import KERNELS, NAMES, choose_kernel, explain, use_kernel
 from x_transformers.attention.mask import Mask
 from x_transformers.attention.scores.base import Form, ScoreRule
@@ -53,7 +54,7 @@ def draw(seed: int) -> tuple[ScoreShape, int, int, dict, dict, torch.Tensor | No
 
 @pytest.mark.parametrize('seed', range(60))
 def test_kernels_agree(seed, monkeypatch):
-    monkeypatch.setattr(block_steps, 'ROWS', 4)
+    monkeypatch.setattr(block_steps, 'block_rows', lambda width: 4)
     geometry, kv_heads, width, settings, fields, bias = draw(seed)
     attend = Attend(heads=H, logit_softclamp_value=2.0, scale=SCALE, **settings).double()
     sink = attend.head_attn_sink
@@ -96,7 +97,7 @@ MIXERS = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_hea
 @pytest.mark.parametrize('seed', range(60))
 def test_rules_on_whole_rows_and_all_heads_in_blocks(seed, monkeypatch):
     """Outputs and gradients of the reference, those of everything that learns."""
-    monkeypatch.setattr(block_steps, 'ROWS', 4)
+    monkeypatch.setattr(block_steps, 'block_rows', lambda width: 4)
     geometry, kv_heads, width, settings, fields, bias = draw(seed)
     rng = random.Random(seed)
     settings |= {'l2_distance': False, **rng.choice([{}, {'sparse_topk': 2}, {'sigmoid': True}])}
@@ -288,7 +289,7 @@ SETTINGS = [
 @pytest.mark.filterwarnings('ignore:.*should not be instantiated')
 @pytest.mark.parametrize('settings', SETTINGS, ids=str)
 def test_one_graph(settings, monkeypatch):
-    monkeypatch.setattr(block_steps, 'ROWS', 4)
+    monkeypatch.setattr(block_steps, 'block_rows', lambda width: 4)
     torch._dynamo.reset()
     torch.manual_seed(0)
     attend = Attend(heads=H, causal=True, **settings)
@@ -299,3 +300,15 @@ def test_one_graph(settings, monkeypatch):
     q, keys = torch.randn(B, H, 6, 8), torch.rand(B, 6) > 0.3
     compiled = torch.compile(attention_with_padding, fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(q, keys), attention_with_padding(q, keys))
+
+
+@pytest.mark.parametrize('width', [4, 8])
+def test_the_scores_of_a_block_take_no_more_memory_than_its_keys(width, monkeypatch):
+    made = []
+    apply = InBlocks.apply
+    monkeypatch.setattr(InBlocks, 'apply', lambda shape, *tensors: made.append(shape) or apply(shape, *tensors))
+    q, k = torch.randn(1, H, 20, width), torch.randn(1, H, 20, width)
+    attend = Attend(heads=H, causal=True, softclamp_logits=True)
+    attend.run(q, k, k, mask=Mask().narrowed(True, None), geometry=ScoreShape(20, 20))
+    (shape,) = made
+    assert [block.bottom - block.top for block in blocks_of(shape)] == [width] * (20 // width) + [20 % width] * bool(20 % width)

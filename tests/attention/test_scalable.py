@@ -21,7 +21,7 @@ from .test_kernels import SCALE, B, D, H, draw
 
 @pytest.mark.parametrize('seed', range(60))
 def test_formula_on_every_kernel(seed, monkeypatch):
-    monkeypatch.setattr(block_steps, 'ROWS', 4)
+    monkeypatch.setattr(block_steps, 'block_rows', lambda width: 4)
     geometry, kv_heads, width, settings, fields, bias = draw(seed)
     settings |= {'l2_distance': False}
     attend = Attend(heads=H, logit_softclamp_value=2.0, scale=SCALE, scalable_softmax=True, **settings).double()

@@ -50,7 +50,7 @@ def second(kernel, kv_heads=H, padding=False, bias=False, past=None, **settings)
 
 @pytest.mark.parametrize('case', CASES)
 def test_second_gradients_are_those_of_the_reference(case, monkeypatch):
-    monkeypatch.setattr(block_steps, 'ROWS', 4)
+    monkeypatch.setattr(block_steps, 'block_rows', lambda width: 4)
     settings = dict(CASES[case])
     kernels = (settings.pop('kernel'),) if 'kernel' in settings else ('sdpa', 'blocks')
     expected = second('reference', **settings)

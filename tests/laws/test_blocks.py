@@ -18,8 +18,7 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(block_steps, 'ROWS', 3)
-    monkeypatch.setattr(block_steps, 'NARROW', 2)
+    monkeypatch.setattr(block_steps, 'block_rows', lambda width: 3)
     monkeypatch.setattr(sdpa, 'writes_more_than_it_reads', lambda call: call.geometry.queries > 1)
 
 

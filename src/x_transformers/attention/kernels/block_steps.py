@@ -13,9 +13,10 @@ from torch import Tensor
 from x_transformers.helpers import by_formula, single, softclamp, without_autocast
 from x_transformers.tensor_types import Bool, Float
 
-# queries in a block, and in one of a narrow window, where less of what is computed is outside it
-ROWS = 128
-NARROW = 64
+
+def block_rows(key_dim: int) -> int:
+    """Queries in a block: so many that its scores take no more memory than its keys."""
+    return key_dim
 
 
 class BlockShape(NamedTuple):
@@ -28,6 +29,8 @@ class BlockShape(NamedTuple):
     ahead: int | None
     past: int | None
     scale: float
+    # queries in a block
+    height: int
     softclamp: float | None = None
     sigmoid: bool = False
     topk: int | None = None
@@ -46,8 +49,7 @@ class BlockShape(NamedTuple):
     @property
     def rows(self) -> int:
         """Queries in a block."""
-        narrow = self.past is not None and self.past < 2 * ROWS
-        return min(ROWS, NARROW, self.queries) if narrow else min(ROWS, self.queries)
+        return min(self.height, self.queries)
 
 
 class BlockExtras(NamedTuple):

@@ -41,7 +41,7 @@ class Blocks:
         reasons = []
         if call.return_scores:
             reasons.append('the next layer wants the scores, which would be computed a second time')
-        if call.geometry.queries < block_steps.ROWS:
+        if call.geometry.queries < block_steps.block_rows(call.key_dim):
             reasons.append('there is less than one block of queries')
         return tuple(reasons)
 
@@ -74,8 +74,18 @@ class Blocks:
 def block_shape(args: KernelArgs) -> BlockShape:
     mask, geometry = args.mask, args.geometry
     past, ahead = (None, None) if mask.prefix is not None else mask.limits(geometry)
+    height = block_steps.block_rows(args.q.shape[-1])
     return BlockShape(
-        geometry.queries, geometry.keys, geometry.front, ahead, past, args.scale, args.softclamp, args.sigmoid, args.topk
+        geometry.queries,
+        geometry.keys,
+        geometry.front,
+        ahead,
+        past,
+        args.scale,
+        height,
+        args.softclamp,
+        args.sigmoid,
+        args.topk,
     )
 
 
