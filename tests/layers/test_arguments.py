@@ -12,7 +12,7 @@ from x_transformers.embedding.call import OF_MODELS
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
 from x_transformers.generation import keywords
-from x_transformers.layers.arguments import DECLARED, Argument, count_new
+from x_transformers.layers.arguments import DECLARED, NEEDS, Argument, count_new
 
 LETTERS = set('bnijhlpmdecs')
 
@@ -27,6 +27,26 @@ def test_a_declaration_is_complete(name: str) -> None:
     assert len(set(own)) == len(own)
     assert re.fullmatch(r'[A-Z].*\.', each.says) or each.says.endswith('…')
     assert each.needs is None or each.needs in OF_MODELS or each.needs == 'self_attn_additional_kv'
+
+
+# a value of each argument that says nothing alone; those of the wrapper warn
+ALONE = {
+    'context_mask': torch.ones(2, 5, dtype=torch.bool),
+    'mem_masks': [torch.ones(2, 3, dtype=torch.bool)],
+    'context_pos': torch.arange(5),
+    'additional_kv_mask': torch.ones(2, 3, dtype=torch.bool),
+    'cross_attn_kv_residuals': torch.randn(2, 5, 16),
+    'flash_pack_seq_context_kwargs': {},
+}
+
+
+@pytest.mark.parametrize(('name', 'needed'), NEEDS)
+def test_an_argument_is_refused_without_what_it_needs(name: str, needed: str) -> None:
+    stack = Decoder(dim=16, depth=1, heads=2)
+    with pytest.raises(ValueError, match=f'{name} must go with {needed}, got it alone'):
+        stack(torch.randn(2, 5, 16), **{name: ALONE[name]})
+    # nothing is said by a list of nothing
+    stack(torch.randn(2, 5, 16), mem_masks=[None])
 
 
 def test_axes_are_found_by_form() -> None:

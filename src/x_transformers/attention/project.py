@@ -144,14 +144,14 @@ def keeps_placed(positions: Positions | None, past: LayerCache | None, cross: bo
     """Whether this cache holds rotated keys, so that only new ones are rotated. One that began unrotated stays so."""
     if past is None or cross:
         return False
-    begun_placed = past.get('angles') is not None
+    begun_placed = 'angles' in past.tapes
     if positions is None or positions.cache_form != 'positioned':
         if begun_placed:
             raise ValueError(
                 'the cache holds rotated keys, but this call has no rotary positions: pass positions to all calls, or to none'
             )
         return False
-    return begun_placed or past.get('k') is None
+    return begun_placed or 'k' not in past.tapes
 
 
 def place_and_remember(attn: AttentionParts, k: Tensor, v: Tensor, mems: int, given: BranchInputs) -> tuple[Tensor, ...]:

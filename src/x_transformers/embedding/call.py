@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
-from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of
+from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of, needs_of, without_needed
 from x_transformers.layers.checks import check_prefix, is_int
 from x_transformers.notices import warn_inert
 from x_transformers.tensor_types import Bool, Float, Int
@@ -65,6 +65,7 @@ class Call:
 
 # of every model, and of the stack that its other keywords go to
 OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(Call)
+NEEDS = needs_of(Call)
 
 
 def along_tokens(name: str, value: Any) -> bool:
@@ -147,8 +148,9 @@ def check_added(call: Call, batch: int, dim: int) -> None:
                 f'seq_start_pos must lie in 0 … {length}, the tokens of a row, got {low} to {high}. It counts the pads '
                 'in front of each row.'
             )
-    if call.prepend_mask is not None and call.prepend_embeds is None and call.cache is None:
-        warn_inert('forward', ['`prepend_mask` does nothing without `prepend_embeds`. Give these, or leave this out.'])
+    # behind a cache they may speak of what is in it
+    for name, needed in without_needed(call, NEEDS) if call.cache is None else ():
+        warn_inert('forward', [f'`{name}` does nothing without `{needed}`. Give these, or leave this out.'])
     check_prefix(call.more.get('prefix_attn_len'), batch)
     if call.pos is not None:
         if not isinstance(call.pos, Tensor) or call.pos.is_complex():

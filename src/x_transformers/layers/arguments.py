@@ -68,6 +68,27 @@ def arguments_of(kind: Any) -> dict[str, Argument]:
     return {each.name: each.metadata['argument'] for each in fields(kind) if 'argument' in each.metadata}
 
 
+def needs_of(kind: Any) -> tuple[tuple[str, str], ...]:
+    """(argument, the one without which it says nothing) of a dataclass."""
+    # of an argument that is no tensor nothing else is declared
+    told = [(each.name, getattr(each.metadata.get('argument'), 'needs', each.metadata.get('needs'))) for each in fields(kind)]
+    return tuple((name, needs) for name, needs in told if needs is not None)
+
+
+def without_needed(given: Any, needs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of ``needs_of`` that were given without what they need; a list of nothing but None is not given."""
+    found = []
+    for name, needed in needs:
+        value = getattr(given, name)
+        if value is not None and getattr(given, needed) is None and (isinstance(value, Tensor) or any_given(value)):
+            found.append((name, needed))
+    return found
+
+
+def any_given(value: Any) -> bool:
+    return not isinstance(value, (list, tuple)) or any(each is not None for each in value)
+
+
 def names_of(declared: Mapping[str, Argument], fits: Callable[[Argument], bool]) -> tuple[str, ...]:
     return tuple(name for name, each in declared.items() if fits(each))
 
@@ -120,7 +141,9 @@ class Given:
     attn_mask: Tensor | None = argument(PAIRS, 'Which query may see which key.', front=True, past='all')
     self_attn_kv_mask: Tensor | None = argument('b n', 'In place of `mask`: which tokens may be seen.', front=True, past='all')
     mems: Sequence[Tensor | None] | None = argument('b l d', 'For each self attention: what an earlier segment left.')
-    mem_masks: Sequence[Tensor | None] | None = argument('b l', 'For each self attention: which memories may be seen.')
+    mem_masks: Sequence[Tensor | None] | None = argument(
+        'b l', 'For each self attention: which memories may be seen.', needs='mems'
+    )
     seq_start_pos: Tensor | None = argument('b', 'How many tokens of padding stand on the left of each row.')
     seq_pos_offset: int | None = None
     cache: Cache = None
@@ -149,7 +172,7 @@ class Given:
         'b j d | s b j d', "What is added to the input of cross attention's keys and values.", needs='context'
     )
     flash_pack_seq_kwargs: Any = None
-    flash_pack_seq_context_kwargs: Any = None
+    flash_pack_seq_context_kwargs: Any = field(default=None, metadata={'needs': 'context'})
     prefix_attn_len: int | Tensor | None = argument('b', 'How many tokens all may see, or of each row.')
     repeat_blocks: Any = None
     transform_block_inputs: Any = None
@@ -161,5 +184,6 @@ class Given:
 
 
 DECLARED = arguments_of(Given)
+NEEDS = needs_of(Given)
 # what may be handed on to any stack
 ARGUMENTS = tuple(each.name for each in fields(Given) if each.name != 'prefix_attn_len')

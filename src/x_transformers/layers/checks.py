@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.flags.elsewhere import answer_of_call
-from x_transformers.layers.arguments import ARGUMENTS, check_number, is_number
+from x_transformers.layers.arguments import ARGUMENTS, NEEDS, check_number, is_number, without_needed
 from x_transformers.layers.branch import innermost
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
@@ -205,9 +205,6 @@ def check_context(stack: StackParts, given: Given, batch: int) -> None:
     if context is None:
         if crosses:
             raise ValueError('context is missing: this stack has cross attention (cross_attend), so pass context=(b, j, width)')
-        for name in ('context_mask', 'context_pos', 'cross_attn_kv_residuals', 'flash_pack_seq_context_kwargs'):
-            if getattr(given, name) is not None:
-                raise ValueError(f'{name} was given without a context, which needs a stack built with cross_attend=True')
         return
     if not crosses:
         raise ValueError(
@@ -244,8 +241,6 @@ def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: 
                 f'{name} must be a list with one entry for each of {layers} executed self attentions, but is {got}'
             )
     if given.mems is None:
-        if given.mem_masks is not None and any(mask is not None for mask in given.mem_masks):
-            raise ValueError('mem_masks were given without mems')
         return
     for index, mem in enumerate(given.mems):
         if mem is not None and (not is_float(mem, 3) or mem.shape[0] != batch or mem.shape[-1] != stack.dim):
@@ -399,6 +394,8 @@ def without_mask(stack: StackParts, steps: Sequence[Step]) -> str | None:
 
 def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
+    for name, needed in without_needed(given, NEEDS):
+        raise ValueError(f'{name} must go with {needed}, got it alone. Give {needed}, too, or leave {name} out.')
     check_causal(stack, given.causal)
     check_masks(stack, given, span)
     if given.seq_start_pos is not None and any(flags.hybrid_module is not None for flags in stack.flags.attentions):

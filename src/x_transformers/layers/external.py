@@ -23,8 +23,6 @@ def external_keys(stack: StackParts, given: Given, steps: tuple[Step, ...], batc
     """Keys and values of another model, one entry per executed self attention; fewer go to the top layers."""
     mask = given.additional_kv_mask
     if given.self_attn_additional_kv is None:
-        if mask is not None:
-            raise ValueError('additional_kv_mask was given without self_attn_additional_kv')
         return ()
     pairs = list(key_value_pairs(given.self_attn_additional_kv))
     if given.detach_additional_kv:
