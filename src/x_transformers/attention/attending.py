@@ -35,11 +35,11 @@ def attended(
     Such a module is called with queries, keys, values, and with ``mask`` (b h i j), ``attn_bias`` and ``prev_attn`` where they
     are; it returns (output, intermediates). Hooks on ours can read the maps.
     """
+    if type(attend) is Attend and is_bare(attend):
+        out, maps = attend.run(q, k, v, mask=mask, geometry=geometry, bias=bias, previous=previous, **more)
+        return out, Intermediates(maps=maps)
     if isinstance(attend, Attend):
         around = {'mask': mask, 'geometry': geometry, 'bias': bias, 'previous': previous, **more}
-        if type(attend) is Attend and is_bare(attend):
-            out, maps = attend.run(q, k, v, **around)
-            return out, Intermediates(maps=maps)
         around['return_attn'] = around['return_attn'] or is_heard(attend)
         out, seen = attend(q, k, v, around=around)
         return out, seen
