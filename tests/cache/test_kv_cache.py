@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from x_transformers import Decoder, TransformerWrapper
 from x_transformers.cache.intermediates import LayerIntermediates, get_cached_kvs, self_attention_kvs
 from x_transformers.cache.kv_cache import KVCache
 
@@ -195,3 +196,49 @@ def test_a_carried_function_does_not_forbid_rollback() -> None:
     cache.step(0).carry['hidden'] = {'h': torch.zeros(1, 2, 3)}
     with pytest.raises(ValueError, match='hidden'):
         cache.rollback(2)
+
+
+@torch.no_grad()
+def test_layers_share_one_tape_of_angles_whatever_happens_to_the_cache() -> None:
+    torch.manual_seed(0)
+    net = TransformerWrapper(num_tokens=9, max_seq_len=0, attn_layers=Decoder(dim=32, depth=3, heads=2, rotary_pos_emb=True))
+    net = net.eval()
+    x = torch.randint(0, 9, (2, 12))
+    _, seen = net(x[:, :6], return_intermediates='cache')
+
+    def shared(cache: KVCache) -> bool:
+        tapes = [layer.tapes['angles'] for layer in cache if 'angles' in layer.tapes]
+        return len(tapes) == 3 and len({id(tape) for tape in tapes}) == 1
+
+    whole = net(x)
+    cache = seen.kv_cache
+    rows = torch.tensor([1, 0])
+    for changed in (cache, cache.reserve(9), cache.rollback(5), cache.window(4), cache.reorder(rows), cache.fixed(16)):
+        assert shared(changed)
+    # two that go on from one do not write over each other's angles
+    for begin in (cache.reserve(9), cache.rollback(5).rollback(4)):
+        held = begin.length
+        for _ in range(2):
+            out, again = net(x[:, held:], cache=begin, input_not_include_cache=True, return_intermediates='cache')
+            torch.testing.assert_close(out, whole[:, held:])
+            assert shared(again.kv_cache)
+    once = cache.steps[0].tapes['angles'].nbytes()
+    assert cache.bytes() == once + sum(cache.steps[i].tapes[n].nbytes() for i in (0, 2, 4) for n in 'kv')
+
+
+@torch.no_grad()
+def test_whoever_asks_for_the_cache_alone_is_given_no_hidden_states() -> None:
+    net = TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=Decoder(dim=32, depth=2, heads=2)).eval()
+    x = torch.randint(0, 9, (2, 8))
+    whole, everything = net(x, return_intermediates=True)
+    logits, seen = net(x[:, :5], return_intermediates='cache')
+    torch.testing.assert_close(logits, whole[:, :5])
+    assert not seen.hiddens
+    assert not seen.layer_hiddens
+    assert not seen.attn_intermediates
+    assert everything.hiddens
+    assert everything.attn_intermediates
+    torch.testing.assert_close(net(x[:, 5:], cache=seen), whole[:, 5:])
+    # what else is asked for is there
+    _, more = net(x, return_intermediates='cache', return_attn_z_loss=True)
+    assert more.attn_intermediates

@@ -247,16 +247,7 @@ class Attention(Module):
     def _attended(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         """The layer on x, (b n d) or with separate views (3 b n d)."""
         seen = project.gather(self, x, given)
-        deltas = given.deltas
-        # what most layers do without is asked here: a call that does nothing is made for each layer and token
-        q = self.to_q(seen.queries)
-        if deltas.queries is not None:
-            q = q + deltas.queries
-        if self.convolutions is not None:
-            q = project.convolved(self, 'q', q, given)
-        q = split_heads(q, self.heads)
-        if self.qk_norm or self.q_rmsnorm is not None:
-            q = self.normed_queries(q)
+        q = self.queries(seen, given)
         k, v, own = self._keys_values(self, seen, given)
         handed = HandedKeys(k, v, own, given.mask) if given.hands_on_keys else None
         q = self.placed_queries(q, given)
@@ -292,7 +283,7 @@ class Attention(Module):
             geometry=geometry,
             packed=given.packed,
             rows=given.padding,
-            delta=deltas.weights,
+            delta=given.deltas.weights,
             steps=None if self.path_steps is None else self.path_steps(seen.x, given),
             composition=None if self.composition is None else self.composition(seen, given),
             return_attn=given.return_attn,
@@ -309,21 +300,39 @@ class Attention(Module):
             out = exclusive(out, excluded)
         if self.differential is not None:
             out = self.differential(out)
-        hidden = None
-        if self.head_scale_params is not None or self.to_v_head_gate is not None or self.hybrid_module is not None:
-            out, hidden = self.gated_heads(out, seen.x, given)
-        out = merge_heads(out)
-        if deltas.heads is not None:
-            out = out + deltas.heads
-        if self.to_v_gate is not None or self.to_output_gate is not None:
-            out = self.gated_channels(out, seen.x)
-        result = self.to_out(self.orthogonal_to(out, own) if self.orthogonal_copies else out)
+        result, hidden = self.read_out(out, own, seen.x, given)
         report = self.report(told, own, given, hidden)
         report.handed = handed
-        plain = given.rows is None and self.sublayer_dropout is None
-        return result if plain else self.written(result, given.rows), report
+        return result, report
 
     # ------------------------------------------------------------ its steps
+
+    def queries(self, seen: Seen, given: BranchInputs) -> Float[Tensor, 'b h n d']:
+        """The queries, normed but without positions."""
+        # what most layers do without is asked here: a call that does nothing is made for each layer and token
+        q = self.to_q(seen.queries)
+        if given.deltas.queries is not None:
+            q = q + given.deltas.queries
+        if self.convolutions is not None:
+            q = project.convolved(self, 'q', q, given)
+        q = split_heads(q, self.heads)
+        return self.normed_queries(q) if self.qk_norm or self.q_rmsnorm is not None else q
+
+    def read_out(
+        self, out: Float[Tensor, 'b h n e'], own: Tensor, x: Float[Tensor, 'b n d'], given: BranchInputs
+    ) -> tuple[Float[Tensor, 'b n c'], Any]:
+        """What the layer writes of the attended values, and the hidden state of its hybrid module."""
+        hidden = None
+        if self.head_scale_params is not None or self.to_v_head_gate is not None or self.hybrid_module is not None:
+            out, hidden = self.gated_heads(out, x, given)
+        out = merge_heads(out)
+        if given.deltas.heads is not None:
+            out = out + given.deltas.heads
+        if self.to_v_gate is not None or self.to_output_gate is not None:
+            out = self.gated_channels(out, x)
+        out = self.to_out(self.orthogonal_to(out, own) if self.orthogonal_copies else out)
+        written = given.rows is None and self.sublayer_dropout is None
+        return out if written else self.written(out, given.rows), hidden
 
     def written(self, out: Float[Tensor, 'b n c'], rows: Bool[Tensor, 'b n'] | None) -> Float[Tensor, 'b n c']:
         """What the layer writes: some of it left out in training, and nothing for rows that are no tokens."""

@@ -28,6 +28,18 @@ class HoldsCache(Protocol):
 Cache: TypeAlias = Union['KVCache', HoldsCache, None]
 
 
+def once_each(change: Callable[[Tape], Tape]) -> Callable[[Tape], Tape]:
+    """The same change, made once of a tape that layers share, so that they go on sharing it."""
+    made: dict[int, Tape] = {}
+
+    def changed(tape: Tape) -> Tape:
+        if id(tape) not in made:
+            made[id(tape)] = change(tape)
+        return made[id(tape)]
+
+    return changed
+
+
 class Cursor:
     """How far a cache of fixed capacity is written: numbers as tensors, so that one compiled program serves every token.
 
@@ -159,18 +171,21 @@ class LayerCache:
         twin.tapes = {name: change(tape) for name, tape in self.tapes.items()}
         return twin
 
-    def shortened(self, removed: int, own: bool = False) -> LayerCache:
-        """A fork without the newest ``removed`` rows of each growing tape."""
+    def shortened(self, removed: int, cut: Callable[[Tape], Tape]) -> LayerCache:
+        """A fork without the newest ``removed`` rows of each growing tape, which ``cut`` takes off."""
         if removed and not self.can_rollback:
             held = ', '.join(self._without_history())
             raise ValueError(
                 f'the cache cannot be rolled back: it holds a state without history ({held}); keep a fork() from before instead'
             )
-        return self.changed(lambda tape: tape if tape.fixed else tape.cut(tape.length - removed, own))
+        return self.changed(cut)
 
-    def reordered(self, index: Int[Tensor, ' r'], context: bool = True, batch: int | None = None) -> LayerCache:
+    def reordered(
+        self, index: Int[Tensor, ' r'], gathered: Callable[[Tape], Tape] | None = None, batch: int | None = None
+    ) -> LayerCache:
+        """A fork with these batch rows; ``gathered`` takes them of a tape."""
         batch = next((tape.batch for tape in self.tapes.values()), batch)
-        twin = self.changed(lambda tape: tape.rows(index) if context or not tape.fixed else tape)
+        twin = self.changed((lambda tape: tape.rows(index)) if gathered is None else gathered)
         twin.states = {name: state.index_select(0, index) for name, state in self.states.items()}
 
         def gather(value: Any, axis: int | None) -> Any:
@@ -182,10 +197,6 @@ class LayerCache:
             name: tree_map(partial(gather, axis=self.carry_axis.get(name)), value) for name, value in self.carry.items()
         }
         return twin
-
-    def nbytes(self) -> int:
-        states = sum(state.numel() * state.element_size() for state in self.states.values())
-        return states + sum(tape.nbytes() for tape in self.tapes.values())
 
     def __repr__(self) -> str:
         return f'LayerCache({self.tapes}, states={list(self.states)}, carry={list(self.carry)})'
@@ -333,7 +344,8 @@ class KVCache:
         device = next((tape.value.device for layer in self for tape in layer.tapes.values()), None)
         # written by whoever reads, in inference mode or not
         with torch.inference_mode(False):
-            made = self._mapped(lambda layer: layer.changed(partial(FixedTape.of_tape, held=held, capacity=capacity)))
+            change = once_each(partial(FixedTape.of_tape, held=held, capacity=capacity))
+            made = self._mapped(lambda layer: layer.changed(change))
             row, seen = (torch.tensor([number], device=device) for number in (held, self.length))
         made._at(Cursor(row, seen, capacity, reach), max(self.front - (self.length - held), 0))
         return made
@@ -355,11 +367,13 @@ class KVCache:
                 f'the cache has seen {self.length} rows and holds the newest {self.retained}; '
                 f'it cannot be rolled back to {length}'
             )
-        return self._mapped(lambda layer: layer.shortened(removed, own), length)
+        cut = once_each(lambda tape: tape if tape.fixed else tape.cut(tape.length - removed, own))
+        return self._mapped(lambda layer: layer.shortened(removed, cut), length)
 
     def window(self, last: int) -> KVCache:
         """Only the newest ``last`` rows of self attention; ``length`` stays."""
-        return self._mapped(lambda layer: layer.changed(lambda tape: tape.last(last)))
+        newest = once_each(lambda tape: tape.last(last))
+        return self._mapped(lambda layer: layer.changed(newest))
 
     def begun(self) -> KVCache:
         """The same, counted from the oldest row held: as if the rows before it had never been seen, though places stay."""
@@ -375,15 +389,19 @@ class KVCache:
         """
         # a layer without keys of its own does not know how many rows there are
         batch = next((tape.batch for layer in self for tape in layer.tapes.values()), None)
-        return self._mapped(lambda layer: layer.reordered(rows, context, batch))
+        gathered = once_each(lambda tape: tape.rows(rows) if context or not tape.fixed else tape)
+        return self._mapped(lambda layer: layer.reordered(rows, gathered, batch))
 
     def reserve(self, more: int) -> KVCache:
         """Told that ``more`` rows will follow, so that the first append makes room for all of them."""
-        return self._mapped(lambda layer: layer.changed(lambda tape: tape.reserved(more)))
+        reserved = once_each(lambda tape: tape.reserved(more))
+        return self._mapped(lambda layer: layer.changed(reserved))
 
     def bytes(self) -> int:
-        """Bytes of what is held, without spare room."""
-        return sum(layer.nbytes() for layer in self.steps.values())
+        """Bytes of what is held, without spare room; what layers share counts once."""
+        tapes = {id(tape): tape for layer in self for tape in layer.tapes.values()}
+        states = [state for layer in self for state in layer.states.values()]
+        return sum(tape.nbytes() for tape in tapes.values()) + sum(t.numel() * t.element_size() for t in states)
 
     def __repr__(self) -> str:
         return f'KVCache(length={self.length}, retained={self.retained}, steps={len(self.steps)})'

@@ -183,8 +183,8 @@ class AttentionLayers(Module):
         wide_condition = None if condition is None else self.streams.condition(condition)
         streams = self.streams.open(x, self.stream_emb)
         layers, maps_now = self._layers(), call.return_attn and is_sharded(self)
-        # what is asked for each layer and token is asked here once
-        joins, enters = self.unet_skips or self.lambdas is not None, self._enters_blocks(call)
+        joins = self.unet_skips or self.lambdas is not None
+        enters = self.mudd is not None or call.return_attn or call.transform_block is not None
         for step in call.steps:
             if enters and step.block:
                 streams = between(self.mudd, self._begin_block(step.block, streams, call, record), carry)
@@ -207,8 +207,7 @@ class AttentionLayers(Module):
         streams = between(self.mudd, streams, carry)
         if record.wanted:
             record.layer_hiddens.append(self.streams.last(streams))
-        if self.softclamp_value is not None:
-            streams = softclamp(streams, self.softclamp_value)
+        streams = streams if self.softclamp_value is None else softclamp(streams, self.softclamp_value)
         if call.cache is not None:
             call.cache.advance(call.span.new)
         out = self.streams.close(streams, lambda t: call_norm(self.final_norm, t, condition))
@@ -233,20 +232,14 @@ class AttentionLayers(Module):
             checkpoint=training and self.flags.gradient_checkpointing,
         )
 
-    def _enters_blocks(self, call: Inputs) -> bool:
-        """Whether anything happens where a block begins."""
-        return self.mudd is not None or call.return_attn or call.transform_block is not None
-
     def _begin_block(self, block: int, streams: Tensor, call: Inputs, record: Record) -> Tensor:
         """The streams that enter the ``block``-th executed block, changed as the caller wishes."""
         if record.wanted and block > 1:
             record.block_hiddens.append(self.streams.last(streams))
         return streams if call.transform_block is None else call.transform_block(block, streams)
 
-    def _mixture(self, step: Step) -> nn.Module | None:
+    def _mixture(self, step: Step) -> nn.Module:
         """What mixes the inputs of all layers so far: one for each step, or for each layer where any number can be mixed."""
-        if self.layer_integrators is None:
-            return None
         mixture: nn.Module = self.layer_integrators[step.layer if self.flags.aggregates else step.index]
         return mixture
 
@@ -335,8 +328,8 @@ class AttentionLayers(Module):
         - ``causal``: self attention is so in this call, whatever the stack was built for.
         - ``return_gumbel_log_probs``: with ``return_hiddens`` every attention's ``log_probs`` (b h n) are those of the keys
           that hard or Gumbel attention has chosen.
-        - ``return_hiddens='cache'``: the intermediates hold the cache, and neither hidden states nor attention.
-        - ``return_expert_loss``: without ``return_hiddens``, intermediates that hold nothing but the ``expert_loss``.
+        - ``return_hiddens='cache'``: intermediates with the cache and no hidden states. ``return_expert_loss``: without
+          ``return_hiddens``, intermediates that hold nothing but the ``expert_loss``.
 
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
         Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
