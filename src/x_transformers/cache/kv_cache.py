@@ -162,7 +162,9 @@ class LayerCache:
         # without its constructor, which would be called for every layer and token
         twin = LayerCache.__new__(LayerCache)
         twin.cursor, twin.tapes = self.cursor, self.tapes.copy()
-        twin.states, twin.carry, twin.carry_axis = self.states.copy(), self.carry.copy(), self.carry_axis.copy()
+        twin.states = self.states.copy() if self.states else {}
+        twin.carry = self.carry.copy() if self.carry else {}
+        twin.carry_axis = self.carry_axis.copy() if self.carry_axis else {}
         return twin
 
     def changed(self, change: Callable[[Tape], Tape]) -> LayerCache:
@@ -256,6 +258,8 @@ class KVCache:
                 'cache must be a KVCache or the LayerIntermediates of an earlier call (return_intermediates=True), '
                 f'got {type(given).__name__}'
             )
+        if held is not None and not attentions:
+            return cast(KVCache, held)
         if held is not None:
             steps = [
                 index for index in sorted(held.steps) if 'v' in held.steps[index].tapes or 'latent' in held.steps[index].tapes

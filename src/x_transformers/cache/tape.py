@@ -13,18 +13,19 @@ LEAST_ROOM = 64
 class Room:
     """Memory that several tapes may share; ``used`` is where the newest of them ends."""
 
-    __slots__ = ('buffer', 'used')
+    __slots__ = ('buffer', 'inference', 'used')
 
     def __init__(self, buffer: Tensor, used: int) -> None:
         self.buffer = buffer
         self.used = used
+        # memory made in inference mode cannot be written outside of it
+        self.inference = buffer.is_inference()
 
     def has_space(self, end: int, more: int) -> bool:
         """Whether ``more`` rows may be written at ``end`` without harming anyone's view."""
         if end != self.used or end + more > self.buffer.shape[-2]:
             return False
-        # memory made in inference mode cannot be written outside of it
-        return not self.buffer.is_inference() or torch.is_inference_mode_enabled()
+        return not self.inference or torch.is_inference_mode_enabled()
 
 
 class Tape:
@@ -70,10 +71,10 @@ class Tape:
         value = self.value
         return value.numel() * value.element_size()
 
-    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool = True) -> Tape:
+    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool | None = None) -> Tape:
         """This tape with ``new`` behind it. ``at`` is for tapes whose end is a tensor (``FixedTape``).
 
-        ``in_place=False``: memory that tapes share is not written, as where gradients are recorded.
+        ``in_place=False``: memory that tapes share is not written; None: unless gradients are recorded.
         """
         room, buffer = self._room, self._room.buffer
         if self.fixed:
@@ -83,7 +84,8 @@ class Tape:
                 f'the cache holds rows of shape {_but_length(buffer)} and the new ones are {_but_length(new)}; they must agree '
                 '(batch, heads, features): use the cache with the batch it was made for, or reorder its rows first'
             )
-        if not in_place or torch.is_grad_enabled() or new.dtype != buffer.dtype or new.device != buffer.device:
+        in_place = not torch.is_grad_enabled() if in_place is None else in_place
+        if not in_place or new.dtype != buffer.dtype or new.device != buffer.device:
             return Tape.of(torch.cat((self.value, new), dim=-2), reserve=self.reserve)
         more = new.shape[-2]
         end = self._start + self.length
@@ -158,7 +160,7 @@ class FixedTape(Tape):
         buffer.narrow(-2, 0, held).copy_(value[..., :held, :])
         return cls(buffer)
 
-    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool = True) -> FixedTape:
+    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool | None = None) -> FixedTape:
         buffer = self._room.buffer
         if at is None:
             raise ValueError('a tape of fixed shape must be told where to write')

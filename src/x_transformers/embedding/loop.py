@@ -148,7 +148,7 @@ def joined(
     record = LayerCache()
     if exits is not None:
         record.tapes, record.carry = (
-            {'exit': exits.tapes['exit'].append(rows, in_place=not torch.compiler.is_compiling())},
+            {'exit': exits.tapes['exit'].append(rows, in_place=not (torch.is_grad_enabled() or torch.compiler.is_compiling()))},
             dict(exits.carry),
         )
     else:

@@ -179,10 +179,11 @@ class Reader:
             self._skipped = low - self.origin
             given = self.keywords.whole(low, high)
         else:
-            if self.limit is not None and cache.retained + high - low > self.limit + cache.front:
-                cache = cache.window(self.limit + cache.front - (high - low))
-            rows = cache.retained + high - low
-            given = self.keywords.continued(low, high, rows, cache.front)
+            held, new = cache.retained, high - low
+            if self.limit is not None and held + new > self.limit + cache.front:
+                cache = cache.window(self.limit + cache.front - new)
+                held = cache.retained
+            given = self.keywords.continued(low, high, held + new, cache.front)
             given['cache'] = cache
         given.update(self._start_of(cache))
         out, intermediates = self.net(
@@ -255,6 +256,8 @@ class Reader:
 
     def _start_of(self, cache: KVCache | None) -> dict[str, Tensor]:
         """The pads as counted from the first row that the cache has ever seen; nothing once they have left the window."""
+        if self.start is None:
+            return {}
         gone = 0 if cache is None or cache.front else cache.length - cache.retained
         return {} if self._skipped + gone >= self.most_pads else self._start(self._skipped)
 
