@@ -218,7 +218,7 @@ def test_signatures_are_the_flags() -> None:
     assert 'causal' not in inspect.signature(Decoder).parameters
     assert 'only_cross' not in inspect.signature(CrossAttender).parameters
     assert inspect.signature(Encoder).parameters['rotary_pos_emb'].default is False
-    assert len(inspect.signature(AttentionLayers.forward).parameters) == 1 + 31 + 6
+    assert len(inspect.signature(AttentionLayers.forward).parameters) == 1 + 31 + 7
 
     class Mine(Decoder):
         def __init__(self, width: int) -> None:
