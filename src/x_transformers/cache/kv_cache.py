@@ -28,7 +28,7 @@ class HoldsCache(Protocol):
 Cache: TypeAlias = Union['KVCache', HoldsCache, None]
 
 
-def once_each(change: Callable[[Tape], Tape]) -> Callable[[Tape], Tape]:
+def keep_sharing(change: Callable[[Tape], Tape]) -> Callable[[Tape], Tape]:
     """The same change, made once of a tape that layers share, so that they go on sharing it."""
     made: dict[int, Tape] = {}
 
@@ -348,7 +348,7 @@ class KVCache:
         device = next((tape.value.device for layer in self for tape in layer.tapes.values()), None)
         # written by whoever reads, in inference mode or not
         with torch.inference_mode(False):
-            change = once_each(partial(FixedTape.of_tape, held=held, capacity=capacity))
+            change = keep_sharing(partial(FixedTape.of_tape, held=held, capacity=capacity))
             made = self._mapped(lambda layer: layer.changed(change))
             row, seen = (torch.tensor([number], device=device) for number in (held, self.length))
         made._at(Cursor(row, seen, capacity, reach), max(self.front - (self.length - held), 0))
@@ -371,12 +371,12 @@ class KVCache:
                 f'the cache has seen {self.length} rows and holds the newest {self.retained}; '
                 f'it cannot be rolled back to {length}'
             )
-        cut = once_each(lambda tape: tape if tape.fixed else tape.cut(tape.length - removed, own))
+        cut = keep_sharing(lambda tape: tape if tape.fixed else tape.cut(tape.length - removed, own))
         return self._mapped(lambda layer: layer.shortened(removed, cut), length)
 
     def window(self, last: int) -> KVCache:
         """Only the newest ``last`` rows of self attention; ``length`` stays."""
-        newest = once_each(lambda tape: tape.last(last))
+        newest = keep_sharing(lambda tape: tape.last(last))
         return self._mapped(lambda layer: layer.changed(newest))
 
     def begun(self) -> KVCache:
@@ -393,12 +393,12 @@ class KVCache:
         """
         # a layer without keys of its own does not know how many rows there are
         batch = next((tape.batch for layer in self for tape in layer.tapes.values()), None)
-        gathered = once_each(lambda tape: tape.rows(rows) if context or not tape.fixed else tape)
+        gathered = keep_sharing(lambda tape: tape.rows(rows) if context or not tape.fixed else tape)
         return self._mapped(lambda layer: layer.reordered(rows, gathered, batch))
 
     def reserve(self, more: int) -> KVCache:
         """Told that ``more`` rows will follow, so that the first append makes room for all of them."""
-        reserved = once_each(lambda tape: tape.reserved(more))
+        reserved = keep_sharing(lambda tape: tape.reserved(more))
         return self._mapped(lambda layer: layer.changed(reserved))
 
     def bytes(self) -> int:

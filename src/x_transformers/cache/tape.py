@@ -13,19 +13,18 @@ LEAST_ROOM = 64
 class Room:
     """Memory that several tapes may share; ``used`` is where the newest of them ends."""
 
-    __slots__ = ('buffer', 'inference', 'used')
+    __slots__ = ('buffer', 'used')
 
     def __init__(self, buffer: Tensor, used: int) -> None:
         self.buffer = buffer
         self.used = used
-        # memory made in inference mode cannot be written outside of it
-        self.inference = buffer.is_inference()
 
     def has_space(self, end: int, more: int) -> bool:
         """Whether ``more`` rows may be written at ``end`` without harming anyone's view."""
         if end != self.used or end + more > self.buffer.shape[-2]:
             return False
-        return not self.inference or torch.is_inference_mode_enabled()
+        # memory made in inference mode cannot be written outside of it
+        return not self.buffer.is_inference() or torch.is_inference_mode_enabled()
 
 
 class Tape:
