@@ -87,6 +87,15 @@ def test_explained_as_python():
         ({'rope_scaling': {'type': 'su', 'factor': 2.0}}, r"`rope_type` is 'su'"),
         ({'quantization_config': {'bits': 4}}, r'`quantization_config` is .* which this family does not know'),
         ({'hidden_size': None}, r'`hidden_size` is missing'),
+        ({'model_type': ['llama']}, r"`model_type` is \['llama'\]; the families are llama"),
+        ({'hidden_size': '16'}, r"`hidden_size` must be a whole number above 0, got '16'"),
+        ({'num_attention_heads': 0}, r'`num_attention_heads` must be a whole number above 0, got 0'),
+        ({'num_key_value_heads': 3}, r'`num_key_value_heads` must divide `num_attention_heads`, 4, got 3'),
+        ({'rms_norm_eps': 'small'}, r"`rms_norm_eps` must be a number, or true or false, got 'small'"),
+        ({'hidden_act': 3}, r'`hidden_act` must be a word, got 3'),
+        ({'rope_scaling': 'linear'}, r"`rope_scaling` must be a table, got 'linear'"),
+        ({'layer_types': 3, 'model_type': 'mistral', 'sliding_window': 4}, r'`layer_types` must be a list, got 3'),
+        ({'rope_theta': [1.0]}, r'`rope_theta` must be a number, or true or false, got \[1.0\]'),
     ],
 )
 def test_configs_that_cannot_be_expressed_are_refused_by_key(change, says):
@@ -125,6 +134,35 @@ def test_a_tied_head_that_is_none(folder):
         from_hf(folder)
     rewrite(folder, lambda held: held.update({'lm_head.weight': held['model.embed_tokens.weight'].clone()}))
     assert from_hf(folder).flags.tie_embedding
+
+
+def test_flags_that_do_not_fit_together_are_told_with_the_family(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | {'rms_norm_eps': -1.0}))
+    with pytest.raises(FlagError, match=r'llama: the config becomes flags that do not fit together. `norm_eps=-1.0`'):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'says'),
+    [
+        (torch.int64, 'model.norm.weight must hold floating numbers, got torch.int64'),
+        (torch.float8_e4m3fn, 'model.norm.weight is torch.float8_e4m3fn, in which no model computes. Give dtype'),
+    ],
+)
+def test_weights_that_no_model_computes_with(folder, kind, says, tmp_path):
+    rewrite(folder, lambda held: held.update({'model.norm.weight': held['model.norm.weight'].to(kind)}))
+    with pytest.raises(FolderError, match=says):
+        from_hf(folder)
+    if kind.is_floating_point:
+        model = from_hf(folder, dtype=torch.float32)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with pytest.raises(FolderError, match=r'dtype must be one of torch.float64, .*, got torch.int8'):
+        from_hf(folder, dtype=torch.int8)
+    home_made().save_pretrained(tmp_path / 'ours')
+    rewrite(tmp_path / 'ours', lambda held: held.update({'attn_layers.final_norm.g': torch.ones(16).to(kind)}))
+    with pytest.raises(FolderError, match=r'attn_layers.final_norm.g (must hold|is torch.float8)'):
+        TransformerWrapper.from_pretrained(tmp_path / 'ours')
 
 
 def test_a_missing_shard_is_named(folder):

@@ -20,7 +20,7 @@ from x_transformers.hf.family import Config, Family, KeyRule, Plain, headless
 from x_transformers.hf.maps import JOINED, SAME
 from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
-from x_transformers.saving.folder import fill_model, refuse_weights, written_whole
+from x_transformers.saving.folder import check_asked, check_dtypes, fill_model, refuse_weights, written_whole
 from x_transformers.saving.hub import fetched
 from x_transformers.saving.plain import from_plain, to_plain, without_memory
 from x_transformers.saving.tensors import TensorSource, Weights, json_object, write_tensors
@@ -54,7 +54,7 @@ TOKENIZER = (
 def family_of(config: Mapping[str, Any]) -> Family:
     """Raises FlagError for a model_type that no family has."""
     kind = config.get('model_type')
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise FlagError(f'`model_type` is {kind!r}; the families are {", ".join(FAMILIES)}. There is no other yet.')
     file, name = FAMILIES[kind]
     family: Family = getattr(import_module(f'x_transformers.hf.{file}'), name)
@@ -66,8 +66,13 @@ def keywords(config: Mapping[str, Any]) -> Plain:
 
     Raises FlagError that names each key that cannot be expressed, and what is missing.
     """
-    reader = Config(config)
-    made = family_of(config).keywords(reader)
+    reader, family = Config(config), family_of(config)
+    try:
+        made = family.keywords(reader)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        # mostly of a key that has been found wrong before
+        reader.wrong = reader.wrong or [f'the config cannot be read: {error}']
+        made = {}
     reader.finish()
     return made
 
@@ -101,10 +106,14 @@ def from_hf(
         raise FolderError(f'{folder} is a folder of this library: use from_pretrained.')
     plain = keywords(config)
     family = family_of(config)
+    check_asked(dtype)
     with without_memory():
-        model = from_plain(plain)
+        model = built(plain, config)
     weights = Weights(folder)
     rules = rules_for(family, config, plain, weights)
+    check_dtypes(
+        folder, {name: weights.stored(name).dtype for entry in rules for name in entry.theirs if name in weights}, dtype
+    )
     sources = checked_sources(folder, model, rules, weights, family, plain)
     if prepare is not None:
         if dtype is not None:
@@ -113,6 +122,13 @@ def from_hf(
     fill_model(model, sources, device=device, dtype=dtype)
     model.hf_config = dict(config)
     return model.eval()
+
+
+def built(plain: Plain, config: Mapping[str, Any]) -> Any:
+    try:
+        return from_plain(plain)
+    except FlagError as error:
+        raise FlagError(f'{config["model_type"]}: the config becomes flags that do not fit together. {error}') from error
 
 
 def rules_for(family: Family, config: Mapping[str, Any], plain: Plain, weights: Mapping[str, Any]) -> list[KeyRule]:

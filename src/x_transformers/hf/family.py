@@ -22,6 +22,14 @@ SILENT = re.compile(
 )
 
 
+KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    ((int, float), 'a number, or true or false'),
+    (str, 'a word'),
+    (Mapping, 'a table'),
+    ((list, tuple), 'a list'),
+)
+
+
 class Config:
     """A config.json that is read key by key, so that what nobody has read can be told."""
 
@@ -37,19 +45,26 @@ class Config:
     @property
     def architecture(self) -> str:
         names = self.values.get('architectures') or ['']
-        return str(names[0])
+        return names if isinstance(names, str) else str(names[0])
 
     def get(self, key: str, usual: Any = None) -> Any:
         self.read.add(key)
         value = self.values.get(key)
-        return usual if value is None else value
+        kind = next((name for kinds, name in KINDS if isinstance(usual, kinds) and not isinstance(value, kinds)), None)
+        # sizes of images may be pairs
+        if value is None or kind is None or (isinstance(value, (list, tuple)) and isinstance(usual, int)):
+            return usual if value is None else value
+        self.wrong.append(f'`{key}` must be {kind}, got {value!r}')
+        return usual
 
     def need(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            self.wrong.append(f'`{key}` is missing')
-            return 1
-        return value
+        """A size."""
+        value = self.values.get(key)
+        if isinstance(value, int) and value > 0:
+            return self.get(key)
+        self.read.add(key)
+        self.wrong.append(f'`{key}` is missing' if value is None else f'`{key}` must be a whole number above 0, got {value!r}')
+        return 1
 
     def only(self, key: str, value: Any, missing: str, *others: Any) -> None:
         """``missing`` is what this library lacks for any other value of the key."""
@@ -194,7 +209,9 @@ def rotary(config: Config, dim_head: int, kind: str | None = None, *, share: flo
         given = dict(given[kind])
     old = config.get('rope_scaling')
     if not given and old:
-        given = dict(old)
+        if not isinstance(old, Mapping):
+            config.wrong.append(f'`rope_scaling` must be a table, got {old!r}')
+        given = dict(old) if isinstance(old, Mapping) else {}
     theta = given.pop('rope_theta', None) or config.get('rope_theta', 10000.0)
     config.skip('rope_theta', 'partial_rotary_factor', 'max_position_embeddings', 'original_max_position_embeddings')
     own = given.pop('partial_rotary_factor', None) or config.get('partial_rotary_factor')

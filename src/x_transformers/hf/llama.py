@@ -30,6 +30,8 @@ def decoder(config: Config, **more: Any) -> Plain:
     dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
     dim_head = config.get('head_dim', dim // heads)
     kv_heads = config.get('num_key_value_heads', heads)
+    if heads % max(kv_heads, 1):
+        config.wrong.append(f'`num_key_value_heads` must divide `num_attention_heads`, {heads}, got {kv_heads}')
     turned = more.pop('rotary') if 'rotary' in more else rotary(config, dim_head)
     mlp_bias = bool(config.get('mlp_bias', False))
     stack: Plain = {

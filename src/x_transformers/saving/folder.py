@@ -22,6 +22,8 @@ from x_transformers.saving.tensors import WEIGHTS, TensorSource, Weights, json_o
 
 CONFIG, CARD = 'config.json', 'README.md'
 FORMAT = 'x_transformers'
+# what models compute in
+COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # raised when an older library could no longer read a folder
 VERSION = 1
 HEADER = ('format', 'format_version', 'library_version', 'model', 'tied', 'hf')
@@ -155,6 +157,7 @@ def load(
     """
     folder = Path(folder)
     config = read_config(folder)
+    check_asked(dtype)
     name = config['model'].get('class')
     with without_memory():
         model = from_plain(config['model'], extra=cls)
@@ -165,6 +168,7 @@ def load(
     same = config.get('tied', {})
     wanted, _ = once_each(model)
     check_weight_names(folder, wanted, weights, same)
+    check_dtypes(folder, {name: weights.stored(name).dtype for name, t in wanted.items() if t.is_floating_point()}, dtype)
     fill_model(model, {target: weights.stored(target) for target in wanted}, device=device, dtype=dtype)
     if 'hf' in config:
         model.hf_config = config['hf']
@@ -187,6 +191,24 @@ def check_weight_names(folder: Path, wanted: Mapping[str, Tensor], weights: Weig
         if name in weights and weights.shape(name) != tuple(t.shape)
     ]
     refuse_weights(folder, missing, left, shapes)
+
+
+def check_asked(dtype: torch.dtype | None) -> None:
+    """Raises FolderError for a dtype that no model computes in."""
+    if dtype is not None and dtype not in COMPUTED:
+        raise FolderError(f'dtype must be one of {", ".join(map(str, COMPUTED))}, got {dtype}.')
+
+
+def check_dtypes(folder: Path, stored: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> None:
+    """Raises FolderError for weights in a dtype that no model computes in, unless they are turned into another.
+
+    ``stored``: of each floating tensor's name; ``dtype``: what they are turned into.
+    """
+    for name, kind in stored.items():
+        if not kind.is_floating_point:
+            raise FolderError(f'{folder}: {name} must hold floating numbers, got {kind}. Weights in integers are not read.')
+        if kind not in COMPUTED and dtype is None:
+            raise FolderError(f'{folder}: {name} is {kind}, in which no model computes. Give dtype, such as torch.bfloat16.')
 
 
 def refuse_weights(folder: Path, missing: list[str], left: list[str], shapes: list[str]) -> None:

@@ -68,6 +68,8 @@ class RunConfig:
         if not path.exists():
             raise CheckpointError(f'{run} holds no run: {CONFIG} is missing')
         values = read_json(path)
+        if isinstance(values, dict) and 'flags' not in values and 'model_type' in values:
+            raise CheckpointError(f'{run} is in the Hugging Face format: `x-transformers hf import` makes it a folder of ours')
         try:
             flags = {name: tuple(value) if isinstance(value, list) else value for name, value in values['flags'].items()}
             options = TrainOptions.from_json(values['training'])
