@@ -78,3 +78,11 @@ def test_refusals(broken: dict[str, Any], says: str) -> None:
 def test_mask_or_lens() -> None:
     with pytest.raises(ValueError, match='Give one of them'):
         autoencoder()(torch.randn(1, 3, 8), torch.tensor([2]), mask=torch.ones(1, 3).bool())
+
+
+def test_vectors_are_compared_by_absolute_differences_unless_asked() -> None:
+    model, x = autoencoder(), torch.randn(2, 5, 8)
+    assert model.loss_type == 'l1'
+    squared = autoencoder(loss_type='l2')
+    squared.load_state_dict(model.state_dict())
+    assert model.eval()(x).item() != pytest.approx(squared.eval()(x).item(), rel=1e-3)

@@ -103,7 +103,7 @@ class ContinuousTransformerAutoencoder(Module):
         bottleneck_type: str = 'deterministic',
         deterministic_bottleneck_kwargs: Mapping[str, Any] | None = None,
         variational_bottleneck_kwargs: Mapping[str, Any] | None = None,
-        loss_type: str = 'l2',
+        loss_type: str = 'l1',
         attn_dim_head: int = 64,
         heads: int = 8,
         enc_kwargs: Mapping[str, Any] | None = None,

@@ -135,7 +135,7 @@ class FramesAutoencoderOptions(Options):
     bottleneck_type: str = flag('deterministic', 'The kind of bottleneck.', among=('deterministic', 'variational'))
     deterministic_bottleneck_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the deterministic one.')
     variational_bottleneck_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the variational one.')
-    loss_type: str = flag('l2', 'How vectors are compared.', among=('l1', 'l2'))
+    loss_type: str = flag('l1', 'How vectors are compared.', among=('l1', 'l2'))
     enc_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the encoder.')
     dec_kwargs: Mapping[str, Any] | None = flag(None, 'Keywords of the decoder.')
     latents_dropout_prob: float = flag(0.5, 'How often the latent is hidden.', low=0.0, below=1.0)
