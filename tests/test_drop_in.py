@@ -221,3 +221,23 @@ def test_a_temperature_of_a_net_that_draws_nothing_is_told() -> None:
     with pytest.warns(UserWarning, match='nothing is drawn by a net without probabilistic=True'):
         model.generate(x, 2, 0.7)
     assert F.mse_loss(model.generate(x, 2), model.generate(x, 2)) == 0
+
+
+@pytest.mark.parametrize('kind', ['bool', 'int', 'numpy.bool_', 'numpy.int64'])
+def test_a_switch_is_whatever_is_true_or_false(kind: str) -> None:
+    of_numpy = kind.partition('numpy.')[2]
+    make: Any = getattr(pytest.importorskip('numpy'), of_numpy) if of_numpy else {'bool': bool, 'int': int}[kind]
+    on, off = make(1), make(0)
+
+    def built(switch: Any) -> Decoder:
+        torch.manual_seed(0)
+        return Decoder(dim=DIM, depth=1, heads=2, use_rmsnorm=switch, ff_glu=switch)
+
+    assert repr(built(on)) == repr(built(True))
+    assert built(on).flags == built(True).flags
+    assert repr(built(off)) == repr(built(False))
+    writer, x = AutoregressiveWrapper(decoder()), ids(2, 3)
+    assert torch.equal(writer.generate(x, 3, temperature=0.0, include_prompt=on)[:, :3], x)
+    for wrong in (2, -1, 'yes', None, 1.0):
+        with pytest.raises(FlagError, match='`use_rmsnorm` must be True or False'):
+            built(wrong)

@@ -127,7 +127,7 @@ def test_missing_flags():
     [
         ({'heads': 'four'}, r"`heads` must be a whole number, but is 'four' \(of type str\)"),
         ({'heads': True}, '`heads` must be a whole number'),
-        ({'ff_glu': 1}, '`ff_glu` must be True or False'),
+        ({'ff_glu': 2}, '`ff_glu` must be True or False'),
         ({'ff_mult': '4'}, '`ff_mult` must be a number'),
         ({'attn_custom_attn_fn': 3}, '`attn_custom_attn_fn` must be a function or a module or None'),
         ({'attn_attend_sdp_kwargs': [1]}, '`attn_attend_sdp_kwargs` must be a dictionary'),

@@ -186,9 +186,17 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def is_switch(value: Any) -> bool:
+    """What Python and NumPy take for True or False: 0, 1 and NumPy's own."""
+    of_numpy = type(value).__module__ == 'numpy' and type(value).__name__ in ('bool', 'bool_')
+    return of_numpy or (isinstance(value, numbers.Integral) and value in (0, 1))
+
+
 def tidied(value: Any, hint: Any) -> Any:
-    """A list, or a string of letters, for a flag that takes a tuple becomes one."""
+    """A list, or a string of letters, for a flag that takes a tuple becomes one; 0 and 1 are a switch that is off or on."""
     takes = [get_origin(kind) or kind for kind in kinds_of(hint)]
+    if bool in takes and not {int, float} & set(takes) and is_switch(value):
+        return bool(value)
     if tuple in takes and isinstance(value, (list, str)) and not (isinstance(value, str) and str in takes):
         return tuple(value)
     return value
