@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from x_transformers.evidence.execute import execute, one_thread, prepared_model, quiet
-from x_transformers.evidence.runs import Run, Settings, TaskName
+from x_transformers.evidence.runs import ArmRun, Settings, TaskName
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
-from x_transformers.evidence.training import train
+from x_transformers.evidence.training import train_arm
 
 IDEA = {'shift_tokens': 1}
 WORDS = ('--task', 'mqar', '--base', 'depth=1', '--idea', 'shift_tokens=1')
@@ -64,7 +64,7 @@ def training(steps: int, seeds: int) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     with quiet():
         for seed, model in models:
-            train(Unevaluated(task), model, settings_of(task, steps), seed)
+            train_arm(Unevaluated(task), model, settings_of(task, steps), seed)
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
@@ -88,7 +88,7 @@ def command(steps: int, seeds: int, workers: int) -> tuple[float, float]:
 def loop() -> dict[str, Any]:
     one_thread()
     task = make_task('mqar')
-    run = Run(TaskName('mqar'), {**task.flags, 'depth': 1}, settings_of(task, 2000), 0)
+    run = ArmRun(TaskName('mqar'), {**task.flags, 'depth': 1}, settings_of(task, 2000), 0)
     result = execute(run, task)
     return {'steps': 2000, 'rows': 64, 'seconds': result['seconds'], 'wall': result['wall'], 'wanted': 90.0}
 
