@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.graphs import Graphs
 from tests.laws.combination import Combination, singles, tokens
 from tests.laws.groups import DECODER, LENGTH
 from x_transformers import Decoder, Encoder, TransformerWrapper, ViTransformerWrapper
@@ -13,14 +14,6 @@ from x_transformers import Decoder, Encoder, TransformerWrapper, ViTransformerWr
 ROWS = 2
 
 pytestmark = [pytest.mark.slow, pytest.mark.deep, pytest.mark.filterwarnings('ignore')]
-
-
-class Graphs(list):
-    """A backend that runs the graphs as they are and counts them."""
-
-    def __call__(self, graph: torch.fx.GraphModule, examples: list) -> torch.fx.GraphModule:
-        self.append(graph)
-        return graph
 
 
 # every flag in a decoder if it fits one, else in another kind of model

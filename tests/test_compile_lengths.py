@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.graphs import Graphs
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
@@ -19,14 +20,6 @@ MODELS = {
     'softclamp': (Decoder, {'attn_softclamp_logits': True}),
     'encoder': (Encoder, {'rotary_pos_emb': True}),
 }
-
-
-class Graphs(list):
-    """A backend that runs the graphs as they are and counts them."""
-
-    def __call__(self, graph, examples):
-        self.append(graph)
-        return graph.forward
 
 
 def model(stack, **flags):

@@ -6,17 +6,10 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
+from tests.graphs import Graphs
 from x_transformers import Decoder
 from x_transformers.attention.kernels import flex
 from x_transformers.attention.kernels.choose import use_kernel
-
-
-class Graphs(list):
-    """A backend that runs the graphs as they are and counts them."""
-
-    def __call__(self, graph, examples):
-        self.append(graph)
-        return graph.forward
 
 
 @pytest.fixture
