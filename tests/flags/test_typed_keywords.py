@@ -53,7 +53,8 @@ def test_every_keyword_is_listed_typed_and_described(cls: Any) -> None:
     assert not [p for p in listed.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     name = re.fullmatch(r'Unpack\[(\w+)\]', flags_annotation(cls))
     assert name, f'{cls.__name__}: **flags must be typed, Unpack[...] of flags/keywords.py'
-    own = {p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD} - {'self'}
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    own = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {'self'}
     typed = set(get_type_hints(getattr(keywords, name[1])))
     assert typed | own == set(listed)
     assert not typed & own
