@@ -162,7 +162,7 @@ class ContinuousTransformerWrapper(StackWrapper):
     def _why_no_cache(self) -> list[str]:
         return [*super()._why_no_cache(), *(['average_pool_embed'] if self.average_pool_embed else [])]
 
-    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    def _vectors(self, x: Float[Tensor, 'b n d'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         # as everything that a caller adds, frames of another precision are read in that of the model
         matrix = getattr(self.project_in, 'weight', None)
         vectors: Tensor = self.project_in(x if matrix is None or not matrix.is_floating_point() else x.to(matrix.dtype))
@@ -173,7 +173,7 @@ class ContinuousTransformerWrapper(StackWrapper):
     ) -> tuple[Tensor, Tensor | None]:
         return average(h, keys) if self.average_pool_embed else h, None
 
-    def _read(self, h: Tensor, call: Call) -> Float[Tensor, '... o']:
+    def _read(self, h: Float[Tensor, '... d'], call: Call) -> Float[Tensor, '... o']:
         out: Tensor = self.project_out(h)
         if not self.probabilistic:
             return out

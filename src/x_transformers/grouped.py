@@ -59,7 +59,9 @@ class GroupedLinear(Module):
         return out if self.bias is None else out + self.bias.unsqueeze(1)
 
 
-def same_precision(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def same_precision(
+    x: Float[Tensor, 'm i'], weight: Float[Tensor, 'e o i'], bias: Float[Tensor, 'e o'] | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in the precision that autocast, if it is on, wants of a linear map."""
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64:
@@ -131,7 +133,7 @@ def _keep(ctx: object, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], out
     ctx.has_bias = bias is not None  # type: ignore[attr-defined]
 
 
-def _back(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+def _back(ctx: object, grad: Float[Tensor, 'm o']) -> tuple[Tensor, Tensor, Tensor | None, None]:
     x, weight, counts = ctx.saved_tensors  # type: ignore[attr-defined]
     rows, weights, biases = torch.ops.x_transformers.grouped_linear_backward(grad.contiguous(), x, weight, counts)
     return rows, weights, biases if ctx.has_bias else None, None  # type: ignore[attr-defined]

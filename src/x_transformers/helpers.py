@@ -154,12 +154,12 @@ def by_formula(
     return tuple(next(slopes) if t is not None and t.requires_grad else None for t in tensors)
 
 
-def single(t: Tensor) -> Tensor:
+def single(t: Float[Tensor, '...']) -> Tensor:
     """In single precision or better."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def log(t: Tensor, eps: float = 1e-20) -> Tensor:
+def log(t: Float[Tensor, '...'], eps: float = 1e-20) -> Tensor:
     """Natural logarithm of ``max(t, eps)``, which in half precision would be 0."""
     return single(t).clamp(min=eps).log().to(t.dtype)
 
@@ -190,7 +190,7 @@ def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None)
     return (wide * (wide.square().sum(dim=-1, keepdim=True) + eps * t.shape[-1]).rsqrt()).to(t.dtype)
 
 
-def softclamp(t: Tensor, value: float) -> Tensor:
+def softclamp(t: Float[Tensor, '...'], value: float) -> Tensor:
     """``value * tanh(t / value)``: nearly t when small, never beyond ``value``."""
     return (t / value).tanh() * value
 

@@ -46,7 +46,7 @@ def token_cross_entropy(
     return loss.view(targets.shape) if reduction == 'none' else loss
 
 
-def at_least_single(t: Tensor) -> Tensor:
+def at_least_single(t: Float[Tensor, '...']) -> Tensor:
     """``t`` in float32 if it is in half precision, in which logarithms and means of many numbers go wrong."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -79,7 +79,7 @@ def next_embedding_loss(
     return distance.masked_fill(~counts, 0.0).sum() / counts.sum()
 
 
-def check_targets(where: str, rows: Tensor, targets: Tensor, name: str) -> None:
+def check_targets(where: str, rows: Float[Tensor, '... d'], targets: Int[Tensor, '...'], name: str) -> None:
     if rows.shape[:-1] != targets.shape:
         raise ValueError(
             f'{where}: targets of shape {tuple(targets.shape)} do not go with {name} of shape {tuple(rows.shape)}; '
@@ -174,7 +174,7 @@ class Logits:
         return torch.log_softmax(room, -1, out=room)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Float[Tensor, 'a c'], a: Float[Tensor, 'a b'], b: Float[Tensor, 'b c']) -> None:
     """``total += a @ b``, in one pass where the dtypes agree; sums over chunks stay in the dtype of ``total``."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)

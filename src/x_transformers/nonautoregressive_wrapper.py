@@ -50,17 +50,19 @@ def top_k(logits: Float[Tensor, '... v'], thres: float = 0.9) -> Float[Tensor, '
     return torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
 
 
-def log(t: Tensor, eps: float = 1e-10) -> Tensor:
+def log(t: Float[Tensor, '...'], eps: float = 1e-10) -> Tensor:
     return (t + eps).log()
 
 
-def gumbel_noise(t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gumbel_noise(t: Float[Tensor, '...'], generator: torch.Generator | None = None) -> Tensor:
     """Like the one of ``generation.sampling``, but for the ``log`` above; so are the numbers of a seed."""
     dtype = torch.promote_types(t.dtype, torch.float32)
     return -log(-log(torch.zeros_like(t, dtype=dtype).uniform_(0, 1, generator=generator)))
 
 
-def gumbel_sample(t: Tensor, temperature: float = 1.0, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
+def gumbel_sample(
+    t: Float[Tensor, '...'], temperature: float = 1.0, dim: int = -1, generator: torch.Generator | None = None
+) -> Tensor:
     """A sample of ``softmax(t / temperature)``."""
     return (t / max(temperature, 1e-10) + gumbel_noise(t, generator)).argmax(dim=dim)
 
@@ -83,11 +85,11 @@ def get_mask_subset_prob(mask: Bool[Tensor, 'b n'], prob: float | Float[Tensor, 
     return (rank < wanted) & mask
 
 
-def linear_schedule(t: Tensor) -> Tensor:
+def linear_schedule(t: Float[Tensor, '...']) -> Tensor:
     return 1 - t
 
 
-def cosine_schedule(t: Tensor) -> Tensor:
+def cosine_schedule(t: Float[Tensor, '...']) -> Tensor:
     """https://arxiv.org/abs/2202.04200"""
     return torch.cos(t * math.pi / 2)
 

@@ -168,7 +168,7 @@ class XValTransformerWrapper(StackWrapper):
 
     # ------------------------------------------------------------ what is special about numbers
 
-    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    def _vectors(self, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         vectors: Tensor = self.token_emb(x)
         if call.numbers is None:
             return vectors

@@ -142,7 +142,8 @@ def test_parallel_streams() -> None:
     opened = streams.open(x, embedding)
     assert torch.equal(opened[1 * S + 2], x[1] + embedding[2])
     torch.testing.assert_close(streams.close(opened, lambda t: t * 2), 2 * (S * x + embedding.sum(dim=0)))
-    assert torch.equal(streams.condition(torch.arange(B))[:S], torch.zeros(S, dtype=torch.long))
+    each_row = torch.arange(B, dtype=torch.float32)[:, None]
+    assert torch.equal(streams.condition(each_row)[:S], torch.zeros(S, 1))
 
 
 def test_residual_of_two_streams() -> None:

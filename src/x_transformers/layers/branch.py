@@ -30,13 +30,13 @@ def change_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(out)
 
 
-def handed_on(branch: nn.Module, x: Tensor, keywords: dict[str, Any]) -> Any:
+def handed_on(branch: nn.Module, x: Float[Tensor, '... n d'], keywords: dict[str, Any]) -> Any:
     """The branch with the keywords that a wrapper was called with."""
     around: BranchInputs | None = keywords.get('around')
     return branch(x, **keywords) if around is None else call_branch(branch, x, around)
 
 
-def run_checkpointed(branch: nn.Module, x: Tensor, around: BranchInputs) -> Any:
+def run_checkpointed(branch: nn.Module, x: Float[Tensor, '... n d'], around: BranchInputs) -> Any:
     """``call_branch`` that keeps x and runs again for its gradients (a compiler decides for itself what to keep)."""
     if around.past is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return call_branch(branch, x, around)
@@ -64,7 +64,7 @@ class Scale(Module):
         self.value = value
         self.fn = fn
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+    def forward(self, x: Float[Tensor, '... d'], **kwargs: Any) -> Any:
         return change_first(handed_on(self.fn, x, kwargs), lambda out: out * self.value)
 
 
@@ -87,7 +87,7 @@ class LayerScale(Module):
     def _scaled(self, out: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         return out * (self.gamma + 1.0 if self.unit_offset else self.gamma)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+    def forward(self, x: Float[Tensor, '... d'], **kwargs: Any) -> Any:
         return change_first(handed_on(self.fn, x, kwargs), self._scaled)
 
 
@@ -104,13 +104,13 @@ class AdaptiveLayerScale(Module):
         self.fn = fn
         self.to_gamma = ConstantLinear(default(dim_condition, dim), dim, bias_value=init_bias_value)
 
-    def _gate(self, condition: Tensor | None) -> Float[Tensor, 'b #n d']:
+    def _gate(self, condition: Float[Tensor, 'b ... c'] | None) -> Float[Tensor, 'b #n d']:
         if condition is None:
             raise ValueError('the adaptive layer scale depends on a condition: pass condition=(batch, features)')
         gate: Tensor = self.to_gamma(condition.unsqueeze(1) if condition.ndim == 2 else condition).sigmoid()
         return gate
 
-    def forward(self, x: Tensor, *, condition: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b ... c'] | None = None, **kwargs: Any) -> Any:
         around: BranchInputs | None = kwargs.get('around')
         gate = self._gate(condition if around is None else around.condition)
         return change_first(handed_on(self.fn, x, kwargs), lambda out: out * gate)

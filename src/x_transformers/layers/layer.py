@@ -31,6 +31,7 @@ from x_transformers.layers.slots import call_branch, call_norm, split_result
 from x_transformers.layers.split_residual import MVSplitResidual
 from x_transformers.mixers.choose import make_mixer
 from x_transformers.norms import choose_norm
+from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import Intermediates
@@ -96,7 +97,11 @@ class Layer(nn.ModuleList):
         return innermost(self.branch)
 
     def forward(
-        self, streams: Tensor, condition: Tensor | None, wide_condition: Tensor | None, around: Around
+        self,
+        streams: Float[Tensor, '... n d'],
+        condition: Float[Tensor, 'b ... c'] | None,
+        wide_condition: Float[Tensor, 'b ... c'] | None,
+        around: Around,
     ) -> tuple[Tensor, Intermediates | None]:
         """(the streams with what the branch has to say, what its attention reports).
 
@@ -121,14 +126,18 @@ class Layer(nn.ModuleList):
         written = write_stream(residual, out if self.scale == 1.0 else out * self.scale, rest, around)
         return (written if after is None else norm_after(after, residual, written, wide_condition)), seen
 
-    def norm_before(self, norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
+    def norm_before(
+        self, norm: nn.Module | None, x: Float[Tensor, '... n d'], condition: Float[Tensor, 'b ... c'] | None
+    ) -> Tensor:
         """Pre-norm, of the branch's input and of memories, and its constant factor."""
         if norm is not None:
             x = norm(x) if condition is None else call_norm(norm, x, condition)
         return x if self.norm_scale == 1.0 else x * self.norm_scale
 
 
-def norm_after(norm: nn.Module, residual: nn.Module, streams: Tensor, condition: Tensor | None) -> Tensor:
+def norm_after(
+    norm: nn.Module, residual: nn.Module, streams: Float[Tensor, '... n d'], condition: Float[Tensor, 'b ... c'] | None
+) -> Tensor:
     """Post-norm, of the stream after the layer."""
     if isinstance(residual, ResidualPath):
         return residual.norm_after(partial(call_norm, norm, condition=condition), streams)

@@ -17,7 +17,7 @@ from x_transformers.helpers import by_formula, under_transform
 from x_transformers.tensor_types import Float
 
 
-def by_hand(*tensors: Tensor) -> bool:
+def by_hand(*tensors: Float[Tensor, '...']) -> bool:
     """Whether the short way back is worth it here."""
     learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plain = all(t.device.type == 'cpu' and t.dtype == tensors[0].dtype for t in tensors)
@@ -49,7 +49,9 @@ class NormedProducts(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gain: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'], weight: Float[Tensor, 'd c'], eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
         return normed @ (gain.unsqueeze(-1) * weight), mean, inverse
 
@@ -61,7 +63,7 @@ class NormedProducts(torch.autograd.Function):
         ctx.save_for_backward(x, gain, weight, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Float[Tensor, '... c'] | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, gain, weight, mean, inverse = ctx.saved_tensors
         if grad is None:
             return None, None, None, None
@@ -100,7 +102,7 @@ class ReadStreams(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(x: Float[Tensor, 'b s n d'], share: Float[Tensor, 'b s n']) -> tuple[Tensor, Tensor]:
         read = x[:, 0] * share[:, 0].unsqueeze(-1)
         for stream in range(1, x.shape[1]):
             read = torch.addcmul(read, x[:, stream], share[:, stream].unsqueeze(-1))
@@ -112,7 +114,9 @@ class ReadStreams(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, of_read: Tensor | None, of_sum: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, of_read: Float[Tensor, 'b n d'] | None, of_sum: Float[Tensor, 'b n d'] | None
+    ) -> tuple[Tensor | None, ...]:
         x, share = ctx.saved_tensors
         if of_read is None and of_sum is None:
             return None, None
@@ -149,7 +153,7 @@ class WriteStreams(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(carried: Tensor, share: Tensor, out: Tensor) -> Tensor:
+    def forward(carried: Float[Tensor, 'b #s n d'], share: Float[Tensor, 'b s n'], out: Float[Tensor, 'b n d']) -> Tensor:
         return torch.addcmul(carried, share.unsqueeze(-1), out.unsqueeze(1))
 
     @staticmethod
@@ -157,7 +161,7 @@ class WriteStreams(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Float[Tensor, 'b s n d']) -> tuple[Tensor | None, ...]:
         share, out = ctx.saved_tensors
         if torch.is_grad_enabled():
             # a gradient of this gradient is wanted: let autograd see plain operations

@@ -140,7 +140,15 @@ class GatedDeltaRule(LinearMixer):
     def told(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
         return torch.cat((self.to_beta(x), self.to_decay(x)), dim=-1)
 
-    def recur(self, told: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, mask: Tensor | None) -> Any:
+    def recur(
+        self,
+        told: Float[Tensor, 'b n c'],
+        q: Float[Tensor, 'b h n k'],
+        k: Float[Tensor, 'b h n k'],
+        v: Float[Tensor, 'b h n v'],
+        memory: Float[Tensor, 'b h k v'] | None,
+        mask: Bool[Tensor, 'b n'] | None,
+    ) -> Any:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         written, decay = told.chunk(2, dim=-1)
         beta = written.sigmoid().transpose(1, 2)
@@ -167,7 +175,15 @@ class GatedLinearAttention(LinearMixer):
         gates: Tensor = self.to_decay(x)
         return gates
 
-    def recur(self, told: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, mask: Tensor | None) -> Any:
+    def recur(
+        self,
+        told: Float[Tensor, 'b n c'],
+        q: Float[Tensor, 'b h n k'],
+        k: Float[Tensor, 'b h n k'],
+        v: Float[Tensor, 'b h n v'],
+        memory: Float[Tensor, 'b h k v'] | None,
+        mask: Bool[Tensor, 'b n'] | None,
+    ) -> Any:
         log_decay = self._split(F.logsigmoid(told) / TEMPERATURE)
         if mask is not None:
             log_decay = log_decay.masked_fill(~mask[:, None, :, None], 0.0)

@@ -188,7 +188,7 @@ class PerRowDataDependentAlibi(ForgetGates):
         return q.transpose(-2, -3), k.transpose(-2, -3)
 
 
-def check_gates(past: LayerCache, gates: Tensor | None, new: int) -> None:
+def check_gates(past: LayerCache, gates: Float[Tensor, 'b ...'] | None, new: int) -> None:
     """Raise ValueError if the cache has keys of earlier tokens, but not their gates."""
     if gates is None and past.length > new:
         raise ValueError(
@@ -197,7 +197,7 @@ def check_gates(past: LayerCache, gates: Tensor | None, new: int) -> None:
         )
 
 
-def placed_queries(past: LayerCache | None, new: int, mem: Tensor | None) -> Int[Tensor, 'i'] | None:
+def placed_queries(past: LayerCache | None, new: int, mem: Float[Tensor, 'b l d'] | None) -> Int[Tensor, 'i'] | None:
     """Numbers of the new tokens among memories and cached rows, where they are not the last ones."""
     if past is None or past.cursor is None:
         return None
@@ -205,5 +205,5 @@ def placed_queries(past: LayerCache | None, new: int, mem: Tensor | None) -> Int
     return rows if mem is None else rows + mem.shape[1]
 
 
-def _first_view(x: Tensor) -> Tensor:
+def _first_view(x: Float[Tensor, '... n d']) -> Tensor:
     return x[0] if x.ndim == 4 else x

@@ -64,7 +64,7 @@ class RelativeProjectedBias(Module):
         return cls(dim, flags.heads, flags.rel_proj_num_distance_basis, flags.rel_proj_max_dist)
 
     def bias(
-        self, x: Float[Tensor, 'b n d'], past: LayerCache | None = None, mem: Tensor | None = None, **_: Any
+        self, x: Float[Tensor, 'b n d'], past: LayerCache | None = None, mem: Float[Tensor, 'b l d'] | None = None, **_: Any
     ) -> ProjectedBias:
         weights: Tensor = self.to_distance_weights(x)
         by_head = weights.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.flags.rotary_scaling import Settings, settings_of
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float
 
 
 def scaled_frequencies(inv_freq: Float[Tensor, 'p'], scaling: Settings | None, *, base: float, dim: int) -> Float[Tensor, 'p']:
@@ -23,7 +23,7 @@ def scaled_frequencies(inv_freq: Float[Tensor, 'p'], scaling: Settings | None, *
 def length_scaled(
     inv_freq: Float[Tensor, 'p'],
     scaling: Settings,
-    pos: Int[Tensor, '#b n'],
+    pos: Float[Tensor, '#b n'],
     seen: Bool[Tensor, 'b j'] | None = None,
     *,
     dim: int,
@@ -72,12 +72,12 @@ def _spread(factor: float, mscale: float = 1.0) -> float:
 # ---------------------------------------------------------------- the types
 
 
-def linear(inv_freq: Tensor, given: dict[str, Any], base: float, dim: int) -> Tensor:
+def linear(inv_freq: Float[Tensor, 'p'], given: dict[str, Any], base: float, dim: int) -> Tensor:
     """Positions divided by the factor, https://arxiv.org/abs/2306.15595."""
     return inv_freq / float(given['factor'])
 
 
-def yarn(inv_freq: Tensor, given: dict[str, Any], base: float, dim: int) -> Tensor:
+def yarn(inv_freq: Float[Tensor, 'p'], given: dict[str, Any], base: float, dim: int) -> Tensor:
     """Slow pairs are interpolated, fast ones are left, those between are mixed, https://arxiv.org/abs/2309.00071."""
 
     def pair_with(rotations: float) -> float:
@@ -94,7 +94,7 @@ def yarn(inv_freq: Tensor, given: dict[str, Any], base: float, dim: int) -> Tens
     return inv_freq * (1 - interpolated) + inv_freq / float(given['factor']) * interpolated
 
 
-def llama3(inv_freq: Tensor, given: dict[str, Any], base: float, dim: int) -> Tensor:
+def llama3(inv_freq: Float[Tensor, 'p'], given: dict[str, Any], base: float, dim: int) -> Tensor:
     """Wavelengths longer than a part of the original length are stretched, short ones left, https://arxiv.org/abs/2407.21783."""
     low, high = float(given['low_freq_factor']), float(given['high_freq_factor'])
     waves = float(given['original_length']) * inv_freq / (2 * math.pi)
