@@ -242,7 +242,7 @@ LATER = (
             'attn_dim_head': 4, 'bottleneck': VariationalBottleneck(DIM, DIM), 'bottleneck_type': 'variational',
             'deterministic_bottleneck_kwargs': {'activation': torch.tanh},
             'variational_bottleneck_kwargs': With({'kl_loss_weight': 9.0}, {'bottleneck_type': 'variational'}),
-            'loss_type': 'l1', 'enc_kwargs': {'attn_kv_heads': 1}, 'dec_kwargs': {'attn_kv_heads': 1},
+            'loss_type': 'l2', 'enc_kwargs': {'attn_kv_heads': 1}, 'dec_kwargs': {'attn_kv_heads': 1},
             'latents_dropout_prob': 0.0,
         },
     ),
