@@ -51,7 +51,7 @@ def screen(function: object) -> str:
 
 BLOCKS = {
     'tree': tree,
-    'stack': lambda: screen(AttentionLayers.run),
+    'stack': lambda: screen(AttentionLayers.walk),
     'layer': lambda: screen(Layer.forward),
     'attention': lambda: screen(Attention._attended),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from x_transformers.distributed.refusals import KINDS, NOT_BUILT, NOT_PROVEN, REFUSALS
+from x_transformers.distributed.refusals import KINDS, NOT_PROVEN, NOT_TOGETHER, REFUSALS
 
 PATH = Path(__file__).parent.parent / 'docs/scaling.md'
 BEGIN, END = '<!-- table -->', '<!-- end of table -->'
@@ -24,7 +24,7 @@ def table() -> str:
     lines += [f'| flag | {" | ".join(kinds)} |', f'| --- |{" --- |" * len(kinds)}']
     lines += [f'| `{flag}` | ' + ' | '.join(said.get((kind, flag), 'equal') for kind in kinds) + ' |' for flag in flags]
     lines += ['', '| refused with every flag | what is said |', '| --- | --- |']
-    lines += [f'| {kind} parallelism | {sentence} |' for kind, sentence in NOT_BUILT.items()]
+    lines += [f'| `--pipeline` with `--{name}` | {sentence} |' for name, sentence in NOT_TOGETHER.items()]
     lines += [f'| `--{name}` | {sentence} |' for name, sentence in NOT_PROVEN.items()]
     return '\n'.join(lines)
 

@@ -120,6 +120,11 @@ class UnitTiedHead(TiedHead):
         return out
 
 
+def is_tied(module: nn.Module) -> bool:
+    """Whether a head reads the token table, which is not registered there."""
+    return isinstance(module, TiedHead)
+
+
 class LinearHead(NamedTuple):
     """Logits as a loss can make them a few rows at a time: one linear map, a factor, a soft cap."""
 

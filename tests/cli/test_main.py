@@ -452,7 +452,9 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, cap
     monkeypatch.setenv('RANK', '0')
     said = sentence_of(capsys, train(text, tmp_path / 'run', '--batch', '3'))
     assert '--batch must be a multiple of 2' in said
-    assert '--pipeline must be 1' in sentence_of(capsys, train(text, tmp_path / 'run', '--batch', '4', '--pipeline', '2'))
+    staged = train(text, tmp_path / 'run', '--batch', '4', '--pipeline', '2')
+    assert '--shard must be none with --pipeline' in sentence_of(capsys, [*staged, '--shard', 'full'])
+    assert '--mup must be off with --pipeline' in sentence_of(capsys, [*staged, '--mup'])
     monkeypatch.setenv('RANK', '1')
     assert main(train(text, tmp_path / 'run', '--batch', '3')) == 2
     assert capsys.readouterr().err == ''

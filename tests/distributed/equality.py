@@ -5,6 +5,7 @@ A flag that the table refuses for a mode must be refused by name; every other on
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.distributed.staged import check_staged
 from tests.laws.combination import Combination
 from tests.two_processes import check_equal, command, objective_of
 from x_transformers import AutoregressiveWrapper, autoregressive_wrapper
@@ -24,8 +27,10 @@ from x_transformers.distributed.mesh import Degrees, MeshError, World, start
 from x_transformers.distributed.parallelize import parallelize, stacks_of
 from x_transformers.distributed.refusals import refusals
 from x_transformers.distributed.sequence import NEED_ALL, sequence_refusals
+from x_transformers.distributed.stages import staged_refusals
 from x_transformers.distributed.tensor import check_divides
 from x_transformers.distributed.vocabulary import vocabulary_refusals
+from x_transformers.randomness import decide_alike
 
 # (degrees, keywords of parallelize)
 MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
@@ -44,6 +49,8 @@ MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'loss': (Degrees(tensor=2), {'loss_parallel': True}),
     'context': (Degrees(context=2), {}),
     'context+full': (Degrees(context=2), {'shard': 'full', 'checkpoint': 'full'}),
+    'pipeline': (Degrees(pipeline=2), {}),
+    'pipeline+full': (Degrees(pipeline=2), {'checkpoint': 'full'}),
 }
 # the same for four processes
 OF_FOUR: dict[str, tuple[Degrees, dict[str, Any]]] = {
@@ -54,8 +61,12 @@ OF_FOUR: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'shards+loss': (Degrees(shard=2, tensor=2), {'shard': 'full', 'sequence_parallel': True, 'loss_parallel': True}),
     'shards+context': (Degrees(shard=2, context=2), {'shard': 'full'}),
     'tensor+context': (Degrees(tensor=2, context=2), {'shard': 'full'}),
+    'stages': (Degrees(pipeline=4), {}),
+    'copies+pipeline': (Degrees(replicate=2, pipeline=2), {}),
     'hybrid+shards': (Degrees(replicate=2, shard=2), {'shard': 'hybrid'}),
 }
+# arguments by which a call changes which layers run
+OTHER_ORDERS = {'layers_execute_order', 'repeat_blocks'}
 
 
 @cache
@@ -79,7 +90,12 @@ def attempt(name: str) -> None:
             assert any('tensor' in (mesh.mesh_dim_names or ()) for mesh in meshes), 'nothing is cut'
         return InSlices(model, world.context_mesh) if degrees.context > 1 else None
 
-    model: nn.Module = combination.build()
+    torch.manual_seed(0)
+    deeper: dict[str, Any] = {'stack': {'depth': degrees.pipeline}} if degrees.pipeline > 2 else {}
+    model: nn.Module = combination.build(**deeper)
+    if degrees.pipeline > 1:
+        attempt_stages(combination, model, world, how)
+        return
     if objective:
         if not is_trainable(combination, model):
             return
@@ -109,6 +125,20 @@ def every_loss_by_its_head(wanted: bool) -> Iterator[None]:
         autoregressive_wrapper.LARGE_LOGITS = before
 
 
+def attempt_stages(case: Combination, net: nn.Module, world: World, how: dict[str, Any]) -> None:
+    """A net by itself, and where it can be trained to predict the next token also that."""
+    models = [net, AutoregressiveWrapper(copy.deepcopy(net))] if is_trainable(case, copy.deepcopy(net)) else [net]
+    for model in models:
+        if any(said(model, world.degrees, how)):
+            with pytest.raises(MeshError, match=' must '):
+                parallelize(model, world, **how)
+        elif case.inputs(1).part().keys() & OTHER_ORDERS:
+            with pytest.raises(ValueError, match='must be run in their own order'):
+                check_staged(case, model, world, how)
+        else:
+            check_staged(case, model, world, how)
+
+
 class InSlices(Sliced):
     """Gradients are averaged over slices, and the parts of a loss add up."""
 
@@ -127,6 +157,8 @@ def is_trainable(case: Combination, net: nn.Module) -> bool:
         loss = objective_of(case, AutoregressiveWrapper(net), 0)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):
         return False
+    finally:
+        decide_alike(None)
     return loss.isfinite().item() is True
 
 
@@ -143,6 +175,8 @@ def said(model: nn.Module, degrees: Degrees, how: dict[str, Any]) -> Iterator[st
         yield from check_divides(model, degrees.tensor)
     if degrees.context > 1:
         yield from sliced_refusals(model)
+    if degrees.pipeline > 1:
+        yield from staged_refusals(model, degrees.pipeline)
 
 
 if __name__ == '__main__':

@@ -75,16 +75,20 @@ def test_a_run_changes_its_processes(tmp_path: Path, text: Path) -> None:
     more = ['--resume', '--steps', '7', '--shard', 'none', '--tensor', '2', '--sequence-parallel', '--loss-parallel']
     last = ended(launch(['train', '--run-dir', str(run), *more, '--data', str(text)]))
     assert [status for status, _ in last] == [0, 0], last
+    for steps, grid in (('9', ['--tensor', '1', '--pipeline', '2']), ('11', ['--pipeline', '1'])):
+        world = 2 if '2' in grid else 1
+        then = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', steps, *grid, '--data', str(text)], world))
+        assert {status for status, _ in then} == {0}, then
     whole = tmp_path / 'whole'
     same = ended(
         launch(
-            ['train', '--data', str(text), '--run-dir', str(whole), *SMALL, '--steps', '7', '--shard', 'full', '--schedule',
+            ['train', '--data', str(text), '--run-dir', str(whole), *SMALL, '--steps', '11', '--shard', 'full', '--schedule',
              'constant']
         )
     )  # fmt: skip
     assert [status for status, _ in same] == [0, 0], same
     mine, want = losses(run), losses(whole)
-    assert mine.keys() == want.keys() == set(range(1, 8))
+    assert mine.keys() == want.keys() == set(range(1, 12))
     for step, loss in want.items():
         assert abs(mine[step] - loss) <= 1e-3 * loss, (step, mine[step], loss)
 
@@ -131,6 +135,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, text: Path) -> None:
         '`attn_dropout` must be left as it is with tensor': ([*given, '--tensor', '2', '--attn-dropout', '0.1'], []),
         'must be a multiple of 3': ([*given, '--tensor', '3'], []),
         '--sequence-parallel must go with --tensor 2 or more, got 1': ([*given, '--sequence-parallel'], []),
+        'must be a multiple of 3 (pipeline 3), got 2': ([*given, '--pipeline', '3'], []),
+        '--pipeline must be at most 1, the number of blocks': ([*given, '--pipeline', '2', '--depth', '1'], []),
+        '`layer_dropout` must be left as it is with pipeline': ([*given, '--pipeline', '2', '--layer-dropout', '0.1'], []),
     }
     for sentence, (arguments, own) in wrong.items():
         found = ended(launch(arguments, rank1=own))

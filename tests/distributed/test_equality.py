@@ -10,7 +10,7 @@ import torch
 from tests.distributed.equality import MODES, OF_FOUR, attempt, is_trainable, said
 from tests.laws.combination import Combination, draw, rotated, singles
 from tests.two_processes import attempt_all, with_modes
-from x_transformers import AutoregressiveWrapper
+from x_transformers import AutoregressiveWrapper, XTransformer
 from x_transformers.distributed.mesh import Degrees, MeshError, World
 from x_transformers.distributed.parallelize import parallelize
 from x_transformers.distributed.refusals import REFUSALS, is_set
@@ -20,6 +20,12 @@ from x_transformers.flags.base import FlagError
 SLICED = [
     'decoder+rotary+kv_heads+glu', 'decoder+alibi+window', 'decoder+shift+latent_kv', 'cross+rotary_xpos', 'decoder+cope+tied',
     'decoder+residual_attn+value_residual+mem_kv', 'decoder+attn_mask_heads', 'decoder+layer_dropout',
+]  # fmt: skip
+
+# what crosses from one stage to the next: streams, values, scores, keys, inputs, mixtures, skips, the state of the generator
+CROSSING = [
+    'decoder+streams+value_residual', 'decoder+residual_attn+tied', 'decoder+kv_share+gumbel', 'decoder+lime', 'decoder+mudd',
+    'decoder+unet', 'decoder+lambdas_start+attn_dropout', 'cross+reinject+emb_dropout', 'decoder+experts', 'decoder+weight_tie',
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without torch.distributed')
@@ -44,6 +50,7 @@ def test_some_are_equal() -> None:
     modes = ['copies', 'shards+full', 'hybrid']
     names = with_modes(cases, modes) + with_modes([*SOME, *CUT], ['tensor', 'tensor+full']) + with_modes(SLICED, ['context'])
     names += with_modes(BESIDE, ['sequence', 'loss'])
+    names += with_modes(CROSSING, ['pipeline'])
     done, failed = attempt_all(attempt, names)
     assert not failed, '\n'.join(failed)
     assert done == len(names)
@@ -67,7 +74,7 @@ def test_every_flag_is_equal_on_two_axes() -> None:
 
 @pytest.mark.deep
 def test_some_are_equal_on_two_axes() -> None:
-    cases = [*SOME, *CUT, *SLICED, *BESIDE]
+    cases = [*SOME, *CUT, *SLICED, *BESIDE, *CROSSING]
     done, failed = attempt_all(attempt, with_modes(cases, list(OF_FOUR)), world=4)
     assert not failed, '\n'.join(failed)
     assert done == len(cases) * len(OF_FOUR)
@@ -78,13 +85,13 @@ def test_random_combinations_are_equal() -> None:
     cases = [str(case) for case in draw(60, seed=1) if fits(case)]
     assert len(cases) > 50
     done, failed = attempt_all(
-        attempt, with_modes(cases, ['copies', 'shards', 'shards+every', 'tensor', 'sequence', 'loss', 'context'])
+        attempt, with_modes(cases, ['copies', 'shards', 'shards+every', 'tensor', 'sequence', 'loss', 'context', 'pipeline'])
     )
     assert not failed, '\n'.join(failed)
-    assert done == 7 * len(cases)
+    assert done == 8 * len(cases)
 
 
-@pytest.mark.parametrize('degrees', [Degrees(tensor=2), Degrees(context=2)])
+@pytest.mark.parametrize('degrees', [Degrees(tensor=2), Degrees(context=2), Degrees(pipeline=2)])
 def test_the_z_loss_is_refused(degrees: Degrees) -> None:
     world = World(None, degrees, torch.device('cpu'), 0, 2)  # type: ignore[arg-type]
     net = Combination.parse('decoder+rotary').build()
@@ -141,6 +148,31 @@ def test_what_goes_beside_heads_is_refused() -> None:
         parallelize(model, group, loss_parallel=True)
     with pytest.raises(MeshError, match='a model must be an AutoregressiveWrapper'):
         parallelize(torch.nn.Linear(2, 2), group, loss_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ('degrees', 'how', 'said'),
+    [
+        (Degrees(pipeline=9), {}, '--pipeline must be at most 2, the number of blocks of layers, got 9'),
+        (Degrees(pipeline=2, tensor=2), {}, '--tensor must be 1 with --pipeline'),
+        (Degrees(pipeline=2, context=2), {}, '--context must be 1 with --pipeline'),
+        (Degrees(pipeline=2, shard=2), {'shard': 'full'}, '--shard must be none with --pipeline'),
+        (Degrees(pipeline=2), {'shard': 'full'}, '--shard must be none with --pipeline'),
+    ],
+)
+def test_what_cannot_be_staged_is_refused(degrees: Degrees, how: dict[str, Any], said: str) -> None:
+    world = World(None, degrees, torch.device('cpu'), 0, 18)  # type: ignore[arg-type]
+    with pytest.raises(MeshError, match=said):
+        parallelize(Combination.parse('decoder+no_abs').build(), world, **how)
+
+
+def test_a_model_of_two_stacks_is_not_staged() -> None:
+    world = World(None, Degrees(pipeline=2), torch.device('cpu'), 0, 2)  # type: ignore[arg-type]
+    model = XTransformer(
+        dim=16, enc_num_tokens=8, enc_depth=2, enc_max_seq_len=8, dec_num_tokens=8, dec_depth=2, dec_max_seq_len=8
+    )
+    with pytest.raises(MeshError, match='a model must be a TransformerWrapper, or AutoregressiveWrapper of one'):
+        parallelize(model, world)
 
 
 def fits(case: Combination) -> bool:

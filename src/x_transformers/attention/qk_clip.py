@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,24 @@ def largest_scores(scores: Sequence[Float[Tensor, 'b h i j']], has_sink: bool) -
     """Per head the largest score of each call, as scores; with a sink there is a column in front that is none."""
     columns = [t[..., has_sink:].amax(dim=(0, 2, 3)) for t in scores]
     return torch.stack([columns[0], *columns] if has_sink else columns, dim=-1)[None, :, None]
+
+
+def clip_attentions_(attentions: Sequence[Any], seen: Sequence[Intermediates], tau: float) -> None:
+    """Clip each attention by what was ``seen`` of every run; one that ran several times once.
+
+    Raises ValueError if their numbers differ.
+    """
+    if len(seen) != len(attentions):
+        raise ValueError(
+            f'attn_qk_clip_ needs the intermediates of {len(attentions)} attentions, one per executed layer, '
+            f'but got {len(seen)}'
+        )
+    scores: dict[Any, list[Tensor]] = {}
+    for attention, run in zip(attentions, seen, strict=True):
+        if run.pre_softmax_attn is not None:
+            scores.setdefault(attention, []).append(run.pre_softmax_attn)
+    for attention, runs in scores.items():
+        attention.qk_clip_(largest_scores(runs, attention.flags.head_learned_sink), tau=tau)
 
 
 def score_factors(scores: Float[Tensor, 'b h i j'], tau: float) -> Float[Tensor, 'h']:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ class DistributedCheckpoints:
     def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]) -> None:
         target = self.run / f'{files.PREFIX}{step:08d}'
         temporary = self.run / f'{files.UNFINISHED}{target.name}'
-        tensors: dict[str, Tensor] = {f'model.{name}': in_order(tensor) for name, tensor in weights.items()}
+        tensors = {f'model.{name}': in_order(tensor) for name, tensor in weights.items() if not tensor.is_meta}
         rest = {name: put_aside(value, name, tensors) if name in SPREAD else value for name, value in state.items()}
+        if self.world.degrees.pipeline > 1:
+            rest |= joined(self.alike(lambda: {name: rest[name] for name in SPREAD if name in rest}, 'cannot be written'))
         self.alike(lambda: make_empty(temporary), 'cannot be written', main_only=True)
         self.alike(lambda: save(dict(tensors), checkpoint_id=temporary), 'cannot be written')
         for_use = whole_on_main(export, self.world)
@@ -109,15 +111,27 @@ def make_empty(folder: Path) -> None:
 
 
 def put_aside(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The same tree with a word in the place of each tensor, which goes to ``tensors``."""
+    """The same tree with a word in the place of each tensor, which goes to ``tensors`` unless another process has it."""
     if isinstance(value, Tensor):
-        tensors[path] = in_order(value)
+        if not value.is_meta:
+            tensors[path] = in_order(value)
         return ELSEWHERE + path
     if isinstance(value, Mapping):
         return {name: put_aside(each, f'{path}.{name}', tensors) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(put_aside(each, f'{path}.{index}', tensors) for index, each in enumerate(value))
     return value
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """One tree of those of all stages, where each has what belongs to its parameters."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        names = dict.fromkeys(name for tree in trees for name in tree)
+        return {name: joined([tree[name] for tree in trees if name in tree]) for name in names}
+    if isinstance(first, (list, tuple)):
+        return type(first)(joined(parts) for parts in zip(*trees, strict=True))
+    return first
 
 
 def in_order(tensor: Tensor) -> Tensor:
@@ -154,11 +168,30 @@ def put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def whole_on_main(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """The whole tensors on the CPU of the main process, one after the other; nothing elsewhere."""
     found = {}
+    holders = who_holds(state, world) if world.degrees.pipeline > 1 else {}
     for name, tensor in state.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if holder := holders.get(name, 0):
+            full = sent_to_main(full.detach(), holder, world)
         if world.is_main:
             found[name] = full.detach().to('cpu', copy=True)
     return found
+
+
+def who_holds(state: Mapping[str, Tensor], world: World) -> dict[str, int]:
+    """The first process that has the numbers of a tensor."""
+    everywhere: list[Any] = [None] * world.size
+    dist.all_gather_object(everywhere, [name for name, tensor in state.items() if not tensor.is_meta])
+    return {name: rank for rank, names in reversed(list(enumerate(everywhere))) for name in names}
+
+
+def sent_to_main(tensor: Tensor, holder: int, world: World) -> Tensor:
+    if world.rank == holder:
+        dist.send(tensor.contiguous(), 0)
+    elif world.is_main:
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
+        dist.recv(tensor, holder)
+    return tensor
 
 
 def digests_of(folder: Path, world: World) -> dict[str, Any]:
@@ -184,7 +217,8 @@ def read(path: Path, template: Callable[[str, Any], Tensor]) -> tuple[dict[str, 
     """(weights, the tensors of the state by their paths, the state with words in their places).
 
     Args:
-        template: (path, metadata) -> an empty tensor of the form in which it is wanted: whole, or this process's part.
+        template: (path, metadata) -> an empty tensor of the form in which it is wanted: whole, or this process's part; one on
+            the meta device is not read.
     """
     state = torch.load(path / files.STATE, map_location='cpu', weights_only=True)
     metadata = FileSystemReader(path).read_metadata()
@@ -194,7 +228,8 @@ def read(path: Path, template: Callable[[str, Any], Tensor]) -> tuple[dict[str, 
         if isinstance(entry, TensorStorageMetadata)
     }
     try:
-        load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
+        here = {name: tensor for name, tensor in wanted.items() if not tensor.is_meta}
+        load(here, checkpoint_id=path, no_dist=not dist.is_initialized())
     except Exception as error:
         raise CheckpointError(f'{path} does not fit the model of this run: {str(error).splitlines()[0]}') from error
     weights = {name.removeprefix('model.'): tensor for name, tensor in wanted.items() if name.startswith('model.')}

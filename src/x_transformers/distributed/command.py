@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, MeshError, World, start, stop
-from x_transformers.distributed.refusals import check, option_refusals
+from x_transformers.distributed.refusals import NOT_TOGETHER, check, option_refusals
+from x_transformers.distributed.staged import StagedEngine
 from x_transformers.flags.base import FlagError
 from x_transformers.training.build import build_model
 from x_transformers.training.errors import TrainingError
@@ -85,7 +86,8 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
     check_options(options, world.degrees)
     check_model(config, world.degrees)
     precision: Literal['bf16'] | None = 'bf16' if options.precision == 'bf16' and options.shard != 'none' else None
-    engine = MeshEngine(
+    kind = StagedEngine if world.degrees.pipeline > 1 else MeshEngine
+    engine = kind(
         world, shard=options.shard, precision=precision, checkpoint=options.checkpointing, compile=options.compile,
         offload=options.offload, **beside(options),
     )  # fmt: skip
@@ -132,6 +134,10 @@ def check_options(options: TrainOptions, degrees: Degrees) -> None:
     )
     if options.lora:
         wrong.append('--lora must be 0 with several processes: low-rank changes are added in one process.')
+    if degrees.pipeline > 1 and options.mup:
+        wrong.append('--mup must be off with --pipeline: each stage would draw other weights. Use --shard full.')
+    if degrees.pipeline > 1 and options.shard != 'none' and degrees.shard <= 1:
+        wrong.append(NOT_TOGETHER['shard'])
     if wrong:
         raise MeshError(' '.join(wrong))
 

@@ -156,7 +156,8 @@ class MeshEngine(Engine):
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f'{name} must have the shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}')
-            fill(tensor, state[name])
+            if not tensor.is_meta:
+                fill(tensor, state[name])
 
     def load_optimizers(self, model: nn.Module, optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
         """States are known by the numbers of their parameters, which every grid gives in the same order."""

@@ -21,7 +21,7 @@ __all__ = ['AXES', 'Degrees', 'MeshError', 'Shard', 'World', 'local_device', 'st
 class World:
     """The grid, and this process in it."""
 
-    mesh: DeviceMesh  # axes: replicate, shard (slices of a sequence among them), tensor
+    mesh: DeviceMesh  # axes: pipeline where there are stages, replicate, shard (slices of a sequence among them), tensor
     degrees: Degrees
     device: torch.device
     rank: int
@@ -84,8 +84,10 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout))
         else:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    shape = (whole.replicate, whole.shard * whole.context, whole.tensor)
-    mesh = init_device_mesh(place.type, shape, mesh_dim_names=('replicate', 'shard', 'tensor'))
+    sizes = {'replicate': whole.replicate, 'shard': whole.shard * whole.context, 'tensor': whole.tensor}
+    if whole.pipeline > 1:
+        sizes = {'pipeline': whole.pipeline, **sizes}
+    mesh = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     return World(mesh, whole, place, dist.get_rank(), size)
 
 

@@ -25,13 +25,17 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Cut
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from x_transformers.cache.kv_cache import LayerCache
 from x_transformers.distributed.mesh import Shard, World
+from x_transformers.distributed.pipeline import Pipeline
 from x_transformers.distributed.refusals import check
 from x_transformers.distributed.sequence import slice_stacks
 from x_transformers.distributed.tensor import cut_biases, cut_branches
 from x_transformers.distributed.vocabulary import cut_vocabulary
+from x_transformers.heads import is_tied
+from x_transformers.layers.call import Around
 from x_transformers.layers.stack import AttentionLayers
 from x_transformers.module import Module, own_part
 from x_transformers.stack_wrapper import StackWrapper
@@ -79,7 +83,7 @@ def parallelize(
         model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, compile=compile, offload=offload,
         sequence_parallel=sequence_parallel, loss_parallel=loss_parallel,
     )  # fmt: skip
-    model = model if on_meta(model) else model.to(world.device)
+    model = model if on_meta(model) or world.degrees.pipeline > 1 else model.to(world.device)
     if world.degrees.tensor > 1:
         cut_biases(model, world.mesh['tensor'])
     if sequence_parallel:
@@ -89,6 +93,10 @@ def parallelize(
     if compile:
         for layer in layers_of(model):
             layer.compile()
+    if world.degrees.pipeline > 1:
+        Filling(model, world.device, seed).fill(model)
+        Pipeline(model, world)
+        return model
     if shard == 'none':
         Filling(model, world.device, seed).fill(model)
         if world.degrees.tensor > 1:
@@ -147,10 +155,6 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(part for part in modules if next(part.parameters(), None) is not None or is_tied(part)))
 
 
-def is_tied(module: nn.Module) -> bool:
-    return hasattr(module, '_embedding')
-
-
 # activation checkpointing
 
 
@@ -162,8 +166,15 @@ def checkpoint_layers(model: nn.Module, how: Checkpointing) -> None:
         wrapped: dict[nn.Module, nn.Module] = {}
         for index, layer in enumerate(stack.layers):
             if index % every == 0:
-                wrapped.setdefault(layer, checkpoint_wrapper(layer, **keywords))
+                wrapped.setdefault(layer, checkpoint_wrapper(layer, checkpoint_fn=run_again, **keywords))
                 stack.layers[index] = wrapped[layer]
+
+
+def run_again(layer: nn.Module, streams: Tensor, condition: Any, wide_condition: Any, around: Around, **how: Any) -> Any:
+    """Run a layer so that it runs again for its gradients; not where it writes into a cache, which it would do twice."""
+    if type(around.given.past) is LayerCache:
+        return layer(streams, condition, wide_condition, around)
+    return checkpoint(layer, streams, condition, wide_condition, around, use_reentrant=False, **how)
 
 
 def keep_products() -> Any:

@@ -14,14 +14,17 @@ from x_transformers.attention.attention import Attention
 from x_transformers.distributed.context import sliced_refusals
 from x_transformers.distributed.degrees import Degrees, MeshError
 from x_transformers.distributed.sequence import sequence_refusals
+from x_transformers.distributed.stages import staged_refusals
 from x_transformers.distributed.tensor import check_divides
 from x_transformers.distributed.vocabulary import vocabulary_refusals
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import default_of
 
 # whole kinds: each is refused under every flag
-NOT_BUILT = {
-    'pipeline': '--pipeline must be 1: pipeline parallelism is not built. Use --shard full or hybrid.',
+NOT_TOGETHER = {
+    'shard': '--shard must be none with --pipeline: stages whose parameters lie in parts are not built.',
+    'tensor': '--tensor must be 1 with --pipeline: stages whose heads are shared are not built.',
+    'context': '--context must be 1 with --pipeline: stages of slices are not built.',
 }
 NOT_PROVEN = {
     'compile': '--compile must be off with several processes: it is not proven that results stay the same.',
@@ -29,6 +32,10 @@ NOT_PROVEN = {
     '`gate_residual` and `attn_hybrid_module`.',
     'offload': '--offload must be off: it moves shards between a GPU and the CPU, which has not been tried.',
 }
+
+
+def is_loss(value: Any) -> bool:
+    return bool(value == 'loss')
 
 
 def is_name(value: Any) -> bool:
@@ -42,7 +49,10 @@ class Refusal(NamedTuple):
     allowed: Callable[[Any], bool] | None = None  # values of the flag that are not refused
 
 
-KINDS = ('shard none', 'shard full', 'shard hybrid', 'checkpoint', 'tensor', 'sequence parallel', 'loss parallel', 'context')
+KINDS = (
+    'shard none', 'shard full', 'shard hybrid', 'checkpoint', 'tensor', 'sequence parallel', 'loss parallel', 'context',
+    'pipeline',
+)  # fmt: skip
 
 MIXES = 'it mixes all heads, of which each process has some'
 DROPS = 'other units would be dropped than in one process'
@@ -50,6 +60,7 @@ DRAWS = 'other numbers would be drawn than in one process'
 SUMS = 'sums over the slices before are not gathered'
 UNIT = 'gains and lengths of weights are cut neither by heads nor by features'
 BEFORE = 'the token before a slice is not gathered'
+AGAIN = 'the stack is run again'
 UNKNOWN = 'it may look at what other processes have'
 
 # a flag that gives other numbers under one of these kinds, or cannot run, has its row here
@@ -99,14 +110,20 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal('context', 'mv_split_residual', SUMS),
     Refusal('context', 'num_memory_tokens', 'the first slice alone would have them'),
     Refusal('context', 'randomized_positions', DRAWS),
-    Refusal('context', 'recycling', 'the stack is run again'),
-    Refusal('context', 'looped', 'the stack is run again'),
+    Refusal('context', 'recycling', AGAIN),
+    Refusal('context', 'looped', AGAIN),
     Refusal('context', 'smear', BEFORE),
     Refusal('context', 'bigram_hash_embed', BEFORE),
     Refusal('context', 'attn_custom_attn_fn', 'it may look at other slices'),
     Refusal('context', 'add_attn_z_loss', 'it is a mean over the whole sequence'),
     Refusal('context', 'multi_token_heads', 'what they are to predict may lie in the next slice'),
     Refusal('context', 'add_continuous_pred_head', 'its loss compares neighbours, which may lie in two slices'),
+    Refusal('pipeline', 'ff_router_balance', 'all processes count together how often experts are chosen', allowed=is_loss),
+    Refusal('pipeline', 'add_attn_z_loss', 'it reads the attention maps of all layers'),
+    Refusal('pipeline', 'layer_dropout', 'what a layer that is left out hands on is missing in the next stage'),
+    Refusal('pipeline', 'recycling', AGAIN),
+    Refusal('pipeline', 'looped', AGAIN),
+    Refusal('pipeline', 'add_continuous_pred_head', 'it compares with the embeddings, which the first stage has'),
 )
 
 # what modules are told without the name of their branch in front
@@ -150,7 +167,8 @@ def option_refusals(
     loss_parallel: bool = False,
 ) -> list[str]:
     """A sentence for each option that is refused whatever the flags."""
-    found = [sentence for name, sentence in NOT_BUILT.items() if getattr(degrees, name) > 1]
+    together = NOT_TOGETHER if degrees.pipeline > 1 else {}
+    found = [sentence for name, sentence in together.items() if getattr(degrees, name) > 1]
     asked = {'compile': compile, 'offload': offload, 'checkpointing selective': checkpoint == 'selective'}
     if degrees.tensor == 1:
         beside = {'--sequence-parallel': sequence_parallel, '--loss-parallel': loss_parallel}
@@ -197,6 +215,11 @@ def check(
     if degrees.context > 1:
         kinds.add('context')
         found += sliced_refusals(model)
+    if degrees.pipeline > 1:
+        kinds.add('pipeline')
+        found += staged_refusals(model, degrees.pipeline)
+        if shard != 'none' and degrees.shard == 1:
+            found.append(NOT_TOGETHER['shard'])
     found += refusals(model, kinds)
     if found:
         raise MeshError(' '.join(found))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.qk_clip import largest_scores
+from x_transformers.attention.qk_clip import clip_attentions_
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.feedforward import FeedForward
@@ -174,14 +174,25 @@ class AttentionLayers(Module):
 
     def run(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
         """All steps on x. ``call`` comes from ``prepare``; what was asked for is in the record."""
-        mixes, shares = self.layer_integrators is not None, self.plan.keys_from
-        carry = Carry(self.hands_on_scores, self.add_value_residual, mixes, keys_from=shares)
-        if self.lambdas is not None:
-            carry.first = self.streams.beside(rms_norm(x))
         record = Record(wanted=call.return_attn, cache=call.cache)
+        streams, carry = self.enter(x)
+        return self.leave(self.walk(streams, call, carry, record), call, carry, record), record
+
+    def carry(self) -> Carry:
+        """For what the layers of one call hand on; nothing yet."""
+        mixes, shares = self.layer_integrators is not None, self.plan.keys_from
+        return Carry(self.hands_on_scores, self.add_value_residual, mixes, keys_from=shares)
+
+    def enter(self, x: Float[Tensor, 'b n d']) -> tuple[Tensor, Carry]:
+        """The streams that enter the first layer."""
+        carry = self.carry()
+        carry.first = None if self.lambdas is None else self.streams.beside(rms_norm(x))
+        return self.streams.open(x, self.stream_emb), carry
+
+    def walk(self, streams: Tensor, call: Inputs, carry: Carry, record: Record) -> Tensor:
+        """The streams behind the steps of ``call``, in front of which ``carry`` and ``record`` are."""
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
-        streams = self.streams.open(x, self.stream_emb)
         layers, maps_now = self._layers(), call.return_attn and is_sharded(self)
         joins = self.unet_skips or self.lambdas is not None
         enters = self.mudd is not None or call.return_attn or call.transform_block is not None
@@ -190,7 +201,7 @@ class AttentionLayers(Module):
                 streams = between(self.mudd, self._begin_block(step.block, streams, call, record), carry)
             if joins:
                 streams = self._join(step, streams, carry)
-            around = self._around(step, call, carry, x.device, maps_now)
+            around = self._around(step, call, carry, streams.device, maps_now)
             written, seen = layers[step.layer](streams, condition, wide_condition, around)
             if around.entered is not None:
                 carry.enter(around.entered)
@@ -204,16 +215,21 @@ class AttentionLayers(Module):
                 record.leave(step, seen)
             # the next layer runs without these, unless somebody keeps them
             del around, written, seen
+        return streams
+
+    def leave(self, streams: Tensor, call: Inputs, carry: Carry, record: Record) -> Float[Tensor, 'b n d']:
+        """What comes out behind the last layer."""
+        condition = call.condition if self.norm_need_condition else None
         streams = between(self.mudd, streams, carry)
         if record.wanted:
             record.layer_hiddens.append(self.streams.last(streams))
         streams = streams if self.softclamp_value is None else softclamp(streams, self.softclamp_value)
         if call.cache is not None:
             call.cache.advance(call.span.new)
-        out = self.streams.close(streams, lambda t: call_norm(self.final_norm, t, condition))
+        out: Tensor = self.streams.close(streams, lambda t: call_norm(self.final_norm, t, condition))
         if record.wanted:
             record.block_hiddens.append(out)
-        return out, record
+        return out
 
     def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device, maps_now: bool) -> Around:
         training = self.training
@@ -228,7 +244,7 @@ class AttentionLayers(Module):
             before=carry.seen.copy() if carry.mixes else (),
             views=carry.views if step.kind == 'a' else None,
             shows=call.return_attn,
-            drop=training and self._drops(step, call, device),
+            drop=training and not call.continues and is_dropped(self.layer_dropouts[step.layer], device),  # caches hold all
             checkpoint=training and self.flags.gradient_checkpointing,
         )
 
@@ -253,10 +269,6 @@ class AttentionLayers(Module):
             return streams
         joined: Tensor = combine(streams, carry.skips)
         return joined
-
-    def _drops(self, step: Step, call: Inputs, device: torch.device) -> bool | Tensor:
-        """Layer dropout; never while a cache is continued, which holds every layer's past."""
-        return not call.continues and is_dropped(self.layer_dropouts[step.layer], device)
 
     def forward(
         self,
@@ -364,20 +376,8 @@ class AttentionLayers(Module):
 
         ``intermediates`` of a call with the usual order of layers. Raises ValueError if their number is another.
         """
-        steps = [step for step in self.plan.steps() if step.kind in ATTENTIONS]
-        seen = intermediates.attn_intermediates or []
-        if len(seen) != len(steps):
-            raise ValueError(
-                f'attn_qk_clip_ needs the intermediates of {len(steps)} attentions, one per executed layer, but got {len(seen)}'
-            )
-        by_layer: dict[int, list[Tensor]] = {}
-        for step, inter in zip(steps, seen, strict=True):
-            scores = inter.pre_softmax_attn
-            if scores is not None:
-                by_layer.setdefault(step.layer, []).append(scores)
-        for index, all_scores in by_layer.items():
-            attention: Any = self.layers[index].inside
-            attention.qk_clip_(largest_scores(all_scores, attention.flags.head_learned_sink), tau=tau)
+        attentions = [self.layers[step.layer].inside for step in self.plan.steps() if step.kind in ATTENTIONS]
+        clip_attentions_(attentions, intermediates.attn_intermediates or [], tau)
 
 
 class Encoder(AttentionLayers):

@@ -125,6 +125,11 @@ def reading_arguments(model: nn.Module) -> dict[str, Any]:
     return {'recycle_steps': net.train_max_recycle_steps} if getattr(net, 'recycling', False) else {}  # type: ignore[union-attr]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; parameters without numbers are on other processes."""
+    return next(p.device for p in model.parameters() if not p.is_meta)
+
+
 def choose_device(name: str) -> torch.device:
     """``auto``: the first accelerator there is, else the CPU."""
     if name == 'auto':

@@ -17,7 +17,8 @@ class AveragedWeights:
     """``average = decay * average + (1 - decay) * weight`` after every step.
 
     While few steps have been taken the decay is smaller, ``(1 + steps) / (10 + steps)``, so that the first weights are soon
-    forgotten. The averages are kept in float32 beside the model; buffers are the model's own.
+    forgotten. The averages are kept in float32 beside the model; buffers are the model's own. Parameters of other processes are
+    on the meta device, and so are their averages.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -31,8 +32,9 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        averages = [own_part(average) for average in self.averages.values()]
-        torch._foreach_lerp_(averages, [own_part(p.detach()).float() for p in self.parameters.values()], 1 - decay)
+        here = {name: p for name, p in self.parameters.items() if not p.is_meta}
+        averages = [own_part(self.averages[name]) for name in here]
+        torch._foreach_lerp_(averages, [own_part(p.detach()).float() for p in here.values()], 1 - decay)
         self.steps += 1
 
     @contextmanager
@@ -59,4 +61,5 @@ class AveragedWeights:
             raise ValueError('the averaged weights are those of another model')
         self.steps = int(str(state['steps']))
         for name, average in self.averages.items():
-            fill(average, averages[name])
+            if not average.is_meta:
+                fill(average, averages[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,19 @@ class Engine:
         """Around forward and backward of one micro-batch; only after the last one must gradients agree."""
         return nullcontext()
 
+    def gradients(self, loss: Callable[[Any], Tensor], batches: Sequence[Any], shares: Sequence[float]) -> list[Tensor]:
+        """Forward and backward of the micro-batches of a step; what each adds to the loss, its mean times its share."""
+        parts = []
+        for micro, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+            if share == 0 and self.averages == 1:
+                continue  # nothing to predict: its mean would be no number
+            with self.accumulating(last=micro + 1 == len(batches)):
+                mean = loss(batch)
+                # gradients are averaged over processes
+                (mean * (share * self.averages)).backward()
+            parts.append(mean.detach() * share)
+        return parts
+
     def total(self, value: Tensor) -> Tensor:
         """The sum of a small tensor over all processes that read different data."""
         return value
@@ -56,6 +69,10 @@ class Engine:
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
         torch.nn.utils.clip_grads_with_norm_(list(parameters), most, norm)
+
+    def flops(self, count: Callable[[], float]) -> float:
+        """What ``count`` finds when it runs the model, as all processes do together."""
+        return count()
 
     def model_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The whole state dict of the model, as ``load_model`` takes it."""

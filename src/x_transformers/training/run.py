@@ -15,7 +15,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.saving.folder import described
 from x_transformers.saving.plain import without_memory
 from x_transformers.training.batches import Prefetched
-from x_transformers.training.build import NUM_BYTES, build_model, choose_device, reading_arguments, refuse_inert
+from x_transformers.training.build import NUM_BYTES, build_model, choose_device, device_of, reading_arguments, refuse_inert
 from x_transformers.training.checkpoint import publish
 from x_transformers.training.corpus import Data, check_vocabulary, load_data, load_sets, loss_and_bits_of_all
 from x_transformers.training.engine import Engine
@@ -247,7 +247,8 @@ def prepare_run(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (),
         last=options.steps * options.grad_accum,
         pinned=device.type == 'cuda',
     )
-    told = [*utilization(model, data, options, engine, device), metrics, *callbacks] if engine.is_main else []
+    use = utilization(model, data, options, engine, device)
+    told = [*use, metrics, *callbacks] if engine.is_main else []
     trainer = Trainer(
         model, batches, dataclasses.replace(options, device=None), callbacks=told,
         store=engine.store(folder, options.keep), best='held_out_loss' if options.keep_best else None,
@@ -271,14 +272,15 @@ def utilization(model: nn.Module, data: Data, options: TrainOptions, engine: Eng
     peak = options.peak_flops or peak_of(device)
     if peak is None:
         return []
-    flops = training_flops(model, data.first(options.seq_len).to(device)) / (options.seq_len - 1)
-    return [Utilization(flops, peak * engine.devices)]
+    ids = data.first(options.seq_len).to(device)
+    flops = engine.flops(lambda: training_flops(model, ids))
+    return [Utilization(flops / (options.seq_len - 1), peak * engine.devices)]
 
 
 def rehearse(model: nn.Module, data: Data, options: TrainOptions) -> None:
     """One sequence in training and in evaluation, before anything is written: what the model has against it is a sentence."""
     state, mode = random_state(), model.training
-    ids = data.first(options.seq_len).to(next(model.parameters()).device)
+    ids = data.first(options.seq_len).to(device_of(model))
     more: dict[str, Any] = {}
     if options.mask_documents:
         more['attn_mask'] = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.generation import sampling
-from x_transformers.training.build import network_of, reading_arguments
+from x_transformers.training.build import device_of, network_of, reading_arguments
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.tokens import Bytes, Tokenizer
 
@@ -37,7 +37,7 @@ def sample_text(
     if not ids:
         raise TrainingError('the prompt is empty: the model needs a token to start from')
     writer: Any = model
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def filtered(logits: Tensor) -> Tensor:
         if top_k is not None:

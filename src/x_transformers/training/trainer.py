@@ -216,17 +216,8 @@ class Trainer:
         batches = [self.batch(first + micro) for micro in range(options.grad_accum)]
         counts = [1 if self.predictions is None else self.predictions(batch) for batch in batches]
         everywhere = float(self.engine.total(torch.tensor(float(sum(counts))))) / self.engine.repeats
-        parts = []
-        for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            if count == 0 and self.engine.averages == 1:
-                continue  # nothing to predict: its mean would be no number
-            with self.engine.accumulating(last=micro + 1 == len(batches)):
-                with self.autocast():
-                    loss = one_loss(self.loss(self.forward, on_device(batch, self.device)))
-                share = count / max(everywhere, 1.0)
-                # gradients are averaged over processes
-                (loss * (share * self.engine.averages)).backward()
-            parts.append(loss.detach() * share)
+        shares = [count / max(everywhere, 1.0) for count in counts]
+        parts = self.engine.gradients(self.loss_on_device, batches, shares)
         total = torch.stack(parts).sum() if parts else torch.zeros((), device=self.device)
         norm = self.engine.grad_norm(self.parameters)
         value, grad_norm = float(self.engine.total(total)), float(norm)
@@ -255,6 +246,10 @@ class Trainer:
         record['memory_bytes'] = memory_bytes(self.device)
         lr = {type(optimizer).__name__.lower(): optimizer.param_groups[0]['lr'] for optimizer in self.optimizers}
         return record | {'seconds': round(self.seconds, 3), 'lr': lr}
+
+    def loss_on_device(self, batch: Any) -> Tensor:
+        with self.autocast():
+            return one_loss(self.loss(self.forward, on_device(batch, self.device)))
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.precision == 'bf16')

@@ -1,0 +1,57 @@
+"""A training step on stages of a pipeline: what ``engine.py`` answers otherwise when each process has some of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from x_transformers.distributed.crossing import described
+from x_transformers.distributed.engine import MeshEngine, number_of
+from x_transformers.distributed.parallelize import parallelize
+from x_transformers.distributed.pipeline import Pipeline
+
+
+class StagedEngine(MeshEngine):
+    """Stages of a pipeline, maybe with copies of all of them that read other data.
+
+    The micro-batches of a step go through the stages one behind the other: there should be more of them than stages.
+    """
+
+    pipeline: Pipeline
+
+    def spread(self, model: nn.Module, seed: int = 0) -> nn.Module:
+        self.model = parallelize(model, self.world, shard=self.shard, seed=seed, **self.options)
+        self.pipeline = Pipeline.of(model)
+        return model
+
+    def begin_step(self, seed: int, step: int) -> None:
+        super().begin_step(seed, step)
+        self.seeds = seed, step
+
+    def gradients(self, loss: Callable[[Any], Tensor], batches: Sequence[Any], shares: Sequence[float]) -> list[Tensor]:
+        def job(micro: int) -> Tensor:
+            # what is drawn must not depend on the micro-batches that this stage has run before
+            torch.manual_seed(number_of(*self.seeds, self.rank, micro))
+            return loss(batches[micro]) * shares[micro]
+
+        counted = [micro for micro, share in enumerate(shares) if share > 0]
+        jobs = [lambda micro=micro: job(micro) for micro in counted]
+        return list(self.pipeline.gradients(jobs, [described(batches[micro]) for micro in counted]))
+
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        own = [p.grad for p in parameters if p.grad is not None and self.pipeline.counts(p)]
+        square = torch.zeros((), device=self.device, dtype=torch.float64)
+        if own:
+            square += torch.stack(torch._foreach_norm(own)).double().square().sum()
+        dist.all_reduce(square, group=self.pipeline.group)
+        return square.sqrt()
+
+    def flops(self, count: Callable[[], float]) -> float:
+        count()  # the first run of a shape tries it, too
+        found = torch.tensor(count(), dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, group=self.pipeline.group)
+        return float(found)
