@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from x_transformers.training.errors import DataError, TrainingError
 from x_transformers.training.files import write_atomically
+from x_transformers.training.pieces import Pieces, splits_at_blanks
 
 END = '<|endoftext|>'
 TRAIN_ON_BYTES = 100_000_000  # as much text as a new tokenizer looks at
@@ -68,12 +69,15 @@ class JsonTokenizer:
             raise DataError(f'--tokenizer {name} must be a tokenizer.json, got something else ({error}).') from error
         self.data = data
         self.size = int(self.made.get_vocab_size())
+        self.pieces = Pieces(self._encode) if splits_at_blanks(data) else self._encode
         ends = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>', '[SEP]')
         self.end: int | None = next((found for found in map(self.made.token_to_id, ends) if found is not None), None)
 
     def encode(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
-        readable = [text.decode('utf-8', 'replace') for text in texts]
-        return [encoding.ids for encoding in self.made.encode_batch_fast(readable, add_special_tokens=False)]
+        return self.pieces([text.decode('utf-8', 'replace') for text in texts])
+
+    def _encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        return [encoding.ids for encoding in self.made.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> bytes:
         text: str = self.made.decode(list(ids), skip_special_tokens=False)
