@@ -143,11 +143,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """40 MB of text under a limit on memory, which 1 GB would not break either."""
     program = (
         'import json, resource, sys; from pathlib import Path\n'
-        'from x_transformers.training.shards import prepare; from x_transformers.training import shards\n'
+        'from x_transformers.training.shards import prepare_shards; from x_transformers.training import shards\n'
         'from x_transformers.training.data import Source; from x_transformers.training.tokens import Bytes\n'
         'shards.PART_BYTES = 1 << 22; path = Path(sys.argv[1])\n'
         'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
-        'made = prepare([Source(path, "x")], Bytes(), cache=path.parent / "cache")\n'
+        'made = prepare_shards([Source(path, "x")], Bytes(), cache=path.parent / "cache")\n'
         'print(len(made.train) + len(made.held_out), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)'
     )
     path = tmp_path / 'x.txt'
