@@ -81,12 +81,13 @@ def test_saving_again_leaves_no_old_weights_and_no_foreign_file_is_touched(tmp_p
     model.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob('model-*-of-*.safetensors'))) > 1
     assert (tmp_path / 'model.safetensors.index.json').exists()
-    (tmp_path / 'notes.txt').write_text('mine')
+    for name in ('notes.txt', 'best.safetensors'):
+        (tmp_path / name).write_text('mine')
     same_weights(model, TransformerWrapper.from_pretrained(tmp_path))
     monkeypatch.setattr(tensors.write_tensors, '__kwdefaults__', {'shard': 2**30})
     model.save_pretrained(tmp_path)
-    assert [file.name for file in tmp_path.glob('*.safetensors*')] == ['model.safetensors']
-    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+    assert {file.name for file in tmp_path.glob('*.safetensors*')} == {'model.safetensors', 'best.safetensors'}
+    assert all((tmp_path / name).read_text() == 'mine' for name in ('notes.txt', 'best.safetensors'))
     same_weights(model, TransformerWrapper.from_pretrained(tmp_path))
 
 

@@ -18,7 +18,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.made import Made
 from x_transformers.saving.plain import from_plain, to_plain, without_memory
-from x_transformers.saving.tensors import WEIGHTS, TensorSource, Weights, json_object, write_tensors
+from x_transformers.saving.tensors import INDEX, WEIGHTS, TensorSource, Weights, json_object, write_tensors
 
 CONFIG, CARD = 'config.json', 'README.md'
 FORMAT = 'x_transformers'
@@ -46,7 +46,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
             return
         names = {file.name for file in fresh.iterdir()}
         # weights of an earlier save would be taken for some of this one's
-        stale = [*folder.glob('*.safetensors'), *folder.glob('*.safetensors.index.json')]
+        stale = [folder / WEIGHTS, folder / INDEX, *folder.glob('model-*-of-*.safetensors')]
         for file in fresh.iterdir():
             file.replace(folder / file.name)
         for file in stale:
