@@ -44,9 +44,11 @@ BESIDE = [
 ]  # fmt: skip
 
 
+# a flag that does nothing beside the others is told, and changes nothing here
+@pytest.mark.filterwarnings('ignore::x_transformers.InertFlagWarning')
 @pytest.mark.slow
 def test_some_are_equal() -> None:
-    cases = [*SOME, *(str(case) for case in draw(4, seed=0))]
+    cases = [*SOME, *[str(case) for case in draw(12, seed=0) if fits(case)][:4]]
     modes = ['copies', 'shards+full', 'hybrid']
     names = with_modes(cases, modes) + with_modes([*SOME, *CUT], ['tensor', 'tensor+full']) + with_modes(SLICED, ['context'])
     names += with_modes(BESIDE, ['sequence', 'loss'])
@@ -80,6 +82,8 @@ def test_some_are_equal_on_two_axes() -> None:
     assert done == len(cases) * len(OF_FOUR)
 
 
+# a flag that does nothing beside the others is told, and changes nothing here
+@pytest.mark.filterwarnings('ignore::x_transformers.InertFlagWarning')
 @pytest.mark.deep
 def test_random_combinations_are_equal() -> None:
     cases = [str(case) for case in draw(60, seed=1) if fits(case)]

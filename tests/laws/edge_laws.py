@@ -141,7 +141,7 @@ def adapted(model: nn.Module, wrap: bool) -> list[nn.Parameter]:
     learning: list[nn.Parameter] = []
     maps = [(holder, name, child) for holder in model.attn_layers.modules() for name, child in holder.named_children()]  # type: ignore[union-attr]
     for holder, name, child in maps:
-        if type(child) is not nn.Linear:
+        if not isinstance(child, nn.Linear):
             continue
         if wrap:
             made: nn.Module = Adapter(child)

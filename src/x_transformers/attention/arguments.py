@@ -88,11 +88,11 @@ def check_attention_input(attn: AttentionParts, x: Tensor, given: Keywords) -> t
 def check_attention_context(attn: AttentionParts, context: Any, batch: int) -> None:
     shaped('context', context, batch, None, attn.dim_context, says='(batch, tokens, dim_context)')
     numbers('context', context)
-    for flag in attn.flags.having('own_keys'):
-        if getattr(attn.flags, flag):
-            raise ValueError(
-                f'{flag} has no meaning in cross attention, where keys are not the queries: leave out context, or the flag'
-            )
+    if attn.needing_own_keys:
+        raise ValueError(
+            f'{attn.needing_own_keys[0]} has no meaning in cross attention, where keys are not the queries: leave out context, '
+            'or the flag'
+        )
 
 
 # ---------------------------------------------------------------- masks

@@ -87,6 +87,7 @@ class Attention(Module):
         self.max_attend_future = flags.max_attend_future
         self.rotated_heads = flags.rotated_heads
         self.separate_views = flags.qkv_receive_diff_residuals
+        self.needing_own_keys = tuple(name for name in flags.having('own_keys') if getattr(flags, name))
         self.can_cache_kv = not (flags.selective or flags.inverted_attention)
         self._build_projections()
         self._build_keys_and_values()

@@ -294,7 +294,8 @@ def laid_out(t: Float[Tensor, 'b k j d']) -> Float[Tensor, '(b k) j d']:
 
 def stacked(t: Float[Tensor, 'b h i d'], block: Block, kv_heads: int) -> Float[Tensor, '(b k) (g i) d']:
     """A block's rows, those of all heads that share a key head one below the other."""
-    return t[:, :, block.top : block.bottom].reshape(t.shape[0] * kv_heads, -1, t.shape[-1])
+    rows = t[:, :, block.top : block.bottom]
+    return rows.reshape(t.shape[0] * kv_heads, rows.shape[1] * rows.shape[2] // kv_heads, t.shape[-1])
 
 
 class InBlocks(torch.autograd.Function):
