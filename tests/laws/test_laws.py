@@ -17,6 +17,7 @@ from tests.laws.laws import (
     continuation_compiles,
     continuations_are_full,
     left_padding_blind,
+    padding_blind,
     segments_are_whole,
 )
 from x_transformers.flags.base import FlagError
@@ -66,6 +67,11 @@ def test_memories_hold_what_was_injected(name: str) -> None:
 
 def test_left_padding_does_not_move_tokens_away_from_the_positions_of_a_context() -> None:
     left_padding_blind(Combination('cross', ('context_pos',)))
+
+
+@pytest.mark.parametrize('other', ['hybrid_mix', 'differential'])
+def test_of_a_token_that_sees_itself_alone_nothing_is_left(other: str) -> None:
+    padding_blind(Combination('decoder', ('exclusive', other)))
 
 
 @pytest.mark.parametrize('name', ['attn_mask', 'attn_mask_whole', 'attn_mask_rows', 'attn_mask_heads'])
