@@ -74,6 +74,11 @@ def test_of_a_token_that_sees_itself_alone_nothing_is_left(other: str) -> None:
     padding_blind(Combination('decoder', ('exclusive', other)))
 
 
+@pytest.mark.parametrize('kind', ['decoder', 'cross', 'prefix'])
+def test_left_padding_does_not_move_queries_with_gains_behind_the_turn(kind: str) -> None:
+    left_padding_blind(Combination(kind, ('ngpt', 'rotary')))
+
+
 @pytest.mark.parametrize('name', ['attn_mask', 'attn_mask_whole', 'attn_mask_rows', 'attn_mask_heads'])
 def test_in_memory_of_fixed_shape_a_mask_of_pairs_leaves_memories_open(name: str) -> None:
     continuations_are_full(Combination('decoder', (name, 'mems')))

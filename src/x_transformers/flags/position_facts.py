@@ -42,7 +42,8 @@ class PositionFacts:
     @cached_property
     def depends_on_places(self) -> bool:
         """Whether a turned query meets something that is not turned: learned keys have no place, contextual positions neither.
-        Or whether scales that cancel in products, those of xpos, are compared by distance. Or whether the length counts.
+        Or whether scales that cancel in products, those of xpos, are compared by distance. Or whether the length counts. Or
+        whether channels that turn together have gains of their own behind the turn, as queries of unit length have.
 
         Then it matters where a row begins; otherwise only distances between places do.
         """
@@ -51,7 +52,10 @@ class PositionFacts:
             on_grid
             or self.rotary_by_length
             or any(
-                attention.num_mem_kv > 0 or attention.use_cope or (self.rotary_xpos and attention.l2_distance)
+                attention.num_mem_kv > 0
+                or attention.use_cope
+                or (self.rotary_xpos and attention.l2_distance)
+                or (self.rotary and attention.unit_weights)
                 for attention in self.attentions
             )
         )
