@@ -312,3 +312,13 @@ def test_the_scores_of_a_block_take_no_more_memory_than_its_keys(width, monkeypa
     attend.run(q, k, k, mask=Mask().narrowed(True, None), geometry=ScoreShape(20, 20))
     (shape,) = made
     assert [block.bottom - block.top for block in blocks_of(shape)] == [width] * (20 // width) + [20 % width] * bool(20 % width)
+
+
+def test_a_mask_that_is_used_again_remembers_no_kernel_of_another_demand() -> None:
+    attend = Attend(heads=2, causal=True)
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    mask, geometry = Mask(causal=True), ScoreShape(5, 5)
+    attend.run(q, k, v, mask=mask, geometry=geometry)
+    with use_kernel('varlen'), pytest.raises(ValueError, match='varlen kernel cannot run'):
+        attend.run(q, k, v, mask=mask, geometry=geometry)
+    attend.run(q, k, v, mask=mask, geometry=geometry)

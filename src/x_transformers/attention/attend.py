@@ -13,7 +13,7 @@ from torch import Tensor
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, Kernel, KernelArgs, Mixers, Needs
-from x_transformers.attention.kernels.choose import choose_kernel, explain
+from x_transformers.attention.kernels.choose import choose_kernel, explain, forced_name
 from x_transformers.attention.kernels.reference import maps_of
 from x_transformers.attention.maps import Maps, Records
 from x_transformers.attention.mask import Mask, PackedSequences
@@ -217,6 +217,7 @@ class Attend(Module):
         key = (
             'kernel', args.geometry, self.needs, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.dtype, args.autocast,
             q.device, learns, args.dropout > 0, args.return_scores, args.previous is None, args.delta is None,
+            under_transform(), forced_name(),
         )  # fmt: skip
         found: Kernel | None = recall(mask.memo, key, args.bias)
         return remember(mask.memo, key, choose_kernel(self.needs, facts_of(args)), args.bias) if found is None else found
