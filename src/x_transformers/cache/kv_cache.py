@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from x_transformers.cache.tape import FixedTape, Tape
+from x_transformers.cache.tape import FixedTape, Tape, writes_in_place
 from x_transformers.tensor_types import Bool, Float, Int
 
 
@@ -106,8 +106,7 @@ class LayerCache:
     def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
         """Append to each named tape, making those that are missing; the full values, in the order given."""
         tapes, whole, cursor = self.tapes, [], self.cursor
-        # a compiler is shown no memory that tapes share: who may write where is not a question about tensors
-        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        in_place = writes_in_place()
         for name, rows in new.items():
             tape = tapes.get(name)
             if tape is None:

@@ -10,6 +10,14 @@ from x_transformers.tensor_types import Int
 LEAST_ROOM = 64
 
 
+def writes_in_place() -> bool:
+    """Whether memory that tapes share may be written: not where gradients are recorded.
+
+    Nor is a compiler shown such memory: who may write where is not a question about tensors.
+    """
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 class Room:
     """Memory that several tapes may share; ``used`` is where the newest of them ends."""
 
@@ -73,7 +81,7 @@ class Tape:
     def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool | None = None) -> Tape:
         """This tape with ``new`` behind it. ``at`` is for tapes whose end is a tensor (``FixedTape``).
 
-        ``in_place=False``: memory that tapes share is not written; None: unless gradients are recorded.
+        ``in_place``: what ``writes_in_place`` says, from those who have asked already.
         """
         room, buffer = self._room, self._room.buffer
         if self.fixed:
@@ -83,7 +91,7 @@ class Tape:
                 f'the cache holds rows of shape {_but_length(buffer)} and the new ones are {_but_length(new)}; they must agree '
                 '(batch, heads, features): use the cache with the batch it was made for, or reorder its rows first'
             )
-        in_place = not torch.is_grad_enabled() if in_place is None else in_place
+        in_place = writes_in_place() if in_place is None else in_place
         if not in_place or new.dtype != buffer.dtype or new.device != buffer.device:
             return Tape.of(torch.cat((self.value, new), dim=-2), reserve=self.reserve)
         more = new.shape[-2]

@@ -147,10 +147,7 @@ def joined(
     rows = exit_index[:, None, None].expand(-1, new, 1)
     record = LayerCache()
     if exits is not None:
-        record.tapes, record.carry = (
-            {'exit': exits.tapes['exit'].append(rows, in_place=not (torch.is_grad_enabled() or torch.compiler.is_compiling()))},
-            dict(exits.carry),
-        )
+        record.tapes, record.carry = {'exit': exits.tapes['exit'].append(rows)}, dict(exits.carry)
     else:
         record.tapes, record.carry = {'exit': Tape.of(rows.contiguous())}, {'first': new}
     whole.steps[steps * size] = record

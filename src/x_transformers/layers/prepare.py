@@ -67,6 +67,7 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
     cross_places = cross_positions(stack, given, span, pos, working)
     places = positions(stack, given, span, pos, working, base.keys)
     mems = tuple(given.mems or ())
+    reports = bool(given.return_hiddens) and given.return_hiddens != 'cache'
     if condition is not None and stack.adaptive_mlp is not None:
         condition = stack.adaptive_mlp(condition)
     inputs = Inputs(
@@ -99,9 +100,9 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
         cache=working,
         transform_block=block_transform(given.transform_block_inputs),
         continues=cache is not None and span.past > 0,
-        return_attn=bool(given.return_hiddens) and given.return_hiddens != 'cache',
+        return_attn=reports,
         causal=given.causal,
-        log_probs=given.return_gumbel_log_probs and bool(given.return_hiddens) and given.return_hiddens != 'cache',
+        log_probs=reports and given.return_gumbel_log_probs,
     )
     return x, inputs
 

@@ -95,7 +95,7 @@ class Sdpa:
 
 def unified(args: KernelArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values in one precision: autocast's where it is on."""
-    q, k, v, dtype = args.q if args.factor is None else args.queries, args.k, args.v, args.autocast
+    q, k, v, dtype = args.queries, args.k, args.v, args.autocast
     if dtype is None or q.dtype == torch.float64:
         if q.dtype == k.dtype == v.dtype:
             return q, k, v
