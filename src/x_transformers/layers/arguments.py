@@ -182,6 +182,11 @@ class Given:
     value_embeds_and_ids: tuple[Any, Tensor] | None = None
     one_place: bool | None = None
 
+    @property
+    def wants_hiddens(self) -> bool:
+        """Whether hidden states and maps are asked for, not the cache alone."""
+        return bool(self.return_hiddens) and self.return_hiddens != 'cache'
+
 
 DECLARED = arguments_of(Given)
 NEEDS = needs_of(Given)

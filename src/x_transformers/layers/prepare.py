@@ -67,7 +67,6 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
     cross_places = cross_positions(stack, given, span, pos, working)
     places = positions(stack, given, span, pos, working, base.keys)
     mems = tuple(given.mems or ())
-    reports = bool(given.return_hiddens) and given.return_hiddens != 'cache'
     if condition is not None and stack.adaptive_mlp is not None:
         condition = stack.adaptive_mlp(condition)
     inputs = Inputs(
@@ -100,9 +99,9 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
         cache=working,
         transform_block=block_transform(given.transform_block_inputs),
         continues=cache is not None and span.past > 0,
-        return_attn=reports,
+        return_attn=given.wants_hiddens,
         causal=given.causal,
-        log_probs=reports and given.return_gumbel_log_probs,
+        log_probs=given.wants_hiddens and given.return_gumbel_log_probs,
     )
     return x, inputs
 
