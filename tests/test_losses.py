@@ -108,6 +108,13 @@ def test_chunked_loss_under_autocast_is_near_and_keeps_the_gradients_dtype(token
     assert weight.grad.dtype == torch.float32
 
 
+def test_chunked_loss_has_a_shape_on_the_meta_device() -> None:
+    hidden, weight = torch.empty(2, 5, 4, device='meta'), torch.empty(7, 4, device='meta')
+    loss = linear_cross_entropy(hidden, weight, None, torch.zeros(2, 5, dtype=torch.long, device='meta'))
+    assert loss.is_meta
+    assert loss.shape == ()
+
+
 def test_chunked_loss_never_holds_all_logits() -> None:
     rows, classes = 64, 1000
     hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(classes, 4, requires_grad=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from x_transformers.attention.mask import PackedSequences
-from x_transformers.helpers import log, masked_mean
+from x_transformers.helpers import autocast_dtype, log, masked_mean, without_autocast
 from x_transformers.tensor_types import Bool, Float, Int
 
 __all__ = ['calc_entropy', 'calc_z_loss', 'linear_cross_entropy', 'masked_mean', 'shifted_mask', 'token_cross_entropy']
@@ -209,15 +209,14 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f'linear_cross_entropy: chunk is {chunk}; at least one row must be computed at a time.')
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    kind = rows.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = autocast_dtype(rows) or weight.dtype
     counted = wanted != ignore_index
     shares = counted.to(torch.promote_types(dtype, torch.float32))
     count = shares.sum()
     if reduction == 'mean':
         shares = shares / count.clamp(min=1)
-    size = chunk or (CHUNK_CPU if kind == 'cpu' else CHUNK_ACCELERATOR)
-    with torch.autocast(kind, enabled=False):
+    size = chunk or (CHUNK_CPU if rows.device.type == 'cpu' else CHUNK_ACCELERATOR)
+    with without_autocast(rows):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             rows, weight, bias, wanted.masked_fill(~counted, 0), shares, size, dtype, torch.is_grad_enabled(), softcap
         )

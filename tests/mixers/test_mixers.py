@@ -112,6 +112,15 @@ def test_the_delta_rule_is_the_formula_of_its_projections() -> None:
     assert ((steps >= 0.000999) & (steps <= 0.1001)).all()
 
 
+@pytest.mark.parametrize('kind', [GatedDeltaRule, GatedLinearAttention])
+def test_mixers_run_on_the_meta_device(kind: type[nn.Module]) -> None:
+    mixer = kind(16, heads=2, dim_head=8).to('meta')
+    out, state = mixer(torch.empty(1, 3, 16, device='meta'))
+    assert out.is_meta
+    assert out.shape == (1, 3, 16)
+    assert state['memory'].is_meta
+
+
 def model(layers: tuple[str, ...] = ('m', 'f', 'm', 'f'), **flags: Any) -> TransformerWrapper:
     torch.manual_seed(0)
     own = {'mixer_kwargs': {'dim_head': 8}} if isinstance(flags.get('mixer', ''), str) else {}

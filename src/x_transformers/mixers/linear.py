@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.helpers import without_autocast
 from x_transformers.mixers.kernels import run_delta, run_gated
 from x_transformers.module import Module, branch_output, empty_parameter
 from x_transformers.norms import MultiheadRMSNorm
@@ -72,7 +73,7 @@ class LinearMixer(Module):
         rows = rows if hidden is None or recent is None else rows.masked_fill(hidden, 0.0)
         wide = torch.promote_types(x.dtype, torch.float32)
         told = self.told(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             q, k, v = (self._split(part.to(wide)) for part in rows.split(self.sizes, dim=-1))
             out, memory = self.recur(told.to(wide), q, k, v, None if state is None else state['memory'], mask)
             # normed first: half precision may not hold what a memory answers
