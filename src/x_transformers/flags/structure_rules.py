@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from x_transformers.flags.rule import Rule, how_many, is_on
+from x_transformers.flags.stack import StackFlags
 
-# layouts that repeat no block, and orders that may take one apart
 MIXERS = ('gated_delta_rule', 'gated_linear_attention')
+# layouts that repeat no block, and orders that may take one apart
 LAYOUTS = ('custom_layers', 'sandwich_coef', 'par_ratio', 'layers_execute_order')
 
 LAMBDAS = ('residual_lambdas', 'embed_lambdas')
@@ -39,8 +40,7 @@ SAME_KEYS = Rule(
 UNBLOCKED = (*LAYOUTS, 'weight_tie_layers', 'macaron', 'only_cross')
 # what has no place, or no effect, where vectors have unit length
 NORMED = (
-    'pre_norm', 'sandwich_norm', 'pre_and_post_norm', 'layer_norm_scaling', 'use_scalenorm', 'use_rmsnorm', 'use_dynamic_tanh',
-    'use_derf', 'use_simple_rmsnorm', 'use_adaptive_layernorm', 'use_adaptive_rmsnorm', 'scale_residual',
+    'pre_norm', 'sandwich_norm', 'pre_and_post_norm', 'layer_norm_scaling', *StackFlags.one_of('norm'), 'scale_residual',
     'scale_residual_constant', 'depth_scale_residual', 'zero_init_branch_output',
 )  # fmt: skip
 # what decides, too, about what enters a layer
@@ -191,7 +191,7 @@ STRUCTURE_RULES = (
     Rule(
         ('attn_aggregated_residuals', 'integrate_layers'),
         lambda flags, dim: flags.attn_aggregated_residuals and flags.integrate_layers,
-        'each mixes the inputs of all layers so far, and the second does',
+        'either would mix the inputs of all layers so far, and the second does',
         {'attn_aggregated_residuals': True, 'attn_aggregated_residual_kwargs': {'lora_rank': 2}, 'integrate_layers': True},
         inert=True,
     ),

@@ -20,10 +20,10 @@ SHAPES = ('logits_scale', 'logits_softcap', 'logits_bias', 'logits_transform')
 LOGITS = (*HEADS, 'multi_token_heads', 'mixture_of_softmax', 'sigsoftmax_logits', 'squeeze_out_last_dim', *SHAPES)
 POOLS = WrapperFlags.one_of('pool')
 
-# rules of the model alone; ``dim`` is the stack's width
 # what stands beside the tokens, or makes them rows of another kind
 UNLOOPED = ('recycling', 'num_memory_tokens', *POOLS, 'ff_deep_embed')
 
+# rules of the model alone; ``dim`` is the stack's width
 WRAPPER_RULES = (
     Rule(
         ('tie_embedding_scale', 'logits_scale'),
