@@ -94,13 +94,13 @@ def described(model: Made) -> dict[str, Any]:
 def save_model(model: Made, folder: str | Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and, unless there is one, a model card. Existing weights are replaced."""
     folder = Path(folder)
-    plain, config = to_plain(model), described(model)
+    config = described(model)
     tensors, _ = once_each(model)
     with written_whole(folder) as fresh:
         write_tensors(fresh, tensors.items(), metadata={'format': 'pt'})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         if not (folder / CARD).exists():
-            (fresh / CARD).write_text(card(model, plain), encoding='utf-8')
+            (fresh / CARD).write_text(card(model, config['model']), encoding='utf-8')
 
 
 def write_model_weights(model: Made, target: Path) -> None:
