@@ -54,6 +54,15 @@ def test_flag_pages_link_to_guides(site: Path) -> None:
     assert '.md</code>' not in text
 
 
+def test_a_sub_option_names_the_paper_of_what_it_belongs_to() -> None:
+    flag_pages, features = tool('flag_pages'), tool('generate_features')
+    flags = features.AttentionFlags
+    parent, part = (flags.flag_fields()[name].metadata['paper'] for name in ('gumbel_softmax', 'gumbel_softmax_temp'))
+    assert parent
+    assert part is None
+    assert features.paper_link(parent) in '\n'.join(flag_pages.section(flags, (), 'gumbel_softmax_temp', 1))
+
+
 def test_where_flags_have_families_each_has_one() -> None:
     features = tool('generate_features')
     for cls in features.DIVIDED:

@@ -19,6 +19,7 @@ from generate_features import (
     group_of,
     idea_of,
     paper_link,
+    papers_of,
     parent_of,
     without,
 )
@@ -114,7 +115,7 @@ def title_of(cls: type[Flags]) -> str:
 def section(cls: type[Flags], rules: tuple[Rule, ...], name: str, depth: int) -> list[str]:
     field = cls.flag_fields()[name]
     default, entry = default_of(field), group_of(cls, name)
-    papers = ', '.join(paper_link(paper) for paper in as_tuple(field.metadata['paper']))
+    papers = ', '.join(map(paper_link, papers_of(cls, name)))
     facts = [
         f'**Takes** {values(cls, name)}. ' + ('Required.' if default is REQUIRED else f'Default `{shown(default)}`.'),
         f'**Paper** {papers or "no paper"}',
