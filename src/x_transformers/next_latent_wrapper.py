@@ -28,7 +28,6 @@ from x_transformers.module import Module
 from x_transformers.tensor_types import Float, Int
 
 LOSS_TYPES = ('smooth_l1', 'mse', 'mse_and_cosine_sim')
-DYNAMICS = ('residual', 'gru', 'custom')
 
 
 class Losses(NamedTuple):

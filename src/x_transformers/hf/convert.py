@@ -227,10 +227,10 @@ def to_hf(model: Module, folder: str | Path, *, family: str | None = None) -> No
     """
     folder = Path(folder)
     inner: Any = model.net if isinstance(model, AutoregressiveWrapper) else model
-    written(inner, folder, family)
+    write_converted(inner, folder, family)
 
 
-def written(model: Module, folder: Path, family: str | None) -> None:
+def write_converted(model: Module, folder: Path, family: str | None) -> None:
     plain = to_plain(model)
     config = matching_config(model, plain, family)
     chosen = family_of(config)

@@ -21,7 +21,7 @@ SILENT = re.compile(
     r'|\w*layerdrop|position_embedding_type_default|mlp_type_default|drop_path_rate|unsloth_\w+|prefix|pruned_heads)'
 )
 
-
+# kinds of the usual value, and what a value of another kind is told that it must be
 KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((int, float), 'a number, or true or false'),
     (str, 'a word'),
@@ -50,19 +50,21 @@ class Config:
     def get(self, key: str, usual: Any = None) -> Any:
         self.read.add(key)
         value = self.values.get(key)
+        if value is None:
+            return usual
         kind = next((name for kinds, name in KINDS if isinstance(usual, kinds) and not isinstance(value, kinds)), None)
         # sizes of images may be pairs
-        if value is None or kind is None or (isinstance(value, (list, tuple)) and isinstance(usual, int)):
-            return usual if value is None else value
+        if kind is None or (isinstance(value, (list, tuple)) and isinstance(usual, int)):
+            return value
         self.wrong.append(f'`{key}` must be {kind}, got {value!r}')
         return usual
 
     def need(self, key: str) -> Any:
         """A size."""
+        self.read.add(key)
         value = self.values.get(key)
         if isinstance(value, int) and value > 0:
-            return self.get(key)
-        self.read.add(key)
+            return value
         self.wrong.append(f'`{key}` is missing' if value is None else f'`{key}` must be a whole number above 0, got {value!r}')
         return 1
 
