@@ -31,7 +31,8 @@ def options(kind: type[Options], where: str, given: Mapping[str, Any]) -> None:
     """Check parameters: one error for all that cannot be, one warning for all that do nothing.
 
     ``given`` may hold more than the parameters of ``kind``, such as ``locals()`` of a constructor. In a program that is being
-    compiled nothing is checked.
+    compiled nothing is checked; there ``given`` must be a dictionary, as the compiler cannot read ``locals()`` where a function
+    inside shares a variable.
     """
     if torch.compiler.is_compiling():
         return
