@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -19,36 +19,38 @@ class Place(NamedTuple):
 
 def taken_apart(value: Any, tensors: list[Tensor]) -> Any:
     """The same with a place for each tensor, which goes to ``tensors``, once."""
-    if isinstance(value, Tensor):
-        number = next((number for number, known in enumerate(tensors) if known is value), len(tensors))
+
+    def place(tensor: Tensor) -> Place:
+        number = next((number for number, known in enumerate(tensors) if known is tensor), len(tensors))
         if number == len(tensors):
-            tensors.append(value)
-        return Place(number, value.dtype)
-    if is_dataclass(value) and not isinstance(value, type):
-        given = {each.name: taken_apart(getattr(value, each.name), tensors) for each in fields(value) if each.init}
-        return type(value)(**given)
-    if isinstance(value, dict):
-        return {name: taken_apart(each, tensors) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return rebuilt(value, [taken_apart(each, tensors) for each in value])
-    return value
+            tensors.append(tensor)
+        return Place(number, tensor.dtype)
+
+    return rebuilt(value, Tensor, place)
 
 
 def put_together(form: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(form, Place):
-        sent = tensors[form.number]
-        return sent.view(torch.bool) if form.dtype == torch.bool else sent
-    if is_dataclass(form) and not isinstance(form, type):
-        return type(form)(**{each.name: put_together(getattr(form, each.name), tensors) for each in fields(form) if each.init})
-    if isinstance(form, dict):
-        return {name: put_together(each, tensors) for name, each in form.items()}
-    if isinstance(form, (list, tuple)):
-        return rebuilt(form, [put_together(each, tensors) for each in form])
-    return form
+    """What ``taken_apart`` had, of the tensors that were sent."""
+
+    def tensor(place: Place) -> Tensor:
+        sent = tensors[place.number]
+        return sent.view(torch.bool) if place.dtype == torch.bool else sent
+
+    return rebuilt(form, Place, tensor)
 
 
-def rebuilt(like: Any, parts: list[Any]) -> Any:
-    return type(like)(*parts) if hasattr(like, '_fields') else type(like)(parts)
+def rebuilt(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """The same tree with ``change`` of each leaf of a kind; PyTorch's ``tree_map`` does not look into dataclasses."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return type(tree)(**{each.name: rebuilt(getattr(tree, each.name), kind, change) for each in fields(tree) if each.init})
+    if isinstance(tree, dict):
+        return {name: rebuilt(each, kind, change) for name, each in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        parts = [rebuilt(each, kind, change) for each in tree]
+        return type(tree)(*parts) if hasattr(tree, '_fields') else type(tree)(parts)
+    return tree
 
 
 def as_sent(tensor: Tensor) -> Tensor:
