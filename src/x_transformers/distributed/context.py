@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.cache.kv_cache import KVCache, LayerCache
 from x_transformers.cache.tape import Tape
 from x_transformers.distributed.degrees import MeshError
+from x_transformers.distributed.moves import all_rows
 from x_transformers.helpers import pad_at_dim
 from x_transformers.tensor_types import Float, Int
 from x_transformers.transformer_wrapper import TransformerWrapper
@@ -122,16 +122,12 @@ class GatheredTapes(LayerCache):
     def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
         whole = []
         for name, rows in new.items():
-            held = gathered(rows, self.mesh)[..., : (self.mesh.get_local_rank() + 1) * rows.shape[-2], :]
+            length = rows.shape[-2]
+            every = all_rows(rows, length * self.mesh.size(), self.mesh, alike=False)
+            held = every[..., : (self.mesh.get_local_rank() + 1) * length, :]
             self.tapes[name] = Tape.of(held)
             whole.append(held)
         return tuple(whole)
 
     def fixed(self, name: str, tensor: Float[Tensor, '... n d']) -> None:
         """A context is whole everywhere, and a layer that runs again for its gradients is to make its keys again."""
-
-
-def gathered(t: Float[Tensor, '... m d'], mesh: DeviceMesh) -> Float[Tensor, '... n d']:
-    """The rows of all slices; the gradients of a row are added up where it came from."""
-    spread = DTensor.from_local(t.contiguous(), mesh, [Shard(t.ndim - 2)], run_check=False)
-    return spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])

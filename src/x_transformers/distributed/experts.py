@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from x_transformers.distributed.moves import Swap, added_up, copied, entries_of
+from x_transformers.distributed.moves import Swap, added_up, copied, cut_rows, entries_of
 from x_transformers.experts import Experts, Routed
 from x_transformers.tensor_types import Float
 
@@ -29,11 +28,8 @@ class ExpertParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         experts: Any = module
-        with torch.no_grad():
-            for linear in (experts.first, experts.last):
-                for name, parameter in list(linear.named_parameters()):
-                    spread = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)], src_data_rank=None)
-                    setattr(linear, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+        for linear in (experts.first, experts.last):
+            cut_rows(linear, device_mesh)
         swap = Swap(entries_of(experts.first, experts.between, experts.last), device_mesh, self.dtype)
         experts.register_forward_pre_hook(swap.enter)
         experts.register_forward_hook(swap.leave, always_call=True)

@@ -1,4 +1,4 @@
-"""Between what all processes of a tensor group have and what each has of it: copies, sums, slices, and parameters on loan."""
+"""Between what all processes of a group have and what each has of it: copies, sums, slices, parameters cut and on loan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from x_transformers.attention.inputs import BranchInputs
 from x_transformers.tensor_types import Float
@@ -71,6 +71,19 @@ class SlicedInputs(BranchInputs):
 def length_of(given: Any) -> int:
     """How many rows there are in all, where a branch is given some of them; else 0."""
     return given.whole if isinstance(given, SlicedInputs) else 0
+
+
+def cut_parameter(owner: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    """Keep this process's share of a parameter that is the same on all of them, in place and without sending anything."""
+    whole: Tensor = getattr(owner, name)
+    share = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
+    setattr(owner, name, nn.Parameter(share, requires_grad=whole.requires_grad))
+
+
+def cut_rows(module: nn.Module, mesh: DeviceMesh) -> None:
+    """The same of the first axis of every parameter that a module has itself."""
+    for name, _ in list(module.named_parameters(recurse=False)):
+        cut_parameter(module, name, mesh, Shard(0))
 
 
 class Entry(NamedTuple):

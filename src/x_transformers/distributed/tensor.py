@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -23,7 +23,17 @@ from x_transformers.attention.inputs import BranchInputs, ExtraKeys
 from x_transformers.attention.maps import Maps
 from x_transformers.convolution import CausalConvolution
 from x_transformers.distributed.degrees import MeshError
-from x_transformers.distributed.moves import Entry, Swap, added_up, all_rows, copied, entries_of, length_of, summed_rows
+from x_transformers.distributed.moves import (
+    Entry,
+    Swap,
+    added_up,
+    all_rows,
+    copied,
+    cut_parameter,
+    entries_of,
+    length_of,
+    summed_rows,
+)
 from x_transformers.embedding.values import TokenValues
 from x_transformers.feedforward import FeedForward
 from x_transformers.layers.stack import AttentionLayers
@@ -136,15 +146,13 @@ class BranchParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         entries: list[Entry] = []
         output = self.output(module)
-        with torch.no_grad():
-            for path, owner in module.named_modules():
-                for name, parameter in list(owner.named_parameters(recurse=False)):
-                    placement = self.placement(module, owner, f'{path}.{name}' if path else name, parameter)
-                    if placement is not None:
-                        spread = distribute_tensor(parameter.detach(), device_mesh, [placement], src_data_rank=None)
-                        setattr(owner, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-                    if (owner, name) != (output, 'bias'):
-                        entries.append(Entry(owner, name))
+        for path, owner in module.named_modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                placement = self.placement(module, owner, f'{path}.{name}' if path else name, parameter)
+                if placement is not None:
+                    cut_parameter(owner, name, device_mesh, placement)
+                if (owner, name) != (output, 'bias'):
+                    entries.append(Entry(owner, name))
         self.narrow(module)
         swap = Swap(entries, device_mesh, self.dtype)
         self.adding = OutputSum(device_mesh)

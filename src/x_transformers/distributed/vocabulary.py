@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, loss_parallel, parallelize_module
 from torch.distributed.tensor.placement_types import Replicate
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.distributed.moves import added_up, copied, whole_of
+from x_transformers.distributed.moves import added_up, copied, cut_rows, whole_of
 from x_transformers.heads import LinearLogits, TiedHead, linear_loss
 from x_transformers.helpers import autocast_dtype
 from x_transformers.losses import CHUNK_ACCELERATOR, CHUNK_CPU, at_least_single, check_targets
@@ -52,13 +52,6 @@ def vocabulary_refusals(model: nn.Module, size: int) -> Iterator[str]:
         tokens = head.weight.shape[0]  # type: ignore[index]
         if tokens < size:
             yield f'a vocabulary must have at least as many tokens as --tensor with --loss-parallel, got {tokens} for {size}.'
-
-
-def cut_rows(module: nn.Module, mesh: DeviceMesh) -> None:
-    with torch.no_grad():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
-            setattr(module, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
 
 
 def cut_table(table: nn.Embedding, mesh: DeviceMesh) -> None:
