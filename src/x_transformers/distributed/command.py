@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, MeshError, World, start, stop
-from x_transformers.distributed.refusals import NOT_TOGETHER, check, option_refusals
+from x_transformers.distributed.refusals import check, option_refusals
 from x_transformers.distributed.staged import StagedEngine
 from x_transformers.flags.base import FlagError
 from x_transformers.training.build import build_model
@@ -130,14 +130,13 @@ def check_rows(options: TrainOptions, degrees: Degrees) -> None:
 def check_options(options: TrainOptions, degrees: Degrees) -> None:
     """Errors: ``MeshError`` naming every option that several processes cannot have."""
     wrong = option_refusals(
-        degrees, compile=options.compile, offload=options.offload, checkpoint=options.checkpointing, **beside(options)
-    )
+        degrees, compile=options.compile, offload=options.offload, shard=options.shard, checkpoint=options.checkpointing,
+        **beside(options),
+    )  # fmt: skip
     if options.lora:
         wrong.append('--lora must be 0 with several processes: low-rank changes are added in one process.')
     if degrees.pipeline > 1 and options.mup:
         wrong.append('--mup must be off with --pipeline: each stage would draw other weights. Use --shard full.')
-    if degrees.pipeline > 1 and options.shard != 'none' and degrees.shard <= 1:
-        wrong.append(NOT_TOGETHER['shard'])
     if wrong:
         raise MeshError(' '.join(wrong))
 

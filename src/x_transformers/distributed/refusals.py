@@ -162,13 +162,16 @@ def option_refusals(
     *,
     compile: bool,
     offload: bool,
+    shard: str = 'none',
     checkpoint: Any = 'none',
     sequence_parallel: bool = False,
     loss_parallel: bool = False,
 ) -> list[str]:
     """A sentence for each option that is refused whatever the flags."""
     together = NOT_TOGETHER if degrees.pipeline > 1 else {}
-    found = [sentence for name, sentence in together.items() if getattr(degrees, name) > 1]
+    # with shard the number of those that share a parameter may be one, or not known yet
+    parts = shard != 'none'
+    found = [said for name, said in together.items() if getattr(degrees, name) > 1 or (parts and name == 'shard')]
     asked = {'compile': compile, 'offload': offload, 'checkpointing selective': checkpoint == 'selective'}
     if degrees.tensor == 1:
         beside = {'--sequence-parallel': sequence_parallel, '--loss-parallel': loss_parallel}
@@ -193,7 +196,7 @@ def check(
     Errors: ``MeshError``.
     """
     found = option_refusals(
-        degrees, compile=compile, offload=offload, checkpoint=checkpoint, sequence_parallel=sequence_parallel,
+        degrees, compile=compile, offload=offload, shard=shard, checkpoint=checkpoint, sequence_parallel=sequence_parallel,
         loss_parallel=loss_parallel,
     )  # fmt: skip
     if precision is not None and shard == 'none':
@@ -218,8 +221,6 @@ def check(
     if degrees.pipeline > 1:
         kinds.add('pipeline')
         found += staged_refusals(model, degrees.pipeline)
-        if shard != 'none' and degrees.shard == 1:
-            found.append(NOT_TOGETHER['shard'])
     found += refusals(model, kinds)
     if found:
         raise MeshError(' '.join(found))
