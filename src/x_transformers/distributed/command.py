@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,7 +40,7 @@ def train(parse: Callable[[], Any]) -> int:
             asked = parse()
         options: TrainOptions = asked.options
         size = int(os.environ['WORLD_SIZE'])
-        degrees = replace(Degrees.of(options.shard, tensor=options.tensor, context=options.context), pipeline=options.pipeline)
+        degrees = Degrees.of(options.shard, tensor=options.tensor, context=options.context, pipeline=options.pipeline)
         check_options(options, degrees)
         check_rows(options, degrees.resolved(size))
         world = start(degrees, options.device or 'auto')

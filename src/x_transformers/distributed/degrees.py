@@ -30,14 +30,15 @@ class Degrees:
     pipeline: int = 1
 
     @classmethod
-    def of(cls, shard: Shard, *, tensor: int = 1, context: int = 1, per_node: int | None = None) -> Degrees:
+    def of(cls, shard: Shard, *, tensor: int = 1, context: int = 1, pipeline: int = 1, per_node: int | None = None) -> Degrees:
         """The grid of an option: copies, parts over all processes, or parts within a node and copies between nodes."""
+        along = {'tensor': tensor, 'context': context, 'pipeline': pipeline}
         if shard == 'none':
-            return cls(replicate=-1, tensor=tensor, context=context)
+            return cls(replicate=-1, **along)
         if shard == 'full':
-            return cls(shard=-1, tensor=tensor, context=context)
+            return cls(shard=-1, **along)
         within = int(os.environ.get('LOCAL_WORLD_SIZE', '1')) if per_node is None else per_node
-        return cls(replicate=-1, shard=max(within // (tensor * context), 1), tensor=tensor, context=context)
+        return cls(replicate=-1, shard=max(within // (tensor * context), 1), **along)
 
     def resolved(self, world_size: int) -> Degrees:
         """With the axis that takes the rest filled in.

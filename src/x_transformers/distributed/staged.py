@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from x_transformers.distributed.crossing import described
 from x_transformers.distributed.engine import MeshEngine, number_of
-from x_transformers.distributed.parallelize import parallelize
 from x_transformers.distributed.pipeline import Pipeline
 
 
@@ -24,7 +24,7 @@ class StagedEngine(MeshEngine):
     pipeline: Pipeline
 
     def spread(self, model: nn.Module, seed: int = 0) -> nn.Module:
-        self.model = parallelize(model, self.world, shard=self.shard, seed=seed, **self.options)
+        model = super().spread(model, seed)
         self.pipeline = Pipeline.of(model)
         return model
 
@@ -33,13 +33,13 @@ class StagedEngine(MeshEngine):
         self.seeds = seed, step
 
     def gradients(self, loss: Callable[[Any], Tensor], batches: Sequence[Any], shares: Sequence[float]) -> list[Tensor]:
-        def job(micro: int) -> Tensor:
+        def one(micro: int) -> Tensor:
             # what is drawn must not depend on the micro-batches that this stage has run before
             torch.manual_seed(number_of(*self.seeds, self.rank, micro))
             return loss(batches[micro]) * shares[micro]
 
         counted = [micro for micro, share in enumerate(shares) if share > 0]
-        jobs = [lambda micro=micro: job(micro) for micro in counted]
+        jobs = [partial(one, micro) for micro in counted]
         return list(self.pipeline.gradients(jobs, [described(batches[micro]) for micro in counted]))
 
     def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
