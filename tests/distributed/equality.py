@@ -24,11 +24,12 @@ from tests.two_processes import check_equal, command, objective_of
 from x_transformers import AutoregressiveWrapper, autoregressive_wrapper
 from x_transformers.distributed.context import MASK, PASSED, PER_TOKEN, Sliced, sliced_refusals
 from x_transformers.distributed.mesh import Degrees, MeshError, World, start
-from x_transformers.distributed.parallelize import parallelize, stacks_of
+from x_transformers.distributed.parallelize import parallelize
 from x_transformers.distributed.refusals import refusals
 from x_transformers.distributed.sequence import NEED_ALL, sequence_refusals
 from x_transformers.distributed.stages import staged_refusals
 from x_transformers.distributed.tensor import check_divides
+from x_transformers.distributed.units import stacks_of
 from x_transformers.distributed.vocabulary import vocabulary_refusals
 from x_transformers.randomness import decide_alike
 

@@ -33,12 +33,10 @@ from x_transformers.distributed.pipeline import Pipeline
 from x_transformers.distributed.refusals import check
 from x_transformers.distributed.sequence import slice_stacks
 from x_transformers.distributed.tensor import cut_biases, cut_branches
+from x_transformers.distributed.units import layers_of, stacks_of, units
 from x_transformers.distributed.vocabulary import cut_vocabulary
-from x_transformers.heads import is_tied
 from x_transformers.layers.call import Around
-from x_transformers.layers.stack import AttentionLayers
 from x_transformers.module import Module, own_part
-from x_transformers.stack_wrapper import StackWrapper
 
 # methods that run the model without its forward
 METHODS = ('generate', 'beam_search')
@@ -93,21 +91,26 @@ def parallelize(
     if compile:
         for layer in layers_of(model):
             layer.compile()
+    if shard != 'none':
+        shard_layers(
+            model, world, precision=precision, reshard=reshard, offload=offload, loss_parallel=loss_parallel, seed=seed
+        )
+        return model
+    Filling(model, world.device, seed).fill(model)
     if world.degrees.pipeline > 1:
-        Filling(model, world.device, seed).fill(model)
         Pipeline(model, world)
-        return model
-    if shard == 'none':
-        Filling(model, world.device, seed).fill(model)
-        if world.degrees.tensor > 1:
-            cut_branches(model, world.mesh['tensor'])
-            if loss_parallel:
-                cut_vocabulary(model, world.mesh['tensor'])
-            return model
+    elif world.degrees.tensor > 1:
+        cut_layers(model, world, loss_parallel)
+    else:
         replicate(model, process_group=world.data_mesh.get_group(), find_unused_parameters=may_leave_out(model))
-        return model
-    shard_layers(model, world, precision=precision, reshard=reshard, offload=offload, loss_parallel=loss_parallel, seed=seed)
     return model
+
+
+def cut_layers(part: nn.Module, world: World, loss_parallel: bool, dtype: torch.dtype | None = None) -> None:
+    """Keep what this process of a tensor group has of all layers below ``part``; ``dtype``: what branches run in."""
+    cut_branches(part, world.mesh['tensor'], dtype)
+    if loss_parallel:
+        cut_vocabulary(part, world.mesh['tensor'])
 
 
 def may_leave_out(model: nn.Module) -> bool:
@@ -116,43 +119,6 @@ def may_leave_out(model: nn.Module) -> bool:
         if any(chance > 0 for chance in stack.layer_dropouts) or len(set(stack.layers_execute_order)) < len(stack.layers):
             return True
     return any(getattr(module, 'attn_pool', None) is not None for module in model.modules())
-
-
-# what the parts are
-
-
-def stacks_of(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, AttentionLayers))
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Every layer of every stack, once."""
-    return list(dict.fromkeys(layer for stack in stacks_of(model) for layer in stack.layers))
-
-
-def units(model: nn.Module) -> list[list[nn.Module]]:
-    """Modules whose parameters are gathered together: each layer, and for each model what stands around its stack.
-
-    The table of tokens, the final norm and the head are one unit: a tied head reads the table. A module that several models
-    share is left to the unit of the whole.
-    """
-    found: list[list[nn.Module]] = [[layer] for layer in layers_of(model)]
-    taken = {module for layer in layers_of(model) for module in layer.modules()}
-    ends = [ends_of(module) for module in model.modules() if isinstance(module, StackWrapper)]
-    inside = [[each for part in parts for each in part.modules()] for parts in ends]
-    for index, parts in enumerate(ends):
-        others = {each for other, modules in enumerate(inside) if other != index for each in modules}
-        own = [part for part in parts if not taken.intersection(part.modules())]
-        if own and not others.intersection(inside[index]):
-            found.append(own)
-    return found
-
-
-def ends_of(model: nn.Module) -> list[nn.Module]:
-    stack = getattr(model, 'attn_layers', None)
-    parts = (getattr(model, 'token_emb', None), getattr(stack, 'final_norm', None), getattr(model, 'to_logits', None))
-    modules = [part for part in parts if isinstance(part, nn.Module)]
-    return list(dict.fromkeys(part for part in modules if next(part.parameters(), None) is not None or is_tied(part)))
 
 
 # activation checkpointing
@@ -224,9 +190,7 @@ def shard_layers(
     def ready(part: nn.Module) -> None:
         filling.fill(part)
         if degrees.tensor > 1:
-            cut_branches(part, world.mesh['tensor'], policy.param_dtype)
-        if loss_parallel:
-            cut_vocabulary(part, world.mesh['tensor'])
+            cut_layers(part, world, loss_parallel, policy.param_dtype)
 
     filling = Filling(model, world.device, seed)
     for unit in units(model):

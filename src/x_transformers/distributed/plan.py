@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.distributed.mesh import Degrees, MeshError
-from x_transformers.distributed.parallelize import units
+from x_transformers.distributed.units import units
 from x_transformers.training.build import NUM_BYTES, build_model
 from x_transformers.training.speed import training_flops
 

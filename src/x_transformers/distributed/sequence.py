@@ -19,12 +19,12 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from x_transformers.attention.attention import Attention
 from x_transformers.distributed.moves import SlicedInputs, Swap, all_rows, copied, entries_of, length_of, slice_of
+from x_transformers.distributed.units import stacks_of
 from x_transformers.feedforward import FeedForward
 from x_transformers.layers.branch import change_first
 from x_transformers.layers.layer import Layer
 from x_transformers.layers.residual import Norm, ResidualPath
 from x_transformers.layers.slots import takes_around
-from x_transformers.layers.stack import AttentionLayers
 from x_transformers.norms import NORMS
 
 # what a call of a stack may bring or ask for that needs all rows
@@ -35,14 +35,13 @@ BETWEEN = ('skip_combines', 'lambdas', 'mudd')
 
 def slice_stacks(model: nn.Module, mesh: DeviceMesh) -> None:
     """Have every stack of ``model`` run on slices, in place. Before its layers are cut."""
-    for module in model.modules():
-        if isinstance(module, AttentionLayers):
-            parallelize_module(module, mesh, SlicedStack())
+    for stack in stacks_of(model):
+        parallelize_module(stack, mesh, SlicedStack())
 
 
 def sequence_refusals(model: nn.Module) -> Iterator[str]:
     """A sentence for what is in a layer's slot and may look at other rows, or cannot be told that it has a slice."""
-    for stack in (module for module in model.modules() if isinstance(module, AttentionLayers)):
+    for stack in stacks_of(model):
         strange = {type(part).__name__ for layer in stack.layers for part in unknown_parts(layer)}
         if strange:
             yield (

@@ -34,9 +34,9 @@ from x_transformers.distributed.moves import (
     length_of,
     summed_rows,
 )
+from x_transformers.distributed.units import stacks_of
 from x_transformers.embedding.values import TokenValues
 from x_transformers.feedforward import FeedForward
-from x_transformers.layers.stack import AttentionLayers
 from x_transformers.position.bias import DenseBias
 from x_transformers.position.forgetting import PerRowDataDependentAlibi
 
@@ -367,17 +367,15 @@ class OutputSum:
 
 def cut_biases(model: nn.Module, mesh: DeviceMesh) -> None:
     """Biases that a stack makes of positions, for the heads of this process. Their few parameters are whole everywhere."""
-    for module in model.modules():
-        if not isinstance(module, AttentionLayers):
-            continue
-        flags = module.flags
+    for stack in stacks_of(model):
+        flags = stack.flags
         share = HeadShare(flags.heads, flags.attention.num_kv_heads, mesh)
-        rel_pos = module.rel_pos
+        rel_pos = stack.rel_pos
         if rel_pos is not None:
             for name, axis in (('of_distances', 0), ('of_heads', 1)):
                 setattr(rel_pos, name, partial(some_heads, getattr(rel_pos, name), share, axis))
-        if module.polar_pos_emb is not None:
-            module.polar_pos_emb.register_forward_hook(partial(some_polar, share))
+        if stack.polar_pos_emb is not None:
+            stack.polar_pos_emb.register_forward_hook(partial(some_polar, share))
 
 
 def some_heads(make: Any, share: HeadShare, axis: int, distances: Tensor) -> Tensor:
