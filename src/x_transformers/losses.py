@@ -16,7 +16,6 @@ from x_transformers.tensor_types import Bool, Float, Int
 
 __all__ = ['calc_entropy', 'calc_z_loss', 'linear_cross_entropy', 'masked_mean', 'shifted_mask', 'token_cross_entropy']
 
-# rows of logits that exist at one time, where the caller leaves it open
 CHUNK_CPU = 256
 CHUNK_ACCELERATOR = 2048
 
@@ -49,6 +48,11 @@ def token_cross_entropy(
 def at_least_single(t: Float[Tensor, '...']) -> Tensor:
     """``t`` in float32 if it is in half precision, in which logarithms and means of many numbers go wrong."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def rows_at_once(device: torch.device) -> int:
+    """How many rows of logits exist at one time, where the caller leaves it open."""
+    return CHUNK_CPU if device.type == 'cpu' else CHUNK_ACCELERATOR
 
 
 def shifted_mask(
@@ -215,7 +219,7 @@ def linear_cross_entropy(
     count = shares.sum()
     if reduction == 'mean':
         shares = shares / count.clamp(min=1)
-    size = chunk or (CHUNK_CPU if rows.device.type == 'cpu' else CHUNK_ACCELERATOR)
+    size = chunk or rows_at_once(rows.device)
     with without_autocast(rows):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             rows, weight, bias, wanted.masked_fill(~counted, 0), shares, size, dtype, torch.is_grad_enabled(), softcap

@@ -8,6 +8,7 @@ the logits themselves are asked for they are gathered.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch.distributed.tensor.placement_types import Replicate
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.distributed.moves import added_up, copied, cut_rows, whole_of
 from x_transformers.heads import LinearLogits, TiedHead, linear_loss
-from x_transformers.helpers import autocast_dtype
-from x_transformers.losses import CHUNK_ACCELERATOR, CHUNK_CPU, at_least_single, check_targets
+from x_transformers.helpers import autocast_dtype, softclamp, without_autocast
+from x_transformers.losses import at_least_single, check_targets, rows_at_once
 from x_transformers.stack_wrapper import StackWrapper
 from x_transformers.tensor_types import Float, Int
 
@@ -117,16 +118,13 @@ def vocabulary_cross_entropy(
     targets: Int[Tensor, '...'],
     ignore_index: int = -100,
     softcap: float | None = None,
-    chunk: int | None = None,
 ) -> Float[Tensor, '']:
     """``linear_cross_entropy`` of a weight and a bias whose rows are cut among processes; they are ``DTensor``."""
     check_targets('vocabulary_cross_entropy', hidden, targets, 'hidden')
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    kind = rows.device.type
     dtype = autocast_dtype(rows) or rows.dtype
-    size = chunk or (CHUNK_CPU if kind == 'cpu' else CHUNK_ACCELERATOR)
-    plan = LossPlan(mesh_of(weight), weight.shape[0], ignore_index, softcap, size, torch.is_grad_enabled())
-    with torch.autocast(kind, enabled=False):
+    plan = LossPlan(mesh_of(weight), weight.shape[0], ignore_index, softcap, rows_at_once(rows.device), torch.is_grad_enabled())
+    with without_autocast(rows):
         own = local(weight, dtype), None if bias is None else local(bias, dtype)
         total: Tensor = _VocabularyLoss.apply(rows, *own, wanted, plan)  # type: ignore[no-untyped-call]
     count = (wanted != ignore_index).sum()
@@ -134,14 +132,16 @@ def vocabulary_cross_entropy(
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
+@dataclass(frozen=True)
 class LossPlan:
     """What the sum of losses goes by, beside tensors."""
 
-    def __init__(
-        self, mesh: DeviceMesh, classes: int, ignore_index: int, softcap: float | None, chunk: int, with_grad: bool
-    ) -> None:
-        self.mesh, self.classes, self.ignore_index = mesh, classes, ignore_index
-        self.softcap, self.chunk, self.with_grad = softcap, chunk, with_grad
+    mesh: DeviceMesh
+    classes: int
+    ignore_index: int
+    softcap: float | None
+    chunk: int  # rows of logits that exist at one time
+    with_grad: bool
 
     def loss(
         self,
@@ -152,7 +152,7 @@ class LossPlan:
     ) -> Float[Tensor, '']:
         logits = at_least_single(F.linear(rows, weight, bias))
         if self.softcap is not None:
-            logits = (logits / self.softcap).tanh() * self.softcap
+            logits = softclamp(logits, self.softcap)
         shape = torch.Size((logits.shape[0], self.classes))
         spread = DTensor.from_local(logits, self.mesh, [Shard(1)], run_check=False, shape=shape, stride=(self.classes, 1))
         return F.cross_entropy(spread, wanted, ignore_index=self.ignore_index, reduction='sum')
