@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import torch
 
-from x_transformers.evidence.execute import prepared_model, quiet, stepper
+from x_transformers.evidence.execute import WARM, prepared_model, quiet, stepper
 from x_transformers.evidence.experiment import Experiment, Question
 from x_transformers.evidence.runs import CostRun, Job
 
-WARM, TIMED = 2, 3
-"""Steps that allocate, and steps that are timed."""
+TIMED = 3
+"""Steps that are timed."""
 
 
 def estimated_seconds(experiment: Experiment, jobs: Collection[Job], workers: int) -> float | None:

@@ -25,6 +25,8 @@ from x_transformers.evidence.training import train_arm
 
 LAST = 3
 """A run is judged by the mean of so many evaluations at its end."""
+WARM = 2
+"""Steps in front of those that are timed: they allocate."""
 
 
 def execute(job: Job, task: Task | None = None) -> dict[str, Any]:
@@ -88,10 +90,10 @@ def cost_of(job: CostRun, task: Task) -> dict[str, Any]:
     models = [prepared_model(task, flags, 0, job.device) for flags in (job.base, job.flags)]
     steps = [stepper(task, model, job.settings.lr) for model in models]
     times: list[list[float]] = [[], []]
-    for index in range(job.steps + 2):
+    for index in range(job.steps + WARM):
         for which in (0, 1) if index % 2 == 0 else (1, 0):
             seconds = steps[which](index)
-            if index >= 2:  # the first ones allocate
+            if index >= WARM:
                 times[which].append(seconds)
     return {
         'seconds': [statistics.median(found) for found in times],

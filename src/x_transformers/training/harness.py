@@ -11,7 +11,7 @@ from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.tensor_types import Float
-from x_transformers.training.build import reading_arguments
+from x_transformers.training.build import device_of, reading_arguments
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.tokens import Tokenizer
 
@@ -37,8 +37,7 @@ class Answers:
     @torch.no_grad()
     def scores(self, ids: Sequence[int], count: int) -> tuple[float, bool]:
         """(log probability of the last ``count`` ids, at most as many as the model sees; whether each is the likeliest)."""
-        device = next(self.model.parameters()).device
-        seen = torch.tensor([list(ids)[-self.longest - 1 :]], device=device)
+        seen = torch.tensor([list(ids)[-self.longest - 1 :]], device=device_of(self.model))
         logits: Float[Tensor, '1 n v'] = self.model.net(seen[:, :-1], **reading_arguments(self.model))
         asked, wanted = logits[0, -count:].float(), seen[0, -count:]
         said = asked.log_softmax(dim=-1).gather(-1, wanted[:, None])
@@ -62,8 +61,8 @@ class Answers:
     def written(self, context: str, until: Sequence[str], most: int = MOST) -> str:
         """Greedily, up to the first of ``until``."""
         prompt = [self.start, *self.encode(context)][-max(self.longest - most, 1) :]
-        device = next(self.model.parameters()).device
-        ids = self.model.generate(torch.tensor([prompt], device=device), most, temperature=0.0)[0].tolist()
+        start = torch.tensor([prompt], device=device_of(self.model))
+        ids = self.model.generate(start, most, temperature=0.0)[0].tolist()
         text = self.tokenizer.decode(ids).decode(errors='replace')
         return text[: min((at for stop in until if stop and (at := text.find(stop)) >= 0), default=len(text))]
 
