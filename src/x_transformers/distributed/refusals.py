@@ -174,8 +174,12 @@ def option_refusals(
     found = [said for name, said in together.items() if getattr(degrees, name) > 1 or (parts and name == 'shard')]
     asked = {'compile': compile, 'offload': offload, 'checkpointing selective': checkpoint == 'selective'}
     if degrees.tensor == 1:
-        beside = {'--sequence-parallel': sequence_parallel, '--loss-parallel': loss_parallel}
-        found += [f'{name} must go with --tensor 2 or more, got 1. Leave it out.' for name, on in beside.items() if on]
+        beside = {'sequence-parallel': sequence_parallel, 'loss-parallel': loss_parallel}
+        found += [
+            f'--{name} must go with --tensor 2 or more, got 1. Leave it out, or give --no-{name} to a run that had it.'
+            for name, on in beside.items()
+            if on
+        ]
     return found + [sentence for name, sentence in NOT_PROVEN.items() if asked[name]]
 
 
