@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.on_device import OnDevice
 from tests.poison import poisoned
 from tests.shapes import shapes_checked
 
@@ -41,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption('--device')
     if device != 'cpu':
-        torch.set_default_device(device)
+        OnDevice(device).__enter__()
 
 
 @pytest.fixture(autouse=True)

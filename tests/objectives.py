@@ -55,7 +55,7 @@ def builds_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """Built without memory and filled afterwards, the model is finite everywhere and has the same state dict."""
     with torch.device('meta'):
         model = build()
-    model.to_empty(device='cpu')
+    model.to_empty(device=torch.empty(0).device)
     with torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             t.fill_(float('nan') if t.is_floating_point() else -1)

@@ -26,18 +26,19 @@ def script() -> Any:
 
 @pytest.mark.slow
 def test_it_runs_and_goes_on(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, 'KERNELS', (('sdpa', 'plain'), ('flex', 'softclamp')))
     monkeypatch.setattr(script, 'SAMPLE', {name: script.SAMPLE[name] for name in ('plain', 'softclamp')})
     given = ['--device', 'cpu', '--out', str(tmp_path)]
     assert script.main([*given, '--budget', '0']) == 0
     left = json.loads((tmp_path / 'gpu.json').read_text())
     assert not left['results']
-    assert len(left['left']) == 16
-    for part in ('bf16/', 'kernel/', 'sync/', 'train/', 'decode/b1', 'packing'):
+    assert len(left['left']) == 2 * 4 + len(script.KERNELS) + 11
+    for part in ('bf16/', 'kernel/', 'sync/', 'train/', 'decode/150M', 'packing,experts'):
         assert script.main([*given, '--only', part]) == 0
     found = json.loads((tmp_path / 'gpu.json').read_text())['results']
     assert found['bf16/softclamp']['good']
-    assert found['kernel/sdpa']['good']
-    assert 'no backward on CPU' in found['kernel/flex']['left_out']
+    assert found['kernel/sdpa/plain']['good']
+    assert 'no backward on CPU' in found['kernel/flex/softclamp']['left_out']
     assert found['train/124M']['tokens_per_second'] > 0
     text = (tmp_path / 'gpu.md').read_text()
     assert 'This is no GPU' in text

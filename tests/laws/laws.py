@@ -418,7 +418,7 @@ def survives_copies(case: Combination) -> None:
         return  # these bring modules of the user, which are not built on the meta device
     with torch.device('meta'):
         hollow = case.build()
-    hollow = hollow.to_empty(device='cpu')
+    hollow = hollow.to_empty(device=next(model.parameters()).device)
     for tensor in (*hollow.parameters(), *hollow.buffers()):
         tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
     hollow.reset_parameters()
@@ -431,7 +431,7 @@ def half_precision(case: Combination) -> None:
     """Finite in bf16 autocast, gradients too."""
     model = case.build(dtype=torch.float32)
     x, given = tokens(ROWS), case.inputs(ROWS, dtype=torch.float32).part()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         out = case.call(model, x, given)
         out.float().square().mean().backward()
     must(bool(out.isfinite().all()), 'not finite under bf16 autocast')

@@ -158,7 +158,7 @@ def copies(case: Pair | Picture) -> None:
     twin = copy.deepcopy(model)
     with torch.device('meta'):
         hollow: Any = case.build()
-    hollow = hollow.to_empty(device='cpu')
+    hollow = hollow.to_empty(device=next(model.parameters()).device)
     for tensor in (*hollow.parameters(), *hollow.buffers()):
         tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
     hollow.reset_parameters()

@@ -124,7 +124,7 @@ def test_distances_of_a_dynamic_bias_are_not_rounded(log_distance: bool, norm: b
         narrow = copy.deepcopy(bias).to(dtype)
         want = copy.deepcopy(narrow).double().of_distances(distances)
         assert torch.allclose(narrow.of_distances(distances).double(), want, rtol=1e-5, atol=1e-3)
-        with torch.autocast('cpu', dtype=dtype):
+        with torch.autocast(distances.device.type, dtype=dtype):
             inside = bias.of_distances(distances)
         assert torch.equal(inside, bias.of_distances(distances))
     half = copy.deepcopy(bias).bfloat16()

@@ -311,7 +311,7 @@ def survives_copies(case: Wrapped) -> None:
     must_equal(case.call(copy.deepcopy(model), x.part(), given.part()), want, 'after a deep copy')
     with torch.device('meta'):
         hollow: Any = case.build()
-    hollow = hollow.to_empty(device='cpu')
+    hollow = hollow.to_empty(device=next(model.parameters()).device)
     for tensor in (*hollow.parameters(), *hollow.buffers()):
         tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
     hollow.reset_parameters()
