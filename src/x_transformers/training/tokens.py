@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from x_transformers.training.errors import DataError, TrainingError
 from x_transformers.training.files import write_atomically
-from x_transformers.training.pieces import Pieces, splits_at_blanks
+from x_transformers.training.pieces import Pieces, added_tokens, cuts_like_gpt2
 
 END = '<|endoftext|>'
 TRAIN_ON_BYTES = 100_000_000  # as much text as a new tokenizer looks at
@@ -69,7 +69,7 @@ class JsonTokenizer:
             raise DataError(f'--tokenizer {name} must be a tokenizer.json, got something else ({error}).') from error
         self.data = data
         self.size = int(self.made.get_vocab_size())
-        self.pieces = Pieces(self._encode) if splits_at_blanks(data) else self._encode
+        self.pieces = Pieces(self._encode, added_tokens(data)) if cuts_like_gpt2(data) else self._encode
         ends = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>', '[SEP]')
         self.end: int | None = next((found for found in map(self.made.token_to_id, ends) if found is not None), None)
 
