@@ -37,7 +37,7 @@ from x_transformers.training.data import standard_library
 from x_transformers.training.engine import Engine
 from x_transformers.training.options import TrainerOptions
 from x_transformers.training.shards import prepare_shards
-from x_transformers.training.tokens import train_bpe
+from x_transformers.training.tokens import JsonTokenizer, train_bpe
 from x_transformers.training.trainer import Trainer
 
 WIDTH, ROWS, LENGTH, ROUNDS = 512, 8, 512, 7
@@ -113,18 +113,34 @@ class Found(NamedTuple):
 
 
 def data() -> list[Found]:
-    """Text into tokens of a BPE, with checksums and files."""
+    """Text into tokens of a BPE, with checksums and files; and what `tokenizers` alone needs for the same text, by turns."""
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     sources = standard_library()
     texts = [source.path.read_bytes() for source in sources]
     size = sum(map(len, texts))
-    tokenizer = train_bpe(iter(texts), 8192)
-    found = []
+    trained = train_bpe(iter(texts), 8192)
+
+    def prepared(folder: str) -> None:
+        # a new one each time: nothing is known of an earlier round
+        prepare_shards(sources, JsonTokenizer(trained.data), cache=Path(folder))
+
+    def encoded() -> None:
+        alone = JsonTokenizer(trained.data).made
+        for text in texts:
+            alone.encode_batch_fast([text.decode('utf-8', 'replace')], add_special_tokens=False)
+
+    rates: dict[str, list[float]] = {'ours': [], 'alone': [], 'clock': []}
     for _ in range(3):
+        rates['alone'].append(size / 1e6 / seconds(encoded, time.process_time))
         with tempfile.TemporaryDirectory() as folder:
-            found.append(seconds(lambda: prepare_shards(sources, tokenizer, cache=Path(folder)), time.process_time))
-    rates = [size / 1e6 / each for each in found]
-    return [Found(f'preparation of {size / 1e6:.0f} MB of text with BPE, on one processor', rates, 'MB/s', least=5.0)]
+            began = time.perf_counter()
+            rates['ours'].append(size / 1e6 / seconds(lambda: prepared(folder), time.process_time))
+            rates['clock'].append(size / 1e6 / (time.perf_counter() - began))
+    return [
+        Found(f'preparation of {size / 1e6:.0f} MB of text with BPE, on one processor', rates['ours'], 'MB/s', least=5.0),
+        Found('the same by the clock', rates['clock'], 'MB/s'),
+        Found('`encode_batch_fast` alone, by turns with it', rates['alone'], 'MB/s'),
+    ]
 
 
 def loader() -> list[Found]:
@@ -212,7 +228,35 @@ def saving() -> list[Found]:
         ),
         Found('the same in processor time', own, 's', most=0.5),
         Found('the same, against copies of as many tensors', [a / b for a, b in zip(own, copied, strict=True)], 'times'),
+        *saving_of_two(),
     ]
+
+
+def saving_of_two() -> list[Found]:
+    """The same of two processes with parts of each parameter, each of which copies its own."""
+    found = with_two(saving_here)
+    return [
+        Found('a checkpoint of two processes in the background stops training', found[::2], 's', most=0.5),
+        Found('the same in processor time', found[1::2], 's', most=0.5),
+    ]
+
+
+def saving_here(rank: int) -> list[float]:
+    engine = MeshEngine(start(Degrees(shard=2), 'cpu'), shard='full')
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        places = [folder]
+        dist.broadcast_object_list(places)
+        made = trainer(engine, engine.spread(build_model(FLAGS)), rows(rank, 2, 2, 64), store=engine.store(Path(places[0])))
+        for _ in range(ROUNDS):
+            step_of(made)()
+            dist.barrier()
+            began, worked = time.perf_counter(), time.thread_time()
+            made.save()
+            found += [time.perf_counter() - began, time.thread_time() - worked]
+            made.store.wait()  # type: ignore[union-attr]
+        dist.barrier()
+    return found
 
 
 def memory() -> list[Found]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, World, start
 from x_transformers.distributed.parallelize import Filling
 from x_transformers.distributed.staged import StagedEngine
+from x_transformers.training import files
 from x_transformers.training.checkpoint import load_checkpoint
 from x_transformers.training.engine import Engine
 from x_transformers.training.errors import CheckpointError
@@ -191,6 +193,70 @@ def a_damaged_checkpoint_is_refused(worlds: Worlds, folder: Path) -> None:
         load_checkpoint(path)
 
 
+def saving_goes_on_beside_training(worlds: Worlds, folder: Path) -> None:
+    """While the main process is still writing, all take steps; what is written is what there was."""
+    write = files.write_synced
+    for name in ('shards', 'tensor', 'stages'):
+        torch.manual_seed(1)
+        engine, mine = on(worlds[name], name, make())
+        run = trainer(engine, mine, TrainerOptions(steps=4, save_every=100, ema=0.9), store=engine.store(folder / name))
+        go_on = threading.Event()
+
+        def slowly(path: Path, data: bytes, go_on: Any = go_on) -> None:
+            assert go_on.wait(60)
+            write(path, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, 'write_synced', slowly)
+            run.one_step()
+            run.step += 1
+            then = {key: whole(tensor).clone() for key, tensor in held(mine.state_dict()).items()}
+            averages = {key: whole(tensor).clone() for key, tensor in held(run.averaged.averages).items()}  # type: ignore[union-attr]
+            run.save()
+            for _ in range(2):
+                run.one_step()
+                assert run.store.finished() == [], name  # type: ignore[union-attr]
+            assert find_checkpoints(folder / name) == []
+            go_on.set()
+            run.store.wait()  # type: ignore[union-attr]
+        (path,) = find_checkpoints(folder / name)
+        step, weights, state = load_checkpoint(path)
+        assert step == 1
+        assert [key for key, tensor in then.items() if not torch.equal(weights[key], tensor)] == [], name
+        assert all(torch.equal(state['averaged']['averages'][key], tensor) for key, tensor in averages.items())
+        assert any(not torch.equal(whole(tensor), then[key]) for key, tensor in held(mine.state_dict()).items())
+        # for use there are the averages
+        published = files.read_weights(folder / name / files.WEIGHTS)
+        assert published.keys() == weights.keys()
+        assert all(
+            torch.equal(published[key].float(), average.to(published[key].dtype).float()) for key, average in averages.items()
+        )
+
+
+def a_full_disk_stops_all_in_one_step(worlds: Worlds, folder: Path) -> None:
+    engine, mine = on(worlds['shards'], 'shards', make())
+    run = trainer(engine, mine, TrainerOptions(steps=6, save_every=2), store=engine.store(folder))
+    first, synced = [True], files.write_synced
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == files.MANIFEST and not first:
+            raise OSError(28, 'No space left on device')
+        if path.name == files.MANIFEST:
+            first.clear()
+        synced(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, 'write_synced', full)
+        with pytest.raises(CheckpointError, match='No space left on device'):
+            run.train()
+    stopped: list[Any] = [None] * WORLD
+    dist.all_gather_object(stopped, run.step)
+    assert stopped[0] == stopped[1]
+    assert 4 <= run.step <= 6
+    (path,) = find_checkpoints(folder)
+    assert load_checkpoint(path)[0] == 2
+
+
 def text_is_written_from_shards(worlds: Worlds, folder: Path) -> None:
     torch.manual_seed(1)
     model: Any = make().eval()
@@ -248,7 +314,8 @@ CASES: dict[str, Callable[[Worlds, Path], None]] = {
     case.__name__: case
     for case in (
         adamw_in_double_precision, adamw_in_single_precision, muon_moves_whole_matrices, a_checkpoint_goes_on_elsewhere,
-        a_damaged_checkpoint_is_refused, text_is_written_from_shards, a_model_without_numbers_is_filled_alike,
+        a_damaged_checkpoint_is_refused, saving_goes_on_beside_training, a_full_disk_stops_all_in_one_step,
+        text_is_written_from_shards, a_model_without_numbers_is_filled_alike,
         layers_are_left_out_alike, stages_hide_the_same_keys,
     )
 }  # fmt: skip

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Placement, Shard, empty
@@ -29,6 +30,7 @@ from x_transformers.training.errors import CheckpointError
 
 PARTS = '.metadata'  # the file by which such a checkpoint is known
 ELSEWHERE = 'tensor:'  # stands in state.pt for a tensor that lies in the parts
+FOR_USE = 'export.'  # in front of the names of weights for use, where they are not those that training goes on with
 SPREAD = ('optimizers', 'averaged')  # what of the state has the shapes of parameters
 
 
@@ -37,28 +39,50 @@ def is_distributed(path: Path) -> bool:
 
 
 class DistributedCheckpoints:
-    """The checkpoints of one run folder; every process calls every method."""
+    """The checkpoints of one run folder; every process calls every method.
+
+    Training waits while each process copies its part into its own memory. All else is done in a thread, whose messages go
+    through a group of their own.
+    """
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
-        self.run, self.keep, self.world = run, keep, world
+        self.run, self.keep, self.world, self.group = run, keep, world, world.aside
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         self._finished: list[Path] = []
 
     def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]) -> None:
+        self.wait()
+        tensors = {f'model.{name}': tensor for name, tensor in weights.items() if not tensor.is_meta}
+        rest = {name: put_aside(value, name, tensors) if name in SPREAD else value for name, value in state.items()}
+        if export is not weights:
+            tensors |= {f'{FOR_USE}{name}': tensor for name, tensor in export.items() if not tensor.is_meta}
+        copied = {name: in_order(tensor).to('cpu', copy=True) for name, tensor in tensors.items()}
+
+        def write() -> None:
+            try:
+                self._finished.append(self.write(step, copied, rest, FOR_USE if export is not weights else 'model.'))
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name='checkpoint')
+        self._thread.start()
+
+    def write(self, step: int, tensors: dict[str, Any], rest: dict[str, Any], for_use: str) -> Path:
+        """All processes together. ``for_use``: how the names of the weights for use begin."""
         target = self.run / f'{files.PREFIX}{step:08d}'
         temporary = self.run / f'{files.UNFINISHED}{target.name}'
-        tensors = {f'model.{name}': in_order(tensor) for name, tensor in weights.items() if not tensor.is_meta}
-        rest = {name: put_aside(value, name, tensors) if name in SPREAD else value for name, value in state.items()}
         if self.world.degrees.pipeline > 1:
             rest |= joined(self.alike(lambda: {name: rest[name] for name in SPREAD if name in rest}, 'cannot be written'))
         self.alike(lambda: make_empty(temporary), 'cannot be written', main_only=True)
-        self.alike(lambda: save(dict(tensors), checkpoint_id=temporary), 'cannot be written')
-        for_use = whole_on_main(export, self.world)
+        self.alike(lambda: save(tensors, checkpoint_id=temporary, process_group=self.group), 'cannot be written')
         digests = self.alike(lambda: digests_of(temporary, self.world), 'cannot be written')
 
         def finish() -> None:
             buffer = io.BytesIO()
             torch.save(rest, buffer)
-            more = {files.STATE: buffer.getvalue(), files.EXPORT: files.weights_as_bytes(for_use)}
+            exported = files.weights_as_bytes(read_named(temporary, for_use))
+            more = {files.STATE: buffer.getvalue(), files.EXPORT: exported}
             manifest = {name: entry for each in digests for name, entry in each.items()}
             for name, data in more.items():
                 files.write_synced(temporary / name, data)
@@ -70,10 +94,10 @@ class DistributedCheckpoints:
             files.sync_folder(self.run)
             for older in files.find_checkpoints(self.run)[: -self.keep]:
                 files.remove(older)
-            files.write_atomically(self.run / files.WEIGHTS, more[files.EXPORT])
+            files.write_atomically(self.run / files.WEIGHTS, exported)
 
         self.alike(finish, 'cannot be written', main_only=True)
-        self._finished.append(target)
+        return target
 
     def alike(self, act: Callable[[], Any], problem: str, main_only: bool = False) -> list[Any]:
         """What every process gets out of ``act``; when one of them fails, all do, and earlier checkpoints are untouched."""
@@ -86,19 +110,38 @@ class DistributedCheckpoints:
             except Exception as failure:
                 error = f'the checkpoint {problem} to {self.run}: {failure}; earlier ones are untouched'
         everywhere: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everywhere, (found, error))
+        dist.all_gather_object(everywhere, (found, error), group=self.group)
         if told := [each for _, each in everywhere if each]:
             raise CheckpointError(told[0])
         return [each for each, _ in everywhere]
 
     def finished(self) -> list[Path]:
+        """Those completed since the last call, in the same step in all processes.
+
+        Errors: ``CheckpointError`` if the last one could not be written.
+        """
+        if self._thread is not None:
+            busy = torch.tensor(int(self._thread.is_alive()), device=self.world.device)
+            dist.all_reduce(busy, dist.ReduceOp.MAX)
+            if not busy:
+                self.wait()
         done, self._finished = self._finished, []
         return done
 
     def wait(self) -> None:
-        """Nothing is written in the background."""
+        """Until the last checkpoint is on disk.
+
+        Errors: ``CheckpointError`` if it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def save_best(self, step: int, value: float, export: Mapping[str, Tensor]) -> None:
+        self.wait()
         whole = whole_on_main(export, self.world)
         about = {'step': str(step), 'value': repr(value)}
         data = files.weights_as_bytes(whole, about)
@@ -114,7 +157,7 @@ def put_aside(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The same tree with a word in the place of each tensor, which goes to ``tensors`` unless another process has it."""
     if isinstance(value, Tensor):
         if not value.is_meta:
-            tensors[path] = in_order(value)
+            tensors[path] = value
         return ELSEWHERE + path
     if isinstance(value, Mapping):
         return {name: put_aside(each, f'{path}.{name}', tensors) for name, each in value.items()}
@@ -137,7 +180,7 @@ def joined(trees: Sequence[Any]) -> Any:
 def in_order(tensor: Tensor) -> Tensor:
     """The same, spread in such a way that each process has one piece of it: what files can describe."""
     if not isinstance(tensor, DTensor):
-        return tensor
+        return tensor.detach()
     moved: Tensor = tensor.redistribute(placements=in_one_piece(tensor))
     return moved.detach()
 
@@ -222,11 +265,7 @@ def read(path: Path, template: Callable[[str, Any], Tensor]) -> tuple[dict[str, 
     """
     state = torch.load(path / files.STATE, map_location='cpu', weights_only=True)
     metadata = FileSystemReader(path).read_metadata()
-    wanted = {
-        name: template(name, entry)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    wanted = {name: template(name, entry) for name, entry in tensors_of(metadata) if not name.startswith(FOR_USE)}
     try:
         here = {name: tensor for name, tensor in wanted.items() if not tensor.is_meta}
         load(here, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -234,6 +273,20 @@ def read(path: Path, template: Callable[[str, Any], Tensor]) -> tuple[dict[str, 
         raise CheckpointError(f'{path} does not fit the model of this run: {str(error).splitlines()[0]}') from error
     weights = {name.removeprefix('model.'): tensor for name, tensor in wanted.items() if name.startswith('model.')}
     return weights, wanted, state
+
+
+def tensors_of(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            yield name, entry
+
+
+def read_named(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The whole tensors whose names begin so, without their beginnings."""
+    entries = [(name, entry) for name, entry in tensors_of(FileSystemReader(path).read_metadata()) if name.startswith(prefix)]
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
+    load(dict(found), checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 def read_whole(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:

@@ -26,6 +26,7 @@ class World:
     device: torch.device
     rank: int
     size: int
+    timeout: float = 600.0  # seconds after which a process that hears nothing from another gives up
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +59,12 @@ class World:
         """One axis of all processes that read different data, or different slices of them."""
         return self.mesh['replicate', 'shard']._flatten('data')
 
+    @cached_property
+    def aside(self) -> dist.ProcessGroup:
+        """All processes once more, on their CPUs: what is said there in the background meets nothing that steps say."""
+        made: dist.ProcessGroup = dist.new_group(backend='gloo', timeout=timedelta(seconds=self.timeout))
+        return made
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -88,7 +95,7 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
     if whole.pipeline > 1:
         sizes = {'pipeline': whole.pipeline, **sizes}
     mesh = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return World(mesh, whole, place, dist.get_rank(), size)
+    return World(mesh, whole, place, dist.get_rank(), size, timeout)
 
 
 def local_device(name: str) -> torch.device:

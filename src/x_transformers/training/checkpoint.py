@@ -68,9 +68,8 @@ class Checkpoints:
         if not self.background:
             self._finished.append(save_checkpoint(self.run, step, weights, state, keep=self.keep, export=export))
             return
-        same = all(export.get(name) is tensor for name, tensor in weights.items())
         own = {name: cpu_copy(tensor) for name, tensor in weights.items()}
-        other = None if same else {name: cpu_copy(tensor) for name, tensor in export.items()}
+        other = None if export is weights else {name: cpu_copy(tensor) for name, tensor in export.items()}
         held = tree_map(cpu_copy, dict(state))
 
         def write() -> None:

@@ -154,7 +154,7 @@ class Trainer:
         self.loss = loss or loss_of
         self.store = store
         self.best = best
-        self.exported = exported or self.engine.model_state
+        self.exported = exported
         self.optimizers = make_optimizers(model, self.options, matrices)
         # modules whose weights have unit length, and feed-forwards of experts whose balance a bias keeps
         self.unit_weights = unit_modules(model)
@@ -291,7 +291,7 @@ class Trainer:
     def export(self) -> Mapping[str, Tensor]:
         """The weights for use: the averaged ones if there are any."""
         with self.averages():
-            state = self.exported(self.model)
+            state = (self.exported or self.engine.model_state)(self.model)
             return {name: tensor.clone() for name, tensor in state.items()} if self.averaged is not None else state
 
     def state(self) -> dict[str, Any]:
@@ -308,7 +308,9 @@ class Trainer:
     def save(self) -> None:
         if self.store is None or self.saved_at == self.step:
             return
-        self.store.save(self.step, self.engine.model_state(self.model), self.state(), self.export())
+        weights = self.engine.model_state(self.model)
+        own = self.exported is None and self.averaged is None
+        self.store.save(self.step, weights, self.state(), weights if own else self.export())
         self.saved_at = self.step
 
     def _tell_saved(self) -> None:
