@@ -65,7 +65,8 @@ class Task(ABC):
                 values['source'] = hashlib.sha256(inspect.getsource(own).encode()).hexdigest()[:16]
             except (OSError, TypeError):
                 values['source'] = own.__qualname__
-        return values
+        # how a task is trained stands in the settings of a run; a better default makes no other task of it
+        return {name: value for name, value in values.items() if name not in ('steps', 'lr')}
 
 
 @dataclass(frozen=True, kw_only=True)
