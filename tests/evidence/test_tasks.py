@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from x_transformers.evidence.draws import Draws
-from x_transformers.evidence.execute import operations
+from x_transformers.evidence.execute import operations, prepared_model
 from x_transformers.evidence.model import IGNORE, Batch, measure
 from x_transformers.evidence.tasks import CLASSES, TASKS, make_task
 from x_transformers.training.errors import TrainingError
@@ -523,6 +523,38 @@ def test_logits_of_asked_positions_are_those_of_the_whole_network() -> None:
     whole = model.net(batch.inputs)[batch.targets != IGNORE]
     assert torch.allclose(logits, whole, atol=1e-6)
     assert torch.equal(targets, batch.targets[batch.targets != IGNORE])
+
+
+@pytest.mark.parametrize('flags', [{'multi_token_heads': 3}, {'ff_experts': 4}])
+@pytest.mark.parametrize('name', ['bytes', 'mqar', 'mqar/stacked'])
+def test_losses_of_a_network_are_added_in_training_alone(name: str, flags: dict[str, Any]) -> None:
+    task = make_task(name, {'rows_per_step': 4, 'test_rows': 4, **SMALL.get(name, {})})
+    base = {'dim': 16, 'depth': 1, 'heads': 2}
+    plain, model = prepared_model(task, base, 0, 'cpu'), prepared_model(task, {**base, **flags}, 0, 'cpu')
+    before, after = (dict(each.named_parameters()) for each in (plain, model))
+    assert after.keys() - before.keys()
+    assert all(torch.equal(p, after[at]) for at, p in before.items() if at in after and p.shape == after[at].shape)
+    batch = task.batch(0, 0)
+    logits, targets = model.answers(batch)
+    inputs, keywords = model.given(batch)
+    own = torch.nn.functional.cross_entropy(logits, targets)
+    if 'ff_experts' in flags:
+        more = model.net(inputs, return_intermediates=True, **keywords)[1].expert_loss
+    else:
+        # the head of the token i places further is asked what is asked i places later
+        heads = model.net(inputs, return_multi_token_logits=True, **keywords)
+        assert torch.allclose(heads[0][batch.targets != IGNORE], logits, atol=1e-5)
+        later = [(head[:, :-i], batch.targets[:, i:]) for i, head in enumerate(heads) if i]
+        more = sum(torch.nn.functional.cross_entropy(a.flatten(0, 1), b.flatten(), ignore_index=IGNORE) for a, b in later)
+    assert model(batch).item() == pytest.approx((own + more).item(), rel=1e-5)
+    alone = torch.nn.functional.cross_entropy(*model.answers(task.test())).item()
+    assert task.evaluate(model)['loss'] == pytest.approx(alone, rel=1e-5)
+
+
+def test_how_a_task_is_trained_makes_no_other_task_of_it() -> None:
+    plain = make_task('mqar', {})
+    assert make_task('mqar', {'steps': plain.steps + 1, 'lr': 2 * plain.lr}).options() == plain.options()
+    assert make_task('mqar', {'pairs': plain.pairs + 1}).options() != plain.options()
 
 
 def test_options_tell_own_tasks_apart(tmp_path: Any) -> None:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.flags.fit import check_added_losses
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.flags.fit import check_added_losses, has_added_losses
 from x_transformers.flags.other_inputs import ContinuousFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.module import Module
@@ -58,26 +59,39 @@ def on_device_of(model: nn.Module, batch: Batch) -> Batch:
 
 
 class AnswerModel(Module):
-    """A model around a network: the loss of a batch, from logits at the asked positions alone."""
+    """A model around a network: the loss of a batch, from logits at the asked positions alone.
 
-    def __init__(self, net: nn.Module) -> None:
+    ``objective`` trains networks that have losses of their own, of experts or of later tokens; it is asked in training only.
+    """
+
+    def __init__(self, net: nn.Module, objective: AutoregressiveWrapper | None = None) -> None:
         super().__init__()
-        check_added_losses(net, type(self).__name__)
+        if objective is None:
+            check_added_losses(net, type(self).__name__)
         self.net = net
+        self.objective = objective
 
     def forward(self, batch: Batch) -> Float[Tensor, '']:
-        return F.cross_entropy(*self.answers(batch))
+        if self.objective is None:
+            return F.cross_entropy(*self.answers(batch))
+        batch = on_device_of(self, batch)
+        inputs, keywords = self.given(batch)
+        loss: Tensor = self.objective(inputs, targets=batch.targets, **keywords)
+        return loss
+
+    def given(self, batch: Batch) -> tuple[Int[Tensor, 'b n'], dict[str, Any]]:
+        """(ids, keywords) of the network."""
+        keywords: dict[str, Any] = {} if batch.positions is None else {'pos': batch.positions}
+        if batch.inputs.ndim == 2:
+            return batch.inputs, keywords
+        return batch.inputs[..., 0], {**keywords, 'embed_ids': {'second': batch.inputs[..., 1]}}
 
     def answers(self, batch: Batch) -> tuple[Float[Tensor, 'a v'], Int[Tensor, ' a']]:
         """(logits, targets) of the asked positions."""
         batch = on_device_of(self, batch)
         asked = batch.targets != IGNORE
         targets = batch.targets[asked]
-        keywords: dict[str, Any] = {} if batch.positions is None else {'pos': batch.positions}
-        inputs = batch.inputs
-        if inputs.ndim == 3:
-            keywords['embed_ids'] = {'second': inputs[..., 1]}
-            inputs = inputs[..., 0]
+        inputs, keywords = self.given(batch)
         head = getattr(self.net, 'linear_head', None)
         if head is None:
             logits = self.net(inputs, **keywords)
@@ -131,7 +145,8 @@ def build_language_model(flags: Mapping[str, Any], *, num_tokens: int, max_seq_l
 
 
 def build_token_model(flags: Mapping[str, Any], *, num_tokens: int, max_seq_len: int, **more: Any) -> AnswerModel:
-    return AnswerModel(build_language_model(flags, num_tokens=num_tokens, max_seq_len=max_seq_len, **more))
+    net = build_language_model(flags, num_tokens=num_tokens, max_seq_len=max_seq_len, **more)
+    return AnswerModel(net, AutoregressiveWrapper(net, ignore_index=IGNORE) if has_added_losses(net) else None)
 
 
 def build_vector_model(flags: Mapping[str, Any], *, dim_in: int, dim_out: int, max_seq_len: int) -> VectorModel:

@@ -175,6 +175,11 @@ def expert_loss(net: Any) -> bool:
     return isinstance(flags, StackFlags) and flags.expert_loss
 
 
+def has_added_losses(net: Any) -> bool:
+    """Whether a net has losses of its own, of experts or of later tokens, that ``AutoregressiveWrapper`` alone adds."""
+    return expert_loss(net) or getattr(net, 'multi_token_heads', 1) > 1
+
+
 def check_added_losses(net: Any, where: str, *, experts: bool = True, later_tokens: bool = True) -> None:
     """Raise FlagError for experts, or heads of later tokens, whose loss an objective would not add to its own."""
     if later_tokens:
