@@ -73,13 +73,14 @@ parameter of the same name. Intervals are 95 %; p is corrected over the ideas of
 <section id="t{{ loop.index }}">
 <h2>{{ task.name }}: {{ task.metric }} <span class="soft">({{ task.better }} is better)</span></h2>
 <div class="wide"><table>
-<tr><th>idea</th><th class="word">verdict</th><th>difference</th><th>95 % interval</th><th>p (Holm)</th><th class="word">at equal time</th>
-<th>time</th><th>baseline</th><th>idea’s</th><th>parameters</th><th>FLOPs/token</th><th>MB/step</th><th>seeds</th></tr>
+<thead><tr><th>idea</th><th class="word">verdict</th><th>difference</th><th>95 % interval</th><th>p (Holm)</th><th class="word">at equal time</th>
+<th>time</th><th>baseline</th><th>idea’s</th><th>parameters</th><th>FLOPs/token</th><th>MB/step</th><th>seeds</th></tr></thead>
+<tbody>
 {% for row in task.rows %}<tr><td>{{ row.idea }}</td><td class="word verdict {{ row.kind }}">{{ row.words }}</td><td>{{ row.difference }}</td>
 <td>{{ row.interval }}</td><td title="uncorrected: {{ row.p }}">{{ row.p_holm }}</td>
 <td class="word {{ row.second_kind }}">{{ row.second }}</td><td>{{ row.time }}</td><td>{{ row.baseline }}</td><td>{{ row.arm }}</td><td>{{ row.parameters }}</td><td>{{ row.flops }}</td>
 <td>{{ row.bytes }}</td><td>{{ row.seeds }}</td></tr>
-{% endfor %}</table></div>
+{% endfor %}</tbody></table></div>
 <figure><div class="wide forest">{{ task.forest | safe }}</div><figcaption>Differences with 95 % intervals; right of the line is better. Inside the grey band nobody
 cares (δ).</figcaption></figure>
 <div class="pair">
