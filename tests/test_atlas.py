@@ -56,3 +56,16 @@ def test_a_run_of_the_atlas_gives_the_numbers_that_are_kept() -> None:
     kept = tool.THE_ATLAS.lines()[job.hash]['result']
     found = execute(job)
     assert found['value'] == pytest.approx(kept['value'], abs=0.02)
+
+
+def test_rows_are_whole_where_time_runs_out() -> None:
+    made = tool.THE_ATLAS.as_shown()
+    asked = made.questions[0]
+    broken = {(asked.title, asked.arms[-1].name): 'cannot be built'}
+    jobs = tool.in_order(made, asked, broken, costs=False)
+    order = [asked.everyone()[0], *reversed(asked.arms[:-1])]
+    assert [(job.flags, job.seed) for job in jobs] == [
+        (asked.flags_of(arm), seed) for arm in order for seed in range(asked.seeds)
+    ]
+    timed = tool.in_order(made, asked, broken, costs=True)
+    assert [job.flags for job in timed] == [asked.flags_of(arm) for arm in order[1:]]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from x_transformers.cli.evidence import suite_questions
-from x_transformers.evidence.experiment import Experiment, Question
+from x_transformers.evidence.experiment import BASELINE, Experiment, Question
 from x_transformers.evidence.plan import Plan, question, read_plan
 from x_transformers.evidence.runs import CostRun, Job, write_text
 from x_transformers.evidence.suites import SUITES
@@ -154,6 +154,16 @@ def keep(kept: Kept, made: Experiment, broken: Mapping[tuple[str, str], str]) ->
     return len(lines)
 
 
+def in_order(made: Experiment, asked: Question, broken: Mapping[tuple[str, str], str], costs: bool) -> list[Job]:
+    """Idea by idea, those that were added last first: where time runs out, rows are whole or not there."""
+    arms = [arm for arm in reversed(asked.everyone()) if (asked.title, arm.name) not in broken]
+    if costs:
+        return [made.cost(asked, arm) for arm in arms if arm.name != BASELINE]
+    return [
+        made.run(asked, arm, seed) for arm in sorted(arms, key=lambda arm: arm.name != BASELINE) for seed in range(asked.seeds)
+    ]
+
+
 def complete(kept: Kept, workers: int, budget: float | None) -> None:
     """Do what is missing; ``budget`` in seconds."""
     made = kept.experiment()
@@ -181,7 +191,7 @@ def complete(kept: Kept, workers: int, budget: float | None) -> None:
                 part = Experiment((asked,), made.folder, costs=costs)
                 left = None if budget is None else budget - (time.monotonic() - started)
                 if left is None or left > 0:
-                    part.go(workers=workers, told=told, budget=left, broken=broken)
+                    part.go(workers=workers, told=told, budget=left, only=in_order(part, asked, broken, costs))
     finally:
         print(f'\n{keep(kept, made, broken)} lines in {kept.results.relative_to(ROOT)}')
 

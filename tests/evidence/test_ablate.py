@@ -325,6 +325,11 @@ def test_what_pairing_removed_is_the_median_of_ideas(tmp_path: Path) -> None:
     assert 'pairing removed 0 % of' in made.notes()[0]
     made.outcomes = made.outcomes[:2]
     assert 'pairing removed 45 % of' in made.notes()[0]
+    made.outcomes = made.outcomes[::2]
+    removed = made.outcomes[0].comparison
+    assert removed is not None
+    made.outcomes[0].comparison = dataclasses.replace(removed, pairing_removed=-0.24)
+    assert 'pairing added 24 % to' in made.notes()[0]
 
 
 def test_a_large_page_is_small(tmp_path: Path) -> None:

@@ -109,6 +109,28 @@ def test_recall(random_filler: bool) -> None:
             assert all(row[place] == 0 for place in range(10, 32) if place not in answers)
 
 
+@pytest.mark.parametrize(
+    ('name', 'options', 'expected'),
+    [
+        ('mqar', {'pairs': 3}, [3, 2, 1, 3]),
+        ('mqar', {'pairs': 3, 'mixed': False}, [3, 3, 3, 3]),
+        ('mqar/forgetting', {'pairs': 4, 'again': 2}, [4, 3, 2, 4]),
+        ('mqar/compositional', {'pairs': 9}, [9, 4, 1, 9]),
+        ('mqar/stacked', {'pairs': 2}, [2, 1, 2, 1]),
+        ('mqar/continuous', {'pairs': 3}, [3, 2, 1, 3]),
+    ],
+)
+def test_steps_of_training_have_fewer_pairs_in_turns(name: str, options: dict[str, Any], expected: list[int]) -> None:
+    task = make_task(name, {'length': 64, 'rows_per_step': 4, 'test_rows': 4, **options})
+    for step, pairs in enumerate(expected):
+        batch, alike = task.batch(7, step), dataclasses.replace(task, pairs=pairs)
+        assert (batch.targets != IGNORE).sum(dim=1).tolist() == [pairs] * 4
+        drawn = alike.rows(Draws(task.name, 'train', 7, step), 4)
+        assert torch.equal(batch.inputs, drawn.inputs)
+        assert torch.equal(batch.targets, drawn.targets)
+    assert (task.test().targets != IGNORE).sum(dim=1).tolist() == [task.pairs] * 4
+
+
 def test_near_questions_are_likelier_as_the_weights_say() -> None:
     """The first place of one pair: drawn in proportion to g^(a - 1)."""
     _, batch = made('mqar', count=20_000, vocabulary=16, length=14, pairs=1)

@@ -139,7 +139,8 @@ class Findings:
                 )
                 if removed:
                     middle = round(100 * statistics.median(removed))
-                    line += f'; pairing removed {middle} % of the variance of differences (median of ideas)'
+                    effect = f'removed {middle} % of' if middle >= 0 else f'added {-middle} % to'
+                    line += f'; pairing {effect} the variance of differences (median of ideas)'
                 lines.append(line + '.')
         lines += self.scale_notes()
         if self.missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class Recall(SequenceTask):
     """MQAR: ``pairs`` keys with their values, then each key once more; its value is asked for.
 
     Keys are 1 ... vocabulary/2 - 1, values the other half. The distance g between the pairs and a question has probability
-    g^(power - 1), in units of one question. Other places hold 0, or random tokens with ``random_filler``.
+    g^(power - 1), in units of one question. Other places hold 0, or random tokens with ``random_filler``. ``mixed``: steps of
+    training have ``pairs`` pairs, one less, ..., one, in turns, as published runs have several numbers; tests have ``pairs``.
     """
 
     name: ClassVar[str] = 'mqar'
@@ -31,7 +33,8 @@ class Recall(SequenceTask):
     pairs: int = 4
     power: float = 0.01
     random_filler: bool = False
-    steps: int = 2000
+    mixed: bool = True
+    steps: int = 600
 
     def __post_init__(self) -> None:
         room = (self.length - self.prologue) // self.unit
@@ -60,6 +63,16 @@ class Recall(SequenceTask):
     def prologue(self) -> int:
         """Places that the pairs take."""
         return 2 * self.pairs
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of pairs that rows can have, the largest first."""
+        return tuple(range(self.pairs, 0, -1))
+
+    def batch(self, seed: int, step: int) -> Batch:
+        counts = self.counts if self.mixed else (self.pairs,)
+        rows = dataclasses.replace(self, pairs=counts[step % len(counts)])
+        return rows.rows(Draws(self.name, 'train', seed, step), self.rows_per_step)
 
     def keys(self, draws: Draws, count: int) -> Tensor:
         return draws.subsets(count, self.vocabulary // 2 - 1, self.pairs) + 1
@@ -93,6 +106,7 @@ class Forgetting(Recall):
 
     name: ClassVar[str] = 'mqar/forgetting'
     again: int = 2
+    steps: int = 2000
 
     def __post_init__(self) -> None:
         if not 0 <= self.again <= self.pairs:
@@ -102,6 +116,10 @@ class Forgetting(Recall):
     @property
     def prologue(self) -> int:
         return 2 * (self.pairs + self.again)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(count for count in super().counts if count >= self.again)
 
     def rows(self, draws: Draws, count: int, *, test: bool = False) -> Batch:
         keys, values = self.keys(draws, count), self.values(draws, count, self.pairs)
@@ -120,6 +138,7 @@ class Compositional(Recall):
 
     name: ClassVar[str] = 'mqar/compositional'
     length: int = 48
+    steps: int = 2000
 
     def __post_init__(self) -> None:
         if math.isqrt(max(self.pairs, 0)) ** 2 != self.pairs:
@@ -133,6 +152,10 @@ class Compositional(Recall):
     @property
     def prologue(self) -> int:
         return 3 * self.pairs
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(count for count in super().counts if math.isqrt(count) ** 2 == count)
 
     def rows(self, draws: Draws, count: int, *, test: bool = False) -> Batch:
         side = math.isqrt(self.pairs)
@@ -155,6 +178,7 @@ class Stacked(Recall):
 
     name: ClassVar[str] = 'mqar/stacked'
     length: int = 32
+    steps: int = 2000
 
     @property
     def unit(self) -> int:
@@ -185,6 +209,7 @@ class ContinuousRecall(Recall):
 
     name: ClassVar[str] = 'mqar/continuous'
     vectors: int = 16
+    steps: int = 2000
 
     def rows(self, draws: Draws, count: int, *, test: bool = False) -> Batch:
         keys, values = (torch.nn.functional.normalize(draws.normal(count, self.pairs, self.vectors), dim=-1) for _ in range(2))
