@@ -34,6 +34,10 @@ class ShapeError(TypeError):
 
 
 def kind_fits(t: Tensor, kind: str) -> bool:
+    if kind == 'any':
+        return True
+    if kind == 'complex':
+        return t.is_complex()
     if kind == 'float':
         return t.is_floating_point()
     is_bool = t.dtype == torch.bool

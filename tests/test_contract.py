@@ -444,6 +444,38 @@ def test_modules_load_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == '[]'
 
 
+# what handles the tensors of files, processes and other libraries, whatever their shapes are
+OF_ANY_SHAPE = TRAINS | {'saving', 'hf', 'export'}
+SHAPED = re.compile(r"\b(?:Bool|Complex|Float|Int|Shaped)\[Tensor, '[^']*'\]")
+
+
+def without_shape(tree: ast.AST) -> Iterator[str]:
+    """(function, argument) of every tensor whose annotation tells neither kind nor axes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            args = node.args
+            for arg in [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]:
+                said = '' if arg.annotation is None else ast.unparse(arg.annotation)
+                if re.search(r'\bTensor\b', SHAPED.sub('', said)):
+                    yield f'{node.name}: {arg.arg}'
+
+
+def test_tensor_arguments_tell_their_shapes() -> None:
+    """``tests/shapes.py`` checks that they are true."""
+    found = [
+        f'{path.relative_to(PACKAGE)}: {each}'
+        for path, tree in sources()
+        if path.relative_to(PACKAGE).parts[0] not in OF_ANY_SHAPE
+        for each in without_shape(tree)
+    ]
+    assert not found, "write Float[Tensor, 'b n d'], or Shaped[Tensor, '...'] where every tensor will do"
+
+
+def test_an_argument_without_shape_is_found() -> None:
+    source = "def f(a: Tensor, b: Float[Tensor, 'b n'], *c: tuple[Tensor, int], d: Callable[[Tensor], int] | None = None): ..."
+    assert list(without_shape(ast.parse(source))) == ['f: a', 'f: d', 'f: c']
+
+
 def test_functions_fit_a_screen_and_files_a_sitting() -> None:
     """A function's docstring is not counted; generated files neither."""
     long = []

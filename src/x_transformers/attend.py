@@ -16,7 +16,7 @@ from x_transformers.attention.scores.contextual import selective_attn
 from x_transformers.attention.scores.similarity import qk_l2_dist_squared
 from x_transformers.attention.weights import log_prob_from_hard_attend, one_hot_straight_through, sparse_topk_attn
 from x_transformers.helpers import at_most_one_of, default, exists, softclamp
-from x_transformers.tensor_types import Bool
+from x_transformers.tensor_types import Bool, Shaped
 
 __all__ = [
     'Attend', 'Intermediates', 'at_most_one_of', 'compact', 'create_causal_mask', 'default', 'exists', 'explain',
@@ -40,14 +40,14 @@ def compact(items: Iterable[Any]) -> list[Any]:
     return [item for item in items if item is not None]
 
 
-def pack_one(t: Tensor, pattern: str) -> tuple[Tensor, list[torch.Size]]:
+def pack_one(t: Shaped[Tensor, '...'], pattern: str) -> tuple[Tensor, list[torch.Size]]:
     """Fold axes into the one that ``*`` stands for: ``pack_one(t, '* d')``. Also returns what unfolds them."""
     before, after = around_star(pattern)
     middle = t.shape[before : t.ndim - after]
     return t.reshape(*t.shape[:before], -1, *t.shape[t.ndim - after :]), [middle]
 
 
-def unpack_one(t: Tensor, ps: Sequence[Sequence[int]], pattern: str) -> Tensor:
+def unpack_one(t: Shaped[Tensor, '...'], ps: Sequence[Sequence[int]], pattern: str) -> Tensor:
     """Unfold what ``pack_one`` folded; other axes may have changed."""
     before, after = around_star(pattern)
     return t.reshape(*t.shape[:before], *ps[0], *t.shape[t.ndim - after :])

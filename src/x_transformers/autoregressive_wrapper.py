@@ -20,7 +20,9 @@ from x_transformers.generation.decode import Reader, Tokens, decode, modify_cach
 from x_transformers.generation.modes import eval_decorator, evaluating
 from x_transformers.generation.prompts import (
     GenerateError,
+    Lengths,
     Prompt,
+    Prompts,
     align_right,
     check_reserved,
     checked_eos,
@@ -255,11 +257,11 @@ class AutoregressiveWrapper(Module):
 
     def generate(
         self,
-        prompts: Tensor | list[Tensor],
+        prompts: Prompts,
         seq_len: int,
         eos_token: int | None = None,
         temperature: float = 1.0,
-        prompt_lens: Tensor | Sequence[int] | None = None,
+        prompt_lens: Lengths | None = None,
         filter_logits_fn: str | Filter = top_k,
         restrict_to_max_seq_len: bool = True,
         amateur_model: nn.Module | Sequence[nn.Module] | None = None,
@@ -378,22 +380,21 @@ class AutoregressiveWrapper(Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_programs': None}
 
-    def stream(self, prompts: Tensor | list[Tensor], seq_len: int, *args: Any, **kwargs: Any) -> Iterator[Int[Tensor, '...']]:
+    def stream(self, prompts: Prompts, seq_len: int, *args: Any, **kwargs: Any) -> Iterator[Int[Tensor, '...']]:
         """``generate`` as an iterator over single tokens, each of the prompts' leading shape."""
-        tokens: Iterator[Tensor] = self.generate(prompts, seq_len, *args, stream=True, **kwargs)
-        return tokens
+        return iter(self.generate(prompts, seq_len, *args, stream=True, **kwargs))
 
     @torch.no_grad()
     def beam_search(
         self,
-        prompts: Tensor,
+        prompts: Int[Tensor, '... t'],
         seq_len: int,
         beams: int = 4,
         return_beams_and_scores: bool = False,
         eos_token: int | None = None,
         temperature: float = 1.0,
         stochastic: bool = False,
-        prompt_lens: Tensor | Sequence[int] | None = None,
+        prompt_lens: Lengths | None = None,
         filter_logits_fn: str | Filter = identity,
         restrict_to_max_seq_len: bool = True,
         filter_kwargs: Mapping[str, Any] | None = None,

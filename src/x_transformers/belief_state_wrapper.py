@@ -267,7 +267,7 @@ def turned(prompts: Any) -> Any:
     return prompts.flip(-1) if isinstance(prompts, Tensor) else [prompt.flip(-1) for prompt in prompts]
 
 
-def suffix_rows(suffix: Tensor | None, prompts: Int[Tensor, 'b n']) -> Int[Tensor, 'b m']:
+def suffix_rows(suffix: Int[Tensor, '... m'] | None, prompts: Int[Tensor, 'b n']) -> Int[Tensor, 'b m']:
     """The suffix of each row; an empty one if there is none."""
     if suffix is None:
         return prompts[:, :0]
@@ -315,7 +315,7 @@ def check_decoders(forward: Any, backward: Any) -> None:
         raise ValueError('; '.join(broken))
 
 
-def check_sequence(seq: Tensor, lens: Tensor | None) -> None:
+def check_sequence(seq: Int[Tensor, 'b n'], lens: Int[Tensor, ' b'] | None) -> None:
     if seq.ndim != 2 or seq.shape[1] < 2:
         raise ValueError(f'seq must be tokens of shape (batch, length) with at least 2 of them, got {tuple(seq.shape)}')
     if lens is None:

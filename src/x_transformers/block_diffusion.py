@@ -147,7 +147,7 @@ class BlockDiffusionWrapper(Module):
         """What makes a prefix decoder show all of ``rows`` tokens, of which the mask then hides some."""
         return {'prefix_attn_len': rows} if self.has_prefix else {}
 
-    def check(self, x: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+    def check(self, x: Int[Tensor, 'b n'], mask: Bool[Tensor, 'b n'] | None, kwargs: Mapping[str, Any]) -> None:
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(f'x must have shape (batch, tokens) with at least one token, got {tuple(x.shape)}')
         if self.net.has_absolute_positions and x.shape[1] > self.max_seq_len:

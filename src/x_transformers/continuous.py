@@ -25,7 +25,7 @@ from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import Prompt, align_right, check_reserved, checked_length, right_aligned
+from x_transformers.generation.prompts import Lengths, Prompt, align_right, check_reserved, checked_length, right_aligned
 from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
 from x_transformers.generation.views import VectorView
 from x_transformers.layers.checks import is_float, shape_of
@@ -119,7 +119,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         return_attn: bool = False,
         mems: Memories | None = None,
         mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None,
-        pos: Tensor | None = None,
+        pos: Int[Tensor, '... n'] | Float[Tensor, '... n e'] | None = None,
         sum_embeds: Float[Tensor, 'b n e'] | None = None,
         prepend_embeds: Float[Tensor, 'b p e'] | None = None,
         prepend_mask: Bool[Tensor, 'b p'] | None = None,
@@ -257,14 +257,14 @@ class ContinuousAutoregressiveWrapper(Module):
             return each.mean()
         return (each.masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)).mean()
 
-    def _check_frames(self, x: Tensor, kwargs: dict[str, Any], least: int) -> None:
+    def _check_frames(self, x: Float[Tensor, 'b n d'], kwargs: dict[str, Any], least: int) -> None:
         check_frames(x, getattr(self.net, 'width_in', None))
         if x.shape[1] < least:
             raise ValueError(f'x must hold at least {least} frames per row, to read and to predict; got {x.shape[1]}')
         if kwargs.get('prepend_embeds') is not None:
             raise ValueError('prepend_embeds cannot be given in training: the outputs for them have no target')
 
-    def _whole_mask(self, x: Tensor, kwargs: dict[str, Any]) -> Bool[Tensor, 'b n'] | None:
+    def _whole_mask(self, x: Float[Tensor, 'b n d'], kwargs: dict[str, Any]) -> Bool[Tensor, 'b n'] | None:
         """Takes ``mask`` or ``lens`` out of the net's keywords."""
         mask: Tensor | None = kwargs.pop('mask', None)
         lens = kwargs.pop('lens', None)
@@ -315,7 +315,7 @@ class ContinuousAutoregressiveWrapper(Module):
         target = x[torch.arange(x.shape[0], device=x.device)[:, None], place.clamp(max=x.shape[1] - 1)]
         return self._rollout_loss(self._parts(torch.stack(said, dim=1)), target, enough)
 
-    def _lengths(self, x: Tensor, kwargs: dict[str, Any]) -> Int[Tensor, ' b']:
+    def _lengths(self, x: Float[Tensor, 'b n d'], kwargs: dict[str, Any]) -> Int[Tensor, ' b']:
         mask = self._whole_mask(x, kwargs)
         if mask is None:
             return torch.full(x.shape[:1], x.shape[1], device=x.device)
@@ -331,7 +331,9 @@ class ContinuousAutoregressiveWrapper(Module):
         drawn = (torch.rand(most.shape, device=most.device) * most).long()
         return torch.minimum(drawn, most - 1) + 1
 
-    def _rollout_loss(self, predicted: Tensor, target: Tensor, enough: Bool[Tensor, ' b']) -> Float[Tensor, '']:
+    def _rollout_loss(
+        self, predicted: Float[Tensor, '... b n d'], target: Float[Tensor, 'b n d'], enough: Bool[Tensor, ' b']
+    ) -> Float[Tensor, '']:
         loss: Tensor = self.loss_fn(at_least_single(predicted), target)
         if loss.ndim == 0:
             if bool(enough.all()):
@@ -349,7 +351,7 @@ class ContinuousAutoregressiveWrapper(Module):
         temperature: float = 1.0,
         cache_kv: bool = True,
         *,
-        prompt_lens: Tensor | Sequence[int] | None = None,
+        prompt_lens: Lengths | None = None,
         include_prompt: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Any,
@@ -391,7 +393,7 @@ class ContinuousAutoregressiveWrapper(Module):
                 pass
         return prompt.unpack(tokens.part(0 if include_prompt else start))
 
-    def _prompt(self, start: Tensor, lens: Tensor | Sequence[int] | None) -> Prompt:
+    def _prompt(self, start: Float[Tensor, '... t d'], lens: Lengths | None) -> Prompt:
         net: Any = self.net
         wide_in, wide_out = getattr(net, 'width_in', None), getattr(net, 'dim_out', None)
         if wide_in is not None and wide_out is not None and wide_in != wide_out:

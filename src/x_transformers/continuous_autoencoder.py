@@ -37,7 +37,9 @@ class Losses(NamedTuple):
 class DeterministicBottleneck(Module):
     """A linear map and an activation. forward: (b d) -> ((b l), zeros (b))."""
 
-    def __init__(self, dim: int, dim_latent: int, activation: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, dim: int, dim_latent: int, activation: Callable[[Float[Tensor, 'b d']], Float[Tensor, 'b d']] | None = None
+    ) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, dim_latent)
         self.activation = activation
@@ -132,7 +134,9 @@ class ContinuousTransformerAutoencoder(Module):
             attn_layers=Decoder(**{**flags, 'depth': dec_depth, **(dec_kwargs or {})}), dim_out=ends['dim_in'], **ends
         )
 
-    def _mask(self, x: Tensor, lens: Tensor | None, mask: Tensor | None) -> Bool[Tensor, 'b n'] | None:
+    def _mask(
+        self, x: Float[Tensor, 'b n d'], lens: Int[Tensor, ' b'] | None, mask: Bool[Tensor, 'b n'] | None
+    ) -> Bool[Tensor, 'b n'] | None:
         if lens is not None and mask is not None:
             raise ValueError('lens and mask both say which vectors count. Give one of them.')
         if lens is None:

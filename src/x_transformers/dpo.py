@@ -137,7 +137,7 @@ class DPO(Module):
         return self.score(self.policy_model, seq, chosen) - reference
 
 
-def check_preference_pair(preferred: Int[Tensor, 'b n'], unpreferred: Tensor) -> None:
+def check_preference_pair(preferred: Int[Tensor, 'b n'], unpreferred: Int[Tensor, 'b n']) -> None:
     if preferred.ndim != 2 or preferred.shape != unpreferred.shape or preferred.shape[1] < 2:
         raise ValueError(
             'preferred_seq and unpreferred_seq must both be tokens of shape (batch, length), padded to one length of at least '
@@ -145,7 +145,7 @@ def check_preference_pair(preferred: Int[Tensor, 'b n'], unpreferred: Tensor) ->
         )
 
 
-def check_sequence_mask(name: str, mask: Tensor | None, seq: Int[Tensor, 'b n']) -> None:
+def check_sequence_mask(name: str, mask: Bool[Tensor, 'b t'] | None, seq: Int[Tensor, 'b n']) -> None:
     rows, length = seq.shape
     if mask is not None and (not is_bool(mask, 2) or tuple(mask.shape) not in ((rows, length), (rows, length - 1))):
         raise ValueError(

@@ -136,7 +136,7 @@ def reached(amounts: Float[Tensor, 'b n'], threshold: float) -> Bool[Tensor, 'b 
     return begins[:, 1 : length + 1].bool()
 
 
-def check_sequences(seq: Tensor, lens: Tensor | None) -> None:
+def check_sequences(seq: Int[Tensor, '... n'], lens: Int[Tensor, ' b'] | None) -> None:
     if seq.ndim not in (1, 2) or seq.shape[-1] == 0:
         raise ValueError(f'seq must be tokens of shape (length,) or (batch, length), not empty; got {tuple(seq.shape)}')
     if lens is None:

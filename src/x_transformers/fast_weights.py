@@ -22,7 +22,7 @@ from x_transformers.helpers import default
 from x_transformers.latent_prediction import mlp
 from x_transformers.layers.stack import Encoder
 from x_transformers.module import Module, empty_parameter
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -54,7 +54,7 @@ class FastWeights(Module):
             for name, p in self.module.named_parameters()
         }
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Shaped[Tensor, 'b ...'], *args: Any, **kwargs: Any) -> Any:
         if self.fast is None:
             return self.module(x, *args, **kwargs)
         if args or kwargs:
@@ -106,7 +106,7 @@ class EpisodicMemory(Module):
     def init_own(self) -> None:
         nn.init.normal_(self.mem_kv, std=0.02)
 
-    def forward(self, batch: Tensor) -> Float[Tensor, 'b 2 l h m d']:
+    def forward(self, batch: Shaped[Tensor, '...']) -> Float[Tensor, 'b 2 l h m d']:
         """``batch`` only says how many samples there are, on its first axis."""
         return self.mem_kv.expand(batch.shape[0], *self.mem_kv.shape) if batch.ndim else self.mem_kv
 
@@ -133,7 +133,7 @@ class EpisodicNet(Module):
         except AttributeError:
             return getattr(super().__getattr__('net'), name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Shaped[Tensor, 'b ...'], *args: Any, **kwargs: Any) -> Any:
         batch = x.new_empty(x.shape[0], dtype=torch.float32)
         keys, values = self.episodic_mems(batch).unbind(dim=1)
         pairs = list(zip(keys.unbind(dim=1), values.unbind(dim=1), strict=True))
@@ -286,7 +286,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def sample_losses(losses: Tensor, counts: Bool[Tensor, 'b n']) -> Float[Tensor, ' b']:
+def sample_losses(losses: Float[Tensor, 'b ...'], counts: Bool[Tensor, 'b n']) -> Float[Tensor, ' b']:
     """Losses per token or per sample as losses per sample: means over the tokens that count."""
     if losses.ndim == 1:
         return losses

@@ -60,7 +60,7 @@ class SoLU(Module):
 class Activation(Module):
     """A user's function as a module. forward: (…) -> (…)."""
 
-    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, fn: Callable[[Float[Tensor, '... d']], Float[Tensor, '... d']]) -> None:
         super().__init__()
         self.fn = fn
 
@@ -335,7 +335,9 @@ class FeedForward(Module):
             out = run_through(self.ff, x) if piece is None else self._in_pieces(x, piece)
         return out if deep_embed is None else out * deep_embed
 
-    def _by_experts(self, x: Float[Tensor, '... n d'], deep_embed: Tensor | None, around: BranchInputs | None) -> Any:
+    def _by_experts(
+        self, x: Float[Tensor, '... n d'], deep_embed: Float[Tensor, '... n d'] | None, around: BranchInputs | None
+    ) -> Any:
         """The output; inside a stack also what keeps the experts in balance, as attention reports what it has seen."""
         out, loss = self.ff(x, None if around is None else around.tokens)
         out = F.dropout(out, self.flags.sublayer_dropout, self.training) if self.flags.sublayer_dropout else out

@@ -294,7 +294,7 @@ class FreeTransformer(Module):
         return prompt.unpack(tokens.part(0 if include_prompt else length))
 
 
-def check_token_ids(name: str, seq: Tensor, at_least: int, rows: int | None = None) -> None:
+def check_token_ids(name: str, seq: Int[Tensor, 'b n'], at_least: int, rows: int | None = None) -> None:
     if seq.ndim != 2 or seq.shape[1] < at_least or (rows is not None and len(seq) != rows):
         wanted = 'batch' if rows is None else rows
         raise ValueError(f'{name} must be tokens ({wanted}, length) with length at least {at_least}, got {tuple(seq.shape)}')

@@ -15,7 +15,14 @@ from x_transformers.flags.fit import check_added_losses
 from x_transformers.flags.later_objectives import FullBandwidthOptions
 from x_transformers.flags.objectives import options
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare_prompts, warn_of_end
+from x_transformers.generation.prompts import (
+    Prompts,
+    check_reserved,
+    checked_eos,
+    checked_length,
+    prepare_prompts,
+    warn_of_end,
+)
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.latent_prediction import Discount, check_parameters
 from x_transformers.layers.arguments import is_number
@@ -265,7 +272,7 @@ class FullBandwidth(Module):
     def _latents(self, hiddens: Any) -> dict[int, Float[Tensor, 'b n d']]:
         return {out: hiddens[out - 1] for out, _ in self.pairs}
 
-    def _jittered(self, latent: Tensor) -> Tensor:
+    def _jittered(self, latent: Float[Tensor, 'b n d']) -> Tensor:
         if not self.training or self.jitter_noise_delta == 0.0:
             return latent
         return latent + torch.empty_like(latent).uniform_(-self.jitter_noise_delta, self.jitter_noise_delta)
@@ -317,7 +324,7 @@ class FullBandwidth(Module):
             parts['all_pass_logits'] = tuple(every)
         return _named(parts) if len(parts) > 1 else main
 
-    def _losses(self, every: list[Tensor], labels: Int[Tensor, 'b n']) -> LossBreakdown:
+    def _losses(self, every: list[Float[Tensor, 'b n v']], labels: Int[Tensor, 'b n']) -> LossBreakdown:
         is_log_prob = bool(getattr(self.net, 'output_is_log_prob', False))
         measure = partial(token_cross_entropy, ignore_index=self.ignore_index, is_log_prob=is_log_prob)
         # feedback has nothing to say at the first position
@@ -343,7 +350,7 @@ class FullBandwidth(Module):
     @torch.no_grad()
     def generate(
         self,
-        prompts: Tensor | list[Tensor],
+        prompts: Prompts,
         seq_len: int,
         eos_token: int | None = None,
         temperature: float = 1.0,

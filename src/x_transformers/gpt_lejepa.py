@@ -26,7 +26,7 @@ from x_transformers.latent_prediction import (
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.norms import RMSNorm
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Bool, Float, Int
 
 
 class Losses(NamedTuple):
@@ -143,7 +143,7 @@ class LatentAutoregressive(Module):
         predictor: nn.Module,
         predicted: Float[Tensor, 'b n d'],
         embeds: Float[Tensor, 'b n d'],
-        valid: Tensor,
+        valid: Bool[Tensor, 'b n'],
         actions: Float[Tensor, 'b n d'] | None,
     ) -> Float[Tensor, '']:
         target = embeds.detach() if self.detach_target else embeds

@@ -146,7 +146,7 @@ class GPTVAE(Module):
     @eval_decorator
     def generate(
         self,
-        prompts: Int[Tensor, '... n'] | list[Tensor],
+        prompts: Int[Tensor, '... n'] | list[Int[Tensor, ' n']],
         seq_len: int,
         latents: Float[Tensor, '... z'] | Sequence[float] | None = None,
         seq_for_latents: Int[Tensor, 'b m'] | None = None,

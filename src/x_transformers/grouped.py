@@ -102,18 +102,33 @@ def in_one_product(
     return out if bias is None else out + bias.repeat_interleave(counts, dim=0, output_size=x.shape[0])
 
 
-@torch.library.custom_op('x_transformers::grouped_linear', mutates_args=())
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+# torch cannot read the schema from annotations that name shapes
+@torch.library.custom_op(
+    'x_transformers::grouped_linear',
+    mutates_args=(),
+    schema='(Tensor x, Tensor weight, Tensor? bias, Tensor counts) -> Tensor',
+)
+def grouped_linear(
+    x: Float[Tensor, 'm i'], weight: Float[Tensor, 'e o i'], bias: Float[Tensor, 'e o'] | None, counts: Int[Tensor, ' e']
+) -> Tensor:
     return by_group(x, weight, bias, sizes_of(counts, x.shape[0]))
 
 
 @grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+def _(
+    x: Float[Tensor, 'm i'], weight: Float[Tensor, 'e o i'], bias: Float[Tensor, 'e o'] | None, counts: Int[Tensor, ' e']
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op('x_transformers::grouped_linear_backward', mutates_args=())
-def grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    'x_transformers::grouped_linear_backward',
+    mutates_args=(),
+    schema='(Tensor grad, Tensor x, Tensor weight, Tensor counts) -> (Tensor, Tensor, Tensor)',
+)
+def grouped_linear_backward(
+    grad: Float[Tensor, 'm o'], x: Float[Tensor, 'm i'], weight: Float[Tensor, 'e o i'], counts: Int[Tensor, ' e']
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of rows, weights and biases."""
     sizes = sizes_of(counts, x.shape[0])
     by_expert = list(zip(grad.split(sizes), x.split(sizes), weight.unbind(0), strict=True))
@@ -123,11 +138,17 @@ def grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Ten
 
 
 @grouped_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Float[Tensor, 'm o'], x: Float[Tensor, 'm i'], weight: Float[Tensor, 'e o i'], counts: Int[Tensor, ' e']
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[:2])
 
 
-def _keep(ctx: object, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
+def _keep(
+    ctx: object,
+    inputs: tuple[Float[Tensor, 'm i'], Float[Tensor, 'e o i'], Float[Tensor, 'e o'] | None, Int[Tensor, ' e']],
+    output: Float[Tensor, 'm o'],
+) -> None:
     x, weight, bias, counts = inputs
     ctx.save_for_backward(x, weight, counts)  # type: ignore[attr-defined]
     ctx.has_bias = bias is not None  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from x_transformers.helpers import softclamp
 from x_transformers.layers.slots import class_accepts
 from x_transformers.losses import linear_cross_entropy
 from x_transformers.module import Module, empty_parameter, is_heard, to_unit_length_
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Float, Int, Shaped
 from x_transformers.unit_weights import UnitGain
 
 Logits = Tensor | tuple[Tensor, ...]
@@ -30,7 +30,7 @@ def linear_loss(
     ignore_index: int = -100,
     scale: float | None = None,
     softcap: float | None = None,
-    measure: Callable[..., Tensor] = linear_cross_entropy,
+    measure: Callable[..., Float[Tensor, '...']] = linear_cross_entropy,
 ) -> Float[Tensor, '']:
     """The cross entropy of logits that are never held: one linear map, times ``scale``, capped; by ``measure``."""
     if scale is not None:
@@ -241,14 +241,20 @@ class HeadForm:
         """Whether more is done to them than a loss can do to a few rows at a time."""
         return self.sigsoftmax or self.squeeze
 
-    def __call__(self, head: Callable[..., Any], x: Tensor, weights: Tensor | None, kwargs: Mapping[str, Any]) -> Logits:
+    def __call__(
+        self,
+        head: Callable[..., Any],
+        x: Float[Tensor, '... d'],
+        weights: Float[Tensor, 'b n k'] | None,
+        kwargs: Mapping[str, Any],
+    ) -> Logits:
         """Logits of ``x``, (b n d) or (b n k d) with a mixture, whose ``weights`` are (b n k)."""
         if 'targets' in kwargs and gives_loss(head):
             return head_loss(head, x, **kwargs, scale=self.scale, softcap=self.softcap)
         raw = head(x, **kwargs)
         return tuple(self.finish(each, weights) for each in raw) if isinstance(raw, tuple) else self.finish(raw, weights)
 
-    def finish(self, logits: Tensor, weights: Tensor | None) -> Tensor:
+    def finish(self, logits: Float[Tensor, '... v'], weights: Float[Tensor, 'b n k'] | None) -> Tensor:
         if self.scale is not None:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -260,5 +266,5 @@ class HeadForm:
         return logits.squeeze(-1) if self.squeeze else logits
 
 
-def map_logits(fn: Callable[[Tensor], Tensor], logits: Logits) -> Logits:
+def map_logits(fn: Callable[[Float[Tensor, '... v']], Shaped[Tensor, '...']], logits: Logits) -> Logits:
     return tuple(fn(each) for each in logits) if isinstance(logits, tuple) else fn(logits)

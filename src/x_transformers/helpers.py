@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 T = TypeVar('T')
 
@@ -138,7 +138,7 @@ def under_transform() -> bool:
 
 
 def by_formula(
-    formula: Callable[..., Any], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+    formula: Callable[..., Any], tensors: Sequence[Shaped[Tensor, '...'] | None], grads: Sequence[Shaped[Tensor, '...'] | None]
 ) -> tuple[Tensor | None, ...]:
     """The backward of a custom function by its formula in plain operations, which can be differentiated again."""
     with torch.enable_grad():
@@ -164,7 +164,7 @@ def log(t: Float[Tensor, '...'], eps: float = 1e-20) -> Tensor:
     return single(t).clamp(min=eps).log().to(t.dtype)
 
 
-def max_neg_value(t: Tensor) -> float:
+def max_neg_value(t: Float[Tensor, '...']) -> float:
     """Minus the largest finite number of ``t``'s dtype: what forbidden scores are set to."""
     return -torch.finfo(t.dtype).max
 
@@ -195,7 +195,7 @@ def softclamp(t: Float[Tensor, '...'], value: float) -> Tensor:
     return (t / value).tanh() * value
 
 
-def masked_mean(t: Tensor, mask: Bool[Tensor, 'b n'] | None = None, dim: int = 1) -> Tensor:
+def masked_mean(t: Float[Tensor, 'b ...'], mask: Bool[Tensor, 'b n'] | None = None, dim: int = 1) -> Tensor:
     """Mean over ``dim``, of the entries whose mask is True if there is one (0 where there are none)."""
     if mask is None:
         return t.mean(dim=dim)
@@ -205,7 +205,7 @@ def masked_mean(t: Tensor, mask: Bool[Tensor, 'b n'] | None = None, dim: int = 1
     return total / mask.sum(dim=dim).clamp(min=1)
 
 
-def pad_at_dim(t: Tensor, pad: tuple[int, int], dim: int = -1, value: float = 0.0) -> Tensor:
+def pad_at_dim(t: Shaped[Tensor, '...'], pad: tuple[int, int], dim: int = -1, value: float = 0.0) -> Tensor:
     """Pad one axis on its left and right; negative amounts crop."""
     if pad == (0, 0):
         return t
@@ -213,7 +213,7 @@ def pad_at_dim(t: Tensor, pad: tuple[int, int], dim: int = -1, value: float = 0.
     return F.pad(t, (0, 0) * after + pad, value=value)
 
 
-def or_reduce(masks: list[Tensor]) -> Tensor:
+def or_reduce(masks: list[Bool[Tensor, '...']]) -> Tensor:
     return reduce(torch.Tensor.__or__, masks)
 
 
@@ -234,7 +234,7 @@ def without_component(
     return (x - (x * unit).sum(dim=-1, keepdim=True) * unit).to(out.dtype)
 
 
-def orthog_project(x: Tensor, y: Tensor) -> Tensor:
+def orthog_project(x: Float[Tensor, 'b ...'], y: Float[Tensor, 'b ...']) -> Tensor:
     """``x`` without its component along ``y``; all axes but the first are one vector, in float64."""
     flat_x, flat_y = x.flatten(1).double(), y.flatten(1).double()
     along = F.normalize(flat_y, dim=-1)
@@ -306,7 +306,7 @@ def recomputed_part() -> Hashable:
     return cast(Hashable, torch._C._autograd._top_saved_tensors_default_hooks(False))
 
 
-def autocast_dtype(t: Tensor) -> torch.dtype | None:
+def autocast_dtype(t: Shaped[Tensor, '...']) -> torch.dtype | None:
     """The precision that autocast wants, where it is on (it is not defined on the meta device)."""
     kind = t.device.type
     if kind == 'meta' or not torch.is_autocast_enabled(kind):
@@ -314,6 +314,6 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(t: Shaped[Tensor, '...']) -> AbstractContextManager[Any]:
     """Precisions are ours to choose, on the way back too, which may run with autocast or without."""
     return nullcontext() if autocast_dtype(t) is None else torch.autocast(t.device.type, enabled=False)

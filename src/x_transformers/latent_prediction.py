@@ -67,18 +67,18 @@ class Discount:
         self.decay, self.threshold = decay, threshold
         self.total: Tensor | None = None
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, loss: Float[Tensor, '...']) -> None:
         excess = (loss.detach() - self.threshold).clamp(min=0.0)
         self.total = excess if self.total is None else self._cut(excess) + excess
 
-    def weight(self, like: Tensor) -> Tensor:
+    def weight(self, like: Float[Tensor, '...']) -> Tensor:
         """For a loss shaped as ``like``: of shape () or (b n), n at most that of the losses before."""
         if self.total is None:
             return torch.ones_like(like)
         weight: Tensor = (-self.decay * self._cut(like)).exp()
         return weight
 
-    def _cut(self, like: Tensor) -> Tensor:
+    def _cut(self, like: Float[Tensor, '...']) -> Tensor:
         total: Any = self.total
         cut: Tensor = total[:, : like.shape[1]] if like.ndim else total
         return cut
@@ -87,7 +87,7 @@ class Discount:
 def frozen_logits(net: Any, hidden: Float[Tensor, '... d']) -> Float[Tensor, '... v']:
     """The logits of ``net``'s head, through which gradients reach ``hidden`` but no parameter."""
 
-    def head(x: Tensor, **kwargs: Any) -> Any:
+    def head(x: Float[Tensor, '... d'], **kwargs: Any) -> Any:
         module: Any = net.to_logits
         if isinstance(module, TiedHead):
             return F.linear(x, module.weight.detach())

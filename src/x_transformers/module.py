@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 )
 
 from x_transformers.saving.made import Made
+from x_transformers.tensor_types import Float, Shaped
 
 
 def reset_parameters(module: nn.Module) -> None:
@@ -148,7 +149,7 @@ class ExactBuffers(Module):
 
     exact_buffers: ClassVar[tuple[str, ...]] = ()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Shaped[Tensor, '...']], Shaped[Tensor, '...']], recurse: bool = True) -> Self:
         exact = {name: self._buffers[name] for name in self.exact_buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in exact.items():
@@ -209,7 +210,7 @@ class UnitLinear(nn.Linear):
 
 
 @torch.no_grad()
-def to_unit_length_(weight: Tensor, axis: int) -> None:
+def to_unit_length_(weight: Float[Tensor, '...'], axis: int) -> None:
     """Scale in place, so that every vector along this axis has unit length; a zero stays zero."""
     length = torch.linalg.vector_norm(weight, dim=axis, keepdim=True)
     weight.div_(length.clamp(min=torch.finfo(weight.dtype).tiny))
@@ -239,7 +240,7 @@ def branch_output(
 class Dropout(nn.Dropout):
     """Dropout that is no operation at all where nothing is dropped: it would be called for every token that is decoded."""
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Float[Tensor, '...']) -> Tensor:
         if not self.training or self.p == 0.0:
             return t
         dropped: Tensor = super().forward(t)
@@ -251,7 +252,7 @@ def empty_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
-def spread_as(value: Tensor, parameter: Tensor) -> Tensor:
+def spread_as(value: Shaped[Tensor, '...'], parameter: Shaped[Tensor, '...']) -> Tensor:
     """``value`` in the dtype of a parameter of the same shape; spread over processes as it is, each of which takes its part."""
     value = value.to(device=parameter.device, dtype=parameter.dtype)
     mesh = getattr(parameter, 'device_mesh', None)
@@ -265,13 +266,13 @@ def spread_as(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def own_part(t: Tensor) -> Tensor:
+def own_part(t: Shaped[Tensor, '...']) -> Tensor:
     """What this process has of a tensor that may be spread over processes."""
     return t.to_local() if hasattr(t, 'to_local') else t
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
+def fill(parameter: Shaped[Tensor, '...'], value: Shaped[Tensor, '...']) -> None:
     """Put ``value`` into a parameter, which may be spread over processes."""
     parameter.copy_(spread_as(value, parameter))
 
@@ -310,7 +311,7 @@ def is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in module.modules())
 
 
-def run_through(module: nn.Module, x: Tensor) -> Tensor:
+def run_through(module: nn.Module, x: Float[Tensor, '...']) -> Tensor:
     """``module(x)``, where nobody compiles. Of a sequence that nobody listens to the parts are called, but for idle ones."""
     if type(module) is not nn.Sequential or not is_bare(module):
         out: Tensor = module(x)
@@ -329,6 +330,6 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not is_heard(module)
 
 
-def last_rows(t: Tensor, n: int) -> Tensor:
+def last_rows(t: Shaped[Tensor, '... n c'], n: int) -> Tensor:
     """The newest ``n`` rows of axis -2."""
     return t[..., t.shape[-2] - n :, :]

@@ -78,7 +78,7 @@ class MultiInputTransformerWrapper(StackWrapper):
         return_attn: bool = False,
         mems: Memories | None = None,
         mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None,
-        pos: Tensor | None = None,
+        pos: Int[Tensor, '... n'] | Float[Tensor, '... n e'] | None = None,
         prepend_embeds: Float[Tensor, 'b p e'] | None = None,
         prepend_mask: Bool[Tensor, 'b p'] | None = None,
         sum_embeds: Float[Tensor, 'b n e'] | None = None,
@@ -142,7 +142,7 @@ class MultiInputTransformerWrapper(StackWrapper):
     def has_head(self) -> bool:
         return self.to_logits is not None
 
-    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    def _vectors(self, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         return add_named(torch.zeros((), device=x.device), self.embeds, call.embed_ids, rows.newest, 'x', 'num_tokens')
 
     def _read(self, h: Float[Tensor, 'b n d'], call: Call) -> dict[str, Float[Tensor, 'b n v']]:

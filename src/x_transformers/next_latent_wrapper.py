@@ -25,7 +25,7 @@ from x_transformers.latent_prediction import (
 )
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Bool, Float, Int
 
 LOSS_TYPES = ('smooth_l1', 'mse', 'mse_and_cosine_sim')
 
@@ -184,7 +184,9 @@ class NextLatentWrapper(Module):
         loss = ce + self.next_latent_loss_weight * next_latent + self.kl_loss_weight * kl + self.sigreg_loss_weight * spread
         return (loss, Losses(ce, next_latent, kl, spread)) if return_loss_breakdown else loss
 
-    def _rollout(self, hidden: Float[Tensor, 'b n d'], ids: Int[Tensor, 'b n'], valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _rollout(
+        self, hidden: Float[Tensor, 'b n d'], ids: Int[Tensor, 'b n'], valid: Bool[Tensor, 'b n']
+    ) -> tuple[Tensor, Tensor]:
         """(loss on latents, divergence of the distributions that they imply)."""
         actions = self.token_emb(ids).detach()
         target, latent, state = hidden.detach(), hidden, None

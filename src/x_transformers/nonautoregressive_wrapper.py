@@ -273,7 +273,7 @@ class NonAutoregressiveWrapper(Module):
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + self.critic_loss_weight * critic_loss, loss, critic_loss)
 
-    def check(self, x: Tensor, mask: Tensor | None, only_generator: bool, only_critic: bool) -> None:
+    def check(self, x: Int[Tensor, 'b n'], mask: Bool[Tensor, 'b n'] | None, only_generator: bool, only_critic: bool) -> None:
         if x.ndim != 2 or x.shape[1] != self.max_seq_len:
             raise LengthError(f'x must have shape (batch, {self.max_seq_len}), the full max_seq_len; got {tuple(x.shape)}')
         if mask is not None and (not is_bool(mask, 2) or mask.shape != x.shape):

@@ -58,7 +58,7 @@ def rms_norm(
     return out
 
 
-def _has_by_hand(x: Tensor) -> bool:
+def _has_by_hand(x: Float[Tensor, '... d']) -> bool:
     return x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) and not under_transform()
 
 
@@ -73,7 +73,7 @@ def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None, slopes: bool) -> 
     return scale
 
 
-def _rms_formula(x: Tensor, gain: Tensor | None, eps: float | None = None) -> Tensor:
+def _rms_formula(x: Float[Tensor, '... d'], gain: Float[Tensor, '... d'] | None, eps: float | None = None) -> Tensor:
     # half precision rounds once, at the end: neither 1e-12 nor the square of a long vector is a half
     wide = x if x.dtype == torch.float32 else single(x)
     slopes = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
@@ -91,12 +91,16 @@ class _RMSNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gain: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    def forward(x: Float[Tensor, '... d'], gain: Float[Tensor, '... d'] | None, eps: float | None) -> tuple[Tensor, Tensor]:
         inverse = _inverse_rms(x, eps, slopes=True)
         return (x * inverse if gain is None else (x * gain).mul_(inverse)), inverse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float | None], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Float[Tensor, '... d'], Float[Tensor, '... d'] | None, float | None],
+        output: tuple[Float[Tensor, '... d'], Float[Tensor, '... 1']],
+    ) -> None:
         x, gain, ctx.eps = inputs
         inverse = output[1]
         ctx.mark_non_differentiable(inverse)
@@ -104,7 +108,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, gain, inverse)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Float[Tensor, '... d'] | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad is None:
             return None, None, None
         x, gain, inverse = ctx.saved_tensors

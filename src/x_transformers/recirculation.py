@@ -150,7 +150,7 @@ class Recirculation(Module):
         hooks = []
         for destination, z in mixed.items():
 
-            def enter(_: nn.Module, given: tuple[Any, ...], z: Tensor = z) -> tuple[Any, ...]:
+            def enter(_: nn.Module, given: tuple[Any, ...], z: Float[Tensor, 'b n d'] = z) -> tuple[Any, ...]:
                 return (z.to(given[0].dtype), *given[1:])
 
             hooks.append(stack.layers[layers[destination]].register_forward_pre_hook(enter))

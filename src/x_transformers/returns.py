@@ -76,13 +76,13 @@ class Asked:
     def answer(
         self,
         *,
-        x: Tensor,
+        x: Float[Tensor, 'b ... d'],
         logits: Logits | None,
-        pooled: Tensor | None,
+        pooled: Float[Tensor, 'b ... p'] | None,
         has_head: bool,
-        next_embed: Callable[[], tuple[Tensor, Tensor]],
+        next_embed: Callable[[], tuple[Float[Tensor, 'b n e'], Float[Tensor, 'b n e']]],
         record: LayerIntermediates,
-        mems: Callable[[], Sequence[Tensor]],
+        mems: Callable[[], Sequence[Float[Tensor, 'b l d']]],
     ) -> Any:
         """The result of the call. ``x``: embeddings; ``pooled``: what is returned in the place of logits, if anything."""
         out: Any

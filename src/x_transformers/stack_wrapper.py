@@ -30,7 +30,7 @@ from x_transformers.norms import LayerNorm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
 from x_transformers.randomness import sorted_places
 from x_transformers.returns import Asked, next_memories, scores
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 Memories = Sequence[Float[Tensor, 'b l d']]
 
@@ -153,7 +153,7 @@ class StackWrapper(Module):
         """Whether it has heads for tokens behind the next one."""
         return False
 
-    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    def _vectors(self, x: Shaped[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         """The new inputs as vectors of width ``emb_dim``, without positions."""
         raise NotImplementedError(f'{type(self).__name__} does not say how its inputs become vectors')
 
@@ -161,11 +161,11 @@ class StackWrapper(Module):
         """What the model says at each position."""
         raise NotImplementedError(f'{type(self).__name__} does not say how its output is read')
 
-    def _next_embed(self, h: Tensor, initial: Float[Tensor, 'b n e']) -> tuple[Tensor, Tensor]:
+    def _next_embed(self, h: Float[Tensor, 'b n d'], initial: Float[Tensor, 'b n e']) -> tuple[Tensor, Tensor]:
         """(a prediction of the next embedding, the embeddings), of a model that ``predicts_next``."""
         raise NotImplementedError(f'{type(self).__name__} does not predict the next embedding')
 
-    def _later_logits(self, h: Tensor, call: Call) -> list[Any]:
+    def _later_logits(self, h: Float[Tensor, 'b n d'], call: Call) -> list[Any]:
         """The logits (b n v) of each token behind the next one, of a model that ``predicts_later``."""
         raise NotImplementedError(f'{type(self).__name__} does not predict tokens behind the next one')
 
@@ -184,10 +184,10 @@ class StackWrapper(Module):
         mask: Bool[Tensor, 'b n'] | None,
         mems: Memories | None,
         mem_masks: Sequence[Bool[Tensor, 'b l']] | None,
-        pos: Tensor | None,
+        pos: Int[Tensor, '... n'] | Float[Tensor, '... n e'] | None,
         prepend_embeds: Float[Tensor, 'b p e'] | None,
         prepend_mask: Bool[Tensor, 'b p'] | None,
-        sum_embeds: Float[Tensor, 'b n e'] | None,
+        sum_embeds: Float[Tensor, '... e'] | None,
         seq_start_pos: Int[Tensor, ' b'] | None,
         cache: Cache,
         new_only: bool | None,
@@ -330,7 +330,7 @@ class StackWrapper(Module):
         if shuffle is not None:
             h, given = shuffle.lay(h), shuffled(given, shuffle)
 
-        def run(x: Tensor, **changed: Any) -> tuple[Tensor, LayerIntermediates]:
+        def run(x: Float[Tensor, 'b n d'], **changed: Any) -> tuple[Tensor, LayerIntermediates]:
             if asked.record:
                 out: tuple[Tensor, LayerIntermediates] = self.attn_layers(
                     x, return_hiddens=asked.whole_record or 'cache', **{**given, **changed}
@@ -358,7 +358,7 @@ class StackWrapper(Module):
         return h, record
 
     def _rounds(
-        self, run: Callable[..., tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
+        self, run: Callable[..., tuple[Float[Tensor, 'b n d'], LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
     ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
         """The stack, as often as it is to be run."""
         return run(h)
@@ -387,11 +387,11 @@ class StackWrapper(Module):
         """(what logits are made of, what is returned in their place)."""
         return h, None
 
-    def _is_sequence(self, h: Tensor) -> bool:
+    def _is_sequence(self, h: Float[Tensor, 'b ... d']) -> bool:
         """Whether ``h`` still has a position for each token."""
         return h.ndim == 3
 
-    def _check_last(self, h: Tensor, count: int | None) -> None:
+    def _check_last(self, h: Float[Tensor, 'b ... d'], count: int | None) -> None:
         if count is None:
             return
         if not self._is_sequence(h):
@@ -399,7 +399,7 @@ class StackWrapper(Module):
         if count < 1:
             raise ValueError(f'logits_last is {count}; at least the last position must be read.')
 
-    def _logits(self, h: Tensor, call: Call, whole: bool) -> tuple[Any, Tensor]:
+    def _logits(self, h: Float[Tensor, 'b ... d'], call: Call, whole: bool) -> tuple[Any, Tensor]:
         """(what the model says, for the last positions only if so asked; the embeddings)."""
         self._check_last(h, call.logits_last)
         return self._read(last_positions(h, call.logits_last), call), h

@@ -4,7 +4,8 @@ A type checker reads these as plain ``Tensor`` (they are ``Annotated``). At run 
 the axes, so that the test suite can check every call (see ``tests/shapes.py``); an ordinary import pays nothing for it.
 
 Axes, everywhere: b batch, n sequence, d features, h heads, i and j query and key positions, s streams, l layers. ``#h`` may
-be 1 (it broadcasts), ``...`` stands for any number of axes, a name in parentheses is a product such as ``(b s)``.
+be 1 (it broadcasts), ``...`` stands for any number of axes, a name in parentheses is a product such as ``(b s)``. ``Shaped`` is
+for functions that take numbers of every kind.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from typing import Annotated as Bool
+    from typing import Annotated as Complex
     from typing import Annotated as Float
     from typing import Annotated as Int
+    from typing import Annotated as Shaped
 else:
 
     @dataclass(frozen=True)
@@ -41,5 +44,11 @@ else:
     class Bool(_Kind):
         kind = 'bool'
 
+    class Complex(_Kind):
+        kind = 'complex'
 
-__all__ = ['Bool', 'Float', 'Int']
+    class Shaped(_Kind):
+        kind = 'any'
+
+
+__all__ = ['Bool', 'Complex', 'Float', 'Int', 'Shaped']

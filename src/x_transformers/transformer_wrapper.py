@@ -207,7 +207,7 @@ class TransformerWrapper(StackWrapper):
         mems: Sequence[Float[Tensor, 'b l d']] | None = None,
         mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None,
         recycle_steps: int | None = None,
-        pos: Tensor | None = None,
+        pos: Int[Tensor, '... n'] | Float[Tensor, '... n e'] | None = None,
         prepend_embeds: Float[Tensor, 'b p e'] | None = None,
         prepend_mask: Bool[Tensor, 'b p'] | None = None,
         embed_ids: Mapping[str, Int[Tensor, 'b n']] | None = None,
@@ -222,7 +222,7 @@ class TransformerWrapper(StackWrapper):
         logits_last: int | None = None,
         detach_mems: bool = True,
         excise_prepend_embeds: bool = False,
-        transform_token_embeds: Callable[[Tensor], Tensor] | None = None,
+        transform_token_embeds: Callable[[Float[Tensor, 'b n e']], Float[Tensor, 'b n e']] | None = None,
         transform_block_inputs: Any = None,
         looped_steps: int | None = None,
         looped_pred_all_logits: bool | None = None,
@@ -350,7 +350,7 @@ class TransformerWrapper(StackWrapper):
     def _front(self, call: Call) -> int:
         return super()._front(call) + (0 if self.cls_token is None else self.num_cls_tokens)
 
-    def _vectors(self, x: Tensor, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    def _vectors(self, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         vectors: Tensor = self.token_emb(x, **call.token_emb_kwargs)
         vectors = vectors if self.embed_scale is None else vectors * self.embed_scale
         if call.transform_token_embeds is not None:
@@ -371,7 +371,7 @@ class TransformerWrapper(StackWrapper):
         return torch.cat((self.cls_token.to(h.dtype).expand(h.shape[0], -1, -1), h), dim=1)
 
     def _rounds(
-        self, run: Callable[..., tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
+        self, run: Callable[..., tuple[Float[Tensor, 'b n d'], LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
     ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
         if self.exit_gate is not None:
             return self._loops(run, h, call)
@@ -380,7 +380,7 @@ class TransformerWrapper(StackWrapper):
         return recycle(run, h, self.recycled_proj, steps)
 
     def _loops(
-        self, run: Callable[..., tuple[Tensor, LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
+        self, run: Callable[..., tuple[Float[Tensor, 'b n d'], LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
     ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
         order, repeats = call.more.get('layers_execute_order'), call.more.get('repeat_blocks')
         size = len(check_steps(self.attn_layers, order, repeats))
@@ -435,10 +435,10 @@ class TransformerWrapper(StackWrapper):
         record.attn_pooled_tokens = self.attn_pool(h, mask)
         return h, record.attn_pooled_tokens if self._pools_in_place_of_logits else None
 
-    def _is_sequence(self, h: Tensor) -> bool:
+    def _is_sequence(self, h: Float[Tensor, 'b ... d']) -> bool:
         return h.ndim == 3 and self.cls_token is None
 
-    def _logits(self, h: Tensor, call: Call, whole: bool) -> tuple[Logits, Tensor]:
+    def _logits(self, h: Float[Tensor, 'b ... d'], call: Call, whole: bool) -> tuple[Logits, Tensor]:
         """(logits, embeddings they were made of: with a mixture its vectors (b n k d))."""
         self._check_last(h, call.logits_last)
         embeds = last_positions(h, None if whole else call.logits_last)

@@ -30,7 +30,14 @@ from x_transformers.flags.objectives import XLOptions, options
 from x_transformers.generation.decode import Reader, Tokens, decode
 from x_transformers.generation.keywords import Keywords
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import check_reserved, checked_eos, checked_length, prepare_prompts, warn_of_end
+from x_transformers.generation.prompts import (
+    Prompts,
+    check_reserved,
+    checked_eos,
+    checked_length,
+    prepare_prompts,
+    warn_of_end,
+)
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.latent_prediction import check_parameters
 from x_transformers.losses import token_cross_entropy
@@ -270,7 +277,7 @@ class XLAutoregressiveWrapper(Module):
         logits, intermediates = self.net(part, mems=mems, return_mems=True, return_intermediates=True, **given)
         return logits, intermediates, intermediates.mems
 
-    def _adapt(self, logits: Tensor, intermediates: Any, wanted: Int[Tensor, 'b n'], keep_graph: bool) -> None:
+    def _adapt(self, logits: Float[Tensor, 'b n v'], intermediates: Any, wanted: Int[Tensor, 'b n'], keep_graph: bool) -> None:
         """One update of the fast weights by what this segment says."""
         ttt: Any = self.ttt
         counts = wanted != self.ignore_index
@@ -287,7 +294,7 @@ class XLAutoregressiveWrapper(Module):
     @torch.no_grad()
     def generate(
         self,
-        start_tokens: Tensor | list[Tensor],
+        start_tokens: Prompts,
         seq_len: int,
         eos_token: int | None = None,
         temperature: float = 1.0,

@@ -107,7 +107,7 @@ class XMLatentDecoder(Module):
             )
         return active_latent_index % self.num_latents
 
-    def _checked(self, latents: Tensor, axes: int, batch: int) -> Tensor:
+    def _checked(self, latents: Float[Tensor, 'b ... n l'], axes: int, batch: int) -> Tensor:
         wanted = (self.num_latents, self.latent_dim)
         if latents.ndim != axes or latents.shape[0] != batch or tuple(latents.shape[-2:]) != wanted:
             middle = 'candidates, ' if axes == 4 else ''
@@ -158,14 +158,16 @@ class XMLatentDecoder(Module):
             loss = loss - self.repulsive_loss_weight * masked_average(apart, valid[:, 1:])
         return loss
 
-    def _token_losses(self, logits: Tensor, x: Int[Tensor, 'b n'], valid: Bool[Tensor, 'b n']) -> Float[Tensor, ' b']:
+    def _token_losses(
+        self, logits: Float[Tensor, 'b n v'], x: Int[Tensor, 'b n'], valid: Bool[Tensor, 'b n']
+    ) -> Float[Tensor, ' b']:
         """The mean loss of each row over its targets that count."""
         targets = x.masked_fill(~valid, self.ignore_index)[:, 1:]
         losses = token_cross_entropy(logits[:, :-1], targets, ignore_index=self.ignore_index, reduction='none')
         return losses.sum(dim=-1) / valid[:, 1:].sum(dim=-1).clamp(min=1)
 
     def _candidates(
-        self, x: Int[Tensor, 'b n'], latents: Float[Tensor, 'b k n l'], mask: Tensor | None, kwargs: dict[str, Any]
+        self, x: Int[Tensor, 'b n'], latents: Float[Tensor, 'b k n l'], mask: Bool[Tensor, 'b n'] | None, kwargs: dict[str, Any]
     ) -> tuple[Float[Tensor, 'b k n v'], list[Any]]:
         """The logits of every candidate, at the tokens, and the net's intermediates of each group of rows."""
         batch, count = latents.shape[:2]
@@ -190,7 +192,7 @@ class XMLatentDecoder(Module):
 
     # ------------------------------------------------------------ generation
 
-    def _prefix(self, latents: Tensor | None, batch: int, device: torch.device) -> Float[Tensor, 'b n d']:
+    def _prefix(self, latents: Float[Tensor, 'b n l'] | None, batch: int, device: torch.device) -> Float[Tensor, 'b n d']:
         if latents is None:
             latents = torch.randn(batch, self.num_latents, self.latent_dim, device=device)
         prefix: Tensor = self.latent_proj(self._checked(latents, 3, batch))

@@ -23,7 +23,7 @@ from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Tokens, decode, reader_for
 from x_transformers.generation.modes import evaluating
-from x_transformers.generation.prompts import Prompt, check_reserved, checked_length, right_aligned
+from x_transformers.generation.prompts import Lengths, Prompt, check_reserved, checked_length, right_aligned
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.generation.views import VectorView
 from x_transformers.heads import TiedHead
@@ -128,7 +128,7 @@ class XValTransformerWrapper(StackWrapper):
         mask: Bool[Tensor, 'b n'] | None = None,
         return_attn: bool = False,
         mems: Memories | None = None,
-        pos: Tensor | None = None,
+        pos: Int[Tensor, '... n'] | Float[Tensor, '... n e'] | None = None,
         prepend_embeds: Float[Tensor, 'b p e'] | None = None,
         *,
         prepend_mask: Bool[Tensor, 'b p'] | None = None,
@@ -240,7 +240,7 @@ class XValAutoregressiveWrapper(Module):
 
     @staticmethod
     def _cut_mask(
-        mask: Tensor | None, length: int, prefix: Float[Tensor, 'b p e'] | None
+        mask: Bool[Tensor, 'b t'] | None, length: int, prefix: Float[Tensor, 'b p e'] | None
     ) -> tuple[Bool[Tensor, 'b p'] | None, Tensor | None]:
         """(the part of a mask over what is prepended, if it covers that, too; the part over the tokens)."""
         front = 0 if prefix is None else prefix.shape[1]
@@ -267,7 +267,7 @@ class XValAutoregressiveWrapper(Module):
         temperature: float = 1.0,
         *,
         cache_kv: bool = True,
-        prompt_lens: Tensor | Sequence[int] | None = None,
+        prompt_lens: Lengths | None = None,
         include_prompt: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Any,
@@ -309,7 +309,7 @@ class XValAutoregressiveWrapper(Module):
         numbers = numbers.to(start_numbers.dtype if start_numbers.is_floating_point() else torch.get_default_dtype())
         return GenerateReturn(ids, numbers.masked_fill(~is_number, torch.nan), is_number)
 
-    def _prompt(self, ids: Tensor, numbers: Tensor, lens: Tensor | Sequence[int] | None) -> Prompt:
+    def _prompt(self, ids: Int[Tensor, '... t'], numbers: Float[Tensor, '... t'], lens: Lengths | None) -> Prompt:
         """A token as a vector of its id and its number."""
         ids = token_ids(ids, 'start_tokens')
         _, numbers = read_numbers(ids, numbers, self.net.numerical_token_id, elsewhere=1.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.attention.inputs import BranchInputs, Deltas, ExtraKeys, Intermediates
 from x_transformers.attention.mask import Mask, PackedSequences
 from x_transformers.attention.project import held_rows
+from x_transformers.tensor_types import Float, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.attention.parts import AttentionParts
@@ -31,7 +32,7 @@ def shaped(name: str, t: Any, *axes: int | None, says: str = '') -> None:
     raise ValueError(f'{name} must have shape ({wanted}){says and ", "}{says}, but has shape {tuple(t.shape)}')
 
 
-def numbers(name: str, t: Tensor) -> None:
+def numbers(name: str, t: Shaped[Tensor, '...']) -> None:
     if not t.is_floating_point():
         raise TypeError(f'{name} must hold floating point numbers, but is {t.dtype}')
 
@@ -59,7 +60,7 @@ def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tu
 # ---------------------------------------------------------------- tokens
 
 
-def check_attention_input(attn: AttentionParts, x: Tensor, given: Keywords) -> tuple[int, int, int]:
+def check_attention_input(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keywords) -> tuple[int, int, int]:
     """(batch, queries, own keys without memories and past)."""
     context, mem, shift = given['context'], given['mem'], given['kv_input_residual']
     if attn.separate_views:
@@ -286,7 +287,9 @@ def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
     return past
 
 
-def branch_inputs(attn: AttentionParts, x: Tensor, *, return_intermediates: bool, **given: Any) -> BranchInputs:
+def branch_inputs(
+    attn: AttentionParts, x: Float[Tensor, '... n d'], *, return_intermediates: bool, **given: Any
+) -> BranchInputs:
     """What surrounds an attention, from the keywords of ``Attention.forward``."""
     given['return_intermediates'] = return_intermediates
     check_attention_causal(attn, given['causal'])

@@ -166,8 +166,8 @@ class Attend(Module):
         bias: Bias | None = None,
         previous: Float[Tensor, 'b h i j'] | None = None,
         packed: PackedSequences | Mapping[str, Any] | None = None,
-        rows: Bool[Tensor, 'b i'] | None = None,
-        delta: Float[Tensor, '... i j'] | None = None,
+        rows: Bool[Tensor, 'b m'] | None = None,
+        delta: Float[Tensor, '... n m'] | None = None,
         composition: Composition | None = None,
         steps: PathSteps | None = None,
         return_attn: bool = False,
@@ -277,7 +277,9 @@ class Attend(Module):
         )
         return out, Intermediates(maps=maps)
 
-    def explain(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> str:
+    def explain(
+        self, q: Float[Tensor, 'b h i d'], k: Float[Tensor, 'b kh j d'], v: Float[Tensor, 'b kh j e'], **given: Any
+    ) -> str:
         """Which kernel a call would use, and why not another. Takes what ``run`` takes."""
         geometry = given.pop('geometry', None) or ScoreShape(q.shape[-2], k.shape[-2])
         mask = given.pop('mask', None) or Mask().narrowed(self.causal, None, strict=self.flags.stick_breaking)
@@ -377,7 +379,13 @@ def not_with_dropout(rule: type[ScoreRule]) -> bool:
 
 
 def check_arguments(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prev_attn: Tensor | None, packed: Any
+    attend: Attend,
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b kh j d'],
+    v: Float[Tensor, 'b kh j e'],
+    mask: Bool[Tensor, '...'] | None,
+    prev_attn: Float[Tensor, 'b h i j'] | None,
+    packed: Any,
 ) -> None:
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f'mask must be boolean, True where a key may be seen, got {mask.dtype}: write mask.bool()')

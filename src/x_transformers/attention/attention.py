@@ -183,16 +183,16 @@ class Attention(Module):
         attn_mask: Bool[Tensor, '... n j'] | None = None,
         rel_pos: nn.Module | None = None,
         attn_bias: Float[Tensor, '... n j'] | None = None,
-        rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
-        context_rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
-        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+        rotary_pos_emb: tuple[Float[Tensor, '... p r'], Float[Tensor, '... p r'] | float] | None = None,
+        context_rotary_pos_emb: tuple[Float[Tensor, '... pk r'], Float[Tensor, '... pk r'] | float] | None = None,
+        polar_pos_emb: tuple[Float[Tensor, '... p r'], Float[Tensor, 'h 1 r']] | None = None,
         pos: Int[Tensor, '... n'] | None = None,
         prev_attn: Float[Tensor, 'b h n j'] | None = None,
         mem: Float[Tensor, 'b l d'] | None = None,
         mem_mask: Bool[Tensor, 'b l'] | None = None,
         return_intermediates: bool = False,
         cache: Intermediates | None = None,
-        value_residual: Float[Tensor, 'b kh j e'] | None = None,
+        value_residual: Float[Tensor, 'b kh v e'] | None = None,
         additional_key_values: tuple[Float[Tensor, 'b kh m d'], Float[Tensor, 'b kh m e']] | None = None,
         additional_key_value_mask: Bool[Tensor, 'b m'] | None = None,
         kv_input_residual: Float[Tensor, 'b j c'] | None = None,
@@ -245,7 +245,7 @@ class Attention(Module):
         out, intermediates = self._attended(x, around)
         return (out, intermediates) if return_intermediates else out
 
-    def _attended(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
+    def _attended(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         """The layer on x, (b n d) or with separate views (3 b n d)."""
         seen = project.gather(self, x, given)
         q = self.queries(seen, given)
@@ -320,7 +320,7 @@ class Attention(Module):
         return self.normed_queries(q) if self.qk_norm or self.q_rmsnorm is not None else q
 
     def read_out(
-        self, out: Float[Tensor, 'b h n e'], own: Tensor, x: Float[Tensor, 'b n d'], given: BranchInputs
+        self, out: Float[Tensor, 'b h n e'], own: Float[Tensor, 'b kh m e'], x: Float[Tensor, 'b n d'], given: BranchInputs
     ) -> tuple[Float[Tensor, 'b n c'], Any]:
         """What the layer writes of the attended values, and the hidden state of its hybrid module."""
         hidden = None
@@ -355,7 +355,7 @@ class Attention(Module):
             k = unit_heads(k, self.qk_norm_groups, self.qk_norm_k_scale, self.qk_norm_eps)
         return k if self.k_rmsnorm is None else self.k_rmsnorm(k).to(k.dtype)
 
-    def mixed_values(self, own: Tensor, seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:
+    def mixed_values(self, own: Float[Tensor, 'b kh m e'], seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']:
         """Values mixed with the first layer's, if there are any."""
         if given.first_values is None:
             return own
@@ -401,7 +401,7 @@ class Attention(Module):
     def gated_channels(self, merged: Float[Tensor, 'b n (h e)'], x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n (h e)']:
         return gate_channels(merged, x, self.to_v_gate, self.to_output_gate, heads=self.heads, silu=self.gate_is_silu)
 
-    def orthogonal_to(self, merged: Float[Tensor, 'b n (h e)'], own: Tensor) -> Float[Tensor, 'b n c']:
+    def orthogonal_to(self, merged: Float[Tensor, 'b n (h e)'], own: Float[Tensor, 'b kh m e']) -> Float[Tensor, 'b n c']:
         """Each token's output without its component along the token's own values, once for each of the two flags.
 
         As in 2.16.1 the flag that is named after heads takes all heads as one vector, too.
@@ -409,7 +409,7 @@ class Attention(Module):
         own = tiled_heads(own[..., own.shape[-2] - merged.shape[-2] :, :], self.heads)
         return torch.cat([without_component(merged, merge_heads(own))] * self.orthogonal_copies, dim=-1)
 
-    def report(self, told: Intermediates, own: Tensor, given: BranchInputs, hidden: Any) -> Intermediates:
+    def report(self, told: Intermediates, own: Float[Tensor, 'b kh m e'], given: BranchInputs, hidden: Any) -> Intermediates:
         """What the scores and weights were, with what else the layer has to say."""
         told.values, told.hybrid_hidden, told.cache = own, hidden, given.past
         if given.log_probs:

@@ -42,8 +42,8 @@ def with_front(mask: Mask, visible: Bool[Tensor, 'b m'], behind: int) -> Mask:
 
 
 def with_extra_keys(
-    keys: Tensor,
-    values: Tensor,
+    keys: Float[Tensor, 'b kh j d'],
+    values: Float[Tensor, 'b kh j e'],
     mask: Mask,
     *,
     heads: int,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from x_transformers.attention.project import split_heads
 from x_transformers.helpers import pad_at_dim
 from x_transformers.module import Module, last_rows
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import LayerCache
@@ -48,13 +48,13 @@ class FoldAxially(Module):
         self.fn = fn
         self.axial_dim = axial_dim
 
-    def fold(self, t: Tensor) -> Tensor:
+    def fold(self, t: Shaped[Tensor, 'b n ...']) -> Tensor:
         a = self.axial_dim
         t = pad_at_dim(t, (0, -t.shape[1] % a), dim=1)
         folded: Tensor = t.unflatten(1, (-1, a)).transpose(1, 2).flatten(0, 1)
         return folded
 
-    def unfold(self, t: Tensor, length: int) -> Tensor:
+    def unfold(self, t: Shaped[Tensor, '(b a) n ...'], length: int) -> Tensor:
         whole: Tensor = t.unflatten(0, (-1, self.axial_dim)).transpose(1, 2).flatten(1, 2)
         return whole[:, :length]
 
@@ -119,7 +119,7 @@ def run_module(module: nn.Module, x: Float[Tensor, 'b n d'], past: LayerCache | 
 
 def mix_hybrid(
     out: Float[Tensor, 'b h n e'],
-    other: Tensor,
+    other: Float[Tensor, 'b ... c'],
     norms: nn.ModuleList,
     share: Float[Tensor, 'b n h'] | None,
 ) -> Float[Tensor, 'b h n e']:

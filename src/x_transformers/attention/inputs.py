@@ -80,7 +80,7 @@ class BranchInputs:
         packed: Any = None,
         tokens: Bool[Tensor, 'b n'] | None = None,
         padding: Bool[Tensor, 'b n'] | None = None,
-        condition: Tensor | None = None,
+        condition: Float[Tensor, 'b ... c'] | None = None,
         deep_embed: Float[Tensor, 'b n d'] | None = None,
         token_values: TokenValues | None = None,
         return_attn: bool = False,
@@ -163,10 +163,10 @@ class Intermediates:
 
     def __init__(
         self,
-        qk_similarities: Tensor | None = None,
-        pre_softmax_attn: Tensor | None = None,
-        post_softmax_attn: Tensor | None = None,
-        values: Tensor | None = None,
+        qk_similarities: Float[Tensor, 'b h i j'] | None = None,
+        pre_softmax_attn: Float[Tensor, 'b h i j'] | None = None,
+        post_softmax_attn: Float[Tensor, 'b h i j'] | None = None,
+        values: Float[Tensor, 'b kh m e'] | None = None,
         cached_kv: CachedKeys | None = None,
         layer_type: str | None = None,
         hybrid_hidden: Any = None,

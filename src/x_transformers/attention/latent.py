@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.project import KeysValues, held_rows, remember, split_heads, with_token_values
+from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
@@ -49,7 +50,12 @@ def latent_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) ->
 
 
 def with_rotated_heads(
-    attn: AttentionParts, z: Tensor, k_rope: Tensor | None, values: Tensor | None, own: Tensor | None, given: BranchInputs
+    attn: AttentionParts,
+    z: Float[Tensor, 'b j z'],
+    k_rope: Float[Tensor, 'b r j d'] | None,
+    values: Float[Tensor, 'b kh j e'] | None,
+    own: Float[Tensor, 'b kh m e'] | None,
+    given: BranchInputs,
 ) -> KeysValues:
     """Key heads from the latent with the rotated heads behind them; values, unless they are known, from the latent too."""
     keys = [] if k_rope is None else [k_rope]

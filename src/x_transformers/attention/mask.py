@@ -100,7 +100,7 @@ def describe(value: Any) -> str:
     return f'shape {tuple(value.shape)} of {value.dtype}' if isinstance(value, Tensor) else repr(value)
 
 
-def check_starts(starts_q: Tensor, starts_k: Tensor, causal: bool) -> None:
+def check_starts(starts_q: Int[Tensor, ' s'], starts_k: Int[Tensor, ' s'], causal: bool) -> None:
     for name, starts in (('cu_seqlens_q', starts_q), ('cu_seqlens_k', starts_k)):
         if not bool((starts[1:] > starts[:-1]).all()):
             raise ValueError(f'{name} must be strictly increasing, got {starts.tolist()}')
@@ -359,7 +359,7 @@ class Mask:
         return mask
 
     def put_front(
-        self, mask: Tensor | None, front: int, own: int, device: torch.device | str | None
+        self, mask: Bool[Tensor, '#b #h #i o'] | None, front: int, own: int, device: torch.device | str | None
     ) -> Bool[Tensor, '#b #h i j']:
         """Columns in front of it: open, but for those that ``self.front`` closes."""
         if self.front is None:
@@ -374,7 +374,7 @@ class Mask:
 
     @staticmethod
     def over_all(
-        dense: Tensor, geometry: ScoreShape, rows: tuple[int, int], columns: tuple[int, int]
+        dense: Bool[Tensor, '... #r c'], geometry: ScoreShape, rows: tuple[int, int], columns: tuple[int, int]
     ) -> Bool[Tensor, '#b #h i j']:
         """Some rows and columns of the user's mask, whose missing columns on the left are open."""
         dense = dense[(None,) * (4 - dense.ndim)]

@@ -35,11 +35,11 @@ def merge_heads(t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n (h d)']:
     return t.transpose(1, 2).flatten(2)
 
 
-def with_memories(t: Tensor, mem: Tensor) -> Tensor:
+def with_memories(t: Float[Tensor, 'b n d'], mem: Float[Tensor, 'b l d']) -> Tensor:
     return torch.cat((mem.to(t.dtype), t), dim=-2)
 
 
-def gather(attn: AttentionParts, x: Tensor, given: BranchInputs) -> Seen:
+def gather(attn: AttentionParts, x: Float[Tensor, '... n d'], given: BranchInputs) -> Seen:
     """Who reads what: separate views or one input, the context, the shift of keys and values, memories in front."""
     if attn.separate_views:
         queries, keys, values = x.unbind(0)
@@ -59,7 +59,7 @@ def gather(attn: AttentionParts, x: Tensor, given: BranchInputs) -> Seen:
     return Seen(own, queries, keys, values, 0 if given.mem is None else given.mem.shape[-2])
 
 
-def remember(past: LayerCache | None, mems: int, cross: bool, **new: Tensor) -> tuple[Tensor, ...]:
+def remember(past: LayerCache | None, mems: int, cross: bool, **new: Float[Tensor, 'b ... n c']) -> tuple[Tensor, ...]:
     """All rows in the order memories, past, new. Memories are not cached; a context is cached once, as it is."""
     if past is None:
         return tuple(new.values())
@@ -154,7 +154,9 @@ def keeps_placed(positions: Positions | None, past: LayerCache | None, cross: bo
     return begun_placed or 'k' not in past.tapes
 
 
-def place_and_remember(attn: AttentionParts, k: Tensor, v: Tensor, mems: int, given: BranchInputs) -> tuple[Tensor, ...]:
+def place_and_remember(
+    attn: AttentionParts, k: Float[Tensor, 'b kh m d'], v: Float[Tensor, 'b kh m e'], mems: int, given: BranchInputs
+) -> tuple[Tensor, ...]:
     """Rotate memories and new keys, append the new ones. Their angles are kept, so that the rotation can be undone."""
     past: Any = given.past
     positions: Any = given.positions

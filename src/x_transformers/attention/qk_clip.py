@@ -54,7 +54,7 @@ def split_factors(factors: Float[Tensor, 'h'], kv_heads: int) -> tuple[Float[Ten
     return factors / keys.repeat(factors.shape[0] // kv_heads), keys
 
 
-def scale_rows_(weight: Tensor, factors: Float[Tensor, 'h']) -> None:
+def scale_rows_(weight: Float[Tensor, '(h d) ...'], factors: Float[Tensor, 'h']) -> None:
     """Times a factor per head, whose rows lie together."""
     if factors.numel():
         rows = factors.to(weight.device).repeat_interleave(weight.shape[0] // factors.numel())

@@ -37,7 +37,7 @@ class SharingAttention(Attention):
         if self.convolutions is not None:
             del self.convolutions['k'], self.convolutions['v']
 
-    def _attended(self, x: Tensor, given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
+    def _attended(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         if given.shared is None:
             raise ValueError(
                 'shared is missing: this layer attends over the keys of an earlier one, which must run before it. '

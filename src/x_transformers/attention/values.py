@@ -75,7 +75,7 @@ def exclusive(out: Float[Tensor, 'b h i e'], own: Float[Tensor, 'b kh i e']) -> 
 # ---------------------------------------------------------------- LASER
 
 
-def laser_in(v: Tensor, clamp: float) -> Tensor:
+def laser_in(v: Float[Tensor, 'b kh j e'], clamp: float) -> Tensor:
     """Attend over exponentials, so that gradients are not scaled by the weights. https://arxiv.org/abs/2411.03493
 
     They are single precision: the exponential of 12 is too large for a half.
@@ -83,5 +83,5 @@ def laser_in(v: Tensor, clamp: float) -> Tensor:
     return softclamp(single(v), clamp).exp()
 
 
-def laser_out(out: Tensor, dtype: torch.dtype) -> Tensor:
+def laser_out(out: Float[Tensor, 'b h i e'], dtype: torch.dtype) -> Tensor:
     return log(out).to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from x_transformers.cache.tape import FixedTape, Tape, writes_in_place
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 
 class HoldsCache(Protocol):
@@ -103,7 +103,7 @@ class LayerCache:
         tape = self.tapes.get(name)
         return tape.value if tape is not None else self.states.get(name)
 
-    def extend(self, **new: Float[Tensor, '... m d']) -> tuple[Tensor, ...]:
+    def extend(self, **new: Shaped[Tensor, '... m d']) -> tuple[Tensor, ...]:
         """Append to each named tape, making those that are missing; the full values, in the order given."""
         tapes, whole, cursor = self.tapes, [], self.cursor
         in_place = writes_in_place()
@@ -122,7 +122,7 @@ class LayerCache:
             whole.append(tape.value)
         return tuple(whole)
 
-    def newest(self, whole: Float[Tensor, '... n d'], before: int, new: int) -> Float[Tensor, '... m d']:
+    def newest(self, whole: Shaped[Tensor, '... n d'], before: int, new: int) -> Shaped[Tensor, '... m d']:
         """Of a tape's rows, which end with the ``new`` ones of this call: those and ``before`` rows before them.
 
         There are fewer if fewer have been seen; with a fixed capacity, zeros in their place.
@@ -133,13 +133,13 @@ class LayerCache:
         found = whole.index_select(-2, rows.clamp(min=0))
         return found if before == 0 else found.masked_fill((rows < 0).unsqueeze(-1), 0.0)
 
-    def replace(self, **whole: Float[Tensor, '... n d']) -> None:
+    def replace(self, **whole: Shaped[Tensor, '... n d']) -> None:
         """Exchange the whole contents of growing tapes."""
         for name, rows in whole.items():
             fixed = name in self.tapes and self.tapes[name].fixed
             self.tapes[name] = Tape.of(rows, fixed=fixed)
 
-    def _take(self, pair: tuple[Tensor, Tensor | None], fixed: bool) -> None:
+    def _take(self, pair: tuple[Float[Tensor, 'b ... j d'], Float[Tensor, 'b r j c'] | None], fixed: bool) -> None:
         """Hold these keys (not rotated) and values, or latent and rotated-head keys, in place of what was held."""
         # a latent has no heads
         names = ('latent', 'k_rope') if pair[0].ndim == 3 else ('k', 'v')
@@ -148,11 +148,11 @@ class LayerCache:
             if tensor is not None:
                 self.tapes[name] = Tape.of(tensor, fixed=fixed)
 
-    def keep(self, name: str, tensor: Tensor) -> None:
+    def keep(self, name: str, tensor: Shaped[Tensor, '...']) -> None:
         """Hold one tensor, batch first, in place of the one held before. It cannot be rolled back."""
         self.states[name] = tensor
 
-    def fixed(self, name: str, tensor: Float[Tensor, '... n d']) -> None:
+    def fixed(self, name: str, tensor: Shaped[Tensor, '... n d']) -> None:
         """Hold a tensor that belongs to the context rather than to the tokens: it neither grows nor shrinks."""
         self.tapes[name] = Tape.of(tensor, fixed=True)
 
@@ -203,7 +203,7 @@ class LayerCache:
         return f'LayerCache({self.tapes}, states={list(self.states)}, carry={list(self.carry)})'
 
 
-def _batch_axis(value: Tensor, batch: int | None) -> int:
+def _batch_axis(value: Shaped[Tensor, '...'], batch: int | None) -> int:
     # torch's recurrent modules put layers in front of the batch; anything else is taken to be batch first
     if value.ndim != 3 or batch is None or value.shape[1] != batch:
         return 0

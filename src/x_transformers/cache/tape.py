@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from x_transformers.tensor_types import Int
+from x_transformers.tensor_types import Int, Shaped
 
 LEAST_ROOM = 64
 
@@ -23,7 +23,7 @@ class Room:
 
     __slots__ = ('buffer', 'used')
 
-    def __init__(self, buffer: Tensor, used: int) -> None:
+    def __init__(self, buffer: Shaped[Tensor, '... n c'], used: int) -> None:
         self.buffer = buffer
         self.used = used
 
@@ -54,7 +54,7 @@ class Tape:
         self.reserve = reserve
 
     @classmethod
-    def of(cls, tensor: Tensor, fixed: bool = False, reserve: int = 0) -> Tape:
+    def of(cls, tensor: Shaped[Tensor, '... n c'], fixed: bool = False, reserve: int = 0) -> Tape:
         """A tape that holds ``tensor`` itself: no copy, no spare room until the first append.
 
         ``reserve``: how many more rows are expected, which the first append makes room for.
@@ -78,7 +78,9 @@ class Tape:
         value = self.value
         return value.numel() * value.element_size()
 
-    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool | None = None) -> Tape:
+    def append(
+        self, new: Shaped[Tensor, '... n c'], at: Int[Tensor, ' 1'] | None = None, *, in_place: bool | None = None
+    ) -> Tape:
         """This tape with ``new`` behind it. ``at`` is for tapes whose end is a tensor (``FixedTape``).
 
         ``in_place``: what ``writes_in_place`` says, from those who have asked already.
@@ -154,7 +156,7 @@ class FixedTape(Tape):
 
     __slots__ = ()
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, buffer: Shaped[Tensor, '... n c']) -> None:
         super().__init__(Room(buffer, buffer.shape[-2]), 0, buffer.shape[-2])
 
     @classmethod
@@ -167,7 +169,9 @@ class FixedTape(Tape):
         buffer.narrow(-2, 0, held).copy_(value[..., :held, :])
         return cls(buffer)
 
-    def append(self, new: Tensor, at: Int[Tensor, ' 1'] | None = None, *, in_place: bool | None = None) -> FixedTape:
+    def append(
+        self, new: Shaped[Tensor, '... n c'], at: Int[Tensor, ' 1'] | None = None, *, in_place: bool | None = None
+    ) -> FixedTape:
         buffer = self._room.buffer
         if at is None:
             raise ValueError('a tape of fixed shape must be told where to write')
@@ -188,5 +192,5 @@ class FixedTape(Tape):
         raise ValueError('a cache of fixed capacity has no window of its own: KVCache.fixed(capacity, reach=...) sets one')
 
 
-def _but_length(t: Tensor) -> str:
+def _but_length(t: Shaped[Tensor, '... n c']) -> str:
     return f'({", ".join(map(str, t.shape[:-2]))}, n, {t.shape[-1]})'

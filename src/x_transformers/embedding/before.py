@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.module import ConstantLinear, Module, empty_parameter
 from x_transformers.position.absolute import Table, look_up
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
@@ -76,7 +76,7 @@ def token_rows(call: Call, rows: Rows, device: torch.device) -> Bool[Tensor, 'b 
     return behind if shown is None else shown & behind
 
 
-def one_before(new: Tensor, name: str, call: Call, rows: Rows) -> Tensor:
+def one_before(new: Shaped[Tensor, 'b n c'], name: str, call: Call, rows: Rows) -> Tensor:
     """Of something per new token (b n c), that of the token before each of them; zeros where there is none, or padding.
 
     The cache holds it under ``name``; whoever makes the next one takes it from ``call.kept``.

@@ -15,7 +15,7 @@ from x_transformers.embedding.token import check_mask
 from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of, needs_of, without_needed
 from x_transformers.layers.checks import check_prefix, is_int
 from x_transformers.notices import warn_inert
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Call:
     loop: Any = None
     pos: Tensor | None = None
     prepend_embeds: Float[Tensor, 'b p e'] | None = argument('b p e', 'Embeddings in front of the tokens.')
-    prepend_mask: Bool[Tensor, 'b p'] | None = argument('b p', 'Which prepended embeddings are tokens.', needs='prepend_embeds')
+    prepend_mask: Bool[Tensor, '#b p'] | None = argument(
+        'b p', 'Which prepended embeddings are tokens.', needs='prepend_embeds'
+    )
     embed_ids: Mapping[str, Int[Tensor, 'b n']] = argument('b n', 'Ids for further embeddings, by name.', default=dict)
     sum_embeds: Float[Tensor, '#b #n e'] | None = argument('e | n e | b n e', 'Embeddings that are added.')
     seq_start_pos: Int[Tensor, ' b'] | None = None
@@ -87,11 +89,13 @@ def rows_in_front(embeds: Any) -> int:
     return embeds.shape[1]
 
 
-def last_positions(t: Tensor, count: int | None) -> Tensor:
+def last_positions(t: Shaped[Tensor, 'b n ...'], count: int | None) -> Tensor:
     return t if count is None or count >= t.shape[1] else t[:, t.shape[1] - count :]
 
 
-def ids_or_none(x: Tensor | None, prepend_embeds: Tensor | None, *, own_table: bool = False) -> Int[Tensor, 'b n']:
+def ids_or_none(
+    x: Int[Tensor, 'b n ...'] | None, prepend_embeds: Float[Tensor, 'b p e'] | None, *, own_table: bool = False
+) -> Int[Tensor, 'b n']:
     """The token ids; no tokens at all where only embeddings were given. A table of the user's own may read more axes."""
     if x is None:
         if rows_in_front(prepend_embeds) == 0 or prepend_embeds is None:
@@ -172,13 +176,13 @@ def check_added(call: Call, batch: int, dim: int) -> None:
         raise ValueError(f'sum_embeds must have shape ({batch}, tokens, {dim}), got {tuple(added.shape)}.')
 
 
-def check_prepended(embeds: Tensor, mask: Tensor | None, batch: int, dim: int) -> None:
+def check_prepended(embeds: Float[Tensor, 'b p e'], mask: Bool[Tensor, 'b p'] | None, batch: int, dim: int) -> None:
     if embeds.shape[0] != batch or embeds.shape[-1] != dim:
         raise ValueError(f'prepend_embeds must have shape ({batch}, length, {dim}), got {tuple(embeds.shape)}.')
     check_mask(mask, batch, embeds.shape[1], 'prepend_mask', 'one entry per prepended embedding')
 
 
-def check_frames(x: Tensor, width: int | None = None) -> None:
+def check_frames(x: Float[Tensor, 'b n d'], width: int | None = None) -> None:
     """Frames are a batch of sequences of vectors."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -136,7 +136,7 @@ def joined(
     size: int,
     steps: int,
     early: bool,
-) -> tuple[KVCache, Int[Tensor, 'b c']]:
+) -> tuple[KVCache, Int[Tensor, '...']]:
     """(one cache of all loops, the index of the last step of every call)."""
     parts: list[Any] = list(caches)
     whole: Any = parts[0].fork()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from x_transformers.embedding.token import prepend_rows, true_in_front
 from x_transformers.helpers import pad_at_dim
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MemoryTokens:
     def __bool__(self) -> bool:
         return self.count > 0
 
-    def windows(self, t: Tensor, value: float) -> Tensor:
+    def windows(self, t: Shaped[Tensor, 'b n ...'], value: float) -> Tensor:
         """Axis 1 cut into windows, the last of which is filled up with ``value``: (b n …) to (b w e …)."""
         every = self.every or 1
         t = pad_at_dim(t, (0, -t.shape[1] % every), dim=1, value=value)

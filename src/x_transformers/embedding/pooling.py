@@ -102,7 +102,7 @@ class AttentionPool(Module):
             pooled = pooled + queries
         return pooled.squeeze(1) if self.squeeze_output else pooled
 
-    def _queries(self, given: Tensor | None, batch: int) -> Float[Tensor, 'b p d']:
+    def _queries(self, given: Float[Tensor, 'b p d'] | None, batch: int) -> Float[Tensor, 'b p d']:
         if self.queries is not None:
             if given is not None:
                 raise ValueError(

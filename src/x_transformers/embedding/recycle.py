@@ -32,7 +32,10 @@ def rounds(asked: int | None, *, recycling: bool, training: bool, longest: int) 
 
 
 def recycle(
-    run: Callable[[Tensor], tuple[Tensor, R]], x: Float[Tensor, 'b n d'], proj: nn.Module | None, steps: int
+    run: Callable[[Float[Tensor, 'b n d']], tuple[Float[Tensor, 'b n d'], R]],
+    x: Float[Tensor, 'b n d'],
+    proj: nn.Module | None,
+    steps: int,
 ) -> tuple[Float[Tensor, 'b n d'], R]:
     """Run the stack ``steps`` times on the input plus the projection of the last output; only the last run has gradients."""
     fed = x

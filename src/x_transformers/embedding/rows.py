@@ -13,7 +13,7 @@ from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.token import check_mask
 from x_transformers.layers.arguments import DECLARED, count_new, per_token
-from x_transformers.tensor_types import Bool, Int
+from x_transformers.tensor_types import Bool, Int, Shaped
 
 
 class Shuffle(NamedTuple):
@@ -22,13 +22,13 @@ class Shuffle(NamedTuple):
     there: Int[Tensor, 'b n']
     back: Int[Tensor, 'b n']
 
-    def lay(self, t: Tensor) -> Tensor:
+    def lay(self, t: Shaped[Tensor, '#b n ...']) -> Tensor:
         """``t`` (b n …) in the other order; what stands before its last n rows, for memories, stays there."""
         extra = t.shape[1] - self.there.shape[1]
         laid = gathered(t[:, max(extra, 0) :], self.there)
         return laid if extra <= 0 else torch.cat((t[:, :extra].expand(laid.shape[0], *t[:, :extra].shape[1:]), laid), dim=1)
 
-    def restore(self, t: Tensor) -> Tensor:
+    def restore(self, t: Shaped[Tensor, '#b n ...']) -> Tensor:
         return gathered(t, self.back)
 
 
@@ -37,7 +37,7 @@ def _is_wide(mask: Any, length: int) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == length
 
 
-def gathered(t: Tensor, index: Int[Tensor, 'b n']) -> Tensor:
+def gathered(t: Shaped[Tensor, '#b n ...'], index: Int[Tensor, 'b n']) -> Tensor:
     index = index.view(*index.shape, *(1,) * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
     return t.expand(index.shape[0], *t.shape[1:]).gather(1, index)
 
@@ -108,14 +108,14 @@ class Rows:
 
     # ------------------------------------------------------------ what the caller gave, as the stack needs it
 
-    def newest(self, t: Tensor, name: str, axis: int = 1) -> Tensor:
+    def newest(self, t: Shaped[Tensor, '...'], name: str, axis: int = 1) -> Tensor:
         """The part that belongs to the new tokens, of something given for them or for all tokens."""
         length = t.shape[axis] if t.ndim > axis >= 0 else 0
         if length < self.new or (length > self.new and not self.cached):
             raise ValueError(f'{name} must have one entry for each of the {self.new} tokens, got shape {tuple(t.shape)}.')
         return t if length == self.new else t.narrow(axis, length - self.new, self.new)
 
-    def summand(self, t: Tensor, name: str) -> Tensor:
+    def summand(self, t: Shaped[Tensor, '...'], name: str) -> Tensor:
         """``newest`` of something that is added to the tokens, (b n …); one entry for all of them will do."""
         return t if t.ndim > 1 and t.shape[1] == 1 else self.newest(t, name)
 

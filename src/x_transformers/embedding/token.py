@@ -53,7 +53,9 @@ class TokenEmbedding(Module):
         return l2norm(found) if self.l2norm_embed else found
 
 
-def check_mask(mask: Tensor | None, batch: int, length: int, name: str = 'mask', of: str = 'one entry per token') -> None:
+def check_mask(
+    mask: Bool[Tensor, 'b n'] | None, batch: int, length: int, name: str = 'mask', of: str = 'one entry per token'
+) -> None:
     """A mask says True where there is something to see, for every row of a batch."""
     if mask is None:
         return
@@ -81,7 +83,7 @@ def add_named(
     x: Float[Tensor, '...'],
     tables: nn.ModuleDict | None,
     ids: Mapping[str, Int[Tensor, 'b m']],
-    newest: Callable[[Tensor, str], Tensor],
+    newest: Callable[[Int[Tensor, 'b n'], str], Int[Tensor, 'b n']],
     argument: str = 'embed_ids',
     flag: str = 'embed_num_tokens',
 ) -> Float[Tensor, 'b n d']:
@@ -117,7 +119,7 @@ def _kinds(ids: Any) -> str:
     return f'a {type(ids).__name__}'
 
 
-def scale_gradient(x: Tensor, fraction: float) -> Tensor:
+def scale_gradient(x: Float[Tensor, '...'], fraction: float) -> Tensor:
     """The same values, with ``fraction`` of the gradient (https://arxiv.org/abs/2105.13290)."""
     if fraction >= 1 or not x.requires_grad:
         return x

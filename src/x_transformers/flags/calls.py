@@ -15,6 +15,7 @@ from x_transformers.flags.base import flag
 from x_transformers.flags.objectives import CRITIC, OF_NET, Options
 from x_transformers.flags.rule import Rule
 from x_transformers.helpers import identity
+from x_transformers.tensor_types import Float
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -95,7 +96,7 @@ class XLForwardOptions(Options):
     ttt_recurrent_steps: int = flag(1, 'How often each segment is read.', low=1)
 
 
-def spreads(temperature: float | Tensor) -> bool:
+def spreads(temperature: float | Float[Tensor, '...']) -> bool:
     """Whether a temperature asks for a spread of its own; 0 takes the mean, as any net does that draws nothing."""
     return (not isinstance(temperature, Tensor) or temperature.numel() == 1) and temperature not in (0.0, 1.0)
 

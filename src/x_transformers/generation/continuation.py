@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache, Cursor, KVCache
 from x_transformers.cache.tape import FixedTape
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Float, Int, Shaped
 
 __all__ = ['Continuation', 'Programs', 'refusals']
 
@@ -92,7 +92,7 @@ class Continuation:
         self.length, self.seen = self.length + new, self.seen + new
         return logits.clone() if self._compiled and logits.device.type != 'cpu' else logits
 
-    def _stance(self, ids: Tensor, given: dict[str, Any]) -> Any:
+    def _stance(self, ids: Int[Tensor, 'b n'], given: dict[str, Any]) -> Any:
         """Whether the model is still what was compiled is asked once for each text."""
         if not self._compiled:
             return nullcontext()
@@ -166,7 +166,7 @@ def is_read(continuation: Continuation) -> bool:
     return continuation.reader is not None and continuation.reader() is not None
 
 
-def alike(mine: Tensor, tape: Any) -> bool:
+def alike(mine: Shaped[Tensor, '... n c'], tape: Any) -> bool:
     other: Tensor = tape.value
     shapes = (mine.shape, other.shape) if tape.fixed else (mine[..., :0, :].shape, other[..., :0, :].shape)
     return shapes[0] == shapes[1] and mine.dtype == other.dtype and mine.device == other.device

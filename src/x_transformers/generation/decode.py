@@ -13,7 +13,7 @@ from x_transformers.cache.kv_cache import KVCache
 from x_transformers.generation.keywords import Keywords, reads_new_tokens
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import GenerateError
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Float, Int, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.generation.continuation import Continuation, Programs
@@ -26,7 +26,9 @@ __all__ = ['Reader', 'Tokens', 'decode', 'evaluating', 'modify_cached_kv', 'read
 Pick = Callable[[Tensor], Tensor]
 
 
-def modify_cached_kv(cache: LayerIntermediates, fn: Callable[[Tensor], Tensor], kinds: str = 'a') -> None:
+def modify_cached_kv(
+    cache: LayerIntermediates, fn: Callable[[Float[Tensor, 'b ... j d']], Float[Tensor, 'b ... j d']], kinds: str = 'a'
+) -> None:
     """Apply ``fn`` to both cached tensors of every self attention, in place of the old ones.
 
     What else a cache of this library remembers stays as it is; ``KVCache.window`` and ``reorder`` change all of it alike.
@@ -54,7 +56,7 @@ class Tokens:
     Tokens are ids (b n) or, for nets that read numbers, vectors (b n d).
     """
 
-    def __init__(self, start: Tensor, room: int = EXPECTED) -> None:
+    def __init__(self, start: Shaped[Tensor, 'b n ...'], room: int = EXPECTED) -> None:
         self.length = start.shape[1]
         self._data = start.new_empty((start.shape[0], self.length + room, *start.shape[2:]))
         self._data[:, : self.length] = start
@@ -70,11 +72,11 @@ class Tokens:
     def part(self, low: int, high: int | None = None) -> Tensor:
         return self._data[:, low : self.length if high is None else high]
 
-    def append(self, new: Tensor) -> None:
+    def append(self, new: Shaped[Tensor, 'b ...']) -> None:
         """One token per row (b ...), or several with ``extend``."""
         self.extend(new.unsqueeze(1))
 
-    def extend(self, new: Tensor) -> None:
+    def extend(self, new: Shaped[Tensor, 'b n ...']) -> None:
         end = self.length + new.shape[1]
         if torch.is_grad_enabled() and (new.requires_grad or self._data.requires_grad):
             # what has been read is part of a graph, where nothing may be overwritten

@@ -16,7 +16,7 @@ from x_transformers.embedding.call import OF_MODELS
 from x_transformers.generation.prompts import GenerateError
 from x_transformers.helpers import pad_at_dim
 from x_transformers.layers.arguments import names_of
-from x_transformers.tensor_types import Bool, Int
+from x_transformers.tensor_types import Bool, Int, Shaped
 
 # True beyond the prompt: a new token is never padding
 EXTENDED = names_of(OF_MODELS, lambda each: each.has('n') and each.front is True)
@@ -175,7 +175,7 @@ class Keywords:
         return twin
 
 
-def token_axis(name: str, t: Tensor) -> int | None:
+def token_axis(name: str, t: Shaped[Tensor, '...']) -> int | None:
     """The axis of ``t`` along which each token has an entry; None: it is the same for all tokens."""
     return OF_MODELS[name].axis(t, 'n')
 

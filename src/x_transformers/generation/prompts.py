@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.embedding.ids import token_ids
 from x_transformers.notices import warn_inert
-from x_transformers.tensor_types import Int
+from x_transformers.tensor_types import Int, Shaped
 
 # what generation tells a net beside return_...
 RESERVED = ('logits_last', 'cache', 'input_not_include_cache', 'cache_age', 'seq_start_pos')
@@ -22,6 +22,11 @@ RESERVED = ('logits_last', 'cache', 'input_not_include_cache', 'cache_age', 'seq
 
 class GenerateError(ValueError, AssertionError):
     """Generation cannot go on as asked. (Also an AssertionError, for callers that catch one.)"""
+
+
+# what generation begins with: ids with any leading axes, or a list of different lengths; how many of each count
+Prompts = Int[Tensor, '... t'] | list[Int[Tensor, ' t']]
+Lengths = Int[Tensor, '...'] | Sequence[int]
 
 
 def whole_number(value: Any, name: str) -> int:
@@ -68,7 +73,7 @@ def warn_of_end(net: Any, eos_token: Any) -> None:
         warn_inert('generate', [f'`eos_token={eos_token}` is no token of the net, which has {size}, so nothing ends there.'])
 
 
-def align_right(t: Tensor, lens: Int[Tensor, ' b'], pad_id: float = 0) -> Tensor:
+def align_right(t: Shaped[Tensor, 'b n ...'], lens: Int[Tensor, ' b'], pad_id: float = 0) -> Tensor:
     """Move the first ``lens`` entries of each row of ``t`` (b n ...) to the right end, with ``pad_id`` in front of them."""
     batch, n = t.shape[:2]
     place = torch.arange(n, device=t.device) - (n - lens)[:, None]
@@ -78,14 +83,14 @@ def align_right(t: Tensor, lens: Int[Tensor, ' b'], pad_id: float = 0) -> Tensor
     return moved.masked_fill(padding, pad_id)
 
 
-def flattened(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def flattened(t: Shaped[Tensor, '... n']) -> tuple[Tensor, tuple[int, ...]]:
     """(t as one batch (b n), the leading axes it had)."""
     if t.ndim == 0:
         raise ValueError('a prompt must have a sequence axis, got a single number; use prompt[None] for one token')
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1]), tuple(t.shape[:-1])
 
 
-def restored(t: Tensor, leading: tuple[int, ...]) -> Tensor:
+def restored(t: Shaped[Tensor, 'b ...'], leading: tuple[int, ...]) -> Tensor:
     """Give the batch axis of ``t`` (b ...) its original axes back."""
     return t.reshape((*leading, *t.shape[1:]))
 
@@ -102,14 +107,14 @@ class Prompt:
     most_pads: int
     leading: tuple[int, ...]
 
-    def unpack(self, rows: Tensor) -> Tensor:
+    def unpack(self, rows: Shaped[Tensor, 'b ...']) -> Tensor:
         """Give the batch axis of ``rows`` (b ...) its original axes back."""
         return restored(rows, self.leading)
 
 
 def prepare_prompts(
-    prompts: Tensor | Sequence[Tensor],
-    lens: Tensor | Sequence[int] | None = None,
+    prompts: Int[Tensor, '... t'] | Sequence[Int[Tensor, ' t']],
+    lens: Lengths | None = None,
     pad_value: int = 0,
     may_be_empty: bool = False,
 ) -> Prompt:
@@ -125,9 +130,9 @@ def prepare_prompts(
 
 
 def right_aligned(
-    tokens: Tensor,
+    tokens: Shaped[Tensor, 'b t ...'],
     leading: tuple[int, ...],
-    lens: Tensor | Sequence[int] | None = None,
+    lens: Lengths | None = None,
     pad_value: float = 0,
     may_be_empty: bool = False,
 ) -> Prompt:
@@ -145,7 +150,7 @@ def right_aligned(
     return Prompt(align_right(tokens, lengths, pad_value), length - lengths, most, leading)
 
 
-def _from_list(prompts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+def _from_list(prompts: Sequence[Int[Tensor, ' t']]) -> tuple[Tensor, list[int]]:
     if len(prompts) == 0:
         raise GenerateError('the list of prompts is empty; give at least one')
     for index, prompt in enumerate(prompts):
@@ -156,7 +161,7 @@ def _from_list(prompts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     return pad_sequence(made, batch_first=True), [len(prompt) for prompt in prompts]
 
 
-def _check_lens(lens: Tensor | Sequence[int], tokens: Tensor, may_be_empty: bool) -> int:
+def _check_lens(lens: Int[Tensor, '...'] | Sequence[int], tokens: Shaped[Tensor, 'b t ...'], may_be_empty: bool) -> int:
     """The largest number of pads that the lengths leave."""
     flat = torch.as_tensor(lens).reshape(-1)
     batch, length = tokens.shape[:2]

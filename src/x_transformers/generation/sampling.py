@@ -14,7 +14,7 @@ from torch import Tensor
 
 from x_transformers.generation.prompts import GenerateError
 from x_transformers.helpers import log, max_neg_value
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Float, Int, Shaped
 
 Filter = Callable[..., Tensor]
 
@@ -71,7 +71,7 @@ def resolve_filter(given: str | Filter) -> Filter:
 def contrastive_decode_fn(
     expert_logits: Float[Tensor, '... v'],
     amateur_logits: Float[Tensor, '... v'],
-    alpha: float | Tensor = 0.1,
+    alpha: float | Float[Tensor, ''] = 0.1,
     beta: float = 0.5,
 ) -> Float[Tensor, '... v']:
     """What an expert prefers more than an amateur does, among what the expert finds likely.
@@ -93,7 +93,7 @@ def contrastive_decode_fn(
     return contrast.masked_fill(expert_logits < cutoff, max_neg_value(expert_logits))
 
 
-def gumbel_noise(t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gumbel_noise(t: Float[Tensor, '...'], generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise of the shape of ``t``, in single precision at least.
 
     Half precision knows a few hundred uniform numbers near 1, and with them the largest of the noise is always the same.
@@ -113,7 +113,7 @@ def gumbel_sample(
     return (logits / max(temperature, eps) + gumbel_noise(logits, generator)).argmax(dim=-1)
 
 
-def check_callable(fn: Callable[..., Tensor], tensors: int, options: Mapping[str, Any], name: str) -> None:
+def check_callable(fn: Callable[..., Shaped[Tensor, '...']], tensors: int, options: Mapping[str, Any], name: str) -> None:
     """Raise unless ``fn`` can be called with so many tensors and these keywords."""
     if not isinstance(options, Mapping):
         raise TypeError(f'{name} must be a dictionary of keywords, got {options!r}')
@@ -130,7 +130,7 @@ def check_callable(fn: Callable[..., Tensor], tensors: int, options: Mapping[str
         ) from None
 
 
-def check_keeps(fn: Callable[..., Tensor], options: Mapping[str, Any]) -> None:
+def check_keeps(fn: Callable[..., Float[Tensor, '... v']], options: Mapping[str, Any]) -> None:
     """Raise if one of our own filters, with these keywords, removes even the likeliest token."""
     if fn not in FILTER_LOGITS_FN.values():
         return

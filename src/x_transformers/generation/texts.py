@@ -13,14 +13,14 @@ from x_transformers.generation.prompts import GenerateError, Prompt
 from x_transformers.tensor_types import Int
 
 
-def run_text(models: Sequence[nn.Module], made: Iterator[Tensor], prompt: Prompt) -> Iterator[Int[Tensor, '...']]:
+def run_text(models: Sequence[nn.Module], made: Iterator[Int[Tensor, ' b']], prompt: Prompt) -> Iterator[Int[Tensor, '...']]:
     with evaluating(*models) as mode:
         for token in made:
             yield prompt.unpack(token)
             mode.again()
 
 
-def collected(run: Iterator[Tensor], prompt: Prompt, include_prompt: bool) -> Int[Tensor, '... s']:
+def collected(run: Iterator[Int[Tensor, '...']], prompt: Prompt, include_prompt: bool) -> Int[Tensor, '... s']:
     parts = [t.unsqueeze(-1) for t in run]
     if include_prompt or not parts:
         parts.insert(0, prompt.unpack(prompt.tokens if include_prompt else prompt.tokens[:, :0]))

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from x_transformers.tensor_types import Float, Shaped
+
 
 class VectorView:
     """A net as one from vectors (b n c) to vectors (b n k). Its attributes are the net's.
@@ -17,7 +19,10 @@ class VectorView:
     """
 
     def __init__(
-        self, net: nn.Module, answer: Callable[[Any], Tensor], ask: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+        self,
+        net: nn.Module,
+        answer: Callable[[Any], Float[Tensor, 'b n c']],
+        ask: Callable[[Float[Tensor, 'b n c']], tuple[Shaped[Tensor, 'b n'], ...]] | None = None,
     ) -> None:
         self.net = net
         self.answer = answer
@@ -26,7 +31,7 @@ class VectorView:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)
 
-    def __call__(self, x: Tensor, **given: Any) -> Any:
+    def __call__(self, x: Shaped[Tensor, 'b n ...'], **given: Any) -> Any:
         out = self.net(*((x,) if self.ask is None else self.ask(x)), **given)
         if given.get('return_intermediates'):
             return self.answer(out[0]), out[1]

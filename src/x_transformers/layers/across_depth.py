@@ -35,7 +35,9 @@ class DynamicLIMe(Module):
             nn.Softmax(dim=-1) if use_softmax else nn.ReLU(),
         )
 
-    def forward(self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Float[Tensor, 'l b n d']
+    ) -> Tensor:
         if len(hiddens) != self.num_layers:
             raise ValueError(f'this mixture is of {self.num_layers} layers, but was given the inputs of {len(hiddens)}')
         stacked = hiddens if isinstance(hiddens, Tensor) else torch.stack(tuple(hiddens))
@@ -79,7 +81,9 @@ class AggregatedResiduals(Module):
         self.to_query = nn.Sequential(DepthNorm(dim), LowRankLinear(dim, dim * num_views, lora_rank, lora_activation))
         self.norm = DepthNorm(dim)
 
-    def forward(self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Float[Tensor, 'l b n d']
+    ) -> Tensor:
         stacked = hiddens if isinstance(hiddens, Tensor) else torch.stack(tuple(hiddens))
         query = self.norm(x.unsqueeze(-2) + self.to_query(x).unflatten(-1, (self.num_views, -1)))
         scores = torch.einsum('b n v d, l b n d -> v b n l', query, self.to_keys(stacked)) * x.shape[-1] ** -0.5
@@ -165,7 +169,11 @@ class ConcatCombine(Module):
         self.prev_layer_ind = prev_layer_ind
         self.combine = nn.Linear(dim * 2, dim, bias=False)
 
-    def forward(self, x: Float[Tensor, '... n d'], prev_layers: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, '... n d'],
+        prev_layers: Sequence[Float[Tensor, '... n d']] | Mapping[int, Float[Tensor, '... n d']],
+    ) -> Tensor:
         out: Tensor = self.combine(torch.cat((prev_layers[self.prev_layer_ind], x), dim=-1))
         return out
 

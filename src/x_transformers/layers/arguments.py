@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache.kv_cache import Cache
+from x_transformers.tensor_types import Shaped
 
 PAIRS = 'i j | h i j | b h i j'
 
@@ -41,12 +42,12 @@ class Argument:
     each_call: bool = True
     needs: str | None = None
 
-    def form(self, t: Tensor) -> list[str]:
+    def form(self, t: Shaped[Tensor, '...']) -> list[str]:
         """The letters of this tensor's axes; none if it has no form of the argument."""
         forms = self.floating if self.floating and t.is_floating_point() else self.axes
         return next((letters for each in forms.split('|') if len(letters := each.split()) == t.ndim), [])
 
-    def axis(self, t: Tensor, letter: str) -> int | None:
+    def axis(self, t: Shaped[Tensor, '...'], letter: str) -> int | None:
         """Where this tensor has the axis; None: nowhere."""
         letters = self.form(t)
         return letters.index(letter) if letter in letters else None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import LayerCache
 
 
-def change_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def change_first(out: Any, change: Callable[[Float[Tensor, '... d']], Float[Tensor, '... d']]) -> Any:
     """``change`` applied to a result, or to the first entry of several."""
     if isinstance(out, tuple):
         return (change(out[0]), *out[1:])

@@ -17,7 +17,7 @@ from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.values import of_layer
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.plan import ATTENTIONS, Step
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.position.bias import Bias
@@ -75,7 +75,7 @@ class Span:
         new = counted(self.begin + self.first, self.new, device)
         return torch.cat((counted(self.begin - self.mems, self.mems, device), new)) if self.mems else new
 
-    def newest(self, t: Tensor, axis: int = 1) -> Tensor:
+    def newest(self, t: Shaped[Tensor, '...'], axis: int = 1) -> Tensor:
         """Of something per token, the part that belongs to the new tokens."""
         length = t.shape[axis]
         if length in (1, self.new):
@@ -98,7 +98,7 @@ class SelfMasks:
         self,
         base: Mask,
         held: int,
-        mems: Sequence[Tensor | None] = (),
+        mems: Sequence[Float[Tensor, 'b l d'] | None] = (),
         mem_masks: Sequence[Bool[Tensor, 'b l'] | None] = (),
     ) -> None:
         # ``base`` is about past and new tokens, ``held`` of them
@@ -294,7 +294,7 @@ class Around:
         # nobody listens to what enters, and nothing takes its place
         self.as_it_is = views is None and mixture is None and not shows
 
-    def enter(self, h: Float[Tensor, 'b n d']) -> Tensor:
+    def enter(self, h: Float[Tensor, '... n d']) -> Tensor:
         """What the layer sees of h: with LIMe a mixture of all that layers so far were about to see."""
         h = h if self.views is None else self.views
         if self.shows or self.mixture is not None:
@@ -328,7 +328,7 @@ class Carry:
     blocks: list[Tensor] = field(default_factory=list)
     views: Tensor | None = None
 
-    def enter(self, h: Tensor) -> None:
+    def enter(self, h: Float[Tensor, '... n d']) -> None:
         """``h`` entered a layer."""
         if self.mixes:
             self.seen.append(h)
@@ -358,7 +358,7 @@ class Record:
     cache: KVCache | None = None
     expert_loss: Float[Tensor, ''] | None = None
 
-    def enter(self, step: Step, h: Tensor, injected: Tensor | None) -> None:
+    def enter(self, step: Step, h: Float[Tensor, '... n d'], injected: Float[Tensor, 'b #n d'] | None) -> None:
         """``h`` is about to enter the layer: (b n d), or one each for queries, keys and values; ``injected`` is added to it."""
         if not self.wanted:
             return
@@ -382,7 +382,7 @@ class Record:
         self.leave(step, None)
         self.cache = None
 
-    def report(self, last: Tensor, length: int) -> LayerIntermediates:
+    def report(self, last: Float[Tensor, '... n d'], length: int) -> LayerIntermediates:
         return LayerIntermediates(
             hiddens=self.hiddens,
             last_hidden=last,

@@ -18,6 +18,7 @@ from x_transformers.layers.branch import innermost
 from x_transformers.layers.plan import KINDS, Step, check_order
 from x_transformers.layers.repeat import repeated_steps
 from x_transformers.layers.slots import accepts, has_state, takes_around
+from x_transformers.tensor_types import Shaped
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
@@ -123,7 +124,7 @@ def check_steps(stack: StackParts, order: Sequence[int] | None, repeats: Any = N
     return stack.plan.steps(order)
 
 
-def check_per_token(name: str, t: Tensor, span: Span, whole: bool = True) -> None:
+def check_per_token(name: str, t: Shaped[Tensor, 'b n'], span: Span, whole: bool = True) -> None:
     """Something with one entry per token: of x, or of past and new tokens."""
     # compared one by one: an exporter's open lengths have no hash
     lengths = (span.given, span.new, span.held) if whole else (span.given, span.new)
@@ -181,7 +182,7 @@ def check_prefix(prefix: Any, batch: int) -> None:
         )
 
 
-def check_pairs(name: str, t: Tensor, stack: StackParts, span: Span, external: bool) -> None:
+def check_pairs(name: str, t: Shaped[Tensor, '... i j'], stack: StackParts, span: Span, external: bool) -> None:
     """Something per pair of query and key: rows of new tokens or of all, columns at least of those rows' tokens."""
     rows, columns = t.shape[-2:]
     heads = ' and '.join(map(str, dict.fromkeys(flags.heads for flags in stack.flags.attentions)))

@@ -13,8 +13,8 @@ def AdaptiveMLP(dim_condition: int, expansion: int) -> nn.Sequential:
 
 
 def read_condition(
-    condition: Tensor | None, needed: bool, dim_condition: int, x: Float[Tensor, 'b n d'], mems: int = 0
-) -> Float[Tensor, 'b #n c'] | None:
+    condition: Float[Tensor, 'b ... c'] | None, needed: bool, dim_condition: int, x: Float[Tensor, 'b n d'], mems: int = 0
+) -> Float[Tensor, 'b #m c'] | None:
     """The caller's condition with a sequence axis: of 1, of the tokens of x, or of ``mems`` memories and the tokens. It is
     read in the precision of x.
 

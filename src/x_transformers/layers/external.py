@@ -13,6 +13,7 @@ from x_transformers.cache.kv_cache import KVCache
 from x_transformers.helpers import detach_all
 from x_transformers.layers.checks import is_bool, is_float, shape_of
 from x_transformers.layers.plan import Step
+from x_transformers.tensor_types import Bool
 
 if TYPE_CHECKING:
     from x_transformers.layers.arguments import Given
@@ -55,7 +56,7 @@ def key_value_pairs(source: Any) -> Sequence[Any]:
     return source
 
 
-def check_pair(pair: Any, batch: int, heads: int, dim_head: int, value_dim: int, mask: Tensor | None) -> None:
+def check_pair(pair: Any, batch: int, heads: int, dim_head: int, value_dim: int, mask: Bool[Tensor, 'b m'] | None) -> None:
     """Raise a ValueError unless keys (b h m d) and values (b h m e) fit the heads here."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(is_float(t, 4) for t in pair):
         raise ValueError(

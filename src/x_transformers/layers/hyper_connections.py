@@ -146,7 +146,7 @@ class HyperConnection(ResidualPath):
         x: Float[Tensor, 'b n d'],
         residual: Rest | Float[Tensor, '(b s) n d'],
         *,
-        beta: Tensor | None = None,
+        beta: Float[Tensor, 'b s n'] | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, '(b s) n d']:
         """``residual``: what ``read`` left over, or what ``prepare`` did, whose weights are ``beta``."""

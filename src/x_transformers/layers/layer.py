@@ -100,7 +100,7 @@ class Layer(nn.ModuleList):
         self,
         streams: Float[Tensor, '... n d'],
         condition: Float[Tensor, 'b ... c'] | None,
-        wide_condition: Float[Tensor, 'b ... c'] | None,
+        wide_condition: Float[Tensor, 'w ... c'] | None,
         around: Around,
     ) -> tuple[Tensor, Intermediates | None]:
         """(the streams with what the branch has to say, what its attention reports).

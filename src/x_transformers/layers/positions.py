@@ -80,7 +80,7 @@ def _by_head(kept: Int[Tensor, 'b n h']) -> Int[Tensor, '...']:
     return kept.squeeze(-1) if kept.shape[-1] == 1 else kept.transpose(1, 2)
 
 
-def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Tensor:
+def _whole_positions(pos: Int[Tensor, '... n'] | None, known: Int[Tensor, 'b p h'] | None, span: Span) -> Tensor:
     if pos is not None and pos.shape[-1] == span.whole:
         return pos
     if pos is None:
@@ -101,10 +101,10 @@ def _whole_positions(pos: Tensor | None, known: Tensor | None, span: Span) -> Te
 def _table(
     stack: StackParts,
     span: Span,
-    pos: Tensor | None,
+    pos: Int[Tensor, '... n'] | None,
     only_new: bool,
     begins: Int[Tensor, 'b 1'] | None = None,
-    window: int | Int[Tensor, '#b 1'] = 0,
+    window: int | Int[Tensor, '...'] = 0,
 ) -> Tensor:
     """Positions for a table of angles, of all keys, or of memories and new tokens; counted from where each row begins.
 
@@ -200,7 +200,7 @@ def positions(
     stack: StackParts,
     given: Given,
     span: Span,
-    pos: Tensor | None,
+    pos: Int[Tensor, '... n'] | None,
     cache: KVCache | None,
     seen: Bool[Tensor, 'b j'] | None,
     embedding: Any = None,
@@ -256,7 +256,7 @@ def positions_of_layers(
     stack: StackParts,
     given: Given,
     span: Span,
-    pos: Tensor | None,
+    pos: Int[Tensor, '... n'] | None,
     cache: KVCache | None,
     seen: Bool[Tensor, 'b j'] | None,
     first: Positions | None,
@@ -269,7 +269,12 @@ def positions_of_layers(
 
 
 def cross_positions_of_layers(
-    stack: StackParts, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, first: Positions | None
+    stack: StackParts,
+    given: Given,
+    span: Span,
+    pos: Int[Tensor, '... n'] | None,
+    cache: KVCache | None,
+    first: Positions | None,
 ) -> tuple[Positions | None, ...]:
     """The same of the layers of cross attention."""
     if stack.other_rotaries is None or first is None:
@@ -279,7 +284,7 @@ def cross_positions_of_layers(
 
 
 def cross_positions(
-    stack: StackParts, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None, embedding: Any = None
+    stack: StackParts, given: Given, span: Span, pos: Int[Tensor, '... n'] | None, cache: KVCache | None, embedding: Any = None
 ) -> Positions | None:
     """Where queries and the context's keys are, if the caller says where the context is; ``embedding`` as in ``positions``."""
     if given.context_pos is None:
@@ -299,7 +304,9 @@ def cross_positions(
     return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
 
 
-def position_bias(stack: StackParts, given: Given, span: Span, pos: Tensor | None, cache: KVCache | None) -> Bias | None:
+def position_bias(
+    stack: StackParts, given: Given, span: Span, pos: Int[Tensor, '... n'] | None, cache: KVCache | None
+) -> Bias | None:
     """What is added to the scores of self attention: by position, or the caller's own."""
     if stack.rel_pos is None and given.attn_bias is None:
         return None

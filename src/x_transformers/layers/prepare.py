@@ -259,7 +259,7 @@ def shift_padding(
 # ---------------------------------------------------------------- conditions, what is added
 
 
-def in_attn_condition(given: Given, span: Span, x: Tensor) -> Tensor | None:
+def in_attn_condition(given: Given, span: Span, x: Float[Tensor, 'b n d']) -> Tensor | None:
     cond = given.in_attn_cond
     if cond is None:
         return None
@@ -273,7 +273,7 @@ def token_values(given: Given, span: Span) -> tuple[Any, Tensor] | None:
     return None if pair is None else (pair[0], span.newest(pair[1]))
 
 
-def kv_shifts(shifts: Tensor | None, dtype: torch.dtype, span: Span | None = None) -> tuple[Tensor, ...]:
+def kv_shifts(shifts: Float[Tensor, '... n d'] | None, dtype: torch.dtype, span: Span | None = None) -> tuple[Tensor, ...]:
     """One for each layer of the kind; three axes are for the first layer alone."""
     if shifts is None:
         return ()

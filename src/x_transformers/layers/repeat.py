@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from x_transformers.layers.plan import LayerPlan, Step
+from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.flags.stack import StackFlags
@@ -73,6 +74,8 @@ def block_transform(given: Any) -> Callable[[int, Tensor], Tensor] | None:
     return lambda block, x: changes[block](x) if block in changes else x
 
 
-def later_blocks(change: Callable[[int, Tensor], Tensor], block: int, x: Tensor) -> Tensor:
+def later_blocks(
+    change: Callable[[int, Float[Tensor, '... n d']], Float[Tensor, '... n d']], block: int, x: Float[Tensor, '... n d']
+) -> Tensor:
     """``change`` for all blocks but the first, whose input a model changes before it reaches the stack."""
     return change(block, x) if block > 1 else x

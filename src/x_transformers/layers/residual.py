@@ -45,7 +45,7 @@ class ResidualPath(Module):
     def from_flags(cls, flags: StackFlags, spec: LayerSpec) -> ResidualPath:
         raise NotImplementedError
 
-    def read(self, streams: Tensor) -> tuple[Tensor, Any]:
+    def read(self, streams: Float[Tensor, '... n d']) -> tuple[Tensor, Any]:
         """(what the branch sees, what ``write`` needs)."""
         raise NotImplementedError
 
@@ -53,11 +53,11 @@ class ResidualPath(Module):
         """The streams, with the branch's output."""
         raise NotImplementedError
 
-    def norm_after(self, norm: Norm, streams: Tensor) -> Tensor:
+    def norm_after(self, norm: Norm, streams: Float[Tensor, '... n d']) -> Tensor:
         """Post-norm of the streams that have one."""
         return norm(streams)
 
-    def prepare(self, residual: Tensor) -> tuple[Tensor, Any, dict[str, Any]]:
+    def prepare(self, residual: Float[Tensor, '... n d']) -> tuple[Tensor, Any, dict[str, Any]]:
         """``read`` as the original has it: (branch input, residual, keywords for ``forward``)."""
         branch_input, rest = self.read(residual)
         return branch_input, rest, {}
@@ -66,7 +66,7 @@ class ResidualPath(Module):
         return self.write(x, residual)
 
 
-def read_foreign(residual: nn.Module, streams: Tensor) -> tuple[Tensor, Any]:
+def read_foreign(residual: nn.Module, streams: Float[Tensor, '... n d']) -> tuple[Tensor, Any]:
     """(what the branch sees, what is left for ``write``), of a way around a branch that is no ``ResidualPath``.
 
     It may have a ``prepare``, which returns the two and keywords for its forward, as in 2.16.1.
@@ -258,11 +258,11 @@ class SingleStream:
     def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Tensor:
         return x
 
-    def close(self, streams: Tensor, norm: Norm) -> Float[Tensor, 'b n d']:
+    def close(self, streams: Float[Tensor, '... n d'], norm: Norm) -> Float[Tensor, 'b n d']:
         """The stack's output; ``norm`` is the final one."""
         return norm(streams)
 
-    def last(self, streams: Tensor) -> Tensor:
+    def last(self, streams: Float[Tensor, '... n d']) -> Tensor:
         """What is reported as the last hidden state before the final norm."""
         return streams
 
@@ -270,7 +270,7 @@ class SingleStream:
         """Something per token, in such a shape that it can be added to the streams."""
         return x
 
-    def condition(self, condition: Tensor) -> Tensor:
+    def condition(self, condition: Float[Tensor, 'b ... c']) -> Tensor:
         """A condition per row of the batch, as the streams' rows need it."""
         return condition
 
@@ -297,7 +297,7 @@ class ParallelStreams(SingleStream):
     def close(self, streams: Float[Tensor, '(b s) n d'], norm: Norm) -> Float[Tensor, 'b n d']:
         return norm(streams.unflatten(0, (-1, self.count)).sum(dim=1))
 
-    def condition(self, condition: Tensor) -> Tensor:
+    def condition(self, condition: Float[Tensor, 'b ... c']) -> Tensor:
         return condition.repeat_interleave(self.count, dim=0)
 
     def beside(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, '(b s) n d']:

@@ -116,7 +116,7 @@ def split_result(out: tuple[Any, ...]) -> Result:
     return out[0], seen if isinstance(seen, Intermediates) else None
 
 
-def call_branch(branch: nn.Module, x: Tensor, around: BranchInputs) -> Any:
+def call_branch(branch: nn.Module, x: Float[Tensor, '... n d'], around: BranchInputs) -> Any:
     """The branch on x: its output, or (output, Intermediates)."""
     # most classes say so themselves, which is asked first: for each layer and token
     if ('forward' not in branch.__dict__ and class_accepts(type(branch), 'around')) or takes_around(branch):
@@ -155,7 +155,7 @@ def call_with_state(branch: nn.Module, x: Float[Tensor, 'b n d'], around: Branch
     return out
 
 
-def call_norm(norm: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
+def call_norm(norm: nn.Module | None, x: Float[Tensor, '... d'], condition: Float[Tensor, 'b ... c'] | None) -> Tensor:
     """``norm(x)``, with the condition where there is one that it takes; ``x`` itself without a norm."""
     if norm is None:
         return x

@@ -54,7 +54,9 @@ class MVSplitResidual(ResidualPath):
     def read(self, streams: Float[Tensor, 'b n d']) -> tuple[Tensor, Tensor]:
         return streams, streams
 
-    def forward(self, x: Float[Tensor, 'b n d'], residual: Tensor, *, around: Any = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, 'b n d'], residual: Float[Tensor, 'b n d'], *, around: Any = None, **kwargs: Any
+    ) -> Tensor:
         tokens, past = (None, None) if around is None else (around.tokens, around.given.past)
         mean, rest_mean = self.means(torch.cat((x, residual), dim=-1), tokens, past).chunk(2, dim=-1)
         alpha: Any = self.alpha if self.to_alpha is None else self.to_alpha(mean)

@@ -189,7 +189,7 @@ class AttentionLayers(Module):
         carry.first = None if self.lambdas is None else self.streams.beside(rms_norm(x))
         return self.streams.open(x, self.stream_emb), carry
 
-    def walk(self, streams: Tensor, call: Inputs, carry: Carry, record: Record) -> Tensor:
+    def walk(self, streams: Float[Tensor, '... n d'], call: Inputs, carry: Carry, record: Record) -> Tensor:
         """The streams behind the steps of ``call``, in front of which ``carry`` and ``record`` are."""
         condition = call.condition if self.norm_need_condition else None
         wide_condition = None if condition is None else self.streams.condition(condition)
@@ -217,7 +217,7 @@ class AttentionLayers(Module):
             del around, written, seen
         return streams
 
-    def leave(self, streams: Tensor, call: Inputs, carry: Carry, record: Record) -> Float[Tensor, 'b n d']:
+    def leave(self, streams: Float[Tensor, '... n d'], call: Inputs, carry: Carry, record: Record) -> Float[Tensor, 'b n d']:
         """What comes out behind the last layer."""
         condition = call.condition if self.norm_need_condition else None
         streams = between(self.mudd, streams, carry)
@@ -248,7 +248,7 @@ class AttentionLayers(Module):
             checkpoint=training and self.flags.gradient_checkpointing,
         )
 
-    def _begin_block(self, block: int, streams: Tensor, call: Inputs, record: Record) -> Tensor:
+    def _begin_block(self, block: int, streams: Float[Tensor, '... n d'], call: Inputs, record: Record) -> Tensor:
         """The streams that enter the ``block``-th executed block, changed as the caller wishes."""
         if record.wanted and block > 1:
             record.block_hiddens.append(self.streams.last(streams))
@@ -259,7 +259,7 @@ class AttentionLayers(Module):
         mixture: nn.Module = self.layer_integrators[step.layer if self.flags.aggregates else step.index]
         return mixture
 
-    def _join(self, step: Step, streams: Tensor, carry: Carry) -> Tensor:
+    def _join(self, step: Step, streams: Float[Tensor, '... n d'], carry: Carry) -> Tensor:
         """What enters a layer: the stream, maybe with the stack's input; U-Net: joined with what an earlier layer saw."""
         if self.lambdas is not None:
             streams = self.lambdas(streams, carry.first, step.layer)
@@ -286,21 +286,21 @@ class AttentionLayers(Module):
         input_not_include_cache: bool = False,
         cache_age: int = 1,
         return_hiddens: bool | Literal['cache'] = False,
-        rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
-        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
-        pos: Tensor | None = None,
-        context_pos: Tensor | None = None,
+        rotary_pos_emb: tuple[Float[Tensor, '... p r'], Float[Tensor, '... p r'] | float] | None = None,
+        polar_pos_emb: tuple[Float[Tensor, '... p r'], Float[Tensor, 'h 1 r']] | None = None,
+        pos: Int[Tensor, '... n'] | None = None,
+        context_pos: Int[Tensor, '... j'] | None = None,
         attn_bias: Float[Tensor, '... i j'] | None = None,
         deep_embeds_and_ids: tuple[Float[Tensor, 't l d'], Int[Tensor, 'b n']] | None = None,
         self_attn_additional_kv: Any = None,
         additional_kv_mask: Bool[Tensor, 'b m'] | None = None,
         detach_additional_kv: bool = False,
         route_additional_kv_to_top: bool = True,
-        condition: Tensor | None = None,
-        in_attn_cond: Tensor | None = None,
+        condition: Float[Tensor, 'b ... c'] | None = None,
+        in_attn_cond: Float[Tensor, 'b ... d'] | None = None,
         layers_execute_order: Sequence[int] | None = None,
-        self_attn_kv_residuals: Tensor | None = None,
-        cross_attn_kv_residuals: Tensor | None = None,
+        self_attn_kv_residuals: Float[Tensor, '... n d'] | None = None,
+        cross_attn_kv_residuals: Float[Tensor, '... j c'] | None = None,
         flash_pack_seq_kwargs: dict[str, Any] | None = None,
         flash_pack_seq_context_kwargs: dict[str, Any] | None = None,
         repeat_blocks: Any = None,

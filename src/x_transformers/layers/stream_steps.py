@@ -56,14 +56,18 @@ class NormedProducts(torch.autograd.Function):
         return normed @ (gain.unsqueeze(-1) * weight), mean, inverse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Float[Tensor, '... d'], Float[Tensor, ' d'], Float[Tensor, 'd c'], float],
+        output: tuple[Float[Tensor, '...'], ...],
+    ) -> None:
         x, gain, weight, ctx.eps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gain, weight, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, '... c'] | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Float[Tensor, '... c'] | None, *_: Float[Tensor, '...'] | None) -> tuple[Tensor | None, ...]:
         x, gain, weight, mean, inverse = ctx.saved_tensors
         if grad is None:
             return None, None, None, None
@@ -109,7 +113,11 @@ class ReadStreams(torch.autograd.Function):
         return read, x.sum(1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Float[Tensor, 'b s n d'], Float[Tensor, 'b s n']],
+        output: tuple[Float[Tensor, 'b n d'], Float[Tensor, 'b n d']],
+    ) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
 
@@ -157,7 +165,11 @@ class WriteStreams(torch.autograd.Function):
         return torch.addcmul(carried, share.unsqueeze(-1), out.unsqueeze(1))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Float[Tensor, 'b #s n d'], Float[Tensor, 'b s n'], Float[Tensor, 'b n d']],
+        output: Float[Tensor, 'b s n d'],
+    ) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod

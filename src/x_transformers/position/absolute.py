@@ -10,11 +10,15 @@ from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
 from x_transformers.helpers import divisible_by, l2norm
 from x_transformers.module import Module, empty_parameter, untouched
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Float, Int, Shaped
 
 
 def token_positions(
-    n: int, pos: Tensor | None, seq_start_pos: Tensor | None, offset: int | Tensor, device: torch.device
+    n: int,
+    pos: Int[Tensor, '... n'] | None,
+    seq_start_pos: Int[Tensor, ' b'] | None,
+    offset: int | Int[Tensor, ' 1'],
+    device: torch.device,
 ) -> Int[Tensor, 'n'] | Int[Tensor, 'b n']:
     """``pos``, or 0 … n-1 behind ``offset``; where a row starts late (padding on the left), counted from its start on."""
     if pos is None:
@@ -73,7 +77,7 @@ class AbsolutePositionalEmbedding(Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Shaped[Tensor, 'b n ...'],
         pos: Int[Tensor, 'n'] | Int[Tensor, 'b n'] | None = None,
         seq_start_pos: Int[Tensor, 'b'] | None = None,
         offset: int | Int[Tensor, ' 1'] = 0,
@@ -118,7 +122,7 @@ class ScaledSinusoidalEmbedding(Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Shaped[Tensor, 'b n ...'],
         pos: Int[Tensor, 'n'] | Int[Tensor, 'b n'] | None = None,
         seq_start_pos: Int[Tensor, 'b'] | None = None,
         offset: int | Int[Tensor, ' 1'] = 0,

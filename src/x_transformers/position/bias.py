@@ -56,7 +56,7 @@ class Bias(ABC):
         return self.needs_gradient and self.render(geometry).requires_grad
 
 
-def _behind_front(bias: Tensor, geometry: ScoreShape) -> Tensor:
+def _behind_front(bias: Float[Tensor, '... i j'], geometry: ScoreShape) -> Tensor:
     missing = geometry.keys - bias.shape[-1]
     return F.pad(bias, (missing, 0)) if missing > 0 else bias
 

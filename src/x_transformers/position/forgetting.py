@@ -52,7 +52,7 @@ class ForgetBias(Bias):
         self.queries = queries
 
     def between(self, geometry: ScoreShape, start: int, stop: int) -> Float[Tensor, 'b h r j']:
-        def rows(t: Tensor) -> Tensor:
+        def rows(t: Float[Tensor, '... n']) -> Tensor:
             if self.queries is not None:
                 return t.index_select(-1, self.queries[start:stop])
             return t[..., geometry.first + start : geometry.first + stop]

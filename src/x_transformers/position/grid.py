@@ -62,7 +62,7 @@ class GridRotary(RotaryEmbedding):
         *,
         centred: bool = True,
         seen: Bool[Tensor, 'b j'] | None = None,
-    ) -> tuple[Float[Tensor, '#b n p'], float]:
+    ) -> tuple[Float[Tensor, '#b ... n p'], float]:
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
         places = self.cells((t if t.ndim == 2 else t.unsqueeze(0)).to(dtype)) / self.interpolation_factor
         if self.directions is not None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.module import ExactBuffers, empty_parameter, last_rows
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Float, Int
 
 
 class PolarEmbedding(ExactBuffers):
@@ -37,7 +37,7 @@ class PolarEmbedding(ExactBuffers):
         self.inv_freq.copy_(1.0 / self.base ** (channels / self.dim))
         self.learned_bias.uniform_(-2 * pi, 0.0) if self.bias_uniform_init else self.learned_bias.zero_()
 
-    def forward(self, t: Tensor, offset: int = 0) -> tuple[Float[Tensor, '#b n d'], Float[Tensor, 'h 1 d']]:
+    def forward(self, t: Int[Tensor, '... n'], offset: int = 0) -> tuple[Float[Tensor, '#b n d'], Float[Tensor, 'h 1 d']]:
         """``offset`` is accepted for the signature's sake and changes nothing, as in the original."""
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
         t = (t if t.ndim == 2 else t.unsqueeze(0)).to(dtype)

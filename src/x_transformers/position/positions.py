@@ -15,7 +15,7 @@ from x_transformers.helpers import Memo, recall, recomputed_part, remember
 from x_transformers.module import last_rows
 from x_transformers.position.polar import place
 from x_transformers.position.rotary import as_turns, check_table, per_pair, turn, turn_by_cos_sin, turn_halves, twice
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Float, Int, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import LayerCache
@@ -141,7 +141,7 @@ def _one_of_each_pair(table: Float[Tensor, '... n r'], layout: str) -> Float[Ten
     return per_pair(table if table.ndim >= 3 else table.unsqueeze(0), layout)
 
 
-def of_heads(table: Tensor, t: Float[Tensor, 'b h n d']) -> Tensor:
+def of_heads(table: Shaped[Tensor, '#b #h n p'], t: Float[Tensor, 'b h n d']) -> Tensor:
     """For each head of ``t``, (b h n p): one table for all, or that of its key head. Turns are complex numbers."""
     return table if table.shape[1] == 1 else tiled_heads(table, t.shape[1])
 
@@ -158,7 +158,7 @@ class RotaryPositions(Positions):
         self,
         freqs: Float[Tensor, '#b n r'],
         scale: Float[Tensor, '#b n r'] | float = 1.0,
-        context: tuple[Tensor, Tensor | float] | None = None,
+        context: tuple[Float[Tensor, '#b n r'], Float[Tensor, '#b n r'] | float] | None = None,
         *,
         layout: str = 'interleaved',
         lasting: bool = True,
@@ -279,7 +279,7 @@ class PolarPositions(Positions):
         return found
 
     @staticmethod
-    def _refuse(heads: int | None, t: Tensor) -> None:
+    def _refuse(heads: int | None, t: Float[Tensor, 'b h n d']) -> None:
         if heads is not None and heads != t.shape[1]:
             raise ValueError(f'polar positions widen every head, so all {t.shape[1]} must take them, not only {heads}')
 

@@ -10,7 +10,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.flags.rotary_scaling import BY_LENGTH, Settings
 from x_transformers.module import ExactBuffers, last_rows
 from x_transformers.position.rotary_scaling import attention_factor, length_scaled, scaled_frequencies
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Complex, Float, Int, Shaped
 
 
 class RotaryEmbedding(ExactBuffers):
@@ -178,7 +178,7 @@ def as_turns(angles: Float[Tensor, '... p'], scale: Float[Tensor, '... p'] | flo
     return torch.polar(length, angles)
 
 
-def turn(t: Float[Tensor, '... n d'], turns: Tensor) -> Float[Tensor, '... n d']:
+def turn(t: Float[Tensor, '... n d'], turns: Complex[Tensor, '... n p']) -> Float[Tensor, '... n d']:
     """Multiply the pairs of ``t``, as complex numbers, by ``turns`` (… n d/2): the fastest rotation without a compiler."""
     dtype = turns.dtype.to_real()
     dtype = dtype if t.dtype == dtype else torch.promote_types(t.dtype, dtype)
@@ -216,5 +216,5 @@ def check_table(rows: int, width: int, n: int, dim: int) -> None:
         )
 
 
-def _with_head_axis(table: Tensor, t: Tensor) -> Tensor:
+def _with_head_axis(table: Shaped[Tensor, '... n r'], t: Float[Tensor, '... n d']) -> Tensor:
     return table.unsqueeze(1) if table.ndim == 3 and t.ndim == 4 else table

@@ -16,7 +16,7 @@ from x_transformers.attention.scores.scalable import scaled_queries
 from x_transformers.attention.told import Composition, PathSteps
 from x_transformers.helpers import recall, remember
 from x_transformers.position.bias import Bias, rendered_bias
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 
 class Needs(NamedTuple):
@@ -97,9 +97,9 @@ class KernelArgs:
     rules: Callable[[], ScoreRules]
     scale: float
     bias: Bias | None = None
-    previous: Float[Tensor, 'b h i j'] | None = None
+    previous: Float[Tensor, 'b h n m'] | None = None
     rows: Bool[Tensor, 'b i'] | None = None
-    delta: Float[Tensor, '... i j'] | None = None
+    delta: Float[Tensor, '... n m'] | None = None
     factor: Float[Tensor, '#b h #i 1'] | None = None
     composition: Composition | None = None
     steps: PathSteps | None = None
@@ -154,7 +154,7 @@ def usual_refusals(
     return reasons
 
 
-def regrouped(t: Float[Tensor, 'b (x y) i d'], first: int) -> Float[Tensor, 'b (y x) i d']:
+def regrouped(t: Shaped[Tensor, 'b (x y) i d'], first: int) -> Shaped[Tensor, 'b (y x) i d']:
     """Heads seen as (first, second), in the order (second, first)."""
     return t.view(t.shape[0], first, -1, *t.shape[2:]).transpose(1, 2).flatten(1, 2)
 

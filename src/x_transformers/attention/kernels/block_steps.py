@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.helpers import by_formula, single, softclamp, without_autocast
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 
 def block_rows(key_dim: int) -> int:
@@ -89,7 +89,7 @@ def blocks_of(shape: BlockShape) -> Iterator[Block]:
 # ---------------------------------------------------------------- which part of a tensor a block is about
 
 
-def columns(t: Tensor, block: Block, shape: BlockShape, dim: int) -> Tensor:
+def columns(t: Shaped[Tensor, '...'], block: Block, shape: BlockShape, dim: int) -> Tensor:
     """The front and the block's own columns, along one axis."""
     front = shape.front
     if block.left == 0 or front == 0:
@@ -98,7 +98,7 @@ def columns(t: Tensor, block: Block, shape: BlockShape, dim: int) -> Tensor:
     return torch.cat((t.narrow(dim, 0, front), t.narrow(dim, front + block.left, block.right - block.left)), dim=dim)
 
 
-def add_columns(total: Tensor, part: Tensor, block: Block, shape: BlockShape, dim: int) -> None:
+def add_columns(total: Float[Tensor, '...'], part: Float[Tensor, '...'], block: Block, shape: BlockShape, dim: int) -> None:
     """The reverse: add a part to the columns that it is about."""
     front, width = shape.front, block.right - block.left
     total.narrow(dim, front + block.left, width).add_(part.narrow(dim, front, width))
@@ -106,12 +106,12 @@ def add_columns(total: Tensor, part: Tensor, block: Block, shape: BlockShape, di
         total.narrow(dim, 0, front).add_(part.narrow(dim, 0, front))
 
 
-def rows(t: Tensor, block: Block) -> Tensor:
+def rows(t: Shaped[Tensor, '... i j'], block: Block) -> Tensor:
     """The block's rows; an axis of 1 is all of them."""
     return t if t.shape[-2] == 1 else t[..., block.top : block.bottom, :]
 
 
-def bias_of_block(bias: Tensor, block: Block, shape: BlockShape) -> tuple[Tensor, int]:
+def bias_of_block(bias: Float[Tensor, '#b #h i j'], block: Block, shape: BlockShape) -> tuple[Tensor, int]:
     """(the block's part of a bias, or of its gradient; which of the block's columns it begins at)."""
     if shape.low is None:
         return rows(bias, block), 0
@@ -119,7 +119,7 @@ def bias_of_block(bias: Tensor, block: Block, shape: BlockShape) -> tuple[Tensor
     return bias[..., : block.bottom - block.top, begin : begin + block.right - block.left], shape.front
 
 
-def summed_to(t: Tensor, like: Tensor) -> Tensor:
+def summed_to(t: Float[Tensor, '... i j'], like: Float[Tensor, '...']) -> Tensor:
     """Sum over the axes along which ``like`` has broadcast (the last one aside)."""
     axes = [axis for axis in range(t.ndim - 1) if like.shape[axis] == 1 and t.shape[axis] != 1]
     return t.sum(axes, keepdim=True) if axes else t
@@ -131,7 +131,7 @@ def summed_to(t: Tensor, like: Tensor) -> Tensor:
 class Scratch:
     """Memory that one block after the other writes its numbers on. A compiler finds its own."""
 
-    def __init__(self, like: Tensor, heads: int, shape: BlockShape) -> None:
+    def __init__(self, like: Shaped[Tensor, '...'], heads: int, shape: BlockShape) -> None:
         size = heads * shape.rows * shape.keys
         self.memory = None if torch.compiler.is_compiling() else like.new_empty(size)
 
@@ -150,13 +150,13 @@ def mixed_gradient(grad: Float[Tensor, 'b g i j'], t: Float[Tensor, 'b h i j']) 
     return torch.bmm(grad.flatten(2), t.flatten(2).transpose(1, 2)).sum(0)
 
 
-def softmax_(scores: Tensor) -> Tensor:
+def softmax_(scores: Float[Tensor, 'b h i j']) -> Tensor:
     if torch.compiler.is_compiling() or scores.device.type != 'cpu':
         return scores.softmax(dim=-1)
     return torch.softmax(scores, dim=-1, out=scores)
 
 
-def softmax_backward_(grad: Tensor, weights: Tensor) -> Tensor:
+def softmax_backward_(grad: Float[Tensor, 'b h i j'], weights: Float[Tensor, 'b h i j']) -> Tensor:
     out: Tensor
     if torch.compiler.is_compiling() or grad.device.type != 'cpu':
         out = torch._softmax_backward_data(grad, weights, -1, grad.dtype)
@@ -166,7 +166,9 @@ def softmax_backward_(grad: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def mask_scores_(scores: Tensor, allowed: Bool[Tensor, '#b #h #i j'] | None, block: Block, shape: BlockShape) -> None:
+def mask_scores_(
+    scores: Float[Tensor, 'b h i j'], allowed: Bool[Tensor, '#b #h #q k'] | None, block: Block, shape: BlockShape
+) -> None:
     """-inf where nobody may look. Causality and windows are asked only of the columns where they matter.
 
     It is added: to fill places of a mask takes many times as long.
@@ -244,7 +246,7 @@ class Gradients:
         self.bias, self.sink, self.before, self.after, self.around = found[:5]
 
     def through(
-        self, grad: Tensor, found: BlockWeights, extra: BlockExtras, block: Block, shape: BlockShape
+        self, grad: Float[Tensor, 'b h i j'], found: BlockWeights, extra: BlockExtras, block: Block, shape: BlockShape
     ) -> Float[Tensor, 'b h i j']:
         """From the gradient of ``value_weights`` to that of the products."""
         of_factor = None
@@ -277,7 +279,7 @@ class Gradients:
             grad = grad + mixed(extra.around.t(), of_factor)
         return grad
 
-    def add_bias(self, grad: Tensor, block: Block, shape: BlockShape) -> None:
+    def add_bias(self, grad: Float[Tensor, 'b h i j'], block: Block, shape: BlockShape) -> None:
         if self.bias is None:
             return
         target, begin = bias_of_block(self.bias, block, shape)
@@ -308,7 +310,7 @@ class InBlocks(torch.autograd.Function):
         q: Float[Tensor, 'b h i d'],
         k: Float[Tensor, 'b kh j d'],
         v: Float[Tensor, 'b kh j e'],
-        *extra: Tensor | None,
+        *extra: Shaped[Tensor, '...'] | None,
     ) -> Float[Tensor, 'b h i e']:
         more, (batch, heads, queries, _), kv_heads = BlockExtras(*extra), q.shape, k.shape[1]
         ctx.save_for_backward(q, k, v, *extra)
@@ -326,7 +328,7 @@ class InBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Float[Tensor, 'b h i e']) -> tuple[Tensor | None, ...]:
         with without_autocast(grads[0]):
             if not torch.is_grad_enabled():
                 return blocks_backward(ctx, grads[0])
@@ -339,7 +341,7 @@ def attention_formula(
     q: Float[Tensor, 'b h i d'],
     k: Float[Tensor, 'b kh j d'],
     v: Float[Tensor, 'b kh j e'],
-    *extras: Tensor | None,
+    *extras: Shaped[Tensor, '...'] | None,
 ) -> Float[Tensor, 'b h i e']:
     """``InBlocks.forward`` on the whole score matrix, in operations that autograd can differentiate twice."""
     extra, group = BlockExtras(*extras), q.shape[1] // k.shape[1]

@@ -16,7 +16,7 @@ from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.scores.similarity import as_products
 from x_transformers.helpers import without_autocast
 from x_transformers.position.bias import rendered_bias
-from x_transformers.tensor_types import Bool, Float
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 WEIGHTS = ('softmax', 'sigmoid', 'sparse_topk')
 MIXERS = ('pre_talking_heads', 'post_talking_heads', 'pre_scale_post_talking_heads')
@@ -89,7 +89,9 @@ def block_shape(args: KernelArgs) -> BlockShape:
     )
 
 
-def masks(args: KernelArgs, q: Tensor) -> tuple[Bool[Tensor, '#b #h #i j'] | None, Bool[Tensor, '#b #h #i 1'] | None]:
+def masks(
+    args: KernelArgs, q: Float[Tensor, 'b h i d']
+) -> tuple[Bool[Tensor, '#b #h #i j'] | None, Bool[Tensor, '#b #h #i 1'] | None]:
     """(who may look at whom, causality and window aside; who may look at anybody)."""
     # a prefix and causality belong together, so with a prefix all is rendered
     apart = args.mask if args.mask.prefix is not None else args.mask.apart_from_distance()
@@ -124,10 +126,10 @@ def behind_sink(extra: BlockExtras, shape: BlockShape) -> BlockExtras:
 def heads_regrouped(extra: BlockExtras, heads: int, groups: int) -> BlockExtras:
     """The same for heads in the other order."""
 
-    def axis(t: Tensor | None) -> Tensor | None:
+    def axis(t: Shaped[Tensor, '#b h ...'] | None) -> Tensor | None:
         return t if t is None or t.shape[1] != heads else regrouped(t, groups)
 
-    def matrix(t: Tensor | None) -> Tensor | None:
+    def matrix(t: Float[Tensor, 'h h'] | None) -> Tensor | None:
         return None if t is None else t.view(groups, -1, groups, heads // groups).permute(1, 0, 3, 2).reshape(heads, heads)
 
     return BlockExtras(

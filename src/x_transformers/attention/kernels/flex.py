@@ -15,7 +15,7 @@ from x_transformers.attention.scores.similarity import as_products
 from x_transformers.helpers import recall, remember
 from x_transformers.notices import warn_user
 from x_transformers.position.bias import rendered_bias
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Float, Int
 
 BLOCK = 128
 
@@ -119,7 +119,7 @@ def paired_heads(heads: int, kv_heads: int, device: torch.device) -> Tensor | No
     return torch.arange(heads, device=device).view(-1, kv_heads).t().flatten()
 
 
-def score_mod(args: KernelArgs, order: Tensor | None) -> Callable[..., Tensor] | None:
+def score_mod(args: KernelArgs, order: Int[Tensor, ' h'] | None) -> Callable[..., Tensor] | None:
     """Bias, then soft clamp."""
     bias = None if args.bias is None else rendered_bias(args.bias, args.geometry)
     clamp = args.softclamp
@@ -128,7 +128,9 @@ def score_mod(args: KernelArgs, order: Tensor | None) -> Callable[..., Tensor] |
     # numbers that differ from length to length would be compiled again with each
     rows, heads, many = (False,) * 3 if bias is None else tuple(size > 1 for size in bias.shape[:3])
 
-    def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def change(
+        score: Float[Tensor, ''], b: Int[Tensor, ''], h: Int[Tensor, ''], i: Int[Tensor, ''], j: Int[Tensor, '']
+    ) -> Tensor:
         if bias is not None:
             head = h if order is None else order[h]
             score = score + bias[b if rows else 0, head if heads else 0, i if many else 0, j]
@@ -139,7 +141,7 @@ def score_mod(args: KernelArgs, order: Tensor | None) -> Callable[..., Tensor] |
     return change
 
 
-def of_distance(past: int | None, ahead: int | None, front: int, first: int, i: Tensor, j: Tensor) -> Tensor:
+def of_distance(past: int | None, ahead: int | None, front: int, first: int, i: Int[Tensor, ''], j: Int[Tensor, '']) -> Tensor:
     """Whether query ``i`` may look at key ``j``, by their distance; rows in front are seen by all."""
     seen = i >= 0
     if ahead is not None:
@@ -154,7 +156,7 @@ def distance_mask(past: int | None, ahead: int | None, front: int, first: int, q
     """The blocks of a mask that depends on nothing but these numbers: made once for all calls of a shape."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def may_look(b: Int[Tensor, ''], h: Int[Tensor, ''], i: Int[Tensor, ''], j: Int[Tensor, '']) -> Tensor:
         return of_distance(past, ahead, front, first, i, j)
 
     # what is kept may be of use in training, too
@@ -162,7 +164,7 @@ def distance_mask(past: int | None, ahead: int | None, front: int, first: int, q
         return create_block_mask(may_look, None, None, queries, keys, device=device)
 
 
-def block_mask(args: KernelArgs, q: Tensor, order: Tensor | None) -> Any:
+def block_mask(args: KernelArgs, q: Float[Tensor, 'b h i d'], order: Int[Tensor, ' h'] | None) -> Any:
     """Who may look at whom, and which blocks can be skipped; made once for the layers of a call."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -182,7 +184,7 @@ def block_mask(args: KernelArgs, q: Tensor, order: Tensor | None) -> Any:
     batch, heads, rows = (None,) * 3 if allowed is None else tuple(size if size > 1 else None for size in allowed.shape[:3])
     many_heads, many_rows, several = heads is not None, rows is not None, batch is not None
 
-    def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def may_look(b: Int[Tensor, ''], h: Int[Tensor, ''], i: Int[Tensor, ''], j: Int[Tensor, '']) -> Tensor:
         seen = of_distance(past, ahead, front, first, i, j)
         if allowed is not None:
             head = h if order is None else order[h]

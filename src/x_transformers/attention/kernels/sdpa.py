@@ -125,7 +125,9 @@ def lead_of(args: KernelArgs) -> int | None:
     return lead if args.q.device.type == 'cpu' else None
 
 
-def with_lead(q: Tensor, k: Tensor, v: Tensor, args: KernelArgs, lead: int) -> Float[Tensor, 'b h i e']:
+def with_lead(
+    q: Float[Tensor, 'b h i d'], k: Float[Tensor, 'b kh j d'], v: Float[Tensor, 'b kh j e'], args: KernelArgs, lead: int
+) -> Float[Tensor, 'b h i e']:
     """Causal attention behind ``lead`` more queries."""
     width, keys = v.shape[-1], args.mask.keys
     if keys is not None:
@@ -145,21 +147,27 @@ def with_lead(q: Tensor, k: Tensor, v: Tensor, args: KernelArgs, lead: int) -> F
     return out if open_rows is None else out.masked_fill(~open_rows, 0.0)
 
 
-def additive_mask(args: KernelArgs, q: Tensor) -> tuple[Tensor | None, bool]:
+def additive_mask(args: KernelArgs, q: Float[Tensor, 'b h i d']) -> tuple[Tensor | None, bool]:
     """(what is added to the scores, whether the kernel's own causality is asked)."""
     if args.bias is None and args.sink is None and args.mask.plain_causal(args.geometry):
         return None, True
     return added_mask(args, q), False
 
 
-def added_mask(args: KernelArgs, q: Tensor) -> Tensor | None:
+def added_mask(args: KernelArgs, q: Float[Tensor, 'b h i d']) -> Tensor | None:
     """Bias and mask, causality included, as one tensor to add."""
     # a row of -inf gives exactly 0 on CPU. Elsewhere kernels differ, so there rows are zeroed afterwards
     mask_value = float('-inf') if q.device.type == 'cpu' else torch.finfo(q.dtype).min / 2
     return merged_mask(args.mask, args.bias, args.geometry, dtype=q.dtype, device=q.device, mask_value=mask_value)
 
 
-def with_sink(args: KernelArgs, k: Tensor, v: Tensor, added: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_sink(
+    args: KernelArgs,
+    k: Float[Tensor, 'b kh j d'],
+    v: Float[Tensor, 'b kh j e'],
+    added: Float[Tensor, '#b #h #i j'] | None,
+    q: Float[Tensor, 'b h i d'],
+) -> tuple[Tensor, Tensor, Tensor]:
     """One zero key with no value in front, whose score is the sink."""
     if args.sink is None:
         raise ValueError('there is no sink to put in front')
@@ -171,7 +179,9 @@ def with_sink(args: KernelArgs, k: Tensor, v: Tensor, added: Tensor | None, q: T
     return F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), added
 
 
-def of_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def of_one_width(
+    q: Float[Tensor, 'b h i d'], k: Float[Tensor, 'b kh j d'], v: Float[Tensor, 'b kh j e']
+) -> tuple[Tensor, Tensor, Tensor]:
     """The narrower of keys and values filled up with zeros: the fast kernels want one width."""
     more = v.shape[-1] - k.shape[-1]
     if more > 0:
@@ -180,7 +190,12 @@ def of_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def over_heads(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, args: KernelArgs
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b kh j d'],
+    v: Float[Tensor, 'b kh j e'],
+    added: Float[Tensor, '#b #h #i j'] | None,
+    causal: bool,
+    args: KernelArgs,
 ) -> Float[Tensor, 'b h i e']:
     """Run it, with query head h looking at key head h mod kv_heads."""
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -205,7 +220,13 @@ def over_heads(
 
 
 def run_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, args: KernelArgs, enable_gqa: bool = False
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b kh j d'],
+    v: Float[Tensor, 'b kh j e'],
+    added: Float[Tensor, '#b #h #i j'] | None,
+    causal: bool,
+    args: KernelArgs,
+    enable_gqa: bool = False,
 ) -> Tensor:
     tensors = (q, k, v) if added is None else (q, k, v, added)
     learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -228,7 +249,14 @@ class FlashOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float, enable_gqa: bool
+        ctx: Any,
+        q: Float[Tensor, 'b h i d'],
+        k: Float[Tensor, 'b kh j d'],
+        v: Float[Tensor, 'b kh j e'],
+        added: Float[Tensor, '#b #h #i j'] | None,
+        causal: bool,
+        scale: float,
+        enable_gqa: bool,
     ) -> Tensor:
         out: Tensor
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -239,7 +267,7 @@ class FlashOnCPU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Float[Tensor, 'b h i e']) -> tuple[Tensor | None, ...]:
         q, k, v, added, out, logsumexp = ctx.saved_tensors
         (causal, scale, enable_gqa), (grad,) = ctx.settings, grads
         if not torch.is_grad_enabled():

@@ -56,7 +56,7 @@ class ScoreState:
     records: dict[str, Tensor] = field(default_factory=dict)
     shared: bool = False
     rows: Bool[Tensor, 'b i'] | None = None
-    delta: Float[Tensor, '#b #h i j'] | None = None
+    delta: Float[Tensor, '... n m'] | None = None
     inverted: bool = False
     factor: Float[Tensor, '#b h #i 1'] | None = None
     composition: Composition | None = None
@@ -74,7 +74,7 @@ class ScoreState:
         return self._scores
 
     @scores.setter
-    def scores(self, scores: Tensor) -> None:
+    def scores(self, scores: Float[Tensor, 'b h i j']) -> None:
         self._scores = scores
         self.shared = False
 
@@ -85,7 +85,7 @@ class ScoreState:
         return self._out
 
     @out.setter
-    def out(self, out: Tensor) -> None:
+    def out(self, out: Float[Tensor, 'b h i e']) -> None:
         self._out = out
 
 

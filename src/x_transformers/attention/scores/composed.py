@@ -25,7 +25,7 @@ def added_by(t: Float[Tensor, 'b h i j'], said: Float[Tensor, 'b n c'], token: s
 
 
 def composed(
-    t: Float[Tensor, 'b h i j'], by_query: Float[Tensor, 'b i c'], by_key: Float[Tensor, 'b j c']
+    t: Float[Tensor, 'b h i j'], by_query: Float[Tensor, 'b i c'], by_key: Float[Tensor, 'b m c']
 ) -> Float[Tensor, 'b h i j']:
     """Keys in front, of which there are more columns than tokens in ``by_key``, say nothing."""
     by_key = F.pad(by_key, (0, 0, t.shape[-1] - by_key.shape[-2], 0))

@@ -24,7 +24,7 @@ class HeadConvolution(nn.Conv2d):
     def __init__(self, heads: int) -> None:
         super().__init__(heads, heads, 1, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Float[Tensor, 'b h i j']) -> Tensor:
         return mix_heads(self.weight, input)
 
 

@@ -40,7 +40,7 @@ def as_products(
     return (F.pad(q, (0, missing)), F.pad(k, (0, missing))) if missing else (q, k)
 
 
-def minus_square(t: Tensor) -> list[Tensor]:
+def minus_square(t: Float[Tensor, '... d']) -> list[Tensor]:
     """-|t|^2, as one channel, or in half precision as two that add up to it."""
     if t.dtype in (torch.float32, torch.float64):
         return [-t.square().sum(-1, keepdim=True)]

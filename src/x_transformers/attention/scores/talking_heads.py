@@ -13,7 +13,7 @@ from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float
 
 
-def kept_finite(scores: Tensor) -> Tensor:
+def kept_finite(scores: Float[Tensor, 'b h i j']) -> Tensor:
     """Masked scores, the lowest number there is, raised so far that a sum over heads cannot overflow."""
     limit = torch.finfo(scores.dtype).max ** 0.75
     return scores.clamp(-limit, limit)
