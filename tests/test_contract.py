@@ -33,13 +33,19 @@ from x_transformers import (
     XTransformer,
 )
 from x_transformers.attend import Attend
+from x_transformers.continuous import ContinuousTransformerWrapper
+from x_transformers.embedding.call import CALLED
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
 from x_transformers.flags.parts import PARTS, SET_BY_STACK
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.multi_input import MultiInputTransformerWrapper
+from x_transformers.returns import RETURNED, Asked
+from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding, apply_rotary_pos_emb
+from x_transformers.xval import XValTransformerWrapper
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'src' / 'x_transformers'
@@ -458,6 +464,46 @@ def without_shape(tree: ast.AST) -> Iterator[str]:
                 said = '' if arg.annotation is None else ast.unparse(arg.annotation)
                 if re.search(r'\bTensor\b', SHAPED.sub('', said)):
                     yield f'{node.name}: {arg.arg}'
+
+
+MODELS = (TransformerWrapper, MultiInputTransformerWrapper, ContinuousTransformerWrapper, XValTransformerWrapper)
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_models_are_composed_of_their_ends(model: Any) -> None:
+    """A model is its constructor and its forward: it overrides nothing of the forward that all share."""
+    assert not (vars(model).keys() & vars(StackWrapper).keys()) - {'__init__', '__module__', '__doc__', '__annotations__'}
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_every_argument_of_a_forward_is_declared(model: Any) -> None:
+    """They are collected by name, so that one that nobody declares would be dropped in silence."""
+    of_loops = {name for name in keywords(model.forward) if name.startswith('looped_')}
+    known = {*CALLED, *(full for _, full in RETURNED), *of_loops}
+    known |= {'x', 'x_num', 'input_not_include_cache', 'attn_z_loss_weight', 'transform_block_inputs'}
+    assert set(keywords(model.forward)) <= known
+
+
+def test_a_model_of_ones_own_is_two_functions() -> None:
+    class Grid(StackWrapper):
+        def __init__(self, stack: AttentionLayers) -> None:
+            super().__init__(
+                Ends(lambda model, x, call, rows: model.project_in(x), lambda model, h, call, whole: (h.sum(-1), h))
+            )
+            self.flags = ContinuousFlags(attn_layers=stack)
+            self.project_in = nn.Linear(3, stack.dim)
+            self._build_positions(self.flags, stack)
+            self._build_entrance(self.flags, stack)
+            self._build_stack(self.flags, stack)
+            self.init_own()
+
+        def forward(self, x: Tensor, mask: Any = None, mems: Any = None, mem_masks: Any = None, cache: Any = None) -> Any:
+            kwargs, input_not_include_cache = {}, None
+            return self.run(self._call(x, locals()), Asked())
+
+    model = Grid(Encoder(**SMALL)).eval()
+    x = torch.randn(2, 5, 3)
+    assert torch.allclose(model(x), model.attn_layers(model.project_in(x)).sum(-1))
 
 
 def test_tensor_arguments_tell_their_shapes() -> None:

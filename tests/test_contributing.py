@@ -22,6 +22,7 @@ from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.position_facts import ANY_POSITION_BIAS
 from x_transformers.flags.scores import ScoreFlags
 from x_transformers.flags.stack import StackFlags
+from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.layers.layer import RESIDUALS
 from x_transformers.layers.residual import ResidualPath
 from x_transformers.norms import NORMS
@@ -115,7 +116,7 @@ def test_no_module_lists_flags_beside_their_fields():
 
 @pytest.mark.parametrize('trait', TRAITS)
 def test_every_trait_is_one_of_some_flag(trait):
-    assert any(cls.having(trait) for cls in (AttentionFlags, FeedForwardFlags, StackFlags))
+    assert any(cls.having(trait) for cls in (AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags))
 
 
 def test_an_unknown_trait_is_refused():

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call, check_frames
+from x_transformers.embedding.call import Call, check_frames, last_positions
 from x_transformers.embedding.memory_tokens import MemoryTokens
-from x_transformers.embedding.pooling import average
 from x_transformers.embedding.rows import Rows
 from x_transformers.flags.calls import FramesForwardOptions, FramesOptions, RolloutOptions
 from x_transformers.flags.constructors import only
@@ -31,8 +29,8 @@ from x_transformers.generation.views import VectorView
 from x_transformers.layers.checks import is_float, shape_of
 from x_transformers.losses import at_least_single, shifted_mask
 from x_transformers.module import Module
-from x_transformers.returns import Asked, next_memories
-from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
+from x_transformers.returns import Asked
+from x_transformers.stack_wrapper import Ends, Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -83,14 +81,14 @@ class ContinuousTransformerWrapper(StackWrapper):
     __signature__: Any = ClassSignature(only(ContinuousFlags))
 
     def __init__(self, *, attn_layers: nn.Module, max_seq_len: int | None = None, **flags: Unpack[ContinuousKeywords]) -> None:
-        super().__init__()
+        super().__init__(Ends(embed_frames, read_frames))
         given = {'attn_layers': attn_layers, 'max_seq_len': max_seq_len, **flags}
         own = ContinuousFlags.parse(given, where='ContinuousTransformerWrapper')
         check_wrapper(own, stack_flags(attn_layers), CONTINUOUS_RULES, where=type(self).__name__)
         # kept for reading; the modules live in their slots only
         self.flags = replace(own, attn_layers=nn.Identity(), project_in=None, project_out=None)
         self._build_positions(own, attn_layers)
-        self.probabilistic, self.average_pool_embed = own.probabilistic, own.average_pool_embed
+        self.probabilistic = own.probabilistic
         self.dim_in, self.dim_out = own.dim_in, own.dim_out
         self.width_in = None if own.project_in is not None else own.dim_in or self.emb_dim
         skips = own.use_identity_if_same_dim
@@ -99,7 +97,6 @@ class ContinuousTransformerWrapper(StackWrapper):
             nn.Linear(own.dim_in, self.emb_dim, bias=False) if projects_in else nn.Identity()  # type: ignore[arg-type]
         )
         self._build_entrance(own, attn_layers)
-        self._build_memory_tokens(own)
         width = (own.dim_out or 0) * (2 if own.probabilistic else 1)
         projects_out = width > 0 and not (skips and width == self.dim)
         self.project_out: nn.Module = own.project_out or (
@@ -150,39 +147,28 @@ class ContinuousTransformerWrapper(StackWrapper):
         check_frames(x, self.width_in)
         if lens is not None and mask is not None:
             raise ValueError('lens and mask both say which frames count; give one of them')
-        asked = Asked(embeddings=return_embeddings, intermediates=return_intermediates, mems=return_mems, attn=return_attn)
-        call = self._call(
-            x, mask, mems, mem_masks, pos, prepend_embeds, prepend_mask, sum_embeds, seq_start_pos, cache,
-            input_not_include_cache, logits_last, kwargs, lens=None if lens is None else torch.as_tensor(lens, device=x.device),
-        )  # fmt: skip
-        return self.run(call, asked)
+        lens = None if lens is None else torch.as_tensor(lens, device=x.device)
+        return self.run(self._call(x, locals()), Asked.of(locals()))
 
-    # ------------------------------------------------------------ what is special about vectors
 
-    def _why_no_cache(self) -> list[str]:
-        return [*super()._why_no_cache(), *(['average_pool_embed'] if self.average_pool_embed else [])]
+def embed_frames(
+    model: ContinuousTransformerWrapper, x: Float[Tensor, 'b n d'], call: Call, rows: Rows
+) -> Float[Tensor, 'b n e']:
+    # as everything that a caller adds, frames of another precision are read in that of the model
+    matrix = getattr(model.project_in, 'weight', None)
+    vectors: Tensor = model.project_in(x if matrix is None or not matrix.is_floating_point() else x.to(matrix.dtype))
+    return vectors
 
-    def _vectors(self, x: Float[Tensor, 'b n d'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        # as everything that a caller adds, frames of another precision are read in that of the model
-        matrix = getattr(self.project_in, 'weight', None)
-        vectors: Tensor = self.project_in(x if matrix is None or not matrix.is_floating_point() else x.to(matrix.dtype))
-        return vectors
 
-    def _pool(
-        self, h: Float[Tensor, 'b n d'], keys: Bool[Tensor, 'b m'] | None, record: LayerIntermediates, asked: Asked
-    ) -> tuple[Tensor, Tensor | None]:
-        return average(h, keys) if self.average_pool_embed else h, None
-
-    def _read(self, h: Float[Tensor, '... d'], call: Call) -> Float[Tensor, '... o']:
-        out: Tensor = self.project_out(h)
-        if not self.probabilistic:
-            return out
-        # means and variances take turns along the channels
-        mean, log_variance = out.unflatten(-1, (-1, 2)).unbind(dim=-1)
-        return torch.stack((mean, log_variance.exp()))
-
-    def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
-        return tuple(next_memories(record.hiddens or [], call.mems if self.flags.extend_mems else None, self.max_mem_len))
+def read_frames(
+    model: ContinuousTransformerWrapper, h: Float[Tensor, 'b ... d'], call: Call, whole: bool
+) -> tuple[Float[Tensor, '... o'], Float[Tensor, 'b ... d']]:
+    out: Tensor = model.project_out(last_positions(h, call.logits_last))
+    if not model.probabilistic:
+        return out, h
+    # means and variances take turns along the channels
+    mean, log_variance = out.unflatten(-1, (-1, 2)).unbind(dim=-1)
+    return torch.stack((mean, log_variance.exp())), h
 
 
 class ContinuousAutoregressiveWrapper(Module):
@@ -264,7 +250,7 @@ class ContinuousAutoregressiveWrapper(Module):
         if kwargs.get('prepend_embeds') is not None:
             raise ValueError('prepend_embeds cannot be given in training: the outputs for them have no target')
 
-    def _whole_mask(self, x: Float[Tensor, 'b n d'], kwargs: dict[str, Any]) -> Bool[Tensor, 'b n'] | None:
+    def _whole_mask(self, x: Float[Tensor, 'b n d'], kwargs: dict[str, Any]) -> Bool[Tensor, 'b m'] | None:
         """Takes ``mask`` or ``lens`` out of the net's keywords."""
         mask: Tensor | None = kwargs.pop('mask', None)
         lens = kwargs.pop('lens', None)

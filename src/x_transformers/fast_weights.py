@@ -106,7 +106,7 @@ class EpisodicMemory(Module):
     def init_own(self) -> None:
         nn.init.normal_(self.mem_kv, std=0.02)
 
-    def forward(self, batch: Shaped[Tensor, '...']) -> Float[Tensor, 'b 2 l h m d']:
+    def forward(self, batch: Shaped[Tensor, '...']) -> Float[Tensor, '... 2 l h m d']:
         """``batch`` only says how many samples there are, on its first axis."""
         return self.mem_kv.expand(batch.shape[0], *self.mem_kv.shape) if batch.ndim else self.mem_kv
 

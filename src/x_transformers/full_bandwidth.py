@@ -61,7 +61,7 @@ class GLUCrossTransition(Transition):
         self.to_state = nn.Linear(dim, dim, bias=False)
         self.to_gate = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, latent: Float[Tensor, 'b n d'], stream: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def forward(self, latent: Float[Tensor, '... d'], stream: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         gate = self.to_gate(self.stream_norm(stream)).sigmoid()
         out: Tensor = self.norm(self.to_state(self.latent_norm(latent)) * gate)
         return out
@@ -75,7 +75,7 @@ class LinearTransition(Transition):
         self.to_state = nn.Linear(dim, dim, bias=False)
         self.to_stream = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, latent: Float[Tensor, 'b n d'], stream: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def forward(self, latent: Float[Tensor, '... d'], stream: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         out: Tensor = self.norm(self.to_state(self.latent_norm(latent)) + self.to_stream(self.stream_norm(stream)))
         return out
 
@@ -93,7 +93,7 @@ class GRUTransition(Transition):
     def init_own(self) -> None:
         nn.init.constant_(self.gate.bias, -1.0)
 
-    def forward(self, latent: Float[Tensor, 'b n d'], stream: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def forward(self, latent: Float[Tensor, '... d'], stream: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         both = torch.cat((self.latent_norm(latent), self.stream_norm(stream)), dim=-1)
         out: Tensor = self.norm(stream.lerp(self.to_candidate(both).tanh(), self.gate(both).sigmoid()))
         return out
@@ -114,7 +114,7 @@ class ResidualTransition(Module):
     def init_own(self) -> None:
         nn.init.constant_(self.scale, 0.1)
 
-    def forward(self, latent: Float[Tensor, 'b n d'], stream: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def forward(self, latent: Float[Tensor, '... d'], stream: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         out: Tensor = self.norm(stream + self.scale * self.proj(self.latent_norm(latent)))
         return out
 
@@ -133,7 +133,7 @@ class ResidualGLUTransition(Module):
     def init_own(self) -> None:
         nn.init.ones_(self.scale)
 
-    def forward(self, latent: Float[Tensor, 'b n d'], stream: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def forward(self, latent: Float[Tensor, '... d'], stream: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         out: Tensor = self.norm(stream + self.scale * self.glu(latent, stream))
         return out
 
@@ -272,7 +272,7 @@ class FullBandwidth(Module):
     def _latents(self, hiddens: Any) -> dict[int, Float[Tensor, 'b n d']]:
         return {out: hiddens[out - 1] for out, _ in self.pairs}
 
-    def _jittered(self, latent: Float[Tensor, 'b n d']) -> Tensor:
+    def _jittered(self, latent: Float[Tensor, '... d']) -> Tensor:
         if not self.training or self.jitter_noise_delta == 0.0:
             return latent
         return latent + torch.empty_like(latent).uniform_(-self.jitter_noise_delta, self.jitter_noise_delta)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call
+from x_transformers.embedding.call import Call, last_positions
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import add_named, named_tables
@@ -20,7 +20,7 @@ from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import default
 from x_transformers.returns import Asked
-from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
+from x_transformers.stack_wrapper import Ends, Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class MultiInputTransformerWrapper(StackWrapper):
         num_tokens: Mapping[str, int] | None = None,
         **flags: Unpack[MultiInputKeywords],
     ) -> None:
-        super().__init__()
+        super().__init__(Ends(embed_inputs, read_inputs))
         given = {'num_tokens': num_tokens or {}, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
         own = MultiInputFlags.parse(given, where='MultiInputTransformerWrapper')
         check_wrapper(own, stack_flags(attn_layers), MULTI_INPUT_RULES, where=type(self).__name__)
@@ -59,7 +59,6 @@ class MultiInputTransformerWrapper(StackWrapper):
         self._build_positions(own, attn_layers)
         self.embeds = named_tables(own.num_tokens, self.emb_dim)
         self._build_entrance(own, attn_layers)
-        self._build_memory_tokens(own)
         self.to_logits: nn.ModuleDict | None = None
         if not own.return_only_embed:
             heads = {name: nn.Linear(self.dim, size, bias=False) for name, size in own.num_tokens.items()}
@@ -111,22 +110,8 @@ class MultiInputTransformerWrapper(StackWrapper):
             intermediates, attention maps.
         """
         x = self._ids(x)
-        asked = Asked(
-            embeddings=return_embeddings,
-            logits_and_embeddings=return_logits_and_embeddings,
-            intermediates=return_intermediates,
-            mems=return_mems,
-            attn=return_attn,
-            attn_z_loss=return_attn_z_loss,
-            z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
-        )
-        call = self._call(
-            next(iter(x.values())), mask, mems, mem_masks, pos, prepend_embeds, prepend_mask, sum_embeds, seq_start_pos, cache,
-            input_not_include_cache, logits_last, kwargs, embed_ids=x,
-        )  # fmt: skip
-        return self.run(call, asked)
-
-    # ------------------------------------------------------------ what is special about several inputs
+        asked = Asked.of(locals(), default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
+        return self.run(self._call(next(iter(x.values())), locals(), embed_ids=x), asked)
 
     def _ids(self, x: Any) -> dict[str, Int[Tensor, 'b n']]:
         """The ids of each input. Names and their like are checked where ids are looked up."""
@@ -138,13 +123,14 @@ class MultiInputTransformerWrapper(StackWrapper):
             raise ValueError(f'x: all inputs must be batches of sequences (b n) of one shape, got {shapes}')
         return found
 
-    @property
-    def has_head(self) -> bool:
-        return self.to_logits is not None
 
-    def _vectors(self, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        return add_named(torch.zeros((), device=x.device), self.embeds, call.embed_ids, rows.newest, 'x', 'num_tokens')
+def embed_inputs(model: MultiInputTransformerWrapper, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    return add_named(torch.zeros((), device=x.device), model.embeds, call.embed_ids, rows.newest, 'x', 'num_tokens')
 
-    def _read(self, h: Float[Tensor, 'b n d'], call: Call) -> dict[str, Float[Tensor, 'b n v']]:
-        heads: Any = self.to_logits
-        return {name: head(h) for name, head in heads.items()}
+
+def read_inputs(
+    model: MultiInputTransformerWrapper, h: Float[Tensor, 'b n d'], call: Call, whole: bool
+) -> tuple[dict[str, Float[Tensor, 'b n v']], Float[Tensor, 'b n d']]:
+    heads: Any = model.to_logits
+    read = last_positions(h, call.logits_last)
+    return {name: head(read) for name, head in heads.items()}, h

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ class Asked:
     z_loss_weight: float = 1e-4
     expert_loss: bool = False
     multi_token_logits: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], z_loss_weight: float = 1e-4) -> Self:
+        """From the local names of a forward, those ``return_…`` that it has."""
+        return cls(z_loss_weight=z_loss_weight, **{name: given[full] for name, full in RETURNED if full in given})
 
     @property
     def intermediates_too(self) -> bool:
@@ -109,6 +114,9 @@ class Asked:
         if self.attn:
             return out, [each.post_softmax_attn for each in record.attn_intermediates or []]
         return out
+
+
+RETURNED = tuple((each.name, f'return_{each.name}') for each in fields(Asked))
 
 
 def scores(record: LayerIntermediates) -> list[Float[Tensor, 'b h i j']]:

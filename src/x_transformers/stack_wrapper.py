@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,22 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.before import store_kept
-from x_transformers.embedding.call import Call, check_added, check_list, check_prepended, last_positions, moved_down, no_padding
+from x_transformers.embedding.call import (
+    CALLED,
+    Call,
+    check_added,
+    check_list,
+    check_prepended,
+    last_positions,
+    moved_down,
+    no_padding,
+)
+from x_transformers.embedding.loop import run_rounds
 from x_transformers.embedding.memory_tokens import MemoryTokens
+from x_transformers.embedding.pooling import pooled
 from x_transformers.embedding.rows import Rows, shuffled
 from x_transformers.embedding.token import scale_gradient
+from x_transformers.embedding.values import tables_of_tokens
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
@@ -35,12 +47,25 @@ from x_transformers.tensor_types import Bool, Float, Int, Shaped
 Memories = Sequence[Float[Tensor, 'b l d']]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The two ends in which models around a stack differ: functions that are given the model first.
+
+    Args:
+        embed: (model, x, call, rows) -> the new inputs as vectors (b n e) of width ``emb_dim``, without positions.
+        read: (model, h, call, whole) -> what the model says at each position of h (b n d), at the last ones only if the call
+            asks so; and the embeddings that this is made of, those of all positions if ``whole``.
+    """
+
+    embed: Callable[[Any, Shaped[Tensor, 'b n ...'], Call, Rows], Float[Tensor, 'b n e']]
+    read: Callable[[Any, Float[Tensor, 'b ... d'], Call, bool], tuple[Any, Float[Tensor, 'b ... d']]]
+
+
 class StackWrapper(Module):
     """Inputs become vectors, go through a stack, and its output is read out.
 
-    A final class says how new inputs become vectors (``_vectors``) and how the stack's output is read (``_read``). It calls the
-    ``_build_…`` methods in the order in which its modules are to stand, and ``init_own`` last. A flag that its flags do not
-    have is at its default.
+    What differs between models is their ``ends`` and their flags; a flag that they do not have is at its default. A model calls
+    the ``_build_…`` methods in the order in which its modules are to stand, and ``init_own`` last.
     """
 
     # with a cache it is enough to be given what is new, and outputs can be had for the last positions only
@@ -49,7 +74,20 @@ class StackWrapper(Module):
     flags: Any
     pos_emb: Any
     attn_layers: Any
+    token_emb: Any
+    cls_token: nn.Parameter | None
     memory_tokens: nn.Parameter | None
+
+    def __init__(self, ends: Ends) -> None:
+        super().__init__()
+        self.ends = ends
+        # what only models of tokens build
+        self._own_token_emb = False
+        self.ff_deep_embed: nn.Parameter | None = None
+        self.value_embeds: nn.ModuleDict | None = None
+        self.attn_pool: nn.Module | None = None
+        self.later_tokens: nn.ModuleList | None = None
+        self.to_next_embed_pred: nn.Module | None = None
 
     # ------------------------------------------------------------ building
 
@@ -71,21 +109,29 @@ class StackWrapper(Module):
             self.pos_emb = AbsolutePositionalEmbedding(self.emb_dim, self.max_seq_len, l2norm_embed, init_std=std)
 
     def _build_entrance(self, flags: Flags, stack: Any) -> None:
-        """From the embeddings to the stack's width."""
+        """From the embeddings to the stack's width; what is fed back; learned rows in front."""
         self.emb_frac_gradient: float = usual(flags, 'emb_frac_gradient')
         self.post_emb_norm = self._entrance_norm(self.emb_dim, stack) if usual(flags, 'post_emb_norm') else nn.Identity()
         self.emb_dropout = Dropout(usual(flags, 'emb_dropout'))
         self.project_emb = nn.Linear(self.emb_dim, self.dim) if self.emb_dim != self.dim else nn.Identity()
+        self.recycling: bool = usual(flags, 'recycling')
+        self.train_max_recycle_steps: int = usual(flags, 'train_max_recycle_steps')
+        self.recycled_proj = nn.Linear(self.dim, self.dim, bias=False) if self.recycling else None
+        self.looped: bool = usual(flags, 'looped')
+        self.max_looped_steps: int = usual(flags, 'max_looped_steps')
+        self.looped_positions: bool = usual(flags, 'looped_positions')
+        self.exit_gate = nn.Linear(self.dim, 1, bias=False) if self.looped else None
+        self.num_cls_tokens: int = usual(flags, 'num_cls_tokens')
+        self.cls_token = empty_parameter(self.num_cls_tokens, self.dim) if usual(flags, 'use_cls_token') else None
+        self.num_memory_tokens: int = usual(flags, 'num_memory_tokens') or 0
+        self.memory_tokens = empty_parameter(self.num_memory_tokens, self.dim) if self.num_memory_tokens else None
+        self.memory_tokens_interspersed_every: int | None = usual(flags, 'memory_tokens_interspersed_every')
+        self.average_pool_embed: bool = usual(flags, 'average_pool_embed')
 
     @staticmethod
     def _entrance_norm(dim: int, stack: Any) -> LayerNorm:
         """A layer norm whatever the stack's norms are, with their eps and, if they have one, a bias."""
         return LayerNorm(dim, bias=stack.flags.norm_bias, eps=stack.flags.norm_eps)
-
-    def _build_memory_tokens(self, flags: Flags) -> None:
-        self.num_memory_tokens: int = usual(flags, 'num_memory_tokens') or 0
-        self.memory_tokens = empty_parameter(self.num_memory_tokens, self.dim) if self.num_memory_tokens else None
-        self.memory_tokens_interspersed_every: int | None = usual(flags, 'memory_tokens_interspersed_every')
 
     def _build_stack(self, flags: Flags, stack: nn.Module) -> None:
         self.attn_layers = stack
@@ -97,8 +143,29 @@ class StackWrapper(Module):
 
     @torch.no_grad()
     def init_own(self) -> None:
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
         if self.memory_tokens is not None:
             nn.init.normal_(self.memory_tokens)
+        if self.ff_deep_embed is not None:
+            nn.init.ones_(self.ff_deep_embed)
+        if self._own_token_emb and hasattr(self.token_emb, 'init_'):
+            self.token_emb.init_()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is anything to read out; without it the embeddings are the result."""
+        return getattr(self, 'to_logits', True) is not None
+
+    @property
+    def pools_in_place_of_logits(self) -> bool:
+        """Whether tokens pooled by attention are the result."""
+        return self.attn_pool is not None and not self.attn_layers.causal
+
+    @property
+    def why_no_cache(self) -> list[str]:
+        """The flags that make outputs of seen tokens depend on new ones, or need rows that a cache does not hold."""
+        return [name for name in self.flags.having('no_cache') if getattr(self.flags, name)]
 
     @property
     def can_cache_kv(self) -> bool:
@@ -108,7 +175,7 @@ class StackWrapper(Module):
             return known
         # where tokens see later ones, what is remembered of them is out of date with every new one
         stack = self.attn_layers
-        return not self._why_no_cache() and bool(stack.can_cache_kv) and bool(stack.is_causal)
+        return not self.why_no_cache and bool(stack.can_cache_kv) and bool(stack.is_causal)
 
     @can_cache_kv.setter
     def can_cache_kv(self, value: bool) -> None:
@@ -136,39 +203,6 @@ class StackWrapper(Module):
         parameters: list[nn.Parameter] = self.attn_layers.muon_parameters()
         return parameters
 
-    # ------------------------------------------------------------ what a final class says
-
-    @property
-    def has_head(self) -> bool:
-        """Whether there is anything to read out; without it the embeddings are the result."""
-        return True
-
-    @property
-    def predicts_next(self) -> bool:
-        """Whether it has a head for the next embedding."""
-        return False
-
-    @property
-    def predicts_later(self) -> bool:
-        """Whether it has heads for tokens behind the next one."""
-        return False
-
-    def _vectors(self, x: Shaped[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        """The new inputs as vectors of width ``emb_dim``, without positions."""
-        raise NotImplementedError(f'{type(self).__name__} does not say how its inputs become vectors')
-
-    def _read(self, h: Float[Tensor, 'b n d'], call: Call) -> Any:
-        """What the model says at each position."""
-        raise NotImplementedError(f'{type(self).__name__} does not say how its output is read')
-
-    def _next_embed(self, h: Float[Tensor, 'b n d'], initial: Float[Tensor, 'b n e']) -> tuple[Tensor, Tensor]:
-        """(a prediction of the next embedding, the embeddings), of a model that ``predicts_next``."""
-        raise NotImplementedError(f'{type(self).__name__} does not predict the next embedding')
-
-    def _later_logits(self, h: Float[Tensor, 'b n d'], call: Call) -> list[Any]:
-        """The logits (b n v) of each token behind the next one, of a model that ``predicts_later``."""
-        raise NotImplementedError(f'{type(self).__name__} does not predict tokens behind the next one')
-
     # ------------------------------------------------------------ forward
 
     def _attention_steps(self, cache: Cache, more: Mapping[str, Any]) -> list[int] | None:
@@ -178,55 +212,35 @@ class StackWrapper(Module):
         order, repeats = more.get('layers_execute_order'), more.get('repeat_blocks')
         return [step.index for step in check_steps(self.attn_layers, order, repeats) if step.kind in ATTENTIONS]
 
-    def _call(
-        self,
-        x: Any,
-        mask: Bool[Tensor, 'b n'] | None,
-        mems: Memories | None,
-        mem_masks: Sequence[Bool[Tensor, 'b l']] | None,
-        pos: Int[Tensor, '... n'] | Float[Tensor, '... n e'] | None,
-        prepend_embeds: Float[Tensor, 'b p e'] | None,
-        prepend_mask: Bool[Tensor, 'b p'] | None,
-        sum_embeds: Float[Tensor, '... e'] | None,
-        seq_start_pos: Int[Tensor, ' b'] | None,
-        cache: Cache,
-        new_only: bool | None,
-        logits_last: int | None,
-        more: dict[str, Any],
-        **own: Any,
-    ) -> Call:
-        """The arguments of a forward in one object: what every model takes, ``more``, which goes to the stack as it is, and
-        those that the model has of its own."""
+    def _call(self, x: Any, given: Mapping[str, Any], **own: Any) -> Call:
+        """The arguments of a forward in one object: of its local names those that ``Call`` has, ``own`` in place of them, and
+        ``kwargs``, which go to the stack as they are."""
+        more = given['kwargs']
         if more:
             check_names(self, more)
+        told = {name: given[name] for name in CALLED if given.get(name) is not None} | own
+        mems, mem_masks = given['mems'], given['mem_masks']
         # memories of no length are none, and have no masks
         if check_list(mems, 'mems') and not any(mem is not None and mem.shape[1] for mem in mems or ()):
             mems = mem_masks = None
         check_list(mem_masks, 'mem_masks')
         check_number('cache_age', more.get('cache_age'), low=0)
-        down = self.shift_mem_down
-        return Call(
-            x=x,
-            mask=mask,
-            mems=moved_down(mems, down),
-            mem_masks=moved_down(mem_masks, down),
-            pos=pos,
-            prepend_embeds=prepend_embeds,
-            prepend_mask=prepend_mask,
+        if isinstance(added := told.get('sum_embeds'), Tensor):
             # what is added may have fewer axes, as in any sum
-            sum_embeds=sum_embeds[(None,) * (3 - sum_embeds.ndim)] if isinstance(sum_embeds, Tensor) else sum_embeds,
-            seq_start_pos=seq_start_pos,
-            cache=KVCache.of(cache, self._attention_steps(cache, more)),
-            new_only=default(new_only, self.input_not_include_cache),
-            logits_last=logits_last,
-            cache_age=more.pop('cache_age', None),
-            more=more,
-            **own,
-        )
+            told['sum_embeds'] = added[(None,) * (3 - added.ndim)]
+        told['mems'], told['mem_masks'] = moved_down(mems, self.shift_mem_down), moved_down(mem_masks, self.shift_mem_down)
+        told['cache'] = KVCache.of(given['cache'], self._attention_steps(given['cache'], more))
+        told['new_only'] = default(given['input_not_include_cache'], self.input_not_include_cache)
+        told['cache_age'] = more.pop('cache_age', None)
+        return Call(x, more=more, **told)
 
     def run(self, call: Call, asked: Asked) -> Any:
         """Embed what is new, put in front of it what belongs there, run the stack, take that out again, pool, read out."""
-        asked.check(has_head=self.has_head, predicts_next=self.predicts_next, predicts_later=self.predicts_later)
+        asked.check(
+            has_head=self.has_head,
+            predicts_next=self.to_next_embed_pred is not None,
+            predicts_later=self.later_tokens is not None,
+        )
         if self.randomized_positions is not None and self.training:
             call = randomly_placed(call, self.randomized_positions)
         rows = self._rows(call)
@@ -235,38 +249,30 @@ class StackWrapper(Module):
         keys = rows.mask(mask, call.prepend_mask, initial.shape[0], initial.device)
         h, record = self._through_stack(initial, keys, call, rows, asked)
         record.initial_embeds = initial
-        h, pooled = self._pool(h, keys, record, asked)
-        if call.excise_prepend and call.prepend_embeds is not None and not rows.cached and self._is_sequence(h):
+        h, in_place = pooled(self, h, keys, record, asked.whole_record)
+        if call.excise_prepend_embeds and call.prepend_embeds is not None and not rows.cached and self._is_sequence(h):
             h, initial = (t[:, call.prepend_embeds.shape[1] :] for t in (h, initial))
         logits, embeds = None, h
-        if asked.logits(has_head=self.has_head, pooled=pooled is not None):
-            logits, embeds = self._logits(h, call, whole=asked.logits_and_embeddings)
+        if asked.logits(has_head=self.has_head, pooled=in_place is not None):
+            logits, embeds = self.read_out(h, call, whole=asked.logits_and_embeddings)
             logits = (logits, *self._later_logits(h, call)) if asked.multi_token_logits else logits
         return asked.answer(
             x=embeds,
             logits=logits,
-            pooled=pooled,
+            pooled=in_place,
             has_head=self.has_head,
             record=record,
-            next_embed=lambda: self._next_embed(h, initial),
+            next_embed=lambda: (self.to_next_embed_pred(h), initial),  # type: ignore[misc]
             mems=lambda: self._next_mems(record, call),
         )
 
     # ------------------------------------------------------------ the rooms of the forward
 
-    def _why_no_cache(self) -> list[str]:
-        """What makes the outputs of seen tokens depend on new ones, or needs rows that a cache does not hold."""
-        return ['num_memory_tokens'] if self.num_memory_tokens else []
-
-    def _front(self, call: Call) -> int:
-        """Rows in front of the tokens, without memory tokens."""
-        return call.prepended
-
     def _rows(self, call: Call) -> Rows:
         memory = MemoryTokens(self.num_memory_tokens, self.memory_tokens_interspersed_every)
-        front, given = self._front(call), call.x.shape[1]
-        rows = Rows.lay(given, front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
-        if rows.cached and (reasons := self._why_no_cache()):
+        front = call.prepended + (0 if self.cls_token is None else self.num_cls_tokens)
+        rows = Rows.lay(call.x.shape[1], front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
+        if rows.cached and (reasons := self.why_no_cache):
             raise ValueError(
                 f'cache: a model with {", ".join(reasons)} cannot go on from a cache; give the whole sequence instead.'
             )
@@ -291,7 +297,7 @@ class StackWrapper(Module):
         """Embeddings of what is new, behind those that are prepended."""
         x = rows.newest(call.x, 'x')
         check_added(call, x.shape[0], self.emb_dim)
-        embeds = self._vectors(x, call, rows)
+        embeds = self.ends.embed(self, x, call, rows)
         if call.pos is not None and call.pos_ids is None:
             embeds = embeds + rows.newest(call.pos, 'pos', axis=call.pos.ndim - 2)
         elif self.has_absolute_positions:
@@ -313,9 +319,9 @@ class StackWrapper(Module):
         return scale_gradient(embeds, self.emb_frac_gradient)
 
     def _enter(self, embeds: Float[Tensor, 'b n e']) -> Float[Tensor, 'b m d']:
-        """The stack's input, without memory tokens."""
-        entering: Tensor = self.project_emb(self.emb_dropout(embeds))
-        return entering
+        """The stack's input, cls tokens in front, without memory tokens."""
+        h: Tensor = self.project_emb(self.emb_dropout(embeds))
+        return h if self.cls_token is None else torch.cat((self.cls_token.to(h.dtype).expand(h.shape[0], -1, -1), h), dim=1)
 
     def _through_stack(
         self, embeds: Float[Tensor, 'b n e'], keys: Bool[Tensor, '#b m'] | None, call: Call, rows: Rows, asked: Asked
@@ -343,7 +349,7 @@ class StackWrapper(Module):
                 return with_loss
             return self.attn_layers(x, **{**given, **changed}), LayerIntermediates()
 
-        h, record = self._rounds(run, h, call)
+        h, record = run_rounds(self, run, h, call)
         if asked.attn_z_loss:
             counts = no_padding(h, given.get('mask'), None if rows.cached else call.seq_start_pos)
             record.attn_z_loss = calc_z_loss(scores(record), counts, asked.z_loss_weight)
@@ -357,12 +363,6 @@ class StackWrapper(Module):
         record.last_layer_hiddens = h
         return h, record
 
-    def _rounds(
-        self, run: Callable[..., tuple[Float[Tensor, 'b n d'], LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
-    ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
-        """The stack, as often as it is to be run."""
-        return run(h)
-
     def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows) -> dict[str, Any]:
         """The stack's keywords; only those that say something."""
         given = {
@@ -372,6 +372,7 @@ class StackWrapper(Module):
             'mem_masks': call.mem_masks,
             'pos': rows.positions(call.pos_ids),
             'seq_start_pos': call.seq_start_pos,
+            **tables_of_tokens(self, call.x, rows),
             **rows.stretched(call.more, longest(call.mems) if self.attn_layers.norm_need_condition else 0),
         }
         if rows.cached:
@@ -379,17 +380,14 @@ class StackWrapper(Module):
         return {name: value for name, value in given.items() if value is not None}
 
     def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
-        return next_memories(record.hiddens or [], call.mems, self.max_mem_len, call.detach_mems)
-
-    def _pool(
-        self, h: Float[Tensor, 'b n d'], keys: Bool[Tensor, 'b m'] | None, record: LayerIntermediates, asked: Asked
-    ) -> tuple[Tensor, Tensor | None]:
-        """(what logits are made of, what is returned in their place)."""
-        return h, None
+        extends = getattr(self.flags, 'extend_mems', None)
+        mems = next_memories(record.hiddens or [], None if extends is False else call.mems, self.max_mem_len, call.detach_mems)
+        # models that have the flag return a tuple, as upstream
+        return mems if extends is None else tuple(mems)
 
     def _is_sequence(self, h: Float[Tensor, 'b ... d']) -> bool:
         """Whether ``h`` still has a position for each token."""
-        return h.ndim == 3
+        return h.ndim == 3 and self.cls_token is None
 
     def _check_last(self, h: Float[Tensor, 'b ... d'], count: int | None) -> None:
         if count is None:
@@ -399,10 +397,16 @@ class StackWrapper(Module):
         if count < 1:
             raise ValueError(f'logits_last is {count}; at least the last position must be read.')
 
-    def _logits(self, h: Float[Tensor, 'b ... d'], call: Call, whole: bool) -> tuple[Any, Tensor]:
+    def read_out(self, h: Float[Tensor, 'b ... d'], call: Call, whole: bool = False) -> tuple[Any, Tensor]:
         """(what the model says, for the last positions only if so asked; the embeddings)."""
         self._check_last(h, call.logits_last)
-        return self._read(last_positions(h, call.logits_last), call), h
+        return self.ends.read(self, h, call, whole)
+
+    def _later_logits(self, h: Float[Tensor, 'b n d'], call: Call) -> list[Any]:
+        """The logits (b n v) of each token behind the next one."""
+        self._check_last(h, call.logits_last)
+        read = last_positions(h, call.logits_last)
+        return [self.read_out(block(read), call)[0] for block in self.later_tokens or ()]
 
 
 def randomly_placed(call: Call, among: int) -> Call:

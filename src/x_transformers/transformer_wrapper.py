@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.before import BigramHash, Smear, one_before
 from x_transformers.embedding.call import Call, ids_or_none, last_positions
-from x_transformers.embedding.loop import LoopCall, run_loops
-from x_transformers.embedding.pooling import AttentionPool, average, read_cls
-from x_transformers.embedding.recycle import recycle, rounds
+from x_transformers.embedding.loop import LoopCall
+from x_transformers.embedding.pooling import AttentionPool
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding, add_named, named_tables
 from x_transformers.embedding.values import value_tables
@@ -36,11 +34,10 @@ from x_transformers.heads import (
     next_embedding_head,
 )
 from x_transformers.helpers import default
-from x_transformers.layers.checks import check_steps
 from x_transformers.layers.repeat import block_transform, later_blocks
 from x_transformers.module import Module, empty_parameter
 from x_transformers.returns import Asked
-from x_transformers.stack_wrapper import StackWrapper, stack_flags
+from x_transformers.stack_wrapper import Ends, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -61,7 +58,7 @@ class TransformerWrapper(StackWrapper):
     __signature__: Any = ClassSignature(only(WrapperFlags))
 
     def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: nn.Module, **flags: Unpack[WrapperKeywords]) -> None:
-        super().__init__()
+        super().__init__(Ends(embed_tokens, read_tokens))
         given = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
         flags_ = WrapperFlags.parse(given, where='TransformerWrapper')
         left_to_right = bool(getattr(attn_layers, 'is_causal', False))
@@ -78,7 +75,7 @@ class TransformerWrapper(StackWrapper):
         stack: Any = flags.attn_layers
         dim: int = stack.dim
         emb_dim: int = default(flags.emb_dim, dim)
-        self.num_tokens, self.num_cls_tokens = flags.num_tokens, flags.num_cls_tokens
+        self.num_tokens = flags.num_tokens
         self.l2norm_embed = flags.l2norm_embed
         own = flags.token_emb
         self.token_emb: Any = own
@@ -94,18 +91,9 @@ class TransformerWrapper(StackWrapper):
         self.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, dim) if flags.ff_deep_embed else None
         self.value_embeds = value_tables(flags, stack)
         self._build_entrance(flags, flags.attn_layers)
-        self.recycling, self.train_max_recycle_steps = flags.recycling, flags.train_max_recycle_steps
-        self.recycled_proj = nn.Linear(dim, dim, bias=False) if flags.recycling else None
-        self.looped, self.max_looped_steps = flags.looped, flags.max_looped_steps
-        self.looped_positions = flags.looped_positions
-        self.exit_gate = nn.Linear(dim, 1, bias=False) if flags.looped else None
-        self.cls_token = empty_parameter(flags.num_cls_tokens, dim) if flags.use_cls_token else None
-        self._build_memory_tokens(flags)
 
     def _build_pooling(self, flags: WrapperFlags) -> None:
         stack: Any = flags.attn_layers
-        self.average_pool_embed = flags.average_pool_embed
-        self.attn_pool = None
         if flags.attn_pool:
             self.attn_pool = AttentionPool(
                 default(flags.dim_pooled_tokens, self.dim),
@@ -148,16 +136,6 @@ class TransformerWrapper(StackWrapper):
         self.to_next_embed_pred = next_embedding_head(self.dim, self.emb_dim) if flags.add_continuous_pred_head else None
 
     @torch.no_grad()
-    def init_own(self) -> None:
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
-        super().init_own()
-        if self.ff_deep_embed is not None:
-            nn.init.ones_(self.ff_deep_embed)
-        if self._own_token_emb and hasattr(self.token_emb, 'init_'):
-            self.token_emb.init_()
-
-    @torch.no_grad()
     def init_(self) -> None:
         """Draw the token table anew, and that of the positions with ``l2norm_embed``."""
         if hasattr(self.token_emb, 'init_'):
@@ -179,16 +157,12 @@ class TransformerWrapper(StackWrapper):
 
         Then ``to_logits_kwargs=dict(targets=…)`` gives the cross entropy in the place of logits, which are never held.
         """
-        pooled = self.average_pool_embed or self.cls_token is not None or self._pools_in_place_of_logits
+        pooled = self.average_pool_embed or self.cls_token is not None or self.pools_in_place_of_logits
         head: Any = self.to_logits
         form = self.head_form
         if pooled or self.to_mixture is not None or self.logits_transform is not None or form.needs_all_logits:
             return None
         return LinearHead(head.weight, head.bias, form.scale, form.softcap) if gives_loss(head) else None
-
-    @property
-    def _pools_in_place_of_logits(self) -> bool:
-        return self.attn_pool is not None and not self.attn_layers.causal
 
     # ------------------------------------------------------------ forward
 
@@ -273,178 +247,40 @@ class TransformerWrapper(StackWrapper):
             The first that applies of: (logits, embeddings); (embeddings, intermediates); embeddings; attention-pooled tokens;
             logits. Then, wrapped around it: next-embedding prediction, memories, intermediates, attention maps.
         """
-        asked = Asked(
-            embeddings=return_embeddings,
-            logits_and_embeddings=return_logits_and_embeddings,
-            intermediates=return_intermediates,
-            embeddings_and_intermediates=return_embeddings_and_intermediates,
-            logit_entropies=return_logit_entropies,
-            next_embed_pred=return_next_embed_pred,
-            mems=return_mems,
-            attn=return_attn,
-            attn_z_loss=return_attn_z_loss,
-            z_loss_weight=default(attn_z_loss_weight, self.flags.attn_z_loss_weight),
-            expert_loss=return_expert_loss,
-            multi_token_logits=return_multi_token_logits,
-        )
+        asked = Asked.of(locals(), default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
         change = block_transform(transform_block_inputs)
         if change is not None:
             kwargs['transform_block_inputs'] = partial(later_blocks, change)
             if transform_token_embeds is None:
                 transform_token_embeds = partial(change, 1)
-        call = self._call(
-            ids_or_none(x, prepend_embeds, own_table=self._own_token_emb or not isinstance(self.token_emb, TokenEmbedding)),
-            mask=mask,
-            mems=mems,
-            mem_masks=mem_masks,
-            recycle_steps=recycle_steps,
-            loop=self._loop_call(looped_steps, looped_pred_all_logits, looped_inference, looped_exit_prob_threshold),
-            pos=pos,
-            prepend_embeds=prepend_embeds,
-            prepend_mask=prepend_mask,
-            embed_ids=embed_ids or {},
-            sum_embeds=sum_embeds,
-            seq_start_pos=seq_start_pos,
-            cache=cache,
-            new_only=input_not_include_cache,
-            token_emb_kwargs=token_emb_kwargs or {},
-            to_logits_kwargs=to_logits_kwargs or {},
-            logits_last=logits_last,
-            detach_mems=detach_mems,
-            excise_prepend=excise_prepend_embeds,
-            transform_token_embeds=transform_token_embeds,
-            more=kwargs,
-        )
-        return self.run(call, asked)
+        ids = ids_or_none(x, prepend_embeds, own_table=self._own_token_emb or not isinstance(self.token_emb, TokenEmbedding))
+        loop = LoopCall(looped_steps, looped_pred_all_logits, looped_inference, looped_exit_prob_threshold)
+        loop.check(self.looped)
+        return self.run(self._call(ids, locals(), loop=loop), asked)
 
-    # ------------------------------------------------------------ what is special about tokens
 
-    @property
-    def has_head(self) -> bool:
-        return self.to_logits is not None
+def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    vectors: Tensor = model.token_emb(x, **call.token_emb_kwargs)
+    vectors = vectors if model.embed_scale is None else vectors * model.embed_scale
+    if call.transform_token_embeds is not None:
+        vectors = call.transform_token_embeds(vectors)
+    vectors = add_named(vectors, model.embeds, call.embed_ids, rows.summand)
+    if model.bigram is not None:
+        ids = x.long()
+        vectors = vectors + model.bigram(ids, one_before(ids.unsqueeze(-1) + 1, 'bigram', call, rows).squeeze(-1))
+    if model.smear is not None:
+        vectors = model.smear(vectors, one_before(vectors, 'smear', call, rows))
+    return vectors
 
-    @property
-    def predicts_next(self) -> bool:
-        return self.to_next_embed_pred is not None
 
-    @property
-    def predicts_later(self) -> bool:
-        return self.later_tokens is not None
-
-    def _later_logits(self, h: Float[Tensor, 'b n d'], call: Call) -> list[Any]:
-        self._check_last(h, call.logits_last)
-        read = last_positions(h, call.logits_last)
-        return [self._logits(block(read), call, whole=False)[0] for block in self.later_tokens or ()]
-
-    def _next_embed(self, h: Float[Tensor, 'b n d'], initial: Float[Tensor, 'b n e']) -> tuple[Tensor, Tensor]:
-        return self.to_next_embed_pred(h), initial  # type: ignore[misc]
-
-    def _why_no_cache(self) -> list[str]:
-        reasons = {
-            'recycling': self.recycling,
-            'use_cls_token': self.cls_token is not None,
-            'average_pool_embed': self.average_pool_embed,
-        }
-        return [*super()._why_no_cache(), *(name for name, is_so in reasons.items() if is_so)]
-
-    def _front(self, call: Call) -> int:
-        return super()._front(call) + (0 if self.cls_token is None else self.num_cls_tokens)
-
-    def _vectors(self, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        vectors: Tensor = self.token_emb(x, **call.token_emb_kwargs)
-        vectors = vectors if self.embed_scale is None else vectors * self.embed_scale
-        if call.transform_token_embeds is not None:
-            vectors = call.transform_token_embeds(vectors)
-        vectors = add_named(vectors, self.embeds, call.embed_ids, rows.summand)
-        if self.bigram is not None:
-            ids = x.long()
-            vectors = vectors + self.bigram(ids, one_before(ids.unsqueeze(-1) + 1, 'bigram', call, rows).squeeze(-1))
-        if self.smear is not None:
-            vectors = self.smear(vectors, one_before(vectors, 'smear', call, rows))
-        return vectors
-
-    def _enter(self, embeds: Float[Tensor, 'b n e']) -> Float[Tensor, 'b m d']:
-        """With cls tokens in front."""
-        h = super()._enter(embeds)
-        if self.cls_token is None:
-            return h
-        return torch.cat((self.cls_token.to(h.dtype).expand(h.shape[0], -1, -1), h), dim=1)
-
-    def _rounds(
-        self, run: Callable[..., tuple[Float[Tensor, 'b n d'], LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
-    ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
-        if self.exit_gate is not None:
-            return self._loops(run, h, call)
-        longest = self.train_max_recycle_steps
-        steps = rounds(call.recycle_steps, recycling=self.recycling, training=self.training, longest=longest)
-        return recycle(run, h, self.recycled_proj, steps)
-
-    def _loops(
-        self, run: Callable[..., tuple[Float[Tensor, 'b n d'], LayerIntermediates]], h: Float[Tensor, 'b n d'], call: Call
-    ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
-        order, repeats = call.more.get('layers_execute_order'), call.more.get('repeat_blocks')
-        size = len(check_steps(self.attn_layers, order, repeats))
-        outputs, h, record = run_loops(
-            run,
-            h,
-            self.exit_gate,  # type: ignore[arg-type]
-            call.loop,
-            most=self.max_looped_steps,
-            cache=call.cache,
-            size=size,
-            every_place=self.looped_positions,
-        )
-        if default(call.loop.all_logits, self.training):
-            record.all_pred_logits = [self._logits(each, call, whole=False)[0] for each in outputs]
-        return h, record
-
-    def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows) -> dict[str, Any]:
-        given = super()._for_stack(keys, call, rows)
-        if self.ff_deep_embed is not None:
-            given['deep_embeds_and_ids'] = self._deep_embeds(call, rows)
-        if self.value_embeds is not None:
-            ids = rows.newest(call.x, 'x').long()
-            given['value_embeds_and_ids'] = self.value_embeds, rows.token_ids(ids, -1) if rows.front_keys else ids
-        return given
-
-    def _loop_call(self, steps: int | None, all_logits: bool | None, exits: bool, threshold: float) -> LoopCall:
-        call = LoopCall(steps, all_logits, exits, threshold)
-        call.check(self.looped)
-        return call
-
-    def _deep_embeds(self, call: Call, rows: Rows) -> tuple[Float[Tensor, 'v l d'], Int[Tensor, 'b n']]:
-        """(a factor per token, layer and channel; ids of all rows). Rows that are no tokens have the factor one."""
-        ids = rows.newest(call.x, 'x').long()
-        table: Any = self.ff_deep_embed
-        if rows.cached or not rows.front_keys:
-            return table, ids
-        return torch.cat((table, torch.ones_like(table[:1]))), rows.token_ids(ids, self.num_tokens)
-
-    def _pool(
-        self, h: Float[Tensor, 'b n d'], keys: Bool[Tensor, 'b m'] | None, record: LayerIntermediates, asked: Asked
-    ) -> tuple[Tensor, Tensor | None]:
-        """(what logits are made of, what is returned in their place)."""
-        mask = None if keys is None else keys[:, keys.shape[1] - h.shape[1] :]
-        if self.average_pool_embed:
-            return average(h, mask), None
-        if self.cls_token is not None:
-            h, record.last_layer_hiddens = read_cls(h, self.num_cls_tokens)
-            return h, None
-        if self.attn_pool is None or not (self._pools_in_place_of_logits or asked.whole_record):
-            return h, None
-        record.attn_pooled_tokens = self.attn_pool(h, mask)
-        return h, record.attn_pooled_tokens if self._pools_in_place_of_logits else None
-
-    def _is_sequence(self, h: Float[Tensor, 'b ... d']) -> bool:
-        return h.ndim == 3 and self.cls_token is None
-
-    def _logits(self, h: Float[Tensor, 'b ... d'], call: Call, whole: bool) -> tuple[Logits, Tensor]:
-        """(logits, embeddings they were made of: with a mixture its vectors (b n k d))."""
-        self._check_last(h, call.logits_last)
-        embeds = last_positions(h, None if whole else call.logits_last)
-        weights = None if self.combine_mixture is None else self.combine_mixture(embeds)
-        embeds = embeds if self.to_mixture is None else self.to_mixture(embeds)
-        read = last_positions(embeds, call.logits_last)
-        read = read if self.logits_transform is None else self.logits_transform(read)
-        weights = None if weights is None else last_positions(weights, call.logits_last)
-        return self.head_form(self.to_logits, read, weights, call.to_logits_kwargs), embeds  # type: ignore[arg-type]
+def read_tokens(
+    model: TransformerWrapper, h: Float[Tensor, 'b ... d'], call: Call, whole: bool
+) -> tuple[Logits, Float[Tensor, 'b ... d']]:
+    """(logits, embeddings they were made of: with a mixture its vectors (b n k d))."""
+    embeds = last_positions(h, None if whole else call.logits_last)
+    weights = None if model.combine_mixture is None else model.combine_mixture(embeds)
+    embeds = embeds if model.to_mixture is None else model.to_mixture(embeds)
+    read = last_positions(embeds, call.logits_last)
+    read = read if model.logits_transform is None else model.logits_transform(read)
+    weights = None if weights is None else last_positions(weights, call.logits_last)
+    return model.head_form(model.to_logits, read, weights, call.to_logits_kwargs), embeds  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call
+from x_transformers.embedding.call import Call, last_positions
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
@@ -31,7 +31,7 @@ from x_transformers.helpers import default
 from x_transformers.losses import at_least_single, shifted_mask, token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.returns import Asked
-from x_transformers.stack_wrapper import Memories, StackWrapper, stack_flags
+from x_transformers.stack_wrapper import Ends, Memories, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class XValTransformerWrapper(StackWrapper):
         attn_layers: nn.Module,
         **flags: Unpack[XValKeywords],
     ) -> None:
-        super().__init__()
+        super().__init__(Ends(embed_numbers, read_tokens_and_numbers))
         sizes = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'numerical_token_id': numerical_token_id}
         own = XValFlags.parse({**sizes, 'attn_layers': attn_layers, **flags}, where='XValTransformerWrapper')
         check_wrapper(own, stack_flags(attn_layers), XVAL_RULES, where=type(self).__name__)
@@ -111,7 +111,6 @@ class XValTransformerWrapper(StackWrapper):
         self.token_emb = TokenEmbedding(default(own.emb_dim, stack.dim), own.num_tokens, init_std=1.0)
         self._build_positions(own, attn_layers)
         self._build_entrance(own, attn_layers)
-        self._build_memory_tokens(own)
         untied = None if own.tie_embedding else nn.Linear(self.dim, default(own.logits_dim, own.num_tokens))
         self.to_logits: nn.Module = TiedHead(self.token_emb) if untied is None else untied
         self.to_numerical_output = nn.Sequential(nn.Linear(self.dim, 1), nn.Flatten(-2))
@@ -159,23 +158,21 @@ class XValTransformerWrapper(StackWrapper):
         """
         x = token_ids(x)
         _, numbers = read_numbers(x, x_num, self.numerical_token_id, elsewhere=1.0)
-        asked = Asked(embeddings=return_embeddings, intermediates=return_intermediates, mems=return_mems, attn=return_attn)
-        call = self._call(
-            x, mask, mems, mem_masks, pos, prepend_embeds, prepend_mask, sum_embeds, seq_start_pos, cache,
-            input_not_include_cache, logits_last, kwargs, numbers=numbers,
-        )  # fmt: skip
-        return self.run(call, asked)
+        return self.run(self._call(x, locals(), numbers=numbers), Asked.of(locals()))
 
-    # ------------------------------------------------------------ what is special about numbers
 
-    def _vectors(self, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
-        vectors: Tensor = self.token_emb(x)
-        if call.numbers is None:
-            return vectors
-        return vectors * rows.newest(call.numbers, 'x_num').to(vectors.dtype).unsqueeze(-1)
+def embed_numbers(model: XValTransformerWrapper, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    vectors: Tensor = model.token_emb(x)
+    if call.numbers is None:
+        return vectors
+    return vectors * rows.newest(call.numbers, 'x_num').to(vectors.dtype).unsqueeze(-1)
 
-    def _read(self, h: Float[Tensor, 'b n d'], call: Call) -> tuple[Float[Tensor, 'b n v'], Float[Tensor, 'b n']]:
-        return self.to_logits(h), self.to_numerical_output(h)
+
+def read_tokens_and_numbers(
+    model: XValTransformerWrapper, h: Float[Tensor, 'b n d'], call: Call, whole: bool
+) -> tuple[tuple[Float[Tensor, 'b n v'], Float[Tensor, 'b n']], Float[Tensor, 'b n d']]:
+    read = last_positions(h, call.logits_last)
+    return (model.to_logits(read), model.to_numerical_output(read)), h
 
 
 class XValAutoregressiveWrapper(Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Call:
     token_emb_kwargs: Mapping[str, Any] = field(default_factory=dict)
     to_logits_kwargs: Mapping[str, Any] = field(default_factory=dict)
     logits_last: int | None = None
-    excise_prepend: bool = False
+    excise_prepend_embeds: bool = False
     detach_mems: bool = True
     transform_token_embeds: Callable[[Tensor], Tensor] | None = None
     more: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +67,7 @@ class Call:
 
 # of every model, and of the stack that its other keywords go to
 OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(Call)
+CALLED = tuple(each.name for each in fields(Call) if each.name != 'x')
 NEEDS = needs_of(Call)
 
 

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache, LayerCache
 from x_transformers.cache.tape import Tape
+from x_transformers.embedding.call import Call
+from x_transformers.embedding.recycle import recycle, rounds
+from x_transformers.helpers import default
 from x_transformers.latent_prediction import masked_average
+from x_transformers.layers.checks import check_steps
 from x_transformers.losses import token_cross_entropy
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -43,6 +47,30 @@ class LoopCall:
             raise ValueError(f'looped_steps must be at least 1, a whole number, got {self.steps!r}.')
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
             raise ValueError(f'looped_exit_prob_threshold must be a number, got {self.threshold!r}.')
+
+
+def run_rounds(
+    model: Any, run: Run, h: Float[Tensor, 'b n d'], call: Call
+) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
+    """A model's stack, as often as it is to be run."""
+    if model.exit_gate is None:
+        longest = model.train_max_recycle_steps
+        steps = rounds(call.recycle_steps, recycling=model.recycling, training=model.training, longest=longest)
+        return recycle(run, h, model.recycled_proj, steps)
+    order, repeats = call.more.get('layers_execute_order'), call.more.get('repeat_blocks')
+    outputs, h, record = run_loops(
+        run,
+        h,
+        model.exit_gate,
+        call.loop,
+        most=model.max_looped_steps,
+        cache=call.cache,
+        size=len(check_steps(model.attn_layers, order, repeats)),
+        every_place=model.looped_positions,
+    )
+    if default(call.loop.all_logits, model.training):
+        record.all_pred_logits = [model.read_out(each, call)[0] for each in outputs]
+    return h, record
 
 
 def run_loops(

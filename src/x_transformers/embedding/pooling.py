@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.flags.base import FlagError
 from x_transformers.helpers import default, masked_mean
 from x_transformers.module import Module, empty_parameter
@@ -124,3 +125,19 @@ def read_cls(x: Float[Tensor, 'b n d'], count: int) -> tuple[Tensor, Float[Tenso
     """(the ``count`` cls tokens in front, (b d) if there is one and (b c d) otherwise; the rest)."""
     cls, rest = x[:, :count], x[:, count:]
     return cls.squeeze(1) if count == 1 else cls, rest
+
+
+def pooled(
+    model: Any, h: Float[Tensor, 'b n d'], keys: Bool[Tensor, '#b m'] | None, record: LayerIntermediates, whole_record: bool
+) -> tuple[Float[Tensor, 'b ... d'], Float[Tensor, 'b ... p'] | None]:
+    """(what logits are made of, what is returned in their place), of the output of a model's stack."""
+    mask = None if keys is None else keys[:, keys.shape[1] - h.shape[1] :]
+    if model.average_pool_embed:
+        return average(h, mask), None
+    if model.cls_token is not None:
+        h, record.last_layer_hiddens = read_cls(h, model.num_cls_tokens)
+        return h, None
+    if model.attn_pool is None or not (model.pools_in_place_of_logits or whole_record):
+        return h, None
+    record.attn_pooled_tokens = model.attn_pool(h, mask)
+    return h, record.attn_pooled_tokens if model.pools_in_place_of_logits else None

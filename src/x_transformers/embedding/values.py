@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from x_transformers.embedding.rows import Rows
 from x_transformers.module import ConstantLinear, Module
 from x_transformers.position.absolute import Table, look_up
 from x_transformers.tensor_types import Float, Int
@@ -62,3 +64,23 @@ def of_layer(pair: tuple[Mapping[str, nn.Module], Int[Tensor, 'b n']] | None, la
     if pair is None or str(layer) not in pair[0]:
         return None
     return TokenValues(pair[0][str(layer)], pair[1])
+
+
+def factors_of_tokens(
+    table: Float[Tensor, 'v l d'], ids: Int[Tensor, 'b n'], rows: Rows
+) -> tuple[Float[Tensor, 'v l d'], Int[Tensor, 'b n']]:
+    """(a factor per token, layer and channel; ids of all rows). Rows that are no tokens have the factor one."""
+    if rows.cached or not rows.front_keys:
+        return table, ids
+    return torch.cat((table, torch.ones_like(table[:1]))), rows.token_ids(ids, len(table))
+
+
+def tables_of_tokens(model: Any, x: Int[Tensor, 'b n'], rows: Rows) -> dict[str, Any]:
+    """The stack's keywords that hold a model's tables, with the ids to look up."""
+    given: dict[str, Any] = {}
+    if model.ff_deep_embed is not None:
+        given['deep_embeds_and_ids'] = factors_of_tokens(model.ff_deep_embed, rows.newest(x, 'x').long(), rows)
+    if model.value_embeds is not None:
+        ids = rows.newest(x, 'x').long()
+        given['value_embeds_and_ids'] = model.value_embeds, rows.token_ids(ids, -1) if rows.front_keys else ids
+    return given

@@ -53,6 +53,7 @@ TRAITS = {
     'needs_tokens': 'it chooses among keys, or runs over tokens: a sequence without tokens is refused',
     'row_order': 'it passes something from row to row, whatever positions and masks say; so do all that are self_only',
     'across_layers': 'it makes something for all layers together: they cannot be exchanged for those of another kind',
+    'no_cache': 'outputs of seen tokens depend on new ones, or on rows that no cache holds: a model cannot go on from one',
     'no_blocks': 'it leaves no blocks in their own order: a call cannot repeat some',
 }
 

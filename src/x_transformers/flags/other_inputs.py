@@ -51,7 +51,7 @@ class ContinuousFlags(OtherInputs):
     emb_dropout: float = same('emb_dropout')
     use_abs_pos_emb: bool = same('use_abs_pos_emb')
     scaled_sinu_pos_emb: bool = same('scaled_sinu_pos_emb')
-    average_pool_embed: bool = flag(False, 'One output for a sequence, of the mean over time.')
+    average_pool_embed: bool = flag(False, 'One output for a sequence, of the mean over time.', traits='no_cache')
     probabilistic: bool = flag(False, 'The outputs are means and variances.')
     project_in: nn.Module | None = flag(None, 'Your own projection of the inputs.')
     project_out: nn.Module | None = flag(None, 'Your own projection to the outputs.')

@@ -46,7 +46,7 @@ class WrapperFlags(Flags):
     emb_dropout: float = flag(0.0, 'Dropout on the embeddings.', low=0.0, high=1.0, family='embedding')
     post_emb_norm: bool = flag(False, 'Layer norm of the embeddings.', family='embedding')
     num_memory_tokens: int | None = flag(
-        None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0, family='memories'
+        None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0, traits='no_cache', family='memories'
     )
     memory_tokens_interspersed_every: int | None = flag(
         None, 'Put the memory tokens in front of every window of this many tokens.', parent='num_memory_tokens', low=1
@@ -73,6 +73,7 @@ class WrapperFlags(Flags):
         False,
         'Feed the output back into the input several times.',
         paper='https://www.nature.com/articles/s41586-021-03819-2',
+        traits='no_cache',
         family='memories',
     )
     train_max_recycle_steps: int = flag(
@@ -108,8 +109,12 @@ class WrapperFlags(Flags):
         paper='https://arxiv.org/abs/2202.08906',
         family='output',
     )
-    average_pool_embed: bool = flag(False, 'Logits of the mean of all tokens.', one_of='pool', family='output')
-    use_cls_token: bool = flag(False, 'Logits of learned tokens in front of the sequence.', one_of='pool', family='output')
+    average_pool_embed: bool = flag(
+        False, 'Logits of the mean of all tokens.', one_of='pool', traits='no_cache', family='output'
+    )
+    use_cls_token: bool = flag(
+        False, 'Logits of learned tokens in front of the sequence.', one_of='pool', traits='no_cache', family='output'
+    )
     num_cls_tokens: int = flag(1, 'Number of these tokens.', parent='use_cls_token', low=1)
     attn_pool: bool = flag(False, 'Learned queries attend over the output.', one_of='pool', family='output')
     num_pooled_tokens: int = flag(1, 'Number of these queries.', parent='attn_pool', low=1)

@@ -202,8 +202,7 @@ def _refusals(net: nn.Module) -> Iterator[str]:
         yield f'{type(net).__name__} does not read new tokens alone'
     if getattr(net, 'looped', False):
         yield 'looped, whose steps depend on the tokens'
-    why_no_cache: Callable[[], list[str]] = getattr(net, '_why_no_cache', list)
-    reasons = why_no_cache()
+    reasons: list[str] = getattr(net, 'why_no_cache', [])
     yield from reasons
     stack: Any = getattr(net, 'attn_layers', None)
     if any(has_state(layer.inside) for layer in getattr(stack, 'layers', ()) if hasattr(layer, 'inside')):
