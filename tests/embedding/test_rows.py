@@ -29,6 +29,7 @@ def cache_of(rows: int, front: int = 0, evicted: int = 0) -> KVCache:
         (9, {'cache_age': 3}, 3),
         (4, {'cache_age': 0}, 4),
         (6, {'cache_age': 1}, 1),
+        (4, {'cache_age': 1}, 1),
     ],
 )
 def test_new_tokens_are_told_from_seen_ones(given: int, options: dict[str, int], new: int) -> None:

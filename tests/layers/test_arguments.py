@@ -71,7 +71,15 @@ def test_generation_reads_what_is_declared() -> None:
 
 @pytest.mark.parametrize(
     ('given', 'held', 'new_only', 'age', 'new'),
-    [(3, 5, False, None, 3), (8, 5, False, 1, 3), (8, 5, True, None, 8), (8, 5, False, 2, 2), (8, 5, False, 0, 8)],
+    [
+        (3, 5, False, None, 3),
+        (3, 5, False, 1, 1),
+        (0, 5, False, 1, 0),
+        (8, 5, False, 1, 3),
+        (8, 5, True, None, 8),
+        (8, 5, False, 2, 2),
+        (8, 5, False, 0, 8),
+    ],
 )
 def test_new_tokens_are_counted_by_one_rule(given: int, held: int, new_only: bool, age: int | None, new: int) -> None:
     assert count_new(given, held, new_only, age) == new

@@ -10,6 +10,7 @@ import torch
 from tests.layers.test_stack import DIM, built, drawn
 from x_transformers.layers.stack import Decoder
 
+NEW: dict[str, Any] = {'input_not_include_cache': True}
 FLAGS: dict[str, dict[str, Any]] = {
     'plain': {},
     'rotary': {'rotary_pos_emb': True},
@@ -56,8 +57,9 @@ def test_the_whole_sequence_again(name: str) -> None:
     torch.testing.assert_close(stack(x, cache=cache), whole[:, 3:])
     torch.testing.assert_close(stack(x[:, 3:], cache=cache, cache_age=0), whole[:, 3:])
     torch.testing.assert_close(stack(x[:, :5], cache=cache, cache_age=2), whole[:, 3:5])
-    # as short as what is cached: all of it is new
-    torch.testing.assert_close(stack(x[:, 3:6], cache=cache), whole[:, 3:6])
+    # the end of what has been read, as callers of the original give it: its last token is new
+    torch.testing.assert_close(stack(x[:, 2:4], cache=cache), whole[:, 3:4])
+    torch.testing.assert_close(stack(x[:, 3:6], cache=cache, **NEW), whole[:, 3:6])
 
 
 @pytest.mark.parametrize('name', ['rotary', 'xpos', 'alibi', 'shift', 'streams'])
@@ -66,9 +68,9 @@ def test_rollback_and_reorder(name: str) -> None:
     stack, x = built(Decoder, **FLAGS[name]), drawn(3, 7, DIM)
     _, seen = stack(x[:, :5], return_hiddens=True)
     back = seen.kv_cache.rollback(2)
-    torch.testing.assert_close(stack(x[:, 2:4], cache=back), stack(x)[:, 2:4])
+    torch.testing.assert_close(stack(x[:, 2:4], cache=back, **NEW), stack(x)[:, 2:4])
     rows = torch.tensor([2, 0, 0])
-    torch.testing.assert_close(stack(x[rows, 5:], cache=seen.kv_cache.reorder(rows)), stack(x[rows])[:, 5:])
+    torch.testing.assert_close(stack(x[rows, 5:], cache=seen.kv_cache.reorder(rows), **NEW), stack(x[rows])[:, 5:])
 
 
 @pytest.mark.parametrize('name', ['plain', 'rotary', 'alibi', 'shift', 'memory'])
@@ -79,7 +81,7 @@ def test_padding_on_the_left(name: str) -> None:
     whole, cache = stack(x, seq_start_pos=starts), None
     for piece in x.split([4, 1, 2], dim=1):
         at = 0 if cache is None else cache.cache_length
-        out, cache = stack(piece, cache=cache, seq_start_pos=starts, return_hiddens=True)
+        out, cache = stack(piece, cache=cache, **NEW, seq_start_pos=starts, return_hiddens=True)
         torch.testing.assert_close(out, whole[:, at : at + piece.shape[1]])
     torch.testing.assert_close(whole[1:, 2:], stack(x[1:, 2:]))
 
@@ -91,16 +93,16 @@ def test_a_mask_may_cover_the_new_tokens_or_all() -> None:
     mask[0, 1], mask[1, 5] = False, False
     whole = stack(x, mask=mask)
     _, first = stack(x[:, :4], mask=mask[:, :4], return_hiddens=True)
-    out, narrow = stack(x[:, 4:7], mask=mask[:, 4:7], cache=first, return_hiddens=True)
+    out, narrow = stack(x[:, 4:7], mask=mask[:, 4:7], cache=first, **NEW, return_hiddens=True)
     # a masked token's own row is not zeroed while decoding
     torch.testing.assert_close(out[0], whole[0, 4:7])
     torch.testing.assert_close(out[1, ::2], whole[1, 4:7:2])
-    also, wide = stack(x[:, 4:7], mask=mask[:, :7], cache=first, return_hiddens=True)
+    also, wide = stack(x[:, 4:7], mask=mask[:, :7], cache=first, **NEW, return_hiddens=True)
     assert torch.equal(also, out)
     for cache in (narrow, wide):
-        torch.testing.assert_close(stack(x[:, 7:], mask=mask[:, 7:], cache=cache), whole[:, 7:])
+        torch.testing.assert_close(stack(x[:, 7:], mask=mask[:, 7:], cache=cache, **NEW), whole[:, 7:])
         # without a mask the new tokens are tokens, and what was masked stays masked
-        torch.testing.assert_close(stack(x[:, 7:], cache=cache), whole[:, 7:])
+        torch.testing.assert_close(stack(x[:, 7:], cache=cache, **NEW), whole[:, 7:])
     torch.testing.assert_close(stack(x[:, 4:5], cache=wide.kv_cache.rollback(4)), whole[:, 4:5])
 
 
@@ -111,9 +113,9 @@ def test_positions_of_the_caller_step_by_step() -> None:
         stack = built(Decoder, **flags)
         whole = stack(x, pos=pos)
         _, cache = stack(x[:, :3], pos=pos[:, :3], return_hiddens=True)
-        out, cache = stack(x[:, 3:5], pos=pos[:, 3:5], cache=cache, return_hiddens=True)
+        out, cache = stack(x[:, 3:5], pos=pos[:, 3:5], cache=cache, **NEW, return_hiddens=True)
         torch.testing.assert_close(out, whole[:, 3:5], msg=str(flags))
-        torch.testing.assert_close(stack(x[:, 5:], pos=pos, cache=cache), whole[:, 5:], msg=str(flags))
+        torch.testing.assert_close(stack(x[:, 5:], pos=pos, cache=cache, **NEW), whole[:, 5:], msg=str(flags))
 
 
 @torch.no_grad()
@@ -125,7 +127,7 @@ def test_mems_stay_in_front_of_the_cache() -> None:
         _, cache = stack(x[:, :2], mems=mems, return_hiddens=True)
         out, cache = stack(x[:, 2:5], mems=mems, cache=cache, input_not_include_cache=True, return_hiddens=True)
         torch.testing.assert_close(out, whole[:, 2:5], msg=str(flags))
-        torch.testing.assert_close(stack(x[:, 5:], mems=mems, cache=cache), whole[:, 5:], msg=str(flags))
+        torch.testing.assert_close(stack(x[:, 5:], mems=mems, cache=cache, **NEW), whole[:, 5:], msg=str(flags))
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def test_a_context_is_read_once() -> None:
     for layer in stack.layers:
         if layer.inside.__class__.__name__ == 'Attention':
             layer.inside.to_k.register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(stack(x[:, 4:], context=context, context_mask=seen, cache=cache), whole[:, 4:])
+    torch.testing.assert_close(stack(x[:, 4:], context=context, context_mask=seen, cache=cache, **NEW), whole[:, 4:])
     # self attention only
     assert len(calls) == 2
 
@@ -150,7 +152,7 @@ def test_a_window_of_the_past() -> None:
     _, seen = stack(x[:, :6], return_hiddens=True)
     cache = seen.kv_cache.window(3)
     assert (cache.length, cache.retained) == (6, 3)
-    torch.testing.assert_close(stack(x[:, 6:8], cache=cache), whole[:, 6:8])
+    torch.testing.assert_close(stack(x[:, 6:8], cache=cache, **NEW), whole[:, 6:8])
 
 
 @torch.no_grad()

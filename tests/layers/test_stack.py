@@ -434,7 +434,7 @@ def test_prefix() -> None:
         stack(x, attn_mask=hidden, prefix_attn_len=lengths), encoder(x, attn_mask=(seen & hidden)[:, None])
     )
     out, cache = stack(x[:, :4], prefix_attn_len=3, return_hiddens=True)
-    rest, _ = stack(x[:, 4:], prefix_attn_len=3, cache=cache, return_hiddens=True)
+    rest, _ = stack(x[:, 4:], prefix_attn_len=3, cache=cache, cache_age=0, return_hiddens=True)
     torch.testing.assert_close(torch.cat((out, rest), dim=1), stack(x, prefix_attn_len=3))
 
 
@@ -556,9 +556,9 @@ def test_an_old_cache_stays_valid() -> None:
         _, seen = stack(x[:, :4], return_hiddens=True)
         assert isinstance(seen.kv_cache, KVCache)
         assert seen.kv_cache.length == 4
-        once, _ = stack(x[:, 4:6], cache=seen, return_hiddens=True)
-        stack(x[:, 5:7], cache=seen, return_hiddens=True)
-        again, _ = stack(x[:, 4:6], cache=seen.kv_cache, return_hiddens=True)
+        once, _ = stack(x[:, 4:6], cache=seen, cache_age=0, return_hiddens=True)
+        stack(x[:, 5:7], cache=seen, cache_age=0, return_hiddens=True)
+        again, _ = stack(x[:, 4:6], cache=seen.kv_cache, cache_age=0, return_hiddens=True)
     assert torch.equal(once, again)
     assert seen.kv_cache.length == 4
 

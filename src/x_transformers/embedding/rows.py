@@ -75,7 +75,7 @@ class Rows:
         """Tell new tokens from seen ones.
 
         With a cache, an input of no more tokens than it holds is new; a longer one is the whole sequence, of which the tail is
-        new. ``new_only`` says that everything is new, ``cache_age`` how many of the last tokens are (0: all; 1 says nothing).
+        new. ``new_only`` says that everything is new, ``cache_age`` how many of the last tokens are (0: all).
         """
         if cache is None or (cache.cursor is None and cache.length == 0):
             return cls(new=given, front=front, memory=memory)

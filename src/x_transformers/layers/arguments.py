@@ -118,8 +118,9 @@ def check_number(name: str, value: Any, low: int | None = None) -> None:
 def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> int:
     """How many of ``given`` tokens are new where a cache holds ``held`` of them.
 
-    ``new_only``: all; ``cache_age``: the last so many (0: all; None or 1 says nothing). Otherwise an input of no more tokens
-    than are held is new, and a longer one is the whole sequence.
+    ``new_only``: all; ``cache_age``: the last so many (0: all). An input of more tokens than are held is the whole sequence,
+    also where ``cache_age`` is 1, as a stack has it if nothing is said. Of a shorter one, the end of the sequence, the last
+    token is new then, as callers of the original rely on; all of it is if ``cache_age`` is None.
     """
     if new_only:
         return given
@@ -129,7 +130,9 @@ def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> i
                 f'cache_age must lie in 0 (all) to {given}, the tokens of x, got {cache_age}. Leave it out to have it counted.'
             )
         return cache_age or given
-    return given if given <= held else given - held
+    if given > held:
+        return given - held
+    return given if cache_age is None else min(given, 1)
 
 
 @dataclass

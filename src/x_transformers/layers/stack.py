@@ -318,9 +318,9 @@ class AttentionLayers(Module):
           many tokens each row is padded with on the left.
         - ``attn_mask`` (n n), (h n n) or (b h n n): who sees whom; ``attn_bias``, likewise: added to the scores.
         - ``mems``, ``mem_masks``: per executed self attention, what an earlier segment left (b l d) and who of it may be seen.
-        - ``cache``: what an earlier call returned. A longer x than the cache holds is the whole sequence, any other is new;
-          ``input_not_include_cache``: all of x is new; ``cache_age``: only so many last tokens are (0: all). Masks may cover
-          the new tokens or all.
+        - ``cache``: what an earlier call returned. A longer x than the cache holds is the whole sequence, any other is its end,
+          of which the last token is new; ``input_not_include_cache``: all of x is new; ``cache_age``: so many last tokens are
+          (0: all). Masks may cover the new tokens or all.
         - ``pos``: positions instead of 0, 1, 2 …; ``seq_pos_offset`` is added to those; ``rotary_pos_emb``, ``polar_pos_emb``:
           ready-made angles.
         - ``self_attn_additional_kv``: keys and values of another model, a list of pairs or what its forward returned, with one
