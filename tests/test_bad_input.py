@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers import (
     DPO,
@@ -21,6 +21,7 @@ from x_transformers import (
     ContinuousTransformerWrapper,
     Decoder,
     Encoder,
+    EntropyBasedTokenizer,
     FeedForward,
     InertFlagWarning,
     MultiInputTransformerWrapper,
@@ -30,10 +31,18 @@ from x_transformers import (
     ViTransformerWrapper,
     XLAutoregressiveWrapper,
     XTransformer,
+    XValAutoregressiveWrapper,
     XValTransformerWrapper,
 )
-from x_transformers.free_transformer import FreeTransformer
+from x_transformers.block_diffusion import BlockDiffusionWrapper
+from x_transformers.free_transformer import BinaryMapper, FreeTransformer
+from x_transformers.full_bandwidth import FullBandwidth
+from x_transformers.gpt_lejepa import LatentAutoregressive
 from x_transformers.gpt_vae import GPTVAE
+from x_transformers.next_latent_wrapper import NextLatentWrapper
+from x_transformers.recirculation import Recirculation
+from x_transformers.up_wrapper import UniversalPretrainWrapper, random_sequences
+from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 STACK: dict[str, Any] = {'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
 TOKENS, LENGTH, LONGEST = 11, 6, 8
@@ -484,3 +493,60 @@ def test_more_loops_than_the_cache_was_made_for() -> None:
     model = net(wrapper={'looped': True, 'max_looped_steps': 2}, pre_and_post_norm=True)
     _, seen = model(IDS, return_intermediates=True)
     refuses(lambda: model(IDS[:, :1], cache=seen, input_not_include_cache=True, looped_steps=5), 'must be 2', 'got 5')
+
+
+OBJECTIVES: dict[str, Callable[[Any], Any]] = {
+    'AutoregressiveWrapper': AutoregressiveWrapper,
+    'XLAutoregressiveWrapper': XLAutoregressiveWrapper,
+    'NonAutoregressiveWrapper': lambda it: NonAutoregressiveWrapper(it, mask_id=1),
+    'BlockDiffusionWrapper': lambda it: BlockDiffusionWrapper(it, mask_id=1),
+    'BeliefStateWrapper': BeliefStateWrapper,
+    'DPO': DPO,
+    'EntropyBasedTokenizer': lambda it: EntropyBasedTokenizer(it, 1.0),
+    'ContinuousAutoregressiveWrapper': ContinuousAutoregressiveWrapper,
+    'XValAutoregressiveWrapper': XValAutoregressiveWrapper,
+    'UniversalPretrainWrapper': UniversalPretrainWrapper,
+    'NextLatentWrapper': lambda it: NextLatentWrapper(it, dim=16),
+    'LatentAutoregressive': lambda it: LatentAutoregressive(it, dim=16),
+    'Recirculation': lambda it: Recirculation(it, 0, 1),
+    'FullBandwidth': FullBandwidth,
+    'XMLatentDecoder': XMLatentDecoder,
+}
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+@pytest.mark.parametrize('given', [None, 'model.pt', TransformerWrapper], ids=['nothing', 'a path', 'a class'])
+def test_an_objective_is_given_a_model(name: str, given: Any) -> None:
+    refuses(lambda: OBJECTIVES[name](given), name, 'must be a model', 'got', 'Build the model')
+
+
+@pytest.mark.parametrize(
+    ('name', 'lacks'),
+    [
+        ('BeliefStateWrapper', 'emb_dim'),
+        ('NonAutoregressiveWrapper', 'max_seq_len'),
+        ('UniversalPretrainWrapper', 'num_tokens'),
+        ('XValAutoregressiveWrapper', 'numerical_token_id'),
+        ('NextLatentWrapper', 'token_emb'),
+        ('Recirculation', 'attn_layers'),
+        ('FullBandwidth', 'flags'),
+    ],
+)
+def test_a_model_of_ones_own_has_what_an_objective_reads_of_it(name: str, lacks: str) -> None:
+    refuses(lambda: OBJECTIVES[name](nn.Linear(2, 2)), name, 'got a Linear without', lacks)
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('whole numbers', lambda: BinaryMapper(bits=3)(torch.ones(2, 3).long()), 'logits', 'floating', 'int64'),
+        case('another width', lambda: BinaryMapper(bits=3)(torch.ones(2, 4)), 'logits', '3 channels', '(2, 4)'),
+        case('one number', lambda: BinaryMapper(bits=3)(torch.tensor(0.5)), 'logits', '3 channels', '()'),
+        case('a list', lambda: BinaryMapper(bits=3)([0.5] * 3), 'logits', 'list'),
+        case('fewer rows than none', lambda: random_sequences(5, 4, -3, 2), 'num_samples_random', 'from 0', '-3'),
+        case('half a token', lambda: random_sequences(5, 2.5, 3, 2), 'seq_len', '2.5'),
+        case('no token', lambda: random_sequences(0, 4, 3, 2), 'num_tokens', 'from 1'),
+    ],
+)
+def test_codes_and_random_rows(call: Call, words: tuple[str, ...]) -> None:
+    refuses(call, *words)

@@ -302,7 +302,7 @@ def pair_weights(weigh: PairWeights, pairs: Int[Tensor, 'p 2']) -> Float[Tensor,
 
 def check_decoders(forward: Any, backward: Any) -> None:
     for name, decoder in (('forward_decoder', forward), ('backward_decoder', backward)):
-        check_net(decoder, 'BeliefStateWrapper', name=name, told_nothing=True)
+        check_net(decoder, 'BeliefStateWrapper', name=name, told_nothing=True, needs=('emb_dim', 'num_tokens', 'attn_layers'))
     broken = []
     for name in ('emb_dim', 'num_tokens'):
         if getattr(forward, name) != getattr(backward, name):

@@ -78,8 +78,9 @@ class BinaryMapper(Module):
         """One-hot codes, and what they cost above the threshold; both flags follow the training mode unless given."""
         given = {'temperature': temperature, 'straight_through': straight_through, 'calc_aux_loss': calc_aux_loss}
         options(BitsForwardOptions, 'BinaryMapper', given)
-        if logits.shape[-1] != self.bits:
-            raise ValueError(f'logits must have {self.bits} channels, one per bit, got shape {tuple(logits.shape)}')
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.bits,):
+            told = f'{logits.dtype} of shape {tuple(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f'logits must be floating, with {self.bits} channels, one per bit, got {told}.')
         straight_through = self.training if straight_through is None else straight_through
         calc_aux_loss = self.training if calc_aux_loss is None else calc_aux_loss
         chosen = torch.rand_like(logits) <= (logits / temperature).sigmoid()

@@ -199,10 +199,10 @@ class FullBandwidth(Module):
     ) -> None:
         super().__init__()
         options(FullBandwidthOptions, 'FullBandwidth', locals())
+        check_added_losses(net, 'FullBandwidth', needs=('flags', 'attn_layers'))
         model: Any = net
         flags, stack = model.flags, model.attn_layers
         depth: int = stack.depth
-        check_added_losses(net, 'FullBandwidth')
         check_parameters(
             'FullBandwidth',
             not stack.flags.depth_scale_residual and 'net must have depth_scale_residual=True in its stack.',

@@ -125,7 +125,7 @@ class NextLatentWrapper(Module):
         options(NextLatentOptions, 'NextLatentWrapper', locals())
         custom = dynamics_type == 'custom'
         mixture = getattr(net, 'to_mixture', None) is not None
-        check_added_losses(net, 'NextLatentWrapper')
+        check_added_losses(net, 'NextLatentWrapper', needs=('token_emb',))
         check_parameters(
             'NextLatentWrapper',
             isinstance(loss_type, str) and loss_type not in LOSS_TYPES

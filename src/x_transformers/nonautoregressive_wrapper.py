@@ -163,7 +163,7 @@ class NonAutoregressiveWrapper(Module):
     ) -> None:
         super().__init__()
         options(MaskedOptions, 'NonAutoregressiveWrapper', locals())
-        check_net(net, 'NonAutoregressiveWrapper')
+        check_net(net, 'NonAutoregressiveWrapper', needs=('attn_layers', 'emb_dim', 'num_tokens', 'max_seq_len'))
         if getattr(net.attn_layers, 'causal', False):
             raise FlagError(
                 f'`net` has a causal stack, {type(net.attn_layers).__name__}, in which a hidden token sees only what stands '

@@ -84,6 +84,7 @@ class Recirculation(Module):
     ) -> None:
         super().__init__()
         options(RecirculationOptions, 'Recirculation', locals())
+        check_added_losses(net, 'Recirculation', needs=('attn_layers',))
         model: Any = net
         stack = model.attn_layers
         sources, destinations = (
@@ -93,7 +94,6 @@ class Recirculation(Module):
         for name, each in (('source_layer', sources), ('destination_layer', destinations)):
             if not all(map(is_number, each)):
                 raise ValueError(f'Recirculation: {name} must be the index of an attention layer, or several, got {each}.')
-        check_added_losses(net, 'Recirculation')
         check_parameters(
             'Recirculation',
             len(sources) != len(destinations)

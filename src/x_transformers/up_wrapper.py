@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.calls import MachineGenerateOptions
-from x_transformers.flags.fit import check_future, check_net
+from x_transformers.flags.fit import check_future, check_module, check_net
 from x_transformers.flags.objectives import MachineOptions, PretrainOptions, options
 from x_transformers.generation.prompts import checked_length
 from x_transformers.generation.sampling import check_temperature, gumbel_sample
+from x_transformers.layers.arguments import check_number
 from x_transformers.module import Module
 from x_transformers.tensor_types import Float, Int
 
@@ -27,6 +28,13 @@ def random_sequences(
     device: torch.device | str | None = None,
 ) -> Int[Tensor, 'b n']:
     """Rows of uniform ids and rows that repeat one id, the same random one in all of them."""
+    for name, count, low in (
+        ('num_tokens', num_tokens, 1),
+        ('seq_len', seq_len, 0),
+        ('num_samples_random', num_samples_random, 0),
+        ('num_samples_constant', num_samples_constant, 0),
+    ):
+        check_number(name, count, low=low)
     noise = torch.randint(0, num_tokens, (num_samples_random, seq_len), device=device)
     token = torch.randint(0, num_tokens, (1, 1), device=device)
     rows = torch.cat((noise, token.expand(num_samples_constant, seq_len)))
@@ -149,6 +157,7 @@ class UniversalPretrainWrapper(Module):
         allow_future: bool = False,
     ) -> None:
         super().__init__()
+        check_module(model, 'UniversalPretrainWrapper', 'model', needs=('attn_layers', 'num_tokens'))
         stack: Any = model.attn_layers
         self.num_tokens = int(model.num_tokens)  # type: ignore[arg-type]
         buffer_size = 20 * batch_size if buffer_size is None else buffer_size

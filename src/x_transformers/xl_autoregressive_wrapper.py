@@ -128,9 +128,9 @@ class XLAutoregressiveWrapper(Module):
         allow_future: bool = False,
     ) -> None:
         super().__init__()
+        check_net(net, 'XLAutoregressiveWrapper')
         max_seq_len = getattr(net, 'max_seq_len', 0)
         options(XLOptions, 'XLAutoregressiveWrapper', locals())
-        check_net(net, 'XLAutoregressiveWrapper')
         paths = [*ttt_module_paths, *(path for path, _ in ttt_low_rank_paths)]
         check_parameters(
             'XLAutoregressiveWrapper',

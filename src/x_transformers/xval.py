@@ -196,7 +196,7 @@ class XValAutoregressiveWrapper(Module):
     ) -> None:
         super().__init__()
         options(XValOptions, 'XValAutoregressiveWrapper', locals())
-        check_added_losses(net, 'XValAutoregressiveWrapper')
+        check_added_losses(net, 'XValAutoregressiveWrapper', needs=('numerical_token_id',))
         self.allow_future = allow_future
         self.net: Any = net
         self.max_seq_len = getattr(net, 'max_seq_len', 0)

@@ -5,11 +5,11 @@ Asked of our own models only; what a net of the user's own does is its own affai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError
@@ -142,11 +142,24 @@ def check_net(
     told_nothing: bool = False,
     adds_expert_loss: bool = False,
     reads_later_tokens: bool = False,
+    needs: Sequence[str] = (),
 ) -> None:
-    """Raise FlagError for flags of a net with which an objective can never run."""
-    check_added_losses(net, where, experts=not adds_expert_loss, later_tokens=not reads_later_tokens)
+    """Raise FlagError for what is no model, and for flags with which an objective can never run."""
+    check_added_losses(net, where, name=name, needs=needs, experts=not adds_expert_loss, later_tokens=not reads_later_tokens)
     rules = (*(PER_TOKEN_RULES if per_token else ()), *(TOLD_NOTHING_RULES if told_nothing else ()))
     check_rules(rules, net, where, f'{name} has ')
+
+
+def check_module(net: Any, where: str, name: str = 'net', needs: Sequence[str] = ()) -> None:
+    """Raise FlagError for what is no model: None, a class, or a module without the attributes that are read here."""
+    told = f'the class {net.__name__}' if isinstance(net, type) else repr(net) if net is None else f'a {type(net).__name__}'
+    if not isinstance(net, nn.Module):
+        raise FlagError(f'{where}: {name} must be a model, a torch Module, got {told}. Build the model and give that.')
+    if absent := [each for each in needs if not hasattr(net, each)]:
+        raise FlagError(
+            f'{where}: {name} must have the attributes {", ".join(needs)}, as models of this package have, got {told} without '
+            f'{", ".join(absent)}. Give it such a model, or set them on your own.'
+        )
 
 
 def check_rules(rules: Iterable[Rule], net: Any, where: str, subject: str = '') -> None:
@@ -180,8 +193,17 @@ def has_added_losses(net: Any) -> bool:
     return expert_loss(net) or getattr(net, 'multi_token_heads', 1) > 1
 
 
-def check_added_losses(net: Any, where: str, *, experts: bool = True, later_tokens: bool = True) -> None:
-    """Raise FlagError for experts, or heads of later tokens, whose loss an objective would not add to its own."""
+def check_added_losses(
+    net: Any,
+    where: str,
+    *,
+    name: str = 'net',
+    needs: Sequence[str] = (),
+    experts: bool = True,
+    later_tokens: bool = True,
+) -> None:
+    """Raise FlagError for what is no model, and for experts or heads of later tokens whose loss an objective would not add."""
+    check_module(net, where, name, needs)
     if later_tokens:
         check_later_tokens(net, where)
     if experts and expert_loss(net):
