@@ -377,6 +377,8 @@ def pair() -> XTransformer:
             'suffix', 'empty',
         ),
         case('source of nothing', lambda: pair().generate(IDS[:, :0], IDS, 1), 'source', '(2, 0)'),
+        case('image as a list', lambda: ViTransformerWrapper(
+            image_size=8, patch_size=4, attn_layers=Encoder(**STACK))([[0.5]]), 'img', '(batch, 3, 8, 8)', 'list'),
         case('image of another size', lambda: ViTransformerWrapper(
             image_size=4, patch_size=2, attn_layers=Encoder(**STACK))(torch.randn(1, 3, 6, 6)), '4', '6'),
         case('image with another depth', lambda: ViTransformerWrapper(

@@ -193,6 +193,12 @@ def test_a_cache_by_hand_lacks_the_states_of_mixers(mixer: str) -> None:
         net(x, cache=by_hand(net, x[:, :6]))
 
 
+def test_a_cache_of_keys_and_values_lacks_latents() -> None:
+    net, x = model(attn_use_latent_kv=True, attn_dim_latent_kv=6), prompts(1, 7)
+    with pytest.raises(ValueError, match='must hold the latents of keys and values'):
+        net(x, cache=model()(x[:, :6], return_intermediates=True)[1])
+
+
 @pytest.mark.parametrize(
     ('flags', 'says'),
     [

@@ -93,6 +93,9 @@ class ViTransformerWrapper(Module):
     def embedded(self, img: Float[Tensor, 'b c h w']) -> Float[Tensor, 'b n d']:
         """What the stack is given: a cls token, patches row by row, registers."""
         wanted = (self.channels, *self.flags.image_sides)
+        if not isinstance(img, Tensor):
+            shape = f'(batch, {", ".join(map(str, wanted))})'
+            raise TypeError(f'img must be a tensor of shape {shape}, got {type(img).__name__}. Stack images into one.')
         if img.ndim != 4 or tuple(img.shape[1:]) != wanted:
             raise ValueError(
                 f'img must have shape (batch, {", ".join(map(str, wanted))}), as channels={self.channels} and '

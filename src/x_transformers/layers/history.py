@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from x_transformers.attention.attention import Attention
 from x_transformers.attention.composition import ComposeHeads
 from x_transformers.attention.path import HouseholderSteps
 from x_transformers.cache.kv_cache import KVCache, LayerCache
@@ -32,8 +33,10 @@ def check_history(stack: StackParts, cache: KVCache, steps: Sequence[Step]) -> N
     remembering = held(lambda part: isinstance(part, Layer) and has_state(part.inside))
     composing = held(lambda part: isinstance(part, ComposeHeads))
     stepping = held(lambda part: isinstance(part, HouseholderSteps))
+    narrowing = held(lambda part: isinstance(part, Attention) and part.to_latent_kv is not None)
     summing = [cache.step(step.index) for step in steps] if stack.flags.mv_split_residual else []
     lacking = {
+        'the latents of keys and values': narrowing and not any('latent' in each.tapes for each in narrowing),
         'the tokens that canon convolves': convolving and not any(name.startswith(TAPE) for name in convolving[0].tapes),
         'the tokens that shift_tokens shifts': shifting and not any('shift' in each.tapes for each in shifting),
         'what keys say of compositions': composing and not any('compose' in each.tapes for each in composing),
