@@ -42,6 +42,7 @@ from x_transformers.gpt_vae import GPTVAE
 from x_transformers.next_latent_wrapper import NextLatentWrapper
 from x_transformers.recirculation import Recirculation
 from x_transformers.up_wrapper import UniversalPretrainWrapper, random_sequences
+from x_transformers.x_transformers import AdaptiveLayerNorm, AdaptiveRMSNorm, Derf, DynamicTanh, LayerNorm, RMSNorm
 from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 STACK: dict[str, Any] = {'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
@@ -552,3 +553,35 @@ def test_a_model_of_ones_own_has_what_an_objective_reads_of_it(name: str, lacks:
 )
 def test_codes_and_random_rows(call: Call, words: tuple[str, ...]) -> None:
     refuses(call, *words)
+
+
+NORMS = (LayerNorm, RMSNorm, DynamicTanh, Derf)
+
+
+@pytest.mark.parametrize('kind', NORMS)
+def test_a_norm_of_another_width(kind: Any) -> None:
+    refuses(lambda: kind(16)(VECTORS[..., :5]), 'x must have the 16 features of the norm', '(2, 6, 5)')
+
+
+@pytest.mark.parametrize('kind', [AdaptiveLayerNorm, AdaptiveRMSNorm])
+@pytest.mark.parametrize('shape', [(2, 5), (3, 4), (4,), (2, 6, 5)], ids=str)
+def test_a_norm_with_a_condition_that_does_not_fit(kind: Any, shape: tuple[int, ...]) -> None:
+    refuses(lambda: kind(16, 4)(VECTORS, condition=torch.randn(shape)), 'condition must be (batch, 4)', str(shape))
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('no input', lambda: FeedForward(16)(None), 'x must be a tensor', '16', 'NoneType'),
+        case('factors of too few tokens', lambda: FeedForward(16)(VECTORS, VECTORS[:, :3]), 'deep_embed', '(2, 3, 16)'),
+        case('factors as a number', lambda: FeedForward(16)(VECTORS, 0.5), 'deep_embed', 'float'),
+        case('no source', lambda: pair()(None, IDS), 'x', 'prepend_embeds'),
+    ],
+)
+def test_branches_by_themselves(call: Call, words: tuple[str, ...]) -> None:
+    refuses(call, *words)
+
+
+def test_a_source_may_be_embeddings_alone() -> None:
+    assert pair()(None, IDS, src_prepend_embeds=VECTORS).isfinite()
+    assert pair().generate(None, IDS[:, :1], 3, src_prepend_embeds=VECTORS).shape == (2, 3)

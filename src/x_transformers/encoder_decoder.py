@@ -135,7 +135,7 @@ class XTransformer(Module):
         src_prepend_embeds: Float[Tensor, 'b p d'] | None = None,
     ) -> tuple[Float[Tensor, 'b m d'], Bool[Tensor, 'b m'] | None]:
         """(what the decoder looks at, its mask): the embeddings of ``src_prepend_embeds`` and ``src``."""
-        if src.shape[-1] == 0 and src_prepend_embeds is None:
+        if isinstance(src, Tensor) and src.shape[-1] == 0 and src_prepend_embeds is None:
             raise ValueError(f'the source holds no token, its shape is {tuple(src.shape)}; give at least one')
         given = {} if attn_mask is None else {'attn_mask': attn_mask}
         encoded = self.encoder(src, mask=mask, prepend_embeds=src_prepend_embeds, return_embeddings=True, **given)

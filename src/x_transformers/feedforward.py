@@ -318,11 +318,15 @@ class FeedForward(Module):
         around: BranchInputs | None = None,
     ) -> Any:
         deep_embed = deep_embed if around is None else around.deep_embed
+        if not isinstance(x, Tensor):
+            raise TypeError(f'x must be a tensor of {self.dim} features in its last axis, got {type(x).__name__}.')
         if x.shape[-1] != self.dim:
             raise ValueError(
                 f'the feed-forward takes inputs of {self.dim} features, but x has {x.shape[-1]} in its last axis '
                 f'(shape {tuple(x.shape)}): project it first, or build FeedForward(dim={x.shape[-1]})'
             )
+        if deep_embed is not None and around is None:
+            check_factors(deep_embed, (*x.shape[:-1], self.flags.dim_out or self.dim))
         if self.flags.experts is not None:
             return self._by_experts(x, deep_embed, around)
         out: Tensor
@@ -369,6 +373,14 @@ class FeedForward(Module):
         for number, part in enumerate(rest, start=1):
             whole[number * piece : number * piece + part.shape[0]] = run_through(self.ff, part)
         return whole.view(*x.shape[:-1], -1)
+
+
+def check_factors(deep_embed: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for what cannot be multiplied with an output of this shape."""
+    given = tuple(deep_embed.shape) if isinstance(deep_embed, Tensor) else type(deep_embed).__name__
+    fits = isinstance(given, tuple) and len(given) <= len(shape)
+    if not fits or any(n not in (1, m) for n, m in zip(reversed(given), reversed(shape), strict=False)):
+        raise ValueError(f'deep_embed must be factors of the output, a tensor of shape {shape}, got {given}.')
 
 
 def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:

@@ -24,6 +24,12 @@ MIN_LENGTH = 1e-12
 LAYER_NORM_EPS = 1e-5
 
 
+def check_width(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd']) -> None:
+    """Raise ValueError for vectors that are not as wide as the norm."""
+    if x.shape[-1:] != gain.shape:
+        raise ValueError(f'x must have the {len(gain)} features of the norm in its last axis, got shape {tuple(x.shape)}.')
+
+
 def layer_norm(
     x: Float[Tensor, '... d'],
     gain: Float[Tensor, 'd'] | None = None,
@@ -32,6 +38,8 @@ def layer_norm(
 ) -> Float[Tensor, '... d']:
     """Zero mean and unit variance of the last axis, times ``gain``, plus ``bias``, in one kernel. ``eps`` (None: 1e-5) is
     added to the variance."""
+    if gain is not None:
+        check_width(x, gain)
     if gain is not None and gain.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain, bias = x.to(dtype), gain.to(dtype), None if bias is None else bias.to(dtype)
@@ -48,6 +56,8 @@ def rms_norm(
     The formula is ``_rms_formula``. On a CPU its gradient is taken by hand, because the formula alone keeps and reads far more
     than it needs to: a training step of the norm would take three to four times as long. A compiler does as well by itself.
     """
+    if gain is not None:
+        check_width(x, gain)
     if gain is not None and gain.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain = x.to(dtype), gain.to(dtype)
@@ -129,9 +139,18 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_gain, None
 
 
-def _with_sequence_axis(condition: Float[Tensor, 'b #n c'] | Float[Tensor, 'b c']) -> Float[Tensor, 'b #n c']:
-    """One condition for a whole sequence becomes one for each of its tokens."""
-    return condition.unsqueeze(1) if condition.ndim == 2 else condition
+def _adaptive_gain(
+    to_gamma: nn.Module, x: Float[Tensor, '... d'], condition: Float[Tensor, 'b #n c'] | Float[Tensor, 'b c']
+) -> Float[Tensor, 'b #n d']:
+    """The gain that a condition asks for; one for a whole sequence serves each of its tokens."""
+    width: int = getattr(to_gamma, 'in_features', condition.shape[-1])
+    if condition.ndim not in (2, 3) or condition.shape[-1] != width or len(condition) not in (1, *x.shape[-3:-2]):
+        raise ValueError(
+            f'condition must be (batch, {width}) or (batch, tokens, {width}) for x of shape {tuple(x.shape)}, '
+            f'got {tuple(condition.shape)}.'
+        )
+    gain: Tensor = to_gamma(condition.unsqueeze(1) if condition.ndim == 2 else condition)
+    return gain + 1.0
 
 
 # ---------------------------------------------------------------- dividing by the standard deviation
@@ -174,7 +193,7 @@ class AdaptiveLayerNorm(Module):
     def forward(
         self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
     ) -> Float[Tensor, '... d']:
-        out: Tensor = layer_norm(x, eps=self.eps) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        out: Tensor = layer_norm(x, eps=self.eps) * _adaptive_gain(self.to_gamma, x, condition)
         return out
 
 
@@ -243,7 +262,7 @@ class AdaptiveRMSNorm(Module):
     def forward(
         self, x: Float[Tensor, '... d'], *, condition: Float[Tensor, 'b c'] | Float[Tensor, 'b #n c']
     ) -> Float[Tensor, '... d']:
-        out: Tensor = rms_norm(x, eps=self.eps) * (self.to_gamma(_with_sequence_axis(condition)) + 1.0)
+        out: Tensor = rms_norm(x, eps=self.eps) * _adaptive_gain(self.to_gamma, x, condition)
         return out
 
 
@@ -309,6 +328,7 @@ class DynamicTanh(Module):
         nn.init.zeros_(self.beta)
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        check_width(x, self.gamma)
         squashed = (x * (self.pre_tanh_scale + self.pre_tanh_scale_offset)).tanh()
         return squashed * (self.gamma + self.gamma_offset) + self.beta
 
@@ -334,6 +354,7 @@ class Derf(Module):
         nn.init.zeros_(self.beta)
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        check_width(x, self.gamma)
         squashed = torch.erf(x * (self.alpha + self.scale_offset) + self.s)
         return squashed * (self.gamma + self.scale_offset) + self.beta
 

@@ -112,10 +112,27 @@ def test_bad_calls():
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 3, 3, 8)
     with pytest.raises(ValueError, match='4 query heads cannot share 3'):
         Attend()(q, k, k)
-    with pytest.raises(TypeError, match='mask must be boolean'):
+    with pytest.raises(TypeError, match='mask must be a boolean tensor'):
         Attend()(q, q, q, mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match='each key needs one value'):
         Attend()(q, q, q[:, :, :2])
+    with pytest.raises(ValueError, match='k must have the batch and the channels of q, 2 and 8, got shape'):
+        Attend()(q, q[..., :4], q)
+    with pytest.raises(ValueError, match='k must have the batch and the channels of q'):
+        Attend()(q, torch.randn(3, 4, 3, 8), torch.randn(3, 4, 3, 8))
+    with pytest.raises(ValueError, match=r'mask must have shape \(2, 3\), one entry per key, but has shape \(2, 2\)'):
+        Attend()(q, q, q, mask=torch.ones(2, 2).bool())
+    with pytest.raises(ValueError, match=r'mask must be \(i j\), .* has shape \(2, 4, 3, 2\)'):
+        Attend()(q, q, q, mask=torch.ones(2, 4, 3, 2).bool())
+    with pytest.raises(ValueError, match=r'prev_attn must be .* has shape \(2, 3, 3, 3\)'):
+        Attend()(q, q, q, prev_attn=torch.zeros(2, 3, 3, 3))
+    with pytest.raises(TypeError, match='q must hold floating point numbers'):
+        Attend()(q.long(), q, q)
+    with pytest.raises(TypeError, match='v must be a tensor, but is of type NoneType'):
+        Attend()(q, q, None)
+    # one row of keys, and a mask of one row, serve all
+    out, _ = Attend()(q, q[:1], q[:1], mask=torch.ones(1, 3).bool())
+    assert out.shape == q.shape
     with pytest.raises(ValueError, match='prev_attn adds the scores'):
         Attend(flash=True)(q, q, q, prev_attn=torch.zeros(2, 4, 3, 3))
     with pytest.raises(ValueError, match='the batch must be 1'):

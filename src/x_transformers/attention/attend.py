@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.attention.arguments import boolean, broadcasts, numbers, shaped
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, Kernel, KernelArgs, Mixers, Needs
@@ -258,8 +259,9 @@ class Attend(Module):
         if around is not None:
             out, maps = self.run(q, k, v, **around)
             return out, Intermediates(maps=maps)
-        k, v = (t.unsqueeze(1) if t.ndim == 3 else t for t in (k, v))
-        check_arguments(self, q, k, v, mask, prev_attn, flash_pack_seq_kwargs)
+        k, v = (t.unsqueeze(1) if isinstance(t, Tensor) and t.ndim == 3 else t for t in (k, v))
+        check_vectors(q, k, v)
+        check_arguments(self, q, k, mask, prev_attn, flash_pack_seq_kwargs)
         may_look = Mask() if mask is None else Mask(keys=mask) if mask.ndim == 2 else Mask(dense=mask)
         bias = None
         if attn_bias is not None:
@@ -378,23 +380,40 @@ def not_with_dropout(rule: type[ScoreRule]) -> bool:
     return rule.form in (Form.POINTWISE, Form.WHOLE) or (rule.form is Form.WEIGHTS and rule is not Softmax)
 
 
-def check_arguments(
-    attend: Attend,
-    q: Float[Tensor, 'b h i d'],
-    k: Float[Tensor, 'b kh j d'],
-    v: Float[Tensor, 'b kh j e'],
-    mask: Bool[Tensor, '...'] | None,
-    prev_attn: Float[Tensor, 'b h i j'] | None,
-    packed: Any,
-) -> None:
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f'mask must be boolean, True where a key may be seen, got {mask.dtype}: write mask.bool()')
-    if mask is not None and mask.ndim not in (2, 3, 4):
-        raise ValueError(f'mask must be (batch, keys) or broadcast to (batch, heads, queries, keys), got {tuple(mask.shape)}')
+def check_vectors(q: Any, k: Any, v: Any) -> None:
+    """Queries, keys and values that go together."""
+    for name, given in (('q', q), ('k', k), ('v', v)):
+        shaped(name, given, None, None, None, None, says='(batch, heads, tokens, channels)')
+        numbers(name, given)
     if q.shape[1] % k.shape[1]:
         raise ValueError(f'{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly')
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f'each key needs one value: keys are {tuple(k.shape)}, values {tuple(v.shape)}')
+    if q.shape[-1] != k.shape[-1] or k.shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f'k must have the batch and the channels of q, {q.shape[0]} and {q.shape[-1]}, got shape {tuple(k.shape)}.'
+        )
+
+
+def check_arguments(
+    attend: Attend,
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b kh j d'],
+    mask: Bool[Tensor, '...'] | None,
+    prev_attn: Float[Tensor, 'b h i j'] | None,
+    packed: Any,
+) -> None:
+    batch, heads, queries, keys = (*q.shape[:3], k.shape[2])
+    if mask is not None:
+        boolean('mask', mask)
+        if mask.ndim == 2:
+            shaped('mask', mask.expand(batch, -1) if len(mask) == 1 else mask, batch, keys, says='one entry per key')
+        else:
+            broadcasts('mask', mask, batch, heads, queries, (keys,))
+    if prev_attn is not None:
+        # a layer may have more keys in front than the one before
+        columns = prev_attn.shape[-1:] if isinstance(prev_attn, Tensor) else ()
+        broadcasts('prev_attn', prev_attn, batch, heads, queries, (keys, *columns))
     if prev_attn is not None and attend.flash:
         raise ValueError('prev_attn adds the scores of another layer, which flash=True never holds: leave one of the two out')
     if packed is not None and q.shape[0] != 1:
