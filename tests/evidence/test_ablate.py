@@ -304,7 +304,8 @@ def test_the_page_is_one_file_without_anything_from_elsewhere(tmp_path: Path) ->
     assert text.count('<svg') == 6
     assert 'prefers-color-scheme: dark' in text
     assert '@media print' in text
-    # on paper a table may go on on the next page, where its head is printed again
+    # paper has no scroll bar under a long command, and a table may go on on the next page, where its head is printed again
+    assert re.search(r'pre \{[^}]*white-space: pre-wrap', text)
     assert text.count('<thead><tr>') == text.count('<table>') == 2
     for closed in ('svg', 'table', 'thead', 'tbody', 'section', 'figure', 'tr', 'td', 'div'):
         assert len(re.findall(f'<{closed}[ >]', text)) == text.count(f'</{closed}>'), closed

@@ -50,7 +50,8 @@ figure { margin: 1rem 0; } svg { display: block; max-width: 100%; height: auto; 
 svg text { fill: var(--ink); } svg .tick { fill: var(--soft); } svg .axis { stroke: var(--line); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
 @media (max-width: 26rem) { .pair { grid-template-columns: 1fr; } body { padding: 1rem .75rem 2rem; } }
-pre { background: var(--panel); border: 1px solid var(--line); padding: .75rem; overflow-x: auto; font-size: .8rem; border-radius: 4px; }
+pre { background: var(--panel); border: 1px solid var(--line); padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .8rem; border-radius: 4px; }
 nav { font-size: .9rem; columns: 14rem; } a { color: var(--helps); }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --panel: #eee; --helps: #0067a3;
   --hurts: #b84c00; --same: #555; --open: #666; --c0: #000; --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #cc79a7; --c5: #b8860b;
