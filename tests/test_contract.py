@@ -522,6 +522,24 @@ def test_an_argument_without_shape_is_found() -> None:
     assert list(without_shape(ast.parse(source))) == ['f: a', 'f: d', 'f: c']
 
 
+# what users import from several modules, as upstream has it or as the package documents it, and what every command has
+PUBLIC_TWICE = words("""
+LossBreakdown Losses Step cast_tuple explain gumbel_noise gumbel_sample log masked_mean top_k
+main parse parser __getattr__
+""")
+
+
+def test_a_name_means_one_thing() -> None:
+    found: dict[str, set[str]] = {}
+    for path, tree in sources():
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.setdefault(node.name, set()).add(path.relative_to(PACKAGE).as_posix())
+    twice = {name: sorted(paths) for name, paths in found.items() if len(paths) > 1}
+    assert not twice.keys() - set(PUBLIC_TWICE), f'{twice}: call one of them by what it does here'
+    assert not set(PUBLIC_TWICE) - twice.keys(), 'these are defined once'
+
+
 def test_functions_fit_a_screen_and_files_a_sitting() -> None:
     """A function's docstring is not counted; generated files neither."""
     long = []

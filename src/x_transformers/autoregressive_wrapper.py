@@ -368,10 +368,10 @@ class AutoregressiveWrapper(Module):
 
     def _compiled(self, net: nn.Module, *, cached: bool, speculative: bool) -> Programs:
         """The programs made so far; they are not copied or pickled with the model. Refused before anything is computed."""
-        from x_transformers.generation.continuation import Programs, refusals
+        from x_transformers.generation.continuation import Programs, compile_refusals
 
         reasons = [name for name, given in (('cache_kv=False', not cached), ('speculative decoding', speculative)) if given]
-        if reasons := [*reasons, *refusals(net)]:
+        if reasons := [*reasons, *compile_refusals(net)]:
             raise no_program(reasons)
         if self._programs is None:
             self._programs = Programs()

@@ -18,7 +18,7 @@ from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import Sequential, softclamp
-from x_transformers.module import Dropout, Module, branch_output, empty_parameter, linear, run_through
+from x_transformers.module import Dropout, Module, branch_output, empty_parameter, run_through, stream_linear
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
 from x_transformers.unit_weights import GainedActivation
@@ -177,7 +177,7 @@ class GLU(Gate):
     ) -> None:
         super().__init__(dim_out, activation, mult_bias, **settings)
         self.canon = CausalConvolution(dim_out * 2, 'inside') if canon else None
-        self.proj = linear(dim_in, dim_out * 2, bias=bias, unit=unit)
+        self.proj = stream_linear(dim_in, dim_out * 2, bias=bias, unit=unit)
 
     def forward(self, x: Float[Tensor, '... c'], around: BranchInputs | None = None) -> Float[Tensor, '... d']:
         return self.gated(convolved_hidden(self.canon, self.proj(x), around))
@@ -267,7 +267,9 @@ class FeedForward(Module):
                 **Gate.settings(flags),
             )
             if flags.glu
-            else (Convolved if flags.canon else nn.Sequential)(linear(dim, dim_inner, bias=biased, unit=unit), activation)
+            else (Convolved if flags.canon else nn.Sequential)(
+                stream_linear(dim, dim_inner, bias=biased, unit=unit), activation
+            )
         )
         self.ff = Sequential(
             first,

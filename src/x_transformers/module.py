@@ -221,7 +221,7 @@ def unit_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if callable(getattr(module, 'normalize_', None))]
 
 
-def linear(dim_in: int, dim_out: int, *, bias: bool, unit: bool) -> nn.Linear:
+def stream_linear(dim_in: int, dim_out: int, *, bias: bool, unit: bool) -> nn.Linear:
     """A linear map of the stream, with weights of unit length if asked."""
     return UnitLinear(dim_in, dim_out, bias) if unit else nn.Linear(dim_in, dim_out, bias=bias)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Continuation, Decoder, TransformerWrapper, XTransformer
-from x_transformers.generation.continuation import Programs, refusals
+from x_transformers.generation.continuation import Programs, compile_refusals
 
 MODERN: dict[str, Any] = {'rotary_pos_emb': True, 'attn_kv_heads': 2, 'ff_glu': True, 'ff_swish': True, 'use_rmsnorm': True}
 LENGTH = 48
@@ -87,7 +87,7 @@ def test_absolute_positions_end() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_by_name(made: AutoregressiveWrapper, named: str) -> None:
-    assert any(named in reason for reason in refusals(made.net))
+    assert any(named in reason for reason in compile_refusals(made.net))
     with pytest.raises(ValueError, match=f'compile=True is not available with: .*{named}'):
         made.generate(prompts(1, 3), 4, compile=True)
 

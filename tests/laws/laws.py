@@ -19,7 +19,7 @@ from tests.laws.arguments import Arguments
 from tests.laws.combination import Combination, tokens
 from tests.laws.groups import LENGTH, TOKENS
 from x_transformers.flags.base import FlagError
-from x_transformers.generation.continuation import Continuation, own_copy, refusals
+from x_transformers.generation.continuation import Continuation, compile_refusals, own_copy
 
 ROWS = 3
 TOLERANCE = 1e-5
@@ -255,7 +255,7 @@ def continuations_are_full(case: Combination, compiled: bool = False) -> None:
     if case.random or not case.causal:
         return
     model = case.build()
-    if reasons := refusals(model):
+    if reasons := compile_refusals(model):
         must(all(reason.startswith(REFUSED) for reason in reasons), f'refused: {reasons}')
         return
     x, asks = tokens(ROWS), case.asks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from x_transformers.training.batches import IGNORED, Mixture, Prefetched, TokenBatches, held_out_rows, permuted
-from x_transformers.training.shards import Part, TokenText
+from x_transformers.training.shards import TextPart, TokenText
 
 
 def text_of(documents, prompts=None):
@@ -18,7 +18,7 @@ def text_of(documents, prompts=None):
     for chosen, own in ((documents[:half], prompts[:half]), (documents[half:], prompts[half:])):
         tokens = torch.tensor([token for document in chosen for token in document], dtype=torch.uint8)
         ends = torch.tensor([len(document) for document in chosen]).cumsum(0)
-        parts.append(Part(tokens, ends, torch.tensor(own, dtype=torch.int32)))
+        parts.append(TextPart(tokens, ends, torch.tensor(own, dtype=torch.int32)))
     return TokenText(parts, sum(map(len, documents)))
 
 

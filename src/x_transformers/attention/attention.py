@@ -33,7 +33,7 @@ from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import without_component
-from x_transformers.module import Module, empty_parameter, linear
+from x_transformers.module import Module, empty_parameter, stream_linear
 from x_transformers.norms import MultiheadRMSNorm
 from x_transformers.position.bias import Bias, SumBias
 from x_transformers.tensor_types import Bool, Float, Int
@@ -112,9 +112,9 @@ class Attention(Module):
             dim_q = made.to_q.channels
         else:
             unit, keys = flags.unit_weights, flags.key_heads_from_latent
-            self.to_q = linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'), unit=unit)
-            self.to_k = linear(dim_k, keys * self.dim_head, bias=flags.has_bias('k'), unit=unit)
-            self.to_v = linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'), unit=unit)
+            self.to_q = stream_linear(dim_q, self.heads * self.dim_head, bias=flags.has_bias('q'), unit=unit)
+            self.to_k = stream_linear(dim_k, keys * self.dim_head, bias=flags.has_bias('k'), unit=unit)
+            self.to_v = stream_linear(dim_k, self.kv_heads * self.value_dim_head, bias=flags.has_bias('v'), unit=unit)
         self._keys_values = project.keys_values if self.to_latent_kv is None else latent.latent_keys_values
         self.to_value_residual_mix = None
         if flags.learned_value_residual_mix:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.parts import Seen
-from x_transformers.attention.project import held_rows, remember
+from x_transformers.attention.project import append_to_past, held_rows
 from x_transformers.attention.told import Composition
 from x_transformers.helpers import single
 from x_transformers.module import ConstantLinear, Module
@@ -66,5 +66,5 @@ class ComposeHeads(Module):
             of_keys = cast(Tensor, given.past.get('compose'))
         else:
             new = torch.cat((self.scores_by_key(seen.keys), self.weights_by_key(seen.keys)), dim=-1)
-            (of_keys,) = remember(given.past, seen.mems, cross, compose=new)
+            (of_keys,) = append_to_past(given.past, seen.mems, cross, compose=new)
         return Composition(self.scores_by_query(seen.x), self.weights_by_query(seen.x), *of_keys.chunk(2, dim=-1))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.project import KeysValues, held_rows, remember, split_heads, with_token_values
+from x_transformers.attention.project import KeysValues, append_to_past, held_rows, split_heads, with_token_values
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def latent_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) ->
                 'continue from the cache that an earlier call returned, not from a cached_kv set by hand'
             )
         new['mixed'] = attn.normed_values(attn.mixed_values(own, seen, given))
-    whole = dict(zip(new, remember(past, seen.mems, cross, **new), strict=True))
+    whole = dict(zip(new, append_to_past(past, seen.mems, cross, **new), strict=True))
     mixed = whole.get('mixed')
     if mixed is None and whole['latent'] is z:
         mixed = attn.normed_values(own)

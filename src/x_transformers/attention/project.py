@@ -59,7 +59,7 @@ def gather(attn: AttentionParts, x: Float[Tensor, '... n d'], given: BranchInput
     return Seen(own, queries, keys, values, 0 if given.mem is None else given.mem.shape[-2])
 
 
-def remember(past: LayerCache | None, mems: int, cross: bool, **new: Float[Tensor, 'b ... n c']) -> tuple[Tensor, ...]:
+def append_to_past(past: LayerCache | None, mems: int, cross: bool, **new: Float[Tensor, 'b ... n c']) -> tuple[Tensor, ...]:
     """All rows in the order memories, past, new. Memories are not cached; a context is cached once, as it is."""
     if past is None:
         return tuple(new.values())
@@ -103,7 +103,7 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     if keeps_placed(positions, given.past, cross):
         k, v = place_and_remember(attn, k, v, seen.mems, given)
         return KeysValues(k, v, own)
-    k, v = remember(given.past, seen.mems, cross, k=k, v=v)
+    k, v = append_to_past(given.past, seen.mems, cross, k=k, v=v)
     if positions is not None:
         k = positions.keys(k, attn.rotated_heads)
     return KeysValues(k, v, own)
@@ -173,4 +173,4 @@ def place_and_remember(
     if positions.form is not None:
         past.carry['rotary_form'] = positions.form
     positions.keep_angles(past, new, k.shape[0])
-    return remember(past, mems, False, k=k, v=v)
+    return append_to_past(past, mems, False, k=k, v=v)

@@ -270,8 +270,8 @@ def main(arguments: Sequence[str]) -> int:
     said = io.StringIO() if options.json else sys.stderr
     for made in asked:
         print(
-            f'{made.title}: {counted(len(made.arms), "idea")}, {counted(made.seeds, "seed")}, '
-            f'{counted(made.settings.steps, "step")}, {flags_text(made.base)}',
+            f'{made.title}: {amount(len(made.arms), "idea")}, {amount(made.seeds, "seed")}, '
+            f'{amount(made.settings.steps, "step")}, {flags_text(made.base)}',
             file=said,
         )
     print(f'{len(missing)} runs and timings to do in {folder}{time_of(experiment, missing, workers, options.json)}', file=said)
@@ -311,10 +311,10 @@ def time_of(experiment: Experiment, missing: Sequence[Job], workers: int, silent
     seconds = None if silent or not missing else estimated_seconds(experiment, missing, workers)
     if seconds is None:
         return ''
-    return f', about {in_words(seconds)} with {counted(max(1, workers), "free processor")}'
+    return f', about {in_words(seconds)} with {amount(max(1, workers), "free processor")}'
 
 
-def counted(number: int, thing: str) -> str:
+def amount(number: int, thing: str) -> str:
     return f'{number} {thing}' + ('' if number == 1 else 's')
 
 

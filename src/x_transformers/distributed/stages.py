@@ -26,7 +26,7 @@ def staged_refusals(model: nn.Module, stages: int) -> Iterator[str]:
             f'{type(model).__name__}. Use --shard full.'
         )
         return
-    blocks = len(blocks_of(net.attn_layers))
+    blocks = len(blocks_of_stages(net.attn_layers))
     if stages > blocks:
         yield f'--pipeline must be at most {blocks}, the number of blocks of layers, got {stages}. Give fewer, or more depth.'
 
@@ -37,7 +37,7 @@ def network(model: nn.Module) -> Any:
     return net if type(net) is TransformerWrapper else None
 
 
-def blocks_of(stack: AttentionLayers) -> list[list[Step]]:
+def blocks_of_stages(stack: AttentionLayers) -> list[list[Step]]:
     """The steps of each block that is executed."""
     blocks: list[list[Step]] = []
     for step in stack.plan.own_steps:
@@ -49,7 +49,7 @@ def blocks_of(stack: AttentionLayers) -> list[list[Step]]:
 
 def steps_of(stack: AttentionLayers, stages: int) -> list[tuple[Step, ...]]:
     """The steps of each stage: as many blocks in each, the first ones have what is left over."""
-    blocks = blocks_of(stack)
+    blocks = blocks_of_stages(stack)
     borders = [-(-len(blocks) * stage // stages) for stage in range(stages + 1)]
     return [tuple(step for block in blocks[a:b] for step in block) for a, b in pairwise(borders)]
 

@@ -122,7 +122,9 @@ def run_loops(
     record.exit_logits = gates
     record.expert_loss = summed_losses(losses)
     if caches[0] is not None:
-        record.kv_cache, record.exit_indices = joined(caches, before, exit_index, exits, size=size, steps=steps, early=early)
+        record.kv_cache, record.exit_indices = of_all_loops(
+            caches, before, exit_index, exits, size=size, steps=steps, early=early
+        )
         record.cache_length = record.kv_cache.length
         record.looped_prompt_kv_cache = None if early else [each for each in caches if each is not None]
     else:
@@ -155,7 +157,7 @@ def split_by_loop(cache: KVCache | None, size: int) -> list[KVCache]:
     return loops
 
 
-def joined(
+def of_all_loops(
     caches: list[KVCache | None],
     before: list[KVCache],
     exit_index: Int[Tensor, ' b'],

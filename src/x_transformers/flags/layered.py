@@ -171,7 +171,7 @@ class LayeredFlags(Flags):
         return name in self.varying or super().is_changed(name)
 
 
-def taken_apart(
+def split_by_layer(
     given: Mapping[str, Any], cls: type[Flags], prefix: str, apart: dict[str, PerLayer], *, own: bool = False
 ) -> dict[str, Any]:
     """``given`` without the keywords that have one value per layer, which go to ``apart`` under their names in the stack.

@@ -20,7 +20,7 @@ from typing import Any, Self
 from x_transformers.flags.attention import VALUE_RESIDUAL, AttentionFlags
 from x_transformers.flags.base import REQUIRED, FlagError, flag, type_hints
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.layered import taken_apart
+from x_transformers.flags.layered import split_by_layer
 from x_transformers.flags.parts import PARTS, cross_inherits, first_prefix, keyword_names, split_parts
 from x_transformers.flags.per_layer import PerLayer, takes
 from x_transformers.flags.position_facts import ANY_POSITION_BIAS, PositionFacts
@@ -314,9 +314,9 @@ class StackFlags(PositionFacts, StructureFlags):
         own, parts = split_parts(given, cls.flag_fields(), where=where, prefix=prefix)
         cls.check_complete(own, where=where, prefix=prefix)
         apart: dict[str, PerLayer] = {}
-        own = taken_apart(own, cls, '', apart, own=True)
+        own = split_by_layer(own, cls, '', apart, own=True)
         for part, part_flags in PARTS.items():
-            parts[part] = taken_apart(parts[part], part_flags, part, apart)
+            parts[part] = split_by_layer(parts[part], part_flags, part, apart)
         values, wrong = cls.read(own, where=where, prefix=prefix)
         read: dict[str, dict[str, Any]] = {}
         for part, part_flags in PARTS.items():

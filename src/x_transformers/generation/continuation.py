@@ -15,7 +15,7 @@ from x_transformers.cache.kv_cache import Cache, Cursor, KVCache
 from x_transformers.cache.tape import FixedTape
 from x_transformers.tensor_types import Float, Int, Shaped
 
-__all__ = ['Continuation', 'Programs', 'refusals']
+__all__ = ['Continuation', 'Programs', 'compile_refusals']
 
 # capacities are rounded up to multiples of so many rows, so that texts of about the same length share a program
 ROWS = 64
@@ -41,7 +41,7 @@ class Continuation:
     reader: weakref.ref[object] | None = None
 
     def __init__(self, net: nn.Module, cache: Cache, *, capacity: int, compile: bool = False, reach: int | None = None) -> None:
-        if reasons := refusals(net):
+        if reasons := compile_refusals(net):
             raise ValueError(f'this model cannot go on in memory of fixed shape: {"; ".join(reasons)}. Use the cache itself.')
         held = KVCache.of(cache)
         if held is None:
@@ -187,7 +187,7 @@ def position_limit(net: nn.Module) -> int | None:
     return table.max_seq_len if isinstance(table, AbsolutePositionalEmbedding) else None
 
 
-def refusals(net: nn.Module) -> list[str]:
+def compile_refusals(net: nn.Module) -> list[str]:
     """Why a model cannot go on in memory of fixed shape, by name."""
     return list(dict.fromkeys(_refusals(net)))
 

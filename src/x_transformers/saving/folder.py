@@ -78,7 +78,7 @@ def once_each(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return kept, same
 
 
-def described(model: Made) -> dict[str, Any]:
+def model_config(model: Made) -> dict[str, Any]:
     """What ``config.json`` says of a model."""
     _, same = once_each(model)
     return {
@@ -94,7 +94,7 @@ def described(model: Made) -> dict[str, Any]:
 def save_model(model: Made, folder: str | Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and, unless there is one, a model card. Existing weights are replaced."""
     folder = Path(folder)
-    config = described(model)
+    config = model_config(model)
     tensors, _ = once_each(model)
     with written_whole(folder) as fresh:
         write_tensors(fresh, tensors.items(), metadata={'format': 'pt'})
@@ -161,7 +161,7 @@ def load(
     name = config['model'].get('class')
     with without_memory():
         model = from_plain(config['model'], extra=cls)
-    asked = inside(model, cls)
+    asked = model_within(model, cls)
     if asked is None:
         raise FolderError(f'{folder} holds a {name}, not a {cls.__name__}. Use {name}.from_pretrained.')
     weights = Weights(folder)
@@ -175,7 +175,7 @@ def load(
     return asked.eval()
 
 
-def inside(model: Any, cls: type[Made]) -> Made | None:
+def model_within(model: Any, cls: type[Made]) -> Made | None:
     """The model itself, or the first below its objectives (``net``) that is of this class."""
     while model is not None and not isinstance(model, cls):
         model = getattr(model, 'net', None)

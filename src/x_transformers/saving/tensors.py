@@ -32,7 +32,7 @@ PIECE = 2**24
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where one tensor lies."""
 
     file: Path
@@ -58,7 +58,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, TensorPlace] = {}
         self.metadata: dict[str, str] = {}
         for file in files_of(folder):
             places, metadata = read_header(file)
@@ -135,7 +135,7 @@ def json_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_header(file: Path) -> tuple[dict[str, Place], dict[str, str]]:
+def read_header(file: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
     """(where each tensor lies, the file's metadata)."""
     size = file.stat().st_size
     with file.open('rb') as stream:
@@ -156,7 +156,7 @@ def read_header(file: Path) -> tuple[dict[str, Place], dict[str, str]]:
     return places, metadata
 
 
-def place_of(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Place:
+def place_of(file: Path, name: str, entry: Mapping[str, Any], start: int) -> TensorPlace:
     if entry['dtype'] not in DTYPES:
         raise FolderError(f'{file}: {name} is of dtype {entry["dtype"]}, which is not supported ({", ".join(DTYPES)} are).')
     dtype, shape = DTYPES[entry['dtype']], tuple(int(size) for size in entry['shape'])
@@ -166,10 +166,10 @@ def place_of(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Pla
         count *= length
     if end - begin != count * dtype.itemsize:
         raise FolderError(f'{file}: {name} of shape {shape} needs {count * dtype.itemsize} bytes, got {end - begin}.')
-    return Place(file, dtype, shape, begin, end)
+    return TensorPlace(file, dtype, shape, begin, end)
 
 
-def read_tensor(place: Place) -> Tensor:
+def read_tensor(place: TensorPlace) -> Tensor:
     """One tensor, in memory of its own."""
     if place.end == place.begin:
         return torch.empty(place.shape, dtype=place.dtype)
@@ -195,7 +195,7 @@ def take(file: Path, stream: IO[bytes], memory: bytearray | mmap.mmap) -> None:
         filled += got
 
 
-def pieces(place: Place) -> Iterator[tuple[int, Tensor]]:
+def pieces(place: TensorPlace) -> Iterator[tuple[int, Tensor]]:
     """(where it begins, some of the numbers), one after the other; each lies in the memory of the one before."""
     whole = place.end - place.begin
     memory = scratch(min(whole, PIECE))
@@ -208,7 +208,7 @@ def pieces(place: Place) -> Iterator[tuple[int, Tensor]]:
             yield begin // place.dtype.itemsize, torch.frombuffer(memory, dtype=place.dtype)
 
 
-def read_into(place: Place, out: Tensor) -> None:
+def read_into(place: TensorPlace, out: Tensor) -> None:
     """One tensor into memory that is there, of any dtype and on any device. Raises FolderError for another shape."""
     if tuple(out.shape) != place.shape:
         raise FolderError(f'a tensor in {place.file} is {place.shape} and {tuple(out.shape)} in the model.')

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from x_transformers.flags.base import FlagError
-from x_transformers.saving.folder import described
+from x_transformers.saving.folder import model_config
 from x_transformers.saving.plain import without_memory
 from x_transformers.training.batches import Prefetched
 from x_transformers.training.build import NUM_BYTES, build_model, choose_device, device_of, reading_arguments, refuse_inert
@@ -51,7 +51,7 @@ class RunConfig:
         with without_memory():
             model = build_model(self.flags, self.vocabulary)
         values = {
-            **described(model),
+            **model_config(model),
             'flags': self.flags,
             'training': self.options.to_json(),
             'corpus': self.fingerprint,

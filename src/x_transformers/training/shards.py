@@ -49,7 +49,7 @@ def cache_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Token ids and documents that lie together in three files."""
 
     tokens: Int[Tensor, ' n']
@@ -60,7 +60,7 @@ class Part:
 class TokenText:
     """The documents of one side of a corpus as one sequence of token ids."""
 
-    def __init__(self, parts: Sequence[Part], text_bytes: int) -> None:
+    def __init__(self, parts: Sequence[TextPart], text_bytes: int) -> None:
         self.parts = [part for part in parts if len(part.tokens)]
         self.ends = list(accumulate(len(part.tokens) for part in self.parts))
         self.documents = sum(len(part.ends) for part in self.parts)
@@ -116,13 +116,13 @@ class TokenText:
 
     def split(self, at: int) -> tuple[TokenText, TokenText]:
         """The ids before ``at``, and the rest; a document that is cut is two."""
-        left: list[Part] = []
-        right: list[Part] = []
+        left: list[TextPart] = []
+        right: list[TextPart] = []
         for part, end in zip(self.parts, self.ends, strict=True):
             cut = max(0, min(len(part.tokens), at - (end - len(part.tokens))))
             for side, low, high in ((left, 0, cut), (right, cut, len(part.tokens))):
                 inside = (part.ends > low) & (torch.cat((part.ends.new_zeros(1), part.ends[:-1])) < high)
-                side.append(Part(part.tokens[low:high], part.ends[inside].clamp(max=high) - low, part.prompts[inside]))
+                side.append(TextPart(part.tokens[low:high], part.ends[inside].clamp(max=high) - low, part.prompts[inside]))
         share = round(at / max(len(self), 1) * self.text_bytes)
         return TokenText(left, share), TokenText(right, self.text_bytes - share)
 
@@ -155,7 +155,7 @@ def load_prepared(folder: Path, about: str | None = None) -> Prepared:
     return Prepared(sides['train'], sides['held_out'], digest, about or str(folder))
 
 
-def _load_part(folder: Path, number: int, side: str, entry: dict[str, Any], kind: tuple[torch.dtype, str, int]) -> Part:
+def _load_part(folder: Path, number: int, side: str, entry: dict[str, Any], kind: tuple[torch.dtype, str, int]) -> TextPart:
     dtype, _, width = kind
     counts = {'tokens': (entry['tokens'], dtype, width), 'ends': (entry['documents'], torch.int64, 8),
               'prompts': (entry['documents'], torch.int32, 4)}  # fmt: skip
@@ -164,7 +164,7 @@ def _load_part(folder: Path, number: int, side: str, entry: dict[str, Any], kind
         path = _path(folder, number, side, name)
         _check_file(path, count * wide, entry['files'][name])
         found[name] = torch.from_file(str(path), shared=False, size=count, dtype=of) if count else torch.empty(0, dtype=of)
-    return Part(found['tokens'], found['ends'], found['prompts'])
+    return TextPart(found['tokens'], found['ends'], found['prompts'])
 
 
 def _check_file(path: Path, size: int, written: dict[str, Any]) -> None:

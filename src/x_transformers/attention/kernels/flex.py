@@ -59,7 +59,7 @@ class Flex:
             q, k = torch.nn.functional.pad(q, (0, missing)), torch.nn.functional.pad(k, (0, missing))
         heads, kv_heads = q.shape[1], k.shape[1]
         order = paired_heads(heads, kv_heads, q.device)
-        out, aux = run(
+        out, aux = run_compiled(
             q.device.type,
             q if order is None else q[:, order],
             k,
@@ -92,7 +92,7 @@ def compiled(device: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], run)
 
 
-def run(device: str, *args: Any, **keywords: Any) -> Any:
+def run_compiled(device: str, *args: Any, **keywords: Any) -> Any:
     """The compiled kernel; what was compiled before is let go of when there is no room for one more form."""
     if torch.compiler.is_compiling():
         return compiled(device)(*args, **keywords)
