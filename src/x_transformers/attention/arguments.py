@@ -287,11 +287,8 @@ def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
     return past
 
 
-def branch_inputs(
-    attn: AttentionParts, x: Float[Tensor, '... n d'], *, return_intermediates: bool, **given: Any
-) -> BranchInputs:
-    """What surrounds an attention, from the keywords of ``Attention.forward``."""
-    given['return_intermediates'] = return_intermediates
+def branch_inputs(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keywords) -> BranchInputs:
+    """What surrounds an attention, from the local names of ``Attention.forward``."""
     check_attention_causal(attn, given['causal'])
     batch, queries, keys = check_attention_input(attn, x, given)
     past = past_of(attn, given)
@@ -329,7 +326,7 @@ def branch_inputs(
         past=past,
         packed=None if packed is None else PackedSequences.of(packed, causal=causal),
         padding=given['mask'],
-        return_attn=return_intermediates,
+        return_attn=given['return_intermediates'],
         deltas=deltas(attn, given, sizes, mems, own),
         causal=given['causal'],
     )

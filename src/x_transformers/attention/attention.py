@@ -231,18 +231,10 @@ class Attention(Module):
         """
         if around is not None:
             return self._attended(x, around)
+        given = locals()
         from x_transformers.attention.arguments import branch_inputs
 
-        around = branch_inputs(
-            self, x, context=context, mask=mask, context_mask=context_mask, attn_mask=attn_mask, rel_pos=rel_pos,
-            attn_bias=attn_bias, rotary_pos_emb=rotary_pos_emb, context_rotary_pos_emb=context_rotary_pos_emb,
-            polar_pos_emb=polar_pos_emb, pos=pos, prev_attn=prev_attn, mem=mem, mem_mask=mem_mask, cache=cache,
-            value_residual=value_residual, additional_key_values=additional_key_values,
-            additional_key_value_mask=additional_key_value_mask, kv_input_residual=kv_input_residual,
-            flash_pack_seq_kwargs=flash_pack_seq_kwargs, return_intermediates=return_intermediates, causal=causal,
-            q_delta=q_delta, k_delta=k_delta, v_delta=v_delta, o_delta=o_delta, attn_delta=attn_delta,
-        )  # fmt: skip
-        out, intermediates = self._attended(x, around)
+        out, intermediates = self._attended(x, branch_inputs(self, x, given))
         return (out, intermediates) if return_intermediates else out
 
     def _attended(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
