@@ -140,6 +140,8 @@ class StackWrapper(Module):
         self.randomized_positions: int | None = usual(flags, 'randomized_positions')
         self.can_cache_kv_outside_max_seq_len = not self.has_absolute_positions
         self.input_not_include_cache: bool = usual(flags, 'input_not_include_cache')
+        # flags that make outputs of seen tokens depend on new ones, or need rows that a cache does not hold
+        self.why_no_cache = [name for name in flags.having('no_cache') if getattr(flags, name)]
 
     @torch.no_grad()
     def init_own(self) -> None:
@@ -161,11 +163,6 @@ class StackWrapper(Module):
     def pools_in_place_of_logits(self) -> bool:
         """Whether tokens pooled by attention are the result."""
         return self.attn_pool is not None and not self.attn_layers.causal
-
-    @property
-    def why_no_cache(self) -> list[str]:
-        """The flags that make outputs of seen tokens depend on new ones, or need rows that a cache does not hold."""
-        return [name for name in self.flags.having('no_cache') if getattr(self.flags, name)]
 
     @property
     def can_cache_kv(self) -> bool:
