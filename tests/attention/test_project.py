@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from x_transformers.attention.attention import Attention
-from x_transformers.attention.project import merge_heads, remember, split_heads
+from x_transformers.attention.project import append_to_past, merge_heads, split_heads
 from x_transformers.cache.kv_cache import LayerCache
 from x_transformers.position.positions import RotaryPositions, unrotated
 
@@ -27,9 +27,9 @@ def test_heads_are_consecutive_channels():
 def test_memories_come_first_and_are_not_cached():
     past = LayerCache()
     first = torch.arange(5.0).reshape(1, 1, 5, 1)
-    (whole,) = remember(past, 2, False, k=first)
+    (whole,) = append_to_past(past, 2, False, k=first)
     assert whole.flatten().tolist() == [0, 1, 2, 3, 4]
-    (whole,) = remember(past, 1, False, k=torch.tensor([10.0, 11.0]).reshape(1, 1, 2, 1))
+    (whole,) = append_to_past(past, 1, False, k=torch.tensor([10.0, 11.0]).reshape(1, 1, 2, 1))
     assert whole.flatten().tolist() == [10, 2, 3, 4, 11]
     assert past.get('k').flatten().tolist() == [2, 3, 4, 11]
 
