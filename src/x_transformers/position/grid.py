@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from x_transformers.helpers import without_autocast
 from x_transformers.module import empty_parameter
 from x_transformers.position.rotary import RotaryEmbedding
 from x_transformers.tensor_types import Bool, Float, Int
@@ -66,6 +67,7 @@ class GridRotary(RotaryEmbedding):
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
         places = self.cells((t if t.ndim == 2 else t.unsqueeze(0)).to(dtype)) / self.interpolation_factor
         if self.directions is not None:
-            return torch.einsum('bna,hap->bhnp', places, self.directions.to(dtype)), 1.0
+            with without_autocast(places):  # an angle in half precision is off by whole turns
+                return torch.einsum('bna,hap->bhnp', places, self.directions.to(dtype)), 1.0
         axis = len(self.axes) - 1 - torch.arange(self.inv_freq.shape[0], device=t.device) % len(self.axes)
         return places[..., axis] * self.inv_freq.to(dtype), 1.0

@@ -69,6 +69,7 @@ class Flex:
             scale=args.scale,
             enable_gqa=heads != kv_heads,
             return_aux=AuxRequest(lse=args.sink is not None),
+            kernel_options=options(args, q.dtype),
         )
         if order is not None:
             back = order.argsort()
@@ -80,6 +81,11 @@ class Flex:
         if open_rows is not None:
             out = out.masked_fill(~open_rows, 0.0)
         return cast(Tensor, out)
+
+
+def options(args: KernelArgs, dtype: torch.dtype) -> dict[str, int] | None:
+    """Every stage of the kernel's pipeline holds a tile of the bias, too; in 32 bits that is more than a GPU has room for."""
+    return {'num_stages': 1} if args.bias is not None and dtype.itemsize > 2 else None
 
 
 @cache

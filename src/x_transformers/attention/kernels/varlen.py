@@ -11,6 +11,9 @@ from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, 
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.tensor_types import Float
 
+# whether torch lets query heads share a key head here
+KNOWS_GROUPS = tuple(int(number) for number in torch.__version__.split('.')[:2]) >= (2, 12)
+
 
 class Varlen:
     """``torch.nn.attention.varlen``: a causal or full softmax inside each packed sequence, in half precision."""
@@ -47,7 +50,12 @@ class Varlen:
             raise ValueError('the varlen kernel was asked to run without packed sequences')
         q, k, v = unified(args)
         heads, kv_heads = q.shape[1], k.shape[1]
-        if 1 < kv_heads < heads:
+        shares = heads != kv_heads and KNOWS_GROUPS
+        if heads != kv_heads and not shares:
+            k, v = (t.repeat(1, heads // kv_heads, 1, 1) for t in (k, v))
+        more: dict[str, Any] = {'enable_gqa': True} if shares else {}
+        paired = shares and kv_heads > 1
+        if paired:
             q = regrouped(q, heads // kv_heads)
         found: Any = varlen_attn(
             q[0].transpose(0, 1),
@@ -59,7 +67,7 @@ class Varlen:
             packed.longest_k or args.geometry.own,
             scale=args.scale,
             window_size=(-1, 0) if args.mask.causal else (-1, -1),
-            enable_gqa=heads != kv_heads,
+            **more,
         )
         out: Tensor = found.transpose(0, 1)[None]
-        return regrouped(out, kv_heads) if 1 < kv_heads < heads else out
+        return regrouped(out, kv_heads) if paired else out
