@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from x_transformers.grouped import GroupedLinear, by_group, has_kernel, in_one_product
+from x_transformers.grouped import GroupedLinear, by_group, from_experts, has_kernel, in_one_product, to_experts
 
 COUNTS = torch.tensor([5, 0, 3, 8])
 
@@ -49,3 +51,21 @@ def test_the_module_is_a_loop_over_experts(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(module(x, COUNTS), torch.cat(rows))
     monkeypatch.setattr('x_transformers.grouped.has_kernel', lambda x, weight: True)
     torch.testing.assert_close(module(x, COUNTS), torch.cat(rows))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script')  # torch's own, when forward mode is first used
+def test_rows_spread_and_gathered_are_adjoint() -> None:
+    """Against plain indexing: values, gradients, gradients of gradients, and forward mode."""
+    t, active, d = 5, 2, 3
+    chosen = torch.stack([torch.randperm(4)[:active] for _ in range(t)]).flatten()
+    order = chosen.argsort(stable=True)
+    back = order.argsort()
+    rows, many = torch.randn(t, d, dtype=torch.float64), torch.randn(t * active, d, dtype=torch.float64)
+    assert torch.equal(to_experts(rows, order, back, active), rows[order // active])
+    want = torch.zeros_like(rows).index_add(0, order // active, many)
+    torch.testing.assert_close(from_experts(many, order, back, active), want)
+    for act, x in ((to_experts, rows), (from_experts, many)):
+        one = partial(act, order=order, back=back, active=active)
+        x.requires_grad_()
+        assert torch.autograd.gradcheck(one, (x,), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(lambda x, one=one: one(x).square(), (x,))

@@ -69,7 +69,7 @@ class Flex:
             scale=args.scale,
             enable_gqa=heads != kv_heads,
             return_aux=AuxRequest(lse=args.sink is not None),
-            kernel_options=options(args, q.dtype),
+            kernel_options=stages(args, q.dtype),
         )
         if order is not None:
             back = order.argsort()
@@ -83,7 +83,7 @@ class Flex:
         return cast(Tensor, out)
 
 
-def options(args: KernelArgs, dtype: torch.dtype) -> dict[str, int] | None:
+def stages(args: KernelArgs, dtype: torch.dtype) -> dict[str, int] | None:
     """Every stage of the kernel's pipeline holds a tile of the bias, too; in 32 bits that is more than a GPU has room for."""
     return {'num_stages': 1} if args.bias is not None and dtype.itemsize > 2 else None
 
