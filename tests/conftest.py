@@ -1,5 +1,5 @@
-"""Options of the test run: ``--shapes`` checks annotated shapes in every test, ``--device cuda`` moves the tests there,
-``--seed`` draws other random numbers.
+"""Options of the test run: ``--shapes`` checks annotated shapes in every test, ``--device cuda`` moves the tests there
+(``elsewhere``: to a device that every machine can pretend to have), ``--seed`` draws other random numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import elsewhere
 from tests.on_device import OnDevice
 from tests.poison import poisoned
 from tests.shapes import shapes_checked
@@ -41,6 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption('--device')
+    if device == elsewhere.NAME:
+        device = str(elsewhere.device())
+        elsewhere.Elsewhere().__enter__()
     if device != 'cpu':
         OnDevice(device).__enter__()
 

@@ -33,12 +33,15 @@ class OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if func not in self.makers or given.get('device') is not None or in_a_call():
+        if func not in self.makers:
             return func(*args, **given)
+        device = given.get('device') or (None if in_a_call() else self.device)
         generator = given.get('generator')
-        if func in FROM_VALUES or (generator is not None and generator.device != self.device):
-            return func(*args, **given).to(self.device)
-        return func(*args, **given | {'device': self.device})
+        if device is None or (func not in FROM_VALUES and generator is None):
+            return func(*args, **given | ({} if device is None else {'device': device}))
+        # what is drawn on the CPU, or written down in Python, is moved afterwards
+        made = func(*args, **given | {'device': None if generator is None else generator.device})
+        return made.to(device)
 
 
 def in_a_call() -> bool:
