@@ -585,3 +585,18 @@ def test_branches_by_themselves(call: Call, words: tuple[str, ...]) -> None:
 def test_a_source_may_be_embeddings_alone() -> None:
     assert pair()(None, IDS, src_prepend_embeds=VECTORS).isfinite()
     assert pair().generate(None, IDS[:, :1], 3, src_prepend_embeds=VECTORS).shape == (2, 3)
+
+
+@pytest.mark.parametrize('name', ['AutoregressiveWrapper', 'XLAutoregressiveWrapper', 'DPO', 'EntropyBasedTokenizer'])
+def test_neither_a_stack_nor_an_objective_is_a_model_of_tokens(name: str) -> None:
+    refuses(lambda: OBJECTIVES[name](Decoder(**STACK)), name, 'must be a model that reads tokens', 'got a Decoder, a stack')
+    refuses(lambda: OBJECTIVES[name](gpt()), name, 'got the objective AutoregressiveWrapper', 'Give its .net')
+
+
+def test_a_stack_is_a_model_of_vectors() -> None:
+    assert ContinuousAutoregressiveWrapper(Decoder(**STACK))(VECTORS).isfinite()
+
+
+def test_tokens_are_not_shifted_by_less_than_none() -> None:
+    refuses(lambda: Decoder(**STACK, shift_tokens=-1), 'shift_tokens', 'at least 0')
+    refuses(lambda: Decoder(**STACK, shift_tokens=(1, 0, -1, 0)), 'shift_tokens', 'at least 0')

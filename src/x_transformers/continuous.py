@@ -199,7 +199,7 @@ class ContinuousAutoregressiveWrapper(Module):
         super().__init__()
         probabilistic = bool(getattr(net, 'probabilistic', False))
         options(ContinuousOptions, 'ContinuousAutoregressiveWrapper', locals())
-        check_net(net, 'ContinuousAutoregressiveWrapper')
+        check_net(net, 'ContinuousAutoregressiveWrapper', of_tokens=False)
         self.probabilistic = probabilistic
         self.allow_future = allow_future
         self.net = net

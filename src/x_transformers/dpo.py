@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
-from x_transformers.flags.base import FlagError
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import DPOOptions, options
 from x_transformers.layers.checks import is_bool, shape_of
@@ -57,10 +56,6 @@ class DPO(Module):
         super().__init__()
         options(DPOOptions, 'DPO', locals())
         check_net(model, 'DPO', name='model', told_nothing=True)
-        if hasattr(model, 'generate') and isinstance(getattr(model, 'net', None), nn.Module):
-            raise FlagError(
-                f'DPO: model must be a net that gives logits, got the objective {type(model).__name__}. Give its .net.'
-            )
         self.policy_model = model
         self.ref_model = deepcopy(model).requires_grad_(False)
         self.beta = beta

@@ -143,11 +143,30 @@ def check_net(
     adds_expert_loss: bool = False,
     reads_later_tokens: bool = False,
     needs: Sequence[str] = (),
+    of_tokens: bool = True,
 ) -> None:
-    """Raise FlagError for what is no model, and for flags with which an objective can never run."""
+    """Raise FlagError for what is no model, and for flags with which an objective can never run.
+
+    ``of_tokens``: it reads ids, which a stack by itself does not.
+    """
+    check_module(net, where, name)
+    check_bare(net, where, name, of_tokens)
     check_added_losses(net, where, name=name, needs=needs, experts=not adds_expert_loss, later_tokens=not reads_later_tokens)
     rules = (*(PER_TOKEN_RULES if per_token else ()), *(TOLD_NOTHING_RULES if told_nothing else ()))
     check_rules(rules, net, where, f'{name} has ')
+
+
+def check_bare(net: nn.Module, where: str, name: str, of_tokens: bool) -> None:
+    """Raise FlagError for an objective in place of its net, and for a stack in place of a model around it."""
+    kind = type(net).__name__
+    ours = type(net).__module__.startswith(f'{__package__.partition(".")[0]}.')
+    if ours and hasattr(net, 'generate') and isinstance(getattr(net, 'net', None), nn.Module):
+        raise FlagError(f'{where}: {name} must be a net that gives logits, got the objective {kind}. Give its .net.')
+    if of_tokens and isinstance(getattr(net, 'flags', None), StackFlags):
+        raise FlagError(
+            f'{where}: {name} must be a model that reads tokens, got a {kind}, a stack. '
+            f'Give TransformerWrapper(num_tokens=..., max_seq_len=..., attn_layers={kind}(...)).'
+        )
 
 
 def check_module(net: Any, where: str, name: str = 'net', needs: Sequence[str] = ()) -> None:

@@ -219,6 +219,7 @@ class StackFlags(PositionFacts, StructureFlags):
     shift_tokens: int | tuple[int, ...] = flag(
         0,
         'Give part of the channels of the tokens next to it, this far; one or per layer.',
+        low=0,
         each='layer',
         traits='row_order',
         family='layers',
