@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.hf.large import LARGE, SMALL, write
 from tests.two_processes import attempt_all
 from x_transformers.hf import from_hf
-from x_transformers.saving.tensors import PIECE, Weights, pieces
+from x_transformers.hf.convert import family_of, keywords, rules_for
+from x_transformers.saving.tensors import PIECE, Weights, json_object, pieces, rows_of
 
 
 @pytest.mark.slow
@@ -48,3 +50,31 @@ def test_what_is_read_in_pieces_is_the_whole(tmp_path: Path, monkeypatch: pytest
     assert weights.equal('lm_head.weight', 'lm_head.weight')
     assert not weights.equal('lm_head.weight', 'model.embed_tokens.weight')
     assert PIECE % 8 == 0
+
+
+def whole(folder: Path) -> dict[str, Tensor]:
+    """The tensors of ours, by the family's maps of whole tensors."""
+    config, weights = json_object(folder / 'config.json'), Weights(folder)
+    made: dict[str, Tensor] = {}
+    for entry in rules_for(family_of(config), config, keywords(config), weights):
+        made |= zip(entry.ours, entry.map.into(tuple(weights[name] for name in entry.theirs)), strict=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    'name', ['Llama', 'Qwen3', 'GPT-2', 'GPT-NeoX', 'gpt-oss', 'ModernBERT, biases, untied', 'ViT, classes']
+)
+def test_rows_that_are_read_one_after_the_other_go_where_the_map_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip('transformers', reason='the folders are written by transformers (extra: dev)')
+    from tests.hf.published import CASES, noisy
+
+    noisy(next(case for case in CASES if case.name == name).make()).save_pretrained(tmp_path)
+    wanted = whole(tmp_path)
+    monkeypatch.setattr('x_transformers.saving.tensors.PIECE', 300)
+    place = max(Weights(tmp_path).places.values(), key=lambda place: len(place.shape) > 1 and place.shape[0])
+    assert len(list(rows_of(place))) > 2
+    for dtype in (torch.float32, torch.float64):
+        for name, tensor in from_hf(tmp_path, dtype=dtype).named_parameters():
+            assert torch.equal(tensor, wanted[name].to(dtype)), name

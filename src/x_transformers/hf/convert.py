@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, headless
-from x_transformers.hf.maps import JOINED, SAME
+from x_transformers.hf.reading import sources_of
 from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.folder import check_asked, check_dtypes, fill_model, refuse_weights, written_whole
@@ -166,31 +166,6 @@ def checked_sources(
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters of a model, those that are shared once."""
     return dict(model.named_parameters())
-
-
-def sources_of(entry: KeyRule, weights: Weights) -> dict[str, TensorSource]:
-    """What makes each of a rule's tensors; several that are made of one are kept until all have been taken."""
-    if entry.map is SAME:
-        return {ours: weights.stored(theirs) for theirs, ours in zip(entry.theirs, entry.ours, strict=True)}
-    dtype = weights.places[entry.theirs[0]].dtype
-    if entry.map is JOINED:
-
-        def each(out: Tensor) -> None:
-            for name, part in zip(entry.theirs, out.chunk(2), strict=True):
-                weights.stored(name).into(part)
-
-        return {entry.ours[0]: TensorSource(dtype, each)}
-    made: dict[str, Tensor] = {}
-
-    def into(name: str) -> Callable[[Tensor], None]:
-        def written(out: Tensor) -> None:
-            if name not in made:
-                made.update(zip(entry.ours, entry.map.into(tuple(weights[t] for t in entry.theirs)), strict=True))
-            out.copy_(made.pop(name))
-
-        return written
-
-    return {name: TensorSource(dtype, into(name)) for name in entry.ours}
 
 
 def other_shapes(rules: list[KeyRule], weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

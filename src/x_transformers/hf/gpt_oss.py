@@ -7,7 +7,7 @@ from torch import Tensor
 
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, rotary, rule
 from x_transformers.hf.llama import FORWARD, UNUSED, biases, decoder, pre_norm_rules, windows
-from x_transformers.hf.maps import Map, each
+from x_transformers.hf.maps import Map, each, together
 
 
 def gpt_oss(config: Config) -> Plain:
@@ -45,7 +45,7 @@ def gpt_oss(config: Config) -> Plain:
 
 def neighbours_apart(t: Tensor) -> Tensor:
     """Gates and values of an expert lie in turn in theirs, values before gates in ours."""
-    return torch.cat((t[:, 1::2], t[:, ::2]), dim=1)
+    return together((t[:, 1::2], t[:, ::2]), dim=1)
 
 
 def neighbours(t: Tensor) -> Tensor:
@@ -53,8 +53,9 @@ def neighbours(t: Tensor) -> Tensor:
     return torch.stack((gates, values), dim=2).flatten(1, 2)
 
 
-GATES = each(neighbours_apart, neighbours)
-TURNED = each(lambda t: t.transpose(1, 2).contiguous(), lambda t: t.transpose(1, 2).contiguous())
+# each expert alone
+GATES = each(neighbours_apart, neighbours, 'stay')
+TURNED = each(lambda t: t.transpose(1, 2).contiguous(), lambda t: t.transpose(1, 2).contiguous(), 'stay')
 
 
 def expert_rules(theirs: str, ours: str) -> list[KeyRule]:

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
+Rows = Literal['stay', 'turn', 'move']
 
 
 @dataclass(frozen=True)
 class Map:
-    """From their tensors to ours, and back."""
+    """From their tensors to ours, and back.
+
+    ``rows``: what becomes of a row of theirs (of the first axis), so that a large tensor need not be held whole: 'stay': the
+    row of the same number; 'turn': the column of that number; 'move': the same row, somewhere else. None: something else.
+    """
 
     into: Callable[[Tensors], Tensors]
     back: Callable[[Tensors], Tensors]
+    rows: Rows | None = None
 
     def then(self, other: Map) -> Map:
-        return Map(lambda t: other.into(self.into(t)), lambda t: self.back(other.back(t)))
+        if self is SAME:
+            return other
+        rows = self.rows if other is SAME or self.rows == other.rows != 'turn' else None
+        rows = other.rows if self.rows == 'stay' and other.rows == 'turn' else rows
+        return Map(lambda t: other.into(self.into(t)), lambda t: self.back(other.back(t)), rows)
 
 
 def together(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """``torch.cat``; for tensors without memory, of which shapes are asked, torch would load its compiler."""
+    """``torch.cat``; with tensors without memory, of which shapes are asked, torch would load its compiler."""
     if not tensors[0].is_meta:
         return torch.cat(tuple(tensors), dim=dim)
     first = tensors[0]
@@ -34,26 +45,36 @@ def together(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return first.new_empty(shape)
 
 
-def each(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Map:
+def each(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], rows: Rows | None = None) -> Map:
     """The same for every tensor of a rule."""
-    return Map(lambda t: tuple(into(one) for one in t), lambda t: tuple(back(one) for one in t))
+    return Map(lambda t: tuple(into(one) for one in t), lambda t: tuple(back(one) for one in t), rows)
 
 
 def chain(*maps: Map) -> Map:
     return reduce(Map.then, maps, SAME)
 
 
-SAME = each(lambda t: t, lambda t: t)
-HALVES_SWAPPED = each(lambda t: t.roll(t.shape[0] // 2, 0), lambda t: t.roll(t.shape[0] // 2, 0))
-TRANSPOSED = each(lambda t: t.t().contiguous(), lambda t: t.t().contiguous())
+def halves_swapped(t: Tensor) -> Tensor:
+    half = t.shape[0] // 2
+    return together((t[half:], t[:half]))
+
+
+SAME = each(lambda t: t, lambda t: t, 'stay')
+HALVES_SWAPPED = each(halves_swapped, halves_swapped, 'move')
+TRANSPOSED = each(lambda t: t.t().contiguous(), lambda t: t.t().contiguous(), 'turn')
 
 
 def scaled(factor: float) -> Map:
-    return each(lambda t: t * factor, lambda t: t / factor)
+    return numbers(lambda t: t * factor, lambda t: t / factor)
 
 
 def shifted(by: float) -> Map:
-    return each(lambda t: t + by, lambda t: t - by)
+    return numbers(lambda t: t + by, lambda t: t - by)
+
+
+def numbers(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Map:
+    """Of each number alone; tensors without memory stay as they are, for arithmetic with them loads torch's compiler."""
+    return each(lambda t: t if t.is_meta else into(t), lambda t: t if t.is_meta else back(t), 'stay')
 
 
 def reshaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> Map:
@@ -75,7 +96,7 @@ def paired(heads: int, dim_head: int, turned: int | None = None) -> Map:
 
         return move
 
-    return each(rows((2, turned // 2)), rows((turned // 2, 2)))
+    return each(rows((2, turned // 2)), rows((turned // 2, 2)), 'move')
 
 
 def regrouped_heads(heads: int, kv_heads: int, dim: int = 0) -> Map:
@@ -86,13 +107,13 @@ def regrouped_heads(heads: int, kv_heads: int, dim: int = 0) -> Map:
 
     def move(first: int, second: int) -> Callable[[Tensor], Tensor]:
         def moved(t: Tensor) -> Tensor:
-            t = t.transpose(0, dim)
-            out = t.reshape(first, second, -1, *t.shape[1:]).transpose(0, 1).reshape(t.shape)
-            return out.transpose(0, dim).contiguous()
+            before, behind = t.shape[:dim], t.shape[dim + 1 :]
+            parts = t.reshape(*before, first, second, t.shape[dim] // (first * second), *behind)
+            return parts.transpose(dim, dim + 1).reshape(t.shape)
 
         return moved
 
-    return each(move(kv_heads, groups), move(groups, kv_heads))
+    return each(move(kv_heads, groups), move(groups, kv_heads), 'stay' if dim else 'move')
 
 
 # two of theirs are one of ours, one below the other
@@ -101,7 +122,11 @@ JOINED = Map(lambda t: (together(t),), lambda t: tuple(part.contiguous() for par
 
 def split(parts: int, dim: int = 0) -> Map:
     """One of theirs is several of ours, of equal parts."""
-    return Map(lambda t: tuple(part.contiguous() for part in t[0].chunk(parts, dim=dim)), lambda t: (together(t, dim=dim),))
+
+    def into(t: Tensors) -> Tensors:
+        return tuple(part.contiguous() for part in t[0].chunk(parts, dim=dim))
+
+    return Map(into, lambda t: (together(t, dim=dim),), 'stay' if dim else 'move')
 
 
 def split_in_heads(heads: int, dim_head: int) -> Map:
@@ -115,12 +140,14 @@ def split_in_heads(heads: int, dim_head: int) -> Map:
         each_head = [part.reshape(heads, 1, dim_head, *part.shape[1:]) for part in t]
         return (together(each_head, dim=1).reshape(3 * heads * dim_head, *t[0].shape[1:]),)
 
-    return Map(into, back)
+    return Map(into, back, 'move')
 
 
 def apart(*maps: Map) -> Map:
     """A map of its own for each of our tensors."""
+    kinds = {one.rows for one in maps if one is not SAME}
     return Map(
         lambda t: tuple(m.into((one,))[0] for m, one in zip(maps, t, strict=True)),
         lambda t: tuple(m.back((one,))[0] for m, one in zip(maps, t, strict=True)),
+        kinds.pop() if len(kinds) == 1 else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ LONGEST_HEADER = 100_000_000
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 SHARD = 5 * 2**30
 # bytes that are held beside a tensor while it is read into its place
-PIECE = 2**24
+PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -195,17 +196,28 @@ def take(file: Path, stream: IO[bytes], memory: bytearray | mmap.mmap) -> None:
         filled += got
 
 
-def pieces(place: TensorPlace) -> Iterator[tuple[int, Tensor]]:
-    """(where it begins, some of the numbers), one after the other; each lies in the memory of the one before."""
-    whole = place.end - place.begin
-    memory = scratch(min(whole, PIECE))
+def pieces(place: TensorPlace, row: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """(where it begins, some of the numbers), one after the other; each lies in the memory of the one before.
+
+    ``row``: numbers that stay together.
+    """
+    whole, unit = place.end - place.begin, max(row, 1) * place.dtype.itemsize
+    size = max(PIECE // unit, 1) * unit
+    memory = scratch(min(whole, size))
     with place.file.open('rb', buffering=0) as stream:
         stream.seek(place.begin)
-        for begin in range(0, whole, PIECE):
+        for begin in range(0, whole, size):
             if whole - begin < len(memory):
                 memory = scratch(whole - begin)
             take(place.file, stream, memory)
             yield begin // place.dtype.itemsize, torch.frombuffer(memory, dtype=place.dtype)
+
+
+def rows_of(place: TensorPlace) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first, some of the rows), one after the other; each lies in the memory of those before."""
+    row = math.prod(place.shape[1:])
+    for begin, piece in pieces(place, row):
+        yield begin // max(row, 1), piece.view(-1, *place.shape[1:])
 
 
 def read_into(place: TensorPlace, out: Tensor) -> None:
