@@ -48,10 +48,11 @@ from x_transformers.generation.texts import check_speculative, collected, run_te
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
+from x_transformers.labelled import Asked, answered, check_unlabelled, one_of
 from x_transformers.losses import later_token_loss, next_embedding_loss, packed_targets, token_cross_entropy, with_experts
 from x_transformers.module import Module
 from x_transformers.randomness import forgetful_mask
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.generation.continuation import Programs
@@ -60,27 +61,10 @@ if TYPE_CHECKING:
 LARGE_LOGITS = 2**24
 
 __all__ = [
-    'FILTER_LOGITS_FN',
-    'AutoregressiveWrapper',
-    'GenerateError',
-    'align_right',
-    'cast_tuple',
-    'contrastive_decode_fn',
-    'default',
-    'eval_decorator',
-    'exists',
-    'gumbel_noise',
-    'gumbel_sample',
-    'identity',
-    'join',
-    'log',
-    'min_p',
-    'modify_cached_kv',
-    'pad_at_dim',
-    'top_a',
-    'top_k',
-    'top_p',
-]
+    'FILTER_LOGITS_FN', 'AutoregressiveWrapper', 'GenerateError', 'align_right', 'cast_tuple', 'contrastive_decode_fn',
+    'default', 'eval_decorator', 'exists', 'gumbel_noise', 'gumbel_sample', 'identity', 'join', 'log', 'min_p',
+    'modify_cached_kv', 'pad_at_dim', 'top_a', 'top_k', 'top_p',
+]  # fmt: skip
 
 
 def cast_tuple(t: Any, length: int = 1) -> tuple[Any, ...]:
@@ -150,12 +134,16 @@ class AutoregressiveWrapper(Module):
 
     def forward(
         self,
-        x: Int[Tensor, 'b n'],
+        x: Int[Tensor, 'b n'] | None = None,
         return_outputs: bool = False,
         prepend_embeds: Float[Tensor, 'b p d'] | None = None,
         lens: Int[Tensor, 'b'] | None = None,
         *,
         targets: Int[Tensor, 'b n'] | None = None,
+        labels: Int[Tensor, 'b n'] | None = None,
+        input_ids: Int[Tensor, 'b n'] | None = None,
+        attention_mask: Bool[Tensor, 'b n'] | Int[Tensor, 'b n'] | None = None,
+        num_items_in_batch: int | Int[Tensor, ''] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The mean loss of predicting ``x[:, 1:]``, or (loss, (logits (b, n - 1, v), intermediates)).
@@ -169,14 +157,27 @@ class AutoregressiveWrapper(Module):
         the first of the next.
 
         In training the loss of experts that a stack with ``ff_experts`` reports is added.
+
+        ``labels``, or ``input_ids`` in the place of ``x``, ask for ``Labelled``, which trainers of others read: ``logits``
+        (b n v) and, with labels, ``loss``. Labels are shifted in here, so they may be the ids; -100 carries no loss.
+        ``attention_mask``: 1 for tokens. ``num_items_in_batch``: what the sum over tokens is divided by.
         """
+        if labels is not None or input_ids is not None:
+            asked = Asked(labels, attention_mask, num_items_in_batch, {'targets': targets, 'return_outputs': return_outputs})
+            return answered(self, one_of(x, input_ids), asked, {'prepend_embeds': prepend_embeds, 'lens': lens, **kwargs})
+        check_unlabelled(attention_mask, num_items_in_batch)
+        loss, logits, record = self.measured(x, prepend_embeds, lens, targets, return_outputs, **kwargs)
+        return (loss, (logits[:, :-1], record)) if return_outputs else loss
+
+    def measured(
+        self, x: Any, prepend_embeds: Any, lens: Any, targets: Any, return_outputs: bool, **kwargs: Any
+    ) -> tuple[Float[Tensor, ''], Any, Any]:
+        """(loss, logits (b n v), intermediates), the latter two where outputs are asked for."""
         x = training_ids(x)
-        if lens is not None:
-            x = x.masked_fill(beyond(x, lens), self.ignore_index)
+        x = x if lens is None else x.masked_fill(beyond(x, lens), self.ignore_index)
         # targets of the caller's own may be something else than what comes next
         check_future(self.net, kwargs, 'AutoregressiveWrapper', allowed=self.allow_future or targets is not None)
         prefix = rows_in_front(prepend_embeds)
-        # what is in front of the outputs
         front = 0 if kwargs.get('excise_prepend_embeds') else prefix
         if targets is None:
             # outputs are not sliced, as a target that does not count costs less than a copy of them
@@ -202,7 +203,7 @@ class AutoregressiveWrapper(Module):
         if self.looped:
             kwargs['looped_pred_all_logits'] = True
         elif not return_outputs and self._wants_loss_only(kwargs):
-            return self._loss_only(wanted, inputs, {'prepend_embeds': prepend_embeds, **kwargs})
+            return self._loss_only(wanted, inputs, {'prepend_embeds': prepend_embeds, **kwargs}), None, None
         out, intermediates = self.net(inputs, return_intermediates=True, prepend_embeds=prepend_embeds, **kwargs)
         logits, following = out if self.add_continuous_pred_head else (out, None)
         logits, *later = logits if self.multi_token_heads > 1 else (logits,)
@@ -222,7 +223,7 @@ class AutoregressiveWrapper(Module):
             loss = loss + self.next_embed_loss_weight * next_embedding_loss(
                 predicted, embedded, targets[:, :-1] != self.ignore_index
             )
-        return (loss, (logits[:, front:-1], intermediates)) if return_outputs else loss
+        return loss, logits[:, front:], intermediates
 
     def _token_loss(self, logits: Any, targets: Int[Tensor, 'b m']) -> Float[Tensor, '']:
         if not isinstance(logits, Tensor):
@@ -235,8 +236,7 @@ class AutoregressiveWrapper(Module):
 
     def _wants_loss_only(self, kwargs: Mapping[str, Any]) -> bool:
         """Nobody reads what the net reports beside its output, and the net can leave it out."""
-        own_net = bool(getattr(self.net, 'reads_new_tokens', False))
-        return own_net and not any(name.startswith('return_') for name in kwargs)
+        return bool(getattr(self.net, 'reads_new_tokens', False)) and not any(name.startswith('return_') for name in kwargs)
 
     def _loss_only(
         self, targets: Int[Tensor, 'b m'], inputs: Int[Tensor, 'b n'], kwargs: Mapping[str, Any]

@@ -87,6 +87,7 @@ CHECKED = {
     calls.CachedWritingOptions: XValAutoregressiveWrapper.generate,
     calls.GenerationOptions: AutoregressiveWrapper.generate,
     calls.BeamOptions: AutoregressiveWrapper.beam_search,
+    calls.LabelledOptions: AutoregressiveWrapper.forward,
     calls.XLForwardOptions: XLAutoregressiveWrapper.forward,
     calls.FramesOptions: ContinuousAutoregressiveWrapper.generate,
     calls.FramesForwardOptions: ContinuousAutoregressiveWrapper.forward,

@@ -296,6 +296,7 @@ ATTENTION = (
 POSITIONS = (
     group('rotary', SELF, rotary_pos_emb=True),
     group('rotary_dim', SELF, rotary_pos_emb=True, rotary_emb_dim=2),
+    group('rotary_whole', SELF, rotary_pos_emb=True, rotary_whole_head=True),
     group('rotary_xpos', STRICT, rotary_xpos=True),
     group('rotary_scaled', SELF, rotary_pos_emb=True, rotary_interpolation_factor=2.0, rotary_base_rescale_factor=2.0),
     group('rotary_theta', SELF, rotary_pos_emb=True, rotary_theta=100.0),

@@ -197,3 +197,15 @@ def test_complaints(scaling, says):
     with pytest.raises(FlagError, match='rotary_scaling') as caught:
         Decoder(dim=16, depth=1, heads=2, attn_dim_head=16, rotary_pos_emb=True, rotary_emb_dim=8, rotary_scaling=scaling)
     assert says in str(caught.value)
+
+
+def test_whole_heads_turn_as_channels_that_are_counted() -> None:
+    for dim_head in (6, 8):
+        sizes = {'dim': 16, 'depth': 1, 'heads': 2, 'attn_dim_head': dim_head, 'rotary_pos_emb': True}
+        stack, x = Decoder(**sizes, rotary_whole_head=True), torch.randn(2, 9, 16)
+        counted, half = Decoder(**sizes, rotary_emb_dim=dim_head), Decoder(**sizes)
+        for other in (counted, half):
+            other.load_state_dict(dict(stack.named_parameters()), strict=False)
+        assert stack.rotary_pos_emb.inv_freq.shape == (dim_head // 2,)
+        torch.testing.assert_close(stack(x), counted(x))
+        assert not torch.allclose(stack(x), half(x))

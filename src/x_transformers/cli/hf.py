@@ -62,7 +62,7 @@ class Export:
     """Write a model of this library in the Hugging Face format."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder that save_pretrained or hf import has written."""
+    """Folder that save_pretrained, train or hf import has written; the tokenizer comes along, that of bytes too."""
     target: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
     family: str | None = None
@@ -74,10 +74,19 @@ class Export:
         from x_transformers.hf import to_hf
         from x_transformers.hf.convert import copy_tokenizer
         from x_transformers.module import Module
+        from x_transformers.saving.tensors import json_object
+        from x_transformers.training.build import NUM_BYTES
+        from x_transformers.training.tokens import save_for_transformers
 
         source, target = Path(self.source), Path(self.target)
-        to_hf(Module.from_pretrained(source), target, family=self.family)
-        report(target, copy_tokenizer(source, target), as_json=self.json)
+        model: Any = Module.from_pretrained(source)
+        to_hf(model, target, family=self.family)
+        names = copy_tokenizer(source, target)
+        config = json_object(source / 'config.json')
+        # of a run
+        if 'training' in config and (names or config.get('vocabulary') in (None, NUM_BYTES)):
+            names += save_for_transformers(target, model.max_seq_len)
+        report(target, names, as_json=self.json)
 
 
 def dtype_named(name: str | None) -> Any:

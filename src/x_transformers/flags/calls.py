@@ -91,6 +91,15 @@ class BeamOptions(CachedWritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class LabelledOptions(Options):
+    """The call of ``AutoregressiveWrapper`` with labels."""
+
+    return_outputs: bool = flag(False, 'Return logits and intermediates, too.')
+    labels: Tensor | None = flag(None, 'What is predicted, by the names of other packages.')
+    num_items_in_batch: int | Tensor | None = flag(None, 'What the sum of the losses is divided by.', parent='labels')
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class XLForwardOptions(Options):
     dropout_mems: bool = flag(False, 'Memories are not read.')
     ttt_recurrent_steps: int = flag(1, 'How often each segment is read.', low=1)

@@ -293,6 +293,7 @@ class InnerKeywords(TypedDict, total=False):
     hyper_conn_doubly_stochastic: bool
     gradient_checkpointing: bool
     rotary_theta: Each[float]
+    rotary_whole_head: bool
     rotary_scaling: Each[Mapping[str, Any] | None]
     rotary_layout: str
     norm_eps: float | None
@@ -846,6 +847,7 @@ class EncKeywords(TypedDict, total=False):
     enc_hyper_conn_doubly_stochastic: bool
     enc_gradient_checkpointing: bool
     enc_rotary_theta: Each[float]
+    enc_rotary_whole_head: bool
     enc_rotary_scaling: Each[Mapping[str, Any] | None]
     enc_rotary_layout: str
     enc_norm_eps: float | None
@@ -1237,6 +1239,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_hyper_conn_doubly_stochastic: bool
     dec_gradient_checkpointing: bool
     dec_rotary_theta: Each[float]
+    dec_rotary_whole_head: bool
     dec_rotary_scaling: Each[Mapping[str, Any] | None]
     dec_rotary_layout: str
     dec_norm_eps: float | None

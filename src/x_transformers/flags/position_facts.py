@@ -23,6 +23,7 @@ class PositionFacts:
         rotary_pos_emb: bool
         rotary_xpos: bool
         rotary_emb_dim: int | None
+        rotary_whole_head: bool
         rotary_scaling: Mapping[str, Any] | None
         rotary_axes: tuple[int, ...] | None
         polar_pos_emb: bool
@@ -63,7 +64,8 @@ class PositionFacts:
     @cached_property
     def rotary_dim(self) -> int:
         narrowest = min((flags.dim_head for flags in self.attentions), default=self.attn_dim_head)
-        return narrowest // 2 if self.rotary_emb_dim is None else self.rotary_emb_dim
+        usual = narrowest if self.rotary_whole_head else narrowest // 2
+        return usual if self.rotary_emb_dim is None else self.rotary_emb_dim
 
     @cached_property
     def rotary_by_length(self) -> bool:

@@ -56,6 +56,10 @@ PRESETS: dict[str, Preset] = {
     'long-context': Preset('llama with a window of 64', {**LLAMA, 'attn_max_attend_past': 64}),
     'recall': Preset('llama, a look at the token before', {**LLAMA, 'shift_tokens': 1}),
     'classifier': Preset('the mean of all tokens, for an encoder; no language model', {'average_pool_embed': True}),
+    'hf-llama': Preset(
+        'llama to the letter of the published models, which `hf export` writes',
+        {**LLAMA, 'rotary_whole_head': True, 'norm_add_unit_offset': False, 'norm_eps': 1e-5, 'ff_glu_bias': False},
+    ),
 }
 
 

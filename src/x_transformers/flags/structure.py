@@ -171,6 +171,9 @@ class StructureFlags(LayeredFlags):
         10000.0, 'Base of the wavelengths: the slowest pair turns once in about 2π times this many tokens.', paper=ROTARY,
         parent=ANY_ROTARY, above=0, since='here', each='attention',
     )  # fmt: skip
+    rotary_whole_head: bool = flag(
+        False, 'Rotate all channels of each head.', paper=ROTARY, parent=ANY_ROTARY, since='here'
+    )  # fmt: skip
     rotary_scaling: Mapping[str, Any] | None = flag(
         None, "Other frequencies for longer sequences: {'type': 'linear', 'factor': 4.0}, or dynamic, yarn, llama3, longrope.",
         paper=('https://arxiv.org/abs/2309.00071', 'https://arxiv.org/abs/2407.21783', 'https://arxiv.org/abs/2402.13753'),

@@ -167,6 +167,14 @@ STRUCTURE_RULES = (
         only_changed=True,
     ),
     Rule(
+        ('rotary_whole_head', 'rotary_emb_dim'),
+        lambda flags, dim: flags.rotary_whole_head and flags.rotary_emb_dim is not None,
+        'the one rotates all channels of a head, the other so many',
+        {'rotary_pos_emb': True, 'rotary_whole_head': True, 'rotary_emb_dim': 4},
+        'Leave one of them out.',
+        only_changed=True,
+    ),
+    Rule(
         ('rotary_axes_mixed', 'rotate_num_heads', 'attn_latent_rope_subheads'),
         lambda flags, dim: flags.rotary_axes_mixed and flags.attention.rotated_heads is not None,
         'each head turns in its own way, so all of them turn',

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.tensor_types import Float, Int
-
-# what carries no loss, as these packages mark it
-IGNORED = -100
+from x_transformers.labelled import Labelled
+from x_transformers.tensor_types import Int
 
 
 @dataclass
@@ -28,12 +25,10 @@ class Described:
 
 
 class CausalLM(nn.Module):
-    """A model of tokens that takes ``input_ids``, ``attention_mask`` and ``labels``, and gives a dictionary.
+    """An ``AutoregressiveWrapper`` with what PEFT reads beside its call, for ``task_type='CAUSAL_LM'``.
 
-    For the ``Trainer`` of ``transformers`` and for PEFT with ``task_type='CAUSAL_LM'``. ``net``: a ``TransformerWrapper``, or
-    an ``AutoregressiveWrapper`` around one; its parameters are those of this module, under ``model``.
-    forward: (b n), masks of 1 for tokens, and labels of which -100 carry no loss -> ``logits`` (b n v) and, with labels,
-    ``loss``: the mean, or the sum divided by ``num_items_in_batch``. Labels are shifted in here: they may be the ids.
+    ``net``: a ``TransformerWrapper``, or an ``AutoregressiveWrapper`` around one; its parameters are those of this module,
+    under ``model``. forward: ``AutoregressiveWrapper``'s with ``input_ids``. Raises ValueError for further tensors.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -51,18 +46,13 @@ class CausalLM(nn.Module):
         labels: Int[Tensor, 'b n'] | None = None,
         num_items_in_batch: Int[Tensor, ''] | int | None = None,
         **asked: Any,
-    ) -> dict[str, Tensor]:
+    ) -> Labelled:
         if unknown := [name for name, value in asked.items() if value is not None and not isinstance(value, bool)]:
             raise ValueError(f'CausalLM must be given input_ids, attention_mask and labels, got {", ".join(unknown)}, too.')
-        mask = None if attention_mask is None else attention_mask.bool()
-        logits: Float[Tensor, 'b n v'] = self.model.net(input_ids, mask=mask)
-        if labels is None:
-            return {'logits': logits}
-        read, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        if num_items_in_batch is None:
-            return {'loss': F.cross_entropy(read, wanted, ignore_index=IGNORED), 'logits': logits}
-        summed = F.cross_entropy(read, wanted, ignore_index=IGNORED, reduction='sum')
-        return {'loss': summed / num_items_in_batch, 'logits': logits}
+        said: Labelled = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, num_items_in_batch=num_items_in_batch
+        )
+        return said
 
     def generate(self, prompts: Any, *args: Any, **keywords: Any) -> Tensor:
         """``AutoregressiveWrapper.generate``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
@@ -18,6 +19,7 @@ from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, headless
 from x_transformers.hf.reading import sources_of
+from x_transformers.hf.rewritten import in_their_words
 from x_transformers.module import Module
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.folder import check_asked, check_dtypes, fill_model, refuse_weights, written_whole
@@ -206,7 +208,9 @@ def to_hf(model: Module, folder: str | Path, *, family: str | None = None) -> No
 
 
 def write_converted(model: Module, folder: Path, family: str | None) -> None:
-    plain = to_plain(model)
+    plain, own = to_plain(model), own_tensors(model)
+    if own_config(model, family) is None:
+        plain, own = in_their_words(model, plain, own)
     config = matching_config(model, plain, family)
     chosen = family_of(config)
     if chosen.exported_as:
@@ -214,7 +218,6 @@ def write_converted(model: Module, folder: Path, family: str | None) -> None:
     rules = chosen.rules(Config(config), keywords(config))
     if chosen.prefix and is_headless(config):
         rules = [KeyRule(tuple(name.removeprefix(chosen.prefix) for name in r.theirs), r.ours, r.map) for r in rules]
-    own = own_tensors(model)
     dtype = next((t.dtype for t in own.values() if t.is_floating_point()), torch.float32)
     config = {**config, 'dtype': str(dtype).removeprefix('torch.')}
     config.pop('torch_dtype', None)
@@ -235,15 +238,24 @@ def is_headless(config: Mapping[str, Any]) -> bool:
     return headless(Config(config).architecture)
 
 
+def own_config(model: Module, family: str | None) -> Plain | None:
+    """The config that a model came with, if it is of the family."""
+    known: Plain | None = getattr(model, 'hf_config', None)
+    return known if known is not None and family in (None, known.get('model_type')) else None
+
+
 def matching_config(model: Module, plain: Plain, family: str | None) -> Plain:
     """A config whose keywords build this very model."""
-    known = getattr(model, 'hf_config', None)
-    if known is not None and family in (None, known.get('model_type')):
+    known = own_config(model, family)
+    if known is not None:
         differing = differences(plain, keywords(known))
         if differing:
             raise FlagError(f'to_hf: the model differs from the config it came with in {"; ".join(differing)}.')
         return dict(known)
-    reasons = []
+    by_layer = getattr(getattr(getattr(model, 'attn_layers', None), 'flags', None), 'varying', {})
+    if by_layer:
+        raise FlagError(f'to_hf: {", ".join(by_layer)} must be one value for all layers, got {by_layer}.')
+    reasons: list[tuple[int, str]] = []
     for kind in [family] if family is not None else FAMILIES:
         made = family_of({'model_type': kind}).config_of
         if made is None:
@@ -252,12 +264,13 @@ def matching_config(model: Module, plain: Plain, family: str | None) -> Plain:
             config = made(plain)
             differing = differences(plain, keywords(config))
         except (FlagError, KeyError, TypeError) as error:
-            reasons.append(f'{kind}: {error}')
+            reasons.append((sys.maxsize, f'{kind}: {error}'))
             continue
         if not differing:
             return config
-        reasons.append(f'{kind} does not have {"; ".join(differing)}')
-    raise FlagError(f'to_hf: no family has this model. {". ".join(reasons) or "Give the family"}.')
+        reasons.append((len(differing), f'{kind} does not have {"; ".join(differing)}.'))
+    nearest = min(reasons, default=(0, f'There is no config of {family} for models that were made here.'))[1]
+    raise FlagError(f'to_hf: no family has this model. {nearest} Models of the preset hf-llama go out.')
 
 
 def differences(plain: Plain, wanted: Plain) -> list[str]:
@@ -270,7 +283,7 @@ def differences(plain: Plain, wanted: Plain) -> list[str]:
 
 # flags that change nothing in evaluation, or not what a model computes
 FREE = re.compile(
-    r'(.*dropout.*|.*verbose|.*gradient_checkpointing|.*flash|.*attend_sdp_kwargs|.*attn_z_loss_weight|.*onnxable)'
+    r'(.*zero_init_(branch_)?output|.*dropout.*|.*verbose|.*gradient_checkpointing|.*flash|.*attend_sdp_kwargs|.*attn_z_loss_weight|.*onnxable)'
 )
 
 
@@ -285,7 +298,9 @@ def flat(model: nn.Module, path: str = '') -> dict[str, Any]:
     for name, child in model.named_children():
         if isinstance(child, Module) and (hasattr(child, 'flags') or name in ('decoder', 'encoder', 'net')):
             found |= flat(child, f'{path}{name}.')
-    return {name: value for name, value in found.items() if not FREE.fullmatch(name)}
+    crosses = any('cross_attend' in name for name in found)
+    unused = [] if crosses else [name for name in found if 'cross_attention.' in name]
+    return {name: value for name, value in found.items() if not FREE.fullmatch(name) and name not in unused}
 
 
 # ---------------------------------------------------------------- folders

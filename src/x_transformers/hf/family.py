@@ -165,6 +165,16 @@ NAMES_OF_ACTIVATIONS = {
 }
 
 
+def activation_named(stack: Plain) -> str:
+    """Their name of a stack's activation. Raises FlagError if there is none."""
+    names = {name for made in ACTIVATIONS.values() for name in made}
+    flags = {name: stack[name] for name in names if stack.get(name)}
+    found = next((name for name, made in ACTIVATIONS.items() if made == flags), None)
+    if found is None:
+        raise FlagError(f'there is no name for the activation {flags}.')
+    return found
+
+
 BIASES: Plain = {'attn_qkv_bias': True, 'attn_out_bias': True}
 
 

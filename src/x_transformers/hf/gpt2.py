@@ -7,6 +7,7 @@ from x_transformers.hf.family import (
     Family,
     KeyRule,
     Plain,
+    activation_named,
     check_head,
     for_layers,
     headless,
@@ -65,4 +66,32 @@ def gpt2_rules(config: Config, model: Plain) -> list[KeyRule]:
     return for_layers(rules, stack['depth'])
 
 
-GPT2 = Family(('gpt2',), gpt2, gpt2_rules, prefix='transformer.', unused=r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias')
+def gpt2_config(model: Plain) -> Plain:
+    """For a model that was made here."""
+    stack = model['attn_layers']
+    return {
+        'architectures': ['GPT2LMHeadModel'],
+        'model_type': 'gpt2',
+        'vocab_size': model['num_tokens'],
+        'n_positions': model['max_seq_len'],
+        'n_embd': stack['dim'],
+        'n_layer': stack['depth'],
+        'n_head': stack.get('heads', 8),
+        'n_inner': stack.get('ff_dim_inner'),
+        'activation_function': activation_named(stack),
+        'layer_norm_epsilon': stack.get('norm_eps'),
+        'tie_word_embeddings': model.get('tie_embedding', False),
+        # ids that the families are used to, and this model may not have
+        'bos_token_id': None,
+        'eos_token_id': None,
+    }
+
+
+GPT2 = Family(
+    ('gpt2',),
+    gpt2,
+    gpt2_rules,
+    prefix='transformer.',
+    unused=r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',
+    config_of=gpt2_config,
+)

@@ -12,6 +12,7 @@ from x_transformers.hf.family import (
     KeyRule,
     Plain,
     activation,
+    activation_named,
     check_head,
     for_layers,
     headless,
@@ -224,18 +225,33 @@ def llama_config(model: Plain) -> Plain:
         'num_attention_heads': heads,
         'num_key_value_heads': 1 if stack.get('attn_one_kv_head') else stack.get('attn_kv_heads', heads),
         'head_dim': stack.get('attn_dim_head', 64),
-        'hidden_act': 'silu',
+        'hidden_act': activation_named(stack),
         'max_position_embeddings': model['max_seq_len'],
         'rms_norm_eps': stack.get('norm_eps') or 1e-12,
         'tie_word_embeddings': model.get('tie_embedding', False),
         'attention_bias': bool(stack.get('attn_qkv_bias', False)),
         'mlp_bias': not stack.get('ff_no_bias', False),
         'rope_parameters': rope,
+        # ids that the families are used to, and this model may not have
+        'bos_token_id': None,
+        'eos_token_id': None,
+    }
+
+
+def mistral_config(model: Plain) -> Plain:
+    """For a model that was made here."""
+    past = model['attn_layers'].get('attn_max_attend_past')
+    own = {key: value for key, value in llama_config(model).items() if key not in ('attention_bias', 'mlp_bias')}
+    return {
+        **own,
+        'model_type': 'mistral',
+        'architectures': ['MistralForCausalLM'],
+        'sliding_window': None if past is None else past + 1,
     }
 
 
 UNUSED = r'.*rotary_emb\.inv_freq'
 LLAMA = Family(('llama',), llama, llama_rules, prefix='model.', unused=UNUSED, config_of=llama_config)
-MISTRAL = Family(('mistral', 'ministral'), mistral, llama_rules, prefix='model.', unused=UNUSED)
+MISTRAL = Family(('mistral', 'ministral'), mistral, llama_rules, prefix='model.', unused=UNUSED, config_of=mistral_config)
 QWEN2 = Family(('qwen2',), qwen2, llama_rules, prefix='model.', unused=UNUSED)
 QWEN3 = Family(('qwen3',), qwen3, llama_rules, prefix='model.', unused=UNUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,6 +185,39 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f'--tokenizer {path} cannot be read: {error.strerror or error}') from error
     made: Tokenizer = kind(data, str(path))
     return made
+
+
+def save_for_transformers(folder: Path, length: int) -> list[str]:
+    """What ``transformers.AutoTokenizer`` reads beside a ``tokenizer.json``; its names. Where there is none: one of bytes.
+
+    ``length``: of the longest text that the model reads.
+    Errors: ``TrainingError`` if bytes need one and ``tokenizers`` is missing.
+    """
+    written = []
+    if not (folder / 'tokenizer.json').exists():
+        try:
+            from tokenizers import Tokenizer as Made
+            from tokenizers import decoders, models, pre_tokenizers
+        except ImportError as error:
+            raise TrainingError(f'a tokenizer of bytes is written with Hugging Face tokenizers: {EXTRA}') from error
+        made: Any = Made(models.BPE(vocab={sign: byte for byte, sign in enumerate(signs_of_bytes())}, merges=[]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        write_atomically(folder / 'tokenizer.json', made.to_str().encode())
+        written.append('tokenizer.json')
+    if not (folder / 'tokenizer_config.json').exists():
+        end = {'eos_token': END} if f'"{END}"' in (folder / 'tokenizer.json').read_text(encoding='utf-8') else {}
+        told = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length, **end}
+        write_atomically(folder / 'tokenizer_config.json', json.dumps(told, indent=2).encode())
+        written.append('tokenizer_config.json')
+    return written
+
+
+def signs_of_bytes() -> list[str]:
+    """The letter that byte-level tokenizers write for each byte: itself if it can be seen, else one from 256 on."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = itertools.count(256)
+    return [chr(byte if byte in seen else next(hidden)) for byte in range(256)]
 
 
 def train_bpe(texts: Iterable[bytes], vocabulary: int) -> JsonTokenizer:
