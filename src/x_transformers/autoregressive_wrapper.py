@@ -48,7 +48,7 @@ from x_transformers.generation.texts import check_speculative, collected, run_te
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
 from x_transformers.helpers import default, exists, identity, log, pad_at_dim
-from x_transformers.labelled import Asked, answered, check_unlabelled, one_of
+from x_transformers.labelled import AskedLabels, answer_labels, check_unlabelled, one_of
 from x_transformers.losses import later_token_loss, next_embedding_loss, packed_targets, token_cross_entropy, with_experts
 from x_transformers.module import Module
 from x_transformers.randomness import forgetful_mask
@@ -163,8 +163,9 @@ class AutoregressiveWrapper(Module):
         ``attention_mask``: 1 for tokens. ``num_items_in_batch``: what the sum over tokens is divided by.
         """
         if labels is not None or input_ids is not None:
-            asked = Asked(labels, attention_mask, num_items_in_batch, {'targets': targets, 'return_outputs': return_outputs})
-            return answered(self, one_of(x, input_ids), asked, {'prepend_embeds': prepend_embeds, 'lens': lens, **kwargs})
+            clashing = {'targets': targets, 'return_outputs': return_outputs}
+            asked = AskedLabels(labels, attention_mask, num_items_in_batch, clashing)
+            return answer_labels(self, one_of(x, input_ids), asked, dict(kwargs, prepend_embeds=prepend_embeds, lens=lens))
         check_unlabelled(attention_mask, num_items_in_batch)
         loss, logits, record = self.measured(x, prepend_embeds, lens, targets, return_outputs, **kwargs)
         return (loss, (logits[:, :-1], record)) if return_outputs else loss
@@ -173,8 +174,7 @@ class AutoregressiveWrapper(Module):
         self, x: Any, prepend_embeds: Any, lens: Any, targets: Any, return_outputs: bool, **kwargs: Any
     ) -> tuple[Float[Tensor, ''], Any, Any]:
         """(loss, logits (b n v), intermediates), the latter two where outputs are asked for."""
-        x = training_ids(x)
-        x = x if lens is None else x.masked_fill(beyond(x, lens), self.ignore_index)
+        x = training_ids(x) if lens is None else x.masked_fill(beyond(training_ids(x), lens), self.ignore_index)
         # targets of the caller's own may be something else than what comes next
         check_future(self.net, kwargs, 'AutoregressiveWrapper', allowed=self.allow_future or targets is not None)
         prefix = rows_in_front(prepend_embeds)

@@ -30,7 +30,7 @@ class Labelled(dict[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedLabels:
     """``others``: arguments that do not go with these, by name."""
 
     labels: Int[Tensor, 'b n'] | None
@@ -52,7 +52,7 @@ def check_unlabelled(attention_mask: Any, num_items_in_batch: Any) -> None:
             raise ValueError(f'{name} must go with labels or input_ids, got it alone. Give labels, or a mask as mask=.')
 
 
-def answered(model: Any, x: Int[Tensor, 'b n'], asked: Asked, given: dict[str, Any]) -> Labelled:
+def answer_labels(model: Any, x: Int[Tensor, 'b n'], asked: AskedLabels, given: dict[str, Any]) -> Labelled:
     """``model``: an ``AutoregressiveWrapper``; ``given``: further keywords of its call."""
     clash = [name for name, value in asked.others.items() if value is not None and value is not False]
     if clash:

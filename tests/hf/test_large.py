@@ -14,7 +14,7 @@ from tests.hf.large import LARGE, SMALL, write
 from tests.two_processes import attempt_all
 from x_transformers.hf import from_hf
 from x_transformers.hf.convert import family_of, keywords, rules_for
-from x_transformers.saving.tensors import PIECE, Weights, json_object, pieces, rows_of
+from x_transformers.saving.tensors import PIECE, Weights, json_object, pieces, rows_of_place
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_rows_that_are_read_one_after_the_other_go_where_the_map_says(
     wanted = whole(tmp_path)
     monkeypatch.setattr('x_transformers.saving.tensors.PIECE', 300)
     place = max(Weights(tmp_path).places.values(), key=lambda place: len(place.shape) > 1 and place.shape[0])
-    assert len(list(rows_of(place))) > 2
+    assert len(list(rows_of_place(place))) > 2
     for dtype in (torch.float32, torch.float64):
         for name, tensor in from_hf(tmp_path, dtype=dtype).named_parameters():
             assert torch.equal(tensor, wanted[name].to(dtype)), name

@@ -65,14 +65,14 @@ TRANSPOSED = each(lambda t: t.t().contiguous(), lambda t: t.t().contiguous(), 't
 
 
 def scaled(factor: float) -> Map:
-    return numbers(lambda t: t * factor, lambda t: t / factor)
+    return each_number(lambda t: t * factor, lambda t: t / factor)
 
 
 def shifted(by: float) -> Map:
-    return numbers(lambda t: t + by, lambda t: t - by)
+    return each_number(lambda t: t + by, lambda t: t - by)
 
 
-def numbers(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Map:
+def each_number(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Map:
     """Of each number alone; tensors without memory stay as they are, for arithmetic with them loads torch's compiler."""
     return each(lambda t: t if t.is_meta else into(t), lambda t: t if t.is_meta else back(t), 'stay')
 

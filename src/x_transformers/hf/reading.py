@@ -10,7 +10,7 @@ from torch import Tensor
 
 from x_transformers.hf.family import KeyRule
 from x_transformers.hf.maps import JOINED, SAME, Map, Rows
-from x_transformers.saving.tensors import TensorPlace, TensorSource, Weights, rows_of
+from x_transformers.saving.tensors import TensorPlace, TensorSource, Weights, rows_of_place
 
 
 def sources_of(entry: KeyRule, weights: Weights) -> dict[str, TensorSource]:
@@ -52,12 +52,12 @@ def held_sources(entry: KeyRule, weights: Weights, dtype: torch.dtype) -> dict[s
 
 
 def rows_stay(place: TensorPlace, map: Map, number: int, out: Tensor) -> None:
-    for first, rows in rows_of(place):
+    for first, rows in rows_of_place(place):
         out[first : first + rows.shape[0]].copy_(map.into((rows,))[number])
 
 
 def rows_turn(place: TensorPlace, map: Map, number: int, out: Tensor) -> None:
-    for first, rows in rows_of(place):
+    for first, rows in rows_of_place(place):
         out[:, first : first + rows.shape[0]].copy_(map.into((rows,))[number])
 
 
@@ -66,7 +66,7 @@ def rows_move(place: TensorPlace, map: Map, number: int, out: Tensor) -> None:
     taken = map.into((torch.arange(place.shape[0]),))[number]
     places = torch.full((place.shape[0],), -1)
     places[taken] = torch.arange(taken.shape[0])
-    for first, rows in rows_of(place):
+    for first, rows in rows_of_place(place):
         to = places[first : first + rows.shape[0]]
         if bool((to < 0).any()):
             rows, to = rows[to >= 0], to[to >= 0]

@@ -213,7 +213,7 @@ def pieces(place: TensorPlace, row: int = 1) -> Iterator[tuple[int, Tensor]]:
             yield begin // place.dtype.itemsize, torch.frombuffer(memory, dtype=place.dtype)
 
 
-def rows_of(place: TensorPlace) -> Iterator[tuple[int, Tensor]]:
+def rows_of_place(place: TensorPlace) -> Iterator[tuple[int, Tensor]]:
     """(number of the first, some of the rows), one after the other; each lies in the memory of those before."""
     row = math.prod(place.shape[1:])
     for begin, piece in pieces(place, row):
