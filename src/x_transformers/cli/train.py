@@ -20,12 +20,9 @@ from x_transformers.flags.presets import preset, preset_sentences
 from x_transformers.training.build import USUAL_PRESET
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
-from x_transformers.training.options import TrainOptions, often, option
+from x_transformers.training.options import AXES, WITH_TENSOR, TrainOptions, often, option
 from x_transformers.training.run import begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
-
-AXES = ('tensor', 'context', 'pipeline')
-OF_GROUPS = ('sequence_parallel', 'loss_parallel')
 
 ABOUT = """Train a language model and write it, its losses, their picture and a sample into a run folder.
 
@@ -78,7 +75,7 @@ def parse(arguments: Sequence[str]) -> Parsed:
 def check_one_process(options: TrainOptions) -> None:
     """Refuse what takes several processes."""
     wrong = [f'--{name} must be 1 in one process, got {value}.' for name in AXES if (value := getattr(options, name)) > 1]
-    wrong += [f'{option(name)} must be off in one process, got it on.' for name in OF_GROUPS if getattr(options, name)]
+    wrong += [f'{option(name)} must be off in one process, got it on.' for name in WITH_TENSOR if getattr(options, name)]
     if wrong:
         raise TrainingError(' '.join(wrong) + ' Start several: torchrun --nproc-per-node N -m x_transformers train.')
 

@@ -22,7 +22,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.training.build import build_model
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
-from x_transformers.training.options import TrainOptions
+from x_transformers.training.options import WITH_TENSOR, TrainOptions
 from x_transformers.training.run import RunConfig, begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
@@ -156,7 +156,7 @@ def check_model(config: RunConfig, degrees: Degrees) -> None:
 
 def beside(options: TrainOptions) -> dict[str, bool]:
     """What else a tensor group shares."""
-    return {'sequence_parallel': options.sequence_parallel, 'loss_parallel': options.loss_parallel}
+    return {name: getattr(options, name) for name in WITH_TENSOR}
 
 
 def check_alike(world: World, asked: Any) -> None:

@@ -22,6 +22,7 @@ from x_transformers.evidence.runs import ArmRun, CostRun, Job
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
 from x_transformers.evidence.training import train_arm
+from x_transformers.training.trainer import on_device
 
 LAST = 3
 """A run is judged by the mean of so many evaluations at its end."""
@@ -110,7 +111,7 @@ def stepper(task: Task, model: nn.Module, lr: float) -> Callable[[int], float]:
     clock = time.process_time if device.type == 'cpu' else time.perf_counter
 
     def step(index: int) -> float:
-        batch = moved(task.batch(0, index), device)
+        batch = on_device(task.batch(0, index), device)
         if device.type == 'cuda':
             torch.cuda.synchronize()
         started = clock()
@@ -124,14 +125,6 @@ def stepper(task: Task, model: nn.Module, lr: float) -> Callable[[int], float]:
     return step
 
 
-def moved(batch: Any, device: torch.device) -> Any:
-    if hasattr(batch, 'to'):
-        return batch.to(device)
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(moved(part, device) for part in batch)
-    return batch
-
-
 def tokens_of(batch: Any) -> int:
     inputs = getattr(batch, 'inputs', batch)
     while isinstance(inputs, (tuple, list)):
@@ -143,7 +136,7 @@ def operations(task: Task, model: nn.Module) -> float:
     """Floating-point operations of a forward, per token. Fused attention is replaced by products, which can be counted."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    batch = moved(task.batch(0, 0), next(model.parameters()).device)
+    batch = on_device(task.batch(0, 0), next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
     # with gradients: the counter cannot follow a parameter that is itself the input of a module without them
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -162,7 +155,7 @@ def step_bytes(task: Task, model: nn.Module) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = moved(task.batch(0, 0), next(model.parameters()).device)
+    batch = on_device(task.batch(0, 0), next(model.parameters()).device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(batch)
     total = sum(kept.values()) + 4 * sum(p.numel() * p.element_size() for p in model.parameters())

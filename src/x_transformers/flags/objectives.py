@@ -54,13 +54,25 @@ def share(default: float, says: str, **more: Any) -> Any:
     return flag(default, says, low=0.0, high=1.0, **more)
 
 
+def ignored() -> Any:
+    return flag(-100, 'Targets left out of the loss.')
+
+
+def in_place_of_ignored() -> Any:
+    return flag(0, 'The id that stands for them in the input.')
+
+
+def future() -> Any:
+    return flag(False, 'Train nets that see what they are to predict.')
+
+
 # ---------------------------------------------------------------- language models
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AutoregressiveOptions(Options):
-    ignore_index: int = flag(-100, 'Targets left out of the loss.')
-    pad_value: int = flag(0, 'The id that stands for them in the input.')
+    ignore_index: int = ignored()
+    pad_value: int = in_place_of_ignored()
     mask_prob: float = flag(0.0, 'Share of the tokens that nobody may attend to.', low=0.0, below=1.0)
     add_attn_z_loss: bool = flag(False, 'Add the z-loss of the attention.')
     next_embed_loss_weight: float = flag(
@@ -74,7 +86,7 @@ class AutoregressiveOptions(Options):
     looped_exit_loss_weight: float = flag(1.0, 'Weight of the loss of the gates.', parent='looped', low=0.0)
     looped: bool = flag(False, OF_NET)
     multi_token_heads: int = flag(1, OF_NET)
-    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
+    allow_future: bool = future()
     add_continuous_pred_head: bool = flag(False, OF_NET)
 
 
@@ -83,10 +95,10 @@ FAST = ('ttt_module_paths', 'ttt_low_rank_paths')
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class XLOptions(Options):
-    ignore_index: int = flag(-100, 'Targets left out of the loss.')
-    pad_value: int = flag(0, 'The id that stands for them in the input.')
+    ignore_index: int = ignored()
+    pad_value: int = in_place_of_ignored()
     weight_by_valid: bool = flag(False, 'Weigh segments by the targets that count.')
-    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
+    allow_future: bool = future()
     max_seq_len: int = flag(1, OF_NET + ' The length of a segment.', low=1)
     tbptt_steps: int = flag(1, 'Gradients reach back over this many segments.', low=1)
     ttt_module_paths: Sequence[Any] = flag((), 'Modules that are trained while the sequence is read.')
@@ -104,10 +116,10 @@ class XLOptions(Options):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class XValOptions(Options):
-    ignore_index: int = flag(-100, 'Targets left out of the loss.')
-    pad_value: int = flag(0, 'The id that stands for them in the input.')
+    ignore_index: int = ignored()
+    pad_value: int = in_place_of_ignored()
     numerical_loss_weight: float = flag(1.0, 'Weight of the squared error of the numbers.')
-    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
+    allow_future: bool = future()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -116,7 +128,7 @@ class ContinuousOptions(Options):
     use_l1_loss: bool = flag(False, 'The absolute error.')
     equal_loss_weight_batch: bool = flag(False, 'Every row weighs the same.')
     mask_by_target: bool = flag(False, 'A position counts if what it predicts is no padding.')
-    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
+    allow_future: bool = future()
     probabilistic: bool = flag(False, OF_NET)
     RULES = (
         Rule(
@@ -133,8 +145,8 @@ class ContinuousOptions(Options):
 class XTransformerOptions(Options):
     dim: int = flag(1, 'Width of encoder and decoder.', low=1)
     tie_token_emb: bool = flag(False, "The decoder uses the encoder's token embedding.")
-    ignore_index: int = flag(-100, 'Targets left out of the loss.')
-    pad_value: int = flag(0, 'The id that stands for them in the input.')
+    ignore_index: int = ignored()
+    pad_value: int = in_place_of_ignored()
     cross_attn_tokens_dropout: float = flag(0.0, 'Part of the source that training does not show.', low=0.0, below=1.0)
 
 
@@ -213,7 +225,7 @@ class DPOOptions(Options):
     pad_id: int | None = flag(None, 'Everything but this id is text.')
     select_by_target: bool = flag(False, 'Count log-probabilities of response tokens.')
     reduction: str = flag('mean', 'Over the tokens of a response.', among=('mean', 'sum'))
-    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
+    allow_future: bool = future()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -325,7 +337,7 @@ class PretrainOptions(Options):
     seed_length: int = flag(8, 'Length of a seed.', low=1)
     reset_turing_machine_every: int = flag(0, 'Draw another machine after so many steps.', low=0)
     keep_buffer_on_cpu: bool = flag(False, 'The buffer is not saved.')
-    allow_future: bool = flag(False, 'Train nets that see what they are to predict.')
+    allow_future: bool = future()
     RULES = (
         Rule(
             ('buffer_size', 'batch_size'),

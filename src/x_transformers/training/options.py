@@ -11,12 +11,15 @@ from typing import Any, Literal, get_args, get_origin
 from x_transformers.flags.base import kinds_of, one_kind, type_hints
 from x_transformers.training.errors import TrainingError
 
+# over how many processes a model is spread, beside its batch; what a tensor group may share besides
+AXES = ('tensor', 'context', 'pipeline')
+WITH_TENSOR = ('sequence_parallel', 'loss_parallel')
+
 # what may differ between a run and its continuation: where, how often and how long, never what a step computes
 FREE_ON_RESUME = {
     'data', 'data_cache', 'device', 'threads', 'compile', 'log', 'tensorboard', 'val_every', 'val_bytes', 'val_data',
     'final_bytes', 'save_every', 'keep', 'keep_best', 'sample_prompt', 'sample_length', 'sample_every', 'steps', 'peak_flops',
-    'exit_on_term', 'json', 'shard', 'tensor', 'context', 'pipeline', 'checkpointing', 'offload', 'sequence_parallel',
-    'loss_parallel',
+    'exit_on_term', 'json', 'shard', 'checkpointing', 'offload', *AXES, *WITH_TENSOR,
 }  # fmt: skip
 
 # (lowest, below which it must stay) of each number
