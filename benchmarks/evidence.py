@@ -1,7 +1,7 @@
 """What `x-transformers ablate` costs beside the training that it does, and what a second worker gains.
 
     python benchmarks/evidence.py loop        processor time of a run of one-layer MQAR: 2,000 steps of 64 rows
-    python benchmarks/evidence.py overhead    the whole command beside its optimiser steps alone, in turns
+    python benchmarks/evidence.py overhead    the whole command beside its optimizer steps alone, in turns
     python benchmarks/evidence.py workers     the whole command with one worker and with two, in turns
 
 A measurement is a ratio of two that were taken in turns, and the median over `--pairs`. On a machine that does other work too,
@@ -56,7 +56,7 @@ def settings_of(task: Task, steps: int) -> Settings:
 
 
 def training(steps: int, seeds: int) -> tuple[float, float]:
-    """(processor time, wall time) of the optimiser steps of baseline and idea, one thread, nothing else."""
+    """(processor time, wall time) of the optimizer steps of baseline and idea, one thread, nothing else."""
     one_thread()
     task = make_task('mqar')
     base = {**task.flags, 'depth': 1}

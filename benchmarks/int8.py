@@ -34,11 +34,11 @@ def ratios(options: argparse.Namespace, dtype: torch.dtype) -> list[float]:
     )  # fmt: skip
     net = TransformerWrapper(num_tokens=256, max_seq_len=512, attn_layers=layers).to(dtype)
     plain = AutoregressiveWrapper(net).eval()
-    quantised = copy.deepcopy(plain)
-    quantize_(quantised, Int8WeightOnlyConfig())
-    for each in (plain, quantised):
+    quantized = copy.deepcopy(plain)
+    quantize_(quantized, Int8WeightOnlyConfig())
+    for each in (plain, quantized):
         seconds(each, options.tokens)
-    return [seconds(quantised, options.tokens) / seconds(plain, options.tokens) for _ in range(options.rounds)]
+    return [seconds(quantized, options.tokens) / seconds(plain, options.tokens) for _ in range(options.rounds)]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""docs/architecture.md describes the house as it stands."""
+"""docs/architecture.md describes the package as it stands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'src/x_transformers'
 TEXT = (ROOT / 'docs/architecture.md').read_text(encoding='utf-8')
 
 
-def test_tree_and_screens_are_current() -> None:
+def test_tree_and_quoted_functions_are_current() -> None:
     spec = importlib.util.spec_from_file_location('generate_architecture', ROOT / 'tools/generate_architecture.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

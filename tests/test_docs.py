@@ -70,3 +70,18 @@ def test_every_example_stands_on_a_page_with_its_picture(example: Path) -> None:
     assert pages, f'{example.name} is on no page'
     if 'run.picture(' in example.read_text(encoding='utf-8'):
         assert any(f'assets/{example.stem}.png' in page.read_text(encoding='utf-8') for page in pages), example.stem
+
+
+STEMS = 'amort general initial maxim memor minim normal optim organ orthogonal parametr quant recogn serial summar'
+OTHER_SPELLING = re.compile(rf"(?<![\w/'])(?:re)?(?:{STEMS.replace(' ', '|')})is(?:e|ed|er|ers|es|ing|ation)\b", re.IGNORECASE)
+
+
+def test_one_spelling() -> None:
+    """Words in -ize; otherwise British, as in colour."""
+    assert OTHER_SPELLING.search('a normalised gain')
+    assert not OTHER_SPELLING.search('a normalized gain')
+    sources = [path for folder in ('src', 'tools', 'benchmarks', 'examples') for path in (ROOT / folder).rglob('*.py')]
+    pages = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')] + [*(ROOT / 'docs').glob('*.md')]
+    assert len(sources) > 300
+    found = [f'{path.name}: {word}' for path in sources + pages for word in OTHER_SPELLING.findall(path.read_text('utf-8'))]
+    assert not found

@@ -16,22 +16,22 @@ def model():
 def counts(net, x, **options):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, annotate(net, **options):
         out = net(x)
-    return out, {event.key: event.count for event in profile.key_averages() if event.key.startswith('room: ')}
+    return out, {event.key: event.count for event in profile.key_averages() if event.key.startswith('module: ')}
 
 
-def test_every_room_is_named_as_often_as_it_runs():
+def test_every_module_is_named_as_often_as_it_runs():
     net, x = model(), torch.arange(8)[None]
     out, seen = counts(net, x)
     torch.testing.assert_close(out, net(x), rtol=0, atol=0)
-    assert seen['room: Attention'] == seen['room: Attend'] == seen['room: FeedForward'] == 2
-    assert seen['room: RMSNorm'] == 5
-    assert seen['room: TransformerWrapper'] == seen['room: Decoder'] == seen['room: LinearLogits'] == 1
-    assert seen['room: TokenEmbedding'] == 1
+    assert seen['module: Attention'] == seen['module: Attend'] == seen['module: FeedForward'] == 2
+    assert seen['module: RMSNorm'] == 5
+    assert seen['module: TransformerWrapper'] == seen['module: Decoder'] == seen['module: LinearLogits'] == 1
+    assert seen['module: TokenEmbedding'] == 1
 
 
 def test_paths_tell_layers_apart():
     _, seen = counts(model(), torch.arange(8)[None], paths=True)
-    assert seen['room: Attention attn_layers.layers.0.1'] == seen['room: Attention attn_layers.layers.2.1'] == 1
+    assert seen['module: Attention attn_layers.layers.0.1'] == seen['module: Attention attn_layers.layers.2.1'] == 1
 
 
 def test_nothing_is_left_behind_even_after_an_error():

@@ -1,4 +1,4 @@
-"""Bring docs/architecture.md up to date: the tree with one line per file, and the screens quoted from the code."""
+"""Bring docs/architecture.md up to date: the tree with one line per file, and the functions quoted from the code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def lines_of(path: Path) -> int:
 def says(path: Path) -> str:
     """What a file is: the first sentence of its docstring, without addresses."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
-    text = re.sub(r'\s*\(?https?://[^\s,)]+,?\s*\)?', '', ' '.join(text.split('\n\n')[0].split()))
+    text = ' '.join(text.split('\n\n')[0].split())
+    text = re.sub(r'\s*\(https?://[^)]*\)|,?\s*https?://[^\s,)]*[^\s,):.;]', '', text)
     sentence = re.split(r'(?<=[a-z)`])[.;] |(?<=[a-z)`])\.$', text)[0].rstrip('.,')
     return re.sub(r'``', '', sentence)
 

@@ -1,4 +1,4 @@
-"""Upstream's path for attention proper and its helper functions; each lives in a room of its own."""
+"""Upstream's path for attention proper and its helper functions; each lives in a module of its own."""
 
 from __future__ import annotations
 

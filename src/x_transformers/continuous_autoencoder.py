@@ -52,7 +52,7 @@ class DeterministicBottleneck(Module):
 
 
 class VariationalBottleneck(Module):
-    """A normal distribution per sequence, sampled by reparametrisation. forward: (b d) -> ((b l), divergence (b)).
+    """A normal distribution per sequence, sampled by reparametrization. forward: (b d) -> ((b l), divergence (b)).
 
     The divergence is that from a standard normal distribution, a sum over channels times ``kl_loss_weight``.
     """

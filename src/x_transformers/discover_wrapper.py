@@ -132,7 +132,7 @@ class TPREncoder(Module):
         batch_size: int = 1024,
         lr: float = 3e-3,
     ) -> float:
-        """Minimise the squared distance to frozen encodings; a running mean of the loss."""
+        """Minimize the squared distance to frozen encodings; a running mean of the loss."""
         options(FitOptions, 'fit', locals())
         optimizer = torch.optim.Adam(self.parameters(), lr=lr)
         target, running = encodings.detach(), 0.0

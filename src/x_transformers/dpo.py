@@ -1,4 +1,4 @@
-"""Direct preference optimisation, https://arxiv.org/abs/2305.18290."""
+"""Direct preference optimization, https://arxiv.org/abs/2305.18290."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class DPO(Module):
         self.ref_model.load_state_dict(self.policy_model.state_dict())
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The policy's parameters only: what an optimiser should move."""
+        """The policy's parameters only: what an optimizer should move."""
         return self.policy_model.parameters(recurse)
 
     def score(self, model: nn.Module, seq: Int[Tensor, 'b n'], chosen: Bool[Tensor, 'b m']) -> Float[Tensor, 'b']:

@@ -57,7 +57,7 @@ class LatentAutoregressive(Module):
         l2_loss_weight: weight of the prediction.
         num_rollouts, rollout_loss_weights: how many positions ahead, with a weight each.
         frac_gradient: this share of the probe's gradient reaches the net.
-        predict_next_cosine_sim: predictions and targets are normalised to unit length.
+        predict_next_cosine_sim: predictions and targets are normalized to unit length.
         predictor_input_hiddens_index: the attention layer whose input the predictor reads; None: the final embedding.
         predict_next_embed_with_action, predict_next_embed_no_action: predictors that know the token, and that do not.
         detach_target: no gradient reaches the targets.

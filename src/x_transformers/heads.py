@@ -146,7 +146,7 @@ def gives_loss(head: Any) -> bool:
     own = isinstance(head, (LinearLogits, TiedHead)) and class_accepts(type(head), 'targets')
     if not (own or type(head) is nn.Linear) or is_heard(head):
         return False
-    # weights of other kinds, such as quantised ones, know products, but no gradients that are written by hand
+    # weights of other kinds, such as quantized ones, know products, but no gradients that are written by hand
     return type(head.weight) in (nn.Parameter, Tensor) or hasattr(head.weight, 'device_mesh')
 
 

@@ -135,7 +135,7 @@ class NonAutoregressiveWrapper(Module):
         critic_loss_weight: weight of the critic's loss.
         use_simple_mdlm_loss_weight: weight by ``-schedule'(t) / schedule(t)``, the bound of masked diffusion.
         mdlm_weight_of_the_original: weight by ``schedule'(t) / (1 - schedule(t))`` instead, which is negative: only to
-            reproduce the original's numbers; minimising it unlearns.
+            reproduce the original's numbers; minimizing it unlearns.
         critic_sees_masked_only: label as unreal only what was filled in. False: the original's labels, which call a visible
             token unreal wherever the generator would have said another one.
     """

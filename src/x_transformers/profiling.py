@@ -1,4 +1,4 @@
-"""Names of rooms in a profile: which part of a model an operation belongs to."""
+"""Names of modules in a profile: which of them an operation belongs to."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import nn
 
 # the stack calls these on branches, attention on its scores; what has neither is called as a module
 METHODS = ('run', 'forward')
-# where torch's own modules stand for a room
+# where torch's own modules are named, too
 SLOTS = ('to_logits', 'project_emb', 'to_out')
 
 
 @contextmanager
 def annotate(model: nn.Module, *, paths: bool = False) -> Iterator[nn.Module]:
-    """Inside, every room of ``model`` shows up in ``torch.profiler`` under its name: ``room: Attention``, ``room: Attend``, …
+    """Inside, every module of ``model`` has its name in ``torch.profiler``: ``module: Attention``, ``module: Attend``, …
 
-    ``paths``: also where in the model it is, ``room: Attention attn_layers.layers.0.1``. Nothing is left of it afterwards,
-    and a model that is not annotated pays nothing. Only the forward is named: a backward runs outside of the rooms.
+    ``paths``: also where in the model it is, ``module: Attention attn_layers.layers.0.1``. Nothing is left of it afterwards,
+    and a model that is not annotated pays nothing. Only the forward is named: a backward runs outside of the modules.
     """
     changed: list[tuple[nn.Module, str]] = []
     try:
         for path, module in model.named_modules():
-            method = room_method(path, module)
+            method = entrance_of(path, module)
             if method is None or method in vars(module):
                 continue
-            name = f'room: {room_name(path, module)}' + (f' {path}' if paths and path else '')
+            name = f'module: {label_of(path, module)}' + (f' {path}' if paths and path else '')
             setattr(module, method, recorded(getattr(module, method), name))
             changed.append((module, method))
         yield model
@@ -38,8 +38,8 @@ def annotate(model: nn.Module, *, paths: bool = False) -> Iterator[nn.Module]:
             delattr(module, method)
 
 
-def room_method(path: str, module: nn.Module) -> str | None:
-    """The method through which the rest of the model enters this module; None if it is no room of its own."""
+def entrance_of(path: str, module: nn.Module) -> str | None:
+    """The method through which the rest of the model enters this module; None if it is not named."""
     own = type(module).__module__.startswith('x_transformers.')
     if not own and path.rpartition('.')[2] not in SLOTS:
         return None
@@ -51,7 +51,7 @@ def is_whole(module: nn.Module, method: str) -> bool:
     return method == 'run' and hasattr(module, 'attn_layers')
 
 
-def room_name(path: str, module: nn.Module) -> str:
+def label_of(path: str, module: nn.Module) -> str:
     own = type(module).__module__.startswith('x_transformers.')
     return type(module).__name__ if own else path.rpartition('.')[2]
 

@@ -263,7 +263,7 @@ class StackWrapper(Module):
             mems=lambda: self._next_mems(record, call),
         )
 
-    # ------------------------------------------------------------ the rooms of the forward
+    # ------------------------------------------------------------ the steps of the forward
 
     def _rows(self, call: Call) -> Rows:
         memory = MemoryTokens(self.num_memory_tokens, self.memory_tokens_interspersed_every)
@@ -333,18 +333,15 @@ class StackWrapper(Module):
         if shuffle is not None:
             h, given = shuffle.lay(h), shuffled(given, shuffle)
 
+        more: dict[str, Any] = {}
+        if asked.record:
+            more = {'return_hiddens': asked.whole_record or 'cache'}
+        elif asked.expert_loss:
+            more = {'return_expert_loss': True}
+
         def run(x: Float[Tensor, 'b n d'], **changed: Any) -> tuple[Tensor, LayerIntermediates]:
-            if asked.record:
-                out: tuple[Tensor, LayerIntermediates] = self.attn_layers(
-                    x, return_hiddens=asked.whole_record or 'cache', **{**given, **changed}
-                )
-                return out
-            if asked.expert_loss:
-                with_loss: tuple[Tensor, LayerIntermediates] = self.attn_layers(
-                    x, return_expert_loss=True, **{**given, **changed}
-                )
-                return with_loss
-            return self.attn_layers(x, **{**given, **changed}), LayerIntermediates()
+            out: Any = self.attn_layers(x, **more, **{**given, **changed})
+            return out if more else (out, LayerIntermediates())
 
         h, record = run_rounds(self, run, h, call)
         if asked.attn_z_loss:

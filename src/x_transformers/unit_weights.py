@@ -1,4 +1,4 @@
-"""The normalised transformer (nGPT): learned factors that make up for vectors of unit length.
+"""The normalized transformer (nGPT): learned factors that make up for vectors of unit length.
 
 https://arxiv.org/abs/2410.01131
 """

@@ -92,7 +92,7 @@ class XLAutoregressiveWrapper(Module):
         tbptt_steps: gradients reach back over this many segments, through memories and trained weights.
         ttt_module_paths: dotted paths of the net's modules, or pairs of them: the gradient of the first moves the second.
         ttt_lr, ttt_wd: step size and weight decay of each update.
-        ttt_use_muon, ttt_muon_steps, ttt_muon_lr: matrices move by orthogonalised gradients, with a step size of their own.
+        ttt_use_muon, ttt_muon_steps, ttt_muon_lr: matrices move by orthogonalized gradients, with a step size of their own.
         ttt_low_rank_paths: pairs (path, rank): of this linear map only a low-rank part is trained, which is added to it, or
             stands in its place with ``ttt_low_rank_replaces``, as in 2.31.10.
         ttt_custom_loss_module: (intermediates, mask) -> losses per token or per sample, in place of the next token's.

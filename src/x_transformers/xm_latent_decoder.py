@@ -35,7 +35,7 @@ def jensen_shannon(logits: Float[Tensor, 'b k n v']) -> Float[Tensor, 'b n']:
 
 
 class XMLatentDecoder(Module):
-    """Expectation-maximisation with hard choices over a latent prefix (https://arxiv.org/abs/2607.27372).
+    """Expectation-maximization with hard choices over a latent prefix (https://arxiv.org/abs/2607.27372).
 
     A prefix of ``num_latents`` standard normal vectors stands in front of the tokens. In training ``candidates`` prefixes
     differ in one slot; the loss is that of the candidate which the winner function names, so latents learn to mean something.

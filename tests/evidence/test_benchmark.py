@@ -1,4 +1,4 @@
-"""The benchmark of `ablate` measures what it says: optimiser steps alone, and what a command prints is read as numbers."""
+"""The benchmark of `ablate` measures what it says: optimizer steps alone, and what a command prints is read as numbers."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Combination:
         return {name: value for entry in self.groups for name, value in entry.wrapper.items()}
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
-        """The model in eval mode, every parameter moved off its start so that zero-initialised parts are active."""
+        """The model in eval mode, every parameter moved off its start so that zero-initialized parts are active."""
         return shaken(self.fresh(**more), seed).to(dtype).eval()
 
     def fresh(self, leave_out: str | None = None, stack: Mapping[str, Any] | None = None, **wrapper: Any) -> nn.Module:

@@ -124,7 +124,7 @@ class Adapter(nn.Module):
 
 
 class Added(nn.Module):
-    """The same as a parametrisation of the weight."""
+    """The same as a parametrization of the weight."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from tests.laws.test_laws import COUNT, SEED
 from x_transformers import InertFlagWarning
 
 TARGETS = (*OBJECTIVES, *LATER, *MODELS)
-HOUSE = Path(x_transformers.__file__).parent
+PACKAGE = Path(x_transformers.__file__).parent
 
 
 def parameters(target: Target) -> dict[str, inspect.Parameter]:
@@ -86,7 +86,7 @@ def test_what_an_option_cannot_be_is_told_by_its_name(target: Target, name: str)
     for value in SENSELESS[several:]:
         with pytest.raises((ValueError, TypeError), match=name) as caught:
             seen(target, beside | {name: value})
-        assert Path(caught.traceback[-1].path).is_relative_to(HOUSE), f'{target}: {name}={value!r} is told from deep below'
+        assert Path(caught.traceback[-1].path).is_relative_to(PACKAGE), f'{target}: {name}={value!r} is told from deep below'
 
 
 def together(target: Target, rng: random.Random) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def runs_or_is_refused(target: Target, number: int) -> None:
     try:
         seen(target, told)
     except (ValueError, TypeError) as error:
-        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(HOUSE):
+        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE):
             pytest.fail(f'{target} with {sorted(told)}: from deep below: {error}')
 
 

@@ -1,4 +1,4 @@
-"""The normalised transformer against its formulas, https://arxiv.org/abs/2410.01131, token by token."""
+"""The normalized transformer against its formulas, https://arxiv.org/abs/2410.01131, token by token."""
 
 from __future__ import annotations
 

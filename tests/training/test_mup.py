@@ -1,4 +1,4 @@
-"""Maximal update parametrisation (2203.03466): its rules, and that activations do not grow with the width."""
+"""Maximal update parametrization (2203.03466): its rules, and that activations do not grow with the width."""
 
 from __future__ import annotations
 

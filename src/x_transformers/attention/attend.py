@@ -137,7 +137,7 @@ class Attend(Module):
         self.inverted = flags.inverted_attention
         self.sigmoid, self.sparse_topk = flags.sigmoid, flags.sparse_topk
         self.backends = allowed_backends(flags.sdp_kwargs)
-        # in the order of the flags, which is that of 2.16.1's parameters: optimisers count them
+        # in the order of the flags, which is that of 2.16.1's parameters: optimizers count them
         names = list(ScoreFlags.flag_fields())
         for rule in sorted(ORDER, key=lambda rule: names.index(rule.name) if rule.name in names else len(names)):
             for name, part in rule.parts(flags).items():

@@ -1,4 +1,4 @@
-"""One attention layer: the order of its steps, each in a room of its own."""
+"""One attention layer: the order of its steps, each in a module of its own."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ class Attention(Module):
         if given.return_scores or given.maps_now:
             # parameters that they are made of may be spread over processes again once this forward has ended
             _ = told.post_softmax_attn if given.maps_now else told.pre_softmax_attn
-        # where nobody keeps them, their room is free for what follows
+        # where nobody keeps them, their memory is free for what follows
         del q, k, v
         if self.laser_clamp is not None:
             out = laser_out(out, own.dtype)
@@ -411,7 +411,7 @@ class Attention(Module):
     # ------------------------------------------------------------ training
 
     def muon_parameters(self) -> Iterator[nn.Parameter]:
-        """The matrices that the Muon optimiser is meant for: of the values and of the output."""
+        """The matrices that the Muon optimizer is meant for: of the values and of the output."""
         return chain(self.to_v.parameters(), self.to_out.parameters())
 
     @torch.no_grad()

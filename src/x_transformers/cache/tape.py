@@ -36,7 +36,7 @@ class Room:
 
 
 class Tape:
-    """A tensor (..., n, d), batch first, that grows along axis -2 at amortised constant cost.
+    """A tensor (..., n, d), batch first, that grows along axis -2 at amortized constant cost.
 
     A tape is a value: every method returns a new tape and the old one stays valid, so a past can be continued twice.
     Memory is shared as long as that is safe: ``append`` writes behind the last row if this tape is the newest view of its

@@ -1,1 +1,1 @@
-"""The command line: a thin face of the library and of the training room."""
+"""The command line: a thin face of the library and of its trainer."""

@@ -278,23 +278,23 @@ def layer_notes(spec: LayerSpec, flags: StackFlags) -> list[str]:
 
 
 def parameter_lines(network: nn.Module) -> list[str]:
-    """Parameters by the class of the module in whose room they live; each counted once."""
+    """Parameters by the class of the module that owns them; each counted once."""
     counts: dict[str, int] = {}
     seen: set[int] = set()
-    for room, module in rooms(network):
+    for owner, module in owners(network):
         for parameter in module.parameters():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                counts[room] = counts.get(room, 0) + parameter.numel()
+                counts[owner] = counts.get(owner, 0) + parameter.numel()
     total = sum(counts.values())
     lines = [f'parameters: {total:,}']
-    for room, count in sorted(counts.items(), key=lambda item: -item[1]):
-        lines.append(f'  {room:24}{count:>14,}  {100 * count / max(total, 1):5.1f} %')
+    for owner, count in sorted(counts.items(), key=lambda item: -item[1]):
+        lines.append(f'  {owner:24}{count:>14,}  {100 * count / max(total, 1):5.1f} %')
     return lines
 
 
-def rooms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(room, module) from the inside out: branches, norms, residuals, then what is left of the stack and around it."""
+def owners(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(owner, module) from the inside out: branches, norms, residuals, then what is left of the stack and around it."""
     stack: Any = network.attn_layers
     plan = plan_layers(stack.flags)
     for spec, layer in zip(plan.layers, stack.layers, strict=True):

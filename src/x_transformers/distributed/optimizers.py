@@ -57,7 +57,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(update: Tensor, parameter: Tensor, group: dict[str, Any], turn: int) -> Tensor:
-    """This process's rows of the orthogonalised update of a whole matrix."""
+    """This process's rows of the orthogonalized update of a whole matrix."""
 
     def whole(matrix: Tensor) -> Tensor:
         return _zeropower_via_newtonschulz(matrix, group['ns_coefficients'], group['ns_steps'], group['eps'])

@@ -105,7 +105,7 @@ def cost_of(job: CostRun, task: Task) -> dict[str, Any]:
 
 
 def stepper(task: Task, model: nn.Module, lr: float) -> Callable[[int], float]:
-    """A function that does one optimiser step and returns its processor time, or its wall time on another device."""
+    """A function that does one optimizer step and returns its processor time, or its wall time on another device."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     device = next(model.parameters()).device
     clock = time.process_time if device.type == 'cpu' else time.perf_counter

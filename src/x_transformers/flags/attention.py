@@ -61,7 +61,7 @@ class AttentionFlags(AttentionFacts, ScoreFlags):
         low=0,
         family='weights',
     )
-    qk_norm_groups: int = flag(1, 'Normalise each head in this many chunks.', parent='qk_norm', low=1)
+    qk_norm_groups: int = flag(1, 'Normalize each head in this many chunks.', parent='qk_norm', low=1)
     qk_norm_scale: float = flag(10.0, 'Factor of the cosine similarities.', parent='qk_norm')
     qk_norm_dim_scale: bool = flag(
         False, 'Learned gains per channel after the norm.', paper='https://arxiv.org/abs/2302.05442', parent='qk_norm'

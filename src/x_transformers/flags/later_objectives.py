@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from x_transformers.flags.base import flag
-from x_transformers.flags.objectives import Options, ignored, in_place_of_ignored, share
+from x_transformers.flags.objectives import Options, ignored_targets, in_place_of_ignored, share
 from x_transformers.flags.rule import Rule, is_on
 
 
@@ -25,7 +25,7 @@ class FullBandwidthOptions(Options):
     transition: str | Callable[..., Any] | None = flag(None, 'How latent and stream are joined.')
     transitions: Mapping[Any, Any] | None = flag(None, 'Others for some pairs.')
     feedback_pass_weight: float = flag(1.0, 'Weight of the passes after the first.', low=0.0)
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     jitter_noise_delta: float = flag(0.02, 'Uniform noise on the latents in training.', low=0.0)
     dynamic_rollout_loss_weight: bool = flag(False, 'Passes behind a bad one count less.')
     dynamic_loss_decay: float = flag(0.5, 'How much less.', parent='dynamic_rollout_loss_weight', low=0.0)
@@ -47,7 +47,7 @@ class LatentAutoregressiveOptions(Options):
     predict_next_embed_with_action: bool = flag(True, 'A predictor that knows the token.')
     predict_next_embed_no_action: bool = flag(False, 'A predictor that does not.')
     detach_target: bool = flag(True, 'No gradient reaches the targets.')
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     pad_value: int = in_place_of_ignored()
     RULES = (
         idle(
@@ -70,7 +70,7 @@ class NextLatentOptions(Options):
     dynamics_num_layers: int = flag(3, 'Its layers.', low=1)
     next_latent_loss_weight: float = flag(1.0, 'Weight of the loss on latents.', low=0.0)
     kl_loss_weight: float = flag(1.0, 'Weight of the loss on what they imply.', low=0.0)
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     pad_value: int = in_place_of_ignored()
     rollout_weights: Sequence[Any] | None = flag(None, 'A weight for each position ahead.')
     sigreg_loss_weight: float = flag(0.0, 'Weight of the regulariser.', low=0.0)
@@ -114,7 +114,7 @@ class XMLatentOptions(Options):
     latent_dim: int | None = flag(None, 'Width of the latents.', low=1)
     candidates: int = flag(2, 'Prefixes that are tried.', low=1)
     max_batch_size: int | None = flag(None, 'Run at most this many rows at a time.', low=1)
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     latent_drop_prob: float = flag(0.0, 'How often there is no prefix.', low=0.0, below=1.0)
     always_latent_proj: bool = flag(False, 'A linear map, even between equal widths.')
     repulsive_loss_weight: float = flag(0.0, 'Reward for candidates that differ.')

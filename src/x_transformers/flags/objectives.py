@@ -54,7 +54,7 @@ def share(default: float, says: str, **more: Any) -> Any:
     return flag(default, says, low=0.0, high=1.0, **more)
 
 
-def ignored() -> Any:
+def ignored_targets() -> Any:
     return flag(-100, 'Targets left out of the loss.')
 
 
@@ -71,7 +71,7 @@ def future() -> Any:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AutoregressiveOptions(Options):
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     pad_value: int = in_place_of_ignored()
     mask_prob: float = flag(0.0, 'Share of the tokens that nobody may attend to.', low=0.0, below=1.0)
     add_attn_z_loss: bool = flag(False, 'Add the z-loss of the attention.')
@@ -95,7 +95,7 @@ FAST = ('ttt_module_paths', 'ttt_low_rank_paths')
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class XLOptions(Options):
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     pad_value: int = in_place_of_ignored()
     weight_by_valid: bool = flag(False, 'Weigh segments by the targets that count.')
     allow_future: bool = future()
@@ -105,7 +105,7 @@ class XLOptions(Options):
     ttt_low_rank_paths: Sequence[Any] = flag((), 'Linear maps of which a low-rank part is.')
     ttt_lr: float = flag(1e-3, 'Step size of an update.', parent=FAST, low=0.0)
     ttt_wd: float = flag(0.01, 'Weight decay.', parent=FAST, low=0.0)
-    ttt_use_muon: bool = flag(False, 'Orthogonalise gradients of matrices.')
+    ttt_use_muon: bool = flag(False, 'Orthogonalize gradients of matrices.')
     ttt_muon_steps: int = flag(5, 'Iterations of that.', parent='ttt_use_muon', low=1)
     ttt_muon_lr: float = flag(1e-2, 'The step size of matrices.', parent='ttt_use_muon', low=0.0)
     ttt_custom_loss_module: nn.Module | None = flag(None, 'What is trained on.')
@@ -116,7 +116,7 @@ class XLOptions(Options):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class XValOptions(Options):
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     pad_value: int = in_place_of_ignored()
     numerical_loss_weight: float = flag(1.0, 'Weight of the squared error of the numbers.')
     allow_future: bool = future()
@@ -145,7 +145,7 @@ class ContinuousOptions(Options):
 class XTransformerOptions(Options):
     dim: int = flag(1, 'Width of encoder and decoder.', low=1)
     tie_token_emb: bool = flag(False, "The decoder uses the encoder's token embedding.")
-    ignore_index: int = ignored()
+    ignore_index: int = ignored_targets()
     pad_value: int = in_place_of_ignored()
     cross_attn_tokens_dropout: float = flag(0.0, 'Part of the source that training does not show.', low=0.0, below=1.0)
 

@@ -122,7 +122,7 @@ class StructureFlags(LayeredFlags):
     )  # fmt: skip
 
     ngpt: bool = flag(
-        False, 'Normalised transformer: stream, weights, queries and keys have unit length, there are no norms, and no biases '
+        False, 'Normalized transformer: stream, weights, queries and keys have unit length, there are no norms, and no biases '
         "in feed-forwards; each branch turns the stream by a learned share per channel, which starts at 0.05 ('rate' of "
         'residual_fn_kwargs). Weights keep their length by `normalize_weights_()` after each step of an optimizer.',
         paper=NGPT, since='here', one_of='residual', family='residuals',

@@ -39,7 +39,7 @@ class HyperConnection(ResidualPath):
     read: (b s) n d -> the branch's input b n d, or ``num_input_views`` of them, v b n d. write: b n d -> (b s) n d.
 
     Between layers every stream becomes a mixture of all. The original means the mixing matrix to be doubly stochastic but
-    normalises an axis of size 1, so all its entries are 1; checkpoints rely on it and it is the default.
+    normalizes an axis of size 1, so all its entries are 1; checkpoints rely on it and it is the default.
     ``doubly_stochastic=True`` makes the matrix what it was meant to be.
     """
 

@@ -45,7 +45,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer of the kind of Adam: which parameters decay, and at which rate each learns.
 
-    ``parameters``: these only. ``mup``: rates by the rules of the maximal update parametrisation, for ``lr`` as it was tuned at
+    ``parameters``: these only. ``mup``: rates by the rules of the maximal update parametrization, for ``lr`` as it was tuned at
     the width ``mup_base`` (https://arxiv.org/abs/2203.03466); the model should have been through ``training.mup.mup_init_``.
     """
     decay = decays(model)

@@ -24,7 +24,7 @@ class Form(Enum):
     REWRITE = 'a change of queries and keys before they meet'
     BIAS = 'a number added to each score, known beforehand'
     POINTWISE = 'a function of one score at a time'
-    SINK = 'one more term in the normaliser'
+    SINK = 'one more term in the normalizer'
     MASK = 'who may look at whom'
     WEIGHTS = 'a function from each row of scores to weights'
     WHOLE = 'rows or heads together'

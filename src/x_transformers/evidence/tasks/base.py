@@ -39,11 +39,11 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, seed: int, step: int) -> Any:
-        """The batch of one optimiser step. It must depend on ``seed`` and ``step`` alone."""
+        """The batch of one optimizer step. It must depend on ``seed`` and ``step`` alone."""
 
     @abstractmethod
     def model(self, flags: Mapping[str, Any]) -> nn.Module:
-        """A model whose call on a batch returns the loss to be minimised."""
+        """A model whose call on a batch returns the loss to be minimized."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
