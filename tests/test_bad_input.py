@@ -42,7 +42,17 @@ from x_transformers.gpt_vae import GPTVAE
 from x_transformers.next_latent_wrapper import NextLatentWrapper
 from x_transformers.recirculation import Recirculation
 from x_transformers.up_wrapper import UniversalPretrainWrapper, random_sequences
-from x_transformers.x_transformers import AdaptiveLayerNorm, AdaptiveRMSNorm, Derf, DynamicTanh, LayerNorm, RMSNorm
+from x_transformers.x_transformers import (
+    AdaptiveLayerNorm,
+    AdaptiveRMSNorm,
+    AlibiPositionalBias,
+    Derf,
+    DynamicTanh,
+    LayerNorm,
+    RMSNorm,
+    l2norm,
+    shift,
+)
 from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 STACK: dict[str, Any] = {'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
@@ -555,6 +565,7 @@ def test_codes_and_random_rows(call: Call, words: tuple[str, ...]) -> None:
     refuses(call, *words)
 
 
+ALIBI = AlibiPositionalBias(heads=2)
 NORMS = (LayerNorm, RMSNorm, DynamicTanh, Derf)
 
 
@@ -600,3 +611,17 @@ def test_a_stack_is_a_model_of_vectors() -> None:
 def test_tokens_are_not_shifted_by_less_than_none() -> None:
     refuses(lambda: Decoder(**STACK, shift_tokens=-1), 'shift_tokens', 'at least 0')
     refuses(lambda: Decoder(**STACK, shift_tokens=(1, 0, -1, 0)), 'shift_tokens', 'at least 0')
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        case('groups that do not divide', lambda: l2norm(VECTORS, groups=3), 'groups', '3', '(2, 6, 16)'),
+        case('a mask of fewer tokens', lambda: shift(VECTORS, 1, mask=ONES[:, :3]), 'mask', '(2, 6)', '(2, 3)'),
+        case('positions of four axes', lambda: ALIBI.forward_custom_pos(torch.zeros(1, 1, 1, 1)), '(b h n)', '(1, 1, 1, 1)'),
+        case('one position', lambda: ALIBI.forward_custom_pos(torch.tensor(1)), '(b h n)', '()'),
+        case('keys of four axes', lambda: ALIBI.forward_custom_pos(torch.arange(3), torch.zeros(1, 1, 1, 1)), 'pos_j'),
+    ],
+)
+def test_helpers_by_themselves(call: Call, words: tuple[str, ...]) -> None:
+    refuses(call, *words)

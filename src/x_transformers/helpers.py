@@ -182,6 +182,8 @@ def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None)
     1e-12.
     """
     if groups > 1:
+        if not divisible_by(t.shape[-1], groups):
+            raise ValueError(f'groups must divide the last axis of t, got {groups} groups of shape {tuple(t.shape)}.')
         return l2norm(t.unflatten(-1, (groups, -1)), eps=eps).flatten(-2)
     # neither 1e-12 nor the square of a long vector is a half
     wide = single(t)

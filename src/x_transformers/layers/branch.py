@@ -123,6 +123,8 @@ def shift(t: Float[Tensor, 'b n d'], amount: int, mask: Bool[Tensor, 'b n'] | No
     n = t.shape[-2]
     amount = max(-n, min(n, amount))
     if mask is not None:
+        if mask.shape != t.shape[:-1]:
+            raise ValueError(f'mask must have one entry per token of t, {tuple(t.shape[:-1])}, got {tuple(mask.shape)}.')
         t = t.masked_fill(~mask.unsqueeze(-1), 0.0)
     return pad_at_dim(t, (amount, -amount), dim=-2)
 

@@ -136,6 +136,9 @@ class DistanceBias(Module):
         """The same for positions that are given, one for all heads or one for each; keys are at those of the queries unless
         told."""
         pos_j = pos_i if pos_j is None else pos_j
+        for name, pos in (('pos_i', pos_i), ('pos_j', pos_j)):
+            if pos.ndim not in (1, 2, 3):
+                raise ValueError(f'{name} must be positions (n), (b n) or (b h n), got shape {tuple(pos.shape)}.')
         distances = pos_j.unsqueeze(-2) - pos_i.unsqueeze(-1)
         if distances.ndim == 4:
             return self.of_heads(distances)
