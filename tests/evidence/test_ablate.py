@@ -15,7 +15,7 @@ from x_transformers.cli.main import main
 from x_transformers.evidence import Task, ablate, estimate
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
 from x_transformers.evidence.findings import verdict_words
-from x_transformers.evidence.page import forest, ticks
+from x_transformers.evidence.page import forest, frame, ticks
 from x_transformers.evidence.plan import arm_of, pairs_of, parsed_value, question, read_plan, split_words
 from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Settings, TaskName
@@ -336,6 +336,17 @@ def test_what_pairing_removed_is_the_median_of_ideas(tmp_path: Path) -> None:
 def test_a_large_page_is_small(tmp_path: Path) -> None:
     path = report(tmp_path, tasks=4, ideas=40).page()
     assert path.stat().st_size <= 2_000_000
+
+
+@pytest.mark.parametrize('right', [9.0, 1000.0, 123456.0])
+def test_numbers_under_the_right_end_are_whole(right: float) -> None:
+    drawn = ''.join(frame(0, 1, 0, right, 480, 300, ('steps', 'accuracy'))[2])
+    labels = re.findall(r'x="([\d.]+)" y="276" text-anchor="middle">([^<]+)<', drawn)
+    assert len(labels) >= 3
+    # digits of 12 pixels are less than 8 wide
+    assert all(float(at) + 8 * len(text) / 2 <= 480 for at, text in labels)
+    if right == 9.0:
+        assert float(labels[-1][0]) == pytest.approx(58 + 410 * 8 / 9, abs=0.1)
 
 
 def test_one_hopeless_interval_does_not_squeeze_the_others() -> None:

@@ -240,7 +240,10 @@ def frame(
         parts.append(f'<line class="axis" x1="58" x2="{wide - 12}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text class="tick" x="52" y="{y(value) + 4:.1f}" text-anchor="end">{number(value, 3)}</text>')
     for value in ticks(left, right):
-        parts.append(f'<text class="tick" x="{x(value):.1f}" y="{tall - 24}" text-anchor="middle">{number(value, 4)}</text>')
+        text = number(value, 4)
+        # a long number under the right end would be cut off there
+        middle = min(x(value), wide - 4 * len(text))
+        parts.append(f'<text class="tick" x="{middle:.1f}" y="{tall - 24}" text-anchor="middle">{text}</text>')
     parts.append(f'<text class="tick" x="{(58 + wide - 12) / 2}" y="{tall - 6}" text-anchor="middle">{names[0]}</text>')
     return x, y, parts
 
