@@ -573,3 +573,16 @@ def test_helpers_that_audio_packages_import() -> None:
     model = Model().train()
     assert model.sample() is False
     assert model.training
+
+
+def test_no_forward_reads_its_local_names() -> None:
+    """The compilers of older versions of torch cannot, in a function that another calls."""
+    found = [
+        path.name
+        for path, tree in sources()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name == 'forward'
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'locals'
+    ]
+    assert not found, 'write the names out'

@@ -148,7 +148,15 @@ class ContinuousTransformerWrapper(StackWrapper):
         if lens is not None and mask is not None:
             raise ValueError('lens and mask both say which frames count; give one of them')
         lens = None if lens is None else torch.as_tensor(lens, device=x.device)
-        return self.run(self._call(x, locals()), Asked.of(locals()))
+        # the compilers of older versions of torch cannot read locals() of a function that another calls
+        given = {
+            'return_embeddings': return_embeddings, 'return_intermediates': return_intermediates, 'return_mems': return_mems,
+            'mask': mask, 'lens': lens, 'return_attn': return_attn, 'mems': mems, 'mem_masks': mem_masks, 'pos': pos,
+            'sum_embeds': sum_embeds, 'prepend_embeds': prepend_embeds, 'prepend_mask': prepend_mask, 'cache': cache,
+            'input_not_include_cache': input_not_include_cache, 'seq_start_pos': seq_start_pos, 'logits_last': logits_last,
+            'kwargs': kwargs,
+        }  # fmt: skip
+        return self.run(self._call(x, given), Asked.of(given))
 
 
 def embed_frames(

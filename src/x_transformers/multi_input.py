@@ -110,8 +110,16 @@ class MultiInputTransformerWrapper(StackWrapper):
             intermediates, attention maps.
         """
         x = self._ids(x)
-        asked = Asked.of(locals(), default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
-        return self.run(self._call(next(iter(x.values())), locals(), embed_ids=x), asked)
+        # the compilers of older versions of torch cannot read locals() of a function that another calls
+        given = {
+            'return_embeddings': return_embeddings, 'return_logits_and_embeddings': return_logits_and_embeddings,
+            'return_intermediates': return_intermediates, 'mask': mask, 'return_mems': return_mems, 'return_attn': return_attn,
+            'mems': mems, 'mem_masks': mem_masks, 'pos': pos, 'prepend_embeds': prepend_embeds, 'prepend_mask': prepend_mask,
+            'sum_embeds': sum_embeds, 'return_attn_z_loss': return_attn_z_loss, 'seq_start_pos': seq_start_pos, 'cache': cache,
+            'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
+        }  # fmt: skip
+        asked = Asked.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
+        return self.run(self._call(next(iter(x.values())), given, embed_ids=x), asked)
 
     def _ids(self, x: Any) -> dict[str, Int[Tensor, 'b n']]:
         """The ids of each input. Names and their like are checked where ids are looked up."""

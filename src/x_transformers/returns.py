@@ -34,7 +34,7 @@ class Asked:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], z_loss_weight: float = 1e-4) -> Self:
-        """From the local names of a forward, those ``return_…`` that it has."""
+        """From the keywords of a forward, those ``return_…`` that it has."""
         return cls(z_loss_weight=z_loss_weight, **{name: given[full] for name, full in RETURNED if full in given})
 
     @property

@@ -210,7 +210,7 @@ class StackWrapper(Module):
         return [step.index for step in check_steps(self.attn_layers, order, repeats) if step.kind in ATTENTIONS]
 
     def _call(self, x: Any, given: Mapping[str, Any], **own: Any) -> Call:
-        """The arguments of a forward in one object: of its local names those that ``Call`` has, ``own`` in place of them, and
+        """The arguments of a forward in one object: of its keywords those that ``Call`` has, ``own`` in place of them, and
         ``kwargs``, which go to the stack as they are."""
         more = given['kwargs']
         if more:

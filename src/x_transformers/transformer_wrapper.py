@@ -247,7 +247,6 @@ class TransformerWrapper(StackWrapper):
             The first that applies of: (logits, embeddings); (embeddings, intermediates); embeddings; attention-pooled tokens;
             logits. Then, wrapped around it: next-embedding prediction, memories, intermediates, attention maps.
         """
-        asked = Asked.of(locals(), default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
         change = block_transform(transform_block_inputs)
         if change is not None:
             kwargs['transform_block_inputs'] = partial(later_blocks, change)
@@ -256,7 +255,23 @@ class TransformerWrapper(StackWrapper):
         ids = ids_or_none(x, prepend_embeds, own_table=self._own_token_emb or not isinstance(self.token_emb, TokenEmbedding))
         loop = LoopCall(looped_steps, looped_pred_all_logits, looped_inference, looped_exit_prob_threshold)
         loop.check(self.looped)
-        return self.run(self._call(ids, locals(), loop=loop), asked)
+        # the compilers of older versions of torch cannot read locals() of a function that another calls
+        given = {
+            'return_embeddings': return_embeddings, 'return_logits_and_embeddings': return_logits_and_embeddings,
+            'return_intermediates': return_intermediates,
+            'return_embeddings_and_intermediates': return_embeddings_and_intermediates,
+            'return_logit_entropies': return_logit_entropies, 'return_next_embed_pred': return_next_embed_pred, 'mask': mask,
+            'return_mems': return_mems, 'return_attn': return_attn, 'mems': mems, 'mem_masks': mem_masks,
+            'recycle_steps': recycle_steps, 'pos': pos, 'prepend_embeds': prepend_embeds, 'prepend_mask': prepend_mask,
+            'embed_ids': embed_ids, 'sum_embeds': sum_embeds, 'return_attn_z_loss': return_attn_z_loss,
+            'seq_start_pos': seq_start_pos, 'cache': cache, 'input_not_include_cache': input_not_include_cache,
+            'token_emb_kwargs': token_emb_kwargs, 'to_logits_kwargs': to_logits_kwargs, 'logits_last': logits_last,
+            'detach_mems': detach_mems, 'excise_prepend_embeds': excise_prepend_embeds,
+            'transform_token_embeds': transform_token_embeds, 'return_expert_loss': return_expert_loss,
+            'return_multi_token_logits': return_multi_token_logits, 'kwargs': kwargs,
+        }  # fmt: skip
+        asked = Asked.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
+        return self.run(self._call(ids, given, loop=loop), asked)
 
 
 def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:

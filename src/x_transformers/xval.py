@@ -158,7 +158,14 @@ class XValTransformerWrapper(StackWrapper):
         """
         x = token_ids(x)
         _, numbers = read_numbers(x, x_num, self.numerical_token_id, elsewhere=1.0)
-        return self.run(self._call(x, locals(), numbers=numbers), Asked.of(locals()))
+        # the compilers of older versions of torch cannot read locals() of a function that another calls
+        given = {
+            'return_embeddings': return_embeddings, 'return_intermediates': return_intermediates, 'return_mems': return_mems,
+            'mask': mask, 'return_attn': return_attn, 'mems': mems, 'pos': pos, 'prepend_embeds': prepend_embeds,
+            'prepend_mask': prepend_mask, 'mem_masks': mem_masks, 'sum_embeds': sum_embeds, 'seq_start_pos': seq_start_pos,
+            'cache': cache, 'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
+        }  # fmt: skip
+        return self.run(self._call(x, given, numbers=numbers), Asked.of(given))
 
 
 def embed_numbers(model: XValTransformerWrapper, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:

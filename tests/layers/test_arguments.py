@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from x_transformers.embedding.call import OF_MODELS
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
 from x_transformers.generation import keywords
-from x_transformers.layers.arguments import DECLARED, NEEDS, Argument, count_new
+from x_transformers.layers.arguments import DECLARED, NEEDS, Argument, Given, count_new
 
 LETTERS = set('bnijhlpmdecs')
 
@@ -104,3 +106,18 @@ def test_what_is_added_to_keys_moves_with_its_token_behind_padding_on_the_left()
     wide = torch.cat((added[:, :, :2], torch.randn(2, 1, 3, 16), added[:, :, 2:]), dim=2)
     got = net(padded, prepend_embeds=front, self_attn_kv_residuals=wide, seq_start_pos=torch.tensor([3]))
     torch.testing.assert_close(got[:, -4:], wanted[:, -4:])
+
+
+def test_a_stack_hands_on_its_arguments_in_the_order_of_their_declaration() -> None:
+    """They stand there in a row."""
+    seen: list[Given] = []
+
+    class Listening(Decoder):
+        def answer(self, x: Any, given: Given) -> Any:
+            seen.append(given)
+            return x
+
+    names = [name for name in inspect.signature(Decoder.forward).parameters if name not in ('self', 'x')]
+    stack = Listening(dim=8, depth=1, heads=1)
+    stack.forward(torch.zeros(1, 1, 8), **{name: name for name in names})
+    assert {name: getattr(seen[0], name) for name in names} == {name: name for name in names}

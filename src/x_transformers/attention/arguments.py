@@ -288,7 +288,7 @@ def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
 
 
 def branch_inputs(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keywords) -> BranchInputs:
-    """What surrounds an attention, from the local names of ``Attention.forward``."""
+    """What surrounds an attention, from the keywords of ``Attention.forward``."""
     check_attention_causal(attn, given['causal'])
     batch, queries, keys = check_attention_input(attn, x, given)
     past = past_of(attn, given)

@@ -231,7 +231,15 @@ class Attention(Module):
         """
         if around is not None:
             return self._attended(x, around)
-        given = locals()
+        given = {
+            'context': context, 'mask': mask, 'context_mask': context_mask, 'attn_mask': attn_mask, 'rel_pos': rel_pos,
+            'attn_bias': attn_bias, 'rotary_pos_emb': rotary_pos_emb, 'context_rotary_pos_emb': context_rotary_pos_emb,
+            'polar_pos_emb': polar_pos_emb, 'pos': pos, 'prev_attn': prev_attn, 'mem': mem, 'mem_mask': mem_mask,
+            'return_intermediates': return_intermediates, 'cache': cache, 'value_residual': value_residual,
+            'additional_key_values': additional_key_values, 'additional_key_value_mask': additional_key_value_mask,
+            'kv_input_residual': kv_input_residual, 'flash_pack_seq_kwargs': flash_pack_seq_kwargs, 'causal': causal,
+            'q_delta': q_delta, 'k_delta': k_delta, 'v_delta': v_delta, 'o_delta': o_delta, 'attn_delta': attn_delta,
+        }  # fmt: skip
         from x_transformers.attention.arguments import branch_inputs
 
         out, intermediates = self._attended(x, branch_inputs(self, x, given))

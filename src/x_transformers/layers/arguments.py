@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -185,11 +185,6 @@ class Given:
     return_expert_loss: bool = False
     value_embeds_and_ids: tuple[Any, Tensor] | None = None
     one_place: bool | None = None
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """From the local names of a forward."""
-        return cls(**{name: given[name] for name in ARGUMENTS})
 
     @property
     def wants_hiddens(self) -> bool:

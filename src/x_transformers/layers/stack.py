@@ -346,7 +346,14 @@ class AttentionLayers(Module):
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
         Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
         """
-        return self.answer(x, Given.of(locals()))
+        return self.answer(x, Given(
+            context, mask, context_mask, attn_mask, self_attn_kv_mask, mems, mem_masks, seq_start_pos, seq_pos_offset, cache,
+            input_not_include_cache, cache_age, return_hiddens, rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias,
+            deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
+            condition, in_attn_cond, layers_execute_order, self_attn_kv_residuals, cross_attn_kv_residuals,
+            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, None, repeat_blocks, transform_block_inputs, causal,
+            return_gumbel_log_probs, return_expert_loss, value_embeds_and_ids, one_place,
+        ))  # fmt: skip
 
     def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """``forward`` with its keywords in one object."""
