@@ -48,6 +48,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     'Qwen3': ('Qwen3ForCausalLM', 'Qwen3Config', {**DECODER, 'head_dim': 8}),
     'Gemma 2': ('Gemma2ForCausalLM', 'Gemma2Config', {**DECODER, 'head_dim': 8, 'sliding_window': 5}),
     'Gemma 3': ('Gemma3ForCausalLM', 'Gemma3TextConfig', {**DECODER, **GEMMA3}),
+    'Phi-3': ('Phi3ForCausalLM', 'Phi3Config', DECODER),
+    'StarCoder2': ('Starcoder2ForCausalLM', 'Starcoder2Config', DECODER),
     'gpt-oss': ('GptOssForCausalLM', 'GptOssConfig', {**DECODER, **GPT_OSS}),
     'GPT-2': ('GPT2LMHeadModel', 'GPT2Config', GPT2),
     'GPT-NeoX': ('GPTNeoXForCausalLM', 'GPTNeoXConfig', NEOX),

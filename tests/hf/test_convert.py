@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.cli.main import main
 from x_transformers.flags.base import FlagError
 from x_transformers.hf import explain, from_hf, keywords, to_hf
+from x_transformers.hf.llama import LLAMA
 from x_transformers.saving import tensors
 from x_transformers.saving.errors import FolderError
 from x_transformers.saving.tensors import Weights
@@ -95,12 +97,24 @@ def test_explained_as_python():
         ({'hidden_act': 3}, r'`hidden_act` must be a word, got 3'),
         ({'rope_scaling': 'linear'}, r"`rope_scaling` must be a table, got 'linear'"),
         ({'layer_types': 3, 'model_type': 'mistral', 'sliding_window': 4}, r'`layer_types` must be a list, got 3'),
+        ({'rope_parameters': {'rope_theta': 'far'}}, r'`rope_parameters`, .*far.*, holds something that cannot be read'),
+        ({'sliding_window': 'near', 'model_type': 'mistral'}, r"`sliding_window`, 'near', holds something that cannot be read"),
         ({'rope_theta': [1.0]}, r'`rope_theta` must be a number, or true or false, got \[1.0\]'),
     ],
 )
 def test_configs_that_cannot_be_expressed_are_refused_by_key(change, says):
     with pytest.raises(FlagError, match=says):
         keywords(CONFIG | change)
+
+
+def test_a_mistake_of_a_family_is_no_mistake_of_the_config(monkeypatch):
+    def broken(config):
+        return config.need('vocab_size') + 'x'
+
+    family = dataclasses.replace(LLAMA, keywords=broken)
+    monkeypatch.setattr('x_transformers.hf.llama.LLAMA', family)
+    with pytest.raises(TypeError, match='unsupported operand'):
+        keywords({'model_type': 'llama', 'vocab_size': 3})
 
 
 def rewrite(folder, change):

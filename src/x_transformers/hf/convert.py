@@ -34,6 +34,8 @@ FAMILIES = {
     'ministral': ('llama', 'MISTRAL'),
     'qwen2': ('llama', 'QWEN2'),
     'qwen3': ('llama', 'QWEN3'),
+    'phi3': ('phi3', 'PHI3'),
+    'starcoder2': ('starcoder2', 'STARCODER2'),
     'gpt_oss': ('gpt_oss', 'GPT_OSS'),
     'gpt_neox': ('neox', 'GPT_NEOX'),
     'gpt2': ('gpt2', 'GPT2'),
@@ -72,8 +74,11 @@ def keywords(config: Mapping[str, Any]) -> Plain:
     try:
         made = family.keywords(reader)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        # mostly of a key that has been found wrong before
-        reader.wrong = reader.wrong or [f'the config cannot be read: {error}']
+        # a value that has been found wrong leads to others; where all have been looked at, this is a mistake of the family's
+        if not reader.wrong and not reader.unchecked:
+            raise
+        suspects = ' or '.join(f'`{key}`, {reader.values[key]!r},' for key in sorted(reader.unchecked))
+        reader.wrong = reader.wrong or [f'{suspects} holds something that cannot be read ({error})']
         made = {}
     reader.finish()
     return made

@@ -37,6 +37,8 @@ class Config:
         self.values = dict(values)
         self.read: set[str] = set()
         self.wrong: list[str] = []
+        # keys of which not every value is looked at
+        self.unchecked: set[str] = set()
 
     @property
     def kind(self) -> str:
@@ -52,6 +54,8 @@ class Config:
         value = self.values.get(key)
         if value is None:
             return usual
+        if usual is None or isinstance(value, (Mapping, list, tuple)):
+            self.unchecked.add(key)
         kind = next((name for kinds, name in KINDS if isinstance(usual, kinds) and not isinstance(value, kinds)), None)
         # sizes of images may be pairs
         if kind is None or (isinstance(value, (list, tuple)) and isinstance(usual, int)):

@@ -30,9 +30,6 @@ def decoder(config: Config, **more: Any) -> Plain:
     """
     dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
     dim_head = config.get('head_dim', dim // heads)
-    kv_heads = config.get('num_key_value_heads', heads)
-    if heads % max(kv_heads, 1):
-        config.wrong.append(f'`num_key_value_heads` must divide `num_attention_heads`, {heads}, got {kv_heads}')
     turned = more.pop('rotary') if 'rotary' in more else rotary(config, dim_head)
     mlp_bias = bool(config.get('mlp_bias', False))
     stack: Plain = {
@@ -41,7 +38,7 @@ def decoder(config: Config, **more: Any) -> Plain:
         'depth': config.need('num_hidden_layers'),
         'heads': heads,
         'attn_dim_head': dim_head,
-        **({} if kv_heads == heads else {'attn_kv_heads': kv_heads}),
+        **kv_heads_of(config),
         'use_rmsnorm': True,
         'norm_add_unit_offset': False,
         'norm_eps': config.get('rms_norm_eps', 1e-6),
@@ -55,6 +52,14 @@ def decoder(config: Config, **more: Any) -> Plain:
         **more,
     }
     return wrapper(config, stack)
+
+
+def kv_heads_of(config: Config) -> Plain:
+    heads = config.need('num_attention_heads')
+    kv_heads = config.get('num_key_value_heads', heads)
+    if heads % max(kv_heads, 1):
+        config.wrong.append(f'`num_key_value_heads` must divide `num_attention_heads`, {heads}, got {kv_heads}')
+    return {} if kv_heads == heads else {'attn_kv_heads': kv_heads}
 
 
 def wrapper(config: Config, stack: Plain, **more: Any) -> Plain:
@@ -190,14 +195,14 @@ def gated_rules(theirs: str, bias: bool) -> list[KeyRule]:
     return rules + [rule(f'{theirs}.down_proj.{kind}', f'{FORWARD}.1.ff.2.{kind}') for kind in kinds]
 
 
-def pre_norm_rules(model: Plain, forward: list[KeyRule]) -> list[KeyRule]:
-    """``forward``: the rules of the feed-forward."""
+def pre_norm_rules(model: Plain, forward: list[KeyRule], attention: list[KeyRule] | None = None) -> list[KeyRule]:
+    """``forward``: the rules of the feed-forward; ``attention``: those of attention, None: one map for each of its parts."""
     stack, layer = model['attn_layers'], 'model.layers.{i}'
     rules = [
         *ends(model),
         rule(f'{layer}.input_layernorm.weight', f'{ATTENTION}.0.0.g'),
         rule(f'{layer}.post_attention_layernorm.weight', f'{FORWARD}.0.0.g'),
-        *attention_rules(f'{layer}.self_attn', stack),
+        *(attention_rules(f'{layer}.self_attn', stack) if attention is None else attention),
         *forward,
     ]
     return for_layers(rules, stack['depth'])

@@ -120,11 +120,12 @@ def regrouped_heads(heads: int, kv_heads: int, dim: int = 0) -> Map:
 JOINED = Map(lambda t: (together(t),), lambda t: tuple(part.contiguous() for part in t[0].chunk(2)))
 
 
-def split(parts: int, dim: int = 0) -> Map:
-    """One of theirs is several of ours, of equal parts."""
+def split(parts: int | tuple[int, ...], dim: int = 0) -> Map:
+    """One of theirs is several of ours, so many of equal size, or of these sizes."""
 
     def into(t: Tensors) -> Tensors:
-        return tuple(part.contiguous() for part in t[0].chunk(parts, dim=dim))
+        found = t[0].chunk(parts, dim=dim) if isinstance(parts, int) else t[0].split(parts, dim=dim)
+        return tuple(part.contiguous() for part in found)
 
     return Map(into, lambda t: (together(t, dim=dim),), 'stay' if dim else 'move')
 
