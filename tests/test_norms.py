@@ -271,3 +271,18 @@ def test_padding_on_the_left_is_harmless_in_half_precision(flags: dict) -> None:
     assert out.dtype == torch.float16
     assert out[0].isfinite().all()
     assert out[1, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('kind', [LayerNorm, RMSNorm])
+def test_a_single_token_without_gradients_has_the_gain_of_any_other(kind, dtype):
+    torch.manual_seed(0)
+    norm, x = kind(16, unit_offset=True).to(dtype), torch.randn(3, 5, 16, dtype=dtype)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    expected = norm(x)
+    with torch.no_grad():
+        alone = torch.cat([norm(token) for token in x.split(1, dim=1)], dim=1)
+    assert alone.dtype == expected.dtype
+    close = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(alone, expected, atol=close, rtol=close)

@@ -35,23 +35,37 @@ def layer_norm(
     gain: Float[Tensor, 'd'] | None = None,
     bias: Float[Tensor, 'd'] | None = None,
     eps: float | None = None,
+    *,
+    unit_offset: bool = False,
 ) -> Float[Tensor, '... d']:
     """Zero mean and unit variance of the last axis, times ``gain``, plus ``bias``, in one kernel. ``eps`` (None: 1e-5) is
-    added to the variance."""
+    added to the variance. ``unit_offset``: the factor is ``1 + gain``."""
     if gain is not None:
         check_width(x, gain)
+        if unit_offset and bias is None and gain.dtype == x.dtype == torch.float32 and is_one_token(x):
+            return with_offset(torch.layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS if eps is None else eps), gain)
+        gain = gain + 1.0 if unit_offset else gain
     if gain is not None and gain.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain, bias = x.to(dtype), gain.to(dtype), None if bias is None else bias.to(dtype)
     return torch.layer_norm(x, x.shape[-1:], gain, bias, LAYER_NORM_EPS if eps is None else eps)
 
 
+def is_one_token(x: Float[Tensor, '... n d']) -> bool:
+    """Whether each sequence has one token and no gradient is kept: then ``1 + gain`` is as much work as the norm."""
+    return x.ndim > 1 and x.shape[-2] == 1 and not torch.is_grad_enabled()
+
+
 def rms_norm(
-    x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'] | None = None, eps: float | None = None
+    x: Float[Tensor, '... d'],
+    gain: Float[Tensor, 'd'] | None = None,
+    eps: float | None = None,
+    *,
+    unit_offset: bool = False,
 ) -> Float[Tensor, '... d']:
     """``x / max(|x|, 1e-12) * sqrt(d) * gain``: root mean square 1 of the last axis; a zero vector stays zero.
 
-    With ``eps`` the formula is ``x / sqrt(mean(x²) + eps) * gain``.
+    With ``eps`` the formula is ``x / sqrt(mean(x²) + eps) * gain``. ``unit_offset``: the factor is ``1 + gain``.
 
     The formula is ``_rms_formula``. On a CPU its gradient is taken by hand, because the formula alone keeps and reads far more
     than it needs to: a training step of the norm would take three to four times as long. A compiler does as well by itself.
@@ -63,8 +77,8 @@ def rms_norm(
         x, gain = x.to(dtype), gain.to(dtype)
     learning = torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad))
     if not learning or torch.compiler.is_compiling() or not _has_by_hand(x):
-        return _rms_formula(x, gain, eps)
-    out: Tensor = _RMSNorm.apply(x, gain, eps)[0]  # type: ignore[no-untyped-call]
+        return _rms_formula(x, gain, eps, unit_offset)
+    out: Tensor = _RMSNorm.apply(x, gain + 1.0 if unit_offset and gain is not None else gain, eps)[0]  # type: ignore[no-untyped-call]
     return out
 
 
@@ -83,12 +97,24 @@ def _inverse_rms(x: Float[Tensor, '... d'], eps: float | None, slopes: bool) -> 
     return scale
 
 
-def _rms_formula(x: Float[Tensor, '... d'], gain: Float[Tensor, '... d'] | None, eps: float | None = None) -> Tensor:
+def _rms_formula(
+    x: Float[Tensor, '... d'], gain: Float[Tensor, '... d'] | None, eps: float | None = None, unit_offset: bool = False
+) -> Tensor:
     # half precision rounds once, at the end: neither 1e-12 nor the square of a long vector is a half
     wide = x if x.dtype == torch.float32 else single(x)
     slopes = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
     scaled = wide * _inverse_rms(wide, eps, slopes)
-    return (scaled if gain is None else scaled * gain).to(x.dtype)
+    if gain is not None:
+        scaled = with_offset(scaled, gain, slopes) if unit_offset else scaled * gain
+    return scaled if scaled.dtype == x.dtype else scaled.to(x.dtype)
+
+
+def with_offset(x: Float[Tensor, '... d'], gain: Float[Tensor, 'd'], slopes: bool = False) -> Float[Tensor, '... d']:
+    """``x * (1 + gain)``; without ``slopes`` as ``x + x * gain``, which is one operation.
+
+    An operation with a number takes three times as long as one with tensors: for a single token as long as the whole norm.
+    """
+    return x * (gain + 1.0) if slopes else torch.addcmul(x, x, gain)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -176,7 +202,7 @@ class LayerNorm(Module):
             nn.init.zeros_(self.beta)
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return layer_norm(x, self.gamma + 1.0 if self.unit_offset else self.gamma, self.beta, self.eps)
+        return layer_norm(x, self.gamma, self.beta, self.eps, unit_offset=self.unit_offset)
 
 
 class AdaptiveLayerNorm(Module):
@@ -240,7 +266,7 @@ class RMSNorm(Module):
         nn.init.constant_(self.g, 1.0 - self.unit_offset)
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return rms_norm(x, self.g + 1.0 if self.unit_offset else self.g, self.eps)
+        return rms_norm(x, self.g, self.eps, unit_offset=self.unit_offset)
 
 
 class AdaptiveRMSNorm(Module):
