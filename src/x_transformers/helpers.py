@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from x_transformers.tensor_types import Bool, Float, Shaped
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 T = TypeVar('T')
 
@@ -33,6 +33,16 @@ def recall(memo: Memo, key: tuple[Any, ...], owner: Any = None) -> Any:
 def remember(memo: Memo, key: tuple[Any, ...], value: Any, owner: Any = None) -> Any:
     memo.append((key, owner, value))
     return value
+
+
+# ---------------------------------------------------------------- counting
+
+
+def counted(first: int | Int[Tensor, ' 1'], count: int, device: torch.device) -> Int[Tensor, ' n']:
+    """``first``, ``first + 1``, … , ``count`` of them."""
+    if isinstance(first, Tensor):
+        return torch.arange(count, device=device) + first
+    return torch.arange(first, first + count, device=device)
 
 
 # ---------------------------------------------------------------- presence
@@ -132,9 +142,11 @@ def under_transform() -> bool:
 
     Custom backwards and fused kernels know neither: plain operations do.
     """
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# a compiler cannot look into it, and need not: see ``forced_name`` in attention/kernels/choose.py
+under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def by_formula(
@@ -310,10 +322,11 @@ def recomputed_part() -> Hashable:
 
 def autocast_dtype(t: Shaped[Tensor, '...']) -> torch.dtype | None:
     """The precision that autocast wants, where it is on (it is not defined on the meta device)."""
-    kind = t.device.type
-    if kind == 'meta' or not torch.is_autocast_enabled(kind):
+    # asked first, as reading a device's name takes long: it is asked for each attention and token
+    if not torch._C._is_any_autocast_enabled():
         return None
-    return torch.get_autocast_dtype(kind)
+    kind = t.device.type
+    return None if kind == 'meta' or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
 
 
 def without_autocast(t: Shaped[Tensor, '...']) -> AbstractContextManager[Any]:

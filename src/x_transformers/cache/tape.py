@@ -67,7 +67,7 @@ class Tape:
         buffer = self._room.buffer
         if self.length == buffer.shape[-2]:
             return buffer
-        return buffer.narrow(-2, self._start, self.length)
+        return buffer[..., self._start : self._start + self.length, :]
 
     @property
     def batch(self) -> int:
@@ -94,15 +94,15 @@ class Tape:
                 '(batch, heads, features): use the cache with the batch it was made for, or reorder its rows first'
             )
         in_place = writes_in_place() if in_place is None else in_place
-        if not in_place or new.dtype != buffer.dtype or new.device != buffer.device:
+        if not in_place or new.dtype != buffer.dtype:
             return Tape.of(torch.cat((self.value, new), dim=-2), reserve=self.reserve)
         more = new.shape[-2]
         end = self._start + self.length
         if not room.has_space(end, more):
             return self._moved(more).append(new)
-        buffer.narrow(-2, end, more).copy_(new)
+        buffer[..., end : end + more, :] = new
         room.used = end + more
-        return Tape(room, self._start, self.length + more, reserve=max(self.reserve - more, 0))
+        return Tape(room, self._start, self.length + more, False, self.reserve - more if self.reserve > more else 0)
 
     def _moved(self, more: int) -> Tape:
         """A copy of this tape with room for at least ``more`` rows."""

@@ -15,6 +15,7 @@ from x_transformers.attention.mask import Mask, PackedSequences, Placed
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.values import of_layer
+from x_transformers.helpers import counted
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.plan import ATTENTIONS, Step
 from x_transformers.tensor_types import Bool, Float, Int, Shaped
@@ -83,12 +84,6 @@ class Span:
         if self.placed is not None:
             return t.index_select(axis, self.new_rows(t.device, length - self.held))
         return t.narrow(axis, length - self.new, self.new)
-
-
-def counted(first: int | Int[Tensor, ' 1'], count: int, device: torch.device) -> Int[Tensor, ' n']:
-    if isinstance(first, Tensor):
-        return torch.arange(count, device=device) + first
-    return torch.arange(first, first + count, device=device)
 
 
 class SelfMasks:
@@ -335,7 +330,7 @@ class Carry:
 
     def take(self, step: Step, seen: Intermediates | None) -> None:
         """Keep what the next layers need of this attention."""
-        if seen is None:
+        if seen is None or not (self.hands_on_values or self.hands_on_scores or seen.handed is not None):
             return
         if seen.handed is not None:
             self.keys[step.layer], seen.handed = seen.handed, None

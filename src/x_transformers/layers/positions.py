@@ -10,9 +10,9 @@ from torch import Tensor
 
 from x_transformers.attention.mask import PackedSequences, places
 from x_transformers.cache.kv_cache import Cursor, KVCache
-from x_transformers.helpers import exists
+from x_transformers.helpers import counted, exists
 from x_transformers.layers.arguments import Given
-from x_transformers.layers.call import OWN_STEP, Span, counted
+from x_transformers.layers.call import OWN_STEP, Span
 from x_transformers.layers.checks import (
     is_float,
     shape_of,

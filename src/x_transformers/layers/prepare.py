@@ -9,9 +9,10 @@ from torch import Tensor
 
 from x_transformers.attention.mask import Mask, Placed
 from x_transformers.cache.kv_cache import Cursor, KVCache
+from x_transformers.helpers import counted
 from x_transformers.layers.across_depth import injection
 from x_transformers.layers.arguments import Given, count_new
-from x_transformers.layers.call import OWN_STEP, Inputs, SelfMasks, Span, counted
+from x_transformers.layers.call import OWN_STEP, Inputs, SelfMasks, Span
 from x_transformers.layers.checks import (
     check_cache,
     check_call,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.base import FlagError
-from x_transformers.helpers import divisible_by, l2norm
+from x_transformers.helpers import counted, divisible_by, l2norm
 from x_transformers.module import Module, empty_parameter, untouched
 from x_transformers.tensor_types import Float, Int, Shaped
 
@@ -22,7 +22,7 @@ def token_positions(
 ) -> Int[Tensor, 'n'] | Int[Tensor, 'b n']:
     """``pos``, or 0 … n-1 behind ``offset``; where a row starts late (padding on the left), counted from its start on."""
     if pos is None:
-        pos = torch.arange(n, device=device) + offset
+        pos = counted(offset, n, device)
     if seq_start_pos is not None:
         pos = (pos - seq_start_pos.unsqueeze(-1)).clamp(min=0)
     return pos

@@ -95,7 +95,8 @@ class Sdpa:
 
 def unified(args: KernelArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values in one precision: autocast's where it is on."""
-    q, k, v, dtype = args.queries, args.k, args.v, args.autocast
+    q = args.q if args.factor is None else args.queries
+    k, v, dtype = args.k, args.v, args.autocast
     if dtype is None or q.dtype == torch.float64:
         if q.dtype == k.dtype == v.dtype:
             return q, k, v
@@ -157,7 +158,7 @@ def additive_mask(args: KernelArgs, q: Float[Tensor, 'b h i d']) -> tuple[Tensor
 def added_mask(args: KernelArgs, q: Float[Tensor, 'b h i d']) -> Tensor | None:
     """Bias and mask, causality included, as one tensor to add."""
     # a row of -inf gives exactly 0 on CPU. Elsewhere kernels differ, so there rows are zeroed afterwards
-    mask_value = float('-inf') if q.device.type == 'cpu' else torch.finfo(q.dtype).min / 2
+    mask_value = float('-inf') if q.is_cpu else torch.finfo(q.dtype).min / 2
     return merged_mask(args.mask, args.bias, args.geometry, dtype=q.dtype, device=q.device, mask_value=mask_value)
 
 
