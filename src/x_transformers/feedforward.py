@@ -337,7 +337,7 @@ class FeedForward(Module):
         elif torch.compiler.is_compiling():
             out = self.ff(x)
         else:
-            piece = self._piece(x)
+            piece = self._piece(x) if x.numel() > self.dim * self.dim else None
             out = run_through(self.ff, x) if piece is None else self._in_pieces(x, piece)
         return out if deep_embed is None else out * deep_embed
 
@@ -358,8 +358,9 @@ class FeedForward(Module):
         """How many tokens at a time where no gradient keeps the inner features and nobody else sees them; None: all at once.
 
         So many that their inner features take no more memory than x, or than the weights that make them, whichever is more.
+        Asked of an x that is larger than the square of its width.
         """
-        if x.numel() <= self.dim * self.dim or torch.is_grad_enabled() or self.training:
+        if torch.is_grad_enabled() or self.training:
             return None
         heard = any(module._forward_hooks or module._forward_pre_hooks for module in self.ff.modules())
         if self.flags.custom_activation is not None or heard:

@@ -16,7 +16,7 @@ from x_transformers.attention.inputs import Intermediates
 from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, Kernel, KernelArgs, Mixers, Needs
 from x_transformers.attention.kernels.choose import choose_kernel, explain, forced_name
 from x_transformers.attention.kernels.reference import maps_of
-from x_transformers.attention.maps import Maps, Records
+from x_transformers.attention.maps import NO_MAPS, Maps, Records
 from x_transformers.attention.mask import Mask, PackedSequences
 from x_transformers.attention.scores.additive import (
     AddBias,
@@ -209,7 +209,8 @@ class Attend(Module):
             return_scores=return_scores,
             autocast=autocast_dtype(q),
         )
-        return self.kernel(args)(args), self.maps(args)
+        out = self.kernel(args)(args)
+        return out, self.maps(args) if return_attn or return_scores or args.records else NO_MAPS
 
     def kernel(self, args: KernelArgs) -> Kernel:
         """The kernel of a call, chosen once for all layers that share a mask and ask the same of it."""
@@ -235,9 +236,7 @@ class Attend(Module):
 
     def maps(self, args: KernelArgs) -> Maps:
         sink = self.head_attn_sink is not None
-        if args.records or not (args.return_attn or args.return_scores):
-            return Maps(args.records, sink=sink)
-        return Maps(remake=partial(remade, args), sink=sink)
+        return Maps(args.records, sink=sink) if args.records else Maps(remake=partial(remade, args), sink=sink)
 
     def forward(
         self,

@@ -140,6 +140,7 @@ class Attention(Module):
         self.mem_v = empty_parameter(kv_heads, flags.num_mem_kv, self.value_dim_head) if flags.num_mem_kv else None
         for name, build in BIASES.items():
             setattr(self, name, build(self.dim, flags))
+        self.has_bias = any(getattr(self, name) is not None for name in BIASES)
         self.composition = ComposeHeads.from_flags(self.dim, flags)
         self.path_steps = HouseholderSteps.from_flags(self.dim, flags)
         self.differential = Differential.from_flags(flags)
@@ -251,8 +252,9 @@ class Attention(Module):
         q = self.queries(seen, given)
         k, v, own = self._keys_values(self, seen, given)
         handed = HandedKeys(k, v, own, given.mask) if given.hands_on_keys else None
-        q = self.placed_queries(q, given)
-        bias = self.bias(seen, given)
+        if given.positions is not None or self.unit_gain is not None:
+            q = self.placed_queries(q, given)
+        bias = self.bias(seen, given) if self.has_bias else given.bias
         causal = self.causal if given.causal is None else given.causal
         mask = given.mask.narrowed(causal, self.max_attend_past, self.max_attend_future, self.flags.stick_breaking)
         excluded = own_values(v, q.shape[-2], seen.mems, given.past) if self.flags.exclusive else None

@@ -176,10 +176,11 @@ class Intermediates:
         maps: Maps | None = None,
         cache: LayerCache | None = None,
     ) -> None:
-        self._maps_set: dict[str, Tensor | None] = {}
-        self.qk_similarities = qk_similarities
-        self.pre_softmax_attn = pre_softmax_attn
-        self.post_softmax_attn = post_softmax_attn
+        self._maps_set: dict[str, Tensor | None] = {
+            'qk_similarities': qk_similarities,
+            'pre_softmax_attn': pre_softmax_attn,
+            'post_softmax_attn': post_softmax_attn,
+        }
         self._cached_kv = cached_kv
         self.values = values
         self.layer_type = layer_type

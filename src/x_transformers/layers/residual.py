@@ -131,7 +131,8 @@ class Residual(ScaledStream):
         self.scale_residual_constant = scale_residual_constant
 
     def write(self, out: Float[Tensor, 'b n d'], rest: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
-        rest = self.scaled(rest)
+        if self.residual_scale is not None:
+            rest = rest * self.residual_scale
         if self.scale_residual_constant != 1.0:
             rest = rest * self.scale_residual_constant
         return out + rest

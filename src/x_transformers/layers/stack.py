@@ -201,7 +201,7 @@ class AttentionLayers(Module):
                 streams = between(self.mudd, self._begin_block(step.block, streams, call, record), carry)
             if joins:
                 streams = self._join(step, streams, carry)
-            around = self._around(step, call, carry, streams.device, maps_now)
+            around = self._around(step, call, carry, streams, maps_now)
             written, seen = layers[step.layer](streams, condition, wide_condition, around)
             if around.entered is not None:
                 carry.enter(around.entered)
@@ -210,8 +210,9 @@ class AttentionLayers(Module):
                 record.leave_out(step)
                 continue
             streams = torch.where(around.drop, streams, written) if isinstance(around.drop, Tensor) else written
-            if seen is not None or record.wanted:
+            if seen is not None:
                 carry.take(step, seen)
+            if record.wanted or (seen is not None and seen.expert_loss is not None):
                 record.leave(step, seen)
             # the next layer runs without these, unless somebody keeps them
             del around, written, seen
@@ -231,7 +232,7 @@ class AttentionLayers(Module):
             record.block_hiddens.append(out)
         return out
 
-    def _around(self, step: Step, call: Inputs, carry: Carry, device: torch.device, maps_now: bool) -> Around:
+    def _around(self, step: Step, call: Inputs, carry: Carry, streams: Float[Tensor, '... n d'], maps_now: bool) -> Around:
         training = self.training
         given = call.for_step(step, carry, self.cross_attn_tokens_dropout if training else 0.0)
         given.maps_now = maps_now
@@ -244,7 +245,8 @@ class AttentionLayers(Module):
             before=carry.seen.copy() if carry.mixes else (),
             views=carry.views if step.kind == 'a' else None,
             shows=call.return_attn,
-            drop=training and not call.continues and is_dropped(self.layer_dropouts[step.layer], device),  # caches hold all
+            # caches hold all layers
+            drop=training and not call.continues and is_dropped(self.layer_dropouts[step.layer], streams.device),
             checkpoint=training and self.flags.gradient_checkpointing,
         )
 
