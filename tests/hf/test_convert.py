@@ -93,6 +93,7 @@ def test_explained_as_python():
         ({'hidden_size': '16'}, r"`hidden_size` must be a whole number above 0, got '16'"),
         ({'num_attention_heads': 0}, r'`num_attention_heads` must be a whole number above 0, got 0'),
         ({'num_key_value_heads': 3}, r'`num_key_value_heads` must divide `num_attention_heads`, 4, got 3'),
+        ({'num_key_value_heads': 0}, r'`num_key_value_heads` must divide `num_attention_heads`, 4, got 0'),
         ({'rms_norm_eps': 'small'}, r"`rms_norm_eps` must be a number, or true or false, got 'small'"),
         ({'hidden_act': 3}, r'`hidden_act` must be a word, got 3'),
         ({'rope_scaling': 'linear'}, r"`rope_scaling` must be a table, got 'linear'"),
@@ -154,6 +155,15 @@ def test_flags_that_do_not_fit_together_are_told_with_the_family(folder):
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps(config | {'rms_norm_eps': -1.0}))
     with pytest.raises(FlagError, match=r'llama: the config becomes flags that do not fit together. `norm_eps=-1.0`'):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize('factor', [float('nan'), float('inf'), 0.5])
+def test_factors_that_are_no_numbers_are_refused(folder, factor):
+    config = json.loads((folder / 'config.json').read_text())
+    config['rope_parameters'] = {'rope_theta': 1e4, 'rope_type': 'linear', 'factor': factor}
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(FlagError, match=r"llama: .*'factor' must be"):
         from_hf(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ def complaints(scaling: Settings, dim: int) -> list[str]:
         if name in ('short_factor', 'long_factor'):
             if not isinstance(value, (list, tuple)) or len(value) != dim // 2 or min(value, default=0) <= 0:
                 wrong.append(f'{name!r} must be {dim // 2} positive numbers, one for each pair of channels, got {value!r}')
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             wrong.append(f'{name!r} must be a positive number, got {value!r}')
         elif name == 'factor' and value < 1:
             wrong.append(f"'factor' must be at least 1, got {value!r}")

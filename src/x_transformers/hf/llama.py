@@ -57,7 +57,7 @@ def decoder(config: Config, **more: Any) -> Plain:
 def kv_heads_of(config: Config) -> Plain:
     heads = config.need('num_attention_heads')
     kv_heads = config.get('num_key_value_heads', heads)
-    if heads % max(kv_heads, 1):
+    if kv_heads < 1 or heads % kv_heads:
         config.wrong.append(f'`num_key_value_heads` must divide `num_attention_heads`, {heads}, got {kv_heads}')
     return {} if kv_heads == heads else {'attn_kv_heads': kv_heads}
 
