@@ -301,7 +301,7 @@ def test_half_precision_is_finite_and_routes_in_single() -> None:
         assert out.dtype == dtype
         assert all(parameter.grad.isfinite().all() for parameter in (x, *ff.parameters()))  # type: ignore[union-attr]
     single = FeedForward(DIM, experts=4)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert single(torch.randn(2, DIM)).dtype == torch.bfloat16
         assert single.ff.router(torch.randn(2, DIM)).shares.dtype == torch.float32
 

@@ -38,7 +38,7 @@ def test_the_kernel_is_for_half_precision_on_a_device() -> None:
     weight = torch.zeros(4, 32, 24)
     assert has_kernel(OnDevice(), weight)  # type: ignore[arg-type]
     assert not has_kernel(OnDevice(), weight[:, :, :21])  # type: ignore[arg-type]
-    assert not has_kernel(torch.zeros(2, 24, dtype=torch.bfloat16), weight)
+    assert not has_kernel(torch.zeros(2, 24, dtype=torch.bfloat16, device='cpu'), weight)
 
 
 def test_the_module_is_a_loop_over_experts(monkeypatch: pytest.MonkeyPatch) -> None:

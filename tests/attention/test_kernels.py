@@ -144,7 +144,7 @@ def test_autocast_and_single_precision(name, kv_heads):
         leaf.requires_grad_()
     with use_kernel(name):
         single, _ = Attend().run(q, k, v, mask=mask, geometry=ScoreShape(9, 9))
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(q.device.type, torch.bfloat16):
             half, _ = Attend().run(q, k, v, mask=mask, geometry=ScoreShape(9, 9))
     torch.testing.assert_close(single.double(), want, atol=1e-5, rtol=0)
     assert half.dtype == torch.bfloat16
@@ -222,6 +222,8 @@ def call(**facts) -> CallFacts:
         (Needs(pointwise=('softclamp_logits',)), {}, 'blocks'),
         (Needs(pointwise=('softclamp_logits',)), {'device': 'cuda'}, 'flex'),
         (Needs(pointwise=('softclamp_logits',)), {'geometry': ScoreShape(1, 9)}, 'reference'),
+        (Needs(pointwise=('softclamp_logits',)), {'device': 'cuda', 'biased': True}, 'blocks'),
+        (Needs(pointwise=('softclamp_logits',)), {'device': 'cuda', 'biased': True, 'dtype': torch.bfloat16}, 'flex'),
         (Needs(sink=True), {}, 'blocks'),
         (Needs(unfused=(('selective', 'rows meet'),)), {}, 'reference'),
         (Needs(weights='sigmoid'), {}, 'blocks'),

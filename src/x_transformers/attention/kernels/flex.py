@@ -33,6 +33,8 @@ class Flex:
             reasons.append('it has no double precision')
         if call.device == 'cpu' and call.gradients:
             reasons.append('it has no backward on CPU')
+        if call.device != 'cpu' and call.biased and call.dtype == torch.float32:
+            reasons.append('in float32 a tile of the bias does not fit into the memory that a GPU has for it')
         if call.key_dim < 16 or call.value_dim < 16:
             reasons.append('heads are narrower than 16')
         return tuple(reasons)
@@ -69,7 +71,6 @@ class Flex:
             scale=args.scale,
             enable_gqa=heads != kv_heads,
             return_aux=AuxRequest(lse=args.sink is not None),
-            kernel_options=stages(args, q.dtype),
         )
         if order is not None:
             back = order.argsort()
@@ -81,11 +82,6 @@ class Flex:
         if open_rows is not None:
             out = out.masked_fill(~open_rows, 0.0)
         return cast(Tensor, out)
-
-
-def stages(args: KernelArgs, dtype: torch.dtype) -> dict[str, int] | None:
-    """Every stage of the kernel's pipeline holds a tile of the bias, too; in 32 bits that is more than a GPU has room for."""
-    return {'num_stages': 1} if args.bias is not None and dtype.itemsize > 2 else None
 
 
 @cache
