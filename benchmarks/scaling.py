@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import resource
 import socket
 import statistics
@@ -19,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +29,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from x_transformers.distributed.costs import Group
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, start, stop
 from x_transformers.distributed.plan import Size, needs
+from x_transformers.distributed.staged import StagedEngine
 from x_transformers.training.batches import TokenBatches
 from x_transformers.training.build import build_model
 from x_transformers.training.checkpoint import Checkpoints
@@ -43,7 +47,7 @@ from x_transformers.training.trainer import Trainer
 WIDTH, ROWS, LENGTH, ROUNDS = 512, 8, 512, 7
 FLAGS = {'dim': WIDTH, 'depth': 4, 'heads': 8, 'attn_dim_head': 64, 'rotary_pos_emb': True, 'max_seq_len': LENGTH}
 # for two processes of a gigabyte each and more
-LARGE = {'dim': 1024, 'depth': 8, 'heads': 16, 'attn_dim_head': 64, 'rotary_pos_emb': True, 'max_seq_len': 256}
+LARGE = {'dim': 1024, 'depth': 10, 'heads': 16, 'attn_dim_head': 64, 'rotary_pos_emb': True, 'max_seq_len': 256}
 
 
 def rows(rank: int = 0, size: int = 1, count: int = ROWS, length: int = LENGTH) -> Callable[[int], Tensor]:
@@ -259,37 +263,68 @@ def saving_here(rank: int) -> list[float]:
     return found
 
 
+# (grid, options of the engine, of the trainer, of the plan)
+GRIDS: dict[str, tuple[Degrees, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    'parts': (Degrees(shard=2), {'shard': 'full'}, {}, {}),
+    'stages': (Degrees(pipeline=2), {}, {'grad_accum': 4}, {'pipeline': 2}),
+    'a tensor group': (
+        Degrees(tensor=2), {'sequence_parallel': True, 'loss_parallel': True}, {}, {'group': Group(2, True, True)}
+    ),
+}  # fmt: skip
+
+
 def memory() -> list[Found]:
     """The growth of the peak of resident memory on each of two processes, against the plan."""
     # memory that is let go of is handed back, whatever its size; else the peak would be that of the allocator's heap
     os.environ['MALLOC_MMAP_THRESHOLD_'] = str(1 << 16)
+    found = []
+    for name in GRIDS:
+        planned, grown = planned_bytes(name), with_two(partial(memory_here, name))
+        values = [got / want for got, want in zip(grown, planned, strict=True)]
+        for rank, (value, want) in enumerate(zip(values, planned, strict=True)):
+            what = f'growth of the peak of memory with {name}, process {rank}, {want / 1e9:.2f} GB planned'
+            found.append(Found(what, [value], 'times the plan', least=0.9, most=1.1))
+    return found
+
+
+def planned_bytes(name: str) -> list[float]:
+    """Of each of two processes."""
+    degrees, _, training, planning = GRIDS[name]
+    size = Size.of(LARGE, seq_len=LARGE['max_seq_len'], half=False, **planning)  # type: ignore[arg-type]
+    rows_of_all = 4 if degrees.shard == 2 else 2
+    found = list(needs(size, devices=2, per_node=2, batch=rows_of_all, half=False, micros=training.get('grad_accum', 1)))
     return [
-        Found('growth of the peak of memory on two processes', with_two(memory_here), 'times the plan', least=0.9, most=1.1)
+        next(need for need in found if need.stage in (None, rank) and need.degrees.shard == degrees.shard).total
+        for rank in range(2)
     ]
 
 
-def memory_here(rank: int) -> list[float]:
-    world = start(Degrees(shard=2), 'cpu')
-    batch = rows(rank, 2, 4, LARGE['max_seq_len'])  # type: ignore[arg-type]
+def memory_here(name: str, rank: int) -> list[float]:
+    degrees, how, training, _ = GRIDS[name]
+    world = start(degrees, 'cpu')
+    batch = rows(world.data_rank, world.data_size, 2 * world.data_size, LARGE['max_seq_len'])  # type: ignore[arg-type]
 
     def train(flags: dict[str, Any]) -> None:
-        engine = MeshEngine(world, shard='full')
-        made = trainer(engine, engine.build(lambda: build_model(flags), world.device, 0), batch)
+        engine = (StagedEngine if degrees.pipeline > 1 else MeshEngine)(world, **how)
+        model = engine.build(lambda: build_model(flags), world.device, 0)
+        made = Trainer(model, batch, TrainerOptions(steps=10**6, **training), engine=engine)
         for _ in range(3):
             made.one_step()
 
     # what the libraries need once
-    train(LARGE | {'dim': 64, 'depth': 1, 'heads': 1})
+    train(LARGE | {'dim': 64, 'depth': 2, 'heads': 2})
     before = peak()
     train(LARGE)
-    grown = torch.tensor(float(peak() - before))
-    dist.all_reduce(grown, dist.ReduceOp.MAX)
-    size = Size.of(LARGE, seq_len=LARGE['max_seq_len'], half=False)  # type: ignore[arg-type]
-    need = next(n for n in needs(size, devices=2, per_node=2, batch=4, half=False) if n.degrees.shard == 2)
-    return [grown.item() / need.total]
+    grown = [torch.zeros(1, dtype=torch.float64) for _ in range(2)]
+    dist.all_gather(grown, torch.tensor([float(peak() - before)], dtype=torch.float64))
+    return [float(each) for each in grown]
 
 
 def peak() -> int:
+    status = Path('/proc/self/status')
+    if status.exists():
+        # of this program alone; the other figure begins with that of the program which has started it
+        return int(re.search(r'VmHWM:\s+(\d+)', status.read_text(encoding='ascii'))[1]) * 1024  # type: ignore[index]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

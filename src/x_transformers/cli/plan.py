@@ -12,6 +12,7 @@ import tyro
 from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed
 from x_transformers.cli.toml import config_path, from_file
+from x_transformers.distributed.costs import Group
 from x_transformers.distributed.plan import GIB, Need, Size, needs
 from x_transformers.training.errors import TrainingError
 
@@ -31,8 +32,18 @@ class PlanOptions:
     """Devices of one node, between which data moves fast."""
     memory: float = 80.0
     """GiB of one device."""
+    tensor: int = 1
+    """Devices that share the heads of each attention and the inner features of each feed-forward."""
+    sequence_parallel: bool = False
+    """Beside --tensor: between attentions and feed-forwards each device has a slice of the sequence."""
+    loss_parallel: bool = False
+    """Beside --tensor: each device has the logits of some tokens of the vocabulary."""
+    pipeline: int = 1
+    """Stages, each of which has some of the layers."""
     batch: int = 0
-    """Sequences of a step, over all devices; 0: one for each."""
+    """Sequences of a micro-batch, over all devices; 0: one for each that reads different data."""
+    grad_accum: int = 1
+    """Micro-batches of a step; with --pipeline they go through the stages one behind the other."""
     seq_len: int = 4096
     """Tokens of a sequence."""
     vocab: int = 256
@@ -64,7 +75,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
     default = command(options=PlanOptions(**file.own | {'config': path}), preset=file.preset, **file.groups)
     read = parse_typed(default, arguments, 'x-transformers plan')
     options: PlanOptions = read.options
-    lowest = {'gpus': 1, 'per_node': 1, 'batch': 0, 'seq_len': 2, 'vocab': 2}
+    lowest = {'gpus': 1, 'per_node': 1, 'tensor': 1, 'pipeline': 1, 'batch': 0, 'grad_accum': 1, 'seq_len': 2, 'vocab': 2}
     wrong = [
         f'--{name.replace("_", "-")} must be at least {low}, got {getattr(options, name)}.'
         for name, low in lowest.items()
@@ -84,25 +95,55 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
 
 def main(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
-    size = Size.of(flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16)
-    batch = options.batch or options.gpus
-    found = list(needs(size, devices=options.gpus, per_node=options.per_node, batch=batch, half=options.bf16))
-    print('\n'.join([*about(size, options, batch), '', *plan_table(found, options.memory * GIB)]))
+    group = Group(options.tensor, options.sequence_parallel, options.loss_parallel)
+    size = Size.of(
+        flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16, group=group, pipeline=options.pipeline
+    )
+    readers = max(options.gpus // (options.tensor * options.pipeline), 1)
+    batch = options.batch or readers
+    found = list(
+        needs(
+            size, devices=options.gpus, per_node=options.per_node, batch=batch, half=options.bf16, micros=options.grad_accum
+        )
+    )  # fmt: skip
+    print('\n'.join([*about(size, options, batch, readers), '', *plan_table(found, options.memory * GIB)]))
     if options.json:
         grids = [dataclasses.asdict(need) | {'total': need.total, 'fits': need.total <= options.memory * GIB} for need in found]
-        print(json.dumps({'parameters': size.parameters, 'flops_per_step': size.flops * batch, 'batch': batch, 'grids': grids}))
+        print(
+            json.dumps(
+                {
+                    'parameters': size.parameters,
+                    'flops_per_step': size.flops * batch * options.grad_accum,
+                    'batch': batch,
+                    'grids': grids,
+                }
+            )
+        )
     return 0
 
 
-def about(size: Size, options: PlanOptions, batch: int) -> list[str]:
-    step = size.flops * batch
+def about(size: Size, options: PlanOptions, batch: int, readers: int) -> list[str]:
+    rows, micros = batch // readers, options.grad_accum
+    step, busiest = size.flops * batch * micros, size.operations(rows, micros)
+    again = f' x {micros} micro-batches' if micros > 1 else ''
     lines = [
         f'{size.parameters:,} parameters in {size.layers} layers',
-        f'{options.gpus} devices, {batch} x {options.seq_len} tokens a step',
+        f'{options.gpus} devices, {batch} x {options.seq_len} tokens{again} a step',
         f'{size.flops / size.tokens:.3g} operations per token (forward and backward), {step:.3g} per step',
     ]
+    if size.group.tensor > 1:
+        share = size.own_flops * size.group.tensor / size.flops
+        lines.append(f'--tensor {size.group.tensor}: all devices of a group together do {share:.3g} times these operations')
+    if size.stages:
+        idle = 1 - sum(stage.flops for stage in size.stages) * rows * micros / (len(size.stages) * busiest)
+        flops = ', '.join(f'{stage.flops / size.tokens:.3g}' for stage in size.stages)
+        bubble = (len(size.stages) - 1) / (micros + len(size.stages) - 1)
+        lines.append(f'--pipeline {len(size.stages)}: operations per token of each stage: {flops}')
+        lines.append(
+            f'stages wait {100 * idle:.1f} % of a step ({100 * bubble:.1f} % if they had equal work): more --grad-accum is less'
+        )
     if options.peak_flops is not None:
-        speed = options.gpus * options.peak_flops * options.mfu * size.tokens / size.flops
+        speed = size.tokens * batch * micros * options.peak_flops * options.mfu / busiest
         lines.append(f'{speed:,.0f} tokens per second, if {100 * options.mfu:g} % of {options.peak_flops:.3g} are reached')
     return lines
 
@@ -121,10 +162,19 @@ def plan_table(found: Sequence[Need], memory: float) -> list[str]:
         'again: layers are computed again for their gradients (--checkpointing full); kept: for the backward, which lets go'
     )
     lines.append('of it while gradients come, so that parts need the larger of the two alone')
-    fits = next((need for need in found if need.total <= memory), None)
+    fits = next((grid for grid in of_each_grid(found) if max(need.total for need in grid) <= memory), None)
     if fits is None:
         lines.append(f'none of them fits into {memory / GIB:g} GiB: take more devices, a smaller --batch or --seq-len')
     else:
-        again = ' --checkpointing full' if fits.checkpointing else ''
-        lines.append(f'first that fits into {memory / GIB:g} GiB: {fits.name}{again}')
+        again = ' --checkpointing full' if fits[0].checkpointing else ''
+        name = fits[0].name if fits[0].stage is None else f'all stages of --pipeline {len(fits)}'
+        lines.append(f'first that fits into {memory / GIB:g} GiB: {name}{again}')
     return lines
+
+
+def of_each_grid(found: Sequence[Need]) -> list[list[Need]]:
+    """Needs of one grid side by side: of a pipeline, all its stages."""
+    grids: dict[Any, list[Need]] = {}
+    for need in found:
+        grids.setdefault((need.degrees, need.checkpointing), []).append(need)
+    return list(grids.values())

@@ -7,18 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from x_transformers.distributed.costs import Group, Row, costs_of, own_parameters
 from x_transformers.distributed.mesh import Degrees, MeshError
+from x_transformers.distributed.refusals import check
+from x_transformers.distributed.stages import network, places_of, steps_of
 from x_transformers.distributed.units import units
+from x_transformers.module import own_part
 from x_transformers.training.build import NUM_BYTES, build_model
-from x_transformers.training.speed import training_flops
 
 GIB = 2**30
 MASTER = 4  # bytes of a weight, its gradient, and each number that the optimizer keeps of it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a pipeline. Bytes and operations are those of one row of a micro-batch."""
+
+    parameters: int
+    kept: int
+    kept_less: int
+    flops: float
+    borders: int  # bytes that come from other stages: streams from the one before, their gradients from the one behind
 
 
 @dataclass(frozen=True)
@@ -26,65 +41,87 @@ class Size:
     """A model without numbers: how many it would have, and what one row of tokens costs."""
 
     parameters: int
-    largest_layer: int  # parameters
+    own: int  # parameters of a process of a tensor group, all of them where there is none; so the next two
+    largest_layer: int
     ends: int  # of the table, the final norm and the head
     layers: int
     flops: float  # of a training step on one row
+    own_flops: float  # of one process of a tensor group
     tokens: int  # predictions of a row
     kept: int  # bytes that a row's forward keeps for its backward
     kept_less: int  # the same where layers are computed again
+    group: Group
+    stages: tuple[Stage, ...]  # none where all devices have all layers
 
     @classmethod
-    def of(cls, flags: Mapping[str, Any], *, seq_len: int, vocabulary: int = NUM_BYTES, half: bool = True) -> Size:
-        """Errors: ``FlagError`` and ``TrainingError`` as for a model that is trained."""
-        given = {'max_seq_len': seq_len} | dict(flags)
+    def of(
+        cls,
+        flags: Mapping[str, Any],
+        *,
+        seq_len: int,
+        vocabulary: int = NUM_BYTES,
+        half: bool = True,
+        group: Group | None = None,
+        pipeline: int = 1,
+    ) -> Size:
+        """Errors: ``FlagError``, ``TrainingError`` and ``MeshError`` as for a model that is trained so."""
+        given, group = {'max_seq_len': seq_len} | dict(flags), group or Group()
         with torch.device('meta'):
-            model = build_model(given, vocabulary)
+            whole = build_model(given, vocabulary)
+        check_grid(whole, group, pipeline)
+        given['verbose'] = False  # what is to be said of the flags has been said
+        model = own_parameters(given, vocabulary, group)
         layers = [unit for unit in units(model) if len(unit) == 1]
         rest = [unit for unit in units(model) if len(unit) > 1]
-        total = count(model)
-        kept, flops = of_a_row(given, vocabulary, seq_len, half)
-        again, _ = of_a_row(given | {'gradient_checkpointing': True}, vocabulary, seq_len, half)
-        # while a layer is computed again, what it keeps is there once more
-        again += max(kept - again, 0) // max(len(layers), 1)
+        row = costs_of(given, vocabulary, seq_len, half, group)
+        again = costs_of(given | {'gradient_checkpointing': True}, vocabulary, seq_len, half, group)
+        alone = row if group.tensor == 1 else costs_of(given, vocabulary, seq_len, half, Group())
+        kept = sum(row.kept)
         return cls(
-            total, max((count(unit[0]) for unit in layers), default=0), sum(count(part) for unit in rest for part in unit),
-            len(layers), flops, seq_len - 1, kept, min(again, kept),
+            count(whole), count(model), max((count(unit[0]) for unit in layers), default=0),
+            sum(count(part) for unit in rest for part in unit), len(layers), sum(alone.flops), sum(row.flops), seq_len - 1,
+            kept, kept_again(kept, sum(again.kept), len(layers)), group, tuple(stages_of(whole, row, again, pipeline)),
         )  # fmt: skip
+
+    def operations(self, rows: int, micros: int) -> float:
+        """What the busiest device could do in the time of a step: with stages also while it waits."""
+        if not self.stages:
+            return self.own_flops * rows * micros
+        return max(stage.flops for stage in self.stages) * rows * (micros + len(self.stages) - 1)
+
+
+def check_grid(model: nn.Module, group: Group, pipeline: int) -> None:
+    degrees = Degrees(tensor=group.tensor, pipeline=pipeline)
+    check(
+        model, degrees, shard='none', checkpoint='none', precision=None, compile=False, offload=False,
+        sequence_parallel=group.sequence_parallel, loss_parallel=group.loss_parallel,
+    )  # fmt: skip
 
 
 def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """The parameters that this process has."""
+    return sum(own_part(parameter).numel() for parameter in module.parameters())
 
 
-def of_a_row(flags: Mapping[str, Any], vocabulary: int, seq_len: int, half: bool) -> tuple[int, float]:
-    """(bytes that a row's forward keeps for its backward, beside the parameters; operations of both).
+def kept_again(kept: int, again: int, layers: int) -> int:
+    """While a layer is computed again, what it keeps is there once more."""
+    return min(again + max(kept - again, 0) // max(layers, 1), kept)
 
-    Found on tensors that have a device but no numbers.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from x_transformers.cli.info import halve
-
-    kept: dict[int, tuple[Tensor, int]] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device('cpu'):
-        model = build_model(flags, vocabulary).train()
-        if half:
-            halve(model)
-        ids = torch.zeros(1, seq_len, dtype=torch.long)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                # the tensor is held, so that no other one takes its place
-                kept[storage._cdata] = tensor, storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(ids)
-        size = sum(size for _, size in kept.values())
-        return size, training_flops(model, ids)
+def stages_of(model: nn.Module, row: Row, again: Row, stages: int) -> Iterator[Stage]:
+    if stages == 1:
+        return
+    net, last = network(model), stages - 1
+    places = places_of(model, net, stages)
+    numbers = [len(steps) for steps in steps_of(net.attn_layers, stages)]
+    for stage, (first, end) in enumerate(pairwise(accumulate(numbers, initial=1))):
+        # in front of the layers everything but the table runs everywhere
+        own = slice(0 if stage == 0 else first, end + (stage == last))
+        kept, less = sum(row.kept[own]), sum(again.kept[own])
+        enters = row.entering[first - 1] if stage > 0 else 0
+        leaves = row.entering[end - 1] if stage < last else 0
+        parameters = sum(parameter.numel() for parameter, at in places.items() if stage in at)
+        yield Stage(parameters, kept, kept_again(kept, less, end - first), sum(row.flops[own]), enters + leaves)
 
 
 @dataclass(frozen=True)
@@ -97,44 +134,90 @@ class Need:
     weights: float
     gradients: float
     optimizer: float
-    gathered: float  # of layers that run, beside the parts that are always there
+    gathered: float  # of layers that run, beside the parts that are always there; what has come from other stages
     activations: float
+    together: bool  # whether what is kept, and all gradients, are there at the same time
+    stage: int | None = None
 
     @property
     def total(self) -> float:
         kept = self.weights + self.optimizer + self.gathered
-        if self.degrees.shard == 1:
-            # copies hold the room of all gradients from the beginning
+        if self.together:
             return kept + self.gradients + self.activations
         # what a layer has kept is let go of when its gradients are made, so the two are never there in full together
         return kept + max(self.gradients, self.activations)
 
 
 def needs(
-    size: Size, *, devices: int, per_node: int, batch: int, half: bool = True, optimizer_numbers: int = 2
+    size: Size,
+    *,
+    devices: int,
+    per_node: int,
+    batch: int,
+    half: bool = True,
+    optimizer_numbers: int = 2,
+    micros: int = 1,
 ) -> Iterator[Need]:
-    """Of every grid, those first that send least.
+    """Of every grid, those first that send least; of a pipeline, every stage.
 
     Args:
-        batch: rows of a step, over all devices.
+        batch: rows of a micro-batch, over all devices.
         optimizer_numbers: of AdamW two for each weight; of Muon one, for its matrices.
+        micros: micro-batches of a step.
     """
-    if devices < 1 or batch % devices:
-        raise MeshError(f'--batch must be a multiple of --gpus ({devices}), got {batch}: it counts the rows of all of them.')
-    within = min(per_node, devices)
-    grids = {'copies (--shard none)': Degrees(replicate=devices)}
-    if within < devices and devices % within == 0:
-        grids['parts in a node (--shard hybrid)'] = Degrees(replicate=devices // within, shard=within)
-    grids['parts over all (--shard full)'] = Degrees(shard=devices)
-    rows, compute = batch // devices, 2 if half else MASTER
+    tensor, pipeline = size.group.tensor, max(len(size.stages), 1)
+    share = tensor * pipeline
+    if devices < 1 or devices % share:
+        raise MeshError(f'--gpus must be a multiple of --tensor times --pipeline ({share}), got {devices}.')
+    readers = devices // share
+    if batch % readers:
+        what = '--gpus' if share == 1 else '--gpus that read different data'
+        raise MeshError(f'--batch must be a multiple of {what} ({readers}), got {batch}: it counts the rows of all of them.')
+    rows = batch // readers
     for checkpointing in (False, True):
-        for name, degrees in grids.items():
-            share = MASTER * size.parameters / degrees.shard
-            if degrees.shard == 1:
-                # copies: gradients lie once more in the pieces that are sent; autocast makes halves of one layer at a time
-                gathered = share + (2 * size.largest_layer if half else 0)
-            else:
-                # the layer that runs, the next one and the ends; and the gradients of a layer before they are summed
-                gathered = compute * (2 * size.largest_layer + size.ends) + MASTER * size.largest_layer
-            kept = rows * (size.kept_less if checkpointing else size.kept)
-            yield Need(name, degrees, checkpointing, share, share, optimizer_numbers * share, gathered, kept)
+        if size.stages:
+            yield from stage_needs(size, readers, rows, micros, checkpointing, half, optimizer_numbers)
+        else:
+            yield from grid_needs(size, readers, per_node, rows, micros, checkpointing, half, optimizer_numbers)
+
+
+def grid_needs(
+    size: Size, readers: int, per_node: int, rows: int, micros: int, checkpointing: bool, half: bool, optimizer_numbers: int
+) -> Iterator[Need]:
+    tensor, compute = size.group.tensor, 2 if half else MASTER
+    within = min(max(per_node // tensor, 1), readers)
+    # groups that share heads have no copies, but with parts
+    grids = {'copies (--shard none)': Degrees(replicate=readers, tensor=tensor)} if tensor == 1 or readers == 1 else {}
+    if within < readers and readers % within == 0:
+        grids['parts in a node (--shard hybrid)'] = Degrees(replicate=readers // within, shard=within, tensor=tensor)
+    grids['parts over all (--shard full)'] = Degrees(shard=readers, tensor=tensor)
+    for name, degrees in grids.items():
+        part = MASTER * size.own / degrees.shard
+        buckets = degrees.shard == 1 and tensor == 1
+        if degrees.shard == 1:
+            # copies: gradients lie once more in the pieces that are sent; autocast makes halves of one layer at a time
+            gathered = (part if buckets else 0) + (2 * size.largest_layer if half else 0)
+        else:
+            # the layer that runs, the next one and the ends; and the gradients of a layer before they are summed
+            gathered = compute * (2 * size.largest_layer + size.ends) + MASTER * size.largest_layer
+        kept = rows * (size.kept_less if checkpointing else size.kept)
+        # copies hold the room of all gradients from the beginning, and later micro-batches find those of earlier ones
+        together = buckets or micros > 1
+        yield Need(name, degrees, checkpointing, part, part, optimizer_numbers * part, gathered, kept, together)
+
+
+def stage_needs(
+    size: Size, copies: int, rows: int, micros: int, checkpointing: bool, half: bool, optimizer_numbers: int
+) -> Iterator[Need]:
+    stages = len(size.stages)
+    degrees = Degrees(replicate=copies, pipeline=stages)
+    for number, stage in enumerate(size.stages):
+        part = MASTER * stage.parameters
+        # one forward and one backward by turns: as many wait as there are stages behind
+        waiting = stages - number if micros >= stages else micros
+        gathered = rows * micros * stage.borders + (2 * size.largest_layer if half else 0)
+        kept = waiting * rows * (stage.kept_less if checkpointing else stage.kept)
+        name = f'stage {number + 1} of {stages} (--pipeline {stages})'
+        yield Need(
+            name, degrees, checkpointing, part, part, optimizer_numbers * part, gathered, kept, micros > 1, number
+        )  # fmt: skip

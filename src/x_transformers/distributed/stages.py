@@ -76,10 +76,9 @@ def placed_modules(net: Any, stages: int) -> dict[nn.Module, set[int]]:
     return placed
 
 
-def leave_elsewhere(model: nn.Module, net: Any, stage: int, stages: int) -> dict[nn.Parameter, set[int]]:
-    """Give up the numbers of what other stages have. Returns the stages of each parameter that the model has now."""
+def stages_of_modules(model: nn.Module, net: Any, stages: int) -> dict[nn.Module, set[int]]:
+    """The stages of every module; what stands beside the layers is on all of them."""
     placed = placed_modules(net, stages)
-    everywhere = set(range(stages))
     where: dict[nn.Module, set[int]] = {}
 
     def visit(module: nn.Module, at: set[int]) -> None:
@@ -88,11 +87,22 @@ def leave_elsewhere(model: nn.Module, net: Any, stage: int, stages: int) -> dict
         for child in module.children():
             visit(child, at)
 
-    visit(model, everywhere)
+    visit(model, set(range(stages)))
+    return where
+
+
+def places_of(model: nn.Module, net: Any, stages: int) -> dict[nn.Parameter, set[int]]:
+    """The stages of every parameter."""
     places: dict[nn.Parameter, set[int]] = {}
-    for module, at in where.items():
+    for module, at in stages_of_modules(model, net, stages).items():
         for parameter in module.parameters(recurse=False):
             places[parameter] = places.get(parameter, set()) | at
+    return places
+
+
+def leave_elsewhere(model: nn.Module, net: Any, stage: int, stages: int) -> dict[nn.Parameter, set[int]]:
+    """Give up the numbers of what other stages have. Returns the stages of each parameter that the model has now."""
+    where, places = stages_of_modules(model, net, stages), places_of(model, net, stages)
     left = {
         parameter: nn.Parameter(torch.empty_like(parameter, device='meta'), requires_grad=parameter.requires_grad)
         for parameter, at in places.items()
