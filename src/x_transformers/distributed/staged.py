@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from x_transformers.distributed.building import build_stage
 from x_transformers.distributed.crossing import described
 from x_transformers.distributed.engine import MeshEngine, number_of
 from x_transformers.distributed.pipeline import Pipeline
@@ -22,6 +23,10 @@ class StagedEngine(MeshEngine):
     """
 
     pipeline: Pipeline
+
+    def build(self, make: Callable[[], nn.Module], device: torch.device, seed: int) -> nn.Module:
+        stage = self.world.mesh.get_local_rank('pipeline')
+        return self.spread(build_stage(make, stage, self.world.degrees.pipeline), seed)
 
     def spread(self, model: nn.Module, seed: int = 0) -> nn.Module:
         model = super().spread(model, seed)
