@@ -22,7 +22,7 @@ from tests.laws.combination import Combination
 from tests.two_processes import WORLD, attempt_all, whole
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.distributed.engine import MeshEngine
-from x_transformers.distributed.mesh import Degrees, World, start
+from x_transformers.distributed.mesh import Degrees, MeshError, World, start
 from x_transformers.distributed.parallelize import Filling
 from x_transformers.distributed.staged import StagedEngine
 from x_transformers.training import files
@@ -191,6 +191,17 @@ def a_damaged_checkpoint_is_refused(worlds: Worlds, folder: Path) -> None:
     dist.barrier()
     with pytest.raises(CheckpointError, match='damaged'):
         load_checkpoint(path)
+    # one process reads that file, and all are told
+    with pytest.raises(CheckpointError, match='damaged'):
+        engine.read(path)
+
+
+def what_the_main_process_cannot_do_ends_all(worlds: Worlds, folder: Path) -> None:
+    engine = MeshEngine(worlds['copies'])
+    with pytest.raises(MeshError if dist.get_rank() else KeyError), engine.main_first():
+        raise KeyError('such as a file that cannot be read')
+    with engine.main_first():
+        pass
 
 
 def saving_goes_on_beside_training(worlds: Worlds, folder: Path) -> None:
@@ -314,7 +325,8 @@ CASES: dict[str, Callable[[Worlds, Path], None]] = {
     case.__name__: case
     for case in (
         adamw_in_double_precision, adamw_in_single_precision, muon_moves_whole_matrices, a_checkpoint_goes_on_elsewhere,
-        a_damaged_checkpoint_is_refused, saving_goes_on_beside_training, a_full_disk_stops_all_in_one_step,
+        a_damaged_checkpoint_is_refused, what_the_main_process_cannot_do_ends_all, saving_goes_on_beside_training,
+        a_full_disk_stops_all_in_one_step,
         text_is_written_from_shards, a_model_without_numbers_is_filled_alike,
         layers_are_left_out_alike, stages_hide_the_same_keys,
     )

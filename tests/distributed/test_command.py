@@ -94,12 +94,23 @@ def test_a_run_changes_its_processes(tmp_path: Path, text: Path) -> None:
         assert abs(mine[step] - loss) <= 1e-3 * loss, (step, mine[step], loss)
 
 
-def test_a_signal_saves_and_a_killed_process_ends_all(tmp_path: Path, text: Path) -> None:
+GRIDS = [
+    ['--shard', 'full'],
+    ['--shard', 'none'],
+    ['--tensor', '2'],
+    ['--tensor', '2', '--sequence-parallel', '--loss-parallel'],
+    ['--context', '2', '--shard', 'full'],
+    ['--pipeline', '2', '--grad-accum', '2'],
+]
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=' '.join)
+def test_a_stopped_run_goes_on_to_the_same_losses(tmp_path: Path, text: Path, grid: list[str]) -> None:
+    """SIGTERM, then kill -9 of a process, then one that does not answer: each time all end, and nothing is lost."""
     run = tmp_path / 'run'
-    given = [
-        'train', '--data', str(text), '--run-dir', str(run), *SMALL, '--steps', '100000', '--shard', 'full', '--save-every', '2'
-    ]  # fmt: skip
-    processes = launch(given)
+    given = ['train', '--data', str(text), *SMALL, '--schedule', 'constant', '--save-every', '2', '--ema', '0.9', *grid]
+    resumed = ['train', '--run-dir', str(run), '--resume', '--data', str(text)]
+    processes = launch([*given, '--run-dir', str(run), '--steps', '100000'])
     until(lambda: list(run.glob('checkpoint-*')), processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
@@ -107,30 +118,57 @@ def test_a_signal_saves_and_a_killed_process_ends_all(tmp_path: Path, text: Path
     assert [status for status, _ in found] == [143, 143], found
     assert found[0][1].count('everything is saved') == 1
     assert 'everything is saved' not in found[1][1]
-    (saved,) = run.glob('checkpoint-*')
 
-    processes = launch(['train', '--run-dir', str(run), '--resume', '--data', str(text)])
-    until(lambda: not saved.exists() and list(run.glob('checkpoint-*')), processes)
-    processes[1].kill()
-    began = time.monotonic()
-    found = ended(processes)
-    assert time.monotonic() - began < 10
-    assert found[1][0] == -signal.SIGKILL
-    assert found[0][0] == 1, found
-    assert 'start all of them again with --resume' in found[0][1]
+    for number, (what, victim) in enumerate(
+        ((signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0))
+    ):
+        (saved,) = run.glob('checkpoint-*')
+        processes = launch([*resumed, '--timeout', '6'])
+        until(lambda saved=saved: not saved.exists() and list(run.glob('checkpoint-*')), processes)
+        processes[victim].send_signal(what)
+        began = time.monotonic()
+        ((status, said),) = ended([processes[1 - victim]])
+        assert time.monotonic() - began < (10 if what == signal.SIGKILL else 25), (number, said)
+        processes[victim].kill()
+        ended([processes[victim]])
+        assert status == 1, said
+        sentences = [line for line in said.splitlines() if line.startswith('x-transformers:')]
+        assert len(sentences) == 1, said
+        assert 'start all of them again with --resume' in sentences[0]
     (newest,) = run.glob('checkpoint-*')
-    step = int(newest.name.removeprefix('checkpoint-'))
+    steps = str(int(newest.name.removeprefix('checkpoint-')) + 2)
 
-    again = ended(launch(['train', '--run-dir', str(run), '--resume', '--steps', str(step + 2), '--data', str(text)]))
+    again = ended(launch([*resumed, '--steps', steps]))
     assert [status for status, _ in again] == [0, 0], again
-    assert max(losses(run)) == step + 2
+    whole = tmp_path / 'whole'
+    same = ended(launch([*given, '--run-dir', str(whole), '--steps', steps]))
+    assert [status for status, _ in same] == [0, 0], same
+    mine, want = losses(run), losses(whole)
+    assert mine.keys() == want.keys() == set(range(1, int(steps) + 1))
+    assert mine == want
+    assert (run / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=' '.join)
+def test_a_loss_that_is_no_number_ends_all(tmp_path: Path, text: Path, grid: list[str]) -> None:
+    run = tmp_path / 'run'
+    given = ['train', '--data', str(text), *SMALL, '--run-dir', str(run), '--steps', '40', '--save-every', '1', *grid]
+    found = ended(launch([*given, '--lr', '1e18', '--muon-lr', '1e18', '--warmup', '0', '--clip', '0']))
+    assert [status for status, _ in found] == [2, 2], found
+    said = [line for _, err in found for line in err.splitlines() if line.startswith('x-transformers:')]
+    assert len(said) == 1, said
+    assert 'the learning rate (--lr 1e+18, --muon-lr 1e+18) may be too high' in said[0]
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, text: Path) -> None:
     run = tmp_path / 'run'
     given = ['train', '--data', str(text), '--run-dir', str(run), *SMALL, '--steps', '2']
     began = time.monotonic()
+    torn = tmp_path / 'torn.jsonl'
+    torn.write_text('{"text": "a"}\n{"text', encoding='utf-8')
     wrong = {
+        'torn.jsonl, line 2 must be a JSON object': (['train', '--data', str(torn), *given[3:]], []),
+        '--batch must be a multiple of 2': ([*given, '--batch', '3'], []),
         'same options, got others in process 1: lr': (given, ['--lr', '0.5']),
         'the number of heads must be a multiple of --tensor 2, got 3': ([*given, '--tensor', '2', '--heads', '3'], []),
         '`attn_dropout` must be left as it is with tensor': ([*given, '--tensor', '2', '--attn-dropout', '0.1'], []),

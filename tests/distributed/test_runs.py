@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from tests.distributed.runs import CASES, run
+from tests.two_processes import free_port
+from x_transformers.distributed.engine import MeshEngine
+from x_transformers.distributed.mesh import Degrees, start, stop
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without torch.distributed')
 
@@ -15,3 +21,18 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='to
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert run(list(CASES), tmp_path) == ''
+
+
+def worker(rank: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
+    engine = MeshEngine(start(Degrees(replicate=2), 'cpu', timeout=2.0))
+    for seconds in (0, 4):
+        with engine.main_first():
+            time.sleep(seconds if rank == 0 else 0)
+    engine.barrier()
+    stop()
+
+
+@pytest.mark.slow
+def test_others_wait_for_the_main_process_longer_than_for_a_step() -> None:
+    mp.spawn(worker, (free_port(),), nprocs=2)  # type: ignore[no-untyped-call]

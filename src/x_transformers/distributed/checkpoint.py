@@ -256,6 +256,23 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> dict[str, Any]:
     return dict(manifest)
 
 
+def verified(path: Path, world: World) -> dict[str, Any]:
+    """The same, where each process compares a share of the files.
+
+    Errors: ``CheckpointError`` in all of them for what one has found.
+    """
+    manifest, wrong = {}, ''
+    try:
+        manifest = verify(path, world.rank, world.size)
+    except CheckpointError as failure:
+        wrong = str(failure)
+    everywhere: list[Any] = [''] * world.size
+    dist.all_gather_object(everywhere, wrong, group=world.patient)
+    if told := [each for each in everywhere if each]:
+        raise CheckpointError(told[0])
+    return manifest
+
+
 def read(path: Path, template: Callable[[str, Any], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(weights, the tensors of the state by their paths, the state with words in their places).
 

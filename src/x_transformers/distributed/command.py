@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from threading import Thread
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from x_transformers.flags.base import FlagError
 from x_transformers.training.build import build_model
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
-from x_transformers.training.options import WITH_TENSOR, TrainOptions
+from x_transformers.training.options import WITH_TENSOR, TrainOptions, merge_for_resume
 from x_transformers.training.run import RunConfig, begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
@@ -38,12 +39,12 @@ def train(parse: Callable[[], Any]) -> int:
     try:
         with contextlib.nullcontext() if is_main else silent():
             asked = parse()
-        options: TrainOptions = asked.options
+        options = of_the_run(asked)
         size = int(os.environ['WORLD_SIZE'])
         degrees = Degrees.of(options.shard, tensor=options.tensor, context=options.context, pipeline=options.pipeline)
         check_options(options, degrees)
         check_rows(options, degrees.resolved(size))
-        world = start(degrees, options.device or 'auto')
+        world = start(degrees, options.device or 'auto', timeout=options.timeout)
     except (FlagError, TrainingError):
         if is_main:
             raise
@@ -66,7 +67,15 @@ def train(parse: Callable[[], Any]) -> int:
                 'them again with --resume',
                 file=sys.stderr,
             )
-        return LOST
+        end_at_once()
+
+
+def of_the_run(asked: Any) -> TrainOptions:
+    """The options, and those of a run that is resumed where others were not typed: it keeps its grid, too."""
+    options: TrainOptions = asked.options
+    if not options.resume:
+        return options
+    return merge_for_resume(options, RunConfig.read(Path(options.run_dir)).options, asked.typed)
 
 
 def train_on(world: World, asked: Any, held: ExitStack) -> int:
@@ -187,20 +196,35 @@ def of_main(world: World, act: Callable[[], T]) -> T:
     return result
 
 
+def end_at_once() -> NoReturn:
+    """In the orderly way messages that never come would be waited for, until they are given up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(LOST)
+
+
 def speaks_first(world: World) -> bool:
     """Whether this process is to say what went wrong: the main one if it knows, else the first of the others."""
     if not world.is_main:
         time.sleep(0.5)
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        first = bool(store.add('complained', 1) == 1)
-        # the main process may hold the store, which the others are still to ask
-        deadline = time.monotonic() + PATIENCE
-        while world.is_main and store.add('complained', 0) < world.size and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return first
-    except Exception:  # whoever held the store is gone
-        return True
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            answers.append(store.add('complained', 1) == 1)
+            # the main process may hold the store, which the others are still to ask
+            deadline = time.monotonic() + PATIENCE
+            while world.is_main and store.add('complained', 0) < world.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except Exception:  # whoever held the store is gone
+            answers.append(True)
+
+    # whoever holds the store may not answer
+    asking = Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * PATIENCE if world.is_main else PATIENCE)
+    return answers[0] if answers else True
 
 
 def is_lost(error: RuntimeError) -> bool:

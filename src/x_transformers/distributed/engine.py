@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from x_transformers.distributed import checkpoint
 from x_transformers.distributed.context import Sliced
-from x_transformers.distributed.mesh import Shard, World
+from x_transformers.distributed.mesh import MeshError, Shard, World
 from x_transformers.distributed.parallelize import Checkpointing, parallelize
 from x_transformers.module import fill, own_part
 from x_transformers.randomness import decide_alike
@@ -125,7 +125,7 @@ class MeshEngine(Engine):
         """Any checkpoint of the run, whatever number of processes wrote it; each process reads its own part."""
         if not checkpoint.is_distributed(path):
             return load_checkpoint(path)
-        manifest = checkpoint.verify(path, self.world.rank, self.world.size)
+        manifest = checkpoint.verified(path, self.world)
         model: Any = self.model
         state = model.state_dict()
         named = {name.replace(WRAPPED, ''): p for name, p in model.named_parameters() if p.requires_grad}
@@ -171,11 +171,20 @@ class MeshEngine(Engine):
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
+        failed = torch.zeros((), dtype=torch.int32)
+        group = self.world.patient
         if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+            dist.broadcast(failed, 0, group=group)
+            if failed:
+                raise MeshError('the main process must go on first, got an error there, which it tells.')
+        try:
+            yield
+        except BaseException:
+            failed.fill_(1)
+            raise
+        finally:
+            if self.is_main:
+                dist.broadcast(failed, 0, group=group)
 
     def barrier(self) -> None:
         self.world.barrier()

@@ -16,6 +16,8 @@ from x_transformers.distributed.refusals import option_refusals
 
 __all__ = ['AXES', 'Degrees', 'MeshError', 'Shard', 'World', 'local_device', 'start', 'stop']
 
+PATIENT = 1e7  # seconds: months
+
 
 @dataclass(frozen=True)
 class World:
@@ -62,7 +64,15 @@ class World:
     @cached_property
     def aside(self) -> dist.ProcessGroup:
         """All processes once more, on their CPUs: what is said there in the background meets nothing that steps say."""
-        made: dist.ProcessGroup = dist.new_group(backend='gloo', timeout=timedelta(seconds=self.timeout))
+        return self._group(self.timeout)
+
+    @cached_property
+    def patient(self) -> dist.ProcessGroup:
+        """The same for what may take any time, such as turning a corpus into tokens; one that dies is noticed all the same."""
+        return self._group(PATIENT)
+
+    def _group(self, timeout: float) -> dist.ProcessGroup:
+        made: dist.ProcessGroup = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
         return made
 
     def barrier(self) -> None:

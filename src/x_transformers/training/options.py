@@ -19,7 +19,7 @@ WITH_TENSOR = ('sequence_parallel', 'loss_parallel')
 FREE_ON_RESUME = {
     'data', 'data_cache', 'device', 'threads', 'compile', 'log', 'tensorboard', 'val_every', 'val_bytes', 'val_data',
     'final_bytes', 'save_every', 'keep', 'keep_best', 'sample_prompt', 'sample_length', 'sample_every', 'steps', 'peak_flops',
-    'exit_on_term', 'json', 'shard', 'checkpointing', 'offload', *AXES, *WITH_TENSOR,
+    'exit_on_term', 'json', 'shard', 'checkpointing', 'offload', 'timeout', *AXES, *WITH_TENSOR,
 }  # fmt: skip
 
 # (lowest, below which it must stay) of each number
@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {
     'threads': (1, math.inf), 'vocab': (257, math.inf), 'keep': (1, math.inf), 'sample_every': (0, math.inf),
     'lora': (0, math.inf), 'exit_on_term': (0, 256), 'peak_flops': (1, math.inf),
     'mup_base': (1, math.inf), 'tensor': (1, math.inf), 'context': (1, math.inf), 'pipeline': (1, math.inf),
+    'timeout': (1, 1e8),
 }  # fmt: skip
 
 
@@ -165,6 +166,8 @@ class TrainOptions(TrainerOptions):
     """Under torchrun, what is computed again for gradients; full: all in a layer; selective: all but matrix products."""
     offload: bool = False
     """With --shard: keep weights, gradients and the optimizer's state in the memory of the CPU."""
+    timeout: float = 600.0
+    """Under torchrun, seconds after which a process that hears nothing from another gives up."""
 
     steps: int = often(450)
     """Number of optimizer steps."""
