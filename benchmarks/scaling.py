@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from x_transformers.distributed.costs import Group
+from x_transformers.distributed.costs import TensorGroup
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, start, stop
 from x_transformers.distributed.plan import Size, needs
@@ -268,7 +268,7 @@ GRIDS: dict[str, tuple[Degrees, dict[str, Any], dict[str, Any], dict[str, Any]]]
     'parts': (Degrees(shard=2), {'shard': 'full'}, {}, {}),
     'stages': (Degrees(pipeline=2), {}, {'grad_accum': 4}, {'pipeline': 2}),
     'a tensor group': (
-        Degrees(tensor=2), {'sequence_parallel': True, 'loss_parallel': True}, {}, {'group': Group(2, True, True)}
+        Degrees(tensor=2), {'sequence_parallel': True, 'loss_parallel': True}, {}, {'group': TensorGroup(2, True, True)}
     ),
 }  # fmt: skip
 

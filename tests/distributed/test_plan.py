@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.cli.main import main
-from x_transformers.distributed.costs import Group
+from x_transformers.distributed.costs import TensorGroup
 from x_transformers.distributed.mesh import Degrees, MeshError
 from x_transformers.distributed.plan import Size, needs
 from x_transformers.distributed.stages import leave_elsewhere
@@ -95,7 +95,7 @@ def test_stages_share_what_there_is(size: Size) -> None:
 
 
 def test_a_tensor_group_shares_what_there_is(size: Size) -> None:
-    group = Size.of(FLAGS, seq_len=64, half=False, group=Group(2))
+    group = Size.of(FLAGS, seq_len=64, half=False, group=TensorGroup(2))
     model = build_model(FLAGS)
     assert group.parameters == size.parameters
     # matrices of layers are halved
@@ -104,7 +104,7 @@ def test_a_tensor_group_shares_what_there_is(size: Size) -> None:
     assert group.kept < size.kept
     assert group.flops == size.flops
     assert size.flops / 2 < group.own_flops < size.flops
-    less = Size.of(FLAGS, seq_len=64, half=False, group=Group(2, sequence_parallel=True, loss_parallel=True))
+    less = Size.of(FLAGS, seq_len=64, half=False, group=TensorGroup(2, sequence_parallel=True, loss_parallel=True))
     assert less.kept < group.kept
     assert less.own == group.own - 256 * 32 / 2
     names = [need.name for need in needs(group, devices=4, per_node=4, batch=2) if not need.checkpointing]
@@ -115,10 +115,10 @@ def test_a_tensor_group_shares_what_there_is(size: Size) -> None:
 @pytest.mark.parametrize(
     ('given', 'said'),
     [
-        ({'group': Group(3)}, 'number of heads must be a multiple of --tensor 3, got 2'),
+        ({'group': TensorGroup(3)}, 'number of heads must be a multiple of --tensor 3, got 2'),
         ({'pipeline': 4}, '--pipeline must be at most 3, the number of blocks of layers, got 4'),
-        ({'pipeline': 2, 'group': Group(2)}, '--tensor must be 1 with --pipeline'),
-        ({'group': Group(1, sequence_parallel=True)}, '--sequence-parallel must go with --tensor 2 or more'),
+        ({'pipeline': 2, 'group': TensorGroup(2)}, '--tensor must be 1 with --pipeline'),
+        ({'group': TensorGroup(1, sequence_parallel=True)}, '--sequence-parallel must go with --tensor 2 or more'),
     ],
 )
 def test_a_plan_refuses_what_training_does(given: dict[str, Any], said: str) -> None:

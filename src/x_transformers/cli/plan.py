@@ -12,7 +12,7 @@ import tyro
 from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed
 from x_transformers.cli.toml import config_path, from_file
-from x_transformers.distributed.costs import Group
+from x_transformers.distributed.costs import TensorGroup
 from x_transformers.distributed.plan import GIB, Need, Size, needs
 from x_transformers.training.errors import TrainingError
 
@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
 
 def main(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
-    group = Group(options.tensor, options.sequence_parallel, options.loss_parallel)
+    group = TensorGroup(options.tensor, options.sequence_parallel, options.loss_parallel)
     size = Size.of(
         flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16, group=group, pipeline=options.pipeline
     )

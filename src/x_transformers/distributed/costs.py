@@ -22,7 +22,7 @@ from x_transformers.training.build import build_model
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """What processes of a tensor group share."""
 
     tensor: int = 1
@@ -39,7 +39,7 @@ class Row:
     entering: tuple[int, ...]  # bytes of the streams, at each layer
 
 
-def costs_of(flags: Mapping[str, Any], vocabulary: int, seq_len: int, half: bool, group: Group) -> Row:
+def costs_of(flags: Mapping[str, Any], vocabulary: int, seq_len: int, half: bool, group: TensorGroup) -> Row:
     """Errors: ``FlagError`` and ``MeshError`` as for a model that is trained so."""
     from x_transformers.cli.info import halve
 
@@ -108,7 +108,7 @@ def by_layer(model: nn.Module, read: Callable[[], float], run: Callable[[], Any]
     return [before, *inside, read() - before - sum(inside)]
 
 
-def own_parameters(flags: Mapping[str, Any], vocabulary: int, group: Group) -> nn.Module:
+def own_parameters(flags: Mapping[str, Any], vocabulary: int, group: TensorGroup) -> nn.Module:
     """The model without numbers, as a process of a tensor group has it."""
     if group.tensor == 1:
         with torch.device('meta'):
@@ -120,7 +120,7 @@ def own_parameters(flags: Mapping[str, Any], vocabulary: int, group: Group) -> n
     return model
 
 
-def cut(model: nn.Module, world: World | None, group: Group) -> None:
+def cut(model: nn.Module, world: World | None, group: TensorGroup) -> None:
     if world is not None:
         parallelize(model, world, sequence_parallel=group.sequence_parallel, loss_parallel=group.loss_parallel)
 

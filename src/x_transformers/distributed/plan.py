@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from x_transformers.distributed.costs import Group, Row, costs_of, own_parameters
+from x_transformers.distributed.costs import Row, TensorGroup, costs_of, own_parameters
 from x_transformers.distributed.mesh import Degrees, MeshError
 from x_transformers.distributed.refusals import check
 from x_transformers.distributed.stages import network, places_of, steps_of
@@ -50,7 +50,7 @@ class Size:
     tokens: int  # predictions of a row
     kept: int  # bytes that a row's forward keeps for its backward
     kept_less: int  # the same where layers are computed again
-    group: Group
+    group: TensorGroup
     stages: tuple[Stage, ...]  # none where all devices have all layers
 
     @classmethod
@@ -61,11 +61,11 @@ class Size:
         seq_len: int,
         vocabulary: int = NUM_BYTES,
         half: bool = True,
-        group: Group | None = None,
+        group: TensorGroup | None = None,
         pipeline: int = 1,
     ) -> Size:
         """Errors: ``FlagError``, ``TrainingError`` and ``MeshError`` as for a model that is trained so."""
-        given, group = {'max_seq_len': seq_len} | dict(flags), group or Group()
+        given, group = {'max_seq_len': seq_len} | dict(flags), group or TensorGroup()
         with torch.device('meta'):
             whole = build_model(given, vocabulary)
         check_grid(whole, group, pipeline)
@@ -75,7 +75,7 @@ class Size:
         rest = [unit for unit in units(model) if len(unit) > 1]
         row = costs_of(given, vocabulary, seq_len, half, group)
         again = costs_of(given | {'gradient_checkpointing': True}, vocabulary, seq_len, half, group)
-        alone = row if group.tensor == 1 else costs_of(given, vocabulary, seq_len, half, Group())
+        alone = row if group.tensor == 1 else costs_of(given, vocabulary, seq_len, half, TensorGroup())
         kept = sum(row.kept)
         return cls(
             count(whole), count(model), max((count(unit[0]) for unit in layers), default=0),
@@ -90,7 +90,7 @@ class Size:
         return max(stage.flops for stage in self.stages) * rows * (micros + len(self.stages) - 1)
 
 
-def check_grid(model: nn.Module, group: Group, pipeline: int) -> None:
+def check_grid(model: nn.Module, group: TensorGroup, pipeline: int) -> None:
     degrees = Degrees(tensor=group.tensor, pipeline=pipeline)
     check(
         model, degrees, shard='none', checkpoint='none', precision=None, compile=False, offload=False,
