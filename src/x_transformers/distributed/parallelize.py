@@ -80,7 +80,7 @@ def parallelize(
         model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, compile=compile, offload=offload,
         sequence_parallel=sequence_parallel, loss_parallel=loss_parallel,
     )  # fmt: skip
-    if not (on_meta(model) or world.degrees.pipeline > 1 or is_on(model, world.device)):
+    if not (on_meta(model) or world.degrees.pipeline > 1 or lies_on(model, world.device)):
         model = model.to(world.device)
     if world.degrees.tensor > 1:
         cut_biases(model, world.mesh['tensor'])
@@ -278,7 +278,7 @@ def on_meta(model: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def is_on(model: nn.Module, device: torch.device) -> bool:
+def lies_on(model: nn.Module, device: torch.device) -> bool:
     return all(tensor.device == device for tensor in (*model.parameters(), *model.buffers()))
 
 
