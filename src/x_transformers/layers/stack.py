@@ -101,7 +101,6 @@ class AttentionLayers(Module):
         self.flags = flags
         self._plan = plan
         self._tell(flags, plan)
-        # one by one: who listens may let go of one before the next is made
         self.layers = nn.ModuleList(make_layer(flags, spec, self.is_causal) for spec in plan.layers)
         self.final_norm = make_norm(flags) if flags.has_final_norm else Identity()
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
