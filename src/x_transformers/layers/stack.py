@@ -98,8 +98,7 @@ class AttentionLayers(Module):
     # ------------------------------------------------------------ building
 
     def _build(self, flags: StackFlags, plan: LayerPlan) -> None:
-        self.flags = flags
-        self._plan = plan
+        self.flags, self._plan = flags, plan
         self._tell(flags, plan)
         self.layers = nn.ModuleList(make_layer(flags, spec, self.is_causal) for spec in plan.layers)
         self.final_norm = make_norm(flags) if flags.has_final_norm else Identity()
@@ -119,9 +118,8 @@ class AttentionLayers(Module):
         self.num_attn_layers = plan.count('a')
         self.layer_dropouts = [layer.dropout for layer in plan.layers]
         self.disable_abs_pos_emb = flags.disables_abs_pos_emb
-        self.pre_norm, self.sandwich_norm = flags.pre_norm, flags.sandwich_norm
+        self.pre_norm, self.sandwich_norm, self.cross_attend = flags.pre_norm, flags.sandwich_norm, flags.cross_attend
         self.residual_attn, self.cross_residual_attn = flags.residual_attn, flags.cross_residual_attn
-        self.cross_attend = flags.cross_attend
         self.need_condition, self.norm_need_condition = flags.needs_condition, flags.norm_needs_condition
         self.post_branch_fn_needs_condition = flags.branch_needs_condition
         self.dim_condition, self.num_residual_streams = flags.condition_dim, flags.streams
