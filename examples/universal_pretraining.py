@@ -53,7 +53,7 @@ def main() -> None:
     bits = F.cross_entropy(logits.transpose(1, 2), tests[:, 1:], reduction='none') / math.log(2)
     baseline = unigram_bits(tests)
 
-    made, axes = figure(1, 1, width=4.6, height=2.8)
+    made, axes = figure(1, 1, width=7.0, height=2.8)
     axes[0][0].plot(range(1, LENGTH), bits.mean(dim=0), label='model')
     axes[0][0].axhline(baseline, color='grey', linestyle='--', label="entropy of the sequence's own tokens")
     axes[0][0].axhline(math.log2(TOKENS), color='lightgrey', linestyle=':', label='guessing')

@@ -236,9 +236,11 @@ def test_help_and_version(capsys):
 
 
 def test_unknown_options_are_all_named_with_what_they_may_mean(capsys):
-    said = sentence_of(capsys, ['train', '--dpeth', '3', '--hidden-size', '64'])
+    said = sentence_of(capsys, ['train', '--dpeth', '3', '--hidden-size', '64', '--out', 'a', '--vocab-size', '9'])
     assert '--dpeth; did you mean --depth?' in said
     assert '--hidden-size; here it is --dim.' in said
+    assert '--out; here it is --run-dir.' in said
+    assert '--vocab-size; here it is --vocab.' in said
 
 
 def test_a_closed_pipe_is_no_error(tmp_path, text):

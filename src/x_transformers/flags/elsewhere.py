@@ -72,6 +72,24 @@ OF_MODELS = {
     'tie_word_embeddings': 'tie_embedding',
 }
 
+# the same, of the command that trains
+OF_TRAINING = {
+    'batch_size': 'batch',
+    'block_size': 'seq_len',
+    'context_length': 'seq_len',
+    'gradient_accumulation_steps': 'grad_accum',
+    'grad_clip': 'clip',
+    'learning_rate': 'lr',
+    'max_steps': 'steps',
+    'num_steps': 'steps',
+    'out': 'run_dir',
+    'out_dir': 'run_dir',
+    'output': 'run_dir',
+    'output_dir': 'run_dir',
+    'vocab_size': 'vocab',
+    'warmup_steps': 'warmup',
+}
+
 OWNERS = {**dict.fromkeys(OF_LAYERS, 'the layers (Decoder, Encoder)'), **dict.fromkeys(OF_MODELS, 'TransformerWrapper')}
 
 # names of no keyword, and what to write for them
@@ -111,10 +129,8 @@ SAID_OTHERWISE = {
 
 def renamed_to(name: str, known: Collection[str]) -> str | None:
     """The keyword among ``known`` that means what others call ``name``; None if there is none."""
-    here = OF_LAYERS.get(name) or OF_MODELS.get(name)
-    if here is None:
-        return None
-    spellings = (here, here.removeprefix('attn_').removeprefix('ff_'))
+    found = [names[name] for names in (OF_TRAINING, OF_LAYERS, OF_MODELS) if name in names]
+    spellings = [spelling for here in found for spelling in (here, here.removeprefix('attn_').removeprefix('ff_'))]
     return next((spelling for spelling in spellings if spelling in known), None)
 
 
