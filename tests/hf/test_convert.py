@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.cli.main import main
 from x_transformers.flags.base import FlagError
 from x_transformers.hf import explain, from_hf, keywords, to_hf
+from x_transformers.hf.convert import copy_tokenizer
 from x_transformers.hf.llama import LLAMA
 from x_transformers.saving import tensors
 from x_transformers.saving.errors import FolderError
@@ -242,3 +244,14 @@ def test_the_command_line_explains_imports_writes_and_exports(folder, tmp_path, 
         assert torch.equal(one[name], other[name]), name
     assert main(['hf', 'import', str(tmp_path / 'none'), str(tmp_path / 'x')]) == 2
     assert 'has no config.json' in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_the_model_before_does_not_stay(tmp_path: Path) -> None:
+    source, target = tmp_path / 'source', tmp_path / 'target'
+    source.mkdir()
+    target.mkdir()
+    (source / 'tokenizer.json').write_text('new')
+    for name in ('tokenizer.json', 'merges.txt', 'notes.txt'):
+        (target / name).write_text('old')
+    assert copy_tokenizer(source, target) == ['tokenizer.json']
+    assert {path.name: path.read_text() for path in target.iterdir()} == {'tokenizer.json': 'new', 'notes.txt': 'old'}

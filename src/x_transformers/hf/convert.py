@@ -325,8 +325,10 @@ def as_python(plain: Any, indent: int = 0) -> str:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """The files of the tokenizer, if there are any; their names."""
+    """The files of the tokenizer, if there are any; their names. Those that the model before had in ``target`` are removed."""
     names = [name for name in TOKENIZER if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, target / name)
+    for name in set(TOKENIZER) - set(names):
+        (target / name).unlink(missing_ok=True)
     return names
