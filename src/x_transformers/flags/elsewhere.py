@@ -111,7 +111,7 @@ SAID_OTHERWISE = {
     'past_key_values': 'write `cache=`, with what `return_intermediates=True` returned.',
     'output_hidden_states': 'write `return_intermediates=True`.',
     'output_attentions': 'write `return_attn=True`.',
-    'labels': 'AutoregressiveWrapper makes the labels of the ids itself; a loss of your own: '
+    'labels': 'AutoregressiveWrapper takes them, and makes them of the ids where there are none; a loss of your own: '
     'F.cross_entropy(model(ids).transpose(1, 2), labels).',
     'do_sample': '`temperature=0` takes the likeliest token, anything above samples.',
     'top_k': "write `filter_logits_fn='top_k', filter_kwargs={'k': 5}`.",
