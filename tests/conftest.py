@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import elsewhere
-from tests.on_device import OnDevice
+from tests.on_device import enter
 from tests.poison import poisoned
 from tests.shapes import shapes_checked
 
@@ -41,12 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    device = config.getoption('--device')
-    if device == elsewhere.NAME:
-        device = str(elsewhere.device())
-        elsewhere.Elsewhere().__enter__()
-    if device != 'cpu':
-        OnDevice(device).__enter__()
+    enter(config.getoption('--device'))
 
 
 @pytest.fixture(autouse=True)

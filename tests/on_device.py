@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import x_transformers
+from tests import elsewhere
 
 TESTS = str(Path(__file__).parent)
 LIBRARY = str(Path(x_transformers.__file__).parent)
@@ -42,6 +43,16 @@ class OnDevice(TorchFunctionMode):
         # what is drawn on the CPU, or written down in Python, is moved afterwards
         made = func(*args, **given | {'device': None if generator is None else generator.device})
         return made.to(device)
+
+
+def enter(device: str) -> None:
+    """Make tensors there from now on, to the end of the process. ``elsewhere`` is one that every machine can pretend to have,
+    if the process has not gone backwards yet."""
+    if device == elsewhere.NAME:
+        device = str(elsewhere.device())
+        elsewhere.Elsewhere().__enter__()
+    if device != 'cpu':
+        OnDevice(device).__enter__()
 
 
 def in_a_call() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from x_transformers.embedding.ids import beyond
 from x_transformers.flags.calls import LabelledOptions
@@ -27,6 +28,15 @@ class Labelled(dict[str, Tensor]):
             return self[name]
         except KeyError:
             raise AttributeError(f'there is no {name!r}, only {", ".join(self)}') from None
+
+
+# sharding and exporters look for tensors in a module's output there
+register_pytree_node(
+    Labelled,
+    lambda found: (list(found.values()), list(found)),
+    lambda values, names: Labelled(zip(names, values, strict=True)),
+    serialized_type_name='x_transformers.labelled.Labelled',
+)
 
 
 @dataclass(frozen=True)

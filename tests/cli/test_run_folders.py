@@ -63,7 +63,7 @@ def test_a_trained_model_leaves_in_the_hugging_face_format(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(['hf', 'export', str(run), str(tmp_path / 'llama'), '--family', 'llama']) == 0
-    assert 'without a tokenizer' in capsys.readouterr().out
+    assert 'with tokenizer.json, tokenizer_config.json' in capsys.readouterr().out
     ids = torch.randint(256, (2, 9))
     torch.testing.assert_close(from_hf(tmp_path / 'llama')(ids), load_run(run).eval().net(ids))
 

@@ -400,7 +400,12 @@ OBJECTIVES = (
     Target(
         'AutoregressiveWrapper.forward', AutoregressiveWrapper.forward,
         lambda **given: AutoregressiveWrapper(net())(holed(), **given),
-        {'prepend_embeds': normal(2, 2, DIM), 'lens': LENS, 'targets': ids(seed=1)}, ('x',),
+        {
+            'prepend_embeds': normal(2, 2, DIM), 'lens': LENS, 'targets': ids(seed=1), 'labels': ids(seed=1),
+            'attention_mask': With(torch.arange(N) < LENS[:, None], {'labels': ids(seed=1)}),
+            'num_items_in_batch': With(3, {'labels': ids(seed=1)}),
+        },
+        ('x',), {'input_ids': 'tests/hf/test_causal.py'},
     ),
     Target(
         'AutoregressiveWrapper.generate', AutoregressiveWrapper.generate, generated,
