@@ -243,9 +243,14 @@ def detach_all(tree: Any) -> Any:
 def without_component(
     out: Float[Tensor, '... d'], along: Float[Tensor, '... d'], dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, '... d']:
-    """``out`` without its component along ``along``, each last axis a vector of its own, computed in ``dtype``."""
+    """``out`` without its component along ``along``, each last axis a vector of its own, computed in ``dtype``.
+
+    Of a token that sees itself alone nothing is left: a norm behind would take what rounding leaves for a direction.
+    """
     x, unit = out.to(dtype), F.normalize(along.to(dtype), dim=-1)
-    return (x - (x * unit).sum(dim=-1, keepdim=True) * unit).to(out.dtype)
+    left = x - (x * unit).sum(dim=-1, keepdim=True) * unit
+    rounding = x.shape[-1] * torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps * x.abs().amax(dim=-1, keepdim=True)
+    return left.where(left.abs().amax(dim=-1, keepdim=True) > rounding, 0.0).to(out.dtype)
 
 
 def orthog_project(x: Float[Tensor, 'b ...'], y: Float[Tensor, 'b ...']) -> Tensor:

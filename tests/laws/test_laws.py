@@ -69,9 +69,11 @@ def test_left_padding_does_not_move_tokens_away_from_the_positions_of_a_context(
     left_padding_blind(Combination('cross', ('context_pos',)))
 
 
-@pytest.mark.parametrize('other', ['hybrid_mix', 'differential'])
-def test_of_a_token_that_sees_itself_alone_nothing_is_left(other: str) -> None:
-    padding_blind(Combination('decoder', ('exclusive', other)))
+@pytest.mark.parametrize(
+    'names', [('exclusive', 'hybrid_mix'), ('differential', 'exclusive'), ('glu', 'ngpt_glu', 'orthog_both')], ids=str
+)
+def test_of_a_token_that_sees_itself_alone_nothing_is_left(names: tuple[str, ...]) -> None:
+    padding_blind(Combination('decoder', names))
 
 
 @pytest.mark.parametrize('kind', ['decoder', 'cross', 'prefix'])

@@ -65,11 +65,7 @@ def own_values(
 
 def exclusive(out: Float[Tensor, 'b h i e'], own: Float[Tensor, 'b kh i e']) -> Float[Tensor, 'b h i e']:
     """Each head's output without its component along the own value. https://arxiv.org/abs/2603.09078"""
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    left = without_component(out, tiled_heads(own, out.shape[1]), dtype)
-    # of a token that sees itself alone nothing is left; a norm behind would take what rounding leaves for a direction
-    rounding = out.shape[-1] * torch.finfo(dtype).eps * out.abs().amax(dim=-1, keepdim=True)
-    return left.where(left.abs().amax(dim=-1, keepdim=True) > rounding, 0.0)
+    return without_component(out, tiled_heads(own, out.shape[1]), torch.promote_types(out.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------- LASER
