@@ -236,8 +236,10 @@ def decoding(place: Place, *, dim: int, depth: int, batch: int, compiled: bool) 
     prompt, short, long = place.rows(batch, 16), *((64, 256) if place.gpu else (4, 8))
 
     def write(length: int) -> float:
-        # both have the same memory; the first texts compile and record
-        act = lambda: model.generate(prompt, length, temperature=0.0, compile=compiled)  # noqa: E731
+        def act() -> Tensor:
+            return model.generate(prompt, length, temperature=0.0, compile=compiled)
+
+        # the first texts compile and record
         act()
         return place.seconds(act, 1)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from x_transformers.grouped import GroupedLinear, by_group, from_experts, has_kernel, in_one_product, to_experts
+from x_transformers.grouped import GroupedLinear, by_group, combine, dispatch, has_kernel, in_one_product
 
 COUNTS = torch.tensor([5, 0, 3, 8])
 
@@ -61,10 +61,10 @@ def test_rows_spread_and_gathered_are_adjoint() -> None:
     order = chosen.argsort(stable=True)
     back = order.argsort()
     rows, many = torch.randn(t, d, dtype=torch.float64), torch.randn(t * active, d, dtype=torch.float64)
-    assert torch.equal(to_experts(rows, order, back, active), rows[order // active])
+    assert torch.equal(dispatch(rows, order, back, active), rows[order // active])
     want = torch.zeros_like(rows).index_add(0, order // active, many)
-    torch.testing.assert_close(from_experts(many, order, back, active), want)
-    for act, x in ((to_experts, rows), (from_experts, many)):
+    torch.testing.assert_close(combine(many, order, back, active), want)
+    for act, x in ((dispatch, rows), (combine, many)):
         one = partial(act, order=order, back=back, active=active)
         x.requires_grad_()
         assert torch.autograd.gradcheck(one, (x,), check_forward_ad=True)

@@ -148,7 +148,6 @@ class ContinuousTransformerWrapper(StackWrapper):
         if lens is not None and mask is not None:
             raise ValueError('lens and mask both say which frames count; give one of them')
         lens = None if lens is None else torch.as_tensor(lens, device=x.device)
-        # the compilers of older versions of torch cannot read locals() of a function that another calls
         given = {
             'return_embeddings': return_embeddings, 'return_intermediates': return_intermediates, 'return_mems': return_mems,
             'mask': mask, 'lens': lens, 'return_attn': return_attn, 'mems': mems, 'mem_masks': mem_masks, 'pos': pos,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.grouped import GroupedLinear, from_experts, to_experts, transformed
+from x_transformers.grouped import GroupedLinear, combine, dispatch, transformed
 from x_transformers.helpers import without_autocast
 from x_transformers.module import ExactBuffers, Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
@@ -158,10 +158,10 @@ class Experts(Module):
         order = chosen.argsort(stable=True)
         counts = chosen.new_zeros(self.first.weight.shape[0]).index_add(0, chosen, torch.ones_like(chosen))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-        hidden = self.between(self.first(to_experts(x, order, back, active), counts))
+        hidden = self.between(self.first(dispatch(x, order, back, active), counts))
         out = self.last(hidden, counts)
         out = out * routed.shares.flatten().index_select(0, order).unsqueeze(-1).to(out.dtype)
-        return from_experts(out, order, back, active)
+        return combine(out, order, back, active)
 
     def _on_all(self, x: Float[Tensor, 't d'], routed: Routed) -> Float[Tensor, 't e']:
         """Every expert on every token, most of which count nothing: the same without any number that depends on the choice."""

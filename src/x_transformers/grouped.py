@@ -173,80 +173,56 @@ def transformed() -> bool:
 # ---------------------------------------------------------------- rows to the experts and back
 
 
-Ordered = tuple[Float[Tensor, 'r d'], Int[Tensor, ' m'], Int[Tensor, ' m'], int]
+class Dispatch(torch.autograd.Function):
+    """``dispatch`` and, with ``sums``, ``combine``.
 
-
-class ToExperts(torch.autograd.Function):
-    """Each row once for every expert that it chose, sorted by expert.
-
-    Its adjoint is ``FromExperts``. So nothing is added up by place, which a GPU does slowly, and in another order each time.
+    Each is the adjoint of the other. So nothing is added up by place, which a GPU does slowly, and in another order each time.
     """
 
     @staticmethod
     def forward(
-        x: Float[Tensor, 't d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int
-    ) -> Float[Tensor, 'm d']:
-        return x.index_select(0, order // active)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Ordered, output: Float[Tensor, 'm d']) -> None:
-        keep_order(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, 'm d']) -> tuple[Tensor, None, None, None]:
-        order, back = ctx.saved_tensors
-        return from_experts(grad, order, back, ctx.active), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, x: Float[Tensor, 't d'], *_: None) -> Float[Tensor, 'm d']:
-        order, back = ctx.saved_tensors
-        return to_experts(x, order, back, ctx.active)
-
-
-class FromExperts(torch.autograd.Function):
-    """The sum of each row's outputs, which are sorted by expert. Its adjoint is ``ToExperts``."""
-
-    @staticmethod
-    def forward(
-        x: Float[Tensor, 'm d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int
-    ) -> Float[Tensor, 't d']:
+        x: Float[Tensor, 'r d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int, sums: bool
+    ) -> Float[Tensor, 's d']:
+        if not sums:
+            return x.index_select(0, order // active)
         summed: Tensor = x.index_select(0, back).unflatten(0, (-1, active)).sum(dim=1)
         return summed
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Ordered, output: Float[Tensor, 't d']) -> None:
-        keep_order(ctx, inputs)
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Float[Tensor, 'r d'], Int[Tensor, ' m'], Int[Tensor, ' m'], int, bool],
+        output: Float[Tensor, 's d'],
+    ) -> None:
+        _, order, back, ctx.active, ctx.sums = inputs
+        ctx.save_for_backward(order, back)
+        ctx.save_for_forward(order, back)
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, 't d']) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Float[Tensor, 's d']) -> tuple[Tensor, None, None, None, None]:
         order, back = ctx.saved_tensors
-        return to_experts(grad, order, back, ctx.active), None, None, None
+        return Dispatch.run(grad, order, back, ctx.active, not ctx.sums), None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, x: Float[Tensor, 'm d'], *_: None) -> Float[Tensor, 't d']:
+    def jvp(ctx: Any, x: Float[Tensor, 'r d'], *_: None) -> Float[Tensor, 's d']:
         order, back = ctx.saved_tensors
-        return from_experts(x, order, back, ctx.active)
+        return Dispatch.run(x, order, back, ctx.active, ctx.sums)
+
+    @staticmethod
+    def run(
+        x: Float[Tensor, 'r d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int, sums: bool
+    ) -> Float[Tensor, 's d']:
+        if torch.compiler.is_compiling():  # which finds the way back by itself
+            return Dispatch.forward(x, order, back, active, sums)
+        out: Tensor = Dispatch.apply(x, order, back, active, sums)  # type: ignore[no-untyped-call]
+        return out
 
 
-def keep_order(ctx: Any, inputs: Ordered) -> None:
-    _, order, back, ctx.active = inputs
-    ctx.save_for_backward(order, back)
-    ctx.save_for_forward(order, back)
-
-
-def to_experts(x: Float[Tensor, 't d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int) -> Float[Tensor, 'm d']:
+def dispatch(x: Float[Tensor, 't d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int) -> Float[Tensor, 'm d']:
     """The rows of ``x``, each ``active`` times, in ``order``; ``back`` puts them in order again."""
-    if torch.compiler.is_compiling():  # which finds the way back by itself
-        return ToExperts.forward(x, order, back, active)
-    out: Tensor = ToExperts.apply(x, order, back, active)  # type: ignore[no-untyped-call]
-    return out
+    return Dispatch.run(x, order, back, active, sums=False)
 
 
-def from_experts(
-    x: Float[Tensor, 'm d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int
-) -> Float[Tensor, 't d']:
+def combine(x: Float[Tensor, 'm d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int) -> Float[Tensor, 't d']:
     """The sum over the ``active`` rows of ``x`` that belong together once they are put ``back``."""
-    if torch.compiler.is_compiling():
-        return FromExperts.forward(x, order, back, active)
-    out: Tensor = FromExperts.apply(x, order, back, active)  # type: ignore[no-untyped-call]
-    return out
+    return Dispatch.run(x, order, back, active, sums=True)

@@ -110,7 +110,6 @@ class MultiInputTransformerWrapper(StackWrapper):
             intermediates, attention maps.
         """
         x = self._ids(x)
-        # the compilers of older versions of torch cannot read locals() of a function that another calls
         given = {
             'return_embeddings': return_embeddings, 'return_logits_and_embeddings': return_logits_and_embeddings,
             'return_intermediates': return_intermediates, 'mask': mask, 'return_mems': return_mems, 'return_attn': return_attn,

@@ -211,7 +211,10 @@ class StackWrapper(Module):
 
     def _call(self, x: Any, given: Mapping[str, Any], **own: Any) -> Call:
         """The arguments of a forward in one object: of its keywords those that ``Call`` has, ``own`` in place of them, and
-        ``kwargs``, which go to the stack as they are."""
+        ``kwargs``, which go to the stack as they are.
+
+        A forward writes them out: older compilers of torch cannot read ``locals()`` of a function that another one calls.
+        """
         more = given['kwargs']
         if more:
             check_names(self, more)

@@ -255,7 +255,6 @@ class TransformerWrapper(StackWrapper):
         ids = ids_or_none(x, prepend_embeds, own_table=self._own_token_emb or not isinstance(self.token_emb, TokenEmbedding))
         loop = LoopCall(looped_steps, looped_pred_all_logits, looped_inference, looped_exit_prob_threshold)
         loop.check(self.looped)
-        # the compilers of older versions of torch cannot read locals() of a function that another calls
         given = {
             'return_embeddings': return_embeddings, 'return_logits_and_embeddings': return_logits_and_embeddings,
             'return_intermediates': return_intermediates,

@@ -158,7 +158,6 @@ class XValTransformerWrapper(StackWrapper):
         """
         x = token_ids(x)
         _, numbers = read_numbers(x, x_num, self.numerical_token_id, elsewhere=1.0)
-        # the compilers of older versions of torch cannot read locals() of a function that another calls
         given = {
             'return_embeddings': return_embeddings, 'return_intermediates': return_intermediates, 'return_mems': return_mems,
             'mask': mask, 'return_attn': return_attn, 'mems': mems, 'pos': pos, 'prepend_embeds': prepend_embeds,

@@ -12,7 +12,8 @@ import warnings
 import torch
 
 from tests import elsewhere
-from tests.laws.combination import Combination, draw, singles
+from tests.laws.combination import HYBRIDS, Combination, draw, singles
+from tests.laws.groups import GROUPS
 from tests.laws.laws import DEEP_LAWS, LAWS, Broken, checkpoints_agree, half_precision
 from tests.on_device import enter
 from x_transformers import InertFlagWarning
@@ -20,7 +21,7 @@ from x_transformers.flags.base import FlagError
 
 # autocast and the engine of checkpoints are not told of a device that is pretended; neither are torch's recurrent kernels
 UNTOLD = (half_precision, checkpoints_agree)
-RECURRENT = ('hybrid', 'hybrid_mix', 'hybrid_fold', 'hybrid_mask', 'gate_residual', 'gate_residual_scale')
+RECURRENT = HYBRIDS | {entry.name for entry in GROUPS if 'gate_residual' in entry.flags}
 
 
 def told() -> str:

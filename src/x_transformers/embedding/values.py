@@ -78,9 +78,11 @@ def factors_of_tokens(
 def tables_of_tokens(model: Any, x: Int[Tensor, 'b n'], rows: Rows) -> dict[str, Any]:
     """The stack's keywords that hold a model's tables, with the ids to look up."""
     given: dict[str, Any] = {}
+    if model.ff_deep_embed is None and model.value_embeds is None:
+        return given
+    ids = rows.newest(x, 'x').long()
     if model.ff_deep_embed is not None:
-        given['deep_embeds_and_ids'] = factors_of_tokens(model.ff_deep_embed, rows.newest(x, 'x').long(), rows)
+        given['deep_embeds_and_ids'] = factors_of_tokens(model.ff_deep_embed, ids, rows)
     if model.value_embeds is not None:
-        ids = rows.newest(x, 'x').long()
         given['value_embeds_and_ids'] = model.value_embeds, rows.token_ids(ids, -1) if rows.front_keys else ids
     return given

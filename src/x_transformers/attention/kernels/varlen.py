@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, regrouped, usual_refusals
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.tensor_types import Float
@@ -51,8 +52,8 @@ class Varlen:
         q, k, v = unified(args)
         heads, kv_heads = q.shape[1], k.shape[1]
         shares = heads != kv_heads and KNOWS_GROUPS
-        if heads != kv_heads and not shares:
-            k, v = (t.repeat(1, heads // kv_heads, 1, 1) for t in (k, v))
+        if not shares:
+            k, v = tiled_heads(k, heads), tiled_heads(v, heads)
         more: dict[str, Any] = {'enable_gqa': True} if shares else {}
         paired = shares and kv_heads > 1
         if paired:
