@@ -303,3 +303,16 @@ def test_the_distribution_is_that_of_plain_sampling() -> None:
 def test_what_cannot_guess_is_refused(heads: int, given: dict[str, Any], says: str) -> None:
     with pytest.raises(GenerateError, match=says):
         AutoregressiveWrapper(build(heads)).generate(ids(1, 4), 4, self_speculative=True, **given)
+
+
+def test_a_model_without_logits_says_so() -> None:
+    with pytest.warns(InertFlagWarning, match='multi_token_heads'):
+        net = TransformerWrapper(
+            num_tokens=9,
+            max_seq_len=8,
+            attn_layers=Decoder(dim=8, depth=1, heads=1),
+            return_only_embed=True,
+            multi_token_heads=2,
+        )
+    with pytest.raises(ValueError, match='built with return_only_embed=True and has no logits'):
+        net(torch.zeros(1, 3).long(), return_multi_token_logits=True)

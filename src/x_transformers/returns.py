@@ -57,6 +57,7 @@ class Asked:
         needs_head = {
             'return_logits_and_embeddings': self.logits_and_embeddings,
             'return_logit_entropies': self.logit_entropies,
+            'return_multi_token_logits': self.multi_token_logits,
         }
         for name, asked in needs_head.items():
             if asked and not has_head:

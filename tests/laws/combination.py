@@ -135,7 +135,8 @@ class Combination:
         """What must be asked for, so that everything which the model says is seen."""
         asked = {
             'return_next_embed_pred': 'add_continuous_pred_head' in self.wrapper,
-            'return_multi_token_logits': 'multi_token_heads' in self.wrapper,
+            # without a head of the next token there are none of later ones, as the constructor says
+            'return_multi_token_logits': 'multi_token_heads' in self.wrapper and 'return_only_embed' not in self.wrapper,
         }
         return {name: True for name, wanted in asked.items() if wanted}
 
