@@ -187,6 +187,16 @@ def at_least(length: Float[Tensor, '... 1'], least: float) -> Float[Tensor, '...
     return length.clamp(min=least).masked_fill(length == 0, torch.inf)
 
 
+def below(least: Float[Tensor, '... 1']) -> Float[Tensor, '... 1']:
+    """A little less, by as much as rounding may have raised it. In half precision it stays: there ties are wide already."""
+    return least - 16 * min(torch.finfo(least.dtype).eps, torch.finfo(torch.float32).eps) * least.abs()
+
+
+def least_of_topk(scores: Float[Tensor, '... j'], count: int) -> Float[Tensor, '... 1']:
+    """From which number on a score is among the ``count`` largest of its row. What rounding alone tells apart is a tie."""
+    return below(scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True))
+
+
 def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None) -> Float[Tensor, '... d']:
     """Unit length of the last axis, or of each of its ``groups`` equal consecutive chunks.
 

@@ -23,6 +23,16 @@ def test_sparse_topk_keeps_ties():
     torch.testing.assert_close(found, torch.tensor([0, 0.2119, 0.2119, 0.5761, 0]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_sparse_topk_keeps_what_rounding_alone_tells_apart(dtype):
+    step = torch.finfo(dtype).eps
+    scores = 3 * torch.tensor([1, 1 + step, 1 - step, 1 + 2 * step, 0.999], dtype=dtype)
+    kept = torch.tensor([1, 1, 1, 1, 0], dtype=dtype) / 4
+    torch.testing.assert_close(sparse_topk_attn(scores, 2), kept)
+    negative = (-scores).softmax(dim=-1)
+    torch.testing.assert_close(sparse_topk_attn(-scores, 2), negative)
+
+
 def test_sparse_topk_of_fewer_keys_keeps_all():
     logits = torch.tensor([1.0, 2, LOWEST])
     torch.testing.assert_close(sparse_topk_attn(logits, 9), logits.softmax(-1))
