@@ -31,7 +31,7 @@ def blocks() -> dict[str, str]:
 
 
 def preset_table() -> str:
-    lines = ['| preset | is | flags |', '| --- | --- | --- |']
+    lines = ['| preset | description | flags |', '| --- | --- | --- |']
     for name, made in PRESETS.items():
         flags = ', '.join(f'{flag}={value!r}' for flag, value in made.flags.items())
         lines.append(f'| `{name}` | {made.says} | `{flags}` |')
@@ -115,7 +115,8 @@ def difference(row: dict[str, Any]) -> str:
         return ''
     outside = [value for value in row['published'].values() if not row['low'] <= value <= row['high']]
     found = ', '.join(f'{value:g}' for value in outside)
-    return f'* {row["row"]}: outside of our interval lies {found}. Why is open, beside the sizes.' if outside else ''
+    reason = 'Beside the reduced sizes, we do not know why.'
+    return f'* {row["row"]}: published {found} lies outside our interval. {reason}' if outside else ''
 
 
 def filled(text: str, made: dict[str, str]) -> str:

@@ -27,7 +27,7 @@ LLAMA = {'rotary_pos_emb': True, 'use_rmsnorm': True, 'ff_glu': True, 'ff_swish'
 
 PRESETS: dict[str, Preset] = {
     'quickstart': Preset(
-        'what `train` takes by default: llama with one key head, a narrower feed-forward, branches that begin at zero',
+        'the default of `train`: llama with one key head, a narrower feed-forward, branches initialized at zero',
         {**LLAMA, 'attn_kv_heads': 1, 'ff_mult': 3.0, 'zero_init_branch_output': True},
     ),
     'gpt2': Preset(
@@ -42,11 +42,11 @@ PRESETS: dict[str, Preset] = {
     ),
     'llama': Preset('rotary positions, RMS norms, SwiGLU, no biases', LLAMA),
     'modern': Preset(
-        'llama, norms of queries and keys, branches that begin at zero',
+        'llama, normalized queries and keys, branches initialized at zero',
         {**LLAMA, 'attn_qk_norm': True, 'zero_init_branch_output': True},
     ),
     'small-lm': Preset(
-        'llama, a look at the token before, a value residual, branches that begin at zero',
+        'llama, shifted tokens, a value residual, branches initialized at zero',
         {**LLAMA, 'shift_tokens': 1, 'add_value_residual': True, 'zero_init_branch_output': True},
     ),
     'small-cache': Preset(
@@ -54,10 +54,10 @@ PRESETS: dict[str, Preset] = {
         {**LLAMA, 'attn_kv_heads': 1, 'attn_max_attend_past': 64},
     ),
     'long-context': Preset('llama with a window of 64', {**LLAMA, 'attn_max_attend_past': 64}),
-    'recall': Preset('llama, a look at the token before', {**LLAMA, 'shift_tokens': 1}),
+    'recall': Preset('llama, shifted tokens', {**LLAMA, 'shift_tokens': 1}),
     'classifier': Preset('the mean of all tokens, for an encoder; no language model', {'average_pool_embed': True}),
     'hf-llama': Preset(
-        'llama to the letter of the published models, which `hf export` writes',
+        'llama exactly as published, in the form that `hf export` writes',
         {**LLAMA, 'rotary_whole_head': True, 'norm_add_unit_offset': False, 'norm_eps': 1e-5, 'ff_glu_bias': False},
     ),
 }
