@@ -27,7 +27,7 @@ LLAMA = {'rotary_pos_emb': True, 'use_rmsnorm': True, 'ff_glu': True, 'ff_swish'
 
 PRESETS: dict[str, Preset] = {
     'quickstart': Preset(
-        'the default of `train`: llama with one key head, a narrower feed-forward, branches initialized at zero',
+        'the default of `train`, which is llama with one key head, a narrower feed-forward, branches initialized at zero',
         {**LLAMA, 'attn_kv_heads': 1, 'ff_mult': 3.0, 'zero_init_branch_output': True},
     ),
     'gpt2': Preset(
