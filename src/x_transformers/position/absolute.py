@@ -37,7 +37,9 @@ class Table(nn.Embedding):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        # without memory there is nothing to fill, and torch would import its compiler to find that out
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=self.std)
 
 
 def look_up(
