@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -179,6 +182,19 @@ def test_overlapping_streams_leave_the_mode() -> None:
     assert not any(module.training for module in model.modules())
     list(second)
     assert [module.training for module in model.modules()] == before
+
+
+def test_a_model_is_collected_with_a_stream_that_is_still_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr(sys, 'unraisablehook', raised.append)
+    model = AutoregressiveWrapper(language_model())
+    alive = weakref.ref(model)
+    model.open = model.stream(ids(1, 3), 4)
+    next(model.open)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert raised == []
 
 
 @pytest.mark.parametrize('mode', [False, True])

@@ -57,11 +57,11 @@ class Modes:
     def close(self, modules: Iterable[nn.Module]) -> None:
         with self.lock:
             for module in modules:
-                count, mode = self.held[module]
+                # a stream that is still open when its model is collected, or the interpreter ends, may find nothing
+                count, mode = self.held.pop(module, (0, module.training))
                 if count > 1:
                     self.held[module] = count - 1, mode
                 else:
-                    del self.held[module]
                     module.training = mode or module.training
 
     @contextmanager
