@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, FeedForward, TransformerWrapper
 from x_transformers.attention.inputs import BranchInputs
 from x_transformers.cache.kv_cache import LayerCache
+from x_transformers.layers.branch import Scale
 from x_transformers.layers.layer import Layer
 from x_transformers.layers.residual import Residual
 from x_transformers.layers.slots import can_cache
@@ -220,6 +221,19 @@ def test_a_foreign_block_decodes_as_in_full(place: str, block: type[nn.Module], 
     assert net.can_cache_kv
     net.attn_layers.layers[net.attn_layers.layer_types.index(place)][1] = block()
     assert net.can_cache_kv == net.attn_layers.can_cache_kv == caches
+    equal_when_cached(net)
+
+
+def test_attention_that_sees_ahead_is_not_decoded_from_a_cache() -> None:
+    net, x = model(), ids(1, 4)
+    slot = net.attn_layers.layer_types.index('a')
+    own = Attention(net.attn_layers.dim, heads=2)
+    net.attn_layers.layers[slot][1] = Scale(0.5, own)
+    assert not net.can_cache_kv
+    with pytest.raises(ValueError, match='not causal'):
+        net(ids(1, 6), cache=model()(x, return_intermediates=True)[1])
+    own.causal = True
+    assert net.can_cache_kv
     equal_when_cached(net)
 
 

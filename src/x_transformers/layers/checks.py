@@ -316,8 +316,9 @@ def check_cache(stack: StackParts, given: Given) -> None:
         )
     if not stack.can_cache_kv:
         raise ValueError(
-            'a cache was given, but selective or inverted attention, or a module of your own that mixes tokens, cannot '
-            'continue from one: pass the whole sequence, or give the module a state, forward(x, state) -> (y, state)'
+            'a cache was given, but selective or inverted attention, attention that is not causal, or a module of your own '
+            'that mixes tokens, cannot continue from one: pass the whole sequence, or give the module a state, '
+            'forward(x, state) -> (y, state)'
         )
     held = getattr(given.cache, 'kv_cache', given.cache)
     # how far a cache of fixed capacity is written is a tensor; it was made of one that has passed

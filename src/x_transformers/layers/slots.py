@@ -94,19 +94,21 @@ def broken_promise(module: nn.Module, result: Any, x: Float[Tensor, 'b n d']) ->
     )
 
 
-def can_cache(module: nn.Module, kind: str) -> bool:
+def can_cache(module: nn.Module, kind: str, causal: bool = False) -> bool:
     """Whether a token may be decoded by this branch without running it on those before.
 
-    What is not said counts as the slot suggests: a module in the place of attention mixes tokens, one in the place of a
-    feed-forward does not.
+    ``causal``: the branch has to see to it itself that no token sees a later one. What is not said counts as the slot
+    suggests: a module in the place of attention mixes tokens, one in the place of a feed-forward does not.
     """
     mixes: bool | None = getattr(module, 'mixes_tokens', None)
     if takes_around(module):
+        if causal and kind == 'a' and getattr(module, 'causal', True) is False:
+            return False
         told: bool | None = getattr(module, 'can_cache_kv', None)
         inside = module.fn if getattr(type(module), 'hands_on', False) else wraps(module)
         if told is not None or inside is None:
             return told is not False
-        return can_cache(inside, kind)  # type: ignore[arg-type]
+        return can_cache(inside, kind, causal)  # type: ignore[arg-type]
     return has_state(module) or not (kind != 'f' if mixes is None else mixes)
 
 

@@ -156,10 +156,10 @@ class AttentionLayers(Module):
     @property
     def can_cache_kv(self) -> bool:
         """Whether decoding may go on from a cache, with the modules that are there now."""
-        known: bool | None = self.__dict__.get('can_cache_kv')
-        if known is not None:
-            return known
-        return all(can_cache(layer.branch, kind) for layer, kind in zip(self._layers(), self.layer_types, strict=False))
+        if (known := self.__dict__.get('can_cache_kv')) is not None:
+            return bool(known)
+        kinds = zip(self._layers(), self.layer_types, strict=False)
+        return all(can_cache(layer.branch, kind, self.causal) for layer, kind in kinds)
 
     @can_cache_kv.setter
     def can_cache_kv(self, value: bool) -> None:
