@@ -19,7 +19,7 @@ from x_transformers.attention.scores.base import Form, ScoreRule
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import TRAITS, flag
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.position_facts import ANY_POSITION_BIAS
+from x_transformers.flags.positions import ANY_POSITION_BIAS
 from x_transformers.flags.scores import ScoreFlags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
@@ -55,13 +55,17 @@ def test_a_score_rule_is_complete(rule):
 def test_every_score_flag_is_read_by_somebody():
     # flags make others of some of theirs; where they are only named, as in presets, nobody reads them
     text = '\n'.join(
-        source if path.parent.name != 'flags' or path.name.endswith('_rules.py') else ' '.join(re.findall(r'\.(\w+)', source))
+        source if path.parent.name != 'flags' else ' '.join(re.findall(r'\.(\w+)', source))
         for path in (ROOT / 'src/x_transformers').rglob('*.py')
         for source in (path.read_text(encoding='utf-8'),)
     )
     names = [name for cls in (AttentionFlags, StackFlags) for name in cls.flag_fields()]
     # norms are read by the names of their registry, position biases as the one that is on
     by_name = {*(f'use_{name}' for name in NORMS), *ANY_POSITION_BIAS}
+    # a switch that needs a width is read as the width, which is at its default while the switch is off
+    by_name |= {
+        name for cls in (AttentionFlags, StackFlags) for name, field in cls.flag_fields().items() if field.metadata['needs']
+    }
     unread = [name for name in names if name not in by_name and not re.search(rf'\b{name}\b', text)]
     assert not unread, f'{unread}: no part reads these flags'
 

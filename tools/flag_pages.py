@@ -6,7 +6,7 @@ The site makes them while it is built (``tools/site_hooks.py``), so they are nev
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from generate_atlas import short
@@ -67,7 +67,7 @@ def values(cls: type[Flags], name: str) -> str:
     return f'{kinds}, {" and ".join(bounds)}' if bounds else kinds
 
 
-def excluded(cls: type[Flags], rules: tuple[Rule, ...], name: str) -> list[str]:
+def excluded(cls: type[Flags], rules: Sequence[Rule], name: str) -> list[str]:
     """A sentence for each rule that the flag is part of, with all names as the user writes them."""
 
     def written(flag: str) -> str:
@@ -112,7 +112,7 @@ def title_of(cls: type[Flags]) -> str:
     return next(title for title, _, section_class, _ in SECTIONS if section_class is cls)
 
 
-def section(cls: type[Flags], rules: tuple[Rule, ...], name: str, depth: int) -> list[str]:
+def section(cls: type[Flags], rules: Sequence[Rule], name: str, depth: int) -> list[str]:
     field = cls.flag_fields()[name]
     default, entry = default_of(field), group_of(cls, name)
     papers = ', '.join(map(paper_link, papers_of(cls, name)))

@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,23 +18,15 @@ from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import KERNELS
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, shown
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.other_inputs import (
-    CONTINUOUS_RULES,
-    MULTI_INPUT_RULES,
-    XVAL_RULES,
-    ContinuousFlags,
-    MultiInputFlags,
-    XValFlags,
-)
+from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
 from x_transformers.flags.parts import SET_BY_STACK
-from x_transformers.flags.rule import Rule
+from x_transformers.flags.rule import Rule, rules_of
+from x_transformers.flags.rules import rules_of_model
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
-from x_transformers.flags.wrapper_rules import ON_STACK_RULES, VISION_RULES, WRAPPER_RULES
 
 # the laws are beside the tools, not installed
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -54,7 +46,7 @@ PREFIXES: dict[type[Flags], tuple[str, ...]] = {
     WrapperFlags: ('',),
 }
 
-SECTIONS: tuple[tuple[str, str, type[Flags], tuple[Rule, ...]], ...] = (
+SECTIONS: tuple[tuple[str, str, type[Flags], Sequence[Rule]], ...] = (
     (
         'The stack',
         'Keywords of `AttentionLayers`, `Encoder`, `Decoder`, `PrefixDecoder` and `CrossAttender`.',
@@ -66,14 +58,24 @@ SECTIONS: tuple[tuple[str, str, type[Flags], tuple[Rule, ...]], ...] = (
         'Keywords of `Attention`. In a stack they have `attn_` in front; they hold for cross attention too, unless the same '
         'keyword with `cross_attn_` says otherwise.',
         AttentionFlags,
-        ATTENTION_RULES,
+        rules_of(AttentionFlags),
     ),
-    ('Feed-forward', 'Keywords of `FeedForward`. In a stack they have `ff_` in front.', FeedForwardFlags, FEEDFORWARD_RULES),
-    ('Models of tokens', 'Keywords of `TransformerWrapper`.', WrapperFlags, WRAPPER_RULES + ON_STACK_RULES),
-    ('Models of vectors', 'Keywords of `ContinuousTransformerWrapper`.', ContinuousFlags, CONTINUOUS_RULES),
-    ('Models of several tokens', 'Keywords of `MultiInputTransformerWrapper`.', MultiInputFlags, MULTI_INPUT_RULES),
-    ('Models of numbers', 'Keywords of `XValTransformerWrapper`.', XValFlags, XVAL_RULES),
-    ('Models of images', 'Keywords of `ViTransformerWrapper`.', VisionFlags, VISION_RULES),
+    (
+        'Feed-forward',
+        'Keywords of `FeedForward`. In a stack they have `ff_` in front.',
+        FeedForwardFlags,
+        rules_of(FeedForwardFlags),
+    ),
+    ('Models of tokens', 'Keywords of `TransformerWrapper`.', WrapperFlags, rules_of(WrapperFlags)),
+    ('Models of vectors', 'Keywords of `ContinuousTransformerWrapper`.', ContinuousFlags, rules_of_model(ContinuousFlags)),
+    (
+        'Models of several tokens',
+        'Keywords of `MultiInputTransformerWrapper`.',
+        MultiInputFlags,
+        rules_of_model(MultiInputFlags),
+    ),
+    ('Models of numbers', 'Keywords of `XValTransformerWrapper`.', XValFlags, rules_of_model(XValFlags)),
+    ('Models of images', 'Keywords of `ViTransformerWrapper`.', VisionFlags, rules_of(VisionFlags)),
 )
 
 

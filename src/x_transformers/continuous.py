@@ -17,7 +17,7 @@ from x_transformers.flags.calls import FramesForwardOptions, FramesOptions, Roll
 from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import ContinuousOptions, options
-from x_transformers.flags.other_inputs import CONTINUOUS_RULES, ContinuousFlags
+from x_transformers.flags.other_inputs import ContinuousFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
@@ -84,7 +84,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         super().__init__(Ends(embed_frames, read_frames))
         given = {'attn_layers': attn_layers, 'max_seq_len': max_seq_len, **flags}
         own = ContinuousFlags.parse(given, where='ContinuousTransformerWrapper')
-        check_wrapper(own, stack_flags(attn_layers), CONTINUOUS_RULES, where=type(self).__name__)
+        check_wrapper(own, stack_flags(attn_layers), where=type(self).__name__)
         # kept for reading; the modules live in their slots only
         self.flags = replace(own, attn_layers=nn.Identity(), project_in=None, project_out=None)
         self._build_positions(own, attn_layers)

@@ -15,7 +15,7 @@ from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import add_named, named_tables
 from x_transformers.flags.constructors import only
-from x_transformers.flags.other_inputs import MULTI_INPUT_RULES, MultiInputFlags
+from x_transformers.flags.other_inputs import MultiInputFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import default
@@ -52,7 +52,7 @@ class MultiInputTransformerWrapper(StackWrapper):
         super().__init__(Ends(embed_inputs, read_inputs))
         given = {'num_tokens': num_tokens or {}, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
         own = MultiInputFlags.parse(given, where='MultiInputTransformerWrapper')
-        check_wrapper(own, stack_flags(attn_layers), MULTI_INPUT_RULES, where=type(self).__name__)
+        check_wrapper(own, stack_flags(attn_layers), where=type(self).__name__)
         # kept for reading; the stack lives in its slot only
         self.flags = replace(own, attn_layers=nn.Identity())
         self.num_tokens = dict(own.num_tokens)

@@ -18,7 +18,7 @@ from x_transformers.flags.calls import CachedWritingOptions
 from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_added_losses, check_future
 from x_transformers.flags.objectives import XValOptions, options
-from x_transformers.flags.other_inputs import XVAL_RULES, XValFlags
+from x_transformers.flags.other_inputs import XValFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Tokens, decode, reader_for
@@ -103,7 +103,7 @@ class XValTransformerWrapper(StackWrapper):
         super().__init__(Ends(embed_numbers, read_tokens_and_numbers))
         sizes = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'numerical_token_id': numerical_token_id}
         own = XValFlags.parse({**sizes, 'attn_layers': attn_layers, **flags}, where='XValTransformerWrapper')
-        check_wrapper(own, stack_flags(attn_layers), XVAL_RULES, where=type(self).__name__)
+        check_wrapper(own, stack_flags(attn_layers), where=type(self).__name__)
         # kept for reading; the stack lives in its slot only
         self.flags = replace(own, attn_layers=nn.Identity())
         self.num_tokens, self.numerical_token_id = own.num_tokens, own.numerical_token_id

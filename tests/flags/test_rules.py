@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import pytest
 from torch import nn
 
 from x_transformers.attention.attend import ORDER, not_with_dropout
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES
-from x_transformers.flags.base import FlagError, Flags, as_tuple, default_of
+from x_transformers.flags.base import FlagError, Flags, as_tuple, default_of, flag
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.rules import check_attention, check_feedforward, check_stack, check_vision, check_wrapper
+from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
+from x_transformers.flags.rule import Rule, broken_rules, rules_of
+from x_transformers.flags.rules import (
+    check_attention,
+    check_feedforward,
+    check_stack,
+    check_vision,
+    check_wrapper,
+    rules_of_model,
+)
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
-from x_transformers.flags.wrapper_rules import ALONE_RULES, ON_STACK_RULES, VISION_RULES, WRAPPER_RULES
+from x_transformers.flags.wrapper_rules import ALONE_RULES
 from x_transformers.notices import InertFlagWarning
 
 DIM = 16
@@ -64,13 +73,13 @@ def sentence_of(rule, check, *args) -> str:
     return sentences[0]
 
 
-@pytest.mark.parametrize('rule', ATTENTION_RULES, ids=lambda rule: rule.flags[0])
+@pytest.mark.parametrize('rule', rules_of(AttentionFlags), ids=lambda rule: rule.flags[0])
 def test_rules_of_attention(rule):
     sentence = sentence_of(rule, check_attention, AttentionFlags.parse(rule.example, where='Attention'), DIM, 'attn_')
     assert f'`attn_{next(name for name in rule.flags if name in rule.example)}=' in sentence
 
 
-@pytest.mark.parametrize('rule', FEEDFORWARD_RULES, ids=lambda rule: rule.flags[0])
+@pytest.mark.parametrize('rule', rules_of(FeedForwardFlags), ids=lambda rule: rule.flags[0])
 def test_rules_of_feedforward(rule):
     sentence = sentence_of(rule, check_feedforward, FeedForwardFlags.parse(rule.example, where='FeedForward'), DIM, 'ff_')
     assert f'`ff_{next(name for name in rule.flags if name in rule.example)}=' in sentence
@@ -82,7 +91,7 @@ def test_rules_of_a_stack(rule):
     assert f'`{next(name for name in rule.flags if name in rule.example)}=' in sentence
 
 
-@pytest.mark.parametrize('rule', WRAPPER_RULES + ON_STACK_RULES, ids=lambda rule: rule.flags[0])
+@pytest.mark.parametrize('rule', rules_of(WrapperFlags), ids=lambda rule: rule.flags[0])
 def test_rules_of_a_model(rule):
     own = dict(rule.example)
     stack_flags = stack(**({'causal': True} if 'use_cls_token' in rule.flags[:1] else {}), **own.pop('stack', {}))
@@ -90,7 +99,26 @@ def test_rules_of_a_model(rule):
     assert f'`{next(name for name in rule.flags if name in own)}=' in sentence
 
 
-@pytest.mark.parametrize('rule', VISION_RULES, ids=lambda rule: rule.flags[0])
+OTHER_MODELS: dict[type[Flags], dict] = {
+    ContinuousFlags: {'attn_layers': nn.Identity()},
+    MultiInputFlags: {'num_tokens': {'note': 8}, 'max_seq_len': 8, 'attn_layers': nn.Identity()},
+    XValFlags: {'num_tokens': 8, 'max_seq_len': 8, 'numerical_token_id': 0, 'attn_layers': nn.Identity()},
+}
+
+
+@pytest.mark.parametrize(
+    ('cls', 'rule'),
+    [(cls, rule) for cls in OTHER_MODELS for rule in rules_of_model(cls)],
+    ids=lambda part: part.flags[0] if isinstance(part, Rule) else part.__name__,
+)
+def test_rules_of_models_of_other_inputs(cls, rule):
+    own = dict(rule.example)
+    stack_flags = stack(**{'dim': own.pop('dim', DIM)} | own.pop('stack', {}))
+    flags = cls.parse(OTHER_MODELS[cls] | own, where=cls.__name__)
+    assert f'`{next(name for name in rule.flags if name in own)}=' in sentence_of(rule, check_wrapper, flags, stack_flags)
+
+
+@pytest.mark.parametrize('rule', rules_of(VisionFlags), ids=lambda rule: rule.flags[0])
 def test_rules_of_an_image_model(rule):
     flags = VisionFlags.parse(rule.example | {'attn_layers': nn.Identity()}, where='ViTransformerWrapper')
     sentence_of(rule, check_vision, flags, stack())
@@ -100,6 +128,57 @@ def test_rules_of_an_image_model(rule):
 def test_a_model_that_is_told_nothing_beside_its_input(rule):
     flags = VisionFlags(image_size=8, patch_size=4, attn_layers=nn.Identity())
     assert f'`{next(iter(rule.example))}=' in sentence_of(rule, check_vision, flags, stack(**rule.example))
+
+
+# ---------------------------------------------------------------- rules that fields say
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Toy(Flags):
+    one: bool = flag(False, 'A switch.', excludes={'two': 'they quarrel', ('norm', 'width'): ('it is alone', 'Be [one].')})
+    two: bool = flag(False, 'Another.', idle_with={'width': 'it looks elsewhere'}, needs={'three': 'it stands on it'})
+    three: bool = flag(False, 'What another needs.', needs={'width': 'it is as wide'})
+    width: int | None = flag(None, 'A number.', low=1, parent='three')
+    red: bool = flag(False, 'One of a group.', one_of='norm')
+    blue: bool = flag(False, 'One of a group.', one_of='norm', excludes={'nobody': 'no such flag is here'})
+
+
+def told(inert: bool = False, **flags) -> list[str]:
+    return broken_rules(rules_of(Toy), Toy(**flags), DIM, str, inert=inert)
+
+
+def test_what_fields_say_are_rules():
+    assert told() == told(one=True) == told(red=True, three=True, width=3) == []
+    assert told(one=True, two=True, three=True, width=3) == [
+        '`one=True` with `two=True`: they quarrel. Leave out one of them.',
+        '`one=True` with `width=3`: it is alone. Be `one`.',
+    ]
+    assert told(one=True, blue=True) == ['`one=True` with `blue=True`: it is alone. Be `one`.']
+    assert told(two=True) == ['`two=True` with `three=False`: it stands on it. Set `three`, or leave out `two`.']
+    assert told(three=True) == ['`three=True`: it is as wide. Give `width`.']
+    assert told(red=True, blue=True) == ['`red=True` with `blue=True`: a stack has one kind of norm. Keep one.']
+    assert told(inert=True, two=True, three=True, width=3) == [
+        '`two=True` with `width=3`: it looks elsewhere. Leave out one of them.'
+    ]
+    # a field may be shared with a class that has more flags
+    assert not any('nobody' in rule.flags for rule in rules_of(Toy))
+    assert len(rules_of(Toy)) == 6
+    for rule in rules_of(Toy):
+        assert len(told(rule.inert, **rule.example)) >= 1, rule
+
+
+@pytest.mark.parametrize('cls', [AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags, VisionFlags])
+def test_rules_name_flags(cls):
+    for name, field in cls.flag_fields().items():
+        for word in ('excludes', 'idle_with', 'needs'):
+            for other in (each for others in field.metadata[word] for each in as_tuple(others)):
+                known = cls.one_of(other) or cls.having(other) or cls.switched_on(other)
+                assert known, f'{name} {word} {other}, which is no flag, no group and no trait'
+
+
+def test_an_unknown_group_is_refused():
+    with pytest.raises(ValueError, match='one_of must be among activation, head'):
+        flag(False, 'One more.', one_of='norms')
 
 
 NOT_FUSED = sorted({rule.name for rule in ORDER if rule.unfused is not None})

@@ -39,10 +39,10 @@ from x_transformers.attention.scores.sink import DropSink, PutSink
 from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
 from x_transformers.attention.told import Composition, PathSteps
 from x_transformers.attention.weights import NORMALIZERS, AttentionDropout, Softmax, WeightedSum, ZeroMaskedRows
-from x_transformers.flags.attention_rules import ATTENTION_RULES
+from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import only
-from x_transformers.flags.rule import broken_rules, out_of_range
+from x_transformers.flags.rule import broken_rules, out_of_range, rules_of
 from x_transformers.flags.scores import AttendFlags, ScoreFlags
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import autocast_dtype, recall, remember, under_transform
@@ -348,7 +348,7 @@ def allowed_backends(sdp_kwargs: Mapping[str, bool]) -> tuple[str, ...] | None:
 def broken_attend(flags: AttendFlags) -> list[str]:
     """A sentence for everything that is wrong with ``Attend``'s flags."""
     known = AttendFlags.flag_fields()
-    rules = [rule for rule in ATTENTION_RULES if all(name in known for name in rule.flags)]
+    rules = [rule for rule in rules_of(AttentionFlags) if all(name in known for name in rule.flags)]
     wrong = [*out_of_range(flags, str).values(), *broken_rules(rules, flags, 0, str), *fused_refusals(flags)]
     if flags.heads is None:
         missing = dict.fromkeys(rule.name for rule in ORDER if rule.per_head and rule.is_on(flags))

@@ -1,8 +1,8 @@
 """What a flag is, and how keywords become frozen flags.
 
 A keyword of a constructor is declared once, as a field made by ``flag``: its default, one sentence, its paper, the flag it is a
-sub-option of, and the range of its values. Signatures, the typed keywords for editors, docs/features.md and several rules are
-made from the fields.
+sub-option of, the range of its values, and what it excludes. Signatures, the typed keywords for editors, docs/features.md and
+the rules are made from the fields.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numbers
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypedDict, Union, Unpack, get_args, get_origin, get_type_hints
 
 from x_transformers.flags.elsewhere import answer
 from x_transformers.flags.plain import plain, value_from_plain
@@ -54,64 +54,74 @@ TRAITS = {
     'row_order': 'it passes something from row to row, whatever positions and masks say; so do all that are self_only',
     'across_layers': 'it makes something for all layers together: they cannot be exchanged for those of another kind',
     'no_cache': 'outputs of seen tokens depend on new ones, or on rows that no cache holds: a model cannot go on from one',
+    'entering': 'it decides what enters a layer',
     'no_blocks': 'it leaves no blocks in their own order: a call cannot repeat some',
+    'of_logits': 'it acts on the logits, or makes them',
 }
 
 
-def flag(
-    default: Any,
-    says: str,
-    *,
-    paper: str | tuple[str, ...] | None = None,
-    parent: str | tuple[str, ...] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    among: tuple[Any, ...] | None = None,
-    since: str = '2.16.1',
-    self_only: bool = False,
-    one_of: str | None = None,
-    traits: str | tuple[str, ...] = (),
-    each: str | None = None,
-    often: bool = False,
-    formula: str | None = None,
-    family: str | None = None,
-) -> Any:
-    """One flag, as a dataclass field.
+# groups of flags of which one can be on, and why
+GROUPS = {
+    'activation': 'there is one activation',
+    'head': 'each is a way to make the logits',
+    'layout': 'each lays out the layers in its own way',
+    'norm': 'a stack has one kind of norm',
+    'pool': 'each makes the output out of all tokens in its own way',
+    'residual': 'each is a way to write a branch back to the residual',
+    'weights': 'only one of them can be had',
+}
 
-    ``says`` is its sentence, ``paper`` where the idea comes from. ``parent`` names the flag, or flags of which one is enough,
-    without which this one would do nothing. ``low`` and ``high`` bound its value, both included; ``above`` and ``below`` are
-    not included. ``among`` names all values that there are. ``since`` is the release of x-transformers that has this keyword
-    first, or 'here' for one that it never had. ``self_only``: it needs the order of one sequence, so that cross attention does
-    not inherit it. ``one_of`` names a group of flags of which one can be on; ``traits``, what else of ``TRAITS`` is true of it.
-    ``each``, of a stack's own flags: 'layer' if it may differ between layers, 'attention' if between layers with heads, 'mixer'
-    if between mixers.
-    ``often``: the short help of the commands lists it. ``formula``: what it computes, in a line.
-    ``family``: the heading that the documentation lists it under; a flag with a parent stands beside the parent.
+Names = str | tuple[str, ...]
+Why = str | tuple[str, str]
+"""A reason; or a reason and the way out."""
+
+
+class Said(TypedDict, total=False):
+    """What a field says beside its default and its sentence.
+
+    The last ones make rules (``rules_of`` in ``rule.py``). ``excludes``, ``idle_with`` and ``needs`` give, for a flag or
+    several, the reason; and the way out, if it is not to leave out one of them. A group or a trait in the place of a name is
+    all its flags.
     """
-    if unknown := set(as_tuple(traits)) - set(TRAITS):
-        raise ValueError(
-            f'traits must be among {", ".join(TRAITS)}, got {", ".join(sorted(unknown))}. Describe new ones there.'
-        )
-    metadata = {
-        'says': says,
-        'paper': paper,
-        'parent': parent,
-        'low': low,
-        'high': high,
-        'above': above,
-        'below': below,
-        'among': among,
-        'since': since,
-        'self_only': self_only,
-        'one_of': one_of,
-        'traits': as_tuple(traits),
-        'each': each,
-        'often': often,
-        'formula': formula,
-        'family': family,
-    }
+
+    paper: Names | None  # where the idea comes from
+    parent: Names | None  # the flag, or flags of which one is enough, without which this one would do nothing
+    low: float | None  # bounds of its value, both included
+    high: float | None
+    above: float | None  # bounds that are not included
+    below: float | None
+    among: tuple[Any, ...] | None  # all values that there are
+    since: str  # the release of x-transformers that has it first, or 'here' for one that it never had
+    self_only: bool  # it needs the order of one sequence, so that cross attention does not inherit it
+    one_of: str | None  # a group of GROUPS
+    traits: Names  # what else of TRAITS is true of it
+    each: str | None  # of a stack's own: 'layer' if layers may differ in it, 'attention' if those with heads may, or 'mixer'
+    often: bool  # the short help of the commands lists it
+    formula: str | None  # what it computes, in a line
+    family: str | None  # the heading of the documentation; a flag with a parent stands beside the parent
+    excludes: Mapping[Names, Why]  # it cannot be on together with any of these
+    idle_with: Mapping[Names, Why]  # together with any of these it does nothing, which a warning tells
+    needs: Mapping[str, Why]  # it cannot be on without this one
+    rules: tuple[Any, ...]  # each a Rule of ``rule.py``: what else it excludes
+    alike: tuple[Any, ...]  # rules of stacks whose layers differ: what must be the same in all of them
+    example: Any  # a value that switches it on, where its default does not tell one
+
+
+UNSAID: Said = {
+    'paper': None, 'parent': None, 'low': None, 'high': None, 'above': None, 'below': None, 'among': None, 'since': '2.16.1',
+    'self_only': False, 'one_of': None, 'traits': (), 'each': None, 'often': False, 'formula': None, 'family': None,
+    'excludes': {}, 'idle_with': {}, 'needs': {}, 'rules': (), 'alike': (), 'example': None,
+}  # fmt: skip
+
+
+def flag(default: Any, says: str, **more: Unpack[Said]) -> Any:
+    """One flag, as a dataclass field: its default, its sentence, and what else is to be said of it."""
+    for word, given, known in (('traits', more.get('traits', ()), TRAITS), ('one_of', more.get('one_of'), GROUPS)):
+        if unknown := set(as_tuple(given)) - set(known):
+            raise ValueError(
+                f'{word} must be among {", ".join(known)}, got {", ".join(sorted(unknown))}. Describe new ones there.'
+            )
+    metadata = {**UNSAID, 'says': says, **more, 'traits': as_tuple(more.get('traits'))}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -242,6 +252,26 @@ class Flags:
     def having(cls, trait: str) -> tuple[str, ...]:
         """The flags of which this one of ``TRAITS`` is true."""
         return tuple(name for name, field in cls.flag_fields().items() if trait in field.metadata['traits'])
+
+    @classmethod
+    def switched_on(cls, name: str) -> dict[str, Any]:
+        """Keywords that switch a flag on, with one that it is a sub-option of and those that it needs.
+
+        None at all for a name that is no flag of this class.
+        """
+        found: dict[str, Any] = {}
+        waiting = [name] if name in cls.flag_fields() else []
+        while waiting:
+            each = waiting.pop()
+            said, default = cls.flag_fields()[each].metadata, default_of(cls.flag_fields()[each])
+            found[each] = said['example']
+            if found[each] is None and isinstance(default, bool):
+                found[each] = not default
+            elif found[each] is None:
+                found[each] = default + 1 if isinstance(default, (int, float)) else max(2, said['low'] or 0)
+            above = [*as_tuple(said['parent'])[:1], *said['needs']]
+            waiting += [other for other in above if other not in found and other in cls.flag_fields()]
+        return found
 
     @classmethod
     def elsewhere(cls) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from x_transformers.flags.base import Flags, flag
+from x_transformers.flags.rule import Rule
 
 ACTIVATIONS = ('relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu')
 GLU = 'https://arxiv.org/abs/2002.05202'
@@ -21,38 +22,42 @@ class FeedForwardFlags(Flags):
     """Every keyword of ``FeedForward`` except ``dim``; in a stack with ``ff_`` in front."""
 
     dim_out: int | None = flag(None, 'Width of the output; None: the width of the input.', low=1)
-    mult: float = flag(4, 'Hidden width as a multiple of the input width.', above=0, often=True)
+    mult: float = flag(
+        4, 'Hidden width as a multiple of the input width.', above=0, often=True,
+        rules=(
+            Rule(
+                ('mult',), lambda flags, dim: flags.inner(dim) < 1,
+                'the hidden layer would have no channel (input width {dim})', {'mult': 0.01}, 'Choose a larger one.',
+            ),
+        ),
+    )  # fmt: skip
     glu: bool = flag(
         False, 'Gated linear unit (GEGLU; SwiGLU with swish): half of the hidden layer gates the other half.', paper=GLU,
         often=True,
         formula='W_out (W_v x ⊙ act(W_g x))',
     )  # fmt: skip
     glu_mult_bias: bool = flag(False, 'A learned factor per hidden channel after the gate.', parent='glu')
-    swish: bool = flag(
-        False,
-        'SiLU instead of GELU.',
-        paper=GLU,
-        often=True,
-        formula='x σ(x)',
-        one_of='activation',
-    )
+    swish: bool = flag(False, 'SiLU instead of GELU.', paper=GLU, often=True, formula='x σ(x)', one_of='activation')
     relu_squared: bool = flag(
-        False,
-        'The square of ReLU instead of GELU.',
-        paper='https://arxiv.org/abs/2109.08668',
-        formula='max(0, x)²',
+        False, 'The square of ReLU instead of GELU.', paper='https://arxiv.org/abs/2109.08668', formula='max(0, x)²',
         one_of='activation',
-    )
+    )  # fmt: skip
     solu: bool = flag(
-        False,
-        'Softmax linear units: LayerNorm(softmax(x) x).',
-        paper='https://transformer-circuits.pub/2022/solu/index.html',
-        formula='LayerNorm(softmax(x) ⊙ x)',
-        one_of='activation',
-    )
+        False, 'Softmax linear units: LayerNorm(softmax(x) x).', paper='https://transformer-circuits.pub/2022/solu/index.html',
+        formula='LayerNorm(softmax(x) ⊙ x)', one_of='activation',
+    )  # fmt: skip
     custom_activation: Callable[..., Any] | str | None = flag(
-        None, "Your own activation; it is copied. Or the name of one: 'relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'."
-    )
+        None, "Your own activation; it is copied. Or the name of one: 'relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'.",
+        idle_with={'activation': 'your own activation takes the place of the other, which would do nothing'}, example=abs,
+        rules=(
+            Rule(
+                ('custom_activation',),
+                lambda flags, dim: isinstance(flags.custom_activation, str) and flags.custom_activation not in ACTIVATIONS,
+                f'the known names are {", ".join(ACTIVATIONS)}', {'custom_activation': 'gelu_new'},
+                'Use one of those, or give a function.',
+            ),
+        ),
+    )  # fmt: skip
     post_act_ln: bool = flag(False, 'Layer norm after the activation.', paper='https://arxiv.org/abs/2110.09456')
     dropout: float = flag(0.0, 'Dropout on the hidden layer.', low=0.0, high=1.0, often=True)
     sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
@@ -60,13 +65,25 @@ class FeedForwardFlags(Flags):
     zero_init_output: bool = flag(False, 'The output projection starts at zero.')
 
     glu_bias: bool = flag(True, 'A bias in the projection of a gated linear unit.', parent='glu', since='here')
-    dim_inner: int | None = flag(None, 'Hidden width; None: the input width times mult.', low=1, since='here')
+    dim_inner: int | None = flag(
+        None, 'Hidden width; None: the input width times mult.', low=1, since='here',
+        excludes={'mult': 'both say how wide the hidden layer is'},
+    )  # fmt: skip
     softclamp_value: float | None = flag(
-        None, 'Keep the input of the activation inside a range with tanh.', since='2.19.0', above=0
-    )
+        None, 'Keep the input of the activation inside a range with tanh.', since='2.19.0', above=0,
+        idle_with={'glu': ('a gated linear unit has two inputs to clamp', 'Use [glu_softclamp].')},
+    )  # fmt: skip
     glu_softclamp: bool = flag(
         False, 'Keep both factors of the gated linear unit inside a range with tanh; GELU or SiLU only.',
         paper='https://arxiv.org/abs/2607.24653', parent='glu', since='2.31.10',
+        rules=(
+            Rule(
+                ('glu_softclamp', 'relu_squared', 'solu', 'custom_activation'),
+                lambda flags, dim: flags.glu_softclamp and flags.activation not in ('gelu', 'swish'),
+                'the clamped gate is defined for GELU and SiLU', {'glu': True, 'glu_softclamp': True, 'relu_squared': True},
+                only_changed=True,
+            ),
+        ),
     )  # fmt: skip
     glu_gate_softclamp_value: float = flag(
         4.0, 'The largest absolute value of the gate.', paper='https://arxiv.org/abs/2607.24653', parent='glu_softclamp',
@@ -82,6 +99,13 @@ class FeedForwardFlags(Flags):
     glu_clamp_value: float | None = flag(
         None, 'Clamp the gate below this number, and the other factor of the gated linear unit to ± it.', parent='glu',
         since='here', above=0,
+        rules=(
+            Rule(
+                ('glu_clamp_value', 'glu_softclamp'),
+                lambda flags, dim: flags.glu and flags.glu_clamp_value is not None and flags.glu_softclamp,
+                'each keeps both factors inside a range', {'glu': True, 'glu_clamp_value': 7.0, 'glu_softclamp': True},
+            ),
+        ),
     )  # fmt: skip
     glu_add_one: bool = flag(
         False, 'Add one to the factor of the gated linear unit without activation.', parent='glu', since='here'
@@ -89,14 +113,33 @@ class FeedForwardFlags(Flags):
     unit_weights: bool = flag(
         False, 'Weights have unit length, there are no biases, and hidden units have learned gains; what enters the activation '
         'is times the root of the width, too. `ngpt` turns it on.', paper='https://arxiv.org/abs/2410.01131', since='here',
+        excludes={
+            ('experts', 'zero_init_output', 'output_proj_depth'): (
+                'weights of plain linear maps have unit length, from the start'
+            ),
+        },
     )  # fmt: skip
     experts: int | None = flag(
         None, 'Mixture of experts: so many feed-forwards, of which each token goes through a few; none is full.',
         paper=EXPERTS, since='here', low=2,
     )  # fmt: skip
     experts_active: int = flag(
-        2, 'Through how many experts a token goes.', paper=EXPERTS, parent='experts', since='here', low=1
-    )
+        2, 'Through how many experts a token goes.', paper=EXPERTS, parent='experts', since='here', low=1,
+        rules=(
+            Rule(
+                ('experts_active', 'experts'),
+                lambda flags, dim: flags.experts is not None and flags.experts_active > flags.experts,
+                'a token cannot go through more experts than there are', {'experts': 4, 'experts_active': 5},
+                'Choose at most {experts}.',
+            ),
+            Rule(
+                ('experts_active', 'router_normalize'),
+                lambda flags, dim: flags.experts is not None and flags.experts_active == 1 and flags.router_normalize,
+                'the share of a single expert is always one, so that the router would learn nothing',
+                {'experts': 4, 'experts_active': 1}, 'Set [router_normalize] to False.',
+            ),
+        ),
+    )  # fmt: skip
     shared_experts: int = flag(
         0, 'So many more experts that every token goes through, built as one of their width together.', paper=SHARED,
         parent='experts', since='here', low=0,
@@ -118,10 +161,31 @@ class FeedForwardFlags(Flags):
         'loss', "What keeps experts in balance: a 'loss', a 'bias' that `balance_experts_` moves after each step, or 'none'.",
         paper=(EXPERTS, BIASED), parent='experts', since='here', among=('loss', 'bias', 'none'),
     )  # fmt: skip
-    router_balance_weight: float = flag(0.01, 'Weight of that loss.', paper=EXPERTS, parent='experts', since='here', low=0.0)
+    router_balance_weight: float = flag(
+        0.01, 'Weight of that loss.', paper=EXPERTS, parent='experts', since='here', low=0.0,
+        rules=(
+            Rule(
+                ('router_balance_weight', 'router_balance'),
+                lambda flags, dim: (
+                    flags.experts is not None and flags.is_changed('router_balance_weight') and flags.router_balance != 'loss'
+                ),
+                'no loss keeps these experts in balance',
+                {'experts': 4, 'router_balance': 'bias', 'router_balance_weight': 0.1}, inert=True,
+            ),
+        ),
+    )  # fmt: skip
     router_balance_step: float = flag(
-        0.001, 'How far that bias moves at a time.', paper=BIASED, parent='experts', since='here', above=0
-    )
+        0.001, 'How far that bias moves at a time.', paper=BIASED, parent='experts', since='here', above=0,
+        rules=(
+            Rule(
+                ('router_balance_step', 'router_balance'),
+                lambda flags, dim: (
+                    flags.experts is not None and flags.is_changed('router_balance_step') and flags.router_balance != 'bias'
+                ),
+                'no bias keeps these experts in balance', {'experts': 4, 'router_balance_step': 0.1}, inert=True,
+            ),
+        ),
+    )  # fmt: skip
     router_z_loss_weight: float = flag(
         0.0, 'Weight of a loss on the square of the log of the sum of exponentials in the router.',
         paper='https://arxiv.org/abs/2202.08906', parent='experts', since='here', low=0.0,
@@ -136,6 +200,7 @@ class FeedForwardFlags(Flags):
     canon: bool = flag(
         False, 'The input of the activation gets a causal convolution over four tokens, added.',
         paper='https://arxiv.org/abs/2512.17351', since='here', traits='row_order',
+        excludes={'experts': 'an expert reads single tokens, which have no neighbours there'},
     )  # fmt: skip
 
     @cached_property

@@ -16,8 +16,11 @@ from x_transformers.flags.base import FlagError
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rule import Rule, broken_rules, how_many
 from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.wrapper_rules import ALONE_RULES, POOLS, OnStack
+from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.flags.wrapper_rules import ALONE_RULES, OnStack
 from x_transformers.notices import warn_inert, written
+
+POOLS = WrapperFlags.one_of('pool')
 
 # rules of a net whose outputs are predictions of single tokens
 PER_TOKEN_RULES = (

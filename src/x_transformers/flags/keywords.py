@@ -128,10 +128,6 @@ class AttentionKeywords(TypedDict, total=False):
     scalable_softmax: bool
     softpick: bool
     stick_breaking: bool
-    max_attend_future: int | None
-    use_rel_proj_pos_bias: bool
-    rel_proj_num_distance_basis: int
-    rel_proj_max_dist: int
     qkv_bias: bool | tuple[str, ...]
     out_bias: bool
     scale: float | None
@@ -147,18 +143,22 @@ class AttentionKeywords(TypedDict, total=False):
     output_gate_rank: int | None
     output_gate_headwise: bool
     low_rank_silu_gates: bool
-    canon: bool
-    exclusive: bool
     differential: bool
     differential_lambda_init: float | None
-    composable: bool
-    composable_rank: int
     tensor_product: bool
     tensor_product_q_rank: int
     tensor_product_kv_rank: int
+    project_out: bool | None
+    max_attend_future: int | None
+    use_rel_proj_pos_bias: bool
+    rel_proj_num_distance_basis: int
+    rel_proj_max_dist: int
+    canon: bool
+    exclusive: bool
+    composable: bool
+    composable_rank: int
     path: bool
     path_rank: int
-    project_out: bool | None
 
 
 class FeedForwardKeywords(TypedDict, total=False):
@@ -268,37 +268,37 @@ class InnerKeywords(TypedDict, total=False):
     add_value_residual: bool
     learned_value_residual_mix: bool
     verbose: bool
-    mixer: Callable[..., Any] | str | PerLayer | None
-    mixer_kwargs: Each[Mapping[str, Any]]
-    only_attn: bool
-    pre_and_post_norm: bool
-    depth_scale_residual: bool | float
-    attn_aggregated_residuals: bool
-    attn_aggregated_residual_kwargs: Mapping[str, Any]
-    mv_split_residual: bool
-    parallel_block: bool
+    norm_eps: float | None
+    norm_bias: bool
     rotary_axes: tuple[int, ...] | None
     rotary_axes_mixed: bool
-    gated_multi_residual: bool
-    norm_before: Each[bool]
-    layer_norm_scaling: bool
-    canon: tuple[str, ...] | None
-    kv_share_every: int | None
-    mudd: bool
-    residual_lambdas: Each[bool | float]
-    embed_lambdas: Each[bool | float]
-    ngpt: bool
-    resi_dual: bool
-    resi_dual_scale: float
-    hyper_conn_doubly_stochastic: bool
-    gradient_checkpointing: bool
     rotary_theta: Each[float]
     rotary_whole_head: bool
     rotary_scaling: Each[Mapping[str, Any] | None]
     rotary_layout: str
-    norm_eps: float | None
-    norm_bias: bool
+    only_attn: bool
+    mixer: Callable[..., Any] | str | PerLayer | None
+    mixer_kwargs: Each[Mapping[str, Any]]
+    kv_share_every: int | None
+    canon: tuple[str, ...] | None
+    gradient_checkpointing: bool
     orthog_residual: bool
+    pre_and_post_norm: bool
+    norm_before: Each[bool]
+    layer_norm_scaling: bool
+    depth_scale_residual: bool | float
+    mv_split_residual: bool
+    parallel_block: bool
+    ngpt: bool
+    resi_dual: bool
+    resi_dual_scale: float
+    attn_aggregated_residuals: bool
+    attn_aggregated_residual_kwargs: Mapping[str, Any]
+    gated_multi_residual: bool
+    mudd: bool
+    residual_lambdas: Each[bool | float]
+    embed_lambdas: Each[bool | float]
+    hyper_conn_doubly_stochastic: bool
     attn_flash: Each[bool]
     attn_dropout: Each[float]
     attn_pre_talking_heads: Each[bool]
@@ -366,10 +366,6 @@ class InnerKeywords(TypedDict, total=False):
     attn_scalable_softmax: Each[bool]
     attn_softpick: Each[bool]
     attn_stick_breaking: Each[bool]
-    attn_max_attend_future: Each[int | None]
-    attn_use_rel_proj_pos_bias: Each[bool]
-    attn_rel_proj_num_distance_basis: Each[int]
-    attn_rel_proj_max_dist: Each[int]
     attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     attn_out_bias: Each[bool]
     attn_scale: Each[float | None]
@@ -385,18 +381,22 @@ class InnerKeywords(TypedDict, total=False):
     attn_output_gate_rank: Each[int | None]
     attn_output_gate_headwise: Each[bool]
     attn_low_rank_silu_gates: Each[bool]
-    attn_canon: Each[bool]
-    attn_exclusive: Each[bool]
     attn_differential: Each[bool]
     attn_differential_lambda_init: Each[float | None]
-    attn_composable: Each[bool]
-    attn_composable_rank: Each[int]
     attn_tensor_product: Each[bool]
     attn_tensor_product_q_rank: Each[int]
     attn_tensor_product_kv_rank: Each[int]
+    attn_project_out: Each[bool | None]
+    attn_max_attend_future: Each[int | None]
+    attn_use_rel_proj_pos_bias: Each[bool]
+    attn_rel_proj_num_distance_basis: Each[int]
+    attn_rel_proj_max_dist: Each[int]
+    attn_canon: Each[bool]
+    attn_exclusive: Each[bool]
+    attn_composable: Each[bool]
+    attn_composable_rank: Each[int]
     attn_path: Each[bool]
     attn_path_rank: Each[int]
-    attn_project_out: Each[bool | None]
     cross_attn_flash: Each[bool]
     cross_attn_dropout: Each[float]
     cross_attn_pre_talking_heads: Each[bool]
@@ -467,10 +467,6 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_scalable_softmax: Each[bool]
     cross_attn_softpick: Each[bool]
     cross_attn_stick_breaking: Each[bool]
-    cross_attn_max_attend_future: Each[int | None]
-    cross_attn_use_rel_proj_pos_bias: Each[bool]
-    cross_attn_rel_proj_num_distance_basis: Each[int]
-    cross_attn_rel_proj_max_dist: Each[int]
     cross_attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     cross_attn_out_bias: Each[bool]
     cross_attn_scale: Each[float | None]
@@ -486,18 +482,22 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_output_gate_rank: Each[int | None]
     cross_attn_output_gate_headwise: Each[bool]
     cross_attn_low_rank_silu_gates: Each[bool]
-    cross_attn_canon: Each[bool]
-    cross_attn_exclusive: Each[bool]
     cross_attn_differential: Each[bool]
     cross_attn_differential_lambda_init: Each[float | None]
-    cross_attn_composable: Each[bool]
-    cross_attn_composable_rank: Each[int]
     cross_attn_tensor_product: Each[bool]
     cross_attn_tensor_product_q_rank: Each[int]
     cross_attn_tensor_product_kv_rank: Each[int]
+    cross_attn_project_out: Each[bool | None]
+    cross_attn_max_attend_future: Each[int | None]
+    cross_attn_use_rel_proj_pos_bias: Each[bool]
+    cross_attn_rel_proj_num_distance_basis: Each[int]
+    cross_attn_rel_proj_max_dist: Each[int]
+    cross_attn_canon: Each[bool]
+    cross_attn_exclusive: Each[bool]
+    cross_attn_composable: Each[bool]
+    cross_attn_composable_rank: Each[int]
     cross_attn_path: Each[bool]
     cross_attn_path_rank: Each[int]
-    cross_attn_project_out: Each[bool | None]
     ff_dim_out: Each[int | None]
     ff_mult: Each[float]
     ff_glu: Each[bool]
@@ -822,37 +822,37 @@ class EncKeywords(TypedDict, total=False):
     enc_add_value_residual: bool
     enc_learned_value_residual_mix: bool
     enc_verbose: bool
-    enc_mixer: Callable[..., Any] | str | PerLayer | None
-    enc_mixer_kwargs: Each[Mapping[str, Any]]
-    enc_only_attn: bool
-    enc_pre_and_post_norm: bool
-    enc_depth_scale_residual: bool | float
-    enc_attn_aggregated_residuals: bool
-    enc_attn_aggregated_residual_kwargs: Mapping[str, Any]
-    enc_mv_split_residual: bool
-    enc_parallel_block: bool
+    enc_norm_eps: float | None
+    enc_norm_bias: bool
     enc_rotary_axes: tuple[int, ...] | None
     enc_rotary_axes_mixed: bool
-    enc_gated_multi_residual: bool
-    enc_norm_before: Each[bool]
-    enc_layer_norm_scaling: bool
-    enc_canon: tuple[str, ...] | None
-    enc_kv_share_every: int | None
-    enc_mudd: bool
-    enc_residual_lambdas: Each[bool | float]
-    enc_embed_lambdas: Each[bool | float]
-    enc_ngpt: bool
-    enc_resi_dual: bool
-    enc_resi_dual_scale: float
-    enc_hyper_conn_doubly_stochastic: bool
-    enc_gradient_checkpointing: bool
     enc_rotary_theta: Each[float]
     enc_rotary_whole_head: bool
     enc_rotary_scaling: Each[Mapping[str, Any] | None]
     enc_rotary_layout: str
-    enc_norm_eps: float | None
-    enc_norm_bias: bool
+    enc_only_attn: bool
+    enc_mixer: Callable[..., Any] | str | PerLayer | None
+    enc_mixer_kwargs: Each[Mapping[str, Any]]
+    enc_kv_share_every: int | None
+    enc_canon: tuple[str, ...] | None
+    enc_gradient_checkpointing: bool
     enc_orthog_residual: bool
+    enc_pre_and_post_norm: bool
+    enc_norm_before: Each[bool]
+    enc_layer_norm_scaling: bool
+    enc_depth_scale_residual: bool | float
+    enc_mv_split_residual: bool
+    enc_parallel_block: bool
+    enc_ngpt: bool
+    enc_resi_dual: bool
+    enc_resi_dual_scale: float
+    enc_attn_aggregated_residuals: bool
+    enc_attn_aggregated_residual_kwargs: Mapping[str, Any]
+    enc_gated_multi_residual: bool
+    enc_mudd: bool
+    enc_residual_lambdas: Each[bool | float]
+    enc_embed_lambdas: Each[bool | float]
+    enc_hyper_conn_doubly_stochastic: bool
     enc_attn_flash: Each[bool]
     enc_attn_dropout: Each[float]
     enc_attn_pre_talking_heads: Each[bool]
@@ -921,10 +921,6 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_scalable_softmax: Each[bool]
     enc_attn_softpick: Each[bool]
     enc_attn_stick_breaking: Each[bool]
-    enc_attn_max_attend_future: Each[int | None]
-    enc_attn_use_rel_proj_pos_bias: Each[bool]
-    enc_attn_rel_proj_num_distance_basis: Each[int]
-    enc_attn_rel_proj_max_dist: Each[int]
     enc_attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     enc_attn_out_bias: Each[bool]
     enc_attn_scale: Each[float | None]
@@ -940,18 +936,22 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_output_gate_rank: Each[int | None]
     enc_attn_output_gate_headwise: Each[bool]
     enc_attn_low_rank_silu_gates: Each[bool]
-    enc_attn_canon: Each[bool]
-    enc_attn_exclusive: Each[bool]
     enc_attn_differential: Each[bool]
     enc_attn_differential_lambda_init: Each[float | None]
-    enc_attn_composable: Each[bool]
-    enc_attn_composable_rank: Each[int]
     enc_attn_tensor_product: Each[bool]
     enc_attn_tensor_product_q_rank: Each[int]
     enc_attn_tensor_product_kv_rank: Each[int]
+    enc_attn_project_out: Each[bool | None]
+    enc_attn_max_attend_future: Each[int | None]
+    enc_attn_use_rel_proj_pos_bias: Each[bool]
+    enc_attn_rel_proj_num_distance_basis: Each[int]
+    enc_attn_rel_proj_max_dist: Each[int]
+    enc_attn_canon: Each[bool]
+    enc_attn_exclusive: Each[bool]
+    enc_attn_composable: Each[bool]
+    enc_attn_composable_rank: Each[int]
     enc_attn_path: Each[bool]
     enc_attn_path_rank: Each[int]
-    enc_attn_project_out: Each[bool | None]
     enc_cross_attn_flash: Each[bool]
     enc_cross_attn_dropout: Each[float]
     enc_cross_attn_pre_talking_heads: Each[bool]
@@ -1022,10 +1022,6 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_scalable_softmax: Each[bool]
     enc_cross_attn_softpick: Each[bool]
     enc_cross_attn_stick_breaking: Each[bool]
-    enc_cross_attn_max_attend_future: Each[int | None]
-    enc_cross_attn_use_rel_proj_pos_bias: Each[bool]
-    enc_cross_attn_rel_proj_num_distance_basis: Each[int]
-    enc_cross_attn_rel_proj_max_dist: Each[int]
     enc_cross_attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     enc_cross_attn_out_bias: Each[bool]
     enc_cross_attn_scale: Each[float | None]
@@ -1041,18 +1037,22 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_output_gate_rank: Each[int | None]
     enc_cross_attn_output_gate_headwise: Each[bool]
     enc_cross_attn_low_rank_silu_gates: Each[bool]
-    enc_cross_attn_canon: Each[bool]
-    enc_cross_attn_exclusive: Each[bool]
     enc_cross_attn_differential: Each[bool]
     enc_cross_attn_differential_lambda_init: Each[float | None]
-    enc_cross_attn_composable: Each[bool]
-    enc_cross_attn_composable_rank: Each[int]
     enc_cross_attn_tensor_product: Each[bool]
     enc_cross_attn_tensor_product_q_rank: Each[int]
     enc_cross_attn_tensor_product_kv_rank: Each[int]
+    enc_cross_attn_project_out: Each[bool | None]
+    enc_cross_attn_max_attend_future: Each[int | None]
+    enc_cross_attn_use_rel_proj_pos_bias: Each[bool]
+    enc_cross_attn_rel_proj_num_distance_basis: Each[int]
+    enc_cross_attn_rel_proj_max_dist: Each[int]
+    enc_cross_attn_canon: Each[bool]
+    enc_cross_attn_exclusive: Each[bool]
+    enc_cross_attn_composable: Each[bool]
+    enc_cross_attn_composable_rank: Each[int]
     enc_cross_attn_path: Each[bool]
     enc_cross_attn_path_rank: Each[int]
-    enc_cross_attn_project_out: Each[bool | None]
     enc_ff_dim_out: Each[int | None]
     enc_ff_mult: Each[float]
     enc_ff_glu: Each[bool]
@@ -1214,37 +1214,37 @@ class PairKeywords(EncKeywords, total=False):
     dec_add_value_residual: bool
     dec_learned_value_residual_mix: bool
     dec_verbose: bool
-    dec_mixer: Callable[..., Any] | str | PerLayer | None
-    dec_mixer_kwargs: Each[Mapping[str, Any]]
-    dec_only_attn: bool
-    dec_pre_and_post_norm: bool
-    dec_depth_scale_residual: bool | float
-    dec_attn_aggregated_residuals: bool
-    dec_attn_aggregated_residual_kwargs: Mapping[str, Any]
-    dec_mv_split_residual: bool
-    dec_parallel_block: bool
+    dec_norm_eps: float | None
+    dec_norm_bias: bool
     dec_rotary_axes: tuple[int, ...] | None
     dec_rotary_axes_mixed: bool
-    dec_gated_multi_residual: bool
-    dec_norm_before: Each[bool]
-    dec_layer_norm_scaling: bool
-    dec_canon: tuple[str, ...] | None
-    dec_kv_share_every: int | None
-    dec_mudd: bool
-    dec_residual_lambdas: Each[bool | float]
-    dec_embed_lambdas: Each[bool | float]
-    dec_ngpt: bool
-    dec_resi_dual: bool
-    dec_resi_dual_scale: float
-    dec_hyper_conn_doubly_stochastic: bool
-    dec_gradient_checkpointing: bool
     dec_rotary_theta: Each[float]
     dec_rotary_whole_head: bool
     dec_rotary_scaling: Each[Mapping[str, Any] | None]
     dec_rotary_layout: str
-    dec_norm_eps: float | None
-    dec_norm_bias: bool
+    dec_only_attn: bool
+    dec_mixer: Callable[..., Any] | str | PerLayer | None
+    dec_mixer_kwargs: Each[Mapping[str, Any]]
+    dec_kv_share_every: int | None
+    dec_canon: tuple[str, ...] | None
+    dec_gradient_checkpointing: bool
     dec_orthog_residual: bool
+    dec_pre_and_post_norm: bool
+    dec_norm_before: Each[bool]
+    dec_layer_norm_scaling: bool
+    dec_depth_scale_residual: bool | float
+    dec_mv_split_residual: bool
+    dec_parallel_block: bool
+    dec_ngpt: bool
+    dec_resi_dual: bool
+    dec_resi_dual_scale: float
+    dec_attn_aggregated_residuals: bool
+    dec_attn_aggregated_residual_kwargs: Mapping[str, Any]
+    dec_gated_multi_residual: bool
+    dec_mudd: bool
+    dec_residual_lambdas: Each[bool | float]
+    dec_embed_lambdas: Each[bool | float]
+    dec_hyper_conn_doubly_stochastic: bool
     dec_attn_flash: Each[bool]
     dec_attn_dropout: Each[float]
     dec_attn_pre_talking_heads: Each[bool]
@@ -1313,10 +1313,6 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_scalable_softmax: Each[bool]
     dec_attn_softpick: Each[bool]
     dec_attn_stick_breaking: Each[bool]
-    dec_attn_max_attend_future: Each[int | None]
-    dec_attn_use_rel_proj_pos_bias: Each[bool]
-    dec_attn_rel_proj_num_distance_basis: Each[int]
-    dec_attn_rel_proj_max_dist: Each[int]
     dec_attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     dec_attn_out_bias: Each[bool]
     dec_attn_scale: Each[float | None]
@@ -1332,18 +1328,22 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_output_gate_rank: Each[int | None]
     dec_attn_output_gate_headwise: Each[bool]
     dec_attn_low_rank_silu_gates: Each[bool]
-    dec_attn_canon: Each[bool]
-    dec_attn_exclusive: Each[bool]
     dec_attn_differential: Each[bool]
     dec_attn_differential_lambda_init: Each[float | None]
-    dec_attn_composable: Each[bool]
-    dec_attn_composable_rank: Each[int]
     dec_attn_tensor_product: Each[bool]
     dec_attn_tensor_product_q_rank: Each[int]
     dec_attn_tensor_product_kv_rank: Each[int]
+    dec_attn_project_out: Each[bool | None]
+    dec_attn_max_attend_future: Each[int | None]
+    dec_attn_use_rel_proj_pos_bias: Each[bool]
+    dec_attn_rel_proj_num_distance_basis: Each[int]
+    dec_attn_rel_proj_max_dist: Each[int]
+    dec_attn_canon: Each[bool]
+    dec_attn_exclusive: Each[bool]
+    dec_attn_composable: Each[bool]
+    dec_attn_composable_rank: Each[int]
     dec_attn_path: Each[bool]
     dec_attn_path_rank: Each[int]
-    dec_attn_project_out: Each[bool | None]
     dec_cross_attn_flash: Each[bool]
     dec_cross_attn_dropout: Each[float]
     dec_cross_attn_pre_talking_heads: Each[bool]
@@ -1414,10 +1414,6 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_scalable_softmax: Each[bool]
     dec_cross_attn_softpick: Each[bool]
     dec_cross_attn_stick_breaking: Each[bool]
-    dec_cross_attn_max_attend_future: Each[int | None]
-    dec_cross_attn_use_rel_proj_pos_bias: Each[bool]
-    dec_cross_attn_rel_proj_num_distance_basis: Each[int]
-    dec_cross_attn_rel_proj_max_dist: Each[int]
     dec_cross_attn_qkv_bias: bool | tuple[str, ...] | PerLayer
     dec_cross_attn_out_bias: Each[bool]
     dec_cross_attn_scale: Each[float | None]
@@ -1433,18 +1429,22 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_output_gate_rank: Each[int | None]
     dec_cross_attn_output_gate_headwise: Each[bool]
     dec_cross_attn_low_rank_silu_gates: Each[bool]
-    dec_cross_attn_canon: Each[bool]
-    dec_cross_attn_exclusive: Each[bool]
     dec_cross_attn_differential: Each[bool]
     dec_cross_attn_differential_lambda_init: Each[float | None]
-    dec_cross_attn_composable: Each[bool]
-    dec_cross_attn_composable_rank: Each[int]
     dec_cross_attn_tensor_product: Each[bool]
     dec_cross_attn_tensor_product_q_rank: Each[int]
     dec_cross_attn_tensor_product_kv_rank: Each[int]
+    dec_cross_attn_project_out: Each[bool | None]
+    dec_cross_attn_max_attend_future: Each[int | None]
+    dec_cross_attn_use_rel_proj_pos_bias: Each[bool]
+    dec_cross_attn_rel_proj_num_distance_basis: Each[int]
+    dec_cross_attn_rel_proj_max_dist: Each[int]
+    dec_cross_attn_canon: Each[bool]
+    dec_cross_attn_exclusive: Each[bool]
+    dec_cross_attn_composable: Each[bool]
+    dec_cross_attn_composable_rank: Each[int]
     dec_cross_attn_path: Each[bool]
     dec_cross_attn_path_rank: Each[int]
-    dec_cross_attn_project_out: Each[bool | None]
     dec_ff_dim_out: Each[int | None]
     dec_ff_mult: Each[float]
     dec_ff_glu: Each[bool]

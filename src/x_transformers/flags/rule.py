@@ -6,14 +6,17 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
-from x_transformers.flags.base import Flags, as_tuple, shown
+from x_transformers.flags.base import GROUPS, Flags, Names, Why, as_tuple, shown
 
 FlagsT = TypeVar('FlagsT', bound=Flags)
 
 Name = Callable[[str], str]
 """A flag's name as the user writes it, with its prefix."""
+
+LEAVE_ONE_OUT = 'Leave out one of them.'
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class Rule:
     broken: Callable[[Any, int], bool]
     why: str
     example: Mapping[str, Any] = field(hash=False)
-    way_out: str = 'Leave out one of them.'
+    way_out: str = LEAVE_ONE_OUT
     only_changed: bool = False
     inert: bool = False
 
     def sentence(self, flags: Any, dim: int, name: Name) -> str:
         named = [flag for flag in self.flags if not self.only_changed or is_on(flags, flag)]
+        if self.flags[0] not in named and is_given(flags, self.flags[0]):
+            named.insert(0, self.flags[0])
         subject = ' with '.join(f'`{name(flag)}={shown(value_of(flags, flag))}`' for flag in named)
         return f'{subject}: {filled(self.why, flags, dim, name)}. {filled(self.way_out, flags, dim, name)}'
 
@@ -58,6 +63,12 @@ def is_on(flags: Any, name: str) -> bool:
     return flags.is_changed(name) and value is not None and value is not False and value != 0
 
 
+def is_given(flags: Any, name: str) -> bool:
+    """A flag that is not at its default; 0 is a value where the default is None."""
+    value = getattr(flags, name, None)
+    return value is not None and value is not False and flags.is_changed(name)
+
+
 def how_many(flags: Any, names: Iterable[str]) -> int:
     return sum(is_on(flags, name) for name in names)
 
@@ -78,6 +89,70 @@ def broken_rules(rules: Iterable[Rule], flags: Any, dim: int, name: Name, *, ine
 
 
 # ---------------------------------------------------------------- rules that the fields themselves make
+
+
+@cache
+def _rules_of(cls: Any) -> tuple[Rule, ...]:
+    rules = [rule for name in cls.flag_fields() for rule in said_by(cls, name)]
+    return (*rules, *(only_one(cls, group) for group in GROUPS if len(cls.one_of(group)) > 1))
+
+
+def rules_of(cls: Any) -> tuple[Rule, ...]:
+    """The rules that the fields of a class say, each beside the flag that it is about; and one for each group of flags."""
+    return _rules_of(cls)
+
+
+def alike_of(cls: Any) -> tuple[Rule, ...]:
+    """The same, asked of a stack whose layers differ: what layers share or hand on needs the same everywhere."""
+    return tuple(rule for its_field in cls.flag_fields().values() for rule in its_field.metadata['alike'])
+
+
+def said_by(cls: type[Flags], name: str) -> Iterable[Rule]:
+    """A field that is shared by several classes may name flags that this one does not have: such rules are left out."""
+    said = cls.flag_fields()[name].metadata
+    for word, inert in (('excludes', False), ('idle_with', True)):
+        made = (exclusion(cls, name, others, why, inert) for others, why in said[word].items())
+        yield from (rule for rule in made if cls.switched_on(rule.flags[1]))
+    yield from (need(cls, name, needed, why) for needed, why in said['needs'].items())
+    yield from said['rules']
+
+
+def with_way_out(why: Why, way_out: str) -> tuple[str, str]:
+    return (why, way_out) if isinstance(why, str) else why
+
+
+def exclusion(cls: type[Flags], name: str, others: Names, why: Why, inert: bool) -> Rule:
+    members = (member for other in as_tuple(others) for member in (cls.one_of(other) or cls.having(other) or (other,)))
+    names = tuple(member for member in members if member != name)
+    why, way_out = with_way_out(why, LEAVE_ONE_OUT)
+    return Rule(
+        (name, *names),
+        lambda flags, dim: is_given(flags, name) and how_many(flags, names) > 0,
+        why,
+        cls.switched_on(names[0]) | cls.switched_on(name),
+        way_out,
+        only_changed=True,
+        inert=inert,
+    )
+
+
+def need(cls: type[Flags], name: str, needed: str, why: Why) -> Rule:
+    """A switch is told with its value; a number that is missing has none to tell."""
+    is_switch = isinstance(cls.default(needed), bool)
+    why, way_out = with_way_out(why, f'Set [{needed}], or leave out [{name}].' if is_switch else f'Give [{needed}].')
+    return Rule(
+        (name, needed) if is_switch else (name,),
+        lambda flags, dim: is_given(flags, name) and (getattr(flags, needed) is None or getattr(flags, needed) is False),
+        why,
+        cls.switched_on(name) | {needed: cls.default(needed)},
+        way_out,
+    )
+
+
+def only_one(cls: type[Flags], group: str) -> Rule:
+    names = cls.one_of(group)
+    example = cls.switched_on(names[1]) | cls.switched_on(names[0])
+    return Rule(names, lambda flags, dim: how_many(flags, names) > 1, GROUPS[group], example, 'Keep one.', only_changed=True)
 
 
 def out_of_range(flags: Flags, name: Name) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Check flags against all rules: one error that names every broken one, one warning that names every flag without effect.
 
-The rules are rows in ``attention_rules.py``, ``stack_rules.py`` and ``wrapper_rules.py``; two more kinds follow from the fields
-themselves: a number out of its range, which is an error, and a sub-option without its parent, which has no effect.
+Most rules stand at the fields (``rules_of``); those about the parts of a stack together are rows in ``stack_rules.py``. Two
+more kinds follow from the fields: a number out of its range, which is an error, and a sub-option without its parent, which has
+no effect.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from collections.abc import Callable, Iterable
 
 from x_transformers.attention.attend import fused_refusals
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.attention_rules import ATTENTION_RULES, FEEDFORWARD_RULES
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import SET_BY_STACK
-from x_transformers.flags.rule import Name, Rule, broken_rules, orphans, out_of_range
+from x_transformers.flags.rule import Name, Rule, broken_rules, orphans, out_of_range, rules_of
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import SAME_IN_ALL_LAYERS, STACK_RULES
 from x_transformers.flags.wrapper import VisionFlags
-from x_transformers.flags.wrapper_rules import ALONE_RULES, ON_STACK_RULES, VISION_RULES, WRAPPER_RULES, OnStack, grid_refusals
+from x_transformers.flags.wrapper_rules import ALONE_RULES, OnStack, grid_refusals
 from x_transformers.layers.plan import plan_layers
 from x_transformers.notices import warn_inert, written
 
@@ -88,35 +88,19 @@ def broken_layers(flags: StackFlags) -> list[str]:
     return said
 
 
-def check_wrapper(
-    flags: Flags,
-    stack: StackFlags,
-    rules: Iterable[Rule] = (),
-    *,
-    where: str = 'TransformerWrapper',
-    left_to_right: bool = False,
-) -> None:
-    """Raise FlagError if the flags of a model break a rule, by themselves or with the flags of its stack.
-
-    Of the rules of ``TransformerWrapper`` those are asked whose flags the model has; ``rules`` are the model's own.
-    """
+def check_wrapper(flags: Flags, stack: StackFlags, *, where: str = 'TransformerWrapper', left_to_right: bool = False) -> None:
+    """Raise FlagError if the flags of a model break a rule, by themselves or with the flags of its stack."""
     both = [OnStack(flags, layer, left_to_right) for layer in (stack.by_layer if stack.varying else (stack,))]
-    own = flags.flag_fields()
-    general = [rule for rule in WRAPPER_RULES if all(name in own for name in rule.flags)]
-    on_stack = [rule for rule in ON_STACK_RULES if all(name in own or is_stack_flag(name) for name in rule.flags)]
-    refuse(
-        [
-            *out_of_range(flags, written).values(),
-            *broken_rules([*general, *rules], flags, stack.dim, written),
-            *(sentence for each in both for sentence in broken_rules(on_stack, each, stack.dim, written)),
-        ]
-    )
-    inert = [
-        *orphans(flags, written),
-        *broken_rules([*general, *rules], flags, stack.dim, written, inert=True),
-        *in_all(broken_rules(on_stack, each, stack.dim, written, inert=True) for each in both),
-    ]
-    warn_inert(where, inert)
+    rules = rules_of_model(type(flags))
+    broken = (sentence for each in both for sentence in broken_rules(rules, each, stack.dim, written))
+    refuse([*out_of_range(flags, written).values(), *broken])
+    idle = in_all(broken_rules(rules, each, stack.dim, written, inert=True) for each in both)
+    warn_inert(where, [*orphans(flags, written), *idle])
+
+
+def rules_of_model(cls: type[Flags]) -> list[Rule]:
+    """The rules of a model around a stack. A field shared with another model may bring rules about flags that are not here."""
+    return [rule for rule in rules_of(cls) if all(name in cls.flag_fields() or is_stack_flag(name) for name in rule.flags)]
 
 
 def check_vision(flags: VisionFlags, stack: StackFlags, where: str = 'ViTransformerWrapper') -> None:
@@ -124,7 +108,7 @@ def check_vision(flags: VisionFlags, stack: StackFlags, where: str = 'ViTransfor
     refuse(
         [
             *out_of_range(flags, written).values(),
-            *broken_rules(VISION_RULES, flags, stack.dim, written),
+            *broken_rules(rules_of(VisionFlags), flags, stack.dim, written),
             *grid_refusals(flags, stack),
             *broken_rules(ALONE_RULES, stack, stack.dim, written),
         ]
@@ -143,7 +127,7 @@ def refuse(sentences: Iterable[str]) -> None:
 
 
 def broken_attention(flags: AttentionFlags, dim: int, name: Name) -> list[str]:
-    broken = [*out_of_range(flags, name).values(), *broken_rules(ATTENTION_RULES, flags, dim, name)]
+    broken = [*out_of_range(flags, name).values(), *broken_rules(rules_of(AttentionFlags), flags, dim, name)]
     # the scores that residual attention hands on are the stack's affair
     broken += fused_refusals(flags, name)
     return broken
@@ -152,15 +136,15 @@ def broken_attention(flags: AttentionFlags, dim: int, name: Name) -> list[str]:
 def inert_attention(
     flags: AttentionFlags, dim: int, name: Name, skip: Callable[[str, tuple[str, ...]], bool] = lambda flag, parents: False
 ) -> list[str]:
-    return [*orphans(flags, name, skip), *broken_rules(ATTENTION_RULES, flags, dim, name, inert=True)]
+    return [*orphans(flags, name, skip), *broken_rules(rules_of(AttentionFlags), flags, dim, name, inert=True)]
 
 
 def broken_feedforward(flags: FeedForwardFlags, dim: int, name: Name) -> list[str]:
-    return [*out_of_range(flags, name).values(), *broken_rules(FEEDFORWARD_RULES, flags, dim, name)]
+    return [*out_of_range(flags, name).values(), *broken_rules(rules_of(FeedForwardFlags), flags, dim, name)]
 
 
 def inert_feedforward(flags: FeedForwardFlags, dim: int, name: Name) -> list[str]:
-    return [*orphans(flags, name), *broken_rules(FEEDFORWARD_RULES, flags, dim, name, inert=True)]
+    return [*orphans(flags, name), *broken_rules(rules_of(FeedForwardFlags), flags, dim, name, inert=True)]
 
 
 def in_all(found: Iterable[list[str]]) -> list[str]:
