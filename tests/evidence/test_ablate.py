@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,29 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, capsys: Any, monkeypatch: pyt
     assert 'the same command with --resume goes on' in text
     _, line = run(capsys, *arguments, '--resume', '--json')
     assert line['missing'] == 0
+
+
+def test_the_bar_spends_little_time_on_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Question(TaskName(OWN), {'bias': True}, Settings(steps=3, lr=0.1), (Arm('x', {'bias': False}),), 2, 'line')
+    made = Experiment((asked,), tmp_path)
+    live = command.Live(made, 9, silent=False)
+    now, looked = 100.0, list[float]()
+
+    def look(self: Any, job: Any) -> str:
+        nonlocal now
+        looked.append(now)
+        now += 0.5
+        return ''
+
+    monkeypatch.setattr(command.Live, 'interval_of', look)
+    monkeypatch.setattr(command, 'time', SimpleNamespace(monotonic=lambda: now))
+    for _ in range(120):
+        live.told(made.run(asked, asked.arms[0], 0))
+        now += 1.0
+    live.bar.close()
+    # half a second of looking buys fifty of silence
+    assert looked == [100.0, 150.5, 201.0]
+    assert live.bar.n == 120
 
 
 @pytest.mark.parametrize(
