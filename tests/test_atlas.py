@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import generate_atlas  # noqa: E402
 import kept as tool  # noqa: E402
 
+from x_transformers.evidence.experiment import Experiment  # noqa: E402
+
 
 def test_page_and_picture_are_current() -> None:
     page, picture = generate_atlas.generated()
@@ -34,6 +36,15 @@ def test_every_idea_is_named_and_can_be_run_again() -> None:
         assert f'### {arm.name}\n' in page
         assert f'x-transformers ablate docs/atlas/atlas.toml --select {arm.name}`' in page
     assert {idea for _, idea, *_ in generate_atlas.PUBLIC} <= {arm.name for arm in asked.ideas}
+
+
+def test_kept_results_belong_to_the_options_of_today() -> None:
+    """What is new in a run's options must leave the names of older runs alone."""
+    asked = tool.THE_ATLAS.questions[0]
+    made = Experiment((asked,), tool.THE_ATLAS.folder)
+    kept = {line['hash'] for line in tool.THE_ATLAS.lines().values() if line['task'] == asked.title and 'seed' in line}
+    assert {made.run(asked, arm, seed).hash for arm in asked.everyone() for seed in range(asked.seeds)} >= kept
+    assert len(kept) >= 250
 
 
 def test_results_are_compact_and_say_nothing_of_where_they_were_made() -> None:
@@ -60,12 +71,28 @@ def test_a_run_of_the_atlas_gives_the_numbers_that_are_kept() -> None:
 
 def test_rows_are_whole_where_time_runs_out() -> None:
     made = tool.THE_ATLAS.as_shown()
-    asked = made.questions[0]
-    broken = {(asked.title, asked.arms[-1].name): 'cannot be built'}
-    jobs = tool.in_order(made, asked, broken, costs=False)
-    order = [asked.everyone()[0], *reversed(asked.arms[:-1])]
-    assert [(job.flags, job.seed) for job in jobs] == [
-        (asked.flags_of(arm), seed) for arm in order for seed in range(asked.seeds)
+    first, *others = made.questions
+    last, second = first.arms[-1], first.arms[1]
+    # of the idea that was added last nothing is known, and it cannot be built for one task
+    taken = {arm.name: 9.0 for arm in first.arms[:-1]} | {second.name: 5.0}
+    jobs = tool.in_order(made, {(first.title, last.name): 'cannot be built'}, taken, costs=False)
+    order = [first.everyone()[0], last, second, *(arm for arm in reversed(first.arms[:-1]) if arm is not second)]
+    asked = [(arm, q) for arm in order for q in made.questions if arm is not last or q is not first]
+    assert [job.hash for job in jobs] == [made.run(q, arm, seed).hash for arm, q in asked for seed in range(q.seeds)]
+    timed = tool.in_order(made, {}, taken, costs=True)
+    assert [job.hash for job in timed] == [made.cost(q, arm).hash for arm in order[1:] for q in (first, *others)]
+
+
+def test_the_time_of_an_idea_is_that_of_its_runs_on_the_first_task(tmp_path: Path) -> None:
+    plan = tmp_path / 'two.toml'
+    plan.write_text('[tasks.a]\ntask = "mqar"\n[tasks.b]\ntask = "mqar"\n[ideas.x]\nshift_tokens = 1\n')
+    about = [('a', 'x', 2.0, 0), ('a', 'x', 3.0, 1), ('b', 'x', 7.0, 0), ('a', 'baseline', 1.0, 0)]
+    lines = [
+        {'hash': str(i), 'task': task, 'idea': idea, 'seed': seed, 'result': {'seconds': seconds}}
+        for i, (task, idea, seconds, seed) in enumerate(about)
     ]
-    timed = tool.in_order(made, asked, broken, costs=True)
-    assert [job.flags for job in timed] == [asked.flags_of(arm) for arm in order[1:]]
+    lines += [{'hash': 'c', 'task': 'a', 'idea': 'x', 'cost': True, 'result': {'seconds': [1.0, 2.0]}}]
+    lines += [{'hash': 'f', 'task': 'a', 'idea': 'x', 'seed': 2, 'failed': 'why'}]
+    results = tmp_path / 'two.jsonl'
+    results.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert tool.time_of_ideas(tool.Kept('two', results, plan)) == {'x': 5.0, 'baseline': 1.0}

@@ -154,14 +154,32 @@ def keep(kept: Kept, made: Experiment, broken: Mapping[tuple[str, str], str]) ->
     return len(lines)
 
 
-def in_order(made: Experiment, asked: Question, broken: Mapping[tuple[str, str], str], costs: bool) -> list[Job]:
-    """Idea by idea, those that were added last first: where time runs out, rows are whole or not there."""
-    arms = [arm for arm in reversed(asked.everyone()) if (asked.title, arm.name) not in broken]
-    if costs:
-        return [made.cost(asked, arm) for arm in arms if arm.name != BASELINE]
-    return [
-        made.run(asked, arm, seed) for arm in sorted(arms, key=lambda arm: arm.name != BASELINE) for seed in range(asked.seeds)
-    ]
+def time_of_ideas(kept: Kept) -> dict[str, float]:
+    """Seconds that the runs of each idea took on the first task, as far as they are kept."""
+    first, found = kept.questions[0].title, dict[str, float]()
+    for line in kept.lines().values():
+        if line['task'] == first and 'seed' in line and 'result' in line:
+            found[line['idea']] = found.get(line['idea'], 0.0) + line['result']['seconds']
+    return found
+
+
+def in_order(made: Experiment, broken: Mapping[tuple[str, str], str], taken: Mapping[str, float], costs: bool) -> list[Job]:
+    """Idea by idea through all tasks: where time runs out, rows are whole or not there.
+
+    Ideas of which nothing is known come first, those that were added last at their head; then those that took little time.
+    """
+    names = list(dict.fromkeys(arm.name for q in made.questions for arm in q.everyone()))[::-1]
+    found: list[Job] = []
+    for name in sorted(names, key=lambda name: (name != BASELINE, taken.get(name, 0.0))):
+        for q in made.questions:
+            for arm in q.everyone():
+                if arm.name != name or (q.title, name) in broken:
+                    continue
+                if not costs:
+                    found += [made.run(q, arm, seed) for seed in range(q.seeds)]
+                elif name != BASELINE:
+                    found.append(made.cost(q, arm))
+    return found
 
 
 def complete(kept: Kept, workers: int, budget: float | None) -> None:
@@ -185,13 +203,12 @@ def complete(kept: Kept, workers: int, budget: float | None) -> None:
             keep(kept, made, broken)
 
     try:
-        # task by task, so that each is complete before the next one begins; timings when all verdicts are there
+        # timings when all verdicts are there
         for costs in (False, True) if made.costs else (False,):
-            for asked in made.questions:
-                part = Experiment((asked,), made.folder, costs=costs)
-                left = None if budget is None else budget - (time.monotonic() - started)
-                if left is None or left > 0:
-                    part.go(workers=workers, told=told, budget=left, only=in_order(part, asked, broken, costs))
+            left = None if budget is None else budget - (time.monotonic() - started)
+            if left is None or left > 0:
+                only = in_order(made, broken, time_of_ideas(kept), costs)
+                made.go(workers=workers, told=told, budget=left, broken=broken, only=only)
     finally:
         print(f'\n{keep(kept, made, broken)} lines in {kept.results.relative_to(ROOT)}')
 
