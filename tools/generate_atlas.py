@@ -77,8 +77,8 @@ def generated() -> tuple[str, str]:
         '**Read with care.** These are small models, trained for a few hundred steps. An idea that helps here is worth a trial',
         'elsewhere, and no more: ranks at two sizes of 1.2 and 3 billion parameters correlate at −0.27',
         '([2605.20798](https://arxiv.org/abs/2605.20798)). With three seeds and so many ideas, p is corrected strictly,',
-        'and much stays *not resolved*. What is about several widths, such as μP, cannot show at one:',
-        '[training.md](training.md) has its measurements.',
+        'and much stays *not resolved*. What is about several widths, such as μP, cannot show at one: its verdict is in',
+        '[recipes.md](recipes.md#a-rate-for-another-width).',
         '',
         '![Every idea on every task](assets/atlas.svg)',
         '',
@@ -101,8 +101,18 @@ def generated() -> tuple[str, str]:
             *(number(margin, 2), *counts, len(these) - len(ran)),
         )
         text.append('| ' + ' | '.join(map(str, cells)) + ' |')
-    text += public_table(made, by)
-    text += ['', '## Ideas', '']
+    text += [
+        '',
+        'Where δ is large, because the seeds of the baseline differ by as much, *no difference above δ* says little.',
+        *public_table(made, by),
+        '',
+        '## Ideas',
+        '',
+        'The command of an idea does its runs and those of the baseline, and has the same differences. Intervals, p and verdicts of',
+        'this page are those of all ideas together: their variances are pooled and p is corrected for their number, so that an',
+        'idea alone may have a verdict where it has none here. `x-transformers ablate docs/atlas/atlas.toml` is the whole.',
+        '',
+    ]
     for arm in arms:
         text += [f'### {arm.name}', '', f'`{flags_text(arm)}`', '', *idea_table([by[task, arm.name] for task in tasks], arm)]
     return '\n'.join(text).rstrip() + '\n', heat_map(made, by)

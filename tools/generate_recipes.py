@@ -39,13 +39,21 @@ def preset_table() -> str:
 
 
 def recipe_table(kept: Kept) -> str:
-    made = kept.as_shown()
-    return '\n\n'.join(question_table(kept, made, asked) for asked in made.questions)
+    made, parts = kept.as_shown(), []
+    for asked in made.questions:
+        parts += [f'*{asked.title[0].upper()}{asked.title[1:]}:*'] if len(made.questions) > 1 else []
+        parts.append(question_table(made, asked))
+    runs = [line for line in kept.lines().values() if 'seed' in line]
+    wanted = sum(asked.seeds * (len(asked.arms) + 1) for asked in made.questions)
+    dates = sorted({line['date'] for line in runs})
+    done = f'{len(runs)} of {wanted} runs ({dates[-1]})' if dates else f'0 of {wanted} runs'
+    seeds = next((o.comparison.seeds for o in made.outcomes({}) if o.comparison), 0)
+    said = f'{done}, {seeds} paired seeds, {made.questions[0].settings.steps} steps'
+    return '\n\n'.join([*parts, f'{said}: `x-transformers ablate docs/recipes/{kept.name}.toml`.'])
 
 
-def question_table(kept: Kept, made: Experiment, asked: Question) -> str:
-    outcomes = made.answer(asked, {})
-    task, runs = asked.the_task(), [line for line in kept.lines().values() if 'seed' in line]
+def question_table(made: Experiment, asked: Question) -> str:
+    outcomes, task = made.answer(asked, {}), asked.the_task()
     cached = isinstance(task, ByteText)
     columns = ('difference, 95 % interval', 'p (Holm)', 'verdict', 'at equal time', 'time')
     head = ['idea', f'{task.metric} ({task.better} is better)', *columns, *(['cache'] if cached else [])]
@@ -56,12 +64,7 @@ def question_table(kept: Kept, made: Experiment, asked: Question) -> str:
     for outcome, arm in zip(outcomes, asked.arms, strict=True):
         row = [outcome.idea, *cells_of(outcome), *([cache_of(asked, asked.flags_of(arm))] if cached else [])]
         lines.append('| ' + ' | '.join(row) + ' |')
-    wanted = asked.seeds * (len(asked.arms) + 1)
-    dates = sorted({line['date'] for line in runs})
-    done = f'{len(runs)} of {wanted} runs ({dates[-1]})' if dates else f'0 of {wanted} runs'
-    seeds = next((o.comparison.seeds for o in outcomes if o.comparison), 0)
-    said = f'{done}, {seeds} paired seeds, {asked.settings.steps} steps: `x-transformers ablate docs/recipes/{kept.name}.toml`.'
-    return '\n'.join([*lines, '', said])
+    return '\n'.join(lines)
 
 
 def cells_of(outcome: Outcome) -> list[str]:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from x_transformers.evidence.experiment import Arm, Experiment, Question, at_step, identical
+from x_transformers.evidence.equal_time import at_equal_time, at_step
+from x_transformers.evidence.execute import execute, prepared_model
+from x_transformers.evidence.experiment import Arm, Experiment, Question, identical
 from x_transformers.evidence.model import AnswerModel
 from x_transformers.evidence.pool import attempt, death, run_all
 from x_transformers.evidence.report import make_report
@@ -266,6 +268,98 @@ def test_curves_are_read_between_evaluations() -> None:
     assert at_step(result, 5, 30) == 1.0
     assert at_step(result, 30, 30) == 9.0
     assert not identical(result, None)
+
+
+@pytest.mark.parametrize('higher', [True, False])
+def test_at_equal_time_the_slower_run_is_read_off_its_curve(higher: bool) -> None:
+    base = {'value': 5.0, 'curve': [[10, 1.0, None], [20, 3.0, None], [40, 5.0, None]]}
+    arm = {'value': 9.0, 'curve': [[10, 2.0, None], [20, 4.0, None], [40, 9.0, None]]}
+    sign = 1.0 if higher else -1.0
+    # twice as slow, as fast, and twice as fast
+    found = at_equal_time([[(base, arm)]] * 3, [2.0, 1.0, 0.5], 40, higher=higher)
+    assert found == [[sign * (4.0 - 5.0)], [sign * (9.0 - 5.0)], [sign * (9.0 - 3.0)]]
+
+
+# ---------------------------------------------------------------- ideas of training
+
+
+def widths(folder: Path, *arms: Arm, **settings: Any) -> Experiment:
+    options = {'vocabulary': 16, 'length': 8, 'pairs': 2, 'rows_per_step': 4, 'test_rows': 16}
+    task = make_task('mqar', options)
+    chosen = Settings(**{'steps': 6, 'lr': 0.05, 'evaluations': 1, **settings})
+    base = {**task.flags, 'dim': 32, 'heads': 2, 'attn_dim_head': 16}
+    return Experiment((Question(TaskName('mqar', options), base, chosen, arms, 1),), folder, costs=False)
+
+
+def test_an_idea_may_be_about_training(tmp_path: Path) -> None:
+    arms = (Arm('slower', {'lr': 0.01, 'shift_tokens': 1}), Arm('no decay', {'weight_decay': 0.0}))
+    asked = widths(tmp_path, *arms)
+    question = asked.questions[0]
+    slower, decay = (asked.run(question, arm, 0, 2.0) for arm in arms)
+    assert slower.settings == dataclasses.replace(question.settings, lr=0.02)
+    assert slower.flags == {**question.base, 'shift_tokens': 1}
+    assert decay.settings == dataclasses.replace(question.settings, lr=0.1, weight_decay=0.0)
+    assert decay.flags == question.base
+    assert decay.hash != asked.run(question, Arm('baseline'), 0, 2.0).hash
+    asked.go()
+    values = [asked.store.result(asked.run(question, arm, 0)) for arm in question.everyone()]
+    assert len({json.dumps(value['curve']) for value in values if value}) == 3
+    # a task of one's own may call a flag of its models so
+    own = dataclasses.replace(question, base={**question.base, 'lr': 3})
+    assert own.settings_of(arms[0]) == question.settings
+    assert own.flags_of(arms[0])['lr'] == 0.01
+
+
+def test_what_all_arms_share_is_no_idea(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r'longer: steps must be the same for all arms, got it in an idea\. Give --steps'):
+        widths(tmp_path, Arm('longer', {'steps': 9})).check()
+    broken = widths(tmp_path, Arm('x', {'lr': 'fast'}), Arm('y', {'schedule': 'cosinus'}), Arm('z', {'lr': 0.0})).check()
+    assert broken['mqar', 'x'] == "--lr must be a number, got 'fast'."
+    assert broken['mqar', 'y'] == "--schedule must be cosine or wsd or linear or constant, got 'cosinus'."
+    assert broken['mqar', 'z'] == 'lr must be above 0, got 0. Take 1e-3.'
+    with pytest.raises(TrainingError, match='--clip must be at least 0'):
+        widths(tmp_path, clip=-1.0).check()
+
+
+def test_mup_changes_nothing_at_its_base_and_old_results_are_found(tmp_path: Path) -> None:
+    same, half = Arm('same', {'mup': True, 'mup_base': 32}), Arm('half', {'mup': True, 'mup_base': 16})
+    asked = widths(tmp_path, same, half, Arm('heads', {'mup': True, 'mup_base': 24}))
+    question = asked.questions[0]
+    broken = asked.check()
+    assert list(broken) == [('mqar', 'heads')]
+    assert 'whole heads' in broken['mqar', 'heads']
+    asked.go(broken=broken)
+    base, at_base, at_half = (asked.store.result(asked.run(question, arm, 0)) for arm in (Arm('baseline'), same, half))
+    assert identical(base, at_base)
+    assert not identical(base, at_half)
+    # where it is off, the hash knows nothing of it
+    assert '"mup' not in json.dumps(asked.run(question, Arm('baseline'), 0).options())
+    assert asked.run(question, half, 0).options()['settings']['mup_base'] == 16
+
+
+def test_mup_starts_and_learns_by_its_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from x_transformers.evidence import training
+    from x_transformers.training.mup import shares
+
+    half = Arm('half', {'mup': True, 'mup_base': 16})
+    asked = widths(tmp_path, half)
+    question, task = asked.questions[0], make_task('mqar', asked.questions[0].task.options)
+    plain, scaled = (prepared_model(task, question.base, 0, 'cpu', base) for base in (None, 16))
+    factors = {name: shares(plain, 16)[p] for name, p in plain.named_parameters()}
+    for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(after, before * factors[name].init), name
+    assert len({factor.init for factor in factors.values()}) > 1
+    rates: list[set[float]] = []
+
+    class Watched(training.Trainer):
+        def __init__(self, model: Any, *rest: Any, **more: Any) -> None:
+            super().__init__(model, *rest, **more)
+            rates.append({group['peak'] for optimizer in self.optimizers for group in optimizer.param_groups})
+
+    monkeypatch.setattr(training, 'Trainer', Watched)
+    execute(asked.run(question, half, 0), task)
+    assert rates == [{0.05 * factor.lr for factor in factors.values()}]
+    assert len(rates[0]) > 1
 
 
 def test_costs_are_those_of_baseline_and_arm_in_turns(tmp_path: Path) -> None:

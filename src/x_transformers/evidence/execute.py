@@ -22,6 +22,7 @@ from x_transformers.evidence.runs import ArmRun, CostRun, Job
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
 from x_transformers.evidence.training import train_arm
+from x_transformers.training.mup import mup_init_
 from x_transformers.training.trainer import on_device
 
 LAST = 3
@@ -51,19 +52,22 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def prepared_model(task: Task, flags: Mapping[str, Any], seed: int, device: str) -> nn.Module:
+def prepared_model(task: Task, flags: Mapping[str, Any], seed: int, device: str, mup_base: int | None = None) -> nn.Module:
     """A model whose parameters have the values that belong to their names, and generators seeded for its training."""
     torch.manual_seed(seed_of('model', seed))
     model = task.model(flags)
     fill_by_name(model, seed)
+    if mup_base is not None:
+        mup_init_(model, mup_base)
     torch.manual_seed(seed_of('training', seed))
     return model.to(device)
 
 
 def run_of(run: ArmRun, task: Task) -> dict[str, Any]:
-    model = prepared_model(task, run.flags, run.seed, run.device)
+    settings = run.settings
+    model = prepared_model(task, run.flags, run.seed, run.device, settings.mup_base if settings.mup else None)
     started, wall = time.process_time(), time.perf_counter()
-    curve = train_arm(task, model, run.settings, run.seed)
+    curve = train_arm(task, model, settings, run.seed)
     last = [measures for _, measures in curve[-LAST:]]
     value = statistics.fmean(measures[task.metric] for measures in last)
     if not math.isfinite(value):

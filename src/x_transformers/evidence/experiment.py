@@ -8,21 +8,34 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from x_transformers.evidence.equal_time import at_equal_time
 from x_transformers.evidence.execute import quiet
 from x_transformers.evidence.pool import run_all
-from x_transformers.evidence.runs import ArmRun, CostRun, Job, RunFolder, Settings, TaskName, hash_of, read_record, write_record
+from x_transformers.evidence.runs import (
+    OF_IDEAS,
+    ArmRun,
+    CostRun,
+    Job,
+    RunFolder,
+    Settings,
+    TaskName,
+    hash_of,
+    read_record,
+    refuse_common,
+    write_record,
+)
 from x_transformers.evidence.statistics import Comparison, compare, margin_of
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
 from x_transformers.flags.base import FlagError, UnknownFlag
 from x_transformers.flags.presets import preset, preset_sentences, without_presets, without_usual, word_against
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.mup import shares
 
 EXPERIMENT = 'experiment.json'
 BASELINE = 'baseline'
@@ -67,8 +80,16 @@ class Question:
         return self.label or self.task.name
 
     def flags_of(self, arm: Arm) -> dict[str, Any]:
-        flags = {**self.base, **arm.flags}
+        own = self.own_settings(arm)
+        flags = {**self.base, **{name: value for name, value in arm.flags.items() if name not in own}}
         return without_usual(flags) if self.presets else flags
+
+    def own_settings(self, arm: Arm) -> dict[str, Any]:
+        """How this arm is trained otherwise. A task of one's own may have flags of such names: then they are its flags."""
+        return {name: value for name, value in arm.flags.items() if name in OF_IDEAS and name not in self.base}
+
+    def settings_of(self, arm: Arm) -> Settings:
+        return dataclasses.replace(self.settings, **self.own_settings(arm))
 
     def explained(self, arm: Arm, error: Exception) -> str:
         """The error, and which of the flags that it names come from a preset."""
@@ -189,9 +210,14 @@ class Experiment:
                 raise TrainingError(f'ideas must have different names, got {", ".join(twice)} more than once. Rename one.')
             task = question.the_task()
             for arm in question.everyone():
+                refuse_common(arm.name, arm.flags, question.base)
                 try:
+                    settings = question.settings_of(arm)
+                    settings.check()
                     with torch.device('meta'), quiet():
-                        task.model(question.flags_of(arm))
+                        model = task.model(question.flags_of(arm))
+                        if settings.mup:
+                            shares(model, settings.mup_base)
                 except UnknownFlag as error:
                     raise TrainingError(f'{arm.name}: {error}') from error
                 except (FlagError, TrainingError) as error:
@@ -210,7 +236,7 @@ class Experiment:
             question.title: {
                 'task': self.identities[question.title],
                 'base': dict(question.base),
-                'settings': dataclasses.asdict(question.settings),
+                'settings': question.settings.written(),
                 'lr_grid': list(question.lr_grid),
             }
             for question in self.questions
@@ -243,7 +269,8 @@ class Experiment:
     # runs
 
     def run(self, question: Question, arm: Arm, seed: int, lr_factor: float = 1.0) -> ArmRun:
-        settings = dataclasses.replace(question.settings, lr=question.settings.lr * lr_factor)
+        settings = question.settings_of(arm)
+        settings = dataclasses.replace(settings, lr=settings.lr * lr_factor)
         identity = self.identities[question.title]
         seed = seed + arm.other_seeds
         return ArmRun(question.task, question.flags_of(arm), settings, seed, question.device, identity)
@@ -362,7 +389,7 @@ class Experiment:
             arms = [values(arm.name) for arm in alive]
             limits = {'margin': margin, 'resolution': task.resolution(), 'identical': same}
             tables = compare(base, arms, better=task.better, **limits)  # type: ignore[arg-type]
-            seconds = self.at_equal_time(question, task, results, common, alive, limits)
+            seconds = self.per_second(question, results, common, alive, limits)
         found = []
         for arm in question.arms:
             outcome = Outcome(question.title, arm.name, dict(arm.flags), task.metric, task.better)
@@ -378,41 +405,27 @@ class Experiment:
                 outcome.curves = [result['curve'] for result in done]
                 outcome.cost = None if arm.other_seeds else self.store.result(self.cost(question, arm))
                 if question.lr_grid:
-                    outcome.lr = question.settings.lr * self.lr_factor(question, arm)
+                    outcome.lr = question.settings_of(arm).lr * self.lr_factor(question, arm)
             found.append(outcome)
         return found
 
-    def at_equal_time(
+    def per_second(
         self,
         question: Question,
-        task: Task,
         results: Mapping[str, list[dict[str, Any] | None]],
         common: Sequence[int],
         alive: Sequence[Arm],
         limits: Mapping[str, Any],
     ) -> list[Comparison]:
-        """The comparison at equal processor time: the slower of two is read off its curve where the faster one ends.
-
-        There its learning rate has not fallen to the end yet, so this judges the slower one a little too hard.
-        """
+        """The comparison at equal processor time; empty as long as a timing is missing."""
         costs = [self.store.result(self.cost(question, arm)) for arm in alive]
-        if not all(costs) or not alive:
+        ratios = [cost['seconds'][1] / cost['seconds'][0] for cost in costs if cost]
+        if len(ratios) < len(alive):
             return []
-        bases, arms = [], []
-        for arm, cost in zip(alive, costs, strict=True):
-            before, after = (cost or {})['seconds']
-            ratio, steps = after / before, question.settings.steps
-            base_values, arm_values = [], []
-            for seed in common:
-                base_run, arm_run = results[BASELINE][seed] or {}, results[arm.name][seed] or {}
-                slow_arm = ratio > 1
-                base_values.append(base_run['value'] if slow_arm else at_step(base_run, steps * ratio, steps))
-                arm_values.append(at_step(arm_run, steps / ratio, steps) if slow_arm else arm_run['value'])
-            bases.append(base_values)
-            arms.append(arm_values)
+        pairs = [[(results[BASELINE][seed] or {}, results[arm.name][seed] or {}) for seed in common] for arm in alive]
+        higher = question.the_task().better == 'higher'
+        differences = at_equal_time(pairs, ratios, question.settings.steps, higher=higher)
         # each arm has a baseline of its own here: only differences count
-        sign = 1.0 if task.better == 'higher' else -1.0
-        differences = [[sign * (a - b) for a, b in zip(x, y, strict=True)] for x, y in zip(arms, bases, strict=True)]
         return compare([0.0] * len(common), differences, better='higher', **limits)
 
     def curves(self, question: Question) -> list[list[list[float]]]:
@@ -422,17 +435,6 @@ class Experiment:
         return [result['curve'] for run in runs if (result := self.store.result(run))]
 
 
-def at_step(result: Mapping[str, Any], step: float, steps: int) -> float:
-    """The metric after ``step`` steps, read off between two evaluations; near the end that of the end."""
-    if step >= steps * 0.98:
-        return float(result['value'])
-    curve = [(float(point[0]), float(point[1])) for point in result['curve'] if point[1] is not None]
-    for (before, low), (after, high) in pairwise(curve):
-        if before <= step <= after:
-            return low + (high - low) * (step - before) / (after - before)
-    return curve[0][1] if step < curve[0][0] else curve[-1][1]
-
-
 def identical(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Whether two runs gave the same numbers throughout."""
     return bool(one and other) and one['curve'] == other['curve'] and one['last'] == other['last']  # type: ignore[index]
@@ -440,6 +442,6 @@ def identical(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) ->
 
 def folder_name(questions: Sequence[Question]) -> str:
     """A short name that belongs to this experiment."""
-    parts = [(q.title, dict(q.base), dataclasses.asdict(q.settings), q.the_task().options()) for q in questions]
+    parts = [(q.title, dict(q.base), q.settings.written(), q.the_task().options()) for q in questions]
     tasks = '-'.join(dict.fromkeys(q.task.name.split(':')[-1].replace('/', '-') for q in questions))
     return f'{tasks}-{hash_of({"parts": parts})[:8]}'

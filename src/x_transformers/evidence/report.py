@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +55,7 @@ def make_report(
         report.about.setdefault('questions', {})[question.title] = {
             'task': {name: value for name, value in experiment.identities[question.title].items() if name != 'source'},
             'base': dict(question.base),
-            'settings': dataclasses.asdict(question.settings),
+            'settings': question.settings.written(),
             'seeds': question.seeds,
         }
     return report

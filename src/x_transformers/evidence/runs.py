@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.options import TrainerOptions
 
 FORMAT = 1
 RESULT, FAILED, OPTIONS, LOCK = 'result.json', 'failed.json', 'options.json', 'lock'
@@ -36,17 +37,26 @@ class Settings:
     schedule: Literal['cosine', 'linear', 'constant'] = 'cosine'
     evaluations: int = 10
     """Evaluations at about even distances; two more stand shortly before the end, for the mean of the last three."""
+    mup: bool = False
+    """Rates and starts by the rules of μP (https://arxiv.org/abs/2203.03466), for ``lr`` as it was tuned at ``mup_base``."""
+    mup_base: int = 256
 
     def check(self) -> None:
-        wrong = []
-        if self.steps < 1:
-            wrong.append(f'steps must be at least 1, got {self.steps}. Train for longer.')
-        if not self.lr > 0:
-            wrong.append(f'lr must be above 0, got {self.lr}. Take 1e-3.')
-        if self.evaluations < 1:
-            wrong.append(f'evaluations must be at least 1, got {self.evaluations}. Take 10.')
+        wrong = self.trainer_options().faults()
+        if not wrong and self.lr == 0:
+            wrong.append('lr must be above 0, got 0. Take 1e-3.')
+        if not isinstance(self.evaluations, int) or self.evaluations < 1:
+            wrong.append(f'evaluations must be a whole number of at least 1, got {self.evaluations!r}. Take 10.')
         if wrong:
             raise TrainingError('\n'.join(wrong))
+
+    def trainer_options(self, **more: Any) -> TrainerOptions:
+        """The same in the words of the trainer, without the evaluations."""
+        return TrainerOptions(**{name: value for name, value in asdict(self).items() if name != 'evaluations'}, **more)
+
+    def written(self) -> dict[str, Any]:
+        """What the hash of a run is made of: μP stands in it where it is on, as older runs know nothing of it."""
+        return {name: value for name, value in asdict(self).items() if self.mup or not name.startswith('mup')}
 
     @property
     def unit(self) -> int:
@@ -84,7 +94,7 @@ class ArmRun:
             'format': FORMAT,
             'task': dict(self.identity),
             'flags': dict(self.flags),
-            'settings': asdict(self.settings),
+            'settings': self.settings.written(),
             'seed': self.seed,
         }
 
@@ -119,6 +129,19 @@ class CostRun:
     @property
     def hash(self) -> str:
         return hash_of(self.options())
+
+
+# settings that an idea may have of its own, as it has flags; all others are the same for every arm
+OF_IDEAS = ('lr', 'weight_decay', 'warmup', 'clip', 'schedule', 'mup', 'mup_base')
+OF_ALL = ('steps', 'optimizer', 'evaluations')
+
+
+def refuse_common(arm: str, flags: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """What all arms must have in common is no idea."""
+    wrong = [name for name in OF_ALL if name in flags and name not in base]
+    if wrong:
+        ways = ', '.join(f'--{name}' for name in wrong)
+        raise TrainingError(f'{arm}: {", ".join(wrong)} must be the same for all arms, got it in an idea. Give {ways}.')
 
 
 Job = ArmRun | CostRun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch import nn
@@ -9,7 +10,6 @@ from torch import nn
 from x_transformers.evidence.draws import seed_of
 from x_transformers.evidence.runs import Settings
 from x_transformers.evidence.tasks.base import Task
-from x_transformers.training.options import TrainerOptions
 from x_transformers.training.trainer import Trainer
 
 Curve = list[tuple[int, dict[str, float]]]
@@ -22,17 +22,8 @@ def train_arm(task: Task, model: nn.Module, settings: Settings, seed: int) -> Cu
     def evaluate(model: nn.Module, step: int) -> Mapping[str, float]:
         return task.evaluate(model) if step in wanted else {}
 
-    options = TrainerOptions(
-        steps=settings.steps,
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        schedule=settings.schedule,
-        warmup=min(settings.warmup, settings.steps // 2),
-        seed=seed_of('training', seed) % 2**31,
-        val_every=settings.unit,
-    )
+    short = dataclasses.replace(settings, warmup=min(settings.warmup, settings.steps // 2))
+    options = short.trainer_options(seed=seed_of('training', seed) % 2**31, val_every=settings.unit)
     trainer = Trainer(model, lambda step: task.batch(seed, step), options, evaluate=evaluate)
     history = trainer.train()
     return [
