@@ -16,6 +16,7 @@ import generate_atlas  # noqa: E402
 import kept as tool  # noqa: E402
 
 from x_transformers.evidence.experiment import Experiment  # noqa: E402
+from x_transformers.evidence.runs import ArmRun  # noqa: E402
 
 
 def test_page_and_picture_are_current() -> None:
@@ -96,3 +97,22 @@ def test_the_time_of_an_idea_is_that_of_its_runs_on_the_first_task(tmp_path: Pat
     results = tmp_path / 'two.jsonl'
     results.write_text(''.join(json.dumps(line) + '\n' for line in lines))
     assert tool.time_of_ideas(tool.Kept('two', results, plan)) == {'x': 5.0, 'baseline': 1.0}
+
+
+def test_a_run_of_several_arms_is_kept_and_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, 'ROOT', tmp_path)
+    plan = tmp_path / 'x.toml'
+    plan.write_text('task = "mqar"\nsteps = 2\nseeds = 1\n[ideas.same]\ndepth = 1\n[ideas.slow]\nlr = 1e-4\n')
+    kept = tool.Kept('x', tmp_path / 'x.jsonl', plan)
+    made = kept.experiment()
+    for job in made.jobs({}):
+        timing = {'seconds': [1.0, 1.5], 'parameters': [1, 1], 'flops': [1.0, 1.0], 'bytes': [1, 1]}
+        measured = {'value': 0.5, 'last': {'loss': 1.0}, 'curve': [[2, 0.5, 1.0]], 'seconds': 1.0}
+        made.store.path(job).mkdir(parents=True)
+        made.store.write_result(job, measured if isinstance(job, ArmRun) else timing)
+    # the baseline, which is the idea that changes nothing, too; the slow one; a timing of both
+    assert tool.keep(kept, made, {}) == 3
+    same, slow = kept.as_shown().outcomes({})
+    assert same.row()['identical']
+    assert (same.row()['time'], slow.row()['time']) == (1.5, 1.5)
+    assert slow.comparison is not None

@@ -49,3 +49,14 @@ def test_results_are_compact_and_belong_to_what_is_asked(kept: tool.Kept) -> Non
     assert not re.search(r'"/|\.py|home|tmp', text)
     if lines:
         json.dumps(kept.as_shown().jobs({})[0].options())
+
+
+def test_a_published_number_outside_of_the_interval_is_told_with_what_is_known() -> None:
+    row = {'row': 'a task', 'low': 0.2, 'high': 0.4, 'published': {'one': 0.3, 'two': 0.5}}
+    assert generate_recipes.difference(row, '') == (
+        '* a task: published 0.5 lies outside our interval. Beside the reduced sizes, we do not know why.'
+    )
+    both = row | {'published': {'one': 0.1, 'two': 0.5}}
+    assert generate_recipes.difference(both, 'It is easier.') == '* a task: published 0.1, 0.5 lie outside our interval. It is easier.'
+    assert generate_recipes.difference(row | {'published': {'one': 0.3}}, 'It is easier.') == ''
+    assert generate_recipes.difference(row | {'low': None}, '') == ''

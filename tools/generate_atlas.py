@@ -108,9 +108,10 @@ def generated() -> tuple[str, str]:
         '',
         '## Ideas',
         '',
-        'The command of an idea does its runs and those of the baseline, and has the same differences. Intervals, p and verdicts of',
-        'this page are those of all ideas together: their variances are pooled and p is corrected for their number, so that an',
-        'idea alone may have a verdict where it has none here. `x-transformers ablate docs/atlas/atlas.toml` is the whole.',
+        'The command of an idea does its runs and those of the baseline, and has the same differences. Intervals, p and',
+        'verdicts of this page are those of all ideas together: their variances are pooled and p is corrected for their',
+        'number, so that an idea alone may have a verdict where it has none here. The whole:',
+        '`x-transformers ablate docs/atlas/atlas.toml`.',
         '',
     ]
     for arm in arms:

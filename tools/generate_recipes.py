@@ -108,18 +108,20 @@ def suite_table(kept: Kept) -> str:
     dates = sorted({line['date'] for line in kept.lines().values()})
     when = f' ({dates[-1]})' if dates else ''
     lines.append(f'{ran} of {len(rows) * made.questions[0].seeds} runs are done{when}: `x-transformers evidence {kept.name}`.')
-    apart = [sentence for row in rows if (sentence := difference(row))]
+    pairs = zip(rows, suite.entries, strict=True)
+    apart = [sentence for row, entry in pairs if (sentence := difference(row, entry.why))]
     return '\n'.join([*lines, *(['', *apart] if apart else [])])
 
 
-def difference(row: dict[str, Any]) -> str:
-    """Whether a published number lies outside of our interval."""
+def difference(row: dict[str, Any], why: str) -> str:
+    """Whether a published number lies outside of our interval, and why as far as it is known."""
     if row['low'] is None:
         return ''
     outside = [value for value in row['published'].values() if not row['low'] <= value <= row['high']]
     found = ', '.join(f'{value:g}' for value in outside)
-    reason = 'Beside the reduced sizes, we do not know why.'
-    return f'* {row["row"]}: published {found} lies outside our interval. {reason}' if outside else ''
+    lies = 'lies' if len(outside) == 1 else 'lie'
+    why = why or 'Beside the reduced sizes, we do not know why.'
+    return f'* {row["row"]}: published {found} {lies} outside our interval. {why}' if outside else ''
 
 
 def filled(text: str, made: dict[str, str]) -> str:

@@ -148,7 +148,8 @@ def keep(kept: Kept, made: Experiment, broken: Mapping[tuple[str, str], str]) ->
                 about |= {'cost': True} if isinstance(job, CostRun) else {'seed': job.seed}
                 about |= {'date': before.get(job.hash, {}).get('date', today)}
                 about |= {'result': compact(result, made.costs)} if result is not None else {'failed': (failure or {})['why']}
-                lines[job.hash] = json.dumps(about, separators=(',', ':'))
+                # one run may be that of several arms: it is that of the first, as in ``as_shown``
+                lines.setdefault(job.hash, json.dumps(about, separators=(',', ':')))
     kept.results.parent.mkdir(parents=True, exist_ok=True)
     write_text(kept.results, ''.join(line + '\n' for line in lines.values()))
     return len(lines)

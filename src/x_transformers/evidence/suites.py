@@ -19,6 +19,8 @@ class SuiteEntry:
     lr: float = 0.0
     published: Mapping[str, float] = field(default_factory=dict)
     """By source, in the unit of the metric."""
+    why: str = ''
+    """What we know of why our number is another one, in sentences."""
 
 
 @dataclass(frozen=True)
