@@ -57,6 +57,9 @@ def test_a_published_number_outside_of_the_interval_is_told_with_what_is_known()
         '* a task: published 0.5 lies outside our interval. Beside the reduced sizes, we do not know why.'
     )
     both = row | {'published': {'one': 0.1, 'two': 0.5}}
-    assert generate_recipes.difference(both, 'It is easier.') == '* a task: published 0.1, 0.5 lie outside our interval. It is easier.'
+    assert (
+        generate_recipes.difference(both, 'It is easier.')
+        == '* a task: published 0.1, 0.5 lie outside our interval. It is easier.'
+    )
     assert generate_recipes.difference(row | {'published': {'one': 0.3}}, 'It is easier.') == ''
     assert generate_recipes.difference(row | {'low': None}, '') == ''
