@@ -40,7 +40,8 @@ from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
 from x_transformers.flags.parts import PARTS, SET_BY_STACK
 from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.vision import VisionFlags
+from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.multi_input import MultiInputTransformerWrapper
 from x_transformers.returns import RETURNED, Asked
 from x_transformers.stack_wrapper import Ends, StackWrapper

@@ -17,7 +17,7 @@ from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import KERNELS
 from x_transformers.attention.scores.base import Form, ScoreRule
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.base import TRAITS, flag
+from x_transformers.flags.base import SITUATIONS, TRAITS, flag
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.positions import ANY_POSITION_BIAS
 from x_transformers.flags.scores import ScoreFlags
@@ -123,6 +123,20 @@ def test_every_trait_is_one_of_some_flag(trait):
     assert any(cls.having(trait) for cls in (AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags))
 
 
-def test_an_unknown_trait_is_refused():
-    with pytest.raises(ValueError, match='traits must be among own_keys'):
-        flag(False, 'One more.', traits='own_key')
+@pytest.mark.parametrize('situation', SITUATIONS)
+def test_in_every_situation_some_flag_is_refused(situation):
+    classes = AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags
+    assert any(situation in field.metadata['refused'] for cls in classes for field in cls.flag_fields().values())
+
+
+@pytest.mark.parametrize(
+    ('said', 'words'),
+    [
+        ({'traits': 'own_key'}, 'traits must be among own_keys'),
+        ({'one_of': 'norms'}, 'one_of must be among activation, head'),
+        ({'refused': {'tensors': 'why'}}, 'refused must be among tensor, sequence parallel'),
+    ],
+)
+def test_an_unknown_word_is_refused(said, words):
+    with pytest.raises(ValueError, match=words):
+        flag(False, 'One more.', **said)

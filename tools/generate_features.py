@@ -26,7 +26,8 @@ from x_transformers.flags.rule import Rule, rules_of
 from x_transformers.flags.rules import rules_of_model
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
-from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.vision import VisionFlags
+from x_transformers.flags.wrapper import WrapperFlags
 
 # the laws are beside the tools, not installed
 sys.path.insert(0, str(Path(__file__).parent.parent))

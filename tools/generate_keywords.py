@@ -12,7 +12,8 @@ from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, 
 from x_transformers.flags.per_layer import takes
 from x_transformers.flags.scores import AttendFlags
 from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.vision import VisionFlags
+from x_transformers.flags.wrapper import WrapperFlags
 
 PATH = Path(__file__).parent.parent / 'src/x_transformers/flags/keywords.py'
 

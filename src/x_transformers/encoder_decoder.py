@@ -15,6 +15,7 @@ from x_transformers.flags.fit import PER_TOKEN_RULES, TOLD_NOTHING_RULES, check_
 from x_transformers.flags.objectives import XTransformerOptions, options
 from x_transformers.flags.rule import Rule, how_many
 from x_transformers.flags.signature import ClassSignature
+from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.generation.modes import evaluating
 from x_transformers.helpers import groupby_prefix_and_trim
 from x_transformers.layers.drop import dropout_seq
@@ -36,8 +37,8 @@ STACK_NAMES = [name for group in side('')[1:] for name in group.keywords()]
 
 # the part's keywords with which it could never run, and those that nobody asks it for
 TOLD_NOTHING = tuple(rule for rule in TOLD_NOTHING_RULES if 'cross_attend' not in rule.flags)
-MEMORIES = ('max_mem_len', 'shift_mem_down', 'attn_z_loss_weight', 'input_not_include_cache')
-UNREAD = (*MEMORIES, 'attn_pool', 'add_continuous_pred_head', 'multi_token_heads', 'logits_dim')
+MEMORIES = WrapperFlags.having('asked_for')
+UNREAD = (*MEMORIES, *WrapperFlags.having('of_outputs'))
 ENCODER_RULES = (
     *TOLD_NOTHING,
     Rule(

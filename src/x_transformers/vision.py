@@ -14,7 +14,7 @@ from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_added_losses
 from x_transformers.flags.rules import check_vision
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.flags.wrapper import VisionFlags
+from x_transformers.flags.vision import VisionFlags
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import LayerNorm
 from x_transformers.stack_wrapper import stack_flags

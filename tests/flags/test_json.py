@@ -22,7 +22,8 @@ from x_transformers import (
 from x_transformers.flags.base import FlagError, Flags, MissingFlag, UnknownFlag
 from x_transformers.flags.plain import PerLayer
 from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.vision import VisionFlags
+from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.layers.stack import AttentionLayers, TransformerBlock
 
 SMALL: dict[str, Any] = {'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}

@@ -14,7 +14,8 @@ from x_transformers.flags.base import REQUIRED, FlagError, MissingFlag, UnknownF
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.parts import SET_BY_STACK, keyword_names
 from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.vision import VisionFlags
+from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.layers.stack import AttentionLayers
 
 ALL = (AttentionFlags, FeedForwardFlags, StackFlags, WrapperFlags, VisionFlags)

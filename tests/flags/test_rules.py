@@ -24,7 +24,8 @@ from x_transformers.flags.rules import (
 )
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import STACK_RULES
-from x_transformers.flags.wrapper import VisionFlags, WrapperFlags
+from x_transformers.flags.vision import VisionFlags
+from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.flags.wrapper_rules import ALONE_RULES
 from x_transformers.notices import InertFlagWarning
 
@@ -174,11 +175,6 @@ def test_rules_name_flags(cls):
             for other in (each for others in field.metadata[word] for each in as_tuple(others)):
                 known = cls.one_of(other) or cls.having(other) or cls.switched_on(other)
                 assert known, f'{name} {word} {other}, which is no flag, no group and no trait'
-
-
-def test_an_unknown_group_is_refused():
-    with pytest.raises(ValueError, match='one_of must be among activation, head'):
-        flag(False, 'One more.', one_of='norms')
 
 
 NOT_FUSED = sorted({rule.name for rule in ORDER if rule.unfused is not None})

@@ -5,7 +5,7 @@ Everything that is not refused here gives the loss and the gradients of one proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -18,7 +18,12 @@ from x_transformers.distributed.stages import staged_refusals
 from x_transformers.distributed.tensor import check_divides
 from x_transformers.distributed.vocabulary import vocabulary_refusals
 from x_transformers.feedforward import FeedForward
-from x_transformers.flags.base import default_of
+from x_transformers.flags.attention import AttentionFlags
+from x_transformers.flags.base import Flags, default_of
+from x_transformers.flags.feedforward import FeedForwardFlags
+from x_transformers.flags.objectives import AutoregressiveOptions
+from x_transformers.flags.stack import StackFlags
+from x_transformers.flags.wrapper import WrapperFlags
 
 # whole kinds: each is refused under every flag
 NOT_TOGETHER = {
@@ -34,19 +39,11 @@ NOT_PROVEN = {
 }
 
 
-def is_loss(value: Any) -> bool:
-    return bool(value == 'loss')
-
-
-def is_name(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 class Refusal(NamedTuple):
     kind: str  # of parallelism, a column of the table in docs/scaling.md
     flag: str
     reason: str
-    allowed: Callable[[Any], bool] | None = None  # values of the flag that are not refused
+    allowed: type | None = None  # values of the flag that are not refused
 
 
 KINDS = (
@@ -54,77 +51,23 @@ KINDS = (
     'pipeline',
 )  # fmt: skip
 
-MIXES = 'it mixes all heads, of which each process has some'
-DROPS = 'other units would be dropped than in one process'
-DRAWS = 'other numbers would be drawn than in one process'
-SUMS = 'sums over the slices before are not gathered'
-UNIT = 'gains and lengths of weights are cut neither by heads nor by features'
-BEFORE = 'the token before a slice is not gathered'
-AGAIN = 'the stack is run again'
-UNKNOWN = 'it may look at what other processes have'
+# whose fields say what is refused, and what stands in front of their names
+OWNERS: tuple[tuple[str, type[Flags]], ...] = (
+    ('attn_', AttentionFlags), ('ff_', FeedForwardFlags), ('', StackFlags), ('', WrapperFlags), ('', AutoregressiveOptions),
+)  # fmt: skip
 
-# a flag that gives other numbers under one of these kinds, or cannot run, has its row here
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal('tensor', 'attn_pre_talking_heads', MIXES),
-    Refusal('tensor', 'attn_post_talking_heads', MIXES),
-    Refusal('tensor', 'attn_pre_scale_post_talking_heads', MIXES),
-    Refusal('tensor', 'attn_cope_talking_heads', MIXES),
-    Refusal('tensor', 'attn_composable', MIXES),
-    Refusal('tensor', 'attn_differential', 'heads come in pairs, of which each process may have one'),
-    Refusal('tensor', 'attn_tensor_product', 'the factors of all heads lie side by side'),
-    Refusal('tensor', 'attn_path', 'one narrow middle serves all key heads'),
-    Refusal('tensor', 'rotary_axes_mixed', 'each key head turns in its own way, and positions are made for all of them'),
-    Refusal('tensor', 'attn_output_gate', 'it reads all heads, of which each process has some'),
-    Refusal('tensor', 'attn_project_out', 'its output would be some heads only'),
-    Refusal('tensor', 'ngpt', UNIT),
-    Refusal('tensor', 'attn_unit_weights', UNIT),
-    Refusal('tensor', 'ff_unit_weights', UNIT),
-    Refusal('tensor', 'attn_selective', 'the first head decides for all, and one process has it'),
-    Refusal('tensor', 'attn_orthog_projected_values', 'it takes all heads as one vector'),
-    Refusal('tensor', 'attn_orthog_projected_values_per_head', 'it takes all heads as one vector'),
-    Refusal('tensor', 'attn_latent_rope_subheads', 'heads of two kinds stand one behind the other'),
-    Refusal('tensor', 'attn_hybrid_module', 'its output is for all heads, of which each process has some'),
-    Refusal('tensor', 'rotate_num_heads', 'the last of all heads are counted'),
-    Refusal('tensor', 'attn_gumbel_softmax', 'other noise would be drawn than in one process'),
-    Refusal('tensor', 'attn_dropout', DROPS),
-    Refusal('tensor', 'ff_dropout', DROPS),
-    Refusal('tensor', 'attn_custom_attn_fn', UNKNOWN),
-    Refusal('tensor', 'ff_custom_activation', UNKNOWN, allowed=is_name),
-    Refusal('tensor', 'ff_solu', 'it norms all inner features, of which each process has some'),
-    Refusal('tensor', 'ff_post_act_ln', 'it norms all inner features, of which each process has some'),
-    Refusal('tensor', 'add_attn_z_loss', 'it reads the attention maps of all heads'),
-    Refusal('sequence parallel', 'mv_split_residual', 'its residual is a mean over all rows before'),
-    Refusal('context', 'attn_data_dependent_alibi', SUMS),
-    Refusal('context', 'attn_hybrid_module', 'its state comes from the slice before'),
-    Refusal('context', 'mixer', 'its state comes from the slice before'),
-    Refusal('context', 'ff_experts', 'their load is balanced over whole sequences'),
-    Refusal('context', 'attn_selective', 'what earlier queries see is not gathered'),
-    Refusal('context', 'attn_gumbel_softmax', DRAWS),
-    Refusal('context', 'attn_dropout', DRAWS),
-    Refusal('context', 'ff_dropout', DRAWS),
-    Refusal('context', 'attn_sublayer_dropout', DRAWS),
-    Refusal('context', 'ff_sublayer_dropout', DRAWS),
-    Refusal('context', 'emb_dropout', DRAWS),
-    Refusal('context', 'layer_dropout', 'a slice that follows others drops no layer'),
-    Refusal('context', 'cross_attn_tokens_dropout', DRAWS),
-    Refusal('context', 'mv_split_residual', SUMS),
-    Refusal('context', 'num_memory_tokens', 'the first slice alone would have them'),
-    Refusal('context', 'randomized_positions', DRAWS),
-    Refusal('context', 'recycling', AGAIN),
-    Refusal('context', 'looped', AGAIN),
-    Refusal('context', 'smear', BEFORE),
-    Refusal('context', 'bigram_hash_embed', BEFORE),
-    Refusal('context', 'attn_custom_attn_fn', 'it may look at other slices'),
-    Refusal('context', 'add_attn_z_loss', 'it is a mean over the whole sequence'),
-    Refusal('context', 'multi_token_heads', 'what they are to predict may lie in the next slice'),
-    Refusal('context', 'add_continuous_pred_head', 'its loss compares neighbours, which may lie in two slices'),
-    Refusal('pipeline', 'ff_router_balance', 'all processes count together how often experts are chosen', allowed=is_loss),
-    Refusal('pipeline', 'add_attn_z_loss', 'it reads the attention maps of all layers'),
-    Refusal('pipeline', 'layer_dropout', 'what a layer that is left out hands on is missing in the next stage'),
-    Refusal('pipeline', 'recycling', AGAIN),
-    Refusal('pipeline', 'looped', AGAIN),
-    Refusal('pipeline', 'add_continuous_pred_head', 'it compares with the embeddings, which the first stage has'),
-)
+
+def said_at(prefix: str, cls: type[Flags], kind: str) -> Iterator[Refusal]:
+    """What the fields of a class say of one kind of parallelism."""
+    for name, field in cls.flag_fields().items():
+        said = field.metadata['refused'].get(kind)
+        if said is not None:
+            reason, fine = (said, None) if isinstance(said, str) else said
+            yield Refusal(kind, prefix + name, reason, fine)
+
+
+# a flag that gives other numbers under one of these kinds, or cannot run, says so at its field
+REFUSALS = tuple(row for kind in KINDS for prefix, cls in OWNERS for row in said_at(prefix, cls, kind))
 
 # what modules are told without the name of their branch in front
 BRANCHES: tuple[tuple[str, type[nn.Module]], ...] = (('attn_', Attention), ('ff_', FeedForward))
@@ -145,7 +88,7 @@ def is_set(model: nn.Module, refusal: Refusal) -> bool:
     return any(differs(module, refusal.flag, refusal.allowed) for module in model.modules())
 
 
-def differs(module: Any, name: str, allowed: Callable[[Any], bool] | None) -> bool:
+def differs(module: Any, name: str, allowed: type | None) -> bool:
     """Whether a flag of the module has another value than its default, and none that is allowed."""
     flags: Any = getattr(module, 'flags', None)
     field = type(flags).flag_fields().get(name) if hasattr(type(flags), 'flag_fields') else None
@@ -154,7 +97,7 @@ def differs(module: Any, name: str, allowed: Callable[[Any], bool] | None) -> bo
         value, usual = getattr(module, name, False) is True, False
     else:
         value, usual = getattr(flags, name), default_of(field)
-    return bool(value != usual) and not (allowed is not None and allowed(value))
+    return bool(value != usual) and not (allowed is not None and isinstance(value, allowed))
 
 
 def option_refusals(

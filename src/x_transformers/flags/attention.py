@@ -16,6 +16,7 @@ from torch import nn
 
 from x_transformers.flags.base import flag
 from x_transformers.flags.projections import ProjectionFlags
+from x_transformers.flags.reasons import MIXES, STATE, SUMS
 from x_transformers.flags.rule import Rule
 from x_transformers.flags.scores import CAUSAL, COMPOSABLE, COPE, PATH
 
@@ -71,7 +72,7 @@ class AttentionFlags(ProjectionFlags):
     data_dependent_alibi: bool = flag(
         False, 'Forgetting attention: a distance penalty from learned gates of the tokens between.', paper=FORGETTING,
         self_only=True, formula='s_ij ← s_ij + Σ_{j < t ≤ i} log σ(f_t)', traits=('own_keys', 'built_causal'),
-        family='positions',
+        family='positions', refused={'context': SUMS},
     )  # fmt: skip
     data_dependent_alibi_per_row: bool = flag(
         False, 'The gates depend on the query too.', paper=FORGETTING, parent='data_dependent_alibi', self_only=True,
@@ -114,8 +115,9 @@ class AttentionFlags(ProjectionFlags):
         False, 'Contextual positions mix all position embeddings by nearness.', paper=COPE, parent='use_cope', self_only=True
     )
     cope_talking_heads: bool = flag(
-        False, 'Mix the heads before contextual positions are counted.', parent='use_cope', self_only=True
-    )
+        False, 'Mix the heads before contextual positions are counted.', parent='use_cope', self_only=True,
+        refused={'tensor': MIXES},
+    )  # fmt: skip
     use_rel_proj_pos_bias: bool = flag(
         False, 'Relative projected bias: each query mixes learned functions of the distance into its own bias.', since='2.24.0',
         self_only=True, family='positions',
@@ -133,10 +135,11 @@ class AttentionFlags(ProjectionFlags):
     orthog_projected_values: bool = flag(
         False, "Give the output without its component along the token's own values.", paper=BELIEF, self_only=True,
         formula='o ← o − (o · v̂) v̂, v̂ = v / |v|', traits='own_keys', family='values',
+        refused={'tensor': 'it takes all heads as one vector'},
     )  # fmt: skip
     orthog_projected_values_per_head: bool = flag(
         False, 'The same, and as in 2.16.1 over all heads too; with both flags the output is given twice.', paper=BELIEF,
-        self_only=True, traits='own_keys', family='values',
+        self_only=True, traits='own_keys', family='values', refused={'tensor': 'it takes all heads as one vector'},
     )  # fmt: skip
     laser: bool = flag(
         False, 'Attend over the exponentials of the values and take the logarithm.', paper=LASER,
@@ -162,7 +165,7 @@ class AttentionFlags(ProjectionFlags):
     )
     latent_rope_subheads: int | None = flag(
         None, 'This many key heads bypass the latent and carry the rotary positions.', paper=LATENT, parent='use_latent_kv',
-        low=1,
+        low=1, refused={'tensor': 'heads of two kinds stand one behind the other'},
         rules=(
             Rule(
                 ('latent_rope_subheads', 'heads'),
@@ -175,7 +178,8 @@ class AttentionFlags(ProjectionFlags):
     )  # fmt: skip
     hybrid_module: nn.Module | None = flag(
         None, 'A module that runs beside attention and is averaged with it; it is copied.', paper=HYBRID,
-        traits=('built_causal', 'needs_tokens', 'row_order'), family='values', example=nn.Identity(),
+        traits=('built_causal', 'needs_tokens', 'row_order'), example=nn.Identity(), family='values',
+        refused={'tensor': 'its output is for all heads, of which each process has some', 'context': STATE},
     )  # fmt: skip
     hybrid_mask_kwarg: str | None = flag(
         None, "Name of the module's keyword that takes the padding mask, if the layer is not causal.", parent='hybrid_module'
@@ -209,13 +213,14 @@ class AttentionFlags(ProjectionFlags):
     composable: bool = flag(
         False, 'Dynamically composed heads: scores, and weights, of all heads are mixed by matrices of low rank and by gates '
         'that each query and each key makes of its token; they start as plain attention.', paper=COMPOSABLE, since='here',
-        family='weights',
+        family='weights', refused={'tensor': MIXES},
     )  # fmt: skip
     composable_rank: int = flag(2, 'Rank of these matrices.', paper=COMPOSABLE, parent='composable', low=1, since='here')
     path: bool = flag(
         False, 'PaTH: a query meets a key through a Householder-like factor, I - β w wᵀ, of each token behind the key up to '
         'its own; w is made through a narrow middle and a convolution over three tokens, per key head.', paper=PATH,
         self_only=True, since='here', traits=('own_keys', 'built_causal'), family='positions',
+        refused={'tensor': 'one narrow middle serves all key heads'},
         needs={'causal': ('a path leads from a key to a later query', CAUSAL + '[path].')},
         excludes={'l2_distance': 'the path is one of products, not of distances'},
     )  # fmt: skip

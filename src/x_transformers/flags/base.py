@@ -52,11 +52,13 @@ TRAITS = {
     'built_causal': 'it is built for a layer that is causal, or for one that is not: a call cannot choose',
     'needs_tokens': 'it chooses among keys, or runs over tokens: a sequence without tokens is refused',
     'row_order': 'it passes something from row to row, whatever positions and masks say; so do all that are self_only',
+    'asked_for': 'a caller of the model asks for what it gives, which nobody does of a part of an encoder-decoder',
     'across_layers': 'it makes something for all layers together: they cannot be exchanged for those of another kind',
     'no_cache': 'outputs of seen tokens depend on new ones, or on rows that no cache holds: a model cannot go on from one',
     'entering': 'it decides what enters a layer',
     'no_blocks': 'it leaves no blocks in their own order: a call cannot repeat some',
     'of_logits': 'it acts on the logits, or makes them',
+    'of_outputs': 'it makes other outputs than the embedding of each token, or another number of logits',
 }
 
 
@@ -69,6 +71,17 @@ GROUPS = {
     'pool': 'each makes the output out of all tokens in its own way',
     'residual': 'each is a way to write a branch back to the residual',
     'weights': 'only one of them can be had',
+}
+
+# situations in which a flag may be refused, each with its reason at the field
+SITUATIONS = {
+    'tensor': 'heads and features are shared by processes',
+    'sequence parallel': 'so are the rows between them',
+    'context': 'each process has a slice of the sequence',
+    'pipeline': 'each process has some of the layers',
+    'per token': 'an objective reads a prediction for each token',
+    'told nothing': 'a net is given nothing but tokens',
+    'twice': 'each token stands in two rows, told apart by positions and a mask only',
 }
 
 Names = str | tuple[str, ...]
@@ -104,20 +117,26 @@ class Said(TypedDict, total=False):
     needs: Mapping[str, Why]  # it cannot be on without this one
     rules: tuple[Any, ...]  # each a Rule of ``rule.py``: what else it excludes
     alike: tuple[Any, ...]  # rules of stacks whose layers differ: what must be the same in all of them
+    refused: Mapping[str, str | tuple[str, type]]  # in which of SITUATIONS, and why; values of that type are no matter
     example: Any  # a value that switches it on, where its default does not tell one
 
 
 UNSAID: Said = {
     'paper': None, 'parent': None, 'low': None, 'high': None, 'above': None, 'below': None, 'among': None, 'since': '2.16.1',
     'self_only': False, 'one_of': None, 'traits': (), 'each': None, 'often': False, 'formula': None, 'family': None,
-    'excludes': {}, 'idle_with': {}, 'needs': {}, 'rules': (), 'alike': (), 'example': None,
+    'excludes': {}, 'idle_with': {}, 'needs': {}, 'rules': (), 'alike': (), 'refused': {}, 'example': None,
 }  # fmt: skip
 
 
 def flag(default: Any, says: str, **more: Unpack[Said]) -> Any:
     """One flag, as a dataclass field: its default, its sentence, and what else is to be said of it."""
-    for word, given, known in (('traits', more.get('traits', ()), TRAITS), ('one_of', more.get('one_of'), GROUPS)):
-        if unknown := set(as_tuple(given)) - set(known):
+    words = (
+        ('traits', as_tuple(more.get('traits')), TRAITS),
+        ('one_of', as_tuple(more.get('one_of')), GROUPS),
+        ('refused', more.get('refused', ()), SITUATIONS),
+    )
+    for word, given, known in words:
+        if unknown := set(given) - set(known):
             raise ValueError(
                 f'{word} must be among {", ".join(known)}, got {", ".join(sorted(unknown))}. Describe new ones there.'
             )

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from x_transformers.flags.base import Flags, flag
+from x_transformers.flags.reasons import DRAWS, DROPS, UNIT, UNKNOWN
 from x_transformers.flags.rule import Rule
 
 ACTIVATIONS = ('relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu')
@@ -45,10 +46,12 @@ class FeedForwardFlags(Flags):
     solu: bool = flag(
         False, 'Softmax linear units: LayerNorm(softmax(x) x).', paper='https://transformer-circuits.pub/2022/solu/index.html',
         formula='LayerNorm(softmax(x) ⊙ x)', one_of='activation',
+        refused={'tensor': 'it norms all inner features, of which each process has some'},
     )  # fmt: skip
     custom_activation: Callable[..., Any] | str | None = flag(
         None, "Your own activation; it is copied. Or the name of one: 'relu', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'.",
-        idle_with={'activation': 'your own activation takes the place of the other, which would do nothing'}, example=abs,
+        example=abs, refused={'tensor': (UNKNOWN, str)},
+        idle_with={'activation': 'your own activation takes the place of the other, which would do nothing'},
         rules=(
             Rule(
                 ('custom_activation',),
@@ -58,9 +61,14 @@ class FeedForwardFlags(Flags):
             ),
         ),
     )  # fmt: skip
-    post_act_ln: bool = flag(False, 'Layer norm after the activation.', paper='https://arxiv.org/abs/2110.09456')
-    dropout: float = flag(0.0, 'Dropout on the hidden layer.', low=0.0, high=1.0, often=True)
-    sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0)
+    post_act_ln: bool = flag(
+        False, 'Layer norm after the activation.', paper='https://arxiv.org/abs/2110.09456',
+        refused={'tensor': 'it norms all inner features, of which each process has some'},
+    )  # fmt: skip
+    dropout: float = flag(
+        0.0, 'Dropout on the hidden layer.', low=0.0, high=1.0, often=True, refused={'tensor': DROPS, 'context': DRAWS},
+    )  # fmt: skip
+    sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0, refused={'context': DRAWS})
     no_bias: bool = flag(False, 'No biases, except in the projection of a gated linear unit.')
     zero_init_output: bool = flag(False, 'The output projection starts at zero.')
 
@@ -113,6 +121,7 @@ class FeedForwardFlags(Flags):
     unit_weights: bool = flag(
         False, 'Weights have unit length, there are no biases, and hidden units have learned gains; what enters the activation '
         'is times the root of the width, too. `ngpt` turns it on.', paper='https://arxiv.org/abs/2410.01131', since='here',
+        refused={'tensor': UNIT},
         excludes={
             ('experts', 'zero_init_output', 'output_proj_depth'): (
                 'weights of plain linear maps have unit length, from the start'
@@ -120,8 +129,8 @@ class FeedForwardFlags(Flags):
         },
     )  # fmt: skip
     experts: int | None = flag(
-        None, 'Mixture of experts: so many feed-forwards, of which each token goes through a few; none is full.',
-        paper=EXPERTS, since='here', low=2,
+        None, 'Mixture of experts: so many feed-forwards, of which each token goes through a few; none is full.', paper=EXPERTS,
+        since='here', low=2, refused={'context': 'their load is balanced over whole sequences'},
     )  # fmt: skip
     experts_active: int = flag(
         2, 'Through how many experts a token goes.', paper=EXPERTS, parent='experts', since='here', low=1,
@@ -160,6 +169,7 @@ class FeedForwardFlags(Flags):
     router_balance: str = flag(
         'loss', "What keeps experts in balance: a 'loss', a 'bias' that `balance_experts_` moves after each step, or 'none'.",
         paper=(EXPERTS, BIASED), parent='experts', since='here', among=('loss', 'bias', 'none'),
+        refused={'pipeline': 'all processes count together how often experts are chosen'},
     )  # fmt: skip
     router_balance_weight: float = flag(
         0.01, 'Weight of that loss.', paper=EXPERTS, parent='experts', since='here', low=0.0,

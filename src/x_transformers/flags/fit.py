@@ -14,58 +14,17 @@ from torch import Tensor, nn
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.feedforward import FeedForwardFlags
-from x_transformers.flags.rule import Rule, broken_rules, how_many
+from x_transformers.flags.rule import Rule, broken_rules, how_many, refused_in
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.flags.wrapper_rules import ALONE_RULES, OnStack
 from x_transformers.notices import warn_inert, written
 
-POOLS = WrapperFlags.one_of('pool')
-
 # rules of a net whose outputs are predictions of single tokens
-PER_TOKEN_RULES = (
-    Rule(
-        POOLS,
-        lambda both, dim: how_many(both, POOLS) > 0,
-        'there is an output for the whole sequence, and none for each token, which this needs',
-        {'average_pool_embed': True},
-        'Leave it out.',
-        only_changed=True,
-    ),
-    Rule(
-        ('num_output_heads',),
-        lambda both, dim: both.num_output_heads > 1,
-        'there are several outputs for a token, and this needs one (num_output_heads=1)',
-        {'num_output_heads': 2},
-        'Leave it out.',
-    ),
-    Rule(
-        ('return_only_embed',),
-        lambda both, dim: both.return_only_embed,
-        'there are no logits',
-        {'return_only_embed': True},
-        'Leave it out.',
-    ),
-)
+PER_TOKEN_RULES = refused_in(WrapperFlags, 'per token')
 
 # rules of a net that is given nothing but tokens
-TOLD_NOTHING_RULES = (
-    *ALONE_RULES,
-    Rule(
-        ('recycling',),
-        lambda both, dim: both.recycling,
-        'a call must say how often the output is fed back, and nobody can say it here',
-        {'recycling': True},
-        'Leave it out.',
-    ),
-    Rule(
-        ('embed_num_tokens',),
-        lambda both, dim: bool(both.embed_num_tokens),
-        'a call must give ids for these embeddings, and nobody can give them here',
-        {'embed_num_tokens': {'kind': 2}},
-        'Leave it out.',
-    ),
-)
+TOLD_NOTHING_RULES = (*ALONE_RULES, *refused_in(WrapperFlags, 'told nothing'))
 
 
 # what passes something from token to token by the order of the rows, whatever their positions and the mask say
@@ -97,27 +56,7 @@ TWICE_RULES = (
 
 # the same of the model around it
 TWICE_MODEL_RULES = (
-    Rule(
-        ('num_memory_tokens',),
-        lambda both, dim: bool(both.num_memory_tokens),
-        'memory tokens see all tokens and are seen by all, so that they would show what is to be predicted',
-        {'num_memory_tokens': 2},
-        'Leave it out.',
-    ),
-    Rule(
-        ('smear',),
-        lambda both, dim: both.smear,
-        'the embedding in the row before is mixed in, and here each token stands in two rows',
-        {'smear': True},
-        'Leave it out.',
-    ),
-    Rule(
-        ('bigram_hash_embed',),
-        lambda both, dim: both.bigram_hash_embed is not None,
-        'pairs are made with the token in the row before, and here each token stands in two rows',
-        {'bigram_hash_embed': 13},
-        'Leave it out.',
-    ),
+    *refused_in(WrapperFlags, 'twice'),
     Rule(
         ('randomized_positions',),
         lambda both, dim: both.randomized_positions is not None,

@@ -12,6 +12,7 @@ from typing import Any
 
 from x_transformers.flags.base import flag
 from x_transformers.flags.positions import PositionFlags
+from x_transformers.flags.reasons import STATE
 from x_transformers.flags.rule import Rule
 
 MIXERS = ('gated_delta_rule', 'gated_linear_attention')
@@ -70,7 +71,7 @@ class LayoutFlags(PositionFlags):
         "What layers 'm' of custom_layers are: 'gated_delta_rule', 'gated_linear_attention', or a class or function that makes "
         'of the width a module with forward(x, state) -> (y, state).',
         paper=('https://arxiv.org/abs/2412.06464', 'https://arxiv.org/abs/2312.06635'), since='here', each='mixer',
-        traits='row_order', example='gated_delta_rule', family='layers',
+        traits='row_order', example='gated_delta_rule', family='layers', refused={'context': STATE},
         rules=(
             Rule(
                 ('mixer', 'custom_layers'),

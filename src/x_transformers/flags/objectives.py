@@ -74,7 +74,14 @@ class AutoregressiveOptions(Options):
     ignore_index: int = ignored_targets()
     pad_value: int = in_place_of_ignored()
     mask_prob: float = flag(0.0, 'Share of the tokens that nobody may attend to.', low=0.0, below=1.0)
-    add_attn_z_loss: bool = flag(False, 'Add the z-loss of the attention.')
+    add_attn_z_loss: bool = flag(
+        False, 'Add the z-loss of the attention.',
+        refused={
+            'tensor': 'it reads the attention maps of all heads',
+            'context': 'it is a mean over the whole sequence',
+            'pipeline': 'it reads the attention maps of all layers',
+        },
+    )  # fmt: skip
     next_embed_loss_weight: float = flag(
         0.1, 'Weight of the loss on the next embedding.', parent='add_continuous_pred_head'
     )  # fmt: skip

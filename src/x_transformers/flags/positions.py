@@ -118,8 +118,9 @@ class PositionFlags(NormFlags):
         ),
     )  # fmt: skip
     rotate_num_heads: int | None = flag(
-        None, 'Rotate only this many heads of self attention, the last ones.', parent=ANY_ROTARY, low=1, each='attention'
-    )
+        None, 'Rotate only this many heads of self attention, the last ones.', parent=ANY_ROTARY, low=1, each='attention',
+        refused={'tensor': 'the last of all heads are counted'},
+    )  # fmt: skip
     polar_pos_emb: bool = flag(
         False, 'Polar positions: content sets the length, position the angle.', paper=POLAR, family='positions',
         excludes={
@@ -166,6 +167,7 @@ class PositionFlags(NormFlags):
     rotary_axes_mixed: bool = flag(
         False, 'Each pair turns by a learned sum over the axes, of its own in each layer and key head; it starts along random '
         'orthogonal directions.', paper=GRID, parent='rotary_axes', since='here',
+        refused={'tensor': 'each key head turns in its own way, and positions are made for all of them'},
         excludes={
             ('rotate_num_heads', 'attn_latent_rope_subheads'): 'each head turns in its own way, so all of them turn',
             'kv_share_every': 'each layer turns its queries and keys in its own way',

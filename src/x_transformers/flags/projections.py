@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from x_transformers.flags.base import flag
+from x_transformers.flags.reasons import DRAWS, UNIT
 from x_transformers.flags.rule import Rule
 from x_transformers.flags.scores import LATER, SDP_BACKENDS, SDP_KWARGS, ScoreFlags
 
@@ -110,7 +111,9 @@ class ProjectionFlags(ScoreFlags):
         paper='https://arxiv.org/abs/1908.06954', family='values',
     )  # fmt: skip
     zero_init_output: bool = flag(False, 'The output projection starts at zero.', family='heads')
-    sublayer_dropout: float = flag(0.0, "Dropout on the layer's output.", low=0.0, high=1.0, family='heads')
+    sublayer_dropout: float = flag(
+        0.0, "Dropout on the layer's output.", low=0.0, high=1.0, family='heads', refused={'context': DRAWS},
+    )  # fmt: skip
     qkv_bias: bool | tuple[str, ...] = flag(
         False, "Biases in the projections of queries, keys and values; or only in those named: ('q', 'v').", since='here',
         family='heads',
@@ -141,6 +144,7 @@ class ProjectionFlags(ScoreFlags):
     unit_weights: bool = flag(
         False, 'Weights, queries and keys have unit length, scores are times the root of dim_head and the square of a learned '
         'gain per head and channel, behind the rotation. `ngpt` turns it on.', paper=NGPT, since='here', family='heads',
+        refused={'tensor': UNIT},
         excludes={
             (
                 'qk_norm', 'qk_rmsnorm', 'k_rmsnorm', 'use_latent_q', 'use_latent_kv', 'tensor_product', 'on_attn',
@@ -172,7 +176,8 @@ class ProjectionFlags(ScoreFlags):
     )
     output_gate: bool = flag(
         False, 'A gate on the aggregated values that is made of them, too; one with that of `gate_values` if both are on.',
-        paper=HYBRID_GATES, since=LATER, family='values'
+        paper=HYBRID_GATES, since=LATER, family='values',
+        refused={'tensor': 'it reads all heads, of which each process has some'},
     )  # fmt: skip
     output_gate_rank: int | None = flag(
         None, 'This gate is made through so many channels.', paper=HYBRID_GATES, parent='output_gate', since=LATER, low=1,
@@ -197,6 +202,7 @@ class ProjectionFlags(ScoreFlags):
         False, 'Differential attention: neighbouring heads are a pair that shares its two values side by side, and gives the '
         'difference of its two softmaxes, the second times a learned λ, then an RMS norm and the factor 1 - λ_init.',
         paper=DIFFERENTIAL, since='here', family='weights',
+        refused={'tensor': 'heads come in pairs, of which each process may have one'},
         rules=(
             Rule(
                 ('differential', 'heads', 'kv_heads', 'one_kv_head'),
@@ -214,7 +220,7 @@ class ProjectionFlags(ScoreFlags):
     tensor_product: bool = flag(
         False, 'Tensor product attention: queries, keys and values are means of outer products of a vector over heads and one '
         'over channels, both made of the token; the cache keeps the vectors of keys and values.', paper=TENSOR_PRODUCT,
-        since='here', family='heads',
+        since='here', family='heads', refused={'tensor': 'the factors of all heads lie side by side'},
         excludes={
             ('use_latent_q', 'use_latent_kv', 'qkv_bias'): (
                 'outer products take the place of the projections, and are latents already'
@@ -230,6 +236,7 @@ class ProjectionFlags(ScoreFlags):
     )  # fmt: skip
     project_out: bool | None = flag(
         None, 'False: no output projection, the heads side by side are the output.', since=LATER, family='heads',
+        refused={'tensor': 'its output would be some heads only'},
         rules=(
             Rule(
                 ('project_out',),

@@ -13,6 +13,7 @@ from typing import Any
 
 from x_transformers.flags.base import flag
 from x_transformers.flags.layouts import LayoutFlags
+from x_transformers.flags.reasons import DRAWS, SUMS, UNIT
 from x_transformers.flags.rule import Rule
 
 NGPT = 'https://arxiv.org/abs/2410.01131'
@@ -110,10 +111,15 @@ class ResidualFlags(LayoutFlags):
     layer_dropout: float | tuple[float, ...] = flag(
         0.0, 'In training, leave out layers with this probability; one or per layer.', paper='https://arxiv.org/abs/1603.09382',
         low=0.0, high=1.0, each='layer', family='layers',
+        refused={
+            'context': 'a slice that follows others drops no layer',
+            'pipeline': 'what a layer that is left out hands on is missing in the next stage',
+        },
     )  # fmt: skip
     cross_attn_tokens_dropout: float = flag(
-        0.0, 'In training, drop this fraction of the context.', parent='cross_attend', low=0.0, high=1.0
-    )
+        0.0, 'In training, drop this fraction of the context.', parent='cross_attend', low=0.0, high=1.0,
+        refused={'context': DRAWS},
+    )  # fmt: skip
     disable_abs_pos_emb: bool | None = flag(
         None,
         'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.',
@@ -170,6 +176,7 @@ class ResidualFlags(LayoutFlags):
     mv_split_residual: bool = flag(
         False, 'The mean over time (so far, in causal stacks) and the deviation from it are written by different factors.',
         paper='https://arxiv.org/abs/2605.06169', since='2.19.0', one_of='residual', traits='row_order', family='residuals',
+        refused={'sequence parallel': 'its residual is a mean over all rows before', 'context': SUMS},
         excludes={'attn_flash_pack_seq': 'its means would run over all sequences of a row'},
         rules=(
             Rule(
@@ -214,6 +221,7 @@ class ResidualFlags(LayoutFlags):
         "in feed-forwards; each branch turns the stream by a learned share per channel, which starts at 0.05 ('rate' of "
         'residual_fn_kwargs). Weights keep their length by `normalize_weights_()` after each step of an optimizer.', paper=NGPT,
         since='here', one_of='residual', formula='x ← norm(x + |α| (norm(branch(x)) − x))', family='residuals',
+        refused={'tensor': UNIT},
         excludes={
             (
                 'norm', 'sandwich_norm', 'pre_and_post_norm', 'layer_norm_scaling', 'scale_residual', 'scale_residual_constant',

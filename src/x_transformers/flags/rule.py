@@ -107,6 +107,16 @@ def alike_of(cls: Any) -> tuple[Rule, ...]:
     return tuple(rule for its_field in cls.flag_fields().values() for rule in its_field.metadata['alike'])
 
 
+def refused_in(cls: type[Flags], situation: str) -> tuple[Rule, ...]:
+    """A rule for each flag that is refused in this one of ``SITUATIONS``."""
+    reasons = {name: its_field.metadata['refused'].get(situation) for name, its_field in cls.flag_fields().items()}
+    return tuple(unfit(cls, name, why) for name, why in reasons.items() if why is not None)
+
+
+def unfit(cls: type[Flags], name: str, why: str) -> Rule:
+    return Rule((name,), lambda flags, dim: is_on(flags, name), why, cls.switched_on(name), 'Leave it out.')
+
+
 def said_by(cls: type[Flags], name: str) -> Iterable[Rule]:
     """A field that is shared by several classes may name flags that this one does not have: such rules are left out."""
     said = cls.flag_fields()[name].metadata

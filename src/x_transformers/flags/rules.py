@@ -17,7 +17,7 @@ from x_transformers.flags.parts import SET_BY_STACK
 from x_transformers.flags.rule import Name, Rule, broken_rules, orphans, out_of_range, rules_of
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.stack_rules import SAME_IN_ALL_LAYERS, STACK_RULES
-from x_transformers.flags.wrapper import VisionFlags
+from x_transformers.flags.vision import VisionFlags
 from x_transformers.flags.wrapper_rules import ALONE_RULES, OnStack, grid_refusals
 from x_transformers.layers.plan import plan_layers
 from x_transformers.notices import warn_inert, written

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from x_transformers.flags.base import Flags, flag
+from x_transformers.flags.reasons import DRAWS, DROPS, MIXES, UNKNOWN
 from x_transformers.flags.rule import Rule
 
 LATER = '2.31.10'
@@ -32,18 +33,22 @@ class ScoreFlags(Flags):
     causal: bool = flag(False, 'A query sees no key to its right.', family='positions')
     flash: bool = flag(False, 'Insist on a fused kernel; without it the best kernel for these flags is chosen.',
                        paper='https://arxiv.org/abs/2205.14135', family='kernels')  # fmt: skip
-    dropout: float = flag(0.0, 'Dropout on the attention weights.', low=0.0, high=1.0, often=True, family='weights')
+    dropout: float = flag(
+        0.0, 'Dropout on the attention weights.', low=0.0, high=1.0, often=True, family='weights',
+        refused={'tensor': DROPS, 'context': DRAWS},
+    )  # fmt: skip
     pre_talking_heads: bool = flag(
         False, 'Add a mixture of the scores over the heads to the scores.', paper=TALKING,
-        formula='s_h ← s_h + Σ_g W[h, g] s_g, before the softmax', family='weights',
+        formula='s_h ← s_h + Σ_g W[h, g] s_g, before the softmax', family='weights', refused={'tensor': MIXES},
     )  # fmt: skip
     post_talking_heads: bool = flag(
         False, 'Mix the weights over the heads.', paper=TALKING, formula='w_h ← Σ_g W[h, g] w_g, after the softmax',
-        family='weights',
+        family='weights', refused={'tensor': MIXES},
     )  # fmt: skip
     pre_scale_post_talking_heads: bool = flag(
-        False, 'Multiply the weights by a mixture over the heads of the scores.', paper=TALKING, family='weights'
-    )
+        False, 'Multiply the weights by a mixture over the heads of the scores.', paper=TALKING, family='weights',
+        refused={'tensor': MIXES},
+    )  # fmt: skip
     sparse_topk: int | None = flag(
         None, 'Keep the highest scores of each query, this many (ties are all kept).', paper=TOPK, low=1, one_of='weights',
         formula='w_ij = softmax of the k highest s_ij of a query, 0 elsewhere', family='weights',
@@ -67,13 +72,17 @@ class ScoreFlags(Flags):
     gumbel_softmax: bool = flag(
         False, 'Weights are sampled with Gumbel noise, in evaluation too.', paper='https://arxiv.org/abs/1611.01144',
         one_of='weights', formula='w_ij = softmax_j((s_ij + g_ij) / τ), g = −log(−log u)', traits='needs_tokens',
-        family='weights',
+        family='weights', refused={'tensor': 'other noise would be drawn than in one process', 'context': DRAWS},
     )  # fmt: skip
     gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax', above=0)
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
     selective: bool = flag(
         False, 'Tokens, through the first head, lower what later tokens may see of earlier ones.',
         paper='https://arxiv.org/abs/2410.02703', self_only=True, traits=('built_causal', 'needs_tokens'), family='weights',
+        refused={
+            'tensor': 'the first head decides for all, and one process has it',
+            'context': 'what earlier queries see is not gathered',
+        },
         needs={'causal': ('what a token takes away from later ones is defined for causal attention', CAUSAL + '[selective].')},
     )  # fmt: skip
     cog_signed: bool = flag(
@@ -81,8 +90,9 @@ class ScoreFlags(Flags):
         formula='w_ij = sign(s_ij) · softmax_j |s_ij|', family='weights',
     )  # fmt: skip
     custom_attn_fn: Callable[..., Any] | None = flag(
-        None, 'Your own function from scores to weights.', family='weights',
-        excludes={'weights': 'your own function takes the place of the other, which would do nothing'}, example=abs,
+        None, 'Your own function from scores to weights.', example=abs, family='weights',
+        refused={'tensor': UNKNOWN, 'context': 'it may look at other slices'},
+        excludes={'weights': 'your own function takes the place of the other, which would do nothing'},
     )  # fmt: skip
     add_zero_kv: bool = flag(False, 'One key and value of zeros, so that a head can look at nothing.',
                              paper='https://www.evanmiller.org/attention-is-off-by-one.html',

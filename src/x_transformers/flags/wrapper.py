@@ -1,11 +1,10 @@
-"""The flags of the models around a stack: tokens and images. Their rules are asked with the flags of the stack (``OnStack``).
+"""The flags of a model of tokens around a stack. Their rules are asked with the flags of the stack (``OnStack``).
 
 Derived, WrapperFlags: ``num_mem_tokens`` (memory tokens as a number).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import nn
 
 from x_transformers.flags.base import REQUIRED, Flags, flag
 from x_transformers.flags.feedforward import ACTIVATIONS
+from x_transformers.flags.reasons import AGAIN, BEFORE, DRAWS, WHOLE
 from x_transformers.flags.rule import Rule, how_many
 
 XL = 'https://arxiv.org/abs/1901.02860'
@@ -36,7 +36,8 @@ class WrapperFlags(Flags):
     )
     attn_layers: nn.Module = flag(REQUIRED, 'The stack: Encoder, Decoder, PrefixDecoder or CrossAttender.', family='embedding')
     embed_num_tokens: Mapping[str, int] = flag(
-        {}, 'More embeddings that are summed in: name and size of each vocabulary.', family='embedding',
+        {}, 'More embeddings that are summed in: name and size of each vocabulary.', example={'kind': 2}, family='embedding',
+        refused={'told nothing': 'a call must give ids for these embeddings, and nobody can give them here'},
         rules=(
             Rule(
                 ('embed_num_tokens',),
@@ -48,7 +49,8 @@ class WrapperFlags(Flags):
     )  # fmt: skip
     emb_dim: int | None = flag(None, "Width of the embeddings; None: the stack's width.", low=1, family='embedding')
     max_mem_len: int = flag(
-        0, 'Number of hidden states kept per layer as memories for the next segment.', paper=XL, low=0, family='memories',
+        0, 'Number of hidden states kept per layer as memories for the next segment.', paper=XL, low=0, traits='asked_for',
+        family='memories',
         excludes={
             'value_embed': (
                 'a memory is a state of the stream, and the token that its values would be made of is not known any more'
@@ -69,13 +71,19 @@ class WrapperFlags(Flags):
     )  # fmt: skip
     shift_mem_down: int = flag(
         0, 'Layers look at the memories of the layer this far above.', paper='https://arxiv.org/abs/2012.15688', low=0,
-        family='memories',
+        traits='asked_for', family='memories',
     )  # fmt: skip
-    emb_dropout: float = flag(0.0, 'Dropout on the embeddings.', low=0.0, high=1.0, family='embedding')
+    emb_dropout: float = flag(
+        0.0, 'Dropout on the embeddings.', low=0.0, high=1.0, family='embedding', refused={'context': DRAWS},
+    )  # fmt: skip
     post_emb_norm: bool = flag(False, 'Layer norm of the embeddings.', family='embedding')
     num_memory_tokens: int | None = flag(
-        None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0, traits='no_cache', family='memories'
-    )
+        None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0, traits='no_cache', family='memories',
+        refused={
+            'context': 'the first slice alone would have them',
+            'twice': 'memory tokens see all tokens and are seen by all, so that they would show what is to be predicted',
+        },
+    )  # fmt: skip
     memory_tokens_interspersed_every: int | None = flag(
         None, 'Put the memory tokens in front of every window of this many tokens.', parent='num_memory_tokens', low=1,
         rules=(
@@ -111,18 +119,20 @@ class WrapperFlags(Flags):
             ),
         ),
     )  # fmt: skip
-    logits_dim: int | None = flag(None, 'Number of logits; None: num_tokens.', low=1, family='output')
+    logits_dim: int | None = flag(None, 'Number of logits; None: num_tokens.', low=1, traits='of_outputs', family='output')
     return_only_embed: bool = flag(
-        False, 'No logits: the model returns its embeddings.', family='output',
+        False, 'No logits: the model returns its embeddings.', family='output', refused={'per token': 'there are no logits'},
         idle_with={'of_logits': 'there are no logits that it could act on'},
     )  # fmt: skip
     num_output_heads: int = flag(
-        1, 'Number of heads; with several the logits are a tuple.', low=1, family='output', one_of='head', traits='of_logits',
+        1, 'Number of heads; with several the logits are a tuple.', low=1, one_of='head', traits='of_logits', family='output',
+        refused={'per token': 'there are several outputs for a token, and this needs one (num_output_heads=1)'},
     )  # fmt: skip
     multi_token_heads: int = flag(
         1, 'Heads for so many next tokens. The first is the usual one; each other is a residual block in front of the same map '
         'to logits. `return_multi_token_logits=True` returns all.', paper='https://arxiv.org/abs/2404.19737', low=1,
-        since='here', family='output', traits='of_logits',
+        since='here', traits=('of_logits', 'of_outputs'), family='output',
+        refused={'context': 'what they are to predict may lie in the next slice'},
         excludes={
             'num_output_heads': 'each head for a later token gives one set of logits',
             'pool': 'there is an output for the whole sequence, and no token that others would follow',
@@ -154,13 +164,18 @@ class WrapperFlags(Flags):
     recycling: bool = flag(
         False, 'Feed the output back into the input several times.', paper='https://www.nature.com/articles/s41586-021-03819-2',
         traits='no_cache', family='memories',
+        refused={
+            'context': AGAIN,
+            'pipeline': AGAIN,
+            'told nothing': 'a call must say how often the output is fed back, and nobody can say it here',
+        },
     )  # fmt: skip
     train_max_recycle_steps: int = flag(
         4, 'In training the number of rounds is drawn from 1 to this.', parent='recycling', low=1
     )
     looped: bool = flag(
         False, 'Run the stack several times on its own output, until a gate says that it is enough.', paper=LOOPED,
-        since='2.31.10', family='memories',
+        since='2.31.10', family='memories', refused={'context': AGAIN, 'pipeline': AGAIN},
         excludes={
             ('recycling', 'num_memory_tokens', 'pool', 'ff_deep_embed'): 'the stack is run on its own output, row by row'
         },
@@ -183,13 +198,15 @@ class WrapperFlags(Flags):
     )  # fmt: skip
     attn_z_loss_weight: float = flag(
         1e-4, 'Weight of the z-loss of the attention scores, when the call asks for it.',
-        paper='https://arxiv.org/abs/2202.08906', family='output',
+        paper='https://arxiv.org/abs/2202.08906', traits='asked_for', family='output',
     )  # fmt: skip
     average_pool_embed: bool = flag(
-        False, 'Logits of the mean of all tokens.', one_of='pool', traits='no_cache', family='output'
-    )
+        False, 'Logits of the mean of all tokens.', one_of='pool', traits='no_cache', family='output',
+        refused={'per token': WHOLE},
+    )  # fmt: skip
     use_cls_token: bool = flag(
         False, 'Logits of learned tokens in front of the sequence.', one_of='pool', traits='no_cache', family='output',
+        refused={'per token': WHOLE},
         rules=(
             Rule(
                 ('use_cls_token',), lambda flags, dim: flags.use_cls_token and flags.left_to_right and flags.has_self_attention,
@@ -199,7 +216,10 @@ class WrapperFlags(Flags):
         ),
     )  # fmt: skip
     num_cls_tokens: int = flag(1, 'Number of these tokens.', parent='use_cls_token', low=1)
-    attn_pool: bool = flag(False, 'Learned queries attend over the output.', one_of='pool', family='output')
+    attn_pool: bool = flag(
+        False, 'Learned queries attend over the output.', one_of='pool', traits='of_outputs', family='output',
+        refused={'per token': WHOLE},
+    )  # fmt: skip
     num_pooled_tokens: int = flag(1, 'Number of these queries.', parent='attn_pool', low=1)
     attn_pool_depth: int = flag(1, 'Depth of the pooling; more than 1: a stack of cross attention.', parent='attn_pool', low=1)
     dim_pooled_tokens: int | None = flag(
@@ -237,8 +257,16 @@ class WrapperFlags(Flags):
     to_logits: Callable[..., Any] | None = flag(
         None, 'Your own head.', family='output', one_of='head', traits='of_logits', example=nn.Identity(),
     )  # fmt: skip
-    add_continuous_pred_head: bool = flag(False, 'A second head that predicts the next embedding.', family='output')
-    input_not_include_cache: bool = flag(False, 'With a cache, the input is always new tokens only.', family='memories')
+    add_continuous_pred_head: bool = flag(
+        False, 'A second head that predicts the next embedding.', traits='of_outputs', family='output',
+        refused={
+            'context': 'its loss compares neighbours, which may lie in two slices',
+            'pipeline': 'it compares with the embeddings, which the first stage has',
+        },
+    )  # fmt: skip
+    input_not_include_cache: bool = flag(
+        False, 'With a cache, the input is always new tokens only.', traits='asked_for', family='memories',
+    )  # fmt: skip
     embed_scale: float | None = flag(
         None, 'Factor on the token embeddings; None: 1.', paper='https://arxiv.org/abs/1706.03762', since='here',
         family='embedding',
@@ -280,12 +308,20 @@ class WrapperFlags(Flags):
 
     smear: bool = flag(
         False, 'Each token embedding gets a learned, gated part of that before it.',
-        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', family='embedding'
+        paper='https://github.com/KellerJordan/modded-nanogpt', since='here', family='embedding',
+        refused={
+            'context': BEFORE,
+            'twice': 'the embedding in the row before is mixed in, and here each token stands in two rows',
+        },
     )  # fmt: skip
 
     bigram_hash_embed: int | None = flag(
         None, 'Rows of a table whose vector for each token and the one before it, found by a hash, is added to the embedding.',
         paper='https://github.com/KellerJordan/modded-nanogpt', since='here', low=2, family='embedding',
+        refused={
+            'context': BEFORE,
+            'twice': 'pairs are made with the token in the row before, and here each token stands in two rows',
+        },
         excludes={'token_emb': 'your own embedding may read anything, and pairs are made of token ids'},
     )  # fmt: skip
 
@@ -309,7 +345,7 @@ class WrapperFlags(Flags):
     randomized_positions: int | None = flag(
         None, 'While training, positions are a sorted random subset of 0 … this - 1, one for the whole batch and drawn anew in '
         'every forward; in evaluation they are counted as usual.', paper='https://arxiv.org/abs/2305.16843', low=1,
-        since='here', family='embedding',
+        since='here', family='embedding', refused={'context': DRAWS},
         excludes={'memory_tokens_interspersed_every': 'memory tokens between the tokens have no positions of their own'},
         rules=(
             Rule(
@@ -344,77 +380,6 @@ class WrapperFlags(Flags):
     @cached_property
     def num_mem_tokens(self) -> int:
         return self.num_memory_tokens or 0
-
-
-def sides(size: int | tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) of what is given by one side or by both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class VisionFlags(Flags):
-    """Every keyword of ``ViTransformerWrapper``."""
-
-    image_size: int | tuple[int, ...] = flag(
-        REQUIRED, 'Side of the image; or its height and width.', low=1,
-        rules=(
-            Rule(
-                ('image_size', 'patch_size'),
-                lambda flags, dim: any(
-                    isinstance(size, tuple) and len(size) != 2 for size in (flags.image_size, flags.patch_size)
-                ),
-                'a size is one side, or height and width', {'image_size': (8, 8, 3), 'patch_size': 4},
-                'Give one number or two.',
-            ),
-            Rule(
-                ('image_size', 'patch_size'),
-                lambda flags, dim: any(
-                    image % patch for image, patch in zip(flags.image_sides, flags.patch_sides, strict=True)
-                ),
-                'patches tile the image', {'image_size': 10, 'patch_size': 4}, 'Choose a divisor of {image_size}.',
-            ),
-        ),
-    )  # fmt: skip
-    patch_size: int | tuple[int, ...] = flag(REQUIRED, 'Side of a patch; or its height and width.', low=1)
-    attn_layers: nn.Module = flag(REQUIRED, 'The stack, usually an Encoder.')
-    channels: int = flag(3, 'Channels of the image.', low=1)
-    num_classes: int | None = flag(None, 'Number of logits; None: the pooled embedding is returned.', low=1)
-    post_emb_norm: bool = flag(False, 'Layer norm of the embedded patches.')
-    num_register_tokens: int = flag(
-        0, 'Learned tokens behind the patches that are dropped afterwards.', paper='https://arxiv.org/abs/2309.16588', low=0
-    )
-    emb_dropout: float = flag(0.0, 'Dropout on the embedded patches.', low=0.0, high=1.0)
-    patch_norm: bool = flag(True, 'Layer norms around the map that embeds patches.', since='here')
-    patch_bias: bool = flag(True, 'A bias in the map that embeds patches.', since='here')
-    use_cls_token: bool = flag(
-        False, 'Logits of a learned token in front of the patches, which has a position too.',
-        paper='https://arxiv.org/abs/2010.11929', since='here',
-    )  # fmt: skip
-    cls_and_mean: bool = flag(
-        False, 'Logits of that token beside the mean of the patches.', paper='https://arxiv.org/abs/2304.07193',
-        parent='use_cls_token', since='here',
-    )  # fmt: skip
-    keep_register_tokens: bool = flag(
-        False, 'The embeddings hold the register tokens too, in front of the patches.', parent='num_register_tokens',
-        since='here',
-    )  # fmt: skip
-
-    @cached_property
-    def image_sides(self) -> tuple[int, int]:
-        return sides(self.image_size)
-
-    @cached_property
-    def patch_sides(self) -> tuple[int, int]:
-        return sides(self.patch_size)
-
-    @cached_property
-    def grid(self) -> tuple[int, ...]:
-        """Patches in a column, and in a row."""
-        return tuple(image // patch for image, patch in zip(self.image_sides, self.patch_sides, strict=True))
-
-    @cached_property
-    def num_patches(self) -> int:
-        return math.prod(self.grid)
 
 
 def of_token_models() -> dict[str, str]:

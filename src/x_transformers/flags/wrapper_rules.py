@@ -9,7 +9,7 @@ from x_transformers.flags.rule import Rule
 from x_transformers.flags.stack import StackFlags
 
 if TYPE_CHECKING:
-    from x_transformers.flags.wrapper import VisionFlags
+    from x_transformers.flags.vision import VisionFlags
 
 
 class OnStack:
