@@ -56,7 +56,8 @@ def flags_of(about: str) -> type[Flags] | None:
     named = re.search(r'(?:the fields\s+of|flags:)\s+``(\w+Flags)``', about)
     if named is None:
         return None
-    modules = (importlib.import_module(f'x_transformers.flags.{name}') for name in ('wrapper', 'vision', 'other_inputs', 'stack'))
+    names = ('wrapper', 'vision', 'other_inputs', 'stack')
+    modules = (importlib.import_module(f'x_transformers.flags.{name}') for name in names)
     return next(getattr(module, named[1]) for module in modules if hasattr(module, named[1]))
 
 
