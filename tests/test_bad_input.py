@@ -25,6 +25,7 @@ from x_transformers import (
     FeedForward,
     InertFlagWarning,
     MultiInputTransformerWrapper,
+    NeoMLP,
     NonAutoregressiveWrapper,
     PrefixDecoder,
     TransformerWrapper,
@@ -602,6 +603,32 @@ def test_a_source_may_be_embeddings_alone() -> None:
 def test_neither_a_stack_nor_an_objective_is_a_model_of_tokens(name: str) -> None:
     refuses(lambda: OBJECTIVES[name](Decoder(**STACK)), name, 'must be a model that reads tokens', 'got a Decoder, a stack')
     refuses(lambda: OBJECTIVES[name](gpt()), name, 'got the objective AutoregressiveWrapper', 'Give its .net')
+
+
+OF_OTHER_INPUTS: dict[str, Callable[[], nn.Module]] = {
+    'vectors': lambda: ContinuousTransformerWrapper(dim_in=3, attn_layers=Decoder(**STACK)),
+    'token ids and their numbers': lambda: XValTransformerWrapper(
+        num_tokens=TOKENS, max_seq_len=LONGEST, numerical_token_id=3, attn_layers=Decoder(**STACK)
+    ),
+    'a dictionary of token ids': lambda: MultiInputTransformerWrapper(
+        num_tokens={'a': 3}, max_seq_len=8, attn_layers=Decoder(**STACK)
+    ),
+    'images': lambda: ViTransformerWrapper(image_size=4, patch_size=2, attn_layers=Encoder(**STACK)),
+    'a number for each input neuron': lambda: NeoMLP(dim_in=2, dim_hidden=2, dim_out=2, dim_model=16, depth=1),
+}
+
+
+@pytest.mark.parametrize('name', ['AutoregressiveWrapper', 'DPO', 'EntropyBasedTokenizer', 'ContinuousAutoregressiveWrapper'])
+@pytest.mark.parametrize('reads', OF_OTHER_INPUTS)
+def test_an_objective_is_given_a_model_of_its_inputs(name: str, reads: str) -> None:
+    if (name, reads) == ('ContinuousAutoregressiveWrapper', 'vectors'):
+        return
+    refuses(lambda: OBJECTIVES[name](OF_OTHER_INPUTS[reads]()), name, 'must be a model that reads', f'which reads {reads}')
+
+
+@pytest.mark.parametrize('name', ['AutoregressiveWrapper', 'DPO', 'EntropyBasedTokenizer'])
+def test_an_objective_without_a_net_is_no_net(name: str) -> None:
+    refuses(lambda: OBJECTIVES[name](pair()), name, 'got a XTransformer, which is an objective')
 
 
 def test_a_stack_is_a_model_of_vectors() -> None:

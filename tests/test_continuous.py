@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder, Encoder, InertFlagWarning
+from x_transformers import (
+    AutoregressiveWrapper,
+    ContinuousAutoregressiveWrapper,
+    ContinuousTransformerWrapper,
+    Decoder,
+    Encoder,
+    InertFlagWarning,
+)
 from x_transformers.continuous import GaussianNLL, masked_mean, sample_from_mean_variance
 from x_transformers.flags.base import FlagError, UnknownFlag
 
@@ -430,3 +437,37 @@ def test_use_identity_if_same_dim_leaves_out_projections(dim_out: int, probabili
     model = ContinuousTransformerWrapper(max_seq_len=8, attn_layers=layers, **flags)
     assert isinstance(model.project_in, nn.Identity)
     assert isinstance(model.project_out, nn.Identity) == (not projects)
+
+
+# ---------------------------------------------------------------- projections of one's own
+
+
+def test_a_projection_of_ones_own_reads_what_it_likes():
+    ids, films = torch.randint(0, 24, (B, N)), torch.randn(B, N, 2, 3, 3)
+    layers = Decoder(**STACK, rotary_pos_emb=True)
+    by_table = ContinuousTransformerWrapper(project_in=nn.Embedding(24, 16), attn_layers=layers).eval()
+    torch.testing.assert_close(by_table(ids), layers(by_table.project_in(ids)))
+    of_films = ContinuousTransformerWrapper(project_in=nn.Sequential(nn.Flatten(2), nn.Linear(18, 16)), attn_layers=layers)
+    torch.testing.assert_close(of_films(films), layers(of_films.project_in(films)))
+    logits = ContinuousTransformerWrapper(project_in=nn.Embedding(24, 16), dim_out=24, attn_layers=layers)
+    assert AutoregressiveWrapper(logits)(ids).isfinite()
+
+
+@pytest.mark.parametrize('projection', [nn.Linear(D, 7), nn.GRU(D, 16, batch_first=True), nn.Flatten(1)])
+def test_a_projection_of_ones_own_gives_a_vector_for_each_place(x, projection):
+    net = ContinuousTransformerWrapper(project_in=projection, attn_layers=Decoder(**STACK))
+    with pytest.raises(ValueError, match=r'project_in must give a vector of width 16 for each place of x, \(3, 7, 16\), got'):
+        net(x)
+
+
+def test_a_projection_of_ones_own_is_given_a_sequence():
+    net = ContinuousTransformerWrapper(project_in=nn.Embedding(24, 16), attn_layers=Decoder(**STACK))
+    for wrong in (torch.ones(3).long(), [[1, 2]]):
+        with pytest.raises(TypeError, match='x must be a tensor'):
+            net(wrong)
+
+
+def test_a_projection_out_of_a_probabilistic_model_gives_pairs(x):
+    net = make(dim_out=None, probabilistic=True, project_out=nn.Linear(16, 5))
+    with pytest.raises(ValueError, match='a mean and a variance for each channel, got 5'):
+        net(x)

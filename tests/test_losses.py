@@ -73,6 +73,19 @@ def test_chunked_loss_equals_the_two_steps_with_gradients(
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize('wrong', [7, -1])
+def test_targets_without_logits_are_named(tokens: torch.Tensor, wrong: int) -> None:
+    tokens[1, 0] = wrong
+    low, high = min(wrong, int(tokens[tokens >= 0].min())), int(tokens.max())
+    says = (
+        rf'targets must lie in 0 … 6, as there are logits of 7 tokens.* ignore_index=-100, but they range from {low} to {high}'
+    )
+    with pytest.raises(IndexError, match=says):
+        token_cross_entropy(torch.randn(2, 5, 7), tokens)
+    with pytest.raises(IndexError, match=says):
+        linear_cross_entropy(torch.randn(2, 5, 3), torch.randn(7, 3), None, tokens)
+
+
 def test_chunked_loss_passes_gradcheck() -> None:
     targets = torch.tensor([1, 0, -100, 2])
     given = [torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((4, 3), (5, 3), (5,))]

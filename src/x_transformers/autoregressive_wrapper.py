@@ -47,7 +47,7 @@ from x_transformers.generation.speculative import LookupDrafter, ModelDrafter, S
 from x_transformers.generation.texts import check_speculative, collected, run_text
 from x_transformers.heads import LinearHead
 from x_transformers.helpers import cast_tuple as _cast_tuple
-from x_transformers.helpers import default, exists, identity, log, pad_at_dim
+from x_transformers.helpers import default, exists, identity, log, pad_at_dim, writes_program
 from x_transformers.labelled import AskedLabels, answer_labels, check_unlabelled, one_of
 from x_transformers.losses import later_token_loss, next_embedding_loss, packed_targets, token_cross_entropy, with_experts
 from x_transformers.module import Module
@@ -245,7 +245,7 @@ class AutoregressiveWrapper(Module):
         head: LinearHead | None = getattr(self.net, 'loss_head', None)
         small = head is None or inputs.numel() * head.weight.shape[0] < LARGE_LOGITS
         experts = {'return_expert_loss': True} if self.adds_expert_loss and self.training else {}
-        if head is None or small or 'to_logits_kwargs' in kwargs or torch.compiler.is_compiling():
+        if head is None or small or 'to_logits_kwargs' in kwargs or writes_program():
             out = self.net(inputs, **kwargs, **experts)
             return with_experts(self._token_loss(out[0], targets), out[1]) if experts else self._token_loss(out, targets)
         # the head reads its weights in its own forward, wherever they are

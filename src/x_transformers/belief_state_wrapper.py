@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import check_reserved, checked_length, prepare_prompts
 from x_transformers.generation.sampling import Filter, Sampler, min_p, resolve_filter
 from x_transformers.generation.views import VectorView
+from x_transformers.helpers import under_transform, values_known
 from x_transformers.layers.checks import is_int, of_width, shape_of
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
@@ -119,8 +121,7 @@ class BeliefStateWrapper(Module):
     def pairs(self, length: int) -> Int[Tensor, 'p 2']:
         """(end of the prefix i, start of the suffix j) with at least one token between, all or a share of them."""
         device = self.suffix_token.device
-        i, j = torch.meshgrid(torch.arange(length, device=device), torch.arange(length + 1, device=device), indexing='ij')
-        pairs = torch.stack((i, j), dim=-1)[j - i >= 2]
+        pairs = torch.triu_indices(length, length + 1, 2, device=device).t()
         if self.train_frac_fb_pairs >= 1.0:
             return pairs
         kept = max(int(len(pairs) * self.train_frac_fb_pairs), 1)
@@ -179,10 +180,9 @@ class BeliefStateWrapper(Module):
         pairs, weights = self.weighed(pairs, loss_weight_by_fb_indices)
         told = self.cond_on_distance and self.training and happens(self.cond_on_distance_prob)
 
-        results = [
-            checkpoint(self.pair_losses, ahead, behind, seq, part, told, use_reentrant=False)
-            for part in pairs.split(PAIRS_AT_ONCE)
-        ]
+        # transforms of torch.func cannot run a part again
+        part_losses: Any = self.pair_losses if under_transform() else partial(checkpoint, self.pair_losses, use_reentrant=False)
+        results = [part_losses(ahead, behind, seq, part, told) for part in pairs.split(PAIRS_AT_ONCE)]
         text = torch.cat([result[0] for result in results], dim=1)
         counts = pairs[:, 1] <= lengths[:, None]
         weighted = (text * weights.to(text.dtype)).masked_fill(~counts[..., None], 0.0)
@@ -322,5 +322,5 @@ def check_sequence(seq: Int[Tensor, 'b n'], lens: Int[Tensor, ' b'] | None) -> N
         return
     if not is_int(lens, 1) or lens.shape != seq.shape[:1]:
         raise ValueError(f'lens must hold one length per row, a tensor of shape ({seq.shape[0]},), got {shape_of(lens)}')
-    if bool((lens < 2).any()) or bool((lens > seq.shape[1]).any()):
+    if values_known(lens) and bool(((lens < 2) | (lens > seq.shape[1])).any()):
         raise ValueError(f'lens must lie between 2 and the length of the sequence, {seq.shape[1]}; got {lens.tolist()}')

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call, check_frames, last_positions
+from x_transformers.embedding.call import Call, check_frames, check_projected, last_positions
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
 from x_transformers.flags.calls import FramesForwardOptions, FramesOptions, RolloutOptions
@@ -31,7 +31,7 @@ from x_transformers.losses import at_least_single, shifted_mask
 from x_transformers.module import Module
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Ends, Memories, StackWrapper, stack_flags
-from x_transformers.tensor_types import Bool, Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -91,6 +91,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         self.probabilistic = own.probabilistic
         self.dim_in, self.dim_out = own.dim_in, own.dim_out
         self.width_in = None if own.project_in is not None else own.dim_in or self.emb_dim
+        self.reads = None if self.width_in is None else 'vectors'
         skips = own.use_identity_if_same_dim
         projects_in = own.dim_in is not None and not (skips and own.dim_in == self.emb_dim)
         self.project_in: nn.Module = own.project_in or (
@@ -107,7 +108,7 @@ class ContinuousTransformerWrapper(StackWrapper):
 
     def forward(
         self,
-        x: Float[Tensor, 'b n c'],
+        x: Shaped[Tensor, 'b n ...'],
         return_embeddings: bool = False,
         return_intermediates: bool | Literal['cache'] = False,
         return_mems: bool = False,
@@ -144,7 +145,10 @@ class ContinuousTransformerWrapper(StackWrapper):
         Returns:
             outputs or embeddings (b n d); then, wrapped around it: intermediates, memories, attention maps.
         """
-        check_frames(x, self.width_in)
+        if self.width_in is not None:
+            check_frames(x, self.width_in)
+        elif not isinstance(x, Tensor) or x.ndim < 2:
+            raise TypeError(f'x must be a tensor (batch, sequence, ...) that project_in reads, got {shape_of(x)}.')
         if lens is not None and mask is not None:
             raise ValueError('lens and mask both say which frames count; give one of them')
         lens = None if lens is None else torch.as_tensor(lens, device=x.device)
@@ -159,11 +163,15 @@ class ContinuousTransformerWrapper(StackWrapper):
 
 
 def embed_frames(
-    model: ContinuousTransformerWrapper, x: Float[Tensor, 'b n d'], call: Call, rows: Rows
+    model: ContinuousTransformerWrapper, x: Shaped[Tensor, 'b n ...'], call: Call, rows: Rows
 ) -> Float[Tensor, 'b n e']:
     # as everything that a caller adds, frames of another precision are read in that of the model
     matrix = getattr(model.project_in, 'weight', None)
-    vectors: Tensor = model.project_in(x if matrix is None or not matrix.is_floating_point() else x.to(matrix.dtype))
+    if matrix is not None and matrix.is_floating_point() and x.is_floating_point():
+        x = x.to(matrix.dtype)
+    vectors: Tensor = model.project_in(x)
+    if model.width_in is None:
+        check_projected('project_in', vectors, x, model.emb_dim)
     return vectors
 
 
@@ -173,6 +181,11 @@ def read_frames(
     out: Tensor = model.project_out(last_positions(h, call.logits_last))
     if not model.probabilistic:
         return out, h
+    if out.shape[-1] % 2:
+        raise ValueError(
+            f'project_out of a probabilistic model must give a mean and a variance for each channel, got {out.shape[-1]} in '
+            'the last axis. Make it even.'
+        )
     # means and variances take turns along the channels
     mean, log_variance = out.unflatten(-1, (-1, 2)).unbind(dim=-1)
     return torch.stack((mean, log_variance.exp())), h

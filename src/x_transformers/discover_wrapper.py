@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from x_transformers.flags.calls import FitOptions
 from x_transformers.flags.later_objectives import DiscoverOptions, ProbeOptions
 from x_transformers.flags.objectives import options
+from x_transformers.helpers import values_known
 from x_transformers.latent_prediction import check_parameters, mlp
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
@@ -46,7 +47,7 @@ def role_ids_for_tokens(
     _check_scheme(scheme)
     if tokens.ndim != 2 or lens.shape != tokens.shape[:1]:
         raise ValueError(f'tokens (b n) and lens (b) must agree, got {tuple(tokens.shape)} and {tuple(lens.shape)}.')
-    if bool((lens > max_seq_len).any()) or bool((lens > tokens.shape[1]).any()):
+    if values_known(lens) and bool((lens > min(max_seq_len, tokens.shape[1])).any()):
         raise ValueError(
             f'lens must be at most max_seq_len={max_seq_len} and the width {tokens.shape[1]}, got {lens.tolist()}.'
         )

@@ -17,7 +17,7 @@ from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.helpers import Sequential, softclamp
+from x_transformers.helpers import Sequential, softclamp, writes_program
 from x_transformers.module import Dropout, Module, branch_output, empty_parameter, run_through, stream_linear
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
@@ -334,7 +334,7 @@ class FeedForward(Module):
         out: Tensor
         if self.flags.canon:
             out = self.ff(x, around)
-        elif torch.compiler.is_compiling():
+        elif writes_program():
             out = self.ff(x)
         else:
             piece = self._piece(x) if x.numel() > self.dim * self.dim else None

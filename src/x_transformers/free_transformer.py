@@ -22,6 +22,7 @@ from x_transformers.generation.decode import Tokens, decode
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import checked_length, prepare_prompts
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_p
+from x_transformers.helpers import values_known
 from x_transformers.layers.stack import CrossAttender, Decoder
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
@@ -244,7 +245,7 @@ class FreeTransformer(Module):
                 )
             told: Tensor = to_condition(given.to(to_condition.weight.dtype))
         else:
-            if bool(((given < 0) | (given >= num_codes)).any()):
+            if values_known(given) and bool(((given < 0) | (given >= num_codes)).any()):
                 raise ValueError(f'latents must be codes from 0 to {num_codes - 1}, got {given.tolist()}')
             # the map of a one-hot code is a column of its weight
             told = F.embedding(given.long(), to_condition.weight.t())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from x_transformers.helpers import autocast_dtype
+from x_transformers.helpers import autocast_dtype, writes_program
 from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Float, Int
 
@@ -212,7 +212,7 @@ class Dispatch(torch.autograd.Function):
     def run(
         x: Float[Tensor, 'r d'], order: Int[Tensor, ' m'], back: Int[Tensor, ' m'], active: int, sums: bool
     ) -> Float[Tensor, 's d']:
-        if torch.compiler.is_compiling():  # which finds the way back by itself
+        if writes_program():  # which finds the way back by itself
             return Dispatch.forward(x, order, back, active, sums)
         out: Tensor = Dispatch.apply(x, order, back, active, sums)  # type: ignore[no-untyped-call]
         return out

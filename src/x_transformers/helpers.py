@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from x_transformers.tensor_types import Bool, Float, Int, Shaped
@@ -147,6 +148,26 @@ def under_transform() -> bool:
 
 # a compiler cannot look into it, and need not: see ``forced_name`` in attention/kernels/choose.py
 under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def writes_program() -> bool:
+    """Whether a compiler or a trace writes down the operations of now, for other inputs and without our backwards."""
+    return torch.compiler.is_compiling() or is_traced()
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` writes them down."""
+    return bool(torch._C._get_tracing_state())
+
+
+def values_known(t: Shaped[Tensor, '...']) -> bool:
+    """Whether numbers may be read off a tensor now, to check them.
+
+    Not while a program is compiled or traced, nor under a transform of ``torch.func``, nor of meta and fake tensors.
+    """
+    if writes_program() or under_transform():
+        return False
+    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 def by_formula(

@@ -41,7 +41,10 @@ def token_cross_entropy(
     check_targets('token_cross_entropy', logits, targets, 'logits')
     flat, wanted = at_least_single(logits).reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     measure = F.nll_loss if is_log_prob else F.cross_entropy
-    loss = measure(flat, wanted, ignore_index=ignore_index, reduction=reduction)
+    try:
+        loss = measure(flat, wanted, ignore_index=ignore_index, reduction=reduction)
+    except IndexError:
+        raise beyond_logits('token_cross_entropy', wanted[wanted != ignore_index], flat.shape[-1], ignore_index) from None
     return loss.view(targets.shape) if reduction == 'none' else loss
 
 
@@ -89,6 +92,14 @@ def check_targets(where: str, rows: Float[Tensor, '... d'], targets: Int[Tensor,
             f'{where}: targets of shape {tuple(targets.shape)} do not go with {name} of shape {tuple(rows.shape)}; '
             f'there must be one target for every row of {name}.'
         )
+
+
+def beyond_logits(where: str, targets: Int[Tensor, ' n'], classes: int, ignore_index: int) -> IndexError:
+    """What to say of targets for which there are no logits."""
+    return IndexError(
+        f'{where}: targets must lie in 0 … {classes - 1}, as there are logits of {classes} tokens, or be '
+        f'ignore_index={ignore_index}, but they range from {int(targets.min())} to {int(targets.max())}.'
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -221,9 +232,14 @@ def linear_cross_entropy(
         shares = shares / count.clamp(min=1)
     size = chunk or rows_at_once(rows.device)
     with without_autocast(rows):
-        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, weight, bias, wanted.masked_fill(~counted, 0), shares, size, dtype, torch.is_grad_enabled(), softcap
-        )
+        try:
+            loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                rows, weight, bias, wanted.masked_fill(~counted, 0), shares, size, dtype, torch.is_grad_enabled(), softcap
+            )
+        except RuntimeError as error:
+            if not str(error).startswith('index'):
+                raise
+            raise beyond_logits('linear_cross_entropy', wanted[counted], weight.shape[0], ignore_index) from None
     # as for ordinary cross entropy: the mean of no tokens is not a number
     return torch.where(count > 0, loss, torch.nan) if reduction == 'mean' else loss
 

@@ -40,6 +40,7 @@ class MultiInputTransformerWrapper(StackWrapper):
     """
 
     __signature__: Any = ClassSignature(only(MultiInputFlags))
+    reads = 'a dictionary of token ids'
 
     def __init__(
         self,

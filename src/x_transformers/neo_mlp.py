@@ -38,6 +38,8 @@ class NeoMLP(Module):
         encoder_kwargs: further keywords of that ``Encoder``.
     """
 
+    reads = 'a number for each input neuron'
+
     @told_once
     def __init__(
         self,

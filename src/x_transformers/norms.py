@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.helpers import at_least, by_formula, default, single, under_transform
+from x_transformers.helpers import at_least, by_formula, default, single, under_transform, writes_program
 from x_transformers.module import ConstantLinear, Module, empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -76,7 +76,7 @@ def rms_norm(
         dtype = torch.promote_types(x.dtype, gain.dtype)
         x, gain = x.to(dtype), gain.to(dtype)
     learning = torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad))
-    if not learning or torch.compiler.is_compiling() or not _has_by_hand(x):
+    if not learning or writes_program() or not _has_by_hand(x):
         return _rms_formula(x, gain, eps, unit_offset)
     out: Tensor = _RMSNorm.apply(x, gain + 1.0 if unit_offset and gain is not None else gain, eps)[0]  # type: ignore[no-untyped-call]
     return out

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.before import BigramHash, Smear, one_before
-from x_transformers.embedding.call import Call, ids_or_none, last_positions
+from x_transformers.embedding.call import Call, check_projected, ids_or_none, last_positions
 from x_transformers.embedding.loop import LoopCall
 from x_transformers.embedding.pooling import AttentionPool
 from x_transformers.embedding.rows import Rows
@@ -34,7 +34,7 @@ from x_transformers.heads import (
     next_embedding_head,
 )
 from x_transformers.helpers import default
-from x_transformers.layers.repeat import block_transform, later_blocks
+from x_transformers.layers.repeat import block_transform, check_in_place, later_blocks
 from x_transformers.module import Module, empty_parameter
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Ends, StackWrapper, stack_flags
@@ -275,9 +275,11 @@ class TransformerWrapper(StackWrapper):
 
 def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
     vectors: Tensor = model.token_emb(x, **call.token_emb_kwargs)
+    check_projected('token_emb', vectors, x, model.emb_dim)
     vectors = vectors if model.embed_scale is None else vectors * model.embed_scale
     if call.transform_token_embeds is not None:
-        vectors = call.transform_token_embeds(vectors)
+        entering, vectors = vectors, call.transform_token_embeds(vectors)
+        check_in_place('transform_token_embeds', vectors, entering)
     vectors = add_named(vectors, model.embeds, call.embed_ids, rows.summand)
     if model.bigram is not None:
         ids = x.long()

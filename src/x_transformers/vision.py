@@ -37,6 +37,7 @@ class ViTransformerWrapper(Module):
     """
 
     __signature__: Any = ClassSignature(only(VisionFlags))
+    reads = 'images'
 
     def __init__(
         self,

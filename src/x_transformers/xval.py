@@ -27,7 +27,7 @@ from x_transformers.generation.prompts import Lengths, Prompt, check_reserved, c
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_k
 from x_transformers.generation.views import VectorView
 from x_transformers.heads import TiedHead
-from x_transformers.helpers import default
+from x_transformers.helpers import default, values_known
 from x_transformers.losses import at_least_single, shifted_mask, token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.returns import Asked
@@ -71,7 +71,7 @@ def read_numbers(
         )
     is_number = ids == token
     numbers = torch.where(is_number, numbers, elsewhere)
-    if not torch.compiler.is_compiling() and not numbers.is_meta and bool(numbers.isnan().any()):
+    if values_known(numbers) and bool(numbers.isnan().any()):
         raise ValueError(
             f'x_num is NaN at {int(numbers.isnan().sum())} positions whose token is the number token ({token}); '
             'give a number there, or another token'
@@ -90,6 +90,7 @@ class XValTransformerWrapper(StackWrapper):
     """
 
     __signature__: Any = ClassSignature(only(XValFlags))
+    reads = 'token ids and their numbers'
 
     def __init__(
         self,

@@ -250,6 +250,21 @@ def test_other_things_than_functions_are_refused(given):
         made()(X, transform_block_inputs=given)
 
 
+@pytest.mark.parametrize('change', [lambda x: None, lambda x: x[:, :2], lambda x: x.sum(dim=-1)])
+def test_what_functions_give_fits_in_the_place_of_their_input(change):
+    for keywords in ({'transform_token_embeds': change}, {'transform_block_inputs': {2: change}}):
+        with pytest.raises(
+            ValueError, match=rf'{next(iter(keywords))} must give a tensor of the shape of its input, \(2, 7, 16\)'
+        ):
+            model()(IDS, **keywords)
+
+
+def test_a_table_of_ones_own_has_the_width_of_the_model():
+    net = TransformerWrapper(num_tokens=11, max_seq_len=12, token_emb=nn.Embedding(11, 7), attn_layers=Decoder(**SMALL))
+    with pytest.raises(ValueError, match=r'token_emb must give a vector of width 16 for each place of x, \(2, 7, 16\), got'):
+        net(IDS)
+
+
 # ---------------------------------------------------------------- prefixes, memories, heads
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.helpers import Memo, recall, remember
+from x_transformers.helpers import Memo, recall, remember, values_known
 from x_transformers.tensor_types import Bool, Float, Int
 
 
@@ -51,7 +51,7 @@ class PackedSequences:
                 f'cu_seqlens_q and cu_seqlens_k must name the same number of sequences, '
                 f'got shapes {tuple(starts_q.shape)} and {tuple(starts_k.shape)}'
             )
-        if not torch.compiler.is_compiling():
+        if values_known(starts_q) and values_known(starts_k):
             check_starts(starts_q, starts_k, causal)
         return cls(starts_q, starts_k, given.get('max_seqlen_q'), given.get('max_seqlen_k'))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
+from x_transformers.helpers import values_known
 from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of, needs_of, without_needed
 from x_transformers.layers.checks import check_prefix, is_int
 from x_transformers.notices import warn_inert
@@ -145,8 +146,7 @@ def check_added(call: Call, batch: int, dim: int) -> None:
         raise ValueError(
             f'seq_start_pos must be one whole number per row, ({batch},), got {start.dtype} of shape {tuple(start.shape)}.'
         )
-    readable = start is not None and not torch.compiler.is_compiling() and not start.is_meta and start.numel() > 0
-    if start is not None and readable and call.cache is None:
+    if start is not None and start.numel() and values_known(start) and call.cache is None:
         low, high, length = int(start.min()), int(start.max()), call.x.shape[1]
         if low < 0 or high > length:
             raise ValueError(
@@ -181,6 +181,14 @@ def check_prepended(embeds: Float[Tensor, 'b p e'], mask: Bool[Tensor, 'b p'] | 
     if embeds.shape[0] != batch or embeds.shape[-1] != dim:
         raise ValueError(f'prepend_embeds must have shape ({batch}, length, {dim}), got {tuple(embeds.shape)}.')
     check_mask(mask, batch, embeds.shape[1], 'prepend_mask', 'one entry per prepended embedding')
+
+
+def check_projected(name: str, vectors: Any, x: Shaped[Tensor, 'b n ...'], width: int) -> None:
+    """What a module of the caller's makes of its inputs is a vector for each place."""
+    expected = (*x.shape[:2], width)
+    if not isinstance(vectors, Tensor) or vectors.shape != expected or not vectors.is_floating_point():
+        got = f'{vectors.dtype} of shape {tuple(vectors.shape)}' if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise ValueError(f'{name} must give a vector of width {width} for each place of x, {expected}, got {got}.')
 
 
 def check_frames(x: Float[Tensor, 'b n d'], width: int | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from x_transformers.helpers import values_known
 from x_transformers.notices import warn_user
 from x_transformers.tensor_types import Bool, Int
 
@@ -22,7 +23,7 @@ def token_ids(ids: Any, name: str = 'x') -> Int[Tensor, '...']:
         raise TypeError(f'{name} must be integers, which token ids are, got a tensor of {ids.dtype}.')
     if not ids.is_floating_point():
         return ids.long()
-    if torch.compiler.is_compiling() or ids.is_meta:
+    if not values_known(ids):
         return ids.long()
     if ids.requires_grad or not bool((ids == ids.trunc()).all()) or not bool(ids.isfinite().all()):
         raise TypeError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.token import check_mask
+from x_transformers.helpers import values_known
 from x_transformers.layers.arguments import DECLARED, count_new, per_token
 from x_transformers.tensor_types import Bool, Int, Shaped
 
@@ -146,7 +147,7 @@ class Rows:
         """The mask over the tokens that can be looked at, of rows that are ``lens`` tokens long."""
         if lens.ndim != 1 or lens.is_floating_point() or lens.dtype == torch.bool:
             raise TypeError(f'lens must be one whole number per row, got {lens.dtype} of shape {tuple(lens.shape)}.')
-        if not torch.compiler.is_compiling() and not lens.is_meta and lens.numel():
+        if lens.numel() and values_known(lens):
             low, high = int(lens.min()), int(lens.max())
             if low < 0 or (isinstance(self.seen, int) and high > self.seen + self.new):
                 raise ValueError(f'lens range from {low} to {high}, but the sequence has {self.seen + self.new} tokens.')

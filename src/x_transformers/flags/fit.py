@@ -18,6 +18,7 @@ from x_transformers.flags.rule import Rule, broken_rules, how_many, refused_in
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.flags.wrapper_rules import ALONE_RULES, OnStack
+from x_transformers.helpers import values_known
 from x_transformers.notices import warn_inert, written
 
 # rules of a net whose outputs are predictions of single tokens
@@ -99,11 +100,22 @@ def check_net(
 
 
 def check_bare(net: nn.Module, where: str, name: str, of_tokens: bool) -> None:
-    """Raise FlagError for an objective in place of its net, and for a stack in place of a model around it."""
+    """Raise FlagError for an objective in place of its net, a stack in place of a model around it, a model of other inputs.
+
+    A model of ours that reads anything but ids says so in ``reads``.
+    """
     kind = type(net).__name__
     ours = type(net).__module__.startswith(f'{__package__.partition(".")[0]}.')
     if ours and hasattr(net, 'generate') and isinstance(getattr(net, 'net', None), nn.Module):
         raise FlagError(f'{where}: {name} must be a net that gives logits, got the objective {kind}. Give its .net.')
+    if ours and hasattr(net, 'generate') and not hasattr(net, 'net'):
+        raise FlagError(f'{where}: {name} must be a net that gives logits, got a {kind}, which is an objective. It needs none.')
+    other = getattr(net, 'reads', None) if ours else None
+    if other is not None and (of_tokens or other != 'vectors'):
+        raise FlagError(
+            f'{where}: {name} must be a model that reads {"tokens" if of_tokens else "vectors"}, got a {kind}, which reads '
+            f'{other}. Give a {"TransformerWrapper" if of_tokens else "ContinuousTransformerWrapper"}.'
+        )
     if of_tokens and isinstance(getattr(net, 'flags', None), StackFlags):
         raise FlagError(
             f'{where}: {name} must be a model that reads tokens, got a {kind}, a stack. '
@@ -226,7 +238,7 @@ def hides_future(mask: Any) -> bool:
     """Whether a mask (True: may look) shows no query a key behind it."""
     if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.dtype != torch.bool:
         return False
-    if torch.compiler.is_compiling() or mask.is_meta:
+    if not values_known(mask):
         return True
     # keys in front of the tokens come first
     return not bool(mask.triu(1 + mask.shape[-1] - mask.shape[-2]).any())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.convolution import CausalConvolution
-from x_transformers.helpers import default, pad_at_dim
+from x_transformers.helpers import default, pad_at_dim, under_transform
 from x_transformers.layers.slots import call_branch
 from x_transformers.module import ConstantLinear, Module, empty_parameter, is_heard
 from x_transformers.tensor_types import Bool, Float
@@ -37,8 +37,11 @@ def handed_on(branch: nn.Module, x: Float[Tensor, '... n d'], keywords: dict[str
 
 
 def run_checkpointed(branch: nn.Module, x: Float[Tensor, '... n d'], around: BranchInputs) -> Any:
-    """``call_branch`` that keeps x and runs again for its gradients (a compiler decides for itself what to keep)."""
-    if around.past is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """``call_branch`` that keeps x and runs again for its gradients (a compiler decides for itself what to keep).
+
+    Transforms of ``torch.func`` cannot run a part again.
+    """
+    if around.past is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or under_transform():
         return call_branch(branch, x, around)
     from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 

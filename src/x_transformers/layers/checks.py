@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.flags.elsewhere import answer_of_call
+from x_transformers.helpers import values_known
 from x_transformers.layers.arguments import ARGUMENTS, NEEDS, check_number, is_number, without_needed
 from x_transformers.layers.branch import innermost
 from x_transformers.layers.plan import KINDS, Step, check_order
@@ -373,10 +374,8 @@ def check_packing(stack: StackParts, given: Given, batch: int, n: int) -> None:
 
 def check_whole(kwargs: str, packed: PackedSequences, queries: int, keys: int) -> None:
     """Whether packed sequences fill their row; known only where tensors may be read."""
-    if torch.compiler.is_compiling():
-        return
     for name, starts, length in (('cu_seqlens_q', packed.starts_q, queries), ('cu_seqlens_k', packed.starts_k, keys)):
-        if starts.is_meta or (int(starts[0]), int(starts[-1])) == (0, length):
+        if not values_known(starts) or (int(starts[0]), int(starts[-1])) == (0, length):
             continue
         raise ValueError(
             f'{kwargs}: {name} must begin with 0 and end with the {length} tokens of its row, but is {starts.tolist()}; '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -60,8 +61,7 @@ def block_transform(given: Any) -> Callable[[int, Tensor], Tensor] | None:
     if given is None:
         return None
     if callable(given):
-        own: Callable[[int, Tensor], Tensor] = given
-        return own
+        return partial(changed, given)
     fits = isinstance(given, Mapping) and all(
         isinstance(block, int) and block >= 1 and callable(change) for block, change in given.items()
     )
@@ -71,7 +71,24 @@ def block_transform(given: Any) -> Callable[[int, Tensor], Tensor] | None:
             f'of x, got {given!r}.'
         )
     changes: Mapping[int, Callable[[Tensor], Tensor]] = given
-    return lambda block, x: changes[block](x) if block in changes else x
+    return lambda block, x: changed(lambda _, x: changes[block](x), block, x) if block in changes else x
+
+
+def changed(
+    change: Callable[[int, Float[Tensor, '... n d']], Any], block: int, x: Float[Tensor, '... n d']
+) -> Float[Tensor, '... n d']:
+    """What a caller makes of the input of a block, which must fit in its place."""
+    out = change(block, x)
+    check_in_place('transform_block_inputs', out, x)
+    fitting: Tensor = out
+    return fitting
+
+
+def check_in_place(name: str, out: Any, x: Float[Tensor, '... n d']) -> None:
+    """Raise ValueError unless a function of the caller's gave a tensor of its input's shape."""
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f'{name} must give a tensor of the shape of its input, {tuple(x.shape)}, got {got}.')
 
 
 def later_blocks(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.helpers import by_formula, under_transform
+from x_transformers.helpers import by_formula, under_transform, writes_program
 from x_transformers.tensor_types import Float
 
 
@@ -22,7 +22,7 @@ def by_hand(*tensors: Float[Tensor, '...']) -> bool:
     learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plain = all(t.device.type == 'cpu' and t.dtype == tensors[0].dtype for t in tensors)
     in_single = tensors[0].dtype in (torch.float32, torch.float64)
-    elsewhere = torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or under_transform()
+    elsewhere = writes_program() or torch.is_autocast_enabled('cpu') or under_transform()
     return learning and plain and in_single and not elsewhere
 
 

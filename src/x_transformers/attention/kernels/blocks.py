@@ -14,7 +14,7 @@ from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs, 
 from x_transformers.attention.kernels.block_steps import BlockExtras, BlockShape, InBlocks, blocks_of
 from x_transformers.attention.kernels.sdpa import unified
 from x_transformers.attention.scores.similarity import as_products
-from x_transformers.helpers import without_autocast
+from x_transformers.helpers import is_traced, without_autocast
 from x_transformers.position.bias import rendered_bias
 from x_transformers.tensor_types import Bool, Float, Shaped
 
@@ -43,6 +43,8 @@ class Blocks:
             reasons.append('the next layer wants the scores, which would be computed a second time')
         if call.geometry.queries < block_steps.block_rows(call.key_dim):
             reasons.append('there is less than one block of queries')
+        if is_traced():
+            reasons.append('a trace cannot keep it')
         return tuple(reasons)
 
     def __call__(self, args: KernelArgs) -> Float[Tensor, 'b h i e']:

@@ -19,7 +19,7 @@ from x_transformers.attention.kernels.base import (
     usual_refusals,
 )
 from x_transformers.attention.scores.similarity import as_products
-from x_transformers.helpers import by_formula
+from x_transformers.helpers import by_formula, writes_program
 from x_transformers.tensor_types import Float
 
 
@@ -231,7 +231,7 @@ def run_sdpa(
 ) -> Tensor:
     tensors = (q, k, v) if added is None else (q, k, v, added)
     learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if learning and q.device.type == 'cpu' and not torch.compiler.is_compiling() and all(type(t) is Tensor for t in tensors):
+    if learning and q.device.type == 'cpu' and not writes_program() and all(type(t) is Tensor for t in tensors):
         choice = torch._fused_sdp_choice(q, k, v, added, args.dropout, causal, scale=args.scale, enable_gqa=enable_gqa)
         if choice == FLASH:
             out: Tensor = FlashOnCPU.apply(q, k, v, added, causal, args.scale, enable_gqa)  # type: ignore[no-untyped-call]
