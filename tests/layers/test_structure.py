@@ -108,6 +108,21 @@ def test_the_factor_is_behind_a_sandwich_norm():
     assert torch.allclose(stack(X), stack.final_norm(x))
 
 
+@pytest.mark.parametrize('flags', [{}, {'shift_tokens': 1}, {'use_layerscale': True, 'macaron': True}])
+def test_checkpoints_of_layers_that_were_wrapped_for_a_factor_load(flags):
+    stack = made(depth_scale_residual=0.3, **flags)
+    wrapped = {
+        '.'.join((*parts[:3], 'fn', *parts[3:])) if (parts := key.split('.'))[::2][:2] == ['layers', '1'] else key: tensor
+        for key, tensor in stack.state_dict().items()
+    }
+    assert wrapped.keys() != stack.state_dict().keys()
+    fresh = Decoder(**SMALL, depth_scale_residual=0.3, **flags).to(X.dtype).eval()
+    fresh.load_state_dict(wrapped, strict=True)
+    assert torch.equal(fresh(X), stack(X))
+    with pytest.raises(RuntimeError, match='Unexpected key'):
+        Decoder(**SMALL, **flags).load_state_dict(wrapped)
+
+
 def test_output_projections_start_smaller_the_deeper_they_are():
     torch.manual_seed(0)
     stack = Decoder(dim=64, depth=4, heads=4, attn_dim_head=64, cross_attend=True, depth_scale_residual=True, verbose=False)

@@ -77,6 +77,11 @@ class Layer(nn.ModuleList):
         before, behind, after = (*norms, None, None, None)[:3]
         return cls(before, behind, after, branch, residual)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.scale != 1.0:
+            name_as_unwrapped(state_dict, f'{prefix}1.', self.branch)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     # read from the dictionary of children: indexing a ModuleList takes several times as long, at every step of decoding
 
     @property
@@ -133,6 +138,15 @@ class Layer(nn.ModuleList):
         if norm is not None:
             x = norm(x) if condition is None else call_norm(norm, x, condition)
         return x if self.norm_scale == 1.0 else x * self.norm_scale
+
+
+def name_as_unwrapped(state: dict[str, Any], prefix: str, branch: nn.Module) -> None:
+    """Rename what 2.31.10 saved of a branch that it had wrapped for a constant factor, which puts one more ``fn.`` into names."""
+    own = branch.state_dict().keys()
+    for key in [key for key in state if key.startswith(prefix) and key[len(prefix) :] not in own]:
+        name = key[len(prefix) :].replace('fn.', '', 1)
+        if name in own:
+            state[prefix + name] = state.pop(key)
 
 
 def norm_after(
