@@ -99,11 +99,22 @@ def test_deltas_with_a_cache_are_those_of_the_new_tokens():
     torch.testing.assert_close(rest, whole[:, 3:])
 
 
+@pytest.mark.parametrize('name', ['q_delta', 'k_delta', 'v_delta', 'o_delta'])
+@pytest.mark.parametrize('shape', [(H * W,), (1, H * W), (N, H * W), (1, 1, H * W), (B, 1, H * W), (1, N, H * W), (1,), ()])
+def test_deltas_broadcast(name, shape):
+    attn, x, delta = Attention(D, heads=H, dim_head=W), torch.randn(B, N, D), torch.randn(shape)
+    torch.testing.assert_close(attn(x, **{name: delta}), attn(x, **{name: delta.expand(B, N, H * W)}))
+
+
 def test_deltas_of_the_wrong_kind_are_refused():
     attn, x = Attention(D, heads=H, dim_head=W), torch.randn(B, N, D)
     for name in ('q_delta', 'k_delta', 'v_delta', 'o_delta'):
         with pytest.raises(ValueError, match=name):
             attn(x, **{name: torch.randn(B, N, H * W + 1)})
+        with pytest.raises(ValueError, match=name):
+            attn(x, **{name: torch.randn(1, B, N, H * W)})
+        with pytest.raises(TypeError, match=f'{name} must be a tensor'):
+            attn(x, **{name: 1.0})
     with pytest.raises(ValueError, match='attn_delta'):
         attn(x, attn_delta=torch.randn(N, N + 1))
     with pytest.raises(ValueError, match='k_delta'):

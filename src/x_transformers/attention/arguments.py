@@ -32,6 +32,14 @@ def shaped(name: str, t: Any, *axes: int | None, says: str = '') -> None:
     raise ValueError(f'{name} must have shape ({wanted}){says and ", "}{says}, but has shape {tuple(t.shape)}')
 
 
+def summand(name: str, t: Any, whole: tuple[int, ...], says: str) -> None:
+    """``t`` can be added to what has the shape ``whole``: axes of one, and missing ones, broadcast."""
+    shape = tuple(t.shape) if isinstance(t, Tensor) else (None,) * len(whole)
+    behind = whole[len(whole) - len(shape) :]
+    if len(shape) > len(whole) or any(have not in (1, want) for have, want in zip(shape, behind, strict=True)):
+        shaped(name, t, *whole, says=f'{says} (axes of 1 broadcast)')
+
+
 def numbers(name: str, t: Shaped[Tensor, '...']) -> None:
     if not t.is_floating_point():
         raise TypeError(f'{name} must hold floating point numbers, but is {t.dtype}')
@@ -236,7 +244,7 @@ def deltas(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], m
     }
     for name, (length, width, says) in wanted.items():
         if given[name] is not None:
-            shaped(name, given[name], batch, length, width, says=says)
+            summand(name, given[name], (batch, length, width), says)
             numbers(name, given[name])
     for name in ('k_delta', 'v_delta'):
         if given[name] is not None and attn.to_latent_kv is not None:

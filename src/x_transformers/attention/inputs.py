@@ -43,10 +43,10 @@ class Deltas(NamedTuple):
     https://arxiv.org/abs/2605.12357, https://openreview.net/forum?id=uomCTwGflg
     """
 
-    queries: Float[Tensor, 'b n hd'] | None = None
-    keys: Float[Tensor, 'b m hd'] | None = None
-    values: Float[Tensor, 'b m he'] | None = None
-    heads: Float[Tensor, 'b n he'] | None = None
+    queries: Float[Tensor, '... hd'] | None = None
+    keys: Float[Tensor, '... hd'] | None = None
+    values: Float[Tensor, '... he'] | None = None
+    heads: Float[Tensor, '... he'] | None = None
     weights: Float[Tensor, '#b #h n j'] | None = None
 
 

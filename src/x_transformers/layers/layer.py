@@ -141,7 +141,7 @@ class Layer(nn.ModuleList):
 
 
 def name_as_unwrapped(state: dict[str, Any], prefix: str, branch: nn.Module) -> None:
-    """Rename what 2.31.10 saved of a branch that it had wrapped for a constant factor, which puts one more ``fn.`` into names."""
+    """Rename what 2.31.10 saved of a branch wrapped for a constant factor, which puts one more ``fn.`` into keys."""
     own = branch.state_dict().keys()
     for key in [key for key in state if key.startswith(prefix) and key[len(prefix) :] not in own]:
         name = key[len(prefix) :].replace('fn.', '', 1)
