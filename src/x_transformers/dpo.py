@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from x_transformers.embedding.ids import token_ids
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import DPOOptions, options
+from x_transformers.helpers import is_any
 from x_transformers.layers.checks import is_bool, shape_of
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module
@@ -142,7 +143,7 @@ def check_preference_pair(preferred: Int[Tensor, 'b n'], unpreferred: Int[Tensor
 
 def check_sequence_mask(name: str, mask: Bool[Tensor, 'b t'] | None, seq: Int[Tensor, 'b n']) -> None:
     rows, length = seq.shape
-    if mask is not None and (not is_bool(mask, 2) or tuple(mask.shape) not in ((rows, length), (rows, length - 1))):
+    if mask is not None and (not is_bool(mask, 2) or mask.shape[0] != rows or not is_any(mask.shape[1], length, length - 1)):
         raise ValueError(
             f'{name} must be boolean over the tokens, ({rows}, {length}), or over what is predicted, ({rows}, {length - 1}); '
             f'got {shape_of(mask)}'

@@ -17,7 +17,7 @@ from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_feedforward
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.helpers import Sequential, softclamp, writes_program
+from x_transformers.helpers import Sequential, is_any, softclamp, writes_program
 from x_transformers.module import Dropout, Module, branch_output, empty_parameter, run_through, stream_linear
 from x_transformers.norms import LayerNorm
 from x_transformers.tensor_types import Float
@@ -382,7 +382,7 @@ def check_factors(deep_embed: Any, shape: tuple[int, ...]) -> None:
     """Raise ValueError for what cannot be multiplied with an output of this shape."""
     given = tuple(deep_embed.shape) if isinstance(deep_embed, Tensor) else type(deep_embed).__name__
     fits = isinstance(given, tuple) and len(given) <= len(shape)
-    if not fits or any(n not in (1, m) for n, m in zip(reversed(given), reversed(shape), strict=False)):
+    if not fits or any(not is_any(n, 1, m) for n, m in zip(reversed(given), reversed(shape), strict=False)):
         raise ValueError(f'deep_embed must be factors of the output, a tensor of shape {shape}, got {given}.')
 
 

@@ -22,7 +22,7 @@ from x_transformers.generation.decode import Tokens, decode
 from x_transformers.generation.modes import eval_decorator
 from x_transformers.generation.prompts import checked_length, prepare_prompts
 from x_transformers.generation.sampling import Filter, Sampler, resolve_filter, top_p
-from x_transformers.helpers import values_known
+from x_transformers.helpers import is_any, values_known
 from x_transformers.layers.stack import CrossAttender, Decoder
 from x_transformers.losses import token_cross_entropy
 from x_transformers.module import Module, empty_parameter
@@ -251,7 +251,7 @@ class FreeTransformer(Module):
             told = F.embedding(given.long(), to_condition.weight.t())
         if told.ndim < 3:
             told = told.reshape(-1, 1, told.shape[-1])
-        if told.ndim != 3 or told.shape[0] not in (1, rows) or 1 < told.shape[1] < total - 1:
+        if told.ndim != 3 or not is_any(told.shape[0], 1, rows) or 1 < told.shape[1] < total - 1:
             raise ValueError(
                 f'latents of shape {tuple(given.shape)} do not fit: there can be one, one for each of the {rows} rows, or one '
                 f'for each of the {total - 1} positions that are read'

@@ -150,6 +150,11 @@ def under_transform() -> bool:
 under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_any(size: Any, *sizes: Any) -> bool:
+    """Whether a size is one of these. A compiler that keeps one of them open compares them by ``==``, but not by ``in``."""
+    return any(size == each for each in sizes)
+
+
 def writes_program() -> bool:
     """Whether a compiler or a trace writes down the operations of now, for other inputs and without our backwards."""
     return torch.compiler.is_compiling() or is_traced()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from x_transformers.attention.mask import PackedSequences
-from x_transformers.helpers import autocast_dtype, log, masked_mean, without_autocast
+from x_transformers.helpers import autocast_dtype, is_any, log, masked_mean, without_autocast
 from x_transformers.tensor_types import Bool, Float, Int
 
 __all__ = ['calc_entropy', 'calc_z_loss', 'linear_cross_entropy', 'masked_mean', 'shifted_mask', 'token_cross_entropy']
@@ -71,7 +71,7 @@ def shifted_mask(
         raise TypeError(f'mask must be a boolean tensor (True: counts), got a {type(mask).__name__}')
     if mask.dtype != torch.bool:
         raise TypeError(f'mask must be boolean (True: counts), got {mask.dtype}; use mask.bool() if 1 means True')
-    if mask.ndim != 2 or mask.shape[1] not in (length, length - 1):
+    if mask.ndim != 2 or not is_any(mask.shape[1], length, length - 1):
         raise ValueError(
             f'mask must cover the {length} positions of each row, or the {length - 1} that are inputs; got {tuple(mask.shape)}'
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.helpers import at_least, by_formula, default, single, under_transform, writes_program
+from x_transformers.helpers import at_least, by_formula, default, is_any, single, under_transform, writes_program
 from x_transformers.module import ConstantLinear, Module, empty_parameter
 from x_transformers.tensor_types import Float
 
@@ -170,7 +170,7 @@ def _adaptive_gain(
 ) -> Float[Tensor, 'b #n d']:
     """The gain that a condition asks for; one for a whole sequence serves each of its tokens."""
     width: int = getattr(to_gamma, 'in_features', condition.shape[-1])
-    if condition.ndim not in (2, 3) or condition.shape[-1] != width or len(condition) not in (1, *x.shape[-3:-2]):
+    if condition.ndim not in (2, 3) or condition.shape[-1] != width or not is_any(len(condition), 1, *x.shape[-3:-2]):
         raise ValueError(
             f'condition must be (batch, {width}) or (batch, tokens, {width}) for x of shape {tuple(x.shape)}, '
             f'got {tuple(condition.shape)}.'

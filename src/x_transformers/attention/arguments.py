@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.attention.inputs import BranchInputs, Deltas, ExtraKeys, Intermediates
 from x_transformers.attention.mask import Mask, PackedSequences
 from x_transformers.attention.project import held_rows
+from x_transformers.helpers import is_any
 from x_transformers.tensor_types import Float, Shaped
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def shaped(name: str, t: Any, *axes: int | None, says: str = '') -> None:
     """``t`` is a tensor with these axes; None stands for any length."""
     if not isinstance(t, Tensor):
         raise TypeError(f'{name} must be a tensor, but is of type {type(t).__name__}')
-    if t.ndim == len(axes) and all(want in (None, have) for want, have in zip(axes, t.shape, strict=True)):
+    if t.ndim == len(axes) and all(want is None or want == have for want, have in zip(axes, t.shape, strict=True)):
         return
     wanted = ', '.join('any' if axis is None else str(axis) for axis in axes)
     raise ValueError(f'{name} must have shape ({wanted}){says and ", "}{says}, but has shape {tuple(t.shape)}')
@@ -36,7 +37,7 @@ def summand(name: str, t: Any, whole: tuple[int, ...], says: str) -> None:
     """``t`` can be added to what has the shape ``whole``: axes of one, and missing ones, broadcast."""
     shape = tuple(t.shape) if isinstance(t, Tensor) else (None,) * len(whole)
     behind = whole[len(whole) - len(shape) :]
-    if len(shape) > len(whole) or any(have not in (1, want) for have, want in zip(shape, behind, strict=True)):
+    if len(shape) > len(whole) or any(not is_any(have, 1, want) for have, want in zip(shape, behind, strict=True)):
         shaped(name, t, *whole, says=f'{says} (axes of 1 broadcast)')
 
 
@@ -57,7 +58,7 @@ def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tu
         raise TypeError(f'{name} must be a tensor, but is of type {type(t).__name__}')
     given = (1,) * (4 - t.ndim) + tuple(t.shape)
     allowed = ((1, batch), (1, heads), (1, queries), (1, *keys))
-    if t.ndim < 2 or t.ndim > 4 or any(have not in may for have, may in zip(given, allowed, strict=True)):
+    if t.ndim < 2 or t.ndim > 4 or any(not is_any(have, *may) for have, may in zip(given, allowed, strict=True)):
         width = ' or '.join(str(length) for length in dict.fromkeys(keys))
         raise ValueError(
             f'{name} must be (i j), (h i j) or (b h i j) with b = {batch}, h = {heads}, i = {queries} queries and '

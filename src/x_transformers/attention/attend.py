@@ -45,7 +45,7 @@ from x_transformers.flags.constructors import only
 from x_transformers.flags.rule import broken_rules, out_of_range, rules_of
 from x_transformers.flags.scores import AttendFlags, ScoreFlags
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.helpers import autocast_dtype, recall, remember, under_transform
+from x_transformers.helpers import autocast_dtype, is_any, recall, remember, under_transform
 from x_transformers.module import Module
 from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float
@@ -388,7 +388,7 @@ def check_vectors(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f'{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly')
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f'each key needs one value: keys are {tuple(k.shape)}, values {tuple(v.shape)}')
-    if q.shape[-1] != k.shape[-1] or k.shape[0] not in (1, q.shape[0]):
+    if q.shape[-1] != k.shape[-1] or not is_any(k.shape[0], 1, q.shape[0]):
         raise ValueError(
             f'k must have the batch and the channels of q, {q.shape[0]} and {q.shape[-1]}, got shape {tuple(k.shape)}.'
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
-from x_transformers.helpers import values_known
+from x_transformers.helpers import is_any, values_known
 from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of, needs_of, without_needed
 from x_transformers.layers.checks import check_prefix, is_int
 from x_transformers.notices import warn_inert
@@ -163,7 +163,7 @@ def check_added(call: Call, batch: int, dim: int) -> None:
             raise TypeError(f'pos must be a tensor of positions or of their embeddings, got {got}.')
         axes = call.pos.shape[:-1] if call.pos_ids is not None else call.pos.shape[:-2]
         # of (b h n) the stack says whether it has heads with positions of their own
-        fits = tuple(axes[:1]) in ((), (1,), (batch,)) and len(axes) <= (2 if call.pos_ids is not None else 1)
+        fits = (not axes or is_any(axes[0], 1, batch)) and len(axes) <= (2 if call.pos_ids is not None else 1)
         if call.pos.ndim == 0 or not fits:
             raise ValueError(
                 f'pos must be one position per token, (n) or ({batch} n), or their embeddings, (n e) or ({batch} n e), '
@@ -173,7 +173,7 @@ def check_added(call: Call, batch: int, dim: int) -> None:
     if added is not None and (not isinstance(added, Tensor) or not added.is_floating_point()):
         got = added.dtype if isinstance(added, Tensor) else f'a {type(added).__name__}'
         raise TypeError(f'sum_embeds must be a floating tensor ({batch}, tokens, {dim}), got {got}.')
-    if added is not None and (added.ndim != 3 or added.shape[0] not in (1, batch) or added.shape[-1] not in (1, dim)):
+    if added is not None and (added.ndim != 3 or not (is_any(added.shape[0], 1, batch) and is_any(added.shape[-1], 1, dim))):
         raise ValueError(f'sum_embeds must have shape ({batch}, tokens, {dim}), got {tuple(added.shape)}.')
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.token import check_mask
-from x_transformers.helpers import values_known
+from x_transformers.helpers import is_any, values_known
 from x_transformers.layers.arguments import DECLARED, count_new, per_token
 from x_transformers.tensor_types import Bool, Int, Shaped
 
@@ -156,7 +156,7 @@ class Rows:
     def positions(self, pos: Int[Tensor, '...'] | None) -> Int[Tensor, '...'] | None:
         """Positions given for the tokens, behind those of the rows in front; None: the stack counts by itself."""
         offset = self.front + self.memory.count
-        if pos is None or offset == 0 or pos.shape[-1] not in (self.tokens, self.new):
+        if pos is None or offset == 0 or not is_any(pos.shape[-1], self.tokens, self.new):
             return pos
         if self.memory.every:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.helpers import default, l2norm
+from x_transformers.helpers import default, is_any, l2norm
 from x_transformers.module import Module, to_unit_length_
 from x_transformers.position.absolute import Table, look_up
 from x_transformers.tensor_types import Bool, Float, Int
@@ -65,7 +65,7 @@ def check_mask(
         raise TypeError(
             f'{name} must be boolean (True: may be looked at), got {mask.dtype}; use {name}.bool() if 1 means True.'
         )
-    if mask.ndim != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
+    if mask.ndim != 2 or mask.shape[1] != length or not is_any(mask.shape[0], 1, batch):
         raise ValueError(f'{name} must have shape ({batch}, {length}), {of}, got {tuple(mask.shape)}.')
 
 
@@ -105,7 +105,7 @@ def add_named(
     for name, given in ids.items():
         table: Any = tables[f'{name}_embed'] if tables is not None else None
         title = f'{argument}[{name!r}]'
-        if given.ndim != 2 or (x.ndim > 2 and given.shape[0] not in (1, x.shape[0])):
+        if given.ndim != 2 or (x.ndim > 2 and not is_any(given.shape[0], 1, x.shape[0])):
             raise ValueError(
                 f'{title} must be ids (batch, tokens), as many rows as the tokens, got shape {tuple(given.shape)}.'
             )

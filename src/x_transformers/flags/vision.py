@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import nn
 
@@ -65,19 +64,19 @@ class VisionFlags(Flags):
         since='here',
     )  # fmt: skip
 
-    @cached_property
+    @property
     def image_sides(self) -> tuple[int, int]:
         return sides(self.image_size)
 
-    @cached_property
+    @property
     def patch_sides(self) -> tuple[int, int]:
         return sides(self.patch_size)
 
-    @cached_property
+    @property
     def grid(self) -> tuple[int, ...]:
         """Patches in a column, and in a row."""
         return tuple(image // patch for image, patch in zip(self.image_sides, self.patch_sides, strict=True))
 
-    @cached_property
+    @property
     def num_patches(self) -> int:
         return math.prod(self.grid)

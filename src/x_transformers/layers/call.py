@@ -15,7 +15,7 @@ from x_transformers.attention.mask import Mask, PackedSequences, Placed
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.embedding.values import of_layer
-from x_transformers.helpers import counted
+from x_transformers.helpers import counted, is_any
 from x_transformers.layers.drop import dropout_seq
 from x_transformers.layers.plan import ATTENTIONS, Step
 from x_transformers.tensor_types import Bool, Float, Int, Shaped
@@ -79,7 +79,7 @@ class Span:
     def newest(self, t: Shaped[Tensor, '...'], axis: int = 1) -> Tensor:
         """Of something per token, the part that belongs to the new tokens."""
         length = t.shape[axis]
-        if length in (1, self.new):
+        if is_any(length, 1, self.new):
             return t
         if self.placed is not None:
             return t.index_select(axis, self.new_rows(t.device, length - self.held))

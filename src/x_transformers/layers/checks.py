@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.attention.mask import PackedSequences
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.flags.elsewhere import answer_of_call
-from x_transformers.helpers import values_known
+from x_transformers.helpers import is_any, values_known
 from x_transformers.layers.arguments import ARGUMENTS, NEEDS, check_number, is_number, without_needed
 from x_transformers.layers.branch import innermost
 from x_transformers.layers.plan import KINDS, Step, check_order
@@ -177,7 +177,7 @@ def check_masks(stack: StackParts, given: Given, span: Span) -> None:
 def check_prefix(prefix: Any, batch: int) -> None:
     """A number of tokens, or one for each row."""
     fits = is_number(prefix) and prefix >= 0
-    if prefix is not None and not fits and not (is_int(prefix, 0, 1) and prefix.numel() in (1, batch)):
+    if prefix is not None and not fits and not (is_int(prefix, 0, 1) and is_any(prefix.numel(), 1, batch)):
         raise ValueError(
             f'prefix_attn_len must be a whole number from 0, or ({batch},) of them, one per row, but is {shape_of(prefix)}'
         )
@@ -187,14 +187,14 @@ def check_pairs(name: str, t: Shaped[Tensor, '... i j'], stack: StackParts, span
     """Something per pair of query and key: rows of new tokens or of all, columns at least of those rows' tokens."""
     rows, columns = t.shape[-2:]
     heads = ' and '.join(map(str, dict.fromkeys(flags.heads for flags in stack.flags.attentions)))
-    heads_fit = t.ndim < 3 or all(t.shape[-3] in (1, flags.heads) for flags in stack.flags.attentions)
-    batch_fits = t.ndim < 4 or t.shape[0] in (1, span.batch)
+    heads_fit = t.ndim < 3 or all(is_any(t.shape[-3], 1, flags.heads) for flags in stack.flags.attentions)
+    batch_fits = t.ndim < 4 or is_any(t.shape[0], 1, span.batch)
     # memory keys may be covered too; columns for another model's keys are counted where those are known
     front = max([0, *[flags.num_mem_kv + flags.add_zero_kv for flags in stack.flags.attentions]])
     wide_enough = (
-        columns in (1, span.held) or span.whole <= columns <= span.whole + front or (external and columns > span.whole)
+        is_any(columns, 1, span.held) or span.whole <= columns <= span.whole + front or (external and columns > span.whole)
     )
-    if rows not in (1, span.given, span.new, span.held) or not wide_enough or not heads_fit or not batch_fits:
+    if not is_any(rows, 1, span.given, span.new, span.held) or not wide_enough or not heads_fit or not batch_fits:
         raise ValueError(
             f'{name} must end in ({span.new}, {span.whole}): {span.new} queries and '
             f'{span.whole} keys ({span.mems} memories, {span.past} cached, {span.new} new), with {heads} heads or '
@@ -262,7 +262,7 @@ def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: 
 def check_shifts(name: str, shifts: Any, kind: str, batch: int, length: int, width: int) -> None:
     """Residuals of keys and values: (b n d) for the first layer, or (layers b n d); n may be 1, the same for all tokens."""
     fitting = ((batch, length, width), (batch, 1, width))
-    if shifts is not None and (not is_float(shifts, 3, 4) or tuple(shifts.shape[-3:]) not in fitting):
+    if shifts is not None and (not is_float(shifts, 3, 4) or not is_any(tuple(shifts.shape[-3:]), *fitting)):
         raise ValueError(
             f'{name} must be ({batch}, {length}, {width}) for the first {KINDS[kind]}, or (layers, {batch}, {length}, {width})'
             f', but is {shape_of(shifts)}'
@@ -431,7 +431,7 @@ def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, .
     if stack.flags.reinject_input:
         raise ValueError('in_attn_cond and reinject_input both say what is added to every layer: leave out one of them')
     fits = is_float(cond, 2, 3) and cond.shape[0] == span.batch and cond.shape[-1] == stack.dim
-    if not fits or (cond.ndim == 3 and cond.shape[1] not in (1, span.given, span.new)):
+    if not fits or (cond.ndim == 3 and not is_any(cond.shape[1], 1, span.given, span.new)):
         raise ValueError(
             f'in_attn_cond must be ({span.batch}, {stack.dim}) or ({span.batch}, {span.given}, {stack.dim}), '
             f'but is {shape_of(cond)}'

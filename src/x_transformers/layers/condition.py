@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from x_transformers.helpers import is_any
 from x_transformers.tensor_types import Float
 
 
@@ -48,7 +49,7 @@ def read_condition(
             f'condition is {shape}, one row for each token, and memories are normed with a condition too: with mems it must '
             f'begin with theirs, ({batch}, {mems} + {n}, {dim_condition}), or be one for all, ({batch}, {dim_condition})'
         )
-    if wide.shape[1] not in (1, mems + n):
+    if not is_any(wide.shape[1], 1, mems + n):
         behind = f' and mems {mems}' if mems else ''
         raise ValueError(
             f'condition has one row for each of {wide.shape[1]} tokens, but x has {n}{behind} (condition is {shape})'
@@ -59,7 +60,7 @@ def read_condition(
 def of_tokens(condition: Float[Tensor, 'b #n c'], new: int) -> Float[Tensor, 'b #m c']:
     """The part about the newest ``new`` tokens, which is the last: it covers tokens of the call, never those of a cache."""
     length = condition.shape[1]
-    return condition if length in (1, new) else condition.narrow(1, length - new, new)
+    return condition if is_any(length, 1, new) else condition.narrow(1, length - new, new)
 
 
 def of_memories(condition: Float[Tensor, 'b #n c'], mems: int) -> Float[Tensor, 'b #m c']:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from x_transformers.attention.mask import PackedSequences, places
 from x_transformers.cache.kv_cache import Cursor, KVCache
-from x_transformers.helpers import counted, exists
+from x_transformers.helpers import counted, exists, is_any
 from x_transformers.layers.arguments import Given
 from x_transformers.layers.call import OWN_STEP, Span
 from x_transformers.layers.checks import (
@@ -38,7 +38,7 @@ def custom_positions(stack: StackParts, given: Given, span: Span, cache: KVCache
             not isinstance(pos, Tensor)
             or pos.dtype == torch.bool
             or pos.ndim not in (1, 2, 3)
-            or pos.shape[0] not in ((span.batch, 1) if pos.ndim > 1 else (pos.shape[0],))
+            or (pos.ndim > 1 and not is_any(pos.shape[0], span.batch, 1))
         ):
             raise ValueError(f'pos must be one position per token, (tokens,) or ({span.batch}, tokens), but is {shape_of(pos)}')
         if pos.ndim == 3 and not stack.flags.alibi_pos_bias:
@@ -48,17 +48,17 @@ def custom_positions(stack: StackParts, given: Given, span: Span, cache: KVCache
             )
         if pos.ndim == 3 and (stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None):
             raise ValueError('pos of shape (batch, heads, tokens) is for ALiBi alone: all heads are rotated alike')
-        if pos.ndim == 3 and pos.shape[1] not in (1, stack.flags.alibi_heads, stack.flags.heads):
+        if pos.ndim == 3 and not is_any(pos.shape[1], 1, stack.flags.alibi_heads, stack.flags.heads):
             raise ValueError(
                 f'pos must have positions for each of the {stack.flags.alibi_heads} heads with a bias, '
                 f'({span.batch}, {stack.flags.alibi_heads}, tokens), but is {shape_of(pos)}'
             )
-        if span.mems and pos.shape[-1] in (span.given, span.new) and pos.shape[-1] < span.whole:
+        if span.mems and is_any(pos.shape[-1], span.given, span.new) and pos.shape[-1] < span.whole:
             raise ValueError(
                 f'pos has {pos.shape[-1]} positions, but keys are {span.mems} memories and {span.held} tokens: '
                 f'with mems it must cover them too, {span.whole} in all'
             )
-        if pos.shape[-1] not in (span.given, span.new, span.held, span.whole):
+        if not is_any(pos.shape[-1], span.given, span.new, span.held, span.whole):
             raise ValueError(f'pos has {pos.shape[-1]} positions, but x has {span.given} tokens (pos is {shape_of(pos)})')
     if cache is not None and span.placed is not None:
         new = counted(span.begin + span.first, span.new, span.placed.device) if pos is None else pos

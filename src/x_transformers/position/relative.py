@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from x_transformers.flags.base import FlagError
-from x_transformers.helpers import recall, recomputed_part, remember, without_autocast
+from x_transformers.helpers import is_any, recall, recomputed_part, remember, without_autocast
 from x_transformers.module import Module, is_sharded
 from x_transformers.norms import LayerNorm
 from x_transformers.position.bias import Bias
@@ -276,7 +276,7 @@ class AlibiPositionalBias(DistanceBias):
 
     def of_heads(self, distances: Int[Tensor, 'b h i j']) -> Float[Tensor, 'b h i j']:
         given = distances.shape[1]
-        if given not in (1, self.heads, self.total_heads):
+        if not is_any(given, 1, self.heads, self.total_heads):
             raise ValueError(
                 f'pos must have positions for each of the {self.heads} heads that are biased, (batch, {self.heads}, tokens), '
                 f'got {given} heads'
