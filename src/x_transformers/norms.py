@@ -429,3 +429,8 @@ def choose_norm(
     if kind == 'derf':
         return Derf(dim, unit_offset=unit_offset)
     return NORMS[kind](dim, unit_offset=unit_offset, eps=eps)
+
+
+def entrance_norm(dim: int, stack: Any) -> LayerNorm:
+    """A layer norm around a stack, whatever its own norms are: with their eps and, if they have one, a bias."""
+    return LayerNorm(dim, bias=stack.flags.norm_bias, eps=stack.flags.norm_eps)

@@ -38,7 +38,7 @@ from x_transformers.layers.checks import check_names, check_steps
 from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.losses import calc_z_loss
 from x_transformers.module import Dropout, Module, empty_parameter, unit_modules
-from x_transformers.norms import LayerNorm
+from x_transformers.norms import entrance_norm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
 from x_transformers.randomness import sorted_places
 from x_transformers.returns import Asked, next_memories, scores
@@ -111,7 +111,7 @@ class StackWrapper(Module):
     def _build_entrance(self, flags: Flags, stack: Any) -> None:
         """From the embeddings to the stack's width; what is fed back; learned rows in front."""
         self.emb_frac_gradient: float = usual(flags, 'emb_frac_gradient')
-        self.post_emb_norm = self._entrance_norm(self.emb_dim, stack) if usual(flags, 'post_emb_norm') else nn.Identity()
+        self.post_emb_norm = entrance_norm(self.emb_dim, stack) if usual(flags, 'post_emb_norm') else nn.Identity()
         self.emb_dropout = Dropout(usual(flags, 'emb_dropout'))
         self.project_emb = nn.Linear(self.emb_dim, self.dim) if self.emb_dim != self.dim else nn.Identity()
         self.recycling: bool = usual(flags, 'recycling')
@@ -127,11 +127,6 @@ class StackWrapper(Module):
         self.memory_tokens = empty_parameter(self.num_memory_tokens, self.dim) if self.num_memory_tokens else None
         self.memory_tokens_interspersed_every: int | None = usual(flags, 'memory_tokens_interspersed_every')
         self.average_pool_embed: bool = usual(flags, 'average_pool_embed')
-
-    @staticmethod
-    def _entrance_norm(dim: int, stack: Any) -> LayerNorm:
-        """A layer norm whatever the stack's norms are, with their eps and, if they have one, a bias."""
-        return LayerNorm(dim, bias=stack.flags.norm_bias, eps=stack.flags.norm_eps)
 
     def _build_stack(self, flags: Flags, stack: nn.Module) -> None:
         self.attn_layers = stack

@@ -36,6 +36,7 @@ from x_transformers.heads import (
 from x_transformers.helpers import default
 from x_transformers.layers.repeat import block_transform, check_in_place, later_blocks
 from x_transformers.module import Module, empty_parameter
+from x_transformers.norms import entrance_norm
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Ends, StackWrapper, stack_flags
 from x_transformers.tensor_types import Bool, Float, Int
@@ -125,12 +126,10 @@ class TransformerWrapper(StackWrapper):
         )
         self.logits_transform = None
         if flags.logits_transform is not None:
-            norm = self._entrance_norm(self.dim, flags.attn_layers)
+            norm = entrance_norm(self.dim, flags.attn_layers)
             self.logits_transform = HeadTransform(self.dim, flags.logits_transform, norm, bias=flags.logits_transform_bias)
         self.multi_token_heads = 1 if flags.return_only_embed else flags.multi_token_heads
-        later = [
-            LaterToken(self.dim, self._entrance_norm(self.dim, flags.attn_layers)) for _ in range(1, self.multi_token_heads)
-        ]
+        later = [LaterToken(self.dim, entrance_norm(self.dim, flags.attn_layers)) for _ in range(1, self.multi_token_heads)]
         self.later_tokens = nn.ModuleList(later) if later else None
         self.add_continuous_pred_head = flags.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(self.dim, self.emb_dim) if flags.add_continuous_pred_head else None

@@ -16,7 +16,7 @@ from x_transformers.flags.rules import check_vision
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.vision import VisionFlags
 from x_transformers.module import Module, empty_parameter
-from x_transformers.norms import LayerNorm
+from x_transformers.norms import LayerNorm, entrance_norm
 from x_transformers.stack_wrapper import stack_flags
 from x_transformers.tensor_types import Float
 
@@ -67,7 +67,7 @@ class ViTransformerWrapper(Module):
             nn.Linear(patch_dim, dim, bias=flags_.patch_bias),
             LayerNorm(dim) if flags_.patch_norm else nn.Identity(),
         )
-        norm = LayerNorm(dim, bias=stack.flags.norm_bias, eps=stack.flags.norm_eps) if flags_.post_emb_norm else nn.Identity()
+        norm = entrance_norm(dim, stack) if flags_.post_emb_norm else nn.Identity()
         self.post_emb_norm = norm
         self.dropout = nn.Dropout(flags_.emb_dropout)
         self.attn_layers: Any = attn_layers
