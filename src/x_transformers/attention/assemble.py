@@ -12,25 +12,16 @@ from x_transformers.attention.gates import attention_on_attention, output_projec
 from x_transformers.attention.hybrid import FoldAxially
 from x_transformers.convolution import CausalConvolution
 from x_transformers.flags.attention import AttentionFlags
-from x_transformers.flags.scores import AttendFlags, ScoreFlags
+from x_transformers.flags.scores import AttendFlags
 from x_transformers.module import branch_output
 from x_transformers.position.projected import RelativeProjectedBias
 
 
 def build_attend(flags: AttentionFlags) -> Attend:
     """Scores, weights and output, with contextual positions inside if there are any."""
-    shared = {name: getattr(flags, name) for name in ScoreFlags.flag_fields()}
-    cope = build_contextual_positions(flags)
-    return Attend.from_flags(
-        AttendFlags(
-            scale=flags.score_scale,
-            cope=cope,
-            composable=flags.composable,
-            path=flags.path,
-            sdp_kwargs=flags.attend_sdp_kwargs,
-            **shared,
-        )
-    )
+    shared = {name: getattr(flags, name) for name in AttendFlags.flag_fields() if name in flags.flag_fields()}
+    own = {'scale': flags.score_scale, 'cope': build_contextual_positions(flags), 'sdp_kwargs': flags.attend_sdp_kwargs}
+    return Attend.from_flags(AttendFlags(**shared | own))
 
 
 def build_contextual_positions(flags: AttentionFlags) -> nn.Module | None:

@@ -215,16 +215,11 @@ class AcrossFlags(ResidualFlags):
     @property
     def branch_scale(self) -> float:
         """The constant factor on what branches write."""
-        by_depth = False if self.attn_aggregated_residuals else self.depth_scale_residual
-        for given in (by_depth, self.scale_residual):
-            if not isinstance(given, bool):
-                return float(given)
-        return 1.0
+        return self.constant_scale(by_depth=not self.attn_aggregated_residuals)
 
     @property
     def has_final_norm(self) -> bool:
-        before_alone = self.pre_norm and self.pre_norm_has_final_norm and not self.pre_and_post_norm and not self.ngpt
-        return self.gated_streams or self.resi_dual or before_alone
+        return self.gated_streams or self.ends_in_norm
 
     def starts(self, name: str, usual: float) -> tuple[float, ...] | None:
         """Where a learned number of each layer starts; None if no layer has it."""

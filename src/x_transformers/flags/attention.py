@@ -48,7 +48,8 @@ class AttentionFlags(ProjectionFlags):
         },
     )  # fmt: skip
     rotate_num_heads: int | None = flag(
-        None, 'Only this many of the heads, the last ones, get rotary positions.', low=1, family='positions',
+        None, 'Only this many of the heads, the last ones, get rotary positions.', low=1, traits='set_by_stack',
+        family='positions',
         excludes={
             'latent_rope_subheads': (
                 'the heads beside the latent are the ones that are rotated', 'Leave out [rotate_num_heads].'
@@ -130,7 +131,7 @@ class AttentionFlags(ProjectionFlags):
     )
     learned_value_residual_mix: bool = flag(
         False, "How much of the first layer's values is mixed in is learned, per token and head.", paper=VALUE_RESIDUAL,
-        formula='v ← m v + (1 − m) v₁, m = σ(W x)', family='values',
+        formula='v ← m v + (1 − m) v₁, m = σ(W x)', traits='set_by_stack', family='values',
     )  # fmt: skip
     orthog_projected_values: bool = flag(
         False, "Give the output without its component along the token's own values.", paper=BELIEF, self_only=True,
@@ -149,8 +150,9 @@ class AttentionFlags(ProjectionFlags):
         15.0, 'Values are softly clamped to this before exp.', paper=LASER, parent='laser', above=0
     )
     qkv_receive_diff_residuals: bool = flag(
-        False, 'The input is three views (3, b, n, d): one each for queries, keys and values.', family='values'
-    )
+        False, 'The input is three views (3, b, n, d): one each for queries, keys and values.',
+        traits=('set_by_stack', 'set_for_cross'), family='values',
+    )  # fmt: skip
     use_latent_q: bool = flag(
         False, 'Queries are made of a narrow latent.', paper=LATENT, family='heads',
         needs={'dim_latent_q': 'the width of the latent is missing'},

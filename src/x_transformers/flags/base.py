@@ -56,6 +56,8 @@ TRAITS = {
     'across_layers': 'it makes something for all layers together: they cannot be exchanged for those of another kind',
     'no_cache': 'outputs of seen tokens depend on new ones, or on rows that no cache holds: a model cannot go on from one',
     'entering': 'it decides what enters a layer',
+    'set_by_stack': 'a stack sets it on its attention layers, so that it has no name with a prefix there',
+    'set_for_cross': 'so it does on cross attention',
     'no_blocks': 'it leaves no blocks in their own order: a call cannot repeat some',
     'of_logits': 'it acts on the logits, or makes them',
     'of_outputs': 'it makes other outputs than the embedding of each token, or another number of logits',

@@ -13,8 +13,8 @@ from x_transformers.flags.wrapper import of_token_models
 PARTS: dict[str, type[Flags]] = {'attn_': AttentionFlags, 'cross_attn_': AttentionFlags, 'ff_': FeedForwardFlags}
 
 # what the stack itself tells its attention layers, so it has no name with a prefix
-SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals', 'learned_value_residual_mix', 'rotate_num_heads')
-CROSS_SET_BY_STACK = ('heads', 'causal', 'qkv_receive_diff_residuals')
+SET_BY_STACK = AttentionFlags.having('set_by_stack')
+CROSS_SET_BY_STACK = AttentionFlags.having('set_for_cross')
 
 
 def split_parts(

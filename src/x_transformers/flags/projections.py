@@ -31,7 +31,7 @@ class ProjectionFlags(ScoreFlags):
     """Base of ``AttentionFlags``: from tokens to heads, and from heads back to channels."""
 
     dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1, often=True, family='heads')
-    heads: int = flag(8, 'Number of query heads.', low=1, family='heads')
+    heads: int = flag(8, 'Number of query heads.', low=1, traits=('set_by_stack', 'set_for_cross'), family='heads')
     dim_context: int | None = flag(
         None, 'Width of the sequence that keys and values are made of; None: the width of x.', low=1, family='heads'
     )

@@ -1,7 +1,7 @@
 """The flags of what branches write, and of where norms stand.
 
-Derived: ``post_norm``; ``learns_residual_scale``; ``disables_abs_pos_emb``, which is ``disable_abs_pos_emb`` or its default
-resolved.
+Derived: ``post_norm``, ``ends_in_norm``; ``learns_residual_scale``; ``disables_abs_pos_emb``, which is ``disable_abs_pos_emb``
+or its default resolved.
 """
 
 from __future__ import annotations
@@ -250,6 +250,19 @@ class ResidualFlags(LayoutFlags):
     def learns_residual_scale(self) -> bool:
         return self.scale_residual is True
 
+    @property
+    def ends_in_norm(self) -> bool:
+        """Norms stand so that the stream needs one at the end of the stack."""
+        before_alone = self.pre_norm and self.pre_norm_has_final_norm and not self.pre_and_post_norm and not self.ngpt
+        return self.resi_dual or before_alone
+
+    def constant_scale(self, *, by_depth: bool) -> float:
+        """The constant factor on what branches write, of ``depth_scale_residual`` or else of ``scale_residual``."""
+        for given in (by_depth and self.depth_scale_residual, self.scale_residual):
+            if not isinstance(given, bool):
+                return float(given)
+        return 1.0
+
     @cached_property
     def disables_abs_pos_emb(self) -> bool:
         if self.disable_abs_pos_emb is not None:
@@ -258,11 +271,9 @@ class ResidualFlags(LayoutFlags):
 
     def told_to_part(self, part: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """A part's keywords with those that the stack sets."""
-        told = dict(given)
+        told = super().told_to_part(part, given)
         if self.ngpt:
             told['unit_weights'] = True
         if self.zero_init_branch_output:
             told['zero_init_output'] = True
-        if self.has_canon({'attn_': 'b', 'ff_': 'd'}.get(part, '-')):
-            told['canon'] = True
         return told

@@ -30,7 +30,9 @@ class ScoreFlags(Flags):
     """What happens to scores until they are an output: keywords of ``Attention`` and of ``Attend``, the score rules' own."""
 
     heads: int | None = flag(None, 'Number of query heads.', low=1, family='heads')
-    causal: bool = flag(False, 'A query sees no key to its right.', family='positions')
+    causal: bool = flag(
+        False, 'A query sees no key to its right.', traits=('set_by_stack', 'set_for_cross'), family='positions',
+    )  # fmt: skip
     flash: bool = flag(False, 'Insist on a fused kernel; without it the best kernel for these flags is chosen.',
                        paper='https://arxiv.org/abs/2205.14135', family='kernels')  # fmt: skip
     dropout: float = flag(
