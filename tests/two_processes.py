@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.laws.combination import Combination, rotated, tokens
+from tests.laws.groups import ASIDE, GROUPS
 from tests.laws.laws import ROWS
 from x_transformers import AutoregressiveWrapper
 from x_transformers.randomness import decide_alike
@@ -39,12 +40,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def worker(rank: int, world: int, port: int, attempt: Attempt, names: list[str], path: Path) -> None:
+def join_as(rank: int, port: int, world: int = WORLD) -> None:
+    """Be one of several processes, as torchrun says it."""
     os.environ.update(
         MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
     )
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
+
+
+def worker(rank: int, world: int, port: int, attempt: Attempt, names: list[str], path: Path) -> None:
+    join_as(rank, port, world)
     dist.init_process_group('gloo')
     failed, done = [], 0
     for name in names:
@@ -73,23 +79,33 @@ def attempt_all(attempt: Attempt, names: list[str], world: int = WORLD) -> tuple
     return done, failed
 
 
+def every_flag() -> list[Combination]:
+    return rotated((*GROUPS, *ASIDE))
+
+
 def with_modes(cases: list[str], modes: list[str]) -> list[str]:
     return [f'{case} {mode}' for case in cases for mode in modes]
 
 
 def command(attempt: Attempt, modes: list[str], world: int = WORLD) -> None:
     """``[decoder+streams …] [--mode …]``: without cases, every flag; without modes, ``modes``."""
-    cases = [text for text in sys.argv[1:] if not text.startswith('--')] or [str(case) for case in rotated()]
+    cases = [text for text in sys.argv[1:] if not text.startswith('--')] or [str(case) for case in every_flag()]
     asked = [text.removeprefix('--') for text in sys.argv[1:] if text.startswith('--')] or modes
     done, failed = attempt_all(attempt, with_modes(cases, asked), world)
     print('\n'.join([*failed, f'{done} tried, {len(failed)} failed']))
+
+
+def batch_of(case: Combination, number: int) -> tuple[Tensor, dict[str, Any]]:
+    """The tokens of the batch of this number, and what goes along with them. Packed sequences lie in one row."""
+    rows = 1 if case.has('packed') else ROWS
+    return tokens(rows, seed=10 + number), case.inputs(rows, seed=20 + number).part()
 
 
 def loss_of(case: Combination, model: nn.Module, rank: int) -> Tensor:
     """Of the batch that this rank reads; ``rank`` also seeds what is drawn for it."""
     torch.manual_seed(rank)
     decide_alike(7)
-    out = case.call(model, tokens(ROWS, seed=10 + rank), case.inputs(ROWS, seed=20 + rank).part())
+    out = case.call(model, *batch_of(case, rank))
     return (out * torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)).sum()
 
 
@@ -101,7 +117,8 @@ def objective_of(case: Combination, model: Callable[..., Tensor], rank: int) -> 
     """The same of predicting each next token."""
     torch.manual_seed(rank)
     decide_alike(7)
-    return model(tokens(ROWS, seed=10 + rank), **case.inputs(ROWS, seed=20 + rank).part())
+    x, given = batch_of(case, rank)
+    return model(x, **given)
 
 
 class Forward(Protocol):
@@ -116,19 +133,20 @@ def check_equal(
     spread: Callable[[Any], Forward | None],
     reads: tuple[int, int] | None = None,
     *,
-    objective: bool = False,
+    objective: dict[str, Any] | None = None,
     **build: Any,
 ) -> None:
     """In double precision, loss and gradients of the model that ``spread`` spreads are those of one process.
 
     ``reads``: which batch this process reads, of how many; without it all read others. ``build`` goes to ``case.build``.
+    ``objective``: the loss is that of predicting each next token, with these options.
     """
     rank, readers = reads or (dist.get_rank(), dist.get_world_size())
     torch.manual_seed(0)
     model: Any = case.build(**build).train()
-    if objective:
-        model = AutoregressiveWrapper(model)
-    measure = objective_of if objective else loss_of
+    if objective is not None:
+        model = AutoregressiveWrapper(model, **objective)
+    measure = loss_of if objective is None else objective_of
     alone = copy.deepcopy(model)
     losses = [measure(case, alone, each) for each in range(readers)]
     (sum(losses) / readers).backward()  # type: ignore[union-attr]

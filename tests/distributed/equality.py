@@ -36,10 +36,12 @@ from x_transformers.randomness import decide_alike
 # (degrees, keywords of parallelize)
 MODES: dict[str, tuple[Degrees, dict[str, Any]]] = {
     'copies': (Degrees(replicate=2), {}),
+    'copies+objective': (Degrees(replicate=2), {}),
     'copies+full': (Degrees(replicate=2), {'checkpoint': 'full'}),
     'shards': (Degrees(shard=2), {'shard': 'full'}),
     'shards+full': (Degrees(shard=2), {'shard': 'full', 'checkpoint': 'full'}),
     'shards+every': (Degrees(shard=2), {'shard': 'full', 'checkpoint': 2}),
+    'shards+objective': (Degrees(shard=2), {'shard': 'full'}),
     'shards+kept': (Degrees(shard=2), {'shard': 'full', 'reshard': False}),
     'hybrid': (Degrees(replicate=2, shard=1), {'shard': 'hybrid'}),
     'tensor': (Degrees(tensor=2), {}),
@@ -79,7 +81,7 @@ def attempt(name: str) -> None:
     case, mode = name.split()
     degrees, how = {**MODES, **OF_FOUR}[mode]
     combination, world = Combination.parse(case), world_of(degrees)
-    objective = degrees.context > 1 or mode.endswith('loss')
+    objective = degrees.context > 1 or mode.endswith(('loss', 'objective'))
 
     stacks: list[Any] = []
 
@@ -110,7 +112,7 @@ def attempt(name: str) -> None:
             objective_of(combination, spread(model), 0)  # type: ignore[arg-type]
     else:
         with every_loss_by_its_head(mode.endswith('loss')):
-            check_equal(combination, spread, (world.data_rank, world.data_size), objective=objective)
+            check_equal(combination, spread, (world.data_rank, world.data_size), objective={} if objective else None)
         if how.get('sequence_parallel') and not combination.inputs(1).part().keys() & NEED_ALL:
             assert any(stack.streams.slices.calls > 0 for stack in stacks), 'no sequence was cut'
 
@@ -155,7 +157,7 @@ class InSlices(Sliced):
 def is_trainable(case: Combination, net: nn.Module) -> bool:
     """Whether one process can train this net to predict the next token."""
     try:
-        loss = objective_of(case, AutoregressiveWrapper(net), 0)
+        loss = objective_of(case, AutoregressiveWrapper(net.train()), 0)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):
         return False
     finally:

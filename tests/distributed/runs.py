@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tests.distributed.equality import every_loss_by_its_head
 from tests.distributed.staged import check_staged
 from tests.laws.combination import Combination
-from tests.two_processes import WORLD, attempt_all, whole
+from tests.two_processes import WORLD, attempt_all, check_equal, whole
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, MeshError, World, start
-from x_transformers.distributed.parallelize import Filling
+from x_transformers.distributed.parallelize import Filling, parallelize
 from x_transformers.distributed.staged import StagedEngine
 from x_transformers.training import files
 from x_transformers.training.checkpoint import load_checkpoint
@@ -321,6 +321,57 @@ def stages_hide_the_same_keys(worlds: Worlds, folder: Path) -> None:
     check_staged(case, AutoregressiveWrapper(case.build(), mask_prob=0.3), worlds['stages'], {})
 
 
+def options_of_the_objective_are_spread(worlds: Worlds, folder: Path) -> None:
+    """Those that are not refused: keys that are hidden, the loss on attention maps, weights of the losses of other heads."""
+    tried: tuple[tuple[str, dict[str, Any]], ...] = (
+        ('decoder', {'mask_prob': 0.3, 'ignore_index': 5, 'pad_value': 1}),
+        ('decoder+kv_heads', {'add_attn_z_loss': True}),
+        ('decoder+multi_token', {'multi_token_loss_weight': 0.3}),
+        ('decoder+next_embed', {'next_embed_loss_weight': 0.7}),
+        ('decoder+looped', {'looped_loss_threshold_exit': 0.1, 'looped_loss_slope': 5.0, 'looped_exit_loss_weight': 0.3}),
+        ('decoder+experts_biased', {}),
+        ('encoder', {'allow_future': True}),
+    )
+    for name in ('copies', 'shards', 'tensor', 'sequence'):
+        world, how = worlds[name], {'shard': SHARD[name], **MORE.get(name, {})}
+        for text, options in tried:
+            case = Combination.parse(text)
+            if 'add_attn_z_loss' in options and name in ('tensor', 'sequence'):
+                with pytest.raises(MeshError, match='`add_attn_z_loss` must be left as it is'):
+                    parallelize(AutoregressiveWrapper(case.build(), **options), world, **how)
+                continue
+            with every_loss_by_its_head(name == 'sequence'):
+                check_equal(
+                    case, partial(spread, world, how), (world.data_rank, world.data_size), objective=options
+                )  # fmt: skip
+
+
+def spread(world: World, how: dict[str, Any], model: nn.Module) -> None:
+    parallelize(model, world, **how)
+
+
+def modules_of_ones_own_are_spread(worlds: Worlds, folder: Path) -> None:
+    """A table and a head that the user has made."""
+    torch.manual_seed(1)
+    model: Any = make()
+    own = {'token_emb': nn.Embedding(33, 16).double(), 'to_logits': nn.Linear(16, 33).double()}
+    stack = model.net.attn_layers
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=33, max_seq_len=16, attn_layers=stack, **own)).double()  # type: ignore[arg-type]
+    options = TrainerOptions(steps=3, lr=1e-2)
+    alone = trainer(Engine(), copy.deepcopy(model), options)
+    alone.train()
+    for name, world in worlds.items():
+        if name == 'sequence':
+            with pytest.raises(MeshError, match='a head must be one linear map with --loss-parallel'):
+                on(world, name, model)
+            continue
+        engine, mine = on(world, name, model)
+        run = trainer(engine, mine, options)
+        run.train()
+        assert run.history.losses == pytest.approx(alone.history.losses, abs=1e-8), name
+        assert gap(mine, alone.model) <= 1e-7, name
+
+
 CASES: dict[str, Callable[[Worlds, Path], None]] = {
     case.__name__: case
     for case in (
@@ -328,7 +379,8 @@ CASES: dict[str, Callable[[Worlds, Path], None]] = {
         a_damaged_checkpoint_is_refused, what_the_main_process_cannot_do_ends_all, saving_goes_on_beside_training,
         a_full_disk_stops_all_in_one_step,
         text_is_written_from_shards, a_model_without_numbers_is_filled_alike,
-        layers_are_left_out_alike, stages_hide_the_same_keys,
+        layers_are_left_out_alike, stages_hide_the_same_keys, options_of_the_objective_are_spread,
+        modules_of_ones_own_are_spread,
     )
 }  # fmt: skip
 

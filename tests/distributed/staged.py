@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.laws.combination import Combination, tokens
-from tests.laws.laws import ROWS
-from tests.two_processes import CLOSE
+from tests.laws.combination import Combination
+from tests.two_processes import CLOSE, batch_of
 from x_transformers import AutoregressiveWrapper
 from x_transformers.distributed.crossing import described
 from x_transformers.distributed.mesh import World
@@ -35,7 +34,7 @@ def check_staged(case: Combination, model: nn.Module, world: World, how: dict[st
     assert held < sum(parameter.numel() for parameter in model.parameters())
     found = pipeline.gradients(
         [partial(measure, case, model, number) for number in own],
-        [described(case.inputs(ROWS, seed=20 + number).part()) for number in own],
+        [described(batch_of(case, number)[1]) for number in own],
     )
     problems = [
         f'loss {number} is {got}, not {want}'
@@ -52,7 +51,7 @@ def check_staged(case: Combination, model: nn.Module, world: World, how: dict[st
 def measure(case: Combination, model: Any, number: int) -> Tensor:
     """One number made of all that a model says of the batch of this number, which also seeds what is drawn."""
     torch.manual_seed(number)
-    x, given = tokens(ROWS, seed=10 + number), case.inputs(ROWS, seed=20 + number).part()
+    x, given = batch_of(case, number)
     if isinstance(model, AutoregressiveWrapper):
         loss: Tensor = model(x, **given)
         return loss

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from tests.distributed.equality import MODES, OF_FOUR, attempt, is_trainable, said
-from tests.laws.combination import Combination, draw, rotated, singles
-from tests.two_processes import attempt_all, with_modes
+from tests.laws.combination import Combination, draw
+from tests.two_processes import attempt_all, every_flag, with_modes
 from x_transformers import AutoregressiveWrapper, XTransformer
 from x_transformers.distributed.mesh import Degrees, MeshError, World
 from x_transformers.distributed.parallelize import parallelize
 from x_transformers.distributed.refusals import REFUSALS, is_set
 from x_transformers.flags.base import FlagError
+from x_transformers.flags.parts import PARTS, SET_BY_STACK
+from x_transformers.flags.stack import StackFlags
+from x_transformers.flags.wrapper import WrapperFlags
 
 # what a slice takes from those before it
 SLICED = [
@@ -60,7 +63,7 @@ def test_some_are_equal() -> None:
 
 @pytest.mark.deep
 def test_every_flag_is_equal() -> None:
-    cases = [str(case) for case in rotated()]
+    cases = [str(case) for case in every_flag()]
     done, failed = attempt_all(attempt, with_modes(cases, list(MODES)))
     assert not failed, '\n'.join(failed)
     assert done == len(cases) * len(MODES)
@@ -68,7 +71,7 @@ def test_every_flag_is_equal() -> None:
 
 @pytest.mark.deep
 def test_every_flag_is_equal_on_two_axes() -> None:
-    cases = [str(case) for case in rotated()]
+    cases = [str(case) for case in every_flag()]
     done, failed = attempt_all(attempt, with_modes(cases, ['shards+tensor']), world=4)
     assert not failed, '\n'.join(failed)
     assert done == len(cases)
@@ -105,7 +108,7 @@ def test_the_z_loss_is_refused(degrees: Degrees) -> None:
 
 def test_slices_are_compared() -> None:
     """Of the flags that a decoder can have, most are trained in slices, and not only refused."""
-    cases = [case for case in rotated() if case.kind == 'decoder']
+    cases = [case for case in every_flag() if case.kind == 'decoder']
     models = [(case, case.build()) for case in cases]
     trained = [case for case, net in models if is_trainable(case, net)]
     free = [
@@ -114,11 +117,30 @@ def test_slices_are_compared() -> None:
     assert len(free) > 0.7 * len(cases), (len(free), len(trained), len(cases))
 
 
+def test_every_flag_is_compared() -> None:
+    """By the flags themselves: one that no model of the sweep has would be neither proven nor refused."""
+    compared = {name for case in every_flag() for name in (*case.flags, *case.wrapper)}
+    # those of cross attentions are flags of the same class, and a refusal asks attentions of every kind
+    compared |= {f'cross_{name}' for name in compared if name.startswith('attn_')}
+    every = {*StackFlags.flag_fields(), *WrapperFlags.flag_fields()}
+    every |= {prefix + name for prefix, part in PARTS.items() for name in part.flag_fields() if name not in SET_BY_STACK}
+    assert every - compared == WIDTHS | IN_EVERY_MODEL | OF_A_CACHE | OWN_MODULES | OF_OBJECTIVES
+
+
+# which a stack does not allow to differ from its own
+WIDTHS = {'attn_dim_out', 'ff_dim_out', 'attn_dim_context', 'cross_attn_dim_out', 'cross_attn_dim_context'}
+# sizes, and what makes a decoder, an encoder or a cross attender of a stack
+IN_EVERY_MODEL = {'attn_layers', 'num_tokens', 'max_seq_len', 'causal', 'only_cross'}
+OF_A_CACHE = {'max_mem_len', 'shift_mem_down', 'input_not_include_cache'}  # with which nothing is trained
+OWN_MODULES = {'token_emb', 'to_logits'}  # tests/distributed/runs.py
+OF_OBJECTIVES = {'attn_z_loss_weight'}  # tests/distributed/runs.py, and refused
+
+
 def test_every_refusal_is_tried() -> None:
     """A flag without a group would never be compared, so that its row could be wrong, or missing."""
-    models = [case.build(dtype=torch.float32) for case in singles('decoder,encoder,cross') if case.kind != 'crosser']
+    models = [case.build(dtype=torch.float32) for case in every_flag() if case.kind != 'crosser']
     idle = {row.flag for row in REFUSALS if not any(is_set(model, row) for model in models)}
-    assert idle == {'add_attn_z_loss', 'looped'}  # which groups of flags do not have
+    assert idle == {'add_attn_z_loss'}  # which is no flag of a net
 
 
 @pytest.mark.parametrize(
@@ -152,6 +174,14 @@ def test_what_goes_beside_heads_is_refused() -> None:
         parallelize(model, group, loss_parallel=True)
     with pytest.raises(MeshError, match='a model must be an AutoregressiveWrapper'):
         parallelize(torch.nn.Linear(2, 2), group, loss_parallel=True)
+
+
+@pytest.mark.parametrize('degrees', [Degrees(tensor=2, replicate=2), Degrees(tensor=2, context=2)])
+def test_groups_that_share_heads_have_no_copies(degrees: Degrees) -> None:
+    """Their gradients would not be averaged."""
+    world = World(None, degrees, torch.device('cpu'), 0, 4)  # type: ignore[arg-type]
+    with pytest.raises(MeshError, match="shard must be 'full' or 'hybrid' where 2 groups of --tensor read different data"):
+        parallelize(AutoregressiveWrapper(Combination.parse('decoder+no_abs').build()), world)
 
 
 @pytest.mark.parametrize(

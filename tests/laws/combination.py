@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -279,10 +279,10 @@ def draw(count: int, seed: int, most: int = 6) -> list[Combination]:
     return list(found)
 
 
-def rotated() -> list[Combination]:
+def rotated(entries: Sequence[Group] = GROUPS) -> list[Combination]:
     """Every group alone in a decoder, or else in the first kind that it fits, and in one more kind, which goes round."""
     cases: dict[Combination, None] = {}
-    for index, entry in enumerate(GROUPS):
+    for index, entry in enumerate(entries):
         kinds = sorted(entry.kinds - {DECODER}) or [DECODER]
         for kind in (DECODER if DECODER in entry.kinds else kinds[0], kinds[index % len(kinds)]):
             cases[Combination(kind, (entry.name,))] = None

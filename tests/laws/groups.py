@@ -155,6 +155,12 @@ def twice(draw: Draw) -> dict[str, Tensor | Along]:
     return {'recycle_steps': Along(2, rows=None)}
 
 
+def packed(draw: Draw) -> dict[str, Tensor | Along]:
+    """Three sequences in the one row that there may be."""
+    starts = torch.tensor((0, 3, 4, LENGTH), dtype=torch.int32)
+    return {'flash_pack_seq_kwargs': Along({'cu_seqlens_q': starts, 'cu_seqlens_k': starts}, rows=None)}
+
+
 def repeated(draw: Draw) -> dict[str, Tensor | Along]:
     return {'repeat_blocks': Along((0, 2), rows=None)}
 
@@ -617,5 +623,20 @@ CALLS = (
     group('context_shift', frozenset({CROSS, CROSSER}), inputs=context_shifts),
 )
 
+# drawn by no law, as each has tests of its own; what several processes make of them is compared all the same
+ASIDE = (
+    group('looped', STRICT, pre_and_post_norm=True, wrapper={'looped': True, 'max_looped_steps': 2}),
+    group(
+        'looped_positions',
+        STRICT,
+        pre_and_post_norm=True,
+        rotary_pos_emb=True,
+        wrapper={'looped': True, 'looped_positions': True},
+    ),
+    group('recycling_drawn', wrapper={'recycling': True, 'train_max_recycle_steps': 3}, only_training=True),
+    group('run_again', gradient_checkpointing=True, same=True),
+    group('packed', WHOLE, rotary_pos_emb=True, attn_flash_pack_seq=True, inputs=packed),
+)
+
 GROUPS: tuple[Group, ...] = ATTENTION + POSITIONS + STACK + FEEDFORWARD + PER_LAYER + WRAPPER + CALLS
-BY_NAME = {entry.name: entry for entry in GROUPS}
+BY_NAME = {entry.name: entry for entry in (*GROUPS, *ASIDE)}

@@ -118,7 +118,11 @@ def may_leave_out(model: nn.Module) -> bool:
     for stack in stacks_of(model):
         if any(chance > 0 for chance in stack.layer_dropouts) or len(set(stack.layers_execute_order)) < len(stack.layers):
             return True
-    return any(getattr(module, 'attn_pool', None) is not None for module in model.modules())
+    if any(getattr(module, 'attn_pool', None) is not None for module in model.modules()):
+        return True
+    # what opens gates is the loss of an objective, and there is no gate behind the only round
+    return any(getattr(module, 'exit_gate', None) is not None and (module is model or module.max_looped_steps == 1)
+               for module in model.modules())  # fmt: skip
 
 
 # activation checkpointing

@@ -174,6 +174,8 @@ def check(
 
 
 def tensor_refusals(model: nn.Module, degrees: Degrees, shard: str) -> Iterator[str]:
-    if shard == 'none' and degrees.replicate > 1:
-        yield f"shard must be 'full' or 'hybrid' where {degrees.replicate} groups of --tensor read different data, got 'none'."
+    groups = degrees.replicate * degrees.context
+    if shard == 'none' and groups > 1:
+        what = 'data' if degrees.context == 1 else 'data, or different slices of them'
+        yield f"shard must be 'full' or 'hybrid' where {groups} groups of --tensor read different {what}, got 'none'."
     yield from check_divides(model, degrees.tensor)
