@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from x_transformers.distributed.costs import TensorGroup
+from x_transformers.distributed.costs import RowGroup
 from x_transformers.distributed.engine import MeshEngine
 from x_transformers.distributed.mesh import Degrees, start, stop
 from x_transformers.distributed.plan import Size, needs
@@ -267,8 +267,9 @@ def saving_here(rank: int) -> list[float]:
 GRIDS: dict[str, tuple[Degrees, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     'parts': (Degrees(shard=2), {'shard': 'full'}, {}, {}),
     'stages': (Degrees(pipeline=2), {}, {'grad_accum': 4}, {'pipeline': 2}),
+    'slices': (Degrees(context=2), {'shard': 'full'}, {}, {'group': RowGroup(context=2)}),
     'a tensor group': (
-        Degrees(tensor=2), {'sequence_parallel': True, 'loss_parallel': True}, {}, {'group': TensorGroup(2, True, True)}
+        Degrees(tensor=2), {'sequence_parallel': True, 'loss_parallel': True}, {}, {'group': RowGroup(2, True, True)}
     ),
 }  # fmt: skip
 
@@ -289,14 +290,12 @@ def memory() -> list[Found]:
 
 def planned_bytes(name: str) -> list[float]:
     """Of each of two processes."""
-    degrees, _, training, planning = GRIDS[name]
+    degrees, how, training, planning = GRIDS[name]
     size = Size.of(LARGE, seq_len=LARGE['max_seq_len'], half=False, **planning)  # type: ignore[arg-type]
     rows_of_all = 4 if degrees.shard == 2 else 2
     found = list(needs(size, devices=2, per_node=2, batch=rows_of_all, half=False, micros=training.get('grad_accum', 1)))
-    return [
-        next(need for need in found if need.stage in (None, rank) and need.degrees.shard == degrees.shard).total
-        for rank in range(2)
-    ]
+    kind = f'--shard {how.get("shard", "none")}'
+    return [next(need for need in found if need.stage == rank or kind in need.name).total for rank in range(2)]
 
 
 def memory_here(name: str, rank: int) -> list[float]:

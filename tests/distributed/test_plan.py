@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.two_processes import free_port, join_as
 from x_transformers.cli.main import main
-from x_transformers.distributed.costs import TensorGroup
-from x_transformers.distributed.mesh import Degrees, MeshError
+from x_transformers.distributed.context import Sliced
+from x_transformers.distributed.costs import RowGroup
+from x_transformers.distributed.mesh import Degrees, MeshError, start, stop
+from x_transformers.distributed.parallelize import checkpoint_layers
 from x_transformers.distributed.plan import Size, needs
 from x_transformers.distributed.stages import leave_elsewhere
 from x_transformers.distributed.units import layers_of
@@ -95,7 +100,7 @@ def test_stages_share_what_there_is(size: Size) -> None:
 
 
 def test_a_tensor_group_shares_what_there_is(size: Size) -> None:
-    group = Size.of(FLAGS, seq_len=64, half=False, group=TensorGroup(2))
+    group = Size.of(FLAGS, seq_len=64, half=False, group=RowGroup(2))
     model = build_model(FLAGS)
     assert group.parameters == size.parameters
     # matrices of layers are halved
@@ -104,7 +109,7 @@ def test_a_tensor_group_shares_what_there_is(size: Size) -> None:
     assert group.kept < size.kept
     assert group.flops == size.flops
     assert size.flops / 2 < group.own_flops < size.flops
-    less = Size.of(FLAGS, seq_len=64, half=False, group=TensorGroup(2, sequence_parallel=True, loss_parallel=True))
+    less = Size.of(FLAGS, seq_len=64, half=False, group=RowGroup(2, sequence_parallel=True, loss_parallel=True))
     assert less.kept < group.kept
     assert less.own == group.own - 256 * 32 / 2
     names = [need.name for need in needs(group, devices=4, per_node=4, batch=2) if not need.checkpointing]
@@ -112,13 +117,84 @@ def test_a_tensor_group_shares_what_there_is(size: Size) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def kept_here(rank: int, port: int, path: Path) -> None:
+    """What each of two processes keeps of a row of which it has a slice, and what that takes again."""
+    join_as(rank, port)
+    world = start(Degrees(context=2), 'cpu')
+    found = []
+    for checkpoint in ('none', 'full'):
+        model = build_model(FLAGS).train()
+        if checkpoint == 'full':
+            checkpoint_layers(model, checkpoint)
+        forward = Sliced(model, world.context_mesh)
+        kept: dict[int, Tensor] = {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def keep(tensor: Tensor, kept: Any = kept, own: Any = own) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = forward(torch.zeros(1, 64, dtype=torch.long))
+        assert loss.isfinite()
+        found.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    everywhere: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everywhere, found)
+    if rank == 0:
+        path.write_text(json.dumps(everywhere), encoding='utf-8')
+    stop()
+
+
+@pytest.mark.slow
+def test_slices_keep_what_is_planned(size: Size, tmp_path: Path) -> None:
+    sliced = Size.of(FLAGS, seq_len=64, half=False, group=RowGroup(context=2))
+    path = tmp_path / 'found'
+    torch.multiprocessing.spawn(kept_here, (free_port(), path), nprocs=2)  # type: ignore[no-untyped-call]
+    first, last = json.loads(path.read_text(encoding='utf-8'))
+    # the plan is that of the last slice, which sees the keys of all
+    assert first[0] <= last[0]
+    assert sliced.kept == pytest.approx(last[0], rel=0.01)
+    assert last[1] < sliced.kept_less < 2 * last[1]
+    # half of the row, and the keys and values of the other half
+    assert size.kept / 2 < sliced.kept < size.kept
+    assert not torch.distributed.is_initialized()
+
+
+def test_slices_share_parameters_where_they_lie_in_parts(size: Size) -> None:
+    sliced = Size.of(FLAGS, seq_len=64, half=False, group=RowGroup(context=2))
+    assert (sliced.parameters, sliced.own, sliced.flops) == (size.parameters, size.own, size.flops)
+    # all scores are counted, also those that causality hides: the last slice has its share of them
+    assert sliced.own_flops == size.flops / 2
+    found = [need for need in needs(sliced, devices=8, per_node=4, batch=8) if not need.checkpointing]
+    assert [(need.degrees, need.weights * 8 / (4 * size.parameters)) for need in found] == [
+        (Degrees(replicate=4, context=2), 8),
+        (Degrees(replicate=2, shard=2, context=2), 2),
+        (Degrees(shard=4, context=2), 1),
+    ]
+    # two rows for each group
+    assert found[0].activations == 2 * sliced.kept
+    with pytest.raises(MeshError, match=r'--gpus must be a multiple of --tensor times --context times --pipeline \(2\), got 3'):
+        list(needs(sliced, devices=3, per_node=4, batch=8))
+
+
+def test_heads_of_slices_are_planned_in_parts() -> None:
+    both = Size.of(FLAGS, seq_len=64, half=False, group=RowGroup(tensor=2, context=2))
+    heads = Size.of(FLAGS, seq_len=64, half=False, group=RowGroup(tensor=2))
+    assert both.own == heads.own
+    assert heads.kept / 2 < both.kept < heads.kept
+    found = [need for need in needs(both, devices=4, per_node=4, batch=1) if not need.checkpointing]
+    assert [(need.degrees, need.weights) for need in found] == [(Degrees(tensor=2, context=2), 2 * both.own)]
+
+
 @pytest.mark.parametrize(
     ('given', 'said'),
     [
-        ({'group': TensorGroup(3)}, 'number of heads must be a multiple of --tensor 3, got 2'),
+        ({'group': RowGroup(3)}, 'number of heads must be a multiple of --tensor 3, got 2'),
         ({'pipeline': 4}, '--pipeline must be at most 3, the number of blocks of layers, got 4'),
-        ({'pipeline': 2, 'group': TensorGroup(2)}, '--tensor must be 1 with --pipeline'),
-        ({'group': TensorGroup(1, sequence_parallel=True)}, '--sequence-parallel must go with --tensor 2 or more'),
+        ({'pipeline': 2, 'group': RowGroup(2)}, '--tensor must be 1 with --pipeline'),
+        ({'pipeline': 2, 'group': RowGroup(context=2)}, '--context must be 1 with --pipeline'),
+        ({'group': RowGroup(1, sequence_parallel=True)}, '--sequence-parallel must go with --tensor 2 or more'),
     ],
 )
 def test_a_plan_refuses_what_training_does(given: dict[str, Any], said: str) -> None:
@@ -133,7 +209,16 @@ def test_the_command_plans_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert '% of a step (25.0 % if they had equal work)' in out
     assert 'first that fits into 80 GiB: all stages of --pipeline 2' in out
     assert main([*given, '--pipeline', '3']) == 2
-    assert '--gpus must be a multiple of --tensor times --pipeline (3), got 4' in capsys.readouterr().err
+    assert '--gpus must be a multiple of --tensor times --context times --pipeline (3), got 4' in capsys.readouterr().err
+
+
+def test_the_command_plans_slices(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ['plan', '--dim', '256', '--depth', '8', '--heads', '2', '--attn-dim-head', '32', '--seq-len', '64', '--gpus', '2']
+    # copies of all parameters take more than that, parts of them less
+    assert main([*given, '--context', '2', '--memory', '0.08']) == 0
+    out = capsys.readouterr().out
+    assert '--context 2: the busiest device of a group does 1 times its share' in out
+    assert 'first that fits into 0.08 GiB: parts over all (--shard full)' in out
 
 
 def test_the_command_tells_which_grid_fits(capsys: pytest.CaptureFixture[str]) -> None:

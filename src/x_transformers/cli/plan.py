@@ -12,7 +12,7 @@ import tyro
 from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed
 from x_transformers.cli.toml import config_path, from_file
-from x_transformers.distributed.costs import TensorGroup
+from x_transformers.distributed.costs import RowGroup
 from x_transformers.distributed.plan import GIB, Need, Size, needs
 from x_transformers.training.errors import TrainingError
 
@@ -38,6 +38,8 @@ class PlanOptions:
     """Beside --tensor: between attentions and feed-forwards each device has a slice of the sequence."""
     loss_parallel: bool = False
     """Beside --tensor: each device has the logits of some tokens of the vocabulary."""
+    context: int = 1
+    """Devices that share each sequence."""
     pipeline: int = 1
     """Stages, each of which has some of the layers."""
     batch: int = 0
@@ -75,7 +77,10 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
     default = command(options=PlanOptions(**file.own | {'config': path}), preset=file.preset, **file.groups)
     read = parse_typed(default, arguments, 'x-transformers plan')
     options: PlanOptions = read.options
-    lowest = {'gpus': 1, 'per_node': 1, 'tensor': 1, 'pipeline': 1, 'batch': 0, 'grad_accum': 1, 'seq_len': 2, 'vocab': 2}
+    lowest = {
+        'gpus': 1, 'per_node': 1, 'tensor': 1, 'context': 1, 'pipeline': 1, 'batch': 0, 'grad_accum': 1, 'seq_len': 2,
+        'vocab': 2,
+    }  # fmt: skip
     wrong = [
         f'--{name.replace("_", "-")} must be at least {low}, got {getattr(options, name)}.'
         for name, low in lowest.items()
@@ -95,11 +100,11 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
 
 def main(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
-    group = TensorGroup(options.tensor, options.sequence_parallel, options.loss_parallel)
+    group = RowGroup(options.tensor, options.sequence_parallel, options.loss_parallel, options.context)
     size = Size.of(
         flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16, group=group, pipeline=options.pipeline
     )
-    readers = max(options.gpus // (options.tensor * options.pipeline), 1)
+    readers = max(options.gpus // (group.size * options.pipeline), 1)
     batch = options.batch or readers
     found = list(
         needs(
@@ -131,9 +136,11 @@ def about(size: Size, options: PlanOptions, batch: int, readers: int) -> list[st
         f'{options.gpus} devices, {batch} x {options.seq_len} tokens{again} a step',
         f'{size.flops / size.tokens:.3g} operations per token (forward and backward), {step:.3g} per step',
     ]
-    if size.group.tensor > 1:
-        share = size.own_flops * size.group.tensor / size.flops
-        lines.append(f'--tensor {size.group.tensor}: all devices of a group together do {share:.3g} times these operations')
+    if size.group.size > 1:
+        group = size.group
+        share = size.own_flops * group.size / size.flops
+        named = ' '.join(f'--{name} {n}' for name, n in (('tensor', group.tensor), ('context', group.context)) if n > 1)
+        lines.append(f'{named}: the busiest device of a group does {share:.3g} times its share of these operations')
     if size.stages:
         idle = 1 - sum(stage.flops for stage in size.stages) * rows * micros / (len(size.stages) * busiest)
         flops = ', '.join(f'{stage.flops / size.tokens:.3g}' for stage in size.stages)
@@ -176,5 +183,6 @@ def of_each_grid(found: Sequence[Need]) -> list[list[Need]]:
     """Needs of one grid side by side: of a pipeline, all its stages."""
     grids: dict[Any, list[Need]] = {}
     for need in found:
-        grids.setdefault((need.degrees, need.checkpointing), []).append(need)
+        grid = need.name if need.stage is None else need.degrees
+        grids.setdefault((grid, need.checkpointing), []).append(need)
     return list(grids.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +14,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
+from x_transformers.distributed.context import Sliced
 from x_transformers.distributed.mesh import Degrees, MeshError, World
-from x_transformers.distributed.parallelize import parallelize
+from x_transformers.distributed.parallelize import Checkpointing, checkpoint_layers, parallelize
 from x_transformers.distributed.units import layers_of
 from x_transformers.module import own_part
 from x_transformers.training.build import build_model
 
 
 @dataclass(frozen=True)
-class TensorGroup:
-    """What processes of a tensor group share."""
+class RowGroup:
+    """What processes that read the same rows share of them: heads and features, slices of the sequence, the vocabulary."""
 
     tensor: int = 1
     sequence_parallel: bool = False
     loss_parallel: bool = False
+    context: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.context
 
 
 @dataclass(frozen=True)
@@ -39,30 +45,34 @@ class Row:
     entering: tuple[int, ...]  # bytes of the streams, at each layer
 
 
-def costs_of(flags: Mapping[str, Any], vocabulary: int, seq_len: int, half: bool, group: TensorGroup) -> Row:
-    """Errors: ``FlagError`` and ``MeshError`` as for a model that is trained so."""
+def costs_of(flags: Mapping[str, Any], vocabulary: int, seq_len: int, half: bool, group: RowGroup, again: bool = False) -> Row:
+    """``again``: layers are computed again for their gradients.
+
+    Errors: ``FlagError`` and ``MeshError`` as for a model that is trained so.
+    """
     from x_transformers.cli.info import halve
 
-    with pretended(group.tensor) as world, FakeTensorMode(allow_non_fake_inputs=True), torch.device('cpu'):
+    with pretended(group) as world, FakeTensorMode(allow_non_fake_inputs=True), torch.device('cpu'):
         model = build_model(flags, vocabulary).train()
         if half:
             halve(model)
-        cut(model, world, group)
+        cut(model, world, group, again)
+        forward = model if world is None or group.context == 1 else Sliced(model, world.context_mesh)
         ids = torch.zeros(1, seq_len, dtype=torch.long)
-        kept = kept_by_layer(model, ids)
+        kept = kept_by_layer(model, lambda: forward(ids))
         entering: list[int] = []
         counter = FlopCounterMode(display=False)
+
+        def counted() -> None:
+            with torch.no_grad(), counter:
+                forward(ids)
+
         # a backward has twice the operations of a forward
-        flops = by_layer(model, lambda: 3.0 * counter.get_total_flops(), lambda: run_counted(model, ids, counter), entering)
+        flops = by_layer(model, lambda: 3.0 * counter.get_total_flops(), counted, entering)
     return Row(tuple(kept), tuple(flops), tuple(entering))
 
 
-def run_counted(model: nn.Module, ids: Tensor, counter: FlopCounterMode) -> None:
-    with torch.no_grad(), counter:
-        model(ids)
-
-
-def kept_by_layer(model: nn.Module, ids: Tensor) -> list[int]:
+def kept_by_layer(model: nn.Module, run: Callable[[], Any]) -> list[int]:
     """Bytes of storages that a forward keeps, those of parameters left out, each where it is kept first."""
     kept: dict[int, Tensor] = {}
     own = {own_part(parameter).untyped_storage()._cdata for parameter in model.parameters()}
@@ -78,7 +88,7 @@ def kept_by_layer(model: nn.Module, ids: Tensor) -> list[int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        return [int(each) for each in by_layer(model, lambda: total, lambda: model(ids), [])]
+        return [int(each) for each in by_layer(model, lambda: total, run, [])]
 
 
 def by_layer(model: nn.Module, read: Callable[[], float], run: Callable[[], Any], entering: list[int]) -> list[float]:
@@ -108,39 +118,50 @@ def by_layer(model: nn.Module, read: Callable[[], float], run: Callable[[], Any]
     return [before, *inside, read() - before - sum(inside)]
 
 
-def own_parameters(flags: Mapping[str, Any], vocabulary: int, group: TensorGroup) -> nn.Module:
+def own_parameters(flags: Mapping[str, Any], vocabulary: int, group: RowGroup) -> nn.Module:
     """The model without numbers, as a process of a tensor group has it."""
     if group.tensor == 1:
         with torch.device('meta'):
             return build_model(flags, vocabulary)
     # a model on the meta device would be filled when it is cut
-    with pretended(group.tensor) as world, FakeTensorMode(allow_non_fake_inputs=True), torch.device('cpu'):
+    with pretended(group) as world, FakeTensorMode(allow_non_fake_inputs=True), torch.device('cpu'):
         model = build_model(flags, vocabulary)
         cut(model, world, group)
     return model
 
 
-def cut(model: nn.Module, world: World | None, group: TensorGroup) -> None:
-    if world is not None:
-        parallelize(model, world, sequence_parallel=group.sequence_parallel, loss_parallel=group.loss_parallel)
+def cut(model: nn.Module, world: World | None, group: RowGroup, again: bool = False) -> None:
+    how: Checkpointing = 'full' if again else 'none'
+    if world is not None and group.tensor > 1:
+        alone = replace(world, degrees=Degrees(tensor=group.tensor))
+        parallelize(
+            model, alone, checkpoint=how, sequence_parallel=group.sequence_parallel, loss_parallel=group.loss_parallel
+        )  # fmt: skip
+    elif again:
+        checkpoint_layers(model, how)
 
 
 @contextmanager
-def pretended(tensor: int) -> Iterator[World | None]:
-    """A tensor group of so many processes, of which there is one. None: nothing is shared.
+def pretended(group: RowGroup) -> Iterator[World | None]:
+    """A group of processes, of which there is the one with the last slice: it sees the most keys. None: nothing is shared.
 
     Errors: ``MeshError`` where there are processes already.
     """
-    if tensor == 1:
+    if group.size == 1:
         yield None
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise MeshError('a plan with --tensor must be made in one process, got several. Start it without torchrun.')
-    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=tensor)
+        raise MeshError(
+            'a plan with --tensor or --context must be made in one process, got several. Start it without torchrun.'
+        )
+    rank, degrees = group.size - group.tensor, Degrees(tensor=group.tensor, context=group.context)
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=group.size)
     try:
-        mesh = init_device_mesh('cpu', (1, 1, tensor), mesh_dim_names=('replicate', 'shard', 'tensor'))
-        yield World(mesh, Degrees(tensor=tensor), torch.device('cpu'), 0, tensor)
+        mesh = init_device_mesh('cpu', (1, group.context, group.tensor), mesh_dim_names=('replicate', 'shard', 'tensor'))
+        world = World(mesh, degrees, torch.device('cpu'), rank, group.size)
+        _ = world.context_mesh  # made here, where numbers are real
+        yield world
     finally:
         dist.destroy_process_group()

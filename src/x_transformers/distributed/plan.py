@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from x_transformers.distributed.costs import Row, TensorGroup, costs_of, own_parameters
+from x_transformers.distributed.costs import Row, RowGroup, costs_of, own_parameters
 from x_transformers.distributed.mesh import Degrees, MeshError
 from x_transformers.distributed.refusals import check
 from x_transformers.distributed.stages import network, places_of, steps_of
@@ -46,11 +46,11 @@ class Size:
     ends: int  # of the table, the final norm and the head
     layers: int
     flops: float  # of a training step on one row
-    own_flops: float  # of one process of a tensor group
+    own_flops: float  # of the busiest process of those that share the row
     tokens: int  # predictions of a row
-    kept: int  # bytes that a row's forward keeps for its backward
+    kept: int  # bytes that a row's forward keeps for its backward, in the process that keeps most
     kept_less: int  # the same where layers are computed again
-    group: TensorGroup
+    group: RowGroup
     stages: tuple[Stage, ...]  # none where all devices have all layers
 
     @classmethod
@@ -61,11 +61,11 @@ class Size:
         seq_len: int,
         vocabulary: int = NUM_BYTES,
         half: bool = True,
-        group: TensorGroup | None = None,
+        group: RowGroup | None = None,
         pipeline: int = 1,
     ) -> Size:
         """Errors: ``FlagError``, ``TrainingError`` and ``MeshError`` as for a model that is trained so."""
-        given, group = {'max_seq_len': seq_len} | dict(flags), group or TensorGroup()
+        given, group = {'max_seq_len': seq_len} | dict(flags), group or RowGroup()
         with torch.device('meta'):
             whole = build_model(given, vocabulary)
         check_grid(whole, group, pipeline)
@@ -74,8 +74,8 @@ class Size:
         layers = [unit for unit in units(model) if len(unit) == 1]
         rest = [unit for unit in units(model) if len(unit) > 1]
         row = costs_of(given, vocabulary, seq_len, half, group)
-        again = costs_of(given | {'gradient_checkpointing': True}, vocabulary, seq_len, half, group)
-        alone = row if group.tensor == 1 else costs_of(given, vocabulary, seq_len, half, TensorGroup())
+        again = costs_of(given, vocabulary, seq_len, half, group, again=True)
+        alone = row if group.size == 1 else costs_of(given, vocabulary, seq_len, half, RowGroup())
         kept = sum(row.kept)
         return cls(
             count(whole), count(model), max((count(unit[0]) for unit in layers), default=0),
@@ -90,10 +90,12 @@ class Size:
         return max(stage.flops for stage in self.stages) * rows * (micros + len(self.stages) - 1)
 
 
-def check_grid(model: nn.Module, group: TensorGroup, pipeline: int) -> None:
-    degrees = Degrees(tensor=group.tensor, pipeline=pipeline)
+def check_grid(model: nn.Module, group: RowGroup, pipeline: int) -> None:
+    degrees = Degrees(tensor=group.tensor, context=group.context, pipeline=pipeline)
+    # stages cannot be had in parts, and heads of slices only so
+    shard = 'none' if pipeline > 1 else 'full'
     check(
-        model, degrees, shard='none', checkpoint='none', precision=None, compile=False, offload=False,
+        model, degrees, shard=shard, checkpoint='none', precision=None, compile=False, offload=False,
         sequence_parallel=group.sequence_parallel, loss_parallel=group.loss_parallel,
     )  # fmt: skip
 
@@ -165,10 +167,9 @@ def needs(
         optimizer_numbers: of AdamW two for each weight; of Muon one, for its matrices.
         micros: micro-batches of a step.
     """
-    tensor, pipeline = size.group.tensor, max(len(size.stages), 1)
-    share = tensor * pipeline
+    share = size.group.size * max(len(size.stages), 1)
     if devices < 1 or devices % share:
-        raise MeshError(f'--gpus must be a multiple of --tensor times --pipeline ({share}), got {devices}.')
+        raise MeshError(f'--gpus must be a multiple of --tensor times --context times --pipeline ({share}), got {devices}.')
     readers = devices // share
     if batch % readers:
         what = '--gpus' if share == 1 else '--gpus that read different data'
@@ -184,17 +185,21 @@ def needs(
 def grid_needs(
     size: Size, readers: int, per_node: int, rows: int, micros: int, checkpointing: bool, half: bool, optimizer_numbers: int
 ) -> Iterator[Need]:
-    tensor, compute = size.group.tensor, 2 if half else MASTER
-    within = min(max(per_node // tensor, 1), readers)
+    tensor, context, compute = size.group.tensor, size.group.context, 2 if half else MASTER
+    within = min(max(per_node // size.group.size, 1), readers)
     # groups that share heads have no copies, but with parts
-    grids = {'copies (--shard none)': Degrees(replicate=readers, tensor=tensor)} if tensor == 1 or readers == 1 else {}
+    copies = tensor == 1 or readers * context == 1
+    grids = {'copies (--shard none)': Degrees(replicate=readers, tensor=tensor, context=context)} if copies else {}
     if within < readers and readers % within == 0:
-        grids['parts in a node (--shard hybrid)'] = Degrees(replicate=readers // within, shard=within, tensor=tensor)
-    grids['parts over all (--shard full)'] = Degrees(shard=readers, tensor=tensor)
+        hybrid = Degrees(replicate=readers // within, shard=within, tensor=tensor, context=context)
+        grids['parts in a node (--shard hybrid)'] = hybrid
+    grids['parts over all (--shard full)'] = Degrees(shard=readers, tensor=tensor, context=context)
     for name, degrees in grids.items():
-        part = MASTER * size.own / degrees.shard
-        buckets = degrees.shard == 1 and tensor == 1
-        if degrees.shard == 1:
+        # those that have slices of the same rows hold parts, too
+        holders = degrees.shard * context if name != 'copies (--shard none)' else 1
+        part = MASTER * size.own / holders
+        buckets = holders == 1 and tensor == 1
+        if holders == 1:
             # copies: gradients lie once more in the pieces that are sent; autocast makes halves of one layer at a time
             gathered = (part if buckets else 0) + (2 * size.largest_layer if half else 0)
         else:
