@@ -99,3 +99,30 @@ def test_records_that_are_too_large_are_refused(tmp_path, monkeypatch):
     path.write_text('a' * 60)
     with pytest.raises(DataError, match='must hold the --document-separator within 1 GiB'):
         read(path, b'|')
+
+
+@pytest.mark.parametrize('texts', [['a' * 60], ['b', 'a' * 60]], ids=len)
+def test_rows_that_are_too_large_are_refused(tmp_path, monkeypatch, texts):
+    """Alone in its group, whose size is known before it is read, or beside smaller ones."""
+    arrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    monkeypatch.setattr(documents, 'LARGEST_RECORD', 50)
+    parquet.write_table(arrow.table({'text': texts}), tmp_path / 'x.parquet')
+    with pytest.raises(DataError, match=f'row {len(texts) - 1} must be a record of at most 1 GiB'):
+        read(tmp_path / 'x.parquet')
+
+
+def test_few_large_rows_are_read_at_once(tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    path = tmp_path / 'x.parquet'
+    texts = [f'{number:03}' * (1 << 21) for number in range(30)]
+    parquet.write_table(arrow.table({'text': texts}), path, use_dictionary=False)
+    asked = []
+    batches = parquet.ParquetFile.iter_batches
+
+    def counted(self, **given):
+        asked.append(given['batch_size'])
+        return batches(self, **given)
+
+    monkeypatch.setattr(parquet.ParquetFile, 'iter_batches', counted)
+    assert [document.text.decode() for document in read(path)] == texts
+    assert asked == [10]

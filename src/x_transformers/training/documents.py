@@ -153,6 +153,8 @@ def _record(record: Any, where: str) -> Iterator[Document]:
             raise DataError(f'{where}: `{name}` must be text, got {type(value).__name__}.')
         parts.append(value if isinstance(value, bytes) else value.encode('utf-8', 'surrogatepass'))
     prompt = len(parts[0]) if len(parts) == 2 else 0
+    if sum(map(len, parts)) > LARGEST_RECORD:
+        raise DataError(f'{where} must be a record of at most 1 GiB, got a larger one. Split it.')
     text = b''.join(parts)
     if len(text) > prompt:
         yield Document(text, prompt)
@@ -163,14 +165,18 @@ def _parquet(path: Path) -> Iterator[Document]:
     try:
         with parquet.ParquetFile(path) as file:
             meta = file.metadata
+            names = _columns(file.schema_arrow.names, path)
+            row = 0
             for group in range(meta.num_row_groups):
                 rows = meta.row_group(group)
                 if rows.num_rows == 1 and rows.total_byte_size > LARGEST_RECORD:
-                    raise DataError(f'{path}, row group {group} must hold records of at most 1 GiB, got a larger one.')
-            names = _columns(file.schema_arrow.names, path)
-            for batch in file.iter_batches(batch_size=256, columns=names):
-                for record in batch.to_pylist():
-                    yield from _record(record, str(path))
+                    raise DataError(f'{path}, row {row} must be a record of at most 1 GiB, got a larger one. Split it.')
+                # so many as take some 64 MiB together
+                few = max(1, min(256, (rows.num_rows << 26) // max(rows.total_byte_size, 1)))
+                for batch in file.iter_batches(batch_size=few, row_groups=[group], columns=names):
+                    for record in batch.to_pylist():
+                        yield from _record(record, f'{path}, row {row}')
+                        row += 1
     except arrow.ArrowException as error:
         raise DataError(f'{path} cannot be read as parquet: {str(error).splitlines()[0]}') from error
 
