@@ -27,13 +27,13 @@ SMALL = [
 
 
 def launch(arguments: list[str], world: int = 2, **per_rank: list[str]) -> list[subprocess.Popen[str]]:
-    """What torchrun does: one process for each rank, with its variables."""
-    started, port = [], str(free_port())
+    """What torchrun does: one process for each rank, with its variables; of four there are two on each node."""
+    started, port, local = [], str(free_port()), min(world, 2)
     for rank in range(world):
         env = os.environ | {'OMP_NUM_THREADS': '1'}
         if world > 1:
-            env |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': port, 'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world)}
-            env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+            env |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': port, 'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(local)}
+            env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank % local)}
         command = [sys.executable, '-m', 'x_transformers', *arguments, *per_rank.get(f'rank{rank}', [])]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return started
@@ -94,67 +94,70 @@ def test_a_run_changes_its_processes(tmp_path: Path, text: Path) -> None:
         assert abs(mine[step] - loss) <= 1e-3 * loss, (step, mine[step], loss)
 
 
-GRIDS = [
-    ['--shard', 'full'],
-    ['--shard', 'none'],
-    ['--tensor', '2'],
-    ['--tensor', '2', '--sequence-parallel', '--loss-parallel'],
-    ['--context', '2', '--shard', 'full'],
-    ['--pipeline', '2', '--grad-accum', '2'],
-]
+# how many processes train on each grid
+GRIDS = {
+    '--shard full': 2,
+    '--shard none': 2,
+    '--shard hybrid': 4,
+    '--tensor 2': 2,
+    '--tensor 2 --sequence-parallel --loss-parallel': 2,
+    '--shard full --tensor 2': 4,
+    '--context 2': 2,
+    '--context 2 --shard full': 2,
+    '--pipeline 2 --grad-accum 2': 2,
+}
 
 
-@pytest.mark.parametrize('grid', GRIDS, ids=' '.join)
-def test_a_stopped_run_goes_on_to_the_same_losses(tmp_path: Path, text: Path, grid: list[str]) -> None:
+@pytest.mark.parametrize('typed', GRIDS)
+def test_a_stopped_run_goes_on_to_the_same_losses(tmp_path: Path, text: Path, typed: str) -> None:
     """SIGTERM, then kill -9 of a process, then one that does not answer: each time all end, and nothing is lost."""
-    run = tmp_path / 'run'
+    run, grid, world = tmp_path / 'run', typed.split(), GRIDS[typed]
     given = ['train', '--data', str(text), *SMALL, '--schedule', 'constant', '--save-every', '2', '--ema', '0.9', *grid]
     resumed = ['train', '--run-dir', str(run), '--resume', '--data', str(text)]
-    processes = launch([*given, '--run-dir', str(run), '--steps', '100000'])
+    processes = launch([*given, '--run-dir', str(run), '--steps', '100000'], world)
     until(lambda: list(run.glob('checkpoint-*')), processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     found = ended(processes)
-    assert [status for status, _ in found] == [143, 143], found
-    assert found[0][1].count('everything is saved') == 1
-    assert 'everything is saved' not in found[1][1]
+    assert [status for status, _ in found] == [143] * world, found
+    assert [said.count('everything is saved') for _, said in found] == [1] + [0] * (world - 1)
 
     for number, (what, victim) in enumerate(
-        ((signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0))
+        ((signal.SIGKILL, world - 1), (signal.SIGKILL, 0), (signal.SIGSTOP, world - 1), (signal.SIGSTOP, 0))
     ):
         (saved,) = run.glob('checkpoint-*')
-        processes = launch([*resumed, '--timeout', '6'])
+        processes = launch([*resumed, '--timeout', '6'], world)
         until(lambda saved=saved: not saved.exists() and list(run.glob('checkpoint-*')), processes)
         processes[victim].send_signal(what)
         began = time.monotonic()
-        ((status, said),) = ended([processes[1 - victim]])
-        assert time.monotonic() - began < (10 if what == signal.SIGKILL else 25), (number, said)
+        found = ended([process for rank, process in enumerate(processes) if rank != victim])
+        assert time.monotonic() - began < (10 if what == signal.SIGKILL else 25), (number, found)
         processes[victim].kill()
         ended([processes[victim]])
-        assert status == 1, said
-        sentences = [line for line in said.splitlines() if line.startswith('x-transformers:')]
-        assert len(sentences) == 1, said
+        assert {status for status, _ in found} == {1}, found
+        sentences = [line for _, said in found for line in said.splitlines() if line.startswith('x-transformers:')]
+        assert len(sentences) == 1, found
         assert 'start all of them again with --resume' in sentences[0]
     (newest,) = run.glob('checkpoint-*')
     steps = str(int(newest.name.removeprefix('checkpoint-')) + 2)
 
-    again = ended(launch([*resumed, '--steps', steps]))
-    assert [status for status, _ in again] == [0, 0], again
+    again = ended(launch([*resumed, '--steps', steps], world))
+    assert [status for status, _ in again] == [0] * world, again
     whole = tmp_path / 'whole'
-    same = ended(launch([*given, '--run-dir', str(whole), '--steps', steps]))
-    assert [status for status, _ in same] == [0, 0], same
+    same = ended(launch([*given, '--run-dir', str(whole), '--steps', steps], world))
+    assert [status for status, _ in same] == [0] * world, same
     mine, want = losses(run), losses(whole)
     assert mine.keys() == want.keys() == set(range(1, int(steps) + 1))
     assert mine == want
     assert (run / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
 
 
-@pytest.mark.parametrize('grid', GRIDS, ids=' '.join)
-def test_a_loss_that_is_no_number_ends_all(tmp_path: Path, text: Path, grid: list[str]) -> None:
-    run = tmp_path / 'run'
+@pytest.mark.parametrize('typed', GRIDS)
+def test_a_loss_that_is_no_number_ends_all(tmp_path: Path, text: Path, typed: str) -> None:
+    run, grid, world = tmp_path / 'run', typed.split(), GRIDS[typed]
     given = ['train', '--data', str(text), *SMALL, '--run-dir', str(run), '--steps', '40', '--save-every', '1', *grid]
-    found = ended(launch([*given, '--lr', '1e18', '--muon-lr', '1e18', '--warmup', '0', '--clip', '0']))
-    assert [status for status, _ in found] == [2, 2], found
+    found = ended(launch([*given, '--lr', '1e18', '--muon-lr', '1e18', '--warmup', '0', '--clip', '0'], world))
+    assert [status for status, _ in found] == [2] * world, found
     said = [line for _, err in found for line in err.splitlines() if line.startswith('x-transformers:')]
     assert len(said) == 1, said
     assert 'the learning rate (--lr 1e+18, --muon-lr 1e+18) may be too high' in said[0]
@@ -170,6 +173,13 @@ def test_bad_input_is_one_sentence(tmp_path: Path, text: Path) -> None:
         'torn.jsonl, line 2 must be a JSON object': (['train', '--data', str(torn), *given[3:]], []),
         '--batch must be a multiple of 2': ([*given, '--batch', '3'], []),
         'same options, got others in process 1: lr': (given, ['--lr', '0.5']),
+        'same options, got others in process 1: tensor': (given, ['--tensor', '2']),
+        'process 1 says: --batch must be a multiple of 2': (given, ['--batch', '3']),
+        'process 1 says: there is no option --nonsense': (given, ['--nonsense', '3']),
+        '--device cuda:0 cannot be used here' if not torch.cuda.is_available() else '--batch': (
+            [*given, *(['--device', 'cuda'] if not torch.cuda.is_available() else ['--batch', '3'])],
+            [],
+        ),
         'the number of heads must be a multiple of --tensor 2, got 3': ([*given, '--tensor', '2', '--heads', '3'], []),
         '`attn_dropout` must be left as it is with tensor': ([*given, '--tensor', '2', '--attn-dropout', '0.1'], []),
         'must be a multiple of 3': ([*given, '--tensor', '3'], []),

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,9 @@ def read_named(path: Path, prefix: str) -> dict[str, Tensor]:
     """The whole tensors whose names begin so, without their beginnings."""
     entries = [(name, entry) for name, entry in tensors_of(FileSystemReader(path).read_metadata()) if name.startswith(prefix)]
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
-    load(dict(found), checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # which is what is wanted here
+        load(dict(found), checkpoint_id=path, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 

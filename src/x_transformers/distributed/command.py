@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal, NoReturn, TypeVar
+from types import FrameType
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from x_transformers.distributed.engine import MeshEngine
-from x_transformers.distributed.mesh import Degrees, MeshError, World, start, stop
+from x_transformers.distributed.mesh import Degrees, MeshError, World, is_lost, start, stop
 from x_transformers.distributed.refusals import check, option_refusals
 from x_transformers.distributed.staged import StagedEngine
 from x_transformers.flags.base import FlagError
+from x_transformers.notices import unlogged
 from x_transformers.training.build import build_model
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
@@ -29,45 +36,96 @@ from x_transformers.training.trainer import Interrupted
 
 BAD_INPUT = 2
 PATIENCE = 3.0  # seconds, of the ten in which all are to end
+LATER = 0.5  # for which the others wait, so that the main process speaks before they end
 LOST = 1
+TERMINATED = 128 + signal.SIGTERM
+JOIN_TO_COMPLAIN = 30.0  # seconds for which a process that has a complaint waits for the others
 T = TypeVar('T')
 
 
 def train(parse: Callable[[], Any]) -> int:
     """The exit status of this process. One of all processes says what was wrong."""
     is_main = os.environ.get('RANK', '0') == '0'
+    found: OwnOptions | BaseException
     try:
         with contextlib.nullcontext() if is_main else silent():
-            asked = parse()
-        options = of_the_run(asked)
-        size = int(os.environ['WORLD_SIZE'])
-        degrees = Degrees.of(options.shard, tensor=options.tensor, context=options.context, pipeline=options.pipeline)
-        check_options(options, degrees)
-        check_rows(options, degrees.resolved(size))
-        world = start(degrees, options.device or 'auto', timeout=options.timeout)
-    except (FlagError, TrainingError):
+            found = read_options(parse)
+    except (FlagError, TrainingError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise  # what was asked for was help
+        found = error
+    try:
+        check_alike(found)
+        if isinstance(found, BaseException):
+            raise found
+        world = start(found.degrees, found.options.device or 'auto', timeout=found.options.timeout)
+    except (FlagError, TrainingError, SystemExit):
+        on_term(signal.SIG_IGN)
         if is_main:
             raise
+        time.sleep(LATER)
         return BAD_INPUT
+    asked = found.asked
     try:
-        with ExitStack() as held:
+        on_term(terminate)
+        with ExitStack() as held, contextlib.nullcontext() if is_main else speechless():
             status = train_on(world, asked, held)
         stop()
         return status
     except (FlagError, TrainingError):
+        on_term(signal.SIG_IGN)
         if speaks_first(world):
             raise
         return BAD_INPUT
+    except Terminated:
+        on_term(signal.SIG_IGN)
+        if speaks_first(world):
+            say_why('stopped by SIGTERM between its steps; what was saved before is untouched')
+        end_at_once(TERMINATED)
     except RuntimeError as error:
+        on_term(signal.SIG_IGN)
         if not is_lost(error):
             raise
         if speaks_first(world):
-            print(
-                f'x-transformers: process {world.rank} has lost another one ({str(error).splitlines()[0][:120]}); start all of '
-                'them again with --resume',
-                file=sys.stderr,
-            )
-        end_at_once()
+            told = str(error).splitlines()[0][:120]
+            say_why(f'process {world.rank} has lost another one ({told}); start all of them again with --resume')
+        end_at_once(LOST)
+
+
+class Terminated(Exception):
+    """SIGTERM, while no steps are taken."""
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def on_term(act: Any) -> None:
+    """Whoever has started the processes ends them all when one has ended: nobody is to be cut off while he says why."""
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, act)
+
+
+def say_why(sentence: str) -> None:
+    print(f'x-transformers: {sentence}', file=sys.stderr)
+
+
+class OwnOptions(NamedTuple):
+    """What a process was started with."""
+
+    asked: Any  # as it was parsed
+    options: TrainOptions  # those of the run
+    degrees: Degrees
+
+
+def read_options(parse: Callable[[], Any]) -> OwnOptions:
+    """Errors: ``FlagError`` and ``TrainingError`` for what this process can tell by itself."""
+    asked = parse()
+    options = of_the_run(asked)
+    degrees = Degrees.of(options.shard, tensor=options.tensor, context=options.context, pipeline=options.pipeline)
+    check_options(options, degrees)
+    check_rows(options, degrees.resolved(int(os.environ['WORLD_SIZE'])))
+    return OwnOptions(asked, options, degrees)
 
 
 def of_the_run(asked: Any) -> TrainOptions:
@@ -87,7 +145,6 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
 
     from x_transformers.cli.ending import say_written, stopped
 
-    check_alike(world, asked)
     config = of_main(world, open_folder)
     options = config.options
     check_rows(options, world.degrees)
@@ -107,6 +164,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
         bar.start(run.trainer.step)
     else:
         run = prepare_run(config, lambda text: None, [], engine)
+    on_term(lambda number, frame: None)  # in steps it is noted; between them and the end there is nothing to stop
     try:
         run.train()
     except Interrupted as stop:
@@ -114,6 +172,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
             if world.is_main:
                 bar.close()
             return stopped(stop, options)
+    on_term(terminate)
     if world.is_main:
         bar.close()
     comparison = finish(run, print if world.is_main else lambda text: None)
@@ -155,7 +214,7 @@ def check_model(config: RunConfig, degrees: Degrees) -> None:
     Errors: ``MeshError`` naming them; ``FlagError`` as for a model that is trained.
     """
     options = config.options
-    with torch.device('meta'):
+    with torch.device('meta'), unlogged():
         model = build_model(config.flags)
     check(
         model, degrees, shard=options.shard, checkpoint=options.checkpointing, precision=None, compile=options.compile,
@@ -168,17 +227,49 @@ def beside(options: TrainOptions) -> dict[str, bool]:
     return {name: getattr(options, name) for name in WITH_TENSOR}
 
 
-def check_alike(world: World, asked: Any) -> None:
-    """Errors: ``MeshError`` if processes were started with different options."""
-    everywhere: list[Any] = [None] * world.size
-    dist.all_gather_object(everywhere, (asked.flags, asked.options.to_json()))
-    for rank, (flags, options) in enumerate(everywhere):
-        if (flags, options) != everywhere[0]:
-            first = {**everywhere[0][0], **everywhere[0][1]}
+def check_alike(found: OwnOptions | BaseException) -> None:
+    """Compare with what the other processes were started with, before a grid is made of them.
+
+    Errors: ``MeshError`` if that is not the same, or one of the others has found fault with it.
+    """
+    if isinstance(found, OwnOptions):
+        own: Any = ('', found.asked.flags, found.asked.options.to_json())
+        timeout = found.options.timeout
+    else:
+        own = ('its options cannot be read.' if isinstance(found, SystemExit) else str(found), {}, {})
+        timeout = JOIN_TO_COMPLAIN
+    try:
+        everywhere = told_by_all(own, timeout=timeout)
+    except dist.DistError as error:
+        if own[0]:
+            return  # the others may never have been started
+        raise MeshError(f'not all processes can be reached ({str(error).splitlines()[0][:120]}). Start all of them.') from error
+    if own[0] and everywhere[0][0]:
+        return  # the main process tells its own
+    if everywhere[0][0]:
+        raise MeshError(everywhere[0][0])
+    for rank, (problem, flags, options) in enumerate(everywhere):
+        if problem:
+            raise MeshError(f'all processes must be started with what they can do, but process {rank} says: {problem}')
+        if (flags, options) != everywhere[0][1:]:
+            first = {**everywhere[0][1], **everywhere[0][2]}
             names = sorted(name for name, value in {**flags, **options}.items() if first.get(name) != value)
             raise MeshError(
                 f'all processes must have the same options, got others in process {rank}: {", ".join(names)}. Start them alike.'
             )
+
+
+def told_by_all(own: Any, *, timeout: float) -> list[Any]:
+    """What each process tells, in the order of their numbers, through the store that they find each other by."""
+    store, rank, size = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
+    store.set(f'x-transformers/{rank}', pickle.dumps(own))
+    everywhere = [pickle.loads(store.get(f'x-transformers/{each}')) for each in range(size)]
+    store.add('x-transformers/read', 1)
+    # the main process may hold the store, which the others are still to ask
+    deadline = time.monotonic() + PATIENCE
+    while rank == 0 and store.add('x-transformers/read', 0) < size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return everywhere
 
 
 def of_main(world: World, act: Callable[[], T]) -> T:
@@ -196,17 +287,17 @@ def of_main(world: World, act: Callable[[], T]) -> T:
     return result
 
 
-def end_at_once() -> NoReturn:
+def end_at_once(status: int) -> NoReturn:
     """In the orderly way messages that never come would be waited for, until they are given up."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(LOST)
+    os._exit(status)
 
 
 def speaks_first(world: World) -> bool:
     """Whether this process is to say what went wrong: the main one if it knows, else the first of the others."""
     if not world.is_main:
-        time.sleep(0.5)
+        time.sleep(LATER)
     answers: list[bool] = []
 
     def ask() -> None:
@@ -227,11 +318,12 @@ def speaks_first(world: World) -> bool:
     return answers[0] if answers else True
 
 
-def is_lost(error: RuntimeError) -> bool:
-    """Whether an error says that another process is gone, or does not answer."""
-    text = str(error)
-    signs = ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting', 'gloo', 'Broken pipe')
-    return isinstance(error, (dist.DistError, dist.DistBackendError)) or any(sign in text for sign in signs)
+@contextlib.contextmanager
+def speechless() -> Iterator[None]:
+    """Of what all processes notice the main one tells."""
+    with unlogged(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from x_transformers.distributed import checkpoint
 from x_transformers.distributed.context import Sliced
-from x_transformers.distributed.mesh import MeshError, Shard, World
+from x_transformers.distributed.mesh import MeshError, Shard, World, is_lost
 from x_transformers.distributed.parallelize import Checkpointing, parallelize
 from x_transformers.module import fill, own_part
 from x_transformers.randomness import decide_alike
@@ -72,6 +72,9 @@ class MeshEngine(Engine):
     def forward(self, model: nn.Module, compiled: bool) -> Callable[..., Any]:
         # each layer is compiled by itself
         return model if self.world.degrees.context == 1 else Sliced(model, self.world.context_mesh)
+
+    def is_lost(self, error: BaseException) -> bool:
+        return is_lost(error)
 
     def begin_step(self, seed: int, step: int) -> None:
         """Draws depend on seed and step alone: decisions are the same everywhere, units that drop out differ between data."""

@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from x_transformers.distributed.degrees import AXES, Degrees, MeshError, Shard
 from x_transformers.distributed.refusals import option_refusals
+from x_transformers.training.build import choose_device
 
-__all__ = ['AXES', 'Degrees', 'MeshError', 'Shard', 'World', 'local_device', 'start', 'stop']
+__all__ = ['AXES', 'Degrees', 'MeshError', 'Shard', 'World', 'is_lost', 'local_device', 'start', 'stop']
 
 PATIENT = 1e7  # seconds: months
 
@@ -109,7 +110,10 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
 
 
 def local_device(name: str) -> torch.device:
-    """The device of this process: one accelerator for each process of a node."""
+    """The device of this process: one accelerator for each process of a node.
+
+    Errors: ``TrainingError`` for one that there is not.
+    """
     if name == 'auto':
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         name = (
@@ -117,9 +121,18 @@ def local_device(name: str) -> torch.device:
         )
     if name == 'cpu':
         return torch.device('cpu')
-    device = torch.device(name.partition(':')[0], int(os.environ.get('LOCAL_RANK', '0')))
+    device = choose_device(f'{name.partition(":")[0]}:{os.environ.get("LOCAL_RANK", "0")}')
     torch.accelerator.set_device_index(device)
     return device
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, or does not answer."""
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    signs = ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting', 'gloo', 'Broken pipe')
+    return isinstance(error, (dist.DistError, dist.DistBackendError)) or any(sign in text for sign in signs)
 
 
 def stop() -> None:

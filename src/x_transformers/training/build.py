@@ -15,7 +15,7 @@ from x_transformers.flags.presets import PRESETS
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.flags.wrapper_rules import ALONE_RULES
-from x_transformers.notices import InertFlagWarning
+from x_transformers.notices import InertFlagWarning, unlogged
 from x_transformers.training.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def refuse_inert(flags: Mapping[str, Any], typed: Collection[str]) -> None:
     if not typed or flags.get('dim') is None or flags.get('depth') is None:
         return
     wrapper, stack = split_flags(flags)
-    with warnings.catch_warnings(record=True) as caught, torch.device('meta'):
+    with warnings.catch_warnings(record=True) as caught, torch.device('meta'), unlogged():
         warnings.simplefilter('always', InertFlagWarning)
         TransformerWrapper(num_tokens=NUM_BYTES, attn_layers=Decoder(**stack), **wrapper)
     told = [str(warning.message) for warning in caught if issubclass(warning.category, InertFlagWarning)]

@@ -36,6 +36,10 @@ class Engine:
         forward: Callable[..., Any] = torch.compile(model)
         return forward
 
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether an error says that another process is gone, or does not answer."""
+        return False
+
     def begin_step(self, seed: int, step: int) -> None:
         """Before anything of a step is drawn. One process goes on with its generators."""
 

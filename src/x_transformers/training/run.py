@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from x_transformers.flags.base import FlagError
+from x_transformers.notices import unlogged
 from x_transformers.saving.folder import model_config
 from x_transformers.saving.plain import without_memory
 from x_transformers.training.batches import Prefetched
@@ -48,7 +49,7 @@ class RunConfig:
     vocabulary: int = NUM_BYTES
 
     def write(self, run: Path) -> None:
-        with without_memory():
+        with without_memory(), unlogged():
             model = build_model(self.flags, self.vocabulary)
         values = {
             **model_config(model),

@@ -181,31 +181,44 @@ class Trainer:
         A second signal stops at once.
         """
         options, mode = self.options, self.model.training
-        signals: AbstractContextManager[list[int]] = caught_signals() if self.store is not None else nullcontext([])
+        signals: AbstractContextManager[list[int]] = nullcontext([]) if self.store is None else caught_signals(self.engine)
         if self.step == 0:
             seed_everything(options.seed)
         self.model.train()
-        try:
-            with signals as caught:
-                while self.step < options.steps:
-                    record = self.one_step()
-                    self.step += 1
-                    self.tell(record)
-                    last = self.step == options.steps
-                    if last or (options.val_every and self.step % options.val_every == 0):
-                        self.validate()
-                    stop = self.engine.agree(caught[0] if caught else 0)
-                    if last or stop or (options.save_every and self.step % options.save_every == 0):
-                        self.save()
-                    self._tell_saved()
-                    if stop and not last:
-                        raise Interrupted(self.step, stop)
-        finally:
-            self.model.train(mode)
-            if self.store is not None:
-                self.store.wait()
-                self._tell_saved()
+        with signals as caught:
+            try:
+                self._steps(caught)
+            except BaseException as error:
+                # what is being written waits for those that are lost, too
+                if not self.engine.is_lost(error):
+                    self._finish_saving()
+                raise
+            else:
+                self._finish_saving()
+            finally:
+                self.model.train(mode)
         return self.history
+
+    def _steps(self, caught: list[int]) -> None:
+        options = self.options
+        while self.step < options.steps:
+            record = self.one_step()
+            self.step += 1
+            self.tell(record)
+            last = self.step == options.steps
+            if last or (options.val_every and self.step % options.val_every == 0):
+                self.validate()
+            stop = self.engine.agree(caught[0] if caught else 0)
+            if last or stop or (options.save_every and self.step % options.save_every == 0):
+                self.save()
+            self._tell_saved()
+            if stop and not last:
+                raise Interrupted(self.step, stop)
+
+    def _finish_saving(self) -> None:
+        if self.store is not None:
+            self.store.wait()
+            self._tell_saved()
 
     def one_step(self) -> dict[str, Any]:
         """One optimizer step; what is to be told of it."""
@@ -388,15 +401,19 @@ def memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list instead of stopping the program; a second one stops it."""
+def caught_signals(engine: Engine) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list instead of stopping the program; a second one stops it.
+
+    Of several processes not a second SIGTERM: whoever has started them hands on the one that all have got.
+    """
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if caught:
+        if caught and not (engine.devices > 1 and number == signal.SIGTERM):
             raise KeyboardInterrupt
+        if not caught and engine.is_main:
+            print('\nstopping after this step, to save; once more stops at once', file=sys.stderr)
         caught.append(number)
-        print('\nstopping after this step, to save; once more stops at once', file=sys.stderr)
 
     before = {}
     try:
