@@ -25,7 +25,7 @@ class Ended(NamedTuple):
     said: list[str]  # our sentences
     output: str
     traced: bool  # whether there is a traceback of ours, and not of torchrun alone
-    seconds: float  # from the first of our sentences, or the signal, until all had ended
+    seconds: float  # from the first of our sentences, or the signal, until all ranks had ended
 
 
 class Started:
@@ -89,7 +89,7 @@ class Started:
         return self.log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n')
 
     def ended(self, seconds: float = 300) -> Ended:
-        deadline, said = time.monotonic() + seconds, self.since
+        deadline, said, gone = time.monotonic() + seconds, self.since, 0.0
         while self.process.poll() is None:
             if time.monotonic() > deadline:
                 for pid in self.processes().values():
@@ -98,9 +98,11 @@ class Started:
                 raise AssertionError(f'still running after {seconds} seconds: {self.output()}')
             if not said and OURS in self.output():
                 said = time.monotonic()
+            if said and not gone and not self.processes():
+                gone = time.monotonic()  # what torchrun then tells takes some time
             time.sleep(0.02)
         text = self.output()
         lines = [line for line in text.splitlines() if line.startswith(OURS)]
-        took = time.monotonic() - said if said else 0.0
+        took = (gone or time.monotonic()) - said if said else 0.0
         traced = re.search('File ".*x_transformers', text) is not None
         return Ended(self.process.returncode, lines, text, traced, took)

@@ -5,6 +5,8 @@ import base64
 import pytest
 
 from x_transformers.training.errors import DataError, TrainingError
+from x_transformers.training.options import TrainOptions
+from x_transformers.training.run import RunConfig, begin
 from x_transformers.training.tokens import END, Bytes, load_tokenizer, train_bpe
 
 TEXT = b'the quick brown fox jumps over the lazy dog; \xc3\xa9t\xc3\xa9 \xe2\x82\xac\n' * 40
@@ -80,3 +82,24 @@ def test_files_that_are_no_tokenizers_are_refused(tmp_path, name, content, sente
 def test_a_vocabulary_must_hold_all_bytes():
     with pytest.raises(TrainingError, match='--vocab must be at least 257'):
         train_bpe([TEXT], 256)
+
+
+def test_a_run_keeps_the_tokenizer_of_the_run_that_it_starts_from(tmp_path):
+    pytest.importorskip('tokenizers')
+    first, other = tmp_path / 'first', tmp_path / 'other'
+    for folder, size in ((first, 300), (other, 310)):
+        folder.mkdir()
+        train_bpe([bytes(range(256)), b' '.join(str(number).encode() for number in range(3000))], size).save(folder)
+    flags = {'dim': 16, 'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'max_seq_len': 8}
+    RunConfig(flags, TrainOptions(tokenizer='bpe'), vocabulary=300).write(first)
+
+    def start(tokenizer, typed=('tokenizer',)):
+        options = TrainOptions(from_run=str(first), run_dir=str(tmp_path / 'new'), tokenizer=tokenizer)
+        return begin(flags, options, typed=typed)
+
+    assert start('bytes', typed=()).vocabulary == 300
+    assert start(str(first / 'tokenizer.json')).vocabulary == 300
+    wrongs = {'bpe': 'a new one', 'bytes': 'another one of 256', str(other / 'tokenizer.json'): 'another one of 310'}
+    for wrong, told in wrongs.items():
+        with pytest.raises(TrainingError, match=f'--tokenizer must be that of .*, of 300 tokens.*, got {told}'):
+            start(wrong)

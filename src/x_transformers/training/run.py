@@ -31,7 +31,7 @@ from x_transformers.training.report import METRICS, PICTURE, CompressorCompariso
 from x_transformers.training.sample import sample_text
 from x_transformers.training.shards import Prepared
 from x_transformers.training.speed import Utilization, peak_of, training_flops
-from x_transformers.training.tokens import Tokenizer, load_tokenizer
+from x_transformers.training.tokens import Bytes, Tokenizer, load_tokenizer
 from x_transformers.training.trainer import Callback, Trainer, on_device
 
 CONFIG = 'config.json'
@@ -113,6 +113,8 @@ def begin(
     if first is not None and first.is_dir():
         base = RunConfig.read(first)
         check_same_model(flags, base.flags, typed_flags, 'A run keeps the model that it starts from')
+        if 'tokenizer' in typed:
+            check_same_tokenizer(options.tokenizer, first)
         return RunConfig(base.flags, options, vocabulary=base.vocabulary)
     if first is not None and not first.exists():
         raise CheckpointError(f'--from must be a run folder or a file of weights, but {first} does not exist.')
@@ -129,6 +131,16 @@ def check_same_model(given: Mapping[str, Any], saved: Mapping[str, Any], typed: 
     ]
     if wrong:
         raise TrainingError(f'{" ".join(wrong)} {law}: leave them out, or start a new run in another --run-dir.')
+
+
+def check_same_tokenizer(given: str, first: Path) -> None:
+    """Refuse a tokenizer that was typed and is not that of the run whose weights are taken."""
+    own, other = load_tokenizer(first), None if given == 'bpe' else Bytes() if given == 'bytes' else load_tokenizer(Path(given))
+    if other is None or own.digest() != other.digest():
+        told = 'a new one' if other is None else f'another one of {other.size:,}'
+        raise TrainingError(
+            f'--tokenizer must be that of {first}, of {own.size:,} tokens, which its weights read, got {told}. Leave it out.'
+        )
 
 
 def as_json(value: Any) -> Any:
@@ -238,9 +250,6 @@ def prepare_run(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (),
         read_metrics(folder / METRICS)
     with engine.main_first():
         sets = load_sets(options, data.tokenizer, say)
-    if engine.is_main:
-        data.tokenizer.save(folder)
-        dataclasses.replace(config, fingerprint=fingerprint, vocabulary=vocabulary).write(folder)
     logs = open_logs(options.log, folder, options.to_json()) if engine.is_main else []
     metrics = Metrics(folder, data.bytes_per_token, logs)
     batches = Prefetched(
@@ -260,12 +269,20 @@ def prepare_run(config: RunConfig, say: Say, callbacks: Sequence[Callback] = (),
     trainer.callbacks.append(Samples(run))
     if loaded is not None:
         trainer.resume(*loaded, where=str(checkpoints[-1]))
-        if engine.is_main:
-            publish(checkpoints[-1])
         say(f'resuming {folder} after step {trainer.step} of {options.steps}')
+    if engine.is_main:
+        write_beginning(dataclasses.replace(config, fingerprint=fingerprint, vocabulary=vocabulary), run, checkpoints)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f'{count:,} parameters on {device}, {options.optimizer}, {options.steps} steps')
     return run
+
+
+def write_beginning(config: RunConfig, run: Run, checkpoints: Sequence[Path]) -> None:
+    """What the folder holds before the first step; the last thing of all, as what cannot be resumed stays as it is."""
+    run.data.tokenizer.save(run.folder)
+    config.write(run.folder)
+    if checkpoints:
+        publish(checkpoints[-1])
 
 
 def utilization(model: nn.Module, data: Data, options: TrainOptions, engine: Engine, device: torch.device) -> list[Callback]:
