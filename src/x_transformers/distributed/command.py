@@ -45,6 +45,14 @@ T = TypeVar('T')
 
 def train(parse: Callable[[], Any]) -> int:
     """The exit status of this process. One of all processes says what was wrong."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return train_or_say_why(parse)
+    finally:
+        on_term(before)
+
+
+def train_or_say_why(parse: Callable[[], Any]) -> int:
     is_main = os.environ.get('RANK', '0') == '0'
     found: OwnOptions | BaseException
     try:
@@ -59,11 +67,14 @@ def train(parse: Callable[[], Any]) -> int:
         if isinstance(found, BaseException):
             raise found
         world = start(found.degrees, found.options.device or 'auto', timeout=found.options.timeout)
-    except (FlagError, TrainingError, SystemExit):
+    except (FlagError, TrainingError, SystemExit) as error:
         on_term(signal.SIG_IGN)
-        if is_main:
+        if not is_main:
+            time.sleep(LATER)
+        elif isinstance(error, SystemExit):
             raise
-        time.sleep(LATER)
+        else:
+            say_why(str(error))
         return BAD_INPUT
     asked = found.asked
     try:
@@ -72,10 +83,10 @@ def train(parse: Callable[[], Any]) -> int:
             status = train_on(world, asked, held)
         stop()
         return status
-    except (FlagError, TrainingError):
+    except (FlagError, TrainingError) as error:
         on_term(signal.SIG_IGN)
         if speaks_first(world):
-            raise
+            say_why(str(error))
         return BAD_INPUT
     except Terminated:
         on_term(signal.SIG_IGN)
@@ -240,7 +251,7 @@ def check_alike(found: OwnOptions | BaseException) -> None:
         timeout = JOIN_TO_COMPLAIN
     try:
         everywhere = told_by_all(own, timeout=timeout)
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:  # they do not come, or it was not said where they are
         if own[0]:
             return  # the others may never have been started
         raise MeshError(f'not all processes can be reached ({str(error).splitlines()[0][:120]}). Start all of them.') from error
