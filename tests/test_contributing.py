@@ -23,7 +23,7 @@ from x_transformers.flags.positions import ANY_POSITION_BIAS
 from x_transformers.flags.scores import ScoreFlags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
-from x_transformers.layers.layer import RESIDUALS
+from x_transformers.layers.choose import RESIDUALS
 from x_transformers.layers.residual import ResidualPath
 from x_transformers.norms import NORMS
 
@@ -75,7 +75,7 @@ def test_every_residual_and_norm_has_a_flag_and_a_line():
     # what several share is not made of flags itself
     paths = {path for path in paths if path.from_flags.__func__ is not ResidualPath.from_flags.__func__}
     missing = [path.__name__ for path in paths if path not in RESIDUALS]
-    assert not missing, f'{missing}: give each a line in RESIDUALS of layers/layer.py'
+    assert not missing, f'{missing}: give each a line in RESIDUALS of layers/choose.py'
     # a residual that needs two flags is named by what they make together, which is no flag
     named = {path.name for path in RESIDUALS[:-1] if path.name in StackFlags.flag_fields()}
     derived = {path.name for path in RESIDUALS[:-1]} - named

@@ -15,6 +15,8 @@ from x_transformers.layers.stack import AttentionLayers
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'src/x_transformers'
 PATH = ROOT / 'docs/architecture.md'
+# a length on the page may be off by so many lines
+TOLERANCE = 40
 
 
 def lines_of(path: Path) -> int:
@@ -28,6 +30,16 @@ def says(path: Path) -> str:
     text = re.sub(r'\s*\(https?://[^)]*\)|,?\s*https?://[^\s,)]*[^\s,):.;]', '', text)
     sentence = re.split(r'(?<=[a-z)`])[.;] |(?<=[a-z)`])\.$', text)[0].rstrip('.,')
     return re.sub(r'``', '', sentence)
+
+
+def reading_order(text: str) -> str:
+    """The page with the lengths of the files to read first. One that is about right stays: not every edit changes the page."""
+
+    def row(found: re.Match[str]) -> str:
+        lines = lines_of(PACKAGE / found['path'])
+        return found[0] if abs(lines - int(found['lines'])) <= TOLERANCE else f'| `{found["path"]}` | {lines} |'
+
+    return re.sub(r'^\| `(?P<path>[\w/]+\.py)` \| (?P<lines>\d+) \|', row, text, flags=re.MULTILINE)
 
 
 def tree() -> str:
@@ -60,7 +72,7 @@ BLOCKS = {
 
 def generated() -> str:
     """The page with every block between its markers written anew."""
-    text = PATH.read_text(encoding='utf-8')
+    text = reading_order(PATH.read_text(encoding='utf-8'))
     for name, make in BLOCKS.items():
         start, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
         before, rest = text.split(start)

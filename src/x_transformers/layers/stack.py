@@ -32,9 +32,10 @@ from x_transformers.layers.assemble import (
     warn_of_leaks,
 )
 from x_transformers.layers.call import Around, Carry, Inputs, Record
+from x_transformers.layers.choose import make_layer, make_norm
 from x_transformers.layers.decided import keywords_of_flags, with_own
 from x_transformers.layers.drop import is_dropped
-from x_transformers.layers.layer import Layer, make_layer, make_norm
+from x_transformers.layers.layer import Layer
 from x_transformers.layers.plan import ATTENTIONS, LayerPlan, Step, exchanged_plan, plan_layers
 from x_transformers.layers.prepare import prepare
 from x_transformers.layers.slots import call_norm, can_cache
@@ -200,7 +201,7 @@ class AttentionLayers(Module):
             if joins:
                 streams = self._join(step, streams, carry)
             around = self._around(step, call, carry, streams, maps_now)
-            written, seen = layers[step.layer](streams, condition, wide_condition, around)
+            written, report = layers[step.layer](streams, condition, wide_condition, around)
             if around.entered is not None:
                 carry.enter(around.entered)
                 record.enter(step, around.entered, call.injected)
@@ -208,12 +209,12 @@ class AttentionLayers(Module):
                 record.leave_out(step)
                 continue
             streams = torch.where(around.drop, streams, written) if isinstance(around.drop, Tensor) else written
-            if seen is not None:
-                carry.take(step, seen)
-            if record.wanted or (seen is not None and seen.expert_loss is not None):
-                record.leave(step, seen)
+            if report is not None:
+                carry.take(step, report)
+            if record.wanted or (report is not None and report.expert_loss is not None):
+                record.leave(step, report)
             # the next layer runs without these, unless somebody keeps them
-            del around, written, seen
+            del around, written, report
         return streams
 
     def leave(self, streams: Float[Tensor, '... n d'], call: Inputs, carry: Carry, record: Record) -> Float[Tensor, 'b n d']:
