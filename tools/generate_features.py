@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from x_transformers.attention.attend import ORDER, not_with_dropout
+from x_transformers.attention.attend import ORDER
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.choose import KERNELS
+from x_transformers.attention.refusals import not_with_dropout
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import REQUIRED, Flags, as_tuple, default_of, shown
 from x_transformers.flags.feedforward import FeedForwardFlags

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from x_transformers.attention.attend import ORDER, Attend, fused_refusals
+from x_transformers.attention.attend import ORDER, Attend
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels import block_steps
 from x_transformers.attention.kernels.base import CallFacts, Needs
 from x_transformers.attention.kernels.block_steps import InBlocks, blocks_of
 from x_transformers.attention.kernels.choose import KERNELS, NAMES, choose_kernel, explain, use_kernel
 from x_transformers.attention.mask import Mask
+from x_transformers.attention.refusals import fused_refusals
 from x_transformers.attention.scores.base import Form, ScoreRule
 from x_transformers.flags.scores import AttendFlags
 
@@ -262,7 +263,7 @@ def test_flags_that_demand_a_fused_kernel_are_refused_where_there_is_none(name):
             *(call(dropout=dropout > 0, device='cuda', dtype=t) for t in (torch.float32, torch.bfloat16)),
         ]
         carried = any(not kernel.refusals(needs, facts) for kernel in KERNELS[:-1] for facts in calls)
-        assert carried == (not fused_refusals(AttendFlags(flash=True, dropout=dropout, **settings)))
+        assert carried == (not fused_refusals(AttendFlags(flash=True, dropout=dropout, **settings), ORDER))
 
 
 def test_a_rule_that_says_nothing_of_kernels_is_left_to_the_reference():

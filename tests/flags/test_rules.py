@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 from torch import nn
 
-from x_transformers.attention.attend import ORDER, not_with_dropout
+from x_transformers.attention.attend import ORDER
+from x_transformers.attention.refusals import not_with_dropout
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError, Flags, as_tuple, default_of, flag
 from x_transformers.flags.feedforward import FeedForwardFlags

@@ -1,4 +1,4 @@
-"""The public keywords of an attention call: checked, and turned into ``BranchInputs``."""
+"""The public keywords of an attention call: checked, and turned into ``BranchInputs``; the tensors of attention proper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from x_transformers.attention.inputs import BranchInputs, Deltas, ExtraKeys, Int
 from x_transformers.attention.mask import Mask, PackedSequences
 from x_transformers.attention.project import held_rows
 from x_transformers.helpers import is_any
-from x_transformers.tensor_types import Float, Shaped
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.attention.parts import AttentionParts
@@ -339,3 +339,48 @@ def branch_inputs(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keyw
         deltas=deltas(attn, given, sizes, mems, own),
         causal=given['causal'],
     )
+
+
+# ---------------------------------------------------------------- attention proper
+
+
+def check_vectors(q: Any, k: Any, v: Any) -> None:
+    """Queries, keys and values that go together."""
+    for name, t in (('q', q), ('k', k), ('v', v)):
+        shaped(name, t, None, None, None, None, says='(batch, heads, tokens, channels)')
+        numbers(name, t)
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f'{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly')
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f'each key needs one value: keys are {tuple(k.shape)}, values {tuple(v.shape)}')
+    if q.shape[-1] != k.shape[-1] or not is_any(k.shape[0], 1, q.shape[0]):
+        raise ValueError(
+            f'k must have the batch and the channels of q, {q.shape[0]} and {q.shape[-1]}, got shape {tuple(k.shape)}.'
+        )
+
+
+def check_attend(
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b kh j d'],
+    mask: Bool[Tensor, '...'] | None,
+    prev_attn: Float[Tensor, 'b h i j'] | None,
+    packed: Any,
+    *,
+    flash: bool,
+) -> None:
+    """What goes with queries and keys fits them."""
+    batch, heads, queries, keys = (*q.shape[:3], k.shape[2])
+    if mask is not None:
+        boolean('mask', mask)
+        if mask.ndim == 2:
+            shaped('mask', mask.expand(batch, -1) if len(mask) == 1 else mask, batch, keys, says='one entry per key')
+        else:
+            broadcasts('mask', mask, batch, heads, queries, (keys,))
+    if prev_attn is not None:
+        # a layer may have more keys in front than the one before
+        columns = prev_attn.shape[-1:] if isinstance(prev_attn, Tensor) else ()
+        broadcasts('prev_attn', prev_attn, batch, heads, queries, (keys, *columns))
+    if prev_attn is not None and flash:
+        raise ValueError('prev_attn adds the scores of another layer, which flash=True never holds: leave one of the two out')
+    if packed is not None and q.shape[0] != 1:
+        raise ValueError(f'packed sequences lie end to end in one row: the batch must be 1, got {q.shape[0]}')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.arguments import boolean, broadcasts, numbers, shaped
+from x_transformers.attention.arguments import check_attend, check_vectors
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.kernels.base import NO_MIXERS, CallFacts, Kernel, KernelArgs, Mixers, Needs
-from x_transformers.attention.kernels.choose import choose_kernel, explain, forced_name
-from x_transformers.attention.kernels.reference import maps_of
-from x_transformers.attention.maps import NO_MAPS, Maps, Records
+from x_transformers.attention.kernels.backends import allowed_backends
+from x_transformers.attention.kernels.base import NO_MIXERS, KernelArgs, Needs
+from x_transformers.attention.kernels.choose import explain, kernel_of
+from x_transformers.attention.kernels.facts import facts_of
+from x_transformers.attention.kernels.reference import remade_maps
+from x_transformers.attention.maps import NO_MAPS, Maps
 from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.refusals import broken_attend
 from x_transformers.attention.scores.additive import (
     AddBias,
     AddPrevious,
@@ -27,7 +30,7 @@ from x_transformers.attention.scores.additive import (
     RecordSimilarities,
     RecordWeights,
 )
-from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
+from x_transformers.attention.scores.base import ScoreRule, ScoreRules
 from x_transformers.attention.scores.composed import ComposeScores, ComposeWeights
 from x_transformers.attention.scores.contextual import AddContextualPositions, Forget
 from x_transformers.attention.scores.inverted import AverageKeys, CloseQueries, TurnScores
@@ -36,16 +39,21 @@ from x_transformers.attention.scores.pointwise import RestoreSign, SoftClamp, Sp
 from x_transformers.attention.scores.scalable import ScaleQueries, query_factor
 from x_transformers.attention.scores.similarity import Distance, Similarity
 from x_transformers.attention.scores.sink import DropSink, PutSink
-from x_transformers.attention.scores.talking_heads import BranchOffScale, HeadMixer, MixScores, MixWeights, ScaleWeights
+from x_transformers.attention.scores.talking_heads import (
+    BranchOffScale,
+    HeadMixer,
+    MixScores,
+    MixWeights,
+    ScaleWeights,
+    mixing_matrices,
+)
 from x_transformers.attention.told import Composition, PathSteps
-from x_transformers.attention.weights import NORMALIZERS, AttentionDropout, Softmax, WeightedSum, ZeroMaskedRows
-from x_transformers.flags.attention import AttentionFlags
+from x_transformers.attention.weights import NORMALIZERS, AttentionDropout, WeightedSum, ZeroMaskedRows
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import only
-from x_transformers.flags.rule import broken_rules, out_of_range, rules_of
 from x_transformers.flags.scores import AttendFlags, ScoreFlags
 from x_transformers.flags.signature import ClassSignature
-from x_transformers.helpers import autocast_dtype, is_any, recall, remember, under_transform
+from x_transformers.helpers import autocast_dtype
 from x_transformers.module import Module
 from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float
@@ -55,12 +63,6 @@ if TYPE_CHECKING:
 
     from x_transformers.flags.keywords import AttendKeywords
 
-BACKENDS = {
-    'enable_flash': 'FLASH_ATTENTION',
-    'enable_math': 'MATH',
-    'enable_mem_efficient': 'EFFICIENT_ATTENTION',
-    'enable_cudnn': 'CUDNN_ATTENTION',
-}
 # the definition: what happens to the scores, in this order, until they are an output
 ORDER: tuple[type[ScoreRule], ...] = (
     ScaleQueries,
@@ -116,7 +118,7 @@ class Attend(Module):
 
     def __init__(self, **flags: Unpack[AttendKeywords]) -> None:
         parsed = AttendFlags.parse(flags, where='Attend')
-        wrong = broken_attend(parsed)
+        wrong = broken_attend(parsed, ORDER)
         if wrong:
             raise FlagError(*wrong)
         self._build(parsed)
@@ -201,7 +203,7 @@ class Attend(Module):
             softclamp=self.softclamp,
             sigmoid=self.sigmoid,
             topk=self.sparse_topk,
-            mixers=self.mixers() if self.needs.whole else NO_MIXERS,
+            mixers=mixing_matrices(self) if self.needs.whole else NO_MIXERS,
             l2_distance=self.l2_distance,
             dropout=self.dropout if self.training else 0.0,
             backends=self.backends,
@@ -209,34 +211,12 @@ class Attend(Module):
             return_scores=return_scores,
             autocast=autocast_dtype(q),
         )
-        out = self.kernel(args)(args)
+        out = kernel_of(self.needs, args)(args)
         return out, self.maps(args) if return_attn or return_scores or args.records else NO_MAPS
-
-    def kernel(self, args: KernelArgs) -> Kernel:
-        """The kernel of a call, chosen once for all layers that share a mask and ask the same of it."""
-        q, k, v, mask = args.q, args.k, args.v, args.mask
-        learns = torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad)
-        key = (
-            'kernel', args.geometry, self.needs, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.dtype, args.autocast,
-            q.device, learns, args.dropout > 0, args.return_scores, args.previous is None, args.delta is None,
-            under_transform(), forced_name(),
-        )  # fmt: skip
-        found: Kernel | None = recall(mask.memo, key, args.bias)
-        return remember(mask.memo, key, choose_kernel(self.needs, facts_of(args)), args.bias) if found is None else found
-
-    def mixers(self) -> Mixers:
-        """The matrices that mix heads, for kernels that know them."""
-        before, after, around = (
-            None if mixer is None else mixer.weight.flatten(1)
-            for mixer in (self.pre_softmax_talking_heads, self.post_softmax_talking_heads, self.pre_scale_post_talking_heads)
-        )
-        # as in the rule the mixed scores are added to the scores
-        before = None if before is None else before + torch.eye(before.shape[0], dtype=before.dtype, device=before.device)
-        return before, after, around
 
     def maps(self, args: KernelArgs) -> Maps:
         sink = self.head_attn_sink is not None
-        return Maps(args.records, sink=sink) if args.records else Maps(remake=partial(remade, args), sink=sink)
+        return Maps(args.records, sink=sink) if args.records else Maps(remake=partial(remade_maps, args), sink=sink)
 
     def forward(
         self,
@@ -260,18 +240,15 @@ class Attend(Module):
             return out, Intermediates(maps=maps)
         k, v = (t.unsqueeze(1) if isinstance(t, Tensor) and t.ndim == 3 else t for t in (k, v))
         check_vectors(q, k, v)
-        check_arguments(self, q, k, mask, prev_attn, flash_pack_seq_kwargs)
+        check_attend(q, k, mask, prev_attn, flash_pack_seq_kwargs, flash=self.flash)
         may_look = Mask() if mask is None else Mask(keys=mask) if mask.ndim == 2 else Mask(dense=mask)
-        bias = None
-        if attn_bias is not None:
-            bias = DenseBias(attn_bias)
         out, maps = self.run(
             q,
             k,
             v,
             mask=may_look.narrowed(self.causal, None, strict=self.flags.stick_breaking),
             geometry=ScoreShape(q.shape[-2], k.shape[-2]),
-            bias=bias,
+            bias=None if attn_bias is None else DenseBias(attn_bias),
             previous=prev_attn,
             packed=flash_pack_seq_kwargs,
             return_attn=True,
@@ -289,131 +266,3 @@ class Attend(Module):
             scale=1.0, dropout=self.dropout if self.training else 0.0, autocast=autocast_dtype(q), **given,
         )  # fmt: skip
         return explain(self.needs, facts_of(args))
-
-
-def facts_of(args: KernelArgs) -> CallFacts:
-    """The facts of a job that kernels are chosen by."""
-    q, k, v, mask, geometry = args.q, args.k, args.v, args.mask, args.geometry
-    recording, limits_past = torch.is_grad_enabled(), mask.limits_past(geometry)
-    limits_ahead = mask.limits_ahead(geometry)
-    windows = ((limits_past, mask.past), (limits_ahead, mask.ahead))
-    return CallFacts(
-        device=q.device.type,
-        dtype=args.autocast or q.dtype,
-        gradients=recording and (q.requires_grad or k.requires_grad or v.requires_grad),
-        dropout=args.dropout > 0,
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        key_dim=q.shape[-1],
-        value_dim=v.shape[-1],
-        geometry=geometry,
-        plain_causal=mask.plain_causal(geometry),
-        masked=mask.keys is not None or mask.dense is not None or mask.prefix is not None or limits_past or limits_ahead,
-        windowed=not geometry.is_open and any(on and n is not None and 2 * n < geometry.own for on, n in windows),
-        causal=mask.causal,
-        packed=mask.packed is not None,
-        biased=args.bias is not None,
-        learned_bias=args.bias is not None and recording and args.bias.learns(geometry),
-        by_distance=args.bias is not None and args.bias.by_distance,
-        previous=args.previous is not None,
-        delta=args.delta is not None,
-        return_scores=args.return_scores,
-        transformed=under_transform(),
-        masked_heads=mask.dense is not None and mask.dense.ndim > 2 and mask.dense.shape[-3] != 1,
-    )
-
-
-def remade(args: KernelArgs) -> Records:
-    """The maps, in the precision in which attention ran."""
-    dtype = args.autocast
-    if dtype is None and autocast_dtype(args.q) is None:
-        return maps_of(args)
-    with torch.autocast(args.q.device.type, dtype=dtype, enabled=dtype is not None):
-        return maps_of(args)
-
-
-def allowed_backends(sdp_kwargs: Mapping[str, bool]) -> tuple[str, ...] | None:
-    """Names for torch's selector; None if all are allowed, so that nothing need be selected."""
-    unknown = sorted(set(sdp_kwargs) - set(BACKENDS))
-    if unknown:
-        raise FlagError(f'sdp_kwargs knows {", ".join(BACKENDS)}, not {", ".join(unknown)}: leave it out.')
-    if all(sdp_kwargs.get(name, True) for name in BACKENDS):
-        return None
-    allowed = tuple(BACKENDS[name] for name, on in sdp_kwargs.items() if on)
-    if not allowed:
-        raise FlagError('sdp_kwargs turns every backend off: leave at least enable_math on.')
-    return allowed
-
-
-def broken_attend(flags: AttendFlags) -> list[str]:
-    """A sentence for everything that is wrong with ``Attend``'s flags."""
-    known = AttendFlags.flag_fields()
-    rules = [rule for rule in rules_of(AttentionFlags) if all(name in known for name in rule.flags)]
-    wrong = [*out_of_range(flags, str).values(), *broken_rules(rules, flags, 0, str), *fused_refusals(flags)]
-    if flags.heads is None:
-        missing = dict.fromkeys(rule.name for rule in ORDER if rule.per_head and rule.is_on(flags))
-        wrong += [f'`{name}` needs `heads`: it has parameters for each head. Give `heads`, too.' for name in missing]
-    return wrong
-
-
-def fused_refusals(flags: ScoreFlags, name: Callable[[str], str] = str) -> list[str]:
-    """Why no fused kernel can do what flags with ``flash`` ask for; empty if one can, or if none is demanded.
-
-    A position bias is no reason, learned or not: it is added to the scores as a mask is.
-    """
-    if not flags.flash:
-        return []
-    reasons: dict[str, None] = {}
-    for rule in ORDER:
-        if not rule.is_on(flags):
-            continue
-        if rule.unfused is not None:
-            reasons[f'`{name(rule.name)}` needs the score matrix ({rule.unfused})'] = None
-        elif flags.dropout > 0 and not_with_dropout(rule):
-            reasons[f'`{name(rule.name)}` together with `{name("dropout")}` needs the score matrix'] = None
-    return [f'`{name("flash")}=True` is not available: {reason}. Leave out one of them.' for reason in reasons]
-
-
-def not_with_dropout(rule: type[ScoreRule]) -> bool:
-    """Whether only those fused kernels carry a rule that have no dropout: all but torch's own attention."""
-    return rule.form in (Form.POINTWISE, Form.WHOLE) or (rule.form is Form.WEIGHTS and rule is not Softmax)
-
-
-def check_vectors(q: Any, k: Any, v: Any) -> None:
-    """Queries, keys and values that go together."""
-    for name, given in (('q', q), ('k', k), ('v', v)):
-        shaped(name, given, None, None, None, None, says='(batch, heads, tokens, channels)')
-        numbers(name, given)
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f'{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly')
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f'each key needs one value: keys are {tuple(k.shape)}, values {tuple(v.shape)}')
-    if q.shape[-1] != k.shape[-1] or not is_any(k.shape[0], 1, q.shape[0]):
-        raise ValueError(
-            f'k must have the batch and the channels of q, {q.shape[0]} and {q.shape[-1]}, got shape {tuple(k.shape)}.'
-        )
-
-
-def check_arguments(
-    attend: Attend,
-    q: Float[Tensor, 'b h i d'],
-    k: Float[Tensor, 'b kh j d'],
-    mask: Bool[Tensor, '...'] | None,
-    prev_attn: Float[Tensor, 'b h i j'] | None,
-    packed: Any,
-) -> None:
-    batch, heads, queries, keys = (*q.shape[:3], k.shape[2])
-    if mask is not None:
-        boolean('mask', mask)
-        if mask.ndim == 2:
-            shaped('mask', mask.expand(batch, -1) if len(mask) == 1 else mask, batch, keys, says='one entry per key')
-        else:
-            broadcasts('mask', mask, batch, heads, queries, (keys,))
-    if prev_attn is not None:
-        # a layer may have more keys in front than the one before
-        columns = prev_attn.shape[-1:] if isinstance(prev_attn, Tensor) else ()
-        broadcasts('prev_attn', prev_attn, batch, heads, queries, (keys, *columns))
-    if prev_attn is not None and attend.flash:
-        raise ValueError('prev_attn adds the scores of another layer, which flash=True never holds: leave one of the two out')
-    if packed is not None and q.shape[0] != 1:
-        raise ValueError(f'packed sequences lie end to end in one row: the batch must be 1, got {q.shape[0]}')

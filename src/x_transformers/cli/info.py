@@ -15,9 +15,10 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from x_transformers.attention.attend import Attend, facts_of
+from x_transformers.attention import attend
 from x_transformers.attention.kernels.base import CallFacts, Kernel, KernelArgs, Needs
 from x_transformers.attention.kernels.choose import KERNELS, explain
+from x_transformers.attention.kernels.facts import facts_of
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.cli.options import GROUPS, ModelOptions, all_keywords, model_fields, preset_option
 from x_transformers.cli.parse import parse_typed, typed_names
@@ -162,11 +163,11 @@ def watched_choices() -> Iterator[list[tuple[Needs, CallFacts]]]:
     """What every attention asks of a kernel."""
     calls: list[tuple[Needs, CallFacts]] = []
 
-    def note(module: Attend, args: KernelArgs) -> Kernel:
-        calls.append((module.needs, facts_of(args)))
+    def note(needs: Needs, args: KernelArgs) -> Kernel:
+        calls.append((needs, facts_of(args)))
         return KERNELS[-1]  # the reference: others may ask more of a device than to have no numbers
 
-    with mock.patch.object(Attend, 'kernel', note):
+    with mock.patch.object(attend, 'kernel_of', note):
         yield calls
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from x_transformers.attention.attend import fused_refusals
+from x_transformers.attention.attend import ORDER
+from x_transformers.attention.refusals import fused_refusals
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.feedforward import FeedForwardFlags
@@ -129,7 +130,7 @@ def refuse(sentences: Iterable[str]) -> None:
 def broken_attention(flags: AttentionFlags, dim: int, name: Name) -> list[str]:
     broken = [*out_of_range(flags, name).values(), *broken_rules(rules_of(AttentionFlags), flags, dim, name)]
     # the scores that residual attention hands on are the stack's affair
-    broken += fused_refusals(flags, name)
+    broken += fused_refusals(flags, ORDER, name)
     return broken
 
 

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from x_transformers.attention.kernels.base import CallFacts, Kernel, Needs
+import torch
+
+from x_transformers.attention.kernels.base import CallFacts, Kernel, KernelArgs, Needs
 from x_transformers.attention.kernels.blocks import Blocks
+from x_transformers.attention.kernels.facts import facts_of
 from x_transformers.attention.kernels.flex import Flex
 from x_transformers.attention.kernels.reference import Reference
 from x_transformers.attention.kernels.sdpa import Sdpa
 from x_transformers.attention.kernels.varlen import Varlen
+from x_transformers.helpers import recall, remember, under_transform
 
 KERNELS: tuple[Kernel, ...] = (Varlen(), Sdpa(), Flex(), Blocks(), Reference())
 NAMES = tuple(kernel.name for kernel in KERNELS)
@@ -61,6 +65,19 @@ def choose_kernel(needs: Needs, call: CallFacts) -> Kernel:
             return kernel
         fallback = fallback or kernel
     return fallback or KERNELS[-1]
+
+
+def kernel_of(needs: Needs, args: KernelArgs) -> Kernel:
+    """The kernel of a call, chosen once for all layers that share a mask and ask the same of it."""
+    q, k, v, mask = args.q, args.k, args.v, args.mask
+    learns = torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad)
+    key = (
+        'kernel', args.geometry, needs, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.dtype, args.autocast,
+        q.device, learns, args.dropout > 0, args.return_scores, args.previous is None, args.delta is None,
+        under_transform(), forced_name(),
+    )  # fmt: skip
+    known: Kernel | None = recall(mask.memo, key, args.bias)
+    return remember(mask.memo, key, choose_kernel(needs, facts_of(args)), args.bias) if known is None else known
 
 
 def explain(needs: Needs, call: CallFacts) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from x_transformers.attention.kernels.base import CallFacts, KernelArgs, Needs
 from x_transformers.attention.scores.base import ScoreState
+from x_transformers.helpers import autocast_dtype
 from x_transformers.tensor_types import Float
 
 ALL_MAPS = ('similarities', 'scores', 'weights')
@@ -51,7 +53,7 @@ def state_of(args: KernelArgs) -> ScoreState:
 
 
 def maps_of(args: KernelArgs) -> dict[str, Tensor]:
-    """All maps of a job that another kernel has done."""
+    """All maps of a call that another kernel has run."""
     state = state_of(args)
     state.wanted = ALL_MAPS
     for rule in args.rules():
@@ -59,3 +61,12 @@ def maps_of(args: KernelArgs) -> dict[str, Tensor]:
         if 'weights' in state.records:
             break
     return state.records
+
+
+def remade_maps(args: KernelArgs) -> dict[str, Tensor]:
+    """All maps of a call, in the precision in which attention ran."""
+    dtype = args.autocast
+    if dtype is None and autocast_dtype(args.q) is None:
+        return maps_of(args)
+    with torch.autocast(args.q.device.type, dtype=dtype, enabled=dtype is not None):
+        return maps_of(args)

@@ -102,3 +102,12 @@ class ScaleWeights(ScoreRule):
     def apply(self, state: ScoreState) -> None:
         if state.gamma is not None:
             state.scores = state.scores * state.gamma
+
+
+def mixing_matrices(parts: Any) -> tuple[Float[Tensor, 'h h'] | None, Float[Tensor, 'h h'] | None, Float[Tensor, 'h h'] | None]:
+    """The matrices that mix heads before the weights, behind them and around both, for kernels that know them."""
+    mixers = (parts.pre_softmax_talking_heads, parts.post_softmax_talking_heads, parts.pre_scale_post_talking_heads)
+    before, after, around = (None if mixer is None else mixer.weight.flatten(1) for mixer in mixers)
+    # as in the rule the mixed scores are added to the scores
+    before = None if before is None else before + torch.eye(before.shape[0], dtype=before.dtype, device=before.device)
+    return before, after, around

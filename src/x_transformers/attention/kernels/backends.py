@@ -1,0 +1,27 @@
+"""Which of torch's own attention kernels may be used: its names for what ``sdp_kwargs`` allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from x_transformers.flags.base import FlagError
+
+BACKENDS = {
+    'enable_flash': 'FLASH_ATTENTION',
+    'enable_math': 'MATH',
+    'enable_mem_efficient': 'EFFICIENT_ATTENTION',
+    'enable_cudnn': 'CUDNN_ATTENTION',
+}
+
+
+def allowed_backends(sdp_kwargs: Mapping[str, bool]) -> tuple[str, ...] | None:
+    """Names for torch's selector; None if all are allowed, so that nothing need be selected."""
+    unknown = sorted(set(sdp_kwargs) - set(BACKENDS))
+    if unknown:
+        raise FlagError(f'sdp_kwargs knows {", ".join(BACKENDS)}, not {", ".join(unknown)}: leave it out.')
+    if all(sdp_kwargs.get(name, True) for name in BACKENDS):
+        return None
+    allowed = tuple(BACKENDS[name] for name, on in sdp_kwargs.items() if on)
+    if not allowed:
+        raise FlagError('sdp_kwargs turns every backend off: leave at least enable_math on.')
+    return allowed
