@@ -4,61 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeAlias, Union, cast
+from typing import Any, TypeAlias, Union, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from x_transformers.cache.tape import FixedTape, Tape, writes_in_place
-from x_transformers.tensor_types import Bool, Float, Int, Shaped
-
-
-class HoldsCache(Protocol):
-    """What ``cache=`` takes beside a ``KVCache``: what an earlier call has reported, ``LayerIntermediates``."""
-
-    @property
-    def kv_cache(self) -> KVCache | None: ...
-    @property
-    def cache_length(self) -> int: ...
-    @property
-    def attn_intermediates(self) -> Sequence[Any] | None: ...
-
+from x_transformers.cache.by_hand import HoldsCache, with_keys_by_hand
+from x_transformers.cache.cursor import Cursor
+from x_transformers.cache.states import reordered_carry, without_history
+from x_transformers.cache.tape import FixedTape, Tape, keep_sharing, writes_in_place
+from x_transformers.tensor_types import Bool, Int, Shaped
 
 Cache: TypeAlias = Union['KVCache', HoldsCache, None]
-
-
-def keep_sharing(change: Callable[[Tape], Tape]) -> Callable[[Tape], Tape]:
-    """The same change, made once of a tape that layers share, so that they go on sharing it."""
-    made: dict[int, Tape] = {}
-
-    def changed(tape: Tape) -> Tape:
-        if id(tape) not in made:
-            made[id(tape)] = change(tape)
-        return made[id(tape)]
-
-    return changed
-
-
-class Cursor:
-    """How far a cache of fixed capacity is written: numbers as tensors, so that one compiled program serves every token.
-
-    - ``row``: where the next row is written; ``seen``: rows seen, those that were dropped before too;
-    - ``capacity``: rows of each tape; ``reach``: how many rows a token sees at most, itself included; None: all.
-    """
-
-    __slots__ = ('capacity', 'reach', 'row', 'seen')
-
-    def __init__(self, row: Int[Tensor, ' 1'], seen: Int[Tensor, ' 1'], capacity: int, reach: int | None = None) -> None:
-        self.row, self.seen = row, seen
-        self.capacity, self.reach = capacity, reach
-
-    def moved(self, rows: int) -> Cursor:
-        return Cursor(self.row + rows, self.seen + rows, self.capacity, self.reach)
-
-    def rows(self, before: int, after: int) -> Int[Tensor, ' n']:
-        """Numbers of the rows from ``before`` rows before the next one to ``after`` rows behind it."""
-        return self.row + torch.arange(-before, after, device=self.row.device)
 
 
 class LayerCache:
@@ -92,11 +49,7 @@ class LayerCache:
 
     @property
     def can_rollback(self) -> bool:
-        return not self._without_history()
-
-    def _without_history(self) -> list[str]:
-        carried = (name for name, value in self.carry.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)))
-        return [*self.states, *carried]
+        return not without_history(self.states, self.carry)
 
     def get(self, name: str) -> Tensor | None:
         """What is held under ``name``, in whole; None if there is nothing."""
@@ -130,23 +83,14 @@ class LayerCache:
         if self.cursor is None:
             return whole[..., max(0, whole.shape[-2] - new - before) :, :]
         rows = self.cursor.rows(before, new)
-        found = whole.index_select(-2, rows.clamp(min=0))
-        return found if before == 0 else found.masked_fill((rows < 0).unsqueeze(-1), 0.0)
+        read = whole.index_select(-2, rows.clamp(min=0))
+        return read if before == 0 else read.masked_fill((rows < 0).unsqueeze(-1), 0.0)
 
     def replace(self, **whole: Shaped[Tensor, '... n d']) -> None:
         """Exchange the whole contents of growing tapes."""
         for name, rows in whole.items():
             fixed = name in self.tapes and self.tapes[name].fixed
             self.tapes[name] = Tape.of(rows, fixed=fixed)
-
-    def _take(self, pair: tuple[Float[Tensor, 'b ... j d'], Float[Tensor, 'b r j c'] | None], fixed: bool) -> None:
-        """Hold these keys (not rotated) and values, or latent and rotated-head keys, in place of what was held."""
-        # a latent has no heads
-        names = ('latent', 'k_rope') if pair[0].ndim == 3 else ('k', 'v')
-        self.tapes.pop('angles', None)
-        for name, tensor in zip(names, pair, strict=True):
-            if tensor is not None:
-                self.tapes[name] = Tape.of(tensor, fixed=fixed)
 
     def keep(self, name: str, tensor: Shaped[Tensor, '...']) -> None:
         """Hold one tensor, batch first, in place of the one held before. It cannot be rolled back."""
@@ -175,7 +119,7 @@ class LayerCache:
     def shortened(self, removed: int, cut: Callable[[Tape], Tape]) -> LayerCache:
         """A fork without the newest ``removed`` rows of each growing tape, which ``cut`` takes off."""
         if removed and not self.can_rollback:
-            held = ', '.join(self._without_history())
+            held = ', '.join(without_history(self.states, self.carry))
             raise ValueError(
                 f'the cache cannot be rolled back: it holds a state without history ({held}); keep a fork() from before instead'
             )
@@ -188,26 +132,11 @@ class LayerCache:
         batch = next((tape.batch for tape in self.tapes.values()), batch)
         twin = self.changed((lambda tape: tape.rows(index)) if gathered is None else gathered)
         twin.states = {name: state.index_select(0, index) for name, state in self.states.items()}
-
-        def gather(value: Any, axis: int | None) -> Any:
-            if not isinstance(value, Tensor) or value.ndim == 0:
-                return value
-            return value.index_select(_batch_axis(value, batch) if axis is None else axis, index)
-
-        twin.carry = {
-            name: tree_map(partial(gather, axis=self.carry_axis.get(name)), value) for name, value in self.carry.items()
-        }
+        twin.carry = reordered_carry(self.carry, self.carry_axis, index, batch)
         return twin
 
     def __repr__(self) -> str:
         return f'LayerCache({self.tapes}, states={list(self.states)}, carry={list(self.carry)})'
-
-
-def _batch_axis(value: Shaped[Tensor, '...'], batch: int | None) -> int:
-    # torch's recurrent modules put layers in front of the batch; anything else is taken to be batch first
-    if value.ndim != 3 or batch is None or value.shape[1] != batch:
-        return 0
-    return 1 if value.shape[0] != batch or batch == 1 else 0
 
 
 class KVCache:
@@ -243,15 +172,10 @@ class KVCache:
 
     @staticmethod
     def of(given: Cache, steps: Sequence[int] | None = None) -> KVCache | None:
-        """The cache behind what a caller hands over as ``cache=``.
-
-        A ``LayerIntermediates`` put together by hand has no cache, only ``cached_kv`` per attention: these become tapes.
-        ``steps``: the execution step of each attention; consecutive unless given.
-        """
+        """The cache behind what a caller hands over as ``cache=``; ``steps``: the execution step of each of its attentions."""
         if given is None or isinstance(given, KVCache):
             return given
-        attentions = getattr(given, 'attn_intermediates', None)
-        held = getattr(given, 'kv_cache', None)
+        attentions, held = getattr(given, 'attn_intermediates', None), getattr(given, 'kv_cache', None)
         if attentions is None and held is None:
             raise TypeError(
                 'cache must be a KVCache or the LayerIntermediates of an earlier call (return_intermediates=True), '
@@ -259,23 +183,7 @@ class KVCache:
             )
         if held is not None and not attentions:
             return cast(KVCache, held)
-        if held is not None:
-            steps = [
-                index for index in sorted(held.steps) if 'v' in held.steps[index].tapes or 'latent' in held.steps[index].tapes
-            ]
-        by_hand = [
-            (index, inter)
-            for index, inter in zip(steps or range(len(attentions or ())), attentions or (), strict=False)
-            # the caller made these, or put them in place of what the cache holds
-            # asked last: of a cache, it would take the rotation off all keys
-            if inter is not None and (held is None or inter.cache is None) and inter.cached_kv is not None
-        ]
-        if held is not None and not by_hand:
-            return cast(KVCache, held)
-        cache = KVCache(getattr(given, 'cache_length', 0)) if held is None else held.fork()
-        for index, inter in by_hand:
-            cache.step(index)._take(inter.cached_kv, fixed=inter.layer_type == 'c')
-        return cache
+        return cast(KVCache, with_keys_by_hand(given, steps, KVCache))
 
     @property
     def retained(self) -> int:
@@ -339,7 +247,7 @@ class KVCache:
         if capacity < held:
             raise ValueError(f'capacity must be at least the {held} rows that are held, got {capacity}')
         if not self.can_rollback:
-            names = sorted({name for layer in self for name in layer._without_history()})
+            names = sorted({name for layer in self for name in without_history(layer.states, layer.carry)})
             raise ValueError(
                 f'the cache holds a state without history ({", ".join(names)}), for which a fixed capacity has no place; '
                 'continue the cache itself'
@@ -348,10 +256,10 @@ class KVCache:
         # written by whoever reads, in inference mode or not
         with torch.inference_mode(False):
             change = keep_sharing(partial(FixedTape.of_tape, held=held, capacity=capacity))
-            made = self._mapped(lambda layer: layer.changed(change))
+            twin = self._mapped(lambda layer: layer.changed(change))
             row, seen = (torch.tensor([number], device=device) for number in (held, self.length))
-        made._at(Cursor(row, seen, capacity, reach), max(self.front - (self.length - held), 0))
-        return made
+        twin._at(Cursor(row, seen, capacity, reach), max(self.front - (self.length - held), 0))
+        return twin
 
     def visible(self) -> Bool[Tensor, '1 j'] | None:
         """Which rows of a fixed capacity are written; None: all rows that are held."""
@@ -361,7 +269,7 @@ class KVCache:
     def rollback(self, length: int, own: bool = False) -> KVCache:
         """As it was when ``length`` rows had been seen.
 
-        ``own``: nobody continues this cache or a fork of it any more, so its memory may be overwritten.
+        ``own``: the caller holds the last reference to this cache and its forks, so its memory may be overwritten.
         Raises ValueError if those rows have left the window, or if a state without history is held.
         """
         removed = self.length - length

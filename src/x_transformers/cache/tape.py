@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -145,6 +147,18 @@ class Tape:
     def __repr__(self) -> str:
         kind = 'fixed tape' if self.fixed else 'tape'
         return f'<{kind} of {self.length} rows {_but_length(self._room.buffer)}>'
+
+
+def keep_sharing(change: Callable[[Tape], Tape]) -> Callable[[Tape], Tape]:
+    """The same change, made once of a tape that layers share, so that they go on sharing it."""
+    changed: dict[int, Tape] = {}
+
+    def change_once(tape: Tape) -> Tape:
+        if id(tape) not in changed:
+            changed[id(tape)] = change(tape)
+        return changed[id(tape)]
+
+    return change_once
 
 
 class FixedTape(Tape):

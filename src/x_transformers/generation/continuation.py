@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.cache.kv_cache import Cache, Cursor, KVCache
+from x_transformers.cache.cursor import Cursor
+from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.cache.tape import FixedTape
 from x_transformers.tensor_types import Float, Int, Shaped
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.mask import PackedSequences, places
-from x_transformers.cache.kv_cache import Cursor, KVCache
+from x_transformers.cache.cursor import Cursor
+from x_transformers.cache.kv_cache import KVCache
 from x_transformers.helpers import counted, exists, is_any
 from x_transformers.layers.arguments import Given
 from x_transformers.layers.call import OWN_STEP, Span

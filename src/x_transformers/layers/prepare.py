@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.mask import Mask, Placed
-from x_transformers.cache.kv_cache import Cursor, KVCache
+from x_transformers.cache.cursor import Cursor
+from x_transformers.cache.kv_cache import KVCache
 from x_transformers.helpers import counted
 from x_transformers.layers.across_depth import injection
 from x_transformers.layers.arguments import Given, count_new
