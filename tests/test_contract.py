@@ -34,7 +34,8 @@ from x_transformers import (
 )
 from x_transformers.attend import Attend
 from x_transformers.continuous import ContinuousTransformerWrapper
-from x_transformers.embedding.call import CALLED
+from x_transformers.embedding.build import build_entrance, build_positions, build_stack
+from x_transformers.embedding.call import CALLED, call_of
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.other_inputs import ContinuousFlags, MultiInputFlags, XValFlags
@@ -493,14 +494,14 @@ def test_a_model_of_ones_own_is_two_functions() -> None:
             )
             self.flags = ContinuousFlags(attn_layers=stack)
             self.project_in = nn.Linear(3, stack.dim)
-            self._build_positions(self.flags, stack)
-            self._build_entrance(self.flags, stack)
-            self._build_stack(self.flags, stack)
+            build_positions(self, self.flags, stack)
+            build_entrance(self, self.flags, stack)
+            build_stack(self, self.flags, stack)
             self.init_own()
 
         def forward(self, x: Tensor, mask: Any = None, mems: Any = None, mem_masks: Any = None, cache: Any = None) -> Any:
             kwargs, input_not_include_cache = {}, None
-            return self.run(self._call(x, locals()), Asked())
+            return self.run(call_of(self, x, locals()), Asked())
 
     model = Grid(Encoder(**SMALL)).eval()
     x = torch.randn(2, 5, 3)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call, check_frames, check_projected, last_positions
+from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
+from x_transformers.embedding.call import Call, Memories, call_of, check_frames, check_projected, last_positions
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
 from x_transformers.flags.calls import FramesForwardOptions, FramesOptions, RolloutOptions
@@ -30,7 +31,7 @@ from x_transformers.layers.checks import is_float, shape_of
 from x_transformers.losses import at_least_single, shifted_mask
 from x_transformers.module import Module
 from x_transformers.returns import Asked
-from x_transformers.stack_wrapper import Ends, Memories, StackWrapper, stack_flags
+from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         check_wrapper(own, stack_flags(attn_layers), where=type(self).__name__)
         # kept for reading; the modules live in their slots only
         self.flags = replace(own, attn_layers=nn.Identity(), project_in=None, project_out=None)
-        self._build_positions(own, attn_layers)
+        build_positions(self, own, attn_layers)
         self.probabilistic = own.probabilistic
         self.dim_in, self.dim_out = own.dim_in, own.dim_out
         self.width_in = None if own.project_in is not None else own.dim_in or self.emb_dim
@@ -97,13 +98,13 @@ class ContinuousTransformerWrapper(StackWrapper):
         self.project_in: nn.Module = own.project_in or (
             nn.Linear(own.dim_in, self.emb_dim, bias=False) if projects_in else nn.Identity()  # type: ignore[arg-type]
         )
-        self._build_entrance(own, attn_layers)
+        build_entrance(self, own, attn_layers)
         width = (own.dim_out or 0) * (2 if own.probabilistic else 1)
         projects_out = width > 0 and not (skips and width == self.dim)
         self.project_out: nn.Module = own.project_out or (
             nn.Linear(self.dim, width, bias=False) if projects_out else nn.Identity()
         )
-        self._build_stack(own, attn_layers)
+        build_stack(self, own, attn_layers)
         self.init_own()
 
     def forward(
@@ -159,7 +160,7 @@ class ContinuousTransformerWrapper(StackWrapper):
             'input_not_include_cache': input_not_include_cache, 'seq_start_pos': seq_start_pos, 'logits_last': logits_last,
             'kwargs': kwargs,
         }  # fmt: skip
-        return self.run(self._call(x, given), Asked.of(given))
+        return self.run(call_of(self, x, given), Asked.of(given))
 
 
 def embed_frames(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call, last_positions
+from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
+from x_transformers.embedding.call import Call, Memories, call_of, last_positions
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import add_named, named_tables
@@ -20,7 +21,7 @@ from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import default
 from x_transformers.returns import Asked
-from x_transformers.stack_wrapper import Ends, Memories, StackWrapper, stack_flags
+from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -57,14 +58,14 @@ class MultiInputTransformerWrapper(StackWrapper):
         # kept for reading; the stack lives in its slot only
         self.flags = replace(own, attn_layers=nn.Identity())
         self.num_tokens = dict(own.num_tokens)
-        self._build_positions(own, attn_layers)
+        build_positions(self, own, attn_layers)
         self.embeds = named_tables(own.num_tokens, self.emb_dim)
-        self._build_entrance(own, attn_layers)
+        build_entrance(self, own, attn_layers)
         self.to_logits: nn.ModuleDict | None = None
         if not own.return_only_embed:
             heads = {name: nn.Linear(self.dim, size, bias=False) for name, size in own.num_tokens.items()}
             self.to_logits = nn.ModuleDict(heads)
-        self._build_stack(own, attn_layers)
+        build_stack(self, own, attn_layers)
         self.init_own()
 
     def forward(
@@ -119,7 +120,7 @@ class MultiInputTransformerWrapper(StackWrapper):
             'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
         }  # fmt: skip
         asked = Asked.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
-        return self.run(self._call(next(iter(x.values())), given, embed_ids=x), asked)
+        return self.run(call_of(self, next(iter(x.values())), given, embed_ids=x), asked)
 
     def _ids(self, x: Any) -> dict[str, Int[Tensor, 'b n']]:
         """The ids of each input. Names and their like are checked where ids are looked up."""

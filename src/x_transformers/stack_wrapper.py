@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates
-from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.before import store_kept
 from x_transformers.embedding.call import (
-    CALLED,
     Call,
+    Memories,
     check_added,
-    check_list,
     check_prepended,
     last_positions,
-    moved_down,
+    longest,
     no_padding,
+    randomly_placed,
 )
 from x_transformers.embedding.loop import run_rounds
-from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.pooling import pooled
-from x_transformers.embedding.rows import Rows, shuffled
+from x_transformers.embedding.rows import Rows, behind_mems, rows_of_call, shuffled
 from x_transformers.embedding.token import scale_gradient
 from x_transformers.embedding.values import tables_of_tokens
 from x_transformers.feedforward import FeedForward
-from x_transformers.flags.base import FlagError, Flags
-from x_transformers.flags.stack import StackFlags
-from x_transformers.flags.wrapper import WrapperFlags
-from x_transformers.helpers import always, default
-from x_transformers.layers.arguments import check_number
-from x_transformers.layers.checks import check_names, check_steps
-from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.losses import calc_z_loss
-from x_transformers.module import Dropout, Module, empty_parameter, unit_modules
-from x_transformers.norms import entrance_norm
-from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
-from x_transformers.randomness import sorted_places
+from x_transformers.module import Module, unit_modules
 from x_transformers.returns import Asked, next_memories, scores
-from x_transformers.tensor_types import Bool, Float, Int, Shaped
-
-Memories = Sequence[Float[Tensor, 'b l d']]
+from x_transformers.tensor_types import Bool, Float, Shaped
 
 
 @dataclass(frozen=True)
@@ -64,19 +50,33 @@ class Ends:
 class StackWrapper(Module):
     """Inputs become vectors, go through a stack, and its output is read out.
 
-    What differs between models is their ``ends`` and their flags; a flag that they do not have is at its default. A model calls
-    the ``_build_…`` methods in the order in which its modules are to stand, and ``init_own`` last.
+    What differs between models is their ``ends`` and their flags; a flag that they do not have is at its default. Modules and
+    numbers are made by the functions of ``embedding/build.py``.
     """
 
     # with a cache it is enough to be given what is new, and outputs can be had for the last positions only
     reads_new_tokens = True
 
     flags: Any
-    pos_emb: Any
-    attn_layers: Any
+    dim: int
+    emb_dim: int
     token_emb: Any
+    # zero where ``has_absolute_positions`` is False
+    pos_emb: Any
+    has_absolute_positions: bool
+    randomized_positions: int | None
+    looped: bool
+    post_emb_norm: nn.Module
+    emb_dropout: nn.Module
+    emb_frac_gradient: float
+    project_emb: nn.Module
     cls_token: nn.Parameter | None
+    num_cls_tokens: int
     memory_tokens: nn.Parameter | None
+    attn_layers: Any
+    max_mem_len: int
+    # flags that make outputs of seen tokens depend on new ones, or need rows that a cache does not hold
+    why_no_cache: list[str]
 
     def __init__(self, ends: Ends) -> None:
         super().__init__()
@@ -88,55 +88,6 @@ class StackWrapper(Module):
         self.attn_pool: nn.Module | None = None
         self.later_tokens: nn.ModuleList | None = None
         self.to_next_embed_pred: nn.Module | None = None
-
-    # ------------------------------------------------------------ building
-
-    def _build_positions(self, flags: Flags, stack: Any, l2norm_embed: bool = False) -> None:
-        """Widths, and positions of width ``emb_dim``."""
-        self.dim: int = stack.dim
-        self.emb_dim: int = default(usual(flags, 'emb_dim'), self.dim)
-        self.max_seq_len: int = usual(flags, 'max_seq_len') or 0
-        self.has_absolute_positions: bool = (
-            usual(flags, 'use_abs_pos_emb') and self.max_seq_len > 0 and not stack.disable_abs_pos_emb
-        )
-        if not self.has_absolute_positions:
-            self.pos_emb = always(0)
-        elif usual(flags, 'scaled_sinu_pos_emb'):
-            self.pos_emb = ScaledSinusoidalEmbedding(self.emb_dim)
-        else:
-            # with unit length only the direction counts, which turns quickly from a small start
-            std = 1e-5 if l2norm_embed else 1.0
-            self.pos_emb = AbsolutePositionalEmbedding(self.emb_dim, self.max_seq_len, l2norm_embed, init_std=std)
-
-    def _build_entrance(self, flags: Flags, stack: Any) -> None:
-        """From the embeddings to the stack's width; what is fed back; learned rows in front."""
-        self.emb_frac_gradient: float = usual(flags, 'emb_frac_gradient')
-        self.post_emb_norm = entrance_norm(self.emb_dim, stack) if usual(flags, 'post_emb_norm') else nn.Identity()
-        self.emb_dropout = Dropout(usual(flags, 'emb_dropout'))
-        self.project_emb = nn.Linear(self.emb_dim, self.dim) if self.emb_dim != self.dim else nn.Identity()
-        self.recycling: bool = usual(flags, 'recycling')
-        self.train_max_recycle_steps: int = usual(flags, 'train_max_recycle_steps')
-        self.recycled_proj = nn.Linear(self.dim, self.dim, bias=False) if self.recycling else None
-        self.looped: bool = usual(flags, 'looped')
-        self.max_looped_steps: int = usual(flags, 'max_looped_steps')
-        self.looped_positions: bool = usual(flags, 'looped_positions')
-        self.exit_gate = nn.Linear(self.dim, 1, bias=False) if self.looped else None
-        self.num_cls_tokens: int = usual(flags, 'num_cls_tokens')
-        self.cls_token = empty_parameter(self.num_cls_tokens, self.dim) if usual(flags, 'use_cls_token') else None
-        self.num_memory_tokens: int = usual(flags, 'num_memory_tokens') or 0
-        self.memory_tokens = empty_parameter(self.num_memory_tokens, self.dim) if self.num_memory_tokens else None
-        self.memory_tokens_interspersed_every: int | None = usual(flags, 'memory_tokens_interspersed_every')
-        self.average_pool_embed: bool = usual(flags, 'average_pool_embed')
-
-    def _build_stack(self, flags: Flags, stack: nn.Module) -> None:
-        self.attn_layers = stack
-        self.max_mem_len: int = usual(flags, 'max_mem_len')
-        self.shift_mem_down: int = usual(flags, 'shift_mem_down')
-        self.randomized_positions: int | None = usual(flags, 'randomized_positions')
-        self.can_cache_kv_outside_max_seq_len = not self.has_absolute_positions
-        self.input_not_include_cache: bool = usual(flags, 'input_not_include_cache')
-        # flags that make outputs of seen tokens depend on new ones, or need rows that a cache does not hold
-        self.why_no_cache = [name for name in flags.having('no_cache') if getattr(flags, name)]
 
     @torch.no_grad()
     def init_own(self) -> None:
@@ -197,38 +148,6 @@ class StackWrapper(Module):
 
     # ------------------------------------------------------------ forward
 
-    def _attention_steps(self, cache: Cache, more: Mapping[str, Any]) -> list[int] | None:
-        """The steps that the keys of intermediates put together by hand belong to."""
-        if cache is None or isinstance(cache, KVCache):
-            return None
-        order, repeats = more.get('layers_execute_order'), more.get('repeat_blocks')
-        return [step.index for step in check_steps(self.attn_layers, order, repeats) if step.kind in ATTENTIONS]
-
-    def _call(self, x: Any, given: Mapping[str, Any], **own: Any) -> Call:
-        """The arguments of a forward in one object: of its keywords those that ``Call`` has, ``own`` in place of them, and
-        ``kwargs``, which go to the stack as they are.
-
-        A forward writes them out: older compilers of torch cannot read ``locals()`` of a function that another one calls.
-        """
-        more = given['kwargs']
-        if more:
-            check_names(self, more)
-        told = {name: given[name] for name in CALLED if given.get(name) is not None} | own
-        mems, mem_masks = given['mems'], given['mem_masks']
-        # memories of no length are none, and have no masks
-        if check_list(mems, 'mems') and not any(mem is not None and mem.shape[1] for mem in mems or ()):
-            mems = mem_masks = None
-        check_list(mem_masks, 'mem_masks')
-        check_number('cache_age', more.get('cache_age'), low=0)
-        if isinstance(added := told.get('sum_embeds'), Tensor):
-            # what is added may have fewer axes, as in any sum
-            told['sum_embeds'] = added[(None,) * (3 - added.ndim)]
-        told['mems'], told['mem_masks'] = moved_down(mems, self.shift_mem_down), moved_down(mem_masks, self.shift_mem_down)
-        told['cache'] = KVCache.of(given['cache'], self._attention_steps(given['cache'], more))
-        told['new_only'] = default(given['input_not_include_cache'], self.input_not_include_cache)
-        told['cache_age'] = more.pop('cache_age', None)
-        return Call(x, more=more, **told)
-
     def run(self, call: Call, asked: Asked) -> Any:
         """Embed what is new, put in front of it what belongs there, run the stack, take that out again, pool, read out."""
         asked.check(
@@ -238,7 +157,7 @@ class StackWrapper(Module):
         )
         if self.randomized_positions is not None and self.training:
             call = randomly_placed(call, self.randomized_positions)
-        rows = self._rows(call)
+        rows = rows_of_call(self, call)
         initial = self._embed(call, rows)
         mask = call.mask if call.lens is None else rows.before(call.lens)
         keys = rows.mask(mask, call.prepend_mask, initial.shape[0], initial.device)
@@ -263,45 +182,15 @@ class StackWrapper(Module):
 
     # ------------------------------------------------------------ the steps of the forward
 
-    def _rows(self, call: Call) -> Rows:
-        memory = MemoryTokens(self.num_memory_tokens, self.memory_tokens_interspersed_every)
-        front = call.prepended + (0 if self.cls_token is None else self.num_cls_tokens)
-        rows = Rows.lay(call.x.shape[1], front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
-        if rows.cached and (reasons := self.why_no_cache):
-            raise ValueError(
-                f'cache: a model with {", ".join(reasons)} cannot go on from a cache; give the whole sequence instead.'
-            )
-        if memory.every and call.seq_start_pos is not None:
-            raise ValueError(
-                'seq_start_pos with memory_tokens_interspersed_every: padding on the left would move the windows that the '
-                'memory tokens stand in; run prompts of different lengths one by one.'
-            )
-        if (
-            isinstance(self.pos_emb, AbsolutePositionalEmbedding)
-            and call.pos is None
-            and isinstance(rows.seen, int)
-            and rows.seen + rows.new > self.pos_emb.max_seq_len
-        ):
-            raise ValueError(
-                f'x: the sequence of {rows.seen + rows.new} tokens is longer than max_seq_len={self.pos_emb.max_seq_len}, '
-                'beyond which there are no absolute positions; cut it, or use rotary_pos_emb=True.'
-            )
-        return rows
-
     def _embed(self, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
         """Embeddings of what is new, behind those that are prepended."""
         x = rows.newest(call.x, 'x')
-        check_added(call, x.shape[0], self.emb_dim)
+        check_added(call, x.shape[0], self.emb_dim, self.has_absolute_positions)
         embeds = self.ends.embed(self, x, call, rows)
         if call.pos is not None and call.pos_ids is None:
             embeds = embeds + rows.newest(call.pos, 'pos', axis=call.pos.ndim - 2)
         elif self.has_absolute_positions:
             pos = call.pos_ids
-            if pos is not None and pos.ndim == 3:
-                raise ValueError(
-                    'pos of shape (b h n) gives each head positions of its own, and absolute positions are added to tokens: '
-                    'build the model with use_abs_pos_emb=False.'
-                )
             pos = pos if pos is None else rows.newest(behind_mems(pos, call.mems, rows), 'pos', axis=pos.ndim - 1)
             embeds = embeds + self.pos_emb(x, pos=pos, seq_start_pos=call.seq_start_pos, offset=rows.seen)
         if call.sum_embeds is not None:
@@ -326,24 +215,24 @@ class StackWrapper(Module):
         length = h.shape[1]
         if rows.memory:
             h, keys = rows.memory.insert(self.memory_tokens, h, keys)  # type: ignore[arg-type]
-        given = self._for_stack(keys, call, rows)
+        keywords = self._for_stack(keys, call, rows)
         shuffle = rows.padding_first(call.seq_start_pos)
         if shuffle is not None:
-            h, given = shuffle.lay(h), shuffled(given, shuffle)
+            h, keywords = shuffle.lay(h), shuffled(keywords, shuffle)
 
-        more: dict[str, Any] = {}
+        reports: dict[str, Any] = {}
         if asked.record:
-            more = {'return_hiddens': asked.whole_record or 'cache'}
+            reports = {'return_hiddens': asked.whole_record or 'cache'}
         elif asked.expert_loss:
-            more = {'return_expert_loss': True}
+            reports = {'return_expert_loss': True}
 
         def run(x: Float[Tensor, 'b n d'], **changed: Any) -> tuple[Tensor, LayerIntermediates]:
-            out: Any = self.attn_layers(x, **more, **{**given, **changed})
-            return out if more else (out, LayerIntermediates())
+            out: Any = self.attn_layers(x, **reports, **{**keywords, **changed})
+            return out if reports else (out, LayerIntermediates())
 
         h, record = run_rounds(self, run, h, call)
         if asked.attn_z_loss:
-            counts = no_padding(h, given.get('mask'), None if rows.cached else call.seq_start_pos)
+            counts = no_padding(h, keywords.get('mask'), None if rows.cached else call.seq_start_pos)
             record.attn_z_loss = calc_z_loss(scores(record), counts, asked.z_loss_weight)
         if shuffle is not None:
             h = shuffle.restore(h)
@@ -357,7 +246,7 @@ class StackWrapper(Module):
 
     def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows) -> dict[str, Any]:
         """The stack's keywords; only those that say something."""
-        given = {
+        keywords = {
             'mask': keys,
             'cache': call.cache,
             'mems': call.mems,
@@ -368,8 +257,8 @@ class StackWrapper(Module):
             **rows.stretched(call.more, longest(call.mems) if self.attn_layers.norm_need_condition else 0),
         }
         if rows.cached:
-            given['input_not_include_cache'] = True
-        return {name: value for name, value in given.items() if value is not None}
+            keywords['input_not_include_cache'] = True
+        return {name: value for name, value in keywords.items() if value is not None}
 
     def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
         extends = getattr(self.flags, 'extend_mems', None)
@@ -399,40 +288,3 @@ class StackWrapper(Module):
         self._check_last(h, call.logits_last)
         read = last_positions(h, call.logits_last)
         return [self.read_out(block(read), call)[0] for block in self.later_tokens or ()]
-
-
-def randomly_placed(call: Call, among: int) -> Call:
-    """The call with positions of memories and tokens drawn from 0 … ``among`` - 1, unless it says where they are."""
-    if call.pos is not None or call.cache is not None:
-        return call
-    count = call.x.shape[1] + longest(call.mems)
-    if count > among:
-        raise ValueError(
-            f'randomized_positions must be at least the number of tokens, got {among} for {count}. Enlarge it, or cut x.'
-        )
-    return replace(call, pos=sorted_places(count, among, call.x.device))
-
-
-def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> Int[Tensor, '...']:
-    """Positions of the tokens, of some that may begin with those of the memories, which rotary positions need."""
-    length = longest(mems)
-    return pos[..., length:] if length and pos.shape[-1] == length + rows.tokens else pos
-
-
-def longest(mems: Memories | None) -> int:
-    return max([0, *(mem.shape[1] for mem in mems or ())])
-
-
-def usual(flags: Flags, name: str) -> Any:
-    """A flag's value; the default of ``TransformerWrapper`` for a model that has no such flag."""
-    return getattr(flags, name) if name in flags.flag_fields() else WrapperFlags.default(name)
-
-
-def stack_flags(stack: nn.Module) -> StackFlags:
-    flags = getattr(stack, 'flags', None)
-    if not isinstance(flags, StackFlags):
-        raise FlagError(
-            'attn_layers must be a stack made of AttentionLayers (Encoder, Decoder, PrefixDecoder, CrossAttender or a '
-            f'subclass), got {type(stack).__name__}.'
-        )
-    return flags

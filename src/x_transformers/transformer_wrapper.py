@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.before import BigramHash, Smear, one_before
-from x_transformers.embedding.call import Call, check_projected, ids_or_none, last_positions
+from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
+from x_transformers.embedding.call import Call, call_of, check_projected, ids_or_none, last_positions
 from x_transformers.embedding.loop import LoopCall
 from x_transformers.embedding.pooling import AttentionPool
 from x_transformers.embedding.rows import Rows
@@ -38,7 +39,7 @@ from x_transformers.layers.repeat import block_transform, check_in_place, later_
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import entrance_norm
 from x_transformers.returns import Asked
-from x_transformers.stack_wrapper import Ends, StackWrapper, stack_flags
+from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class TransformerWrapper(StackWrapper):
         self._build_embedding(flags_)
         self._build_pooling(flags_)
         self._build_heads(flags_)
-        self._build_stack(flags_, attn_layers)
+        build_stack(self, flags_, attn_layers)
         self.init_own()
 
     def _build_embedding(self, flags: WrapperFlags) -> None:
@@ -84,14 +85,14 @@ class TransformerWrapper(StackWrapper):
             self.token_emb = TokenEmbedding(emb_dim, flags.num_tokens, flags.l2norm_embed, unit=stack.flags.ngpt)
         self._own_token_emb = own is not None
         self.embed_scale = flags.embed_scale
-        self._build_positions(flags, stack, flags.l2norm_embed)
+        build_positions(self, flags, stack, flags.l2norm_embed)
         self.embeds = named_tables(flags.embed_num_tokens, emb_dim)
         size = flags.bigram_hash_embed
         self.bigram = None if size is None else BigramHash(size, emb_dim)
         self.smear = Smear(emb_dim) if flags.smear else None
         self.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, dim) if flags.ff_deep_embed else None
         self.value_embeds = value_tables(flags, stack)
-        self._build_entrance(flags, flags.attn_layers)
+        build_entrance(self, flags, flags.attn_layers)
 
     def _build_pooling(self, flags: WrapperFlags) -> None:
         stack: Any = flags.attn_layers
@@ -269,7 +270,7 @@ class TransformerWrapper(StackWrapper):
             'return_multi_token_logits': return_multi_token_logits, 'kwargs': kwargs,
         }  # fmt: skip
         asked = Asked.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
-        return self.run(self._call(ids, given, loop=loop), asked)
+        return self.run(call_of(self, ids, given, loop=loop), asked)
 
 
 def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:

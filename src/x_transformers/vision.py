@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.embedding.build import stack_flags
 from x_transformers.flags.constructors import only
 from x_transformers.flags.fit import check_added_losses
 from x_transformers.flags.rules import check_vision
@@ -17,7 +18,6 @@ from x_transformers.flags.signature import ClassSignature
 from x_transformers.flags.vision import VisionFlags
 from x_transformers.module import Module, empty_parameter
 from x_transformers.norms import LayerNorm, entrance_norm
-from x_transformers.stack_wrapper import stack_flags
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:

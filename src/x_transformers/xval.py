@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.embedding.call import Call, last_positions
+from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
+from x_transformers.embedding.call import Call, Memories, call_of, last_positions
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
@@ -31,7 +32,7 @@ from x_transformers.helpers import default, values_known
 from x_transformers.losses import at_least_single, shifted_mask, token_cross_entropy
 from x_transformers.module import Module
 from x_transformers.returns import Asked
-from x_transformers.stack_wrapper import Ends, Memories, StackWrapper, stack_flags
+from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -110,12 +111,12 @@ class XValTransformerWrapper(StackWrapper):
         self.num_tokens, self.numerical_token_id = own.num_tokens, own.numerical_token_id
         stack: Any = attn_layers
         self.token_emb = TokenEmbedding(default(own.emb_dim, stack.dim), own.num_tokens, init_std=1.0)
-        self._build_positions(own, attn_layers)
-        self._build_entrance(own, attn_layers)
+        build_positions(self, own, attn_layers)
+        build_entrance(self, own, attn_layers)
         untied = None if own.tie_embedding else nn.Linear(self.dim, default(own.logits_dim, own.num_tokens))
         self.to_logits: nn.Module = TiedHead(self.token_emb) if untied is None else untied
         self.to_numerical_output = nn.Sequential(nn.Linear(self.dim, 1), nn.Flatten(-2))
-        self._build_stack(own, attn_layers)
+        build_stack(self, own, attn_layers)
         self.init_own()
 
     def forward(
@@ -165,7 +166,7 @@ class XValTransformerWrapper(StackWrapper):
             'prepend_mask': prepend_mask, 'mem_masks': mem_masks, 'sum_embeds': sum_embeds, 'seq_start_pos': seq_start_pos,
             'cache': cache, 'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
         }  # fmt: skip
-        return self.run(self._call(x, given, numbers=numbers), Asked.of(given))
+        return self.run(call_of(self, x, given, numbers=numbers), Asked.of(given))
 
 
 def embed_numbers(model: XValTransformerWrapper, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:

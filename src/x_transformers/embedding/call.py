@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from x_transformers.cache.kv_cache import KVCache
+from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
-from x_transformers.helpers import is_any, values_known
-from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of, needs_of, without_needed
-from x_transformers.layers.checks import check_prefix, is_int
+from x_transformers.helpers import default, is_any, values_known
+from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of, check_number, needs_of, without_needed
+from x_transformers.layers.checks import check_names, check_prefix, check_steps, is_int
+from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.notices import warn_inert
+from x_transformers.randomness import sorted_places
 from x_transformers.tensor_types import Bool, Float, Int, Shaped
+
+Memories = Sequence[Float[Tensor, 'b l d']]
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,58 @@ def rows_in_front(embeds: Any) -> int:
     return embeds.shape[1]
 
 
+def call_of(model: Any, x: Any, keywords: Mapping[str, Any], **changed: Any) -> Call:
+    """The arguments of a forward in one object: of its keywords those that ``Call`` has, ``changed`` in place of them, and
+    ``kwargs``, which go to the stack as they are.
+
+    A forward writes them out: older compilers of torch cannot read ``locals()`` of a function that another one calls.
+    """
+    more = keywords['kwargs']
+    if more:
+        check_names(model, more)
+    arguments = {name: keywords[name] for name in CALLED if keywords.get(name) is not None} | changed
+    mems, mem_masks = keywords['mems'], keywords['mem_masks']
+    # memories of no length are none, and have no masks
+    if check_list(mems, 'mems') and not any(mem is not None and mem.shape[1] for mem in mems or ()):
+        mems = mem_masks = None
+    check_list(mem_masks, 'mem_masks')
+    check_number('cache_age', more.get('cache_age'), low=0)
+    if isinstance(added := arguments.get('sum_embeds'), Tensor):
+        # what is added may have fewer axes, as in any sum
+        arguments['sum_embeds'] = added[(None,) * (3 - added.ndim)]
+    arguments['mems'] = moved_down(mems, model.shift_mem_down)
+    arguments['mem_masks'] = moved_down(mem_masks, model.shift_mem_down)
+    arguments['cache'] = KVCache.of(keywords['cache'], attention_steps(model.attn_layers, keywords['cache'], more))
+    arguments['new_only'] = default(keywords['input_not_include_cache'], model.input_not_include_cache)
+    arguments['cache_age'] = more.pop('cache_age', None)
+    return Call(x, more=more, **arguments)
+
+
+def attention_steps(stack: Any, cache: Cache, more: Mapping[str, Any]) -> list[int] | None:
+    """The steps that the keys of intermediates put together by hand belong to."""
+    if cache is None or isinstance(cache, KVCache):
+        return None
+    order, repeats = more.get('layers_execute_order'), more.get('repeat_blocks')
+    return [step.index for step in check_steps(stack, order, repeats) if step.kind in ATTENTIONS]
+
+
+def randomly_placed(call: Call, among: int) -> Call:
+    """The call with positions of memories and tokens drawn from 0 … ``among`` - 1, unless it says where they are."""
+    if call.pos is not None or call.cache is not None:
+        return call
+    count = call.x.shape[1] + longest(call.mems)
+    if count > among:
+        raise ValueError(
+            f'randomized_positions must be at least the number of tokens, got {among} for {count}. Enlarge it, or cut x.'
+        )
+    return replace(call, pos=sorted_places(count, among, call.x.device))
+
+
+def longest(mems: Memories | None) -> int:
+    """How many rows the longest of the memories has."""
+    return max([0, *(mem.shape[1] for mem in mems or ())])
+
+
 def last_positions(t: Shaped[Tensor, 'b n ...'], count: int | None) -> Tensor:
     return t if count is None or count >= t.shape[1] else t[:, t.shape[1] - count :]
 
@@ -137,7 +193,7 @@ def no_padding(
     return behind if shown is None else shown & behind
 
 
-def check_added(call: Call, batch: int, dim: int) -> None:
+def check_added(call: Call, batch: int, dim: int, absolute: bool) -> None:
     """Positions, and what is added to the embeddings, fit batch and width. Lengths are checked where they are cut."""
     start = call.seq_start_pos
     if start is not None and not isinstance(start, Tensor):
@@ -168,6 +224,11 @@ def check_added(call: Call, batch: int, dim: int) -> None:
             raise ValueError(
                 f'pos must be one position per token, (n) or ({batch} n), or their embeddings, (n e) or ({batch} n e), '
                 f'got {call.pos.dtype} of shape {tuple(call.pos.shape)}.'
+            )
+        if absolute and call.pos_ids is not None and call.pos.ndim == 3:
+            raise ValueError(
+                'pos of shape (b h n) gives each head positions of its own, and absolute positions are added to tokens: '
+                'build the model with use_abs_pos_emb=False.'
             )
     added = call.sum_embeds
     if added is not None and (not isinstance(added, Tensor) or not added.is_floating_point()):
