@@ -121,3 +121,9 @@ def test_a_stack_hands_on_its_arguments_in_the_order_of_their_declaration() -> N
     stack = Listening(dim=8, depth=1, heads=1)
     stack.forward(torch.zeros(1, 1, 8), **{name: name for name in names})
     assert {name: getattr(seen[0], name) for name in names} == {name: name for name in names}
+
+
+def test_help_says_what_every_argument_of_a_stack_does() -> None:
+    names = set(inspect.signature(Decoder.forward).parameters) - {'self', 'x'}
+    said = set(re.findall(r'^    (\w+): [A-Z`]', Decoder.forward.__doc__, re.MULTILINE))
+    assert said == names

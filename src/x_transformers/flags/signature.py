@@ -1,11 +1,17 @@
-"""What ``inspect.signature`` and ``help`` show of a class whose constructor takes its flags as ``**flags``."""
+"""What ``inspect.signature`` and ``help`` show of constructors that take ``**flags``, and of forwards with many arguments."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import re
+import textwrap
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from x_transformers.flags.constructors import Groups
+
+F = TypeVar('F', bound=Callable[..., Any])
 
 OPEN = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
@@ -54,3 +60,26 @@ class KeywordDoc:
         taken = self.of.signature().parameters
         lines = [f'    {line}' for group in self.of.groups for name, line in group.lines() if name in taken]
         return '\n'.join((inspect.cleandoc(self.text), '', 'Keywords:', *lines))
+
+
+def with_arguments(*tables: Mapping[str, str]) -> Callable[[F], F]:
+    """Put a line for each argument of a forward in the place of the line ``Args: …`` of its docstring.
+
+    Args:
+        tables: what an argument does, by its name; the first that has a name says it.
+    """
+    says = ChainMap(*map(dict, tables))
+
+    def described(forward: F) -> F:
+        # Python may have been told to drop docstrings
+        if forward.__doc__ is not None:
+            listed = [
+                textwrap.fill(f'{name}: {says[name]}', 120, initial_indent=' ' * 4, subsequent_indent=' ' * 8)
+                for name in inspect.signature(forward).parameters
+                if name in says
+            ]
+            lines = '\n'.join(('Args:', *listed))
+            forward.__doc__ = re.sub(r'^Args: .*$', lambda _: lines, inspect.cleandoc(forward.__doc__), flags=re.MULTILINE)
+        return forward
+
+    return described

@@ -123,6 +123,47 @@ def choose_position_bias(flags: StackFlags) -> nn.Module | None:
     return DynamicPositionBias(**{**usual, **extra})
 
 
+def attributes(flags: StackFlags, plan: LayerPlan) -> dict[str, Any]:
+    """What wrappers, tools and callers read of a stack, by its name there."""
+    return {
+        'depth': plan.depth,
+        'attn_heads': flags.heads,
+        'attn_dim_head': flags.attn_dim_head,
+        'num_attn_layers': plan.count('a'),
+        'disable_abs_pos_emb': flags.disables_abs_pos_emb,
+        'pre_norm': flags.pre_norm,
+        'sandwich_norm': flags.sandwich_norm,
+        'cross_attend': flags.cross_attend,
+        'residual_attn': flags.residual_attn,
+        'cross_residual_attn': flags.cross_residual_attn,
+        'need_condition': flags.needs_condition,
+        'norm_need_condition': flags.norm_needs_condition,
+        'post_branch_fn_needs_condition': flags.branch_needs_condition,
+        'dim_condition': flags.condition_dim,
+        'num_residual_streams': flags.streams,
+        'unet_skips': flags.unet_skips,
+        'reinject_input': flags.reinject_input,
+        'add_value_residual': flags.add_value_residual,
+        'cross_attn_tokens_dropout': flags.cross_attn_tokens_dropout,
+    }
+
+
+def position_parts(flags: StackFlags) -> dict[str, Any]:
+    """The positions that all layers share, by their names in the stack."""
+    rotaries, of_layer = choose_rotaries(flags)
+    polar, bias = choose_polar(flags), choose_position_bias(flags)
+    return {
+        # the first, and the others where bases or scalings differ between layers
+        'rotary_pos_emb': rotaries[0] if rotaries else None,
+        'other_rotaries': nn.ModuleList(rotaries[1:]) if len(rotaries) > 1 else None,
+        'rotary_of_layer': of_layer,
+        'polar_pos_emb': polar,
+        'rel_pos': bias,
+        'uses_positions': flags.rotary or flags.polar or bias is not None,
+        'depends_on_places': flags.depends_on_places,
+    }
+
+
 def depth_parts(flags: StackFlags, plan: LayerPlan) -> dict[str, nn.Module | None]:
     """What reaches over several layers, by its name in the stack."""
     dim = flags.dim

@@ -18,19 +18,12 @@ from x_transformers.feedforward import FeedForward
 from x_transformers.flags.constructors import STACK
 from x_transformers.flags.per_layer import Each, per_layer
 from x_transformers.flags.rules import check_stack
-from x_transformers.flags.signature import ClassSignature
+from x_transformers.flags.signature import ClassSignature, with_arguments
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import between
-from x_transformers.layers.arguments import Given
-from x_transformers.layers.assemble import (
-    choose_polar,
-    choose_position_bias,
-    choose_rotaries,
-    choose_streams,
-    depth_parts,
-    warn_of_leaks,
-)
+from x_transformers.layers.arguments import Given, sentences_of
+from x_transformers.layers.assemble import attributes, choose_streams, depth_parts, position_parts, warn_of_leaks
 from x_transformers.layers.call import Around, Carry, Inputs, Record
 from x_transformers.layers.choose import make_layer, make_norm
 from x_transformers.layers.decided import keywords_of_flags, with_own
@@ -42,6 +35,8 @@ from x_transformers.layers.slots import call_norm, can_cache
 from x_transformers.mixers.linear import LinearMixer
 from x_transformers.module import Module, empty_parameter, is_sharded
 from x_transformers.norms import rms_norm
+from x_transformers.position.polar import PolarEmbedding
+from x_transformers.position.rotary import RotaryEmbedding
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -66,7 +61,7 @@ class AttentionLayers(Module):
     # the flags that a subclass sets by itself
     decides: ClassVar[Mapping[str, bool]] = {}
 
-    # over several layers
+    # over several layers, None unless a flag asks for them
     layer_integrators: Any
     skip_combines: Any
     lambdas: Any
@@ -74,6 +69,20 @@ class AttentionLayers(Module):
     adaptive_mlp: nn.Module | None
     reinject_input_proj: nn.Linear | None
     learned_reinject_input_gate: nn.Linear | None
+    unet_skips: bool
+    add_value_residual: bool
+    cross_attn_tokens_dropout: float
+    # positions of all layers, likewise
+    rotary_pos_emb: RotaryEmbedding | None
+    other_rotaries: nn.ModuleList | None
+    rotary_of_layer: tuple[int, ...]
+    polar_pos_emb: PolarEmbedding | None
+    rel_pos: nn.Module | None
+    uses_positions: bool
+    depends_on_places: bool
+    need_condition: bool
+    norm_need_condition: bool
+    dim_condition: int
 
     __signature__: Any = ClassSignature(STACK)
 
@@ -81,13 +90,14 @@ class AttentionLayers(Module):
         self, dim: int, depth: int | None = None, heads: Each[int] = 8, causal: bool = False, **flags: Unpack[StackKeywords]
     ) -> None:
         super().__init__()
-        given = {'dim': dim, 'depth': depth, 'heads': heads, 'causal': causal, **flags}
-        parsed = StackFlags.parse(given, where=type(self).__name__)
+        parsed = StackFlags.parse(
+            {'dim': dim, 'depth': depth, 'heads': heads, 'causal': causal, **flags}, where=type(self).__name__
+        )
         check_stack(parsed, type(self).__name__)
         # values per layer as they are, not the function that they came from
-        made = {name: per_layer(value) for name, value in parsed.varying.items()}
+        values = {name: per_layer(value) for name, value in parsed.varying.items()}
         args, keywords = self.made_with
-        self.made_with = args, {name: made.get(name, value) for name, value in keywords.items()}
+        self.made_with = args, {name: values.get(name, value) for name, value in keywords.items()}
         self._build(parsed, plan_layers(parsed))
         self.init_own()
 
@@ -100,46 +110,21 @@ class AttentionLayers(Module):
 
     def _build(self, flags: StackFlags, plan: LayerPlan) -> None:
         self.flags, self._plan = flags, plan
-        self._tell(flags, plan)
+        self.dim, self.causal, self.is_causal = flags.dim, flags.causal, flags.causal or self.has_prefix
+        self.layer_types, self.layers_execute_order = plan.kinds, plan.order
+        self.layer_dropouts = [layer.dropout for layer in plan.layers]
+        self.streams = choose_streams(flags)
+        self.hands_on_scores = tuple(kind for kind, on in (('a', flags.residual_attn), ('c', flags.cross_residual_attn)) if on)
+        self.softclamp_value = flags.softclamp_output_value if flags.softclamp_output else None
+        for name, value in attributes(flags, plan).items():
+            setattr(self, name, value)
         self.layers = nn.ModuleList(make_layer(flags, spec, self.is_causal) for spec in plan.layers)
         self.final_norm = make_norm(flags) if flags.has_final_norm else Identity()
         self.stream_emb = empty_parameter(flags.streams, flags.dim) if flags.streams > 1 else None
         warn_of_leaks(flags, self.is_causal)
-        # what reaches over several layers
-        for name, part in depth_parts(flags, plan).items():
+        # what reaches over several layers, then positions
+        for name, part in (depth_parts(flags, plan) | position_parts(flags)).items():
             setattr(self, name, part)
-        self._build_positions(flags)
-
-    def _tell(self, flags: StackFlags, plan: LayerPlan) -> None:
-        """Attributes that other code reads."""
-        self.dim, self.depth, self.causal = flags.dim, plan.depth, flags.causal
-        self.is_causal = flags.causal or self.has_prefix
-        self.attn_heads, self.attn_dim_head = flags.heads, flags.attn_dim_head
-        self.layer_types, self.layers_execute_order = plan.kinds, plan.order
-        self.num_attn_layers = plan.count('a')
-        self.layer_dropouts = [layer.dropout for layer in plan.layers]
-        self.disable_abs_pos_emb = flags.disables_abs_pos_emb
-        self.pre_norm, self.sandwich_norm, self.cross_attend = flags.pre_norm, flags.sandwich_norm, flags.cross_attend
-        self.residual_attn, self.cross_residual_attn = flags.residual_attn, flags.cross_residual_attn
-        self.need_condition, self.norm_need_condition = flags.needs_condition, flags.norm_needs_condition
-        self.post_branch_fn_needs_condition = flags.branch_needs_condition
-        self.dim_condition, self.num_residual_streams = flags.condition_dim, flags.streams
-        self.unet_skips, self.reinject_input = flags.unet_skips, flags.reinject_input
-        self.add_value_residual, self.cross_attn_tokens_dropout = flags.add_value_residual, flags.cross_attn_tokens_dropout
-        self.softclamp_value = flags.softclamp_output_value if flags.softclamp_output else None
-        self.streams = choose_streams(flags)
-        hands_on = (('a', flags.residual_attn), ('c', flags.cross_residual_attn))
-        self.hands_on_scores = tuple(kind for kind, asked in hands_on if asked)
-
-    def _build_positions(self, flags: StackFlags) -> None:
-        rotaries, self.rotary_of_layer = choose_rotaries(flags)
-        # the first, and the others where bases or scalings differ between layers
-        self.rotary_pos_emb = rotaries[0] if rotaries else None
-        self.other_rotaries = nn.ModuleList(rotaries[1:]) if len(rotaries) > 1 else None
-        self.polar_pos_emb = choose_polar(flags)
-        self.rel_pos = choose_position_bias(flags)
-        self.uses_positions = flags.rotary or flags.polar or self.rel_pos is not None
-        self.depends_on_places = flags.depends_on_places
 
     def init_own(self) -> None:
         if self.stream_emb is not None:
@@ -233,12 +218,12 @@ class AttentionLayers(Module):
 
     def _around(self, step: Step, call: Inputs, carry: Carry, streams: Float[Tensor, '... n d'], maps_now: bool) -> Around:
         training = self.training
-        given = call.for_step(step, carry, self.cross_attn_tokens_dropout if training else 0.0)
-        given.maps_now = maps_now
+        inputs = call.for_step(step, carry, self.cross_attn_tokens_dropout if training else 0.0)
+        inputs.maps_now = maps_now
         return Around(
-            given,
+            inputs,
             injected=call.injected,
-            mem_condition=None if given.mem is None else call.condition_of_memory(given.mem),
+            mem_condition=None if inputs.mem is None else call.condition_of_memory(inputs.mem),
             mixture=None if self.layer_integrators is None else self._mixture(step),
             tokens=call.padding,
             before=carry.seen.copy() if carry.mixes else (),
@@ -271,6 +256,7 @@ class AttentionLayers(Module):
         joined: Tensor = combine(streams, carry.skips)
         return joined
 
+    @with_arguments(sentences_of(Given))
     def forward(
         self,
         x: Float[Tensor, 'b n d'],
@@ -314,35 +300,7 @@ class AttentionLayers(Module):
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack. Every boolean mask: True is a token, or may be seen.
 
-        - ``context`` (b j c): for cross attention; ``context_mask``: its tokens; ``context_pos``: its positions, if rotary.
-        - ``mask``: the tokens of x; ``self_attn_kv_mask``: those that may be seen, in place of ``mask``; ``seq_start_pos``: how
-          many tokens each row is padded with on the left.
-        - ``attn_mask`` (n n), (h n n) or (b h n n): who sees whom; ``attn_bias``, likewise: added to the scores.
-        - ``mems``, ``mem_masks``: per executed self attention, what an earlier segment left (b l d) and who of it may be seen.
-        - ``cache``: what an earlier call returned. A longer x than the cache holds is the whole sequence, any other is its end,
-          of which the last token is new; ``input_not_include_cache``: all of x is new; ``cache_age``: so many last tokens are
-          (0: all). Masks may cover the new tokens or all.
-        - ``pos``: positions instead of 0, 1, 2 …; ``seq_pos_offset`` is added to those; ``rotary_pos_emb``, ``polar_pos_emb``:
-          ready-made angles.
-        - ``self_attn_additional_kv``: keys and values of another model, a list of pairs or what its forward returned, with one
-          ``additional_kv_mask``; fewer than layers go to the top ones, unless ``route_additional_kv_to_top`` is False.
-        - ``condition`` (b c) or (b n c): for adaptive parts, with ``mems`` theirs in front; ``in_attn_cond`` (b d) or (b n d):
-          added to every branch's input.
-        - ``self_attn_kv_residuals``, ``cross_attn_kv_residuals``: added to the keys' and values' input, (b n d) in the first
-          layer or (layers b n d). ``deep_embeds_and_ids``: a table of factors for feed-forwards, and ids into it.
-          ``value_embeds_and_ids``: modules (x, ids) -> (b kh n e) of what is added to values, by layer, and ids.
-        - ``layers_execute_order``: indices of layers. ``repeat_blocks``: ``(block, times)`` or ``((first, last), times)``, or a
-          tuple of those: these blocks run so often, the others once (https://dnhkng.github.io/posts/rys/).
-          ``transform_block_inputs``: by the number of an executed block, from 1, a function of what enters it; or one function
-          (number, stream).
-        - ``flash_pack_seq_kwargs``, ``flash_pack_seq_context_kwargs``:
-          ``cu_seqlens_q`` and ``cu_seqlens_k`` where one row packs several sequences.
-        - ``one_place``: rotary and polar positions are all the same; False: they may be in others, so keys are cached bare.
-        - ``causal``: self attention is so in this call, whatever the stack was built for.
-        - ``return_gumbel_log_probs``: with ``return_hiddens`` every attention's ``log_probs`` (b h n) are those of the keys
-          that hard or Gumbel attention has chosen.
-        - ``return_hiddens='cache'``: intermediates with the cache and no hidden states. ``return_expert_loss``: without
-          ``return_hiddens``, intermediates that hold nothing but the ``expert_loss``.
+        Args: as declared in ``layers/arguments.py``
 
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
         Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
