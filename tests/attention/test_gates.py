@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from x_transformers.attention.attention import Attention
+from x_transformers.attention.gates import gate_channels
 
 B, N, D, H, W, E = 2, 5, 12, 2, 6, 4
 
@@ -113,7 +114,9 @@ def test_later_gates_start_half_open_and_that_of_2_16_1_open():
     for more in later:
         attn = Attention(D, heads=H, dim_head=W, gate_values=True, **more)
         assert not any('gate' in name and 'bias' in name for name in attn.state_dict())
-        assert torch.equal(attn.gated_channels(torch.ones(B, N, H * W), torch.randn(B, N, D)), torch.full((B, N, H * W), 0.5))
+        merged, x = torch.ones(B, N, H * W), torch.randn(B, N, D)
+        gated = gate_channels(merged, x, attn.to_v_gate, attn.to_output_gate, heads=H, silu=attn.gate_is_silu)
+        assert torch.equal(gated, torch.full((B, N, H * W), 0.5))
     assert Attention(D, heads=H, dim_head=W, gate_values=True).to_v_gate.bias is not None
 
 

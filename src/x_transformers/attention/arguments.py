@@ -22,6 +22,38 @@ if TYPE_CHECKING:
 
 Keywords = dict[str, Any]
 
+# of ``Attention.forward``
+ARGUMENTS = {
+    'context': 'Attend over it instead of x.',
+    'mask': 'The tokens of x; other rows of the output are zero, unless a cache is given, and without a context they are not '
+    'seen either. With a cache key masks cover past and new keys.',
+    'context_mask': 'The tokens of the context; without a context the own keys, in place of `mask`.',
+    'attn_mask': 'Who sees whom.',
+    'rel_pos': 'A module that makes a bias, at positions `pos`.',
+    'attn_bias': 'Added to the scores.',
+    'rotary_pos_emb': 'Angles and scale, at least as many as keys.',
+    'context_rotary_pos_emb': "Those of the context's keys.",
+    'polar_pos_emb': 'Angles and bias of polar positions.',
+    'pos': 'Positions of the tokens, for `rel_pos`.',
+    'prev_attn': 'Scores of an earlier layer, added.',
+    'mem': 'Tokens in front of the keys.',
+    'mem_mask': 'Which of them may be seen.',
+    'return_intermediates': 'Also return Intermediates.',
+    'cache': 'The intermediates of an earlier call; x is what comes after.',
+    'value_residual': "The first layer's values, mixed in.",
+    'additional_key_values': 'Keys and values in front of all, whose heads divide the query heads.',
+    'additional_key_value_mask': 'Which of them may be seen.',
+    'kv_input_residual': 'Added to the input of keys and values.',
+    'flash_pack_seq_kwargs': '`cu_seqlens_q` and `cu_seqlens_k` where one row packs several sequences.',
+    'causal': 'In this call, whatever the layer was built for.',
+    'q_delta': 'Added to the projected queries.',
+    'k_delta': 'Added to the projected keys, those of memories too.',
+    'v_delta': 'Added to the projected values, those of memories too.',
+    'o_delta': 'Added to the heads side by side, before they are gated.',
+    'attn_delta': 'Added to the weights.',
+    'around': 'All of these at once, checked, as a stack gives them.',
+}
+
 
 def shaped(name: str, t: Any, *axes: int | None, says: str = '') -> None:
     """``t`` is a tensor with these axes; None stands for any length."""

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.geometry import tiled_heads
+from x_transformers.attention.qk_norm import unit_heads
 from x_transformers.helpers import recall, remember
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import ExtraKeys
     from x_transformers.attention.mask import Mask
+    from x_transformers.attention.parts import AttentionParts
     from x_transformers.position.positions import Positions
 
 
@@ -30,6 +32,15 @@ class Fronted(NamedTuple):
 def unplaced(keys: Float[Tensor, 'b kh m d'], positions: Positions | None, rotated_heads: int | None) -> Tensor:
     """Keys that have no position, as wide as those that have."""
     return keys if positions is None else positions.unplaced_keys(keys, rotated_heads)
+
+
+def memory_of(attn: AttentionParts) -> tuple[Tensor, Tensor] | None:
+    """The learned keys (of unit length over the whole head, whatever the groups) and values of a layer."""
+    if attn.mem_k is None or attn.mem_v is None:
+        return None
+    if not attn.qk_norm:
+        return attn.mem_k, attn.mem_v
+    return unit_heads(attn.mem_k, 1, attn.qk_norm_k_scale, attn.qk_norm_eps), attn.mem_v
 
 
 def with_front(mask: Mask, visible: Bool[Tensor, 'b m'], behind: int) -> Mask:

@@ -13,6 +13,7 @@ from x_transformers.attention.inputs import BranchInputs, Intermediates
 from x_transformers.attention.parts import AttentionParts, Seen
 from x_transformers.attention.project import KeysValues
 from x_transformers.attention.qk_clip import clip_projection_, score_factors
+from x_transformers.flags.attention import AttentionFlags
 from x_transformers.tensor_types import Float
 
 
@@ -22,28 +23,27 @@ class SharingAttention(Attention):
     It has no projection of keys and values, and its cache holds neither. Learned memory keys are its own.
     """
 
-    def _build_projections(self) -> None:
-        super()._build_projections()
-        without: Any = self
-        without.to_k = without.to_v = without.to_latent_kv = without.to_rotateable_k = None
-        without.to_value_residual_mix = None
-        without._keys_values = shared_keys_values
+    def _build(self, dim: int, flags: AttentionFlags) -> None:
+        super()._build(dim, flags)
+        self._keys_values = shared_keys_values
 
-    def _build_keys_and_values(self) -> None:
-        super()._build_keys_and_values()
-        self.k_rmsnorm = self.value_rmsnorm = None
-        if self.mem_k is None:
-            self.qk_norm_k_scale = None
-        if self.convolutions is not None:
-            del self.convolutions['k'], self.convolutions['v']
+    def _parts(self) -> dict[str, Any]:
+        parts = super()._parts()
+        parts |= dict.fromkeys(('to_latent_kv', 'to_rotateable_k', 'to_k', 'to_v', 'to_value_residual_mix'))
+        parts['k_rmsnorm'] = parts['value_rmsnorm'] = None
+        if parts['mem_k'] is None:
+            parts['qk_norm_k_scale'] = None
+        if parts['convolutions'] is not None:
+            del parts['convolutions']['k'], parts['convolutions']['v']
+        return parts
 
-    def _attended(self, x: Float[Tensor, '... n d'], given: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
-        if given.shared is None:
+    def _attended(self, x: Float[Tensor, '... n d'], inputs: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
+        if inputs.shared is None:
             raise ValueError(
                 'shared is missing: this layer attends over the keys of an earlier one, which must run before it. '
                 'Run the layers in their order.'
             )
-        return super()._attended(x, given.having(mask=given.shared.mask))
+        return super()._attended(x, inputs.having(mask=inputs.shared.mask))
 
     def muon_parameters(self) -> Iterator[nn.Parameter]:
         return self.to_out.parameters()

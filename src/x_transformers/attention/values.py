@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.geometry import tiled_heads
-from x_transformers.attention.project import with_memories
+from x_transformers.attention.project import merge_heads, with_memories
 from x_transformers.helpers import log, single, softclamp, without_component
 from x_transformers.tensor_types import Float
 
@@ -66,6 +66,17 @@ def own_values(
 def exclusive(out: Float[Tensor, 'b h i e'], own: Float[Tensor, 'b kh i e']) -> Float[Tensor, 'b h i e']:
     """Each head's output without its component along the own value. https://arxiv.org/abs/2603.09078"""
     return without_component(out, tiled_heads(own, out.shape[1]), torch.promote_types(out.dtype, torch.float32))
+
+
+def orthogonal(
+    merged: Float[Tensor, 'b n (h e)'], own: Float[Tensor, 'b kh m e'], heads: int, copies: int
+) -> Float[Tensor, 'b n c']:
+    """Each token's output without its component along the token's own values, once for each of the two flags.
+
+    As in 2.16.1 the flag that is named after heads takes all heads as one vector, too.
+    """
+    own = tiled_heads(own[..., own.shape[-2] - merged.shape[-2] :, :], heads)
+    return torch.cat([without_component(merged, merge_heads(own))] * copies, dim=-1)
 
 
 # ---------------------------------------------------------------- LASER
