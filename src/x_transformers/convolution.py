@@ -12,7 +12,7 @@ from x_transformers.module import Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
 # the tape of a layer's cache under which a convolution remembers its input begins so
 TAPE = 'canon_'

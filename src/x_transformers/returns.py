@@ -11,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.heads import Logits, map_logits
+from x_transformers.layers.arguments import plain_argument
 from x_transformers.losses import calc_entropy
 from x_transformers.tensor_types import Float
 
@@ -19,18 +20,26 @@ from x_transformers.tensor_types import Float
 class Asked:
     """The ``return_*`` arguments of one call."""
 
-    embeddings: bool = False
-    logits_and_embeddings: bool = False
-    intermediates: bool | Literal['cache'] = False
-    embeddings_and_intermediates: bool = False
-    logit_entropies: bool = False
-    next_embed_pred: bool = False
-    mems: bool = False
-    attn: bool = False
-    attn_z_loss: bool = False
+    embeddings: bool = plain_argument(False, 'What the logits are made of (b n d), in their place.')
+    logits_and_embeddings: bool = plain_argument(False, 'Logits and embeddings, as a pair.')
+    intermediates: bool | Literal['cache'] = plain_argument(
+        False,
+        "Also a LayerIntermediates: hidden states, scores and weights, the cache; 'cache': with the cache alone, so that "
+        'neither hidden states nor attention are kept.',
+    )
+    embeddings_and_intermediates: bool = plain_argument(
+        False, 'Embeddings and a LayerIntermediates, as a pair, without logits.'
+    )
+    logit_entropies: bool = plain_argument(False, 'The entropies of the logits (b n), in `intermediates.logit_entropies`.')
+    next_embed_pred: bool = plain_argument(False, 'Also the prediction of the next embedding, with `add_continuous_pred_head`.')
+    mems: bool = plain_argument(False, 'Also the memories for the next segment.')
+    attn: bool = plain_argument(False, 'Also the attention maps, one per attention.')
+    attn_z_loss: bool = plain_argument(False, 'The attention z-loss, in the intermediates.')
     z_loss_weight: float = 1e-4
-    expert_loss: bool = False
-    multi_token_logits: bool = False
+    expert_loss: bool = plain_argument(False, 'Also intermediates, with nothing but the `expert_loss` unless asked for.')
+    multi_token_logits: bool = plain_argument(
+        False, "The logits are a tuple, one for each of `multi_token_heads`, the next token's first."
+    )
 
     @classmethod
     def of(cls, given: Mapping[str, Any], z_loss_weight: float = 1e-4) -> Self:

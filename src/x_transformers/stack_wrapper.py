@@ -21,9 +21,10 @@ from x_transformers.embedding.call import (
     no_padding,
     randomly_placed,
 )
+from x_transformers.embedding.call_rows import behind_mems, rows_of_call
 from x_transformers.embedding.loop import run_rounds
 from x_transformers.embedding.pooling import pooled
-from x_transformers.embedding.rows import Rows, behind_mems, rows_of_call, shuffled
+from x_transformers.embedding.rows import Rows, shuffled
 from x_transformers.embedding.token import scale_gradient
 from x_transformers.embedding.values import tables_of_tokens
 from x_transformers.feedforward import FeedForward

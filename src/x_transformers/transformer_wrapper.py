@@ -12,32 +12,21 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.before import BigramHash, Smear, one_before
-from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
-from x_transformers.embedding.call import Call, call_of, check_projected, ids_or_none, last_positions
-from x_transformers.embedding.loop import LoopCall
-from x_transformers.embedding.pooling import AttentionPool
+from x_transformers.embedding.build import build_entrance, build_heads, build_pooling, build_positions, build_stack, stack_flags
+from x_transformers.embedding.call import ARGUMENTS, Call, call_of, check_projected, ids_or_none, last_positions
+from x_transformers.embedding.loop import OF_LOOPS, LoopCall
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding, add_named, named_tables
 from x_transformers.embedding.values import value_tables
 from x_transformers.flags.constructors import only
 from x_transformers.flags.rules import check_wrapper
-from x_transformers.flags.signature import ClassSignature
+from x_transformers.flags.signature import ClassSignature, with_arguments
 from x_transformers.flags.wrapper import WrapperFlags
-from x_transformers.heads import (
-    HeadForm,
-    HeadTransform,
-    LaterToken,
-    LinearHead,
-    Logits,
-    choose_head,
-    gives_loss,
-    mixture_modules,
-    next_embedding_head,
-)
+from x_transformers.heads import HeadForm, LinearHead, Logits, gives_loss
 from x_transformers.helpers import default
+from x_transformers.layers.arguments import Given, argument_sentences
 from x_transformers.layers.repeat import block_transform, check_in_place, later_blocks
 from x_transformers.module import Module, empty_parameter
-from x_transformers.norms import entrance_norm
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
@@ -57,19 +46,25 @@ class TransformerWrapper(StackWrapper):
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
 
+    to_logits: Any
+    head_form: HeadForm
+    to_mixture: nn.Module | None
+    combine_mixture: nn.Module | None
+    logits_transform: nn.Module | None
+
     __signature__: Any = ClassSignature(only(WrapperFlags))
 
     def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: nn.Module, **flags: Unpack[WrapperKeywords]) -> None:
         super().__init__(Ends(embed_tokens, read_tokens))
-        given = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
-        flags_ = WrapperFlags.parse(given, where='TransformerWrapper')
+        keywords = {'num_tokens': num_tokens, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
+        flags_ = WrapperFlags.parse(keywords, where='TransformerWrapper')
         left_to_right = bool(getattr(attn_layers, 'is_causal', False))
         check_wrapper(flags_, stack_flags(attn_layers), where=type(self).__name__, left_to_right=left_to_right)
         # kept for reading; the modules live in their slots only
         self.flags = replace(flags_, attn_layers=nn.Identity(), token_emb=None, to_logits=None)
         self._build_embedding(flags_)
-        self._build_pooling(flags_)
-        self._build_heads(flags_)
+        build_pooling(self, flags_)
+        build_heads(self, flags_)
         build_stack(self, flags_, attn_layers)
         self.init_own()
 
@@ -79,11 +74,10 @@ class TransformerWrapper(StackWrapper):
         emb_dim: int = default(flags.emb_dim, dim)
         self.num_tokens = flags.num_tokens
         self.l2norm_embed = flags.l2norm_embed
-        own = flags.token_emb
-        self.token_emb: Any = own
-        if own is None:
+        self._own_token_emb = flags.token_emb is not None
+        self.token_emb = flags.token_emb
+        if not self._own_token_emb:
             self.token_emb = TokenEmbedding(emb_dim, flags.num_tokens, flags.l2norm_embed, unit=stack.flags.ngpt)
-        self._own_token_emb = own is not None
         self.embed_scale = flags.embed_scale
         build_positions(self, flags, stack, flags.l2norm_embed)
         self.embeds = named_tables(flags.embed_num_tokens, emb_dim)
@@ -93,47 +87,6 @@ class TransformerWrapper(StackWrapper):
         self.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, dim) if flags.ff_deep_embed else None
         self.value_embeds = value_tables(flags, stack)
         build_entrance(self, flags, flags.attn_layers)
-
-    def _build_pooling(self, flags: WrapperFlags) -> None:
-        stack: Any = flags.attn_layers
-        if flags.attn_pool:
-            self.attn_pool = AttentionPool(
-                default(flags.dim_pooled_tokens, self.dim),
-                dim_context=self.dim,
-                num_pooled_tokens=flags.num_pooled_tokens,
-                depth=flags.attn_pool_depth,
-                heads=stack.attn_heads,
-                dim_head=stack.attn_dim_head,
-            )
-
-    def _build_heads(self, flags: WrapperFlags) -> None:
-        self.output_is_log_prob = flags.mixture_of_softmax
-        self.to_mixture, self.combine_mixture = None, None
-        if flags.mixture_of_softmax:
-            self.to_mixture, self.combine_mixture = mixture_modules(self.dim, flags.mixture_of_softmax_k)
-        self.head_form = HeadForm(
-            flags.sigsoftmax_logits, flags.squeeze_out_last_dim, flags.logits_factor, flags.logits_softcap
-        )
-        self.has_multiple_heads = flags.num_output_heads > 1
-        self.to_logits = choose_head(
-            self.dim,
-            default(flags.logits_dim, flags.num_tokens),
-            only_embed=flags.return_only_embed,
-            tied_to=self.token_emb if flags.tie_embedding else None,
-            count=flags.num_output_heads,
-            own=flags.to_logits,
-            bias=flags.logits_bias,
-            unit=stack_flags(flags.attn_layers).ngpt,
-        )
-        self.logits_transform = None
-        if flags.logits_transform is not None:
-            norm = entrance_norm(self.dim, flags.attn_layers)
-            self.logits_transform = HeadTransform(self.dim, flags.logits_transform, norm, bias=flags.logits_transform_bias)
-        self.multi_token_heads = 1 if flags.return_only_embed else flags.multi_token_heads
-        later = [LaterToken(self.dim, entrance_norm(self.dim, flags.attn_layers)) for _ in range(1, self.multi_token_heads)]
-        self.later_tokens = nn.ModuleList(later) if later else None
-        self.add_continuous_pred_head = flags.add_continuous_pred_head
-        self.to_next_embed_pred = next_embedding_head(self.dim, self.emb_dim) if flags.add_continuous_pred_head else None
 
     @torch.no_grad()
     def init_(self) -> None:
@@ -158,14 +111,16 @@ class TransformerWrapper(StackWrapper):
         Then ``to_logits_kwargs=dict(targets=…)`` gives the cross entropy in the place of logits, which are never held.
         """
         pooled = self.average_pool_embed or self.cls_token is not None or self.pools_in_place_of_logits
-        head: Any = self.to_logits
-        form = self.head_form
+        head, form = self.to_logits, self.head_form
         if pooled or self.to_mixture is not None or self.logits_transform is not None or form.needs_all_logits:
             return None
         return LinearHead(head.weight, head.bias, form.scale, form.softcap) if gives_loss(head) else None
 
     # ------------------------------------------------------------ forward
 
+    @with_arguments(
+        ARGUMENTS, OF_LOOPS, argument_sentences(Asked, 'return_'), argument_sentences(Call), argument_sentences(Given)
+    )
     def forward(
         self,
         x: Int[Tensor, 'b n'] | None,
@@ -208,40 +163,7 @@ class TransformerWrapper(StackWrapper):
     ) -> Any:
         """Logits (b n v), or what the ``return_*`` arguments ask for.
 
-        Args:
-            x: token ids; None: there are only ``prepend_embeds``.
-            return_embeddings: what the logits are made of (b n d), in their place; ``return_logits_and_embeddings``: both.
-            return_intermediates: also a ``LayerIntermediates``: hidden states, scores and weights, the cache; 'cache': with the
-                cache alone, so that neither hidden states nor attention are kept.
-            return_embeddings_and_intermediates: that beside the embeddings, without logits.
-            return_logit_entropies: the entropies of the logits (b n), in ``intermediates.logit_entropies``.
-            return_next_embed_pred: also the prediction of the next embedding, with ``add_continuous_pred_head``.
-            return_mems, return_attn: also the memories for the next segment; the attention maps, one per attention.
-            return_attn_z_loss: the attention z-loss, in the intermediates.
-            return_multi_token_logits: the logits are a tuple, one for each of ``multi_token_heads``, the next token's first.
-            return_expert_loss: also intermediates, with nothing but the ``expert_loss`` unless asked for.
-            mask: True for tokens, False for padding.
-            mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
-            recycle_steps: how often the output is fed back, with ``recycling``.
-            looped_steps: with ``looped``, run the stack so often; by default up to ``max_looped_steps`` times.
-            looped_pred_all_logits: keep the logits of every step in ``intermediates.all_pred_logits``; by default in training.
-            looped_inference: with a cache, a token that is read alone stops when the probabilities of its gates add up to
-                ``looped_exit_prob_threshold``.
-            pos: positions of the tokens, (n,) or (b n); of floating dtype: their position embeddings themselves.
-            prepend_embeds, prepend_mask: embeddings in front of the tokens; outputs for them are returned as well.
-            embed_ids: ids for each table of ``embed_num_tokens``; ``sum_embeds``: embeddings to be added.
-            attn_z_loss_weight: unless given, that of the constructor.
-            seq_start_pos: where each row's tokens begin, for prompts that are padded on the left.
-            cache: a ``KVCache``, or the intermediates of an earlier call. Then ``x`` may be the new tokens only, or the whole
-                sequence, whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
-            token_emb_kwargs, to_logits_kwargs: keywords for a ``token_emb`` or ``to_logits`` of one's own.
-            logits_last: logits for the last so many positions only.
-            detach_mems: no gradient reaches the segment through the memories that are returned.
-            excise_prepend_embeds: no outputs for the prepended embeddings.
-            transform_token_embeds: a function of the token embeddings, before positions are added.
-            transform_block_inputs: functions of what enters a block, by the number of the executed block, or one function
-                (number, x). That of block 1 is of the token embeddings, unless ``transform_token_embeds`` is given.
-            kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
+        Args: as declared in ``embedding/call.py``, ``returns.py`` and ``layers/arguments.py``
 
         Returns:
             The first that applies of: (logits, embeddings); (embeddings, intermediates); embeddings; attention-pooled tokens;
@@ -255,7 +177,7 @@ class TransformerWrapper(StackWrapper):
         ids = ids_or_none(x, prepend_embeds, own_table=self._own_token_emb or not isinstance(self.token_emb, TokenEmbedding))
         loop = LoopCall(looped_steps, looped_pred_all_logits, looped_inference, looped_exit_prob_threshold)
         loop.check(self.looped)
-        given = {
+        keywords = {
             'return_embeddings': return_embeddings, 'return_logits_and_embeddings': return_logits_and_embeddings,
             'return_intermediates': return_intermediates,
             'return_embeddings_and_intermediates': return_embeddings_and_intermediates,
@@ -269,8 +191,8 @@ class TransformerWrapper(StackWrapper):
             'transform_token_embeds': transform_token_embeds, 'return_expert_loss': return_expert_loss,
             'return_multi_token_logits': return_multi_token_logits, 'kwargs': kwargs,
         }  # fmt: skip
-        asked = Asked.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
-        return self.run(call_of(self, ids, given, loop=loop), asked)
+        asked = Asked.of(keywords, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
+        return self.run(call_of(self, ids, keywords, loop=loop), asked)
 
 
 def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
@@ -299,4 +221,4 @@ def read_tokens(
     read = last_positions(embeds, call.logits_last)
     read = read if model.logits_transform is None else model.logits_transform(read)
     weights = None if weights is None else last_positions(weights, call.logits_last)
-    return model.head_form(model.to_logits, read, weights, call.to_logits_kwargs), embeds  # type: ignore[arg-type]
+    return model.head_form(model.to_logits, read, weights, call.to_logits_kwargs), embeds

@@ -5,7 +5,7 @@ import torch
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.project import append_to_past, merge_heads, split_heads
-from x_transformers.cache.kv_cache import LayerCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.position.positions import RotaryPositions, unrotated
 
 B, N, D = 2, 7, 12

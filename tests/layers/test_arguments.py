@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from x_transformers import Decoder, TransformerWrapper
+from x_transformers.attention.attention import Attention
 from x_transformers.embedding.call import OF_MODELS
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
@@ -123,7 +124,9 @@ def test_a_stack_hands_on_its_arguments_in_the_order_of_their_declaration() -> N
     assert {name: getattr(seen[0], name) for name in names} == {name: name for name in names}
 
 
-def test_help_says_what_every_argument_of_a_stack_does() -> None:
-    names = set(inspect.signature(Decoder.forward).parameters) - {'self', 'x'}
-    said = set(re.findall(r'^    (\w+): [A-Z`]', Decoder.forward.__doc__, re.MULTILINE))
-    assert said == names
+@pytest.mark.parametrize('model', [Attention, Decoder, TransformerWrapper])
+def test_help_says_what_every_argument_does(model: Any) -> None:
+    names = set(inspect.signature(model.forward).parameters) - {'self'}
+    said = set(re.findall(r'^    (\w+): [A-Z`]', model.forward.__doc__, re.MULTILINE))
+    # a stack and an attention say in the first line what x is
+    assert said | {'x'} == names

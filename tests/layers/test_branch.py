@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.inputs import BranchInputs
-from x_transformers.cache.kv_cache import LayerCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.layers.branch import AdaptiveLayerScale, LayerScale, Scale, ShiftTokens, innermost, shift
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, FeedForward, TransformerWrapper
 from x_transformers.attention.inputs import BranchInputs
-from x_transformers.cache.kv_cache import LayerCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.layers.branch import Scale
 from x_transformers.layers.layer import Layer
 from x_transformers.layers.residual import Residual

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.cache.kv_cache import LayerCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.flags.base import FlagError
 from x_transformers.position.forgetting import DataDependentAlibi, PerRowDataDependentAlibi
 

@@ -16,7 +16,7 @@ from x_transformers.tensor_types import Bool, Float, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.attention.parts import AttentionParts
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
     from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions
 
@@ -305,7 +305,7 @@ def check_attention_causal(attn: AttentionParts, causal: Any) -> None:
 
 def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
     """A cache to write into: a fork of the given one, or a new one if it will be handed out."""
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
     cache: Intermediates | None = given['cache']
     if cache is None:

@@ -26,7 +26,15 @@ from x_transformers.attention.project import merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
 from x_transformers.attention.tensor_product import KeyValueFactors, OuterProducts
-from x_transformers.attention.values import exclusive, laser_in, laser_out, mix_tokens, mix_values, orthogonal, own_values
+from x_transformers.attention.values import (
+    exclusive,
+    laser_in,
+    laser_out,
+    mix_tokens,
+    mix_values,
+    orthogonal_to_values,
+    own_values,
+)
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.constructors import only
@@ -289,7 +297,7 @@ class Attention(Module):
         if self.to_v_gate is not None or self.to_output_gate is not None:
             out = gate_channels(out, x, self.to_v_gate, self.to_output_gate, heads=self.heads, silu=self.gate_is_silu)
         if self.orthogonal_copies:
-            out = orthogonal(out, own, self.heads, self.orthogonal_copies)
+            out = orthogonal_to_values(out, own, self.heads, self.orthogonal_copies)
         out = self.to_out(out)
         if self.sublayer_dropout is not None:
             out = self.sublayer_dropout(out)

@@ -17,7 +17,7 @@ from x_transformers.module import Module, last_rows
 from x_transformers.tensor_types import Bool, Float, Shaped
 
 if TYPE_CHECKING:
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
 BY_TOKEN = (
     nn.Linear,

@@ -12,7 +12,7 @@ from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.maps import Maps
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
     from x_transformers.embedding.values import TokenValues
     from x_transformers.position.bias import Bias
     from x_transformers.position.positions import Positions

@@ -16,7 +16,7 @@ from x_transformers.tensor_types import Float
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
     from x_transformers.attention.parts import AttentionParts, Seen
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
 
 def latent_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysValues:

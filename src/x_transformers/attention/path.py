@@ -15,7 +15,7 @@ from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
     from x_transformers.flags.attention import AttentionFlags
 
 TAPS = 3

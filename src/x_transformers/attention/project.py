@@ -13,7 +13,7 @@ from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
     from x_transformers.embedding.values import TokenValues
     from x_transformers.position.positions import Positions
 

@@ -15,7 +15,7 @@ from x_transformers.tensor_types import Float
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
     from x_transformers.attention.parts import AttentionParts, Seen
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
 # ---------------------------------------------------------------- value residual
 
@@ -68,7 +68,7 @@ def exclusive(out: Float[Tensor, 'b h i e'], own: Float[Tensor, 'b kh i e']) -> 
     return without_component(out, tiled_heads(own, out.shape[1]), torch.promote_types(out.dtype, torch.float32))
 
 
-def orthogonal(
+def orthogonal_to_values(
     merged: Float[Tensor, 'b n (h e)'], own: Float[Tensor, 'b kh m e'], heads: int, copies: int
 ) -> Float[Tensor, 'b n c']:
     """Each token's output without its component along the token's own values, once for each of the two flags.

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from x_transformers.tensor_types import Int, Shaped
 
 
-def without_history(states: Mapping[str, Tensor], carry: Mapping[str, Any]) -> list[str]:
+def without_history(states: Mapping[str, Shaped[Tensor, 'b ...']], carry: Mapping[str, Any]) -> list[str]:
     """The names of what cannot be rolled back: all states, and whatever else holds a tensor."""
     carried = (name for name, value in carry.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)))
     return [*states, *carried]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.cache.kv_cache import KVCache, LayerCache
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.cache.tape import Tape
 from x_transformers.distributed.degrees import MeshError
 from x_transformers.distributed.moves import all_rows

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Cut
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from x_transformers.cache.kv_cache import LayerCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.distributed.mesh import Shard, World
 from x_transformers.distributed.pipeline import Pipeline
 from x_transformers.distributed.refusals import check

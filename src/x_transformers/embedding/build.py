@@ -1,4 +1,4 @@
-"""What stands around a model's stack, made from its flags: positions, the way to the stack's width, learned rows in front.
+"""What stands around a model's stack, made from its flags: positions, learned rows in front, heads behind.
 
 A model calls these in the order in which its modules are to stand, and ``init_own`` last.
 """
@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from x_transformers.embedding.pooling import AttentionPool
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
+from x_transformers.heads import HeadForm, HeadTransform, LaterToken, choose_head, mixture_modules, next_embedding_head
 from x_transformers.helpers import always, default
 from x_transformers.module import Dropout, empty_parameter
 from x_transformers.norms import entrance_norm
@@ -67,6 +69,49 @@ def build_stack(model: Any, flags: Flags, stack: nn.Module) -> None:
     model.input_not_include_cache = flag_or_default(flags, 'input_not_include_cache')
     # flags that make outputs of seen tokens depend on new ones, or need rows that a cache does not hold
     model.why_no_cache = [name for name in flags.having('no_cache') if getattr(flags, name)]
+
+
+def build_pooling(model: Any, flags: WrapperFlags) -> None:
+    """Tokens that are pooled by attention, and take the place of logits."""
+    stack: Any = flags.attn_layers
+    if flags.attn_pool:
+        model.attn_pool = AttentionPool(
+            default(flags.dim_pooled_tokens, model.dim),
+            dim_context=model.dim,
+            num_pooled_tokens=flags.num_pooled_tokens,
+            depth=flags.attn_pool_depth,
+            heads=stack.attn_heads,
+            dim_head=stack.attn_dim_head,
+        )
+
+
+def build_heads(model: Any, flags: WrapperFlags) -> None:
+    """From the stack's output to logits of the next token, of later ones, and to its embedding."""
+    model.output_is_log_prob = flags.mixture_of_softmax
+    model.to_mixture, model.combine_mixture = None, None
+    if flags.mixture_of_softmax:
+        model.to_mixture, model.combine_mixture = mixture_modules(model.dim, flags.mixture_of_softmax_k)
+    model.head_form = HeadForm(flags.sigsoftmax_logits, flags.squeeze_out_last_dim, flags.logits_factor, flags.logits_softcap)
+    model.has_multiple_heads = flags.num_output_heads > 1
+    model.to_logits = choose_head(
+        model.dim,
+        default(flags.logits_dim, flags.num_tokens),
+        only_embed=flags.return_only_embed,
+        tied_to=model.token_emb if flags.tie_embedding else None,
+        count=flags.num_output_heads,
+        own=flags.to_logits,
+        bias=flags.logits_bias,
+        unit=stack_flags(flags.attn_layers).ngpt,
+    )
+    model.logits_transform = None
+    if flags.logits_transform is not None:
+        norm = entrance_norm(model.dim, flags.attn_layers)
+        model.logits_transform = HeadTransform(model.dim, flags.logits_transform, norm, bias=flags.logits_transform_bias)
+    model.multi_token_heads = 1 if flags.return_only_embed else flags.multi_token_heads
+    later = [LaterToken(model.dim, entrance_norm(model.dim, flags.attn_layers)) for _ in range(1, model.multi_token_heads)]
+    model.later_tokens = nn.ModuleList(later) if later else None
+    model.add_continuous_pred_head = flags.add_continuous_pred_head
+    model.to_next_embed_pred = next_embedding_head(model.dim, model.emb_dim) if flags.add_continuous_pred_head else None
 
 
 def flag_or_default(flags: Flags, name: str) -> Any:

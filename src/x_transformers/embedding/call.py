@@ -13,7 +13,16 @@ from x_transformers.cache.kv_cache import Cache, KVCache
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.token import check_mask
 from x_transformers.helpers import default, is_any, values_known
-from x_transformers.layers.arguments import DECLARED, Argument, argument, arguments_of, check_number, needs_of, without_needed
+from x_transformers.layers.arguments import (
+    DECLARED,
+    Argument,
+    argument,
+    arguments_of,
+    check_number,
+    needs_of,
+    plain_argument,
+    without_needed,
+)
 from x_transformers.layers.checks import check_names, check_prefix, check_steps, is_int
 from x_transformers.layers.plan import ATTENTIONS
 from x_transformers.notices import warn_inert
@@ -21,6 +30,16 @@ from x_transformers.randomness import sorted_places
 from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 Memories = Sequence[Float[Tensor, 'b l d']]
+
+
+# of the forward of a model of tokens, what is no field of ``Call``
+ARGUMENTS = {
+    'x': 'Token ids; None: there are only `prepend_embeds`.',
+    'attn_z_loss_weight': 'Unless given, that of the constructor.',
+    'transform_block_inputs': 'Functions of what enters a block, by the number of the executed block, or one function '
+    '(number, x). That of block 1 is of the token embeddings, unless `transform_token_embeds` is given.',
+    'kwargs': 'Handed on to the stack: `context`, `context_mask`, `attn_mask`, `condition`, ...',
+}
 
 
 @dataclass(frozen=True)
@@ -36,25 +55,37 @@ class Call:
     numbers: Float[Tensor, 'b n'] | None = argument('b n', 'The numbers among the tokens.', each_call=False)
     mems: Sequence[Float[Tensor, 'b l d']] | None = None
     mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
-    recycle_steps: int | None = None
+    recycle_steps: int | None = plain_argument(None, 'How often the output is fed back, with `recycling`.')
     loop: Any = None
-    pos: Tensor | None = None
-    prepend_embeds: Float[Tensor, 'b p e'] | None = argument('b p e', 'Embeddings in front of the tokens.')
+    pos: Tensor | None = plain_argument(
+        None, 'Positions of the tokens; of floating dtype: their position embeddings themselves.'
+    )
+    prepend_embeds: Float[Tensor, 'b p e'] | None = argument(
+        'b p e', 'Embeddings in front of the tokens; outputs for them are returned as well.'
+    )
     prepend_mask: Bool[Tensor, '#b p'] | None = argument(
         'b p', 'Which prepended embeddings are tokens.', needs='prepend_embeds'
     )
-    embed_ids: Mapping[str, Int[Tensor, 'b n']] = argument('b n', 'Ids for further embeddings, by name.', default=dict)
+    embed_ids: Mapping[str, Int[Tensor, 'b n']] = argument(
+        'b n', 'Ids for each table of `embed_num_tokens`, by name.', default=dict
+    )
     sum_embeds: Float[Tensor, '#b #n e'] | None = argument('e | n e | b n e', 'Embeddings that are added.')
     seq_start_pos: Int[Tensor, ' b'] | None = None
-    cache: KVCache | None = None
+    cache: KVCache | None = plain_argument(
+        None,
+        'A `KVCache`, or the intermediates of an earlier call. Then `x` may be the new tokens only, or the whole sequence, '
+        'whose unseen tail is taken.',
+    )
     new_only: bool = False
     cache_age: int | None = None
-    token_emb_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    to_logits_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    logits_last: int | None = None
-    excise_prepend_embeds: bool = False
-    detach_mems: bool = True
-    transform_token_embeds: Callable[[Tensor], Tensor] | None = None
+    token_emb_kwargs: Mapping[str, Any] = plain_argument(dict, "Keywords for a `token_emb` of one's own.")
+    to_logits_kwargs: Mapping[str, Any] = plain_argument(dict, "Keywords for a `to_logits` of one's own.")
+    logits_last: int | None = plain_argument(None, 'Logits for the last so many positions only.')
+    excise_prepend_embeds: bool = plain_argument(False, 'No outputs for the prepended embeddings.')
+    detach_mems: bool = plain_argument(True, 'No gradient reaches the segment through the memories that are returned.')
+    transform_token_embeds: Callable[[Tensor], Tensor] | None = plain_argument(
+        None, 'A function of the token embeddings, before positions are added.'
+    )
     more: dict[str, Any] = field(default_factory=dict)
     # what the model is to remember of the new tokens (b n …), by name
     kept: dict[str, Tensor] = field(default_factory=dict)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates
-from x_transformers.cache.kv_cache import KVCache, LayerCache
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.cache.tape import Tape
 from x_transformers.embedding.call import Call
 from x_transformers.embedding.recycle import recycle, rounds
@@ -25,6 +26,15 @@ from x_transformers.losses import token_cross_entropy
 from x_transformers.tensor_types import Bool, Float, Int
 
 Run = Callable[..., tuple[Tensor, LayerIntermediates]]
+
+
+# the arguments of a forward that are of loops
+OF_LOOPS = {
+    'looped_steps': 'With `looped`, run the stack so often; by default up to `max_looped_steps` times.',
+    'looped_pred_all_logits': 'Keep the logits of every step in `intermediates.all_pred_logits`; by default in training.',
+    'looped_inference': 'With a cache, a token that is read alone stops when the probabilities of its gates add up.',
+    'looped_exit_prob_threshold': 'To what these probabilities must add up.',
+}
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Step(nn.Module):
         return [tuple(parameter.new_zeros(batch, *shape) for shape in shapes) for shapes in self._widths]
 
     def _cache(self, past: Past) -> KVCache:
-        from x_transformers.cache.kv_cache import LayerCache
+        from x_transformers.cache.layer_cache import LayerCache
         from x_transformers.cache.tape import Tape
 
         length = past[0][0].shape[-2]

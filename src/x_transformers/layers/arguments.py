@@ -64,12 +64,13 @@ def argument(axes: str, says: str, *, default: Any = None, **more: Any) -> Any:
     return field(default=default, metadata={'argument': made})
 
 
-def option(default: Any, says: str, **more: Any) -> Any:
+def plain_argument(default: Any, says: str, **more: Any) -> Any:
     """A field that declares an argument of which nothing else need be known."""
-    return field(default=default, metadata={'says': says, **more})
+    metadata = {'says': says, **more}
+    return field(default_factory=default, metadata=metadata) if callable(default) else field(default=default, metadata=metadata)
 
 
-def sentences_of(kind: Any, prefix: str = '') -> dict[str, str]:
+def argument_sentences(kind: Any, prefix: str = '') -> dict[str, str]:
     """What each argument that a dataclass declares does, by its name in a call: with the prefix."""
     told = ((each.name, each.metadata.get('argument') or each.metadata.get('says')) for each in fields(kind))
     return {prefix + name: says.says if isinstance(says, Argument) else says for name, says in told if says is not None}
@@ -151,7 +152,7 @@ class Given:
     """The keywords of a stack's forward, as the caller wrote them; ``prefix_attn_len`` is that of ``PrefixDecoder``."""
 
     context: Tensor | None = argument('b j c', 'The other sequence, for cross attention.')
-    mask: Tensor | None = argument('b n', 'Which tokens are tokens, not padding.', front=True, past='all')
+    mask: Tensor | None = argument('b n', 'True for tokens, False for padding.', front=True, past='all')
     context_mask: Tensor | None = argument('b j', 'Which tokens of the context are tokens.', needs='context')
     attn_mask: Tensor | None = argument(PAIRS, 'Which query may see which key.', front=True, past='all')
     self_attn_kv_mask: Tensor | None = argument('b n', 'In place of `mask`: which tokens may be seen.', front=True, past='all')
@@ -162,35 +163,37 @@ class Given:
         'b l', 'For each self attention: which memories may be seen.', needs='mems'
     )
     seq_start_pos: Tensor | None = argument('b', 'How many tokens of padding stand on the left of each row.')
-    seq_pos_offset: int | None = option(None, 'Added to the positions 0, 1, 2 …')
-    cache: Cache = option(
+    seq_pos_offset: int | None = plain_argument(None, 'Added to the positions 0, 1, 2 …')
+    cache: Cache = plain_argument(
         None,
         'What an earlier call returned. A longer x than the cache holds is the whole sequence, any other is its end, of which '
         'the last token is new. Masks may cover the new tokens or all.',
     )
-    input_not_include_cache: bool = option(False, 'All of x is new, whatever the cache holds.')
-    cache_age: int = option(1, 'So many last tokens of x are new; 0: all.')
-    return_hiddens: bool | Literal['cache'] = option(
+    input_not_include_cache: bool = plain_argument(False, 'All of x is new, whatever the cache holds.')
+    cache_age: int = plain_argument(1, 'So many last tokens of x are new; 0: all.')
+    return_hiddens: bool | Literal['cache'] = plain_argument(
         False, "Also return LayerIntermediates; 'cache': with the cache, and without hidden states and maps."
     )
-    rotary_pos_emb: Any = option(None, 'Ready-made angles and scale.')
-    polar_pos_emb: Any = option(None, 'Ready-made angles and bias.')
+    rotary_pos_emb: Any = plain_argument(None, 'Ready-made angles and scale.')
+    polar_pos_emb: Any = plain_argument(None, 'Ready-made angles and bias.')
     pos: Tensor | None = argument('n | b n | b h n', 'Positions in place of 0, 1, 2 …', floating='n e | b n e', past='all')
     context_pos: Tensor | None = argument('j | b j', 'Positions of the context.', needs='context')
     attn_bias: Tensor | None = argument(PAIRS, 'What is added to the scores.', front=0.0, past='all')
-    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = option(None, 'A table of factors for feed-forwards, and ids into it.')
-    self_attn_additional_kv: Any = option(
+    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = plain_argument(
+        None, 'A table of factors for feed-forwards, and ids into it.'
+    )
+    self_attn_additional_kv: Any = plain_argument(
         None,
         'Keys and values of another model, a list of pairs or what its forward returned. Fewer than layers go to the top ones.',
     )
     additional_kv_mask: Tensor | None = argument(
         'b m', 'Which keys of another model may be seen.', needs='self_attn_additional_kv'
     )
-    detach_additional_kv: bool = option(False, 'No gradient reaches the other model.')
-    route_additional_kv_to_top: bool = option(True, 'False: keys of another model go to the bottom layers.')
+    detach_additional_kv: bool = plain_argument(False, 'No gradient reaches the other model.')
+    route_additional_kv_to_top: bool = plain_argument(True, 'False: keys of another model go to the bottom layers.')
     condition: Tensor | None = argument('b c | b n c', 'What adaptive parts depend on.', with_front=True)
     in_attn_cond: Tensor | None = argument('b d | b n d', "What is added to every branch's input.", with_front=True)
-    layers_execute_order: Sequence[int] | None = option(None, 'Indices of layers, in the order in which they run.')
+    layers_execute_order: Sequence[int] | None = plain_argument(None, 'Indices of layers, in the order in which they run.')
     self_attn_kv_residuals: Tensor | None = argument(
         'b n d | s b n d',
         "Added to the input of self attention's keys and values: of the first layer, or of each.",
@@ -201,28 +204,30 @@ class Given:
         "Added to the input of cross attention's keys and values: of the first layer, or of each.",
         needs='context',
     )
-    flash_pack_seq_kwargs: Any = option(None, '`cu_seqlens_q` and `cu_seqlens_k` where one row packs several sequences.')
-    flash_pack_seq_context_kwargs: Any = option(None, 'The same of the context.', needs='context')
+    flash_pack_seq_kwargs: Any = plain_argument(
+        None, '`cu_seqlens_q` and `cu_seqlens_k` where one row packs several sequences.'
+    )
+    flash_pack_seq_context_kwargs: Any = plain_argument(None, 'The same of the context.', needs='context')
     prefix_attn_len: int | Tensor | None = argument('b', 'How many tokens all may see, or of each row.')
-    repeat_blocks: Any = option(
+    repeat_blocks: Any = plain_argument(
         None,
         '`(block, times)` or `((first, last), times)`, or a tuple of those: these blocks run so often, the others once, '
         'https://dnhkng.github.io/posts/rys/.',
     )
-    transform_block_inputs: Any = option(
+    transform_block_inputs: Any = plain_argument(
         None, 'By the number of an executed block, from 1, a function of what enters it; or one function (number, stream).'
     )
-    causal: bool | None = option(None, 'Self attention is so in this call, whatever the stack was built for.')
-    return_gumbel_log_probs: bool = option(
+    causal: bool | None = plain_argument(None, 'Self attention is so in this call, whatever the stack was built for.')
+    return_gumbel_log_probs: bool = plain_argument(
         False,
         "With `return_hiddens` every attention's `log_probs` (b h n) are those of the keys that hard or Gumbel attention has "
         'chosen.',
     )
-    return_expert_loss: bool = option(False, 'Also return LayerIntermediates, with the `expert_loss` alone.')
-    value_embeds_and_ids: tuple[Any, Tensor] | None = option(
+    return_expert_loss: bool = plain_argument(False, 'Also return LayerIntermediates, with the `expert_loss` alone.')
+    value_embeds_and_ids: tuple[Any, Tensor] | None = plain_argument(
         None, 'Modules (x, ids) -> (b kh n e) of what is added to values, by layer, and ids.'
     )
-    one_place: bool | None = option(
+    one_place: bool | None = plain_argument(
         None, 'Rotary and polar positions are all the same; False: they may be in others, so keys are cached bare.'
     )
 

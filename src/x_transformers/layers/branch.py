@@ -20,7 +20,7 @@ from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.inputs import BranchInputs
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
 
 def change_first(out: Any, change: Callable[[Float[Tensor, '... d']], Float[Tensor, '... d']]) -> Any:

@@ -9,7 +9,8 @@ from torch import nn
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.composition import ComposeHeads
 from x_transformers.attention.path import HouseholderSteps
-from x_transformers.cache.kv_cache import KVCache, LayerCache
+from x_transformers.cache.kv_cache import KVCache
+from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.convolution import TAPE, CausalConvolution
 from x_transformers.layers.branch import ShiftTokens
 from x_transformers.layers.layer import Layer

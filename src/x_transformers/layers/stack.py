@@ -22,7 +22,7 @@ from x_transformers.flags.signature import ClassSignature, with_arguments
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import between
-from x_transformers.layers.arguments import Given, sentences_of
+from x_transformers.layers.arguments import Given, argument_sentences
 from x_transformers.layers.assemble import attributes, choose_streams, depth_parts, position_parts, warn_of_leaks
 from x_transformers.layers.call import Around, Carry, Inputs, Record
 from x_transformers.layers.choose import make_layer, make_norm
@@ -256,7 +256,7 @@ class AttentionLayers(Module):
         joined: Tensor = combine(streams, carry.skips)
         return joined
 
-    @with_arguments(sentences_of(Given))
+    @with_arguments(argument_sentences(Given))
     def forward(
         self,
         x: Float[Tensor, 'b n d'],

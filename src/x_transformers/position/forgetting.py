@@ -20,7 +20,7 @@ from x_transformers.position.bias import Bias, DenseBias
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
 
 class GateLinear(nn.Linear):

@@ -18,7 +18,7 @@ from x_transformers.position.rotary import as_turns, check_table, per_pair, turn
 from x_transformers.tensor_types import Float, Int, Shaped
 
 if TYPE_CHECKING:
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
     from x_transformers.cache.tape import Tape
 
 

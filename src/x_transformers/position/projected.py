@@ -15,7 +15,7 @@ from x_transformers.position.forgetting import placed_queries
 from x_transformers.tensor_types import Float, Int
 
 if TYPE_CHECKING:
-    from x_transformers.cache.kv_cache import LayerCache
+    from x_transformers.cache.layer_cache import LayerCache
 
 
 class ProjectedBias(Bias):

@@ -1,0 +1,46 @@
+"""The rows of one call of a model: laid as its arguments say, and checked against the model's flags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from x_transformers.embedding.call import Call, Memories, longest
+from x_transformers.embedding.memory_tokens import MemoryTokens
+from x_transformers.embedding.rows import Rows
+from x_transformers.position.absolute import AbsolutePositionalEmbedding
+from x_transformers.tensor_types import Int
+
+
+def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> Int[Tensor, '...']:
+    """Positions of the tokens, of some that may begin with those of the memories, which rotary positions need."""
+    length = longest(mems)
+    return pos[..., length:] if length and pos.shape[-1] == length + rows.tokens else pos
+
+
+def rows_of_call(model: Any, call: Call) -> Rows:
+    """The rows of one forward of a model. Raises ValueError where they do not go together with its flags."""
+    memory = MemoryTokens(model.num_memory_tokens, model.memory_tokens_interspersed_every)
+    front = call.prepended + (0 if model.cls_token is None else model.num_cls_tokens)
+    rows = Rows.lay(call.x.shape[1], front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
+    if rows.cached and (reasons := model.why_no_cache):
+        raise ValueError(
+            f'cache: a model with {", ".join(reasons)} cannot go on from a cache; give the whole sequence instead.'
+        )
+    if memory.every and call.seq_start_pos is not None:
+        raise ValueError(
+            'seq_start_pos with memory_tokens_interspersed_every: padding on the left would move the windows that the '
+            'memory tokens stand in; run prompts of different lengths one by one.'
+        )
+    if (
+        isinstance(model.pos_emb, AbsolutePositionalEmbedding)
+        and call.pos is None
+        and isinstance(rows.seen, int)
+        and rows.seen + rows.new > model.pos_emb.max_seq_len
+    ):
+        raise ValueError(
+            f'x: the sequence of {rows.seen + rows.new} tokens is longer than max_seq_len={model.pos_emb.max_seq_len}, '
+            'beyond which there are no absolute positions; cut it, or use rotary_pos_emb=True.'
+        )
+    return rows
