@@ -27,9 +27,8 @@ from x_transformers.embedding.pooling import pooled
 from x_transformers.embedding.rows import Rows, shuffled
 from x_transformers.embedding.token import scale_gradient
 from x_transformers.embedding.values import tables_of_tokens
-from x_transformers.feedforward import FeedForward
 from x_transformers.losses import calc_z_loss
-from x_transformers.module import Module, unit_modules
+from x_transformers.optimizing import OptimizedModel
 from x_transformers.returns import Asked, next_memories, scores
 from x_transformers.tensor_types import Bool, Float, Shaped
 
@@ -48,7 +47,7 @@ class Ends:
     read: Callable[[Any, Float[Tensor, 'b ... d'], Call, bool], tuple[Any, Float[Tensor, 'b ... d']]]
 
 
-class StackWrapper(Module):
+class StackWrapper(OptimizedModel):
     """Inputs become vectors, go through a stack, and its output is read out.
 
     What differs between models is their ``ends`` and their flags; a flag that they do not have is at its default. Modules and
@@ -74,7 +73,6 @@ class StackWrapper(Module):
     cls_token: nn.Parameter | None
     num_cls_tokens: int
     memory_tokens: nn.Parameter | None
-    attn_layers: Any
     max_mem_len: int
     # flags that make outputs of seen tokens depend on new ones, or need rows that a cache does not hold
     why_no_cache: list[str]
@@ -124,28 +122,6 @@ class StackWrapper(Module):
     @can_cache_kv.setter
     def can_cache_kv(self, value: bool) -> None:
         self.__dict__['can_cache_kv'] = value
-
-    # ------------------------------------------------------------ for those who work on the stack
-
-    def balance_experts_(self) -> None:
-        """After an optimizer's step, by all processes, with ``ff_router_balance='bias'`` (https://arxiv.org/abs/2408.15664)."""
-        for module in self.attn_layers.modules():
-            if isinstance(module, FeedForward):
-                module.balance_experts_()
-
-    def normalize_weights_(self) -> None:
-        """With ``ngpt``: give weights unit length again, after each step of an optimizer (https://arxiv.org/abs/2410.01131)."""
-        for module in unit_modules(self):
-            module.normalize_()
-
-    def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
-        """Shrink queries and keys whose scores exceeded ``tau`` (https://arxiv.org/abs/2507.20534)."""
-        self.attn_layers.attn_qk_clip_(intermediates, tau=tau)
-
-    def muon_parameters(self) -> list[nn.Parameter]:
-        """The matrices that an optimizer for matrices should take."""
-        parameters: list[nn.Parameter] = self.attn_layers.muon_parameters()
-        return parameters
 
     # ------------------------------------------------------------ forward
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.before import BigramHash, Smear, one_before
-from x_transformers.embedding.build import build_entrance, build_heads, build_pooling, build_positions, build_stack, stack_flags
+from x_transformers.embedding.build import build_embedding, build_heads, build_pooling, build_stack, stack_flags
 from x_transformers.embedding.call import ARGUMENTS, Call, call_of, check_projected, ids_or_none, last_positions
 from x_transformers.embedding.loop import OF_LOOPS, LoopCall
 from x_transformers.embedding.rows import Rows
-from x_transformers.embedding.token import TokenEmbedding, add_named, named_tables
-from x_transformers.embedding.values import value_tables
+from x_transformers.embedding.token import TokenEmbedding, add_named
 from x_transformers.flags.constructors import only
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature, with_arguments
@@ -26,7 +25,7 @@ from x_transformers.heads import HeadForm, LinearHead, Logits, gives_loss
 from x_transformers.helpers import default
 from x_transformers.layers.arguments import Given, argument_sentences
 from x_transformers.layers.repeat import block_transform, check_in_place, later_blocks
-from x_transformers.module import Module, empty_parameter
+from x_transformers.module import Module
 from x_transformers.returns import Asked
 from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
@@ -46,6 +45,13 @@ class TransformerWrapper(StackWrapper):
         FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
     """
 
+    # beside the tokens' own vectors, None unless a flag asks for them
+    embed_scale: float | None
+    embeds: nn.ModuleDict | None
+    bigram: BigramHash | None
+    smear: Smear | None
+    l2norm_embed: bool
+    # from vectors to logits
     to_logits: Any
     head_form: HeadForm
     to_mixture: nn.Module | None
@@ -62,31 +68,11 @@ class TransformerWrapper(StackWrapper):
         check_wrapper(flags_, stack_flags(attn_layers), where=type(self).__name__, left_to_right=left_to_right)
         # kept for reading; the modules live in their slots only
         self.flags = replace(flags_, attn_layers=nn.Identity(), token_emb=None, to_logits=None)
-        self._build_embedding(flags_)
+        build_embedding(self, flags_)
         build_pooling(self, flags_)
         build_heads(self, flags_)
         build_stack(self, flags_, attn_layers)
         self.init_own()
-
-    def _build_embedding(self, flags: WrapperFlags) -> None:
-        stack: Any = flags.attn_layers
-        dim: int = stack.dim
-        emb_dim: int = default(flags.emb_dim, dim)
-        self.num_tokens = flags.num_tokens
-        self.l2norm_embed = flags.l2norm_embed
-        self._own_token_emb = flags.token_emb is not None
-        self.token_emb = flags.token_emb
-        if not self._own_token_emb:
-            self.token_emb = TokenEmbedding(emb_dim, flags.num_tokens, flags.l2norm_embed, unit=stack.flags.ngpt)
-        self.embed_scale = flags.embed_scale
-        build_positions(self, flags, stack, flags.l2norm_embed)
-        self.embeds = named_tables(flags.embed_num_tokens, emb_dim)
-        size = flags.bigram_hash_embed
-        self.bigram = None if size is None else BigramHash(size, emb_dim)
-        self.smear = Smear(emb_dim) if flags.smear else None
-        self.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, dim) if flags.ff_deep_embed else None
-        self.value_embeds = value_tables(flags, stack)
-        build_entrance(self, flags, flags.attn_layers)
 
     @torch.no_grad()
     def init_(self) -> None:

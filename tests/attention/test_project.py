@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from x_transformers.attention.attention import Attention
-from x_transformers.attention.project import append_to_past, merge_heads, split_heads
+from x_transformers.attention.heads import merge_heads, split_heads
+from x_transformers.attention.project import append_to_past
 from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.position.positions import RotaryPositions, unrotated
 

@@ -15,36 +15,24 @@ from x_transformers.attention.assemble import BIASES, key_value_parts, output_pa
 from x_transformers.attention.attending import attended
 from x_transformers.attention.composition import ComposeHeads
 from x_transformers.attention.differential import Differential, paired_values
-from x_transformers.attention.extra_keys import memory_of, with_extra_keys
-from x_transformers.attention.gates import gate_channels, gate_heads
+from x_transformers.attention.extra_keys import with_keys_in_front
+from x_transformers.attention.gates import gate_channels, gated_heads
 from x_transformers.attention.geometry import ScoreShape
-from x_transformers.attention.hybrid import mix_hybrid, module_input, run_module
+from x_transformers.attention.heads import merge_heads, split_heads
 from x_transformers.attention.inputs import BranchInputs, HandedKeys, Intermediates
-from x_transformers.attention.parts import Seen
+from x_transformers.attention.parts import AttentionParts, Seen
 from x_transformers.attention.path import HouseholderSteps
-from x_transformers.attention.project import merge_heads, split_heads
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
-from x_transformers.attention.tensor_product import KeyValueFactors, OuterProducts
-from x_transformers.attention.values import (
-    exclusive,
-    laser_in,
-    laser_out,
-    mix_tokens,
-    mix_values,
-    orthogonal_to_values,
-    own_values,
-)
+from x_transformers.attention.values import exclusive, laser_in, laser_out, orthogonal_to_values, own_values
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.constructors import only
 from x_transformers.flags.rule import effective
 from x_transformers.flags.rules import check_attention
 from x_transformers.flags.signature import ClassSignature, with_arguments
-from x_transformers.module import Module
 from x_transformers.position.bias import Bias, SumBias
 from x_transformers.tensor_types import Bool, Float, Int
-from x_transformers.unit_weights import UnitGain
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -52,7 +40,7 @@ if TYPE_CHECKING:
     from x_transformers.flags.keywords import AttentionKeywords
 
 
-class Attention(Module):
+class Attention(AttentionParts):
     """Multi-head attention with everything that has been tried on it.
 
     ``Attention(dim, **flags)``; the flags are those of ``AttentionFlags``, in a stack with ``attn_`` or ``cross_attn_`` before.
@@ -64,46 +52,10 @@ class Attention(Module):
 
     __signature__: Any = ClassSignature(only(AttentionFlags))
 
-    # tokens to heads; a latent in between where flags ask for one
-    to_latent_q: nn.Linear | None
-    to_latent_kv: nn.Linear | KeyValueFactors | None
-    to_rotateable_k: nn.Linear | None
-    to_q: nn.Linear | OuterProducts
-    to_k: nn.Linear | OuterProducts
-    to_v: nn.Linear | OuterProducts
-    to_value_residual_mix: nn.Module | None
-    convolutions: nn.ModuleDict | None
-    # what heads go through before they meet
-    qk_norm: bool
-    qk_norm_groups: int
-    qk_norm_eps: float | None
-    qk_norm_q_scale: nn.Parameter | None
-    qk_norm_k_scale: nn.Parameter | None
-    q_rmsnorm: nn.Module | None
-    k_rmsnorm: nn.Module | None
-    value_rmsnorm: nn.Module | None
-    unit_gain: UnitGain | None
-    num_mem_kv: int
-    mem_k: nn.Parameter | None
-    mem_v: nn.Parameter | None
-    laser_clamp: float | None
-    # how they meet, and biases that the layer makes of its input (``BIASES``)
-    attend: nn.Module
+    # what is made of tokens for the scores, and of two softmaxes
     composition: ComposeHeads | None
     path_steps: HouseholderSteps | None
     differential: Differential | None
-    # from heads to what is written
-    head_scale_params: nn.Parameter | None
-    to_v_head_gate: nn.Module | None
-    to_v_gate: nn.Module | None
-    to_output_gate: nn.Module | None
-    gate_is_silu: bool
-    hybrid_module: nn.Module | None
-    hybrid_norms: nn.ModuleList | None
-    hybrid_mix: nn.Module | None
-    orthogonal_copies: int
-    to_out: nn.Module
-    sublayer_dropout: nn.Module | None
 
     def __init__(self, dim: int, **flags: Unpack[AttentionKeywords]) -> None:
         parsed = AttentionFlags.parse(flags, where='Attention')
@@ -215,16 +167,7 @@ class Attention(Module):
         excluded = own_values(v, q.shape[-2], seen.mems, inputs.past) if self.flags.exclusive else None
         front = 0
         if self.mem_k is not None or inputs.extra is not None:
-            k, v, mask, front = with_extra_keys(
-                k,
-                v,
-                mask,
-                heads=self.heads,
-                memory=memory_of(self),
-                extra=inputs.extra,
-                positions=inputs.positions,
-                rotated_heads=self.rotated_heads,
-            )
+            k, v, mask, front = with_keys_in_front(self, k, v, mask, inputs)
         if self.differential is not None:
             v, excluded = paired_values(v), None if excluded is None else paired_values(excluded)
         if self.laser_clamp is not None:
@@ -290,7 +233,7 @@ class Attention(Module):
         """What the layer writes of the attended values, and the hidden state of its hybrid module."""
         hidden = None
         if self.head_scale_params is not None or self.to_v_head_gate is not None or self.hybrid_module is not None:
-            out, hidden = self.gated_heads(out, x, inputs)
+            out, hidden = gated_heads(self, out, x, inputs)
         out = merge_heads(out)
         if inputs.deltas.heads is not None:
             out = out + inputs.deltas.heads
@@ -304,21 +247,6 @@ class Attention(Module):
         # nothing is written for rows that are no tokens
         return out if inputs.rows is None else out.masked_fill(~inputs.rows.unsqueeze(-1), 0.0), hidden
 
-    def normed_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m d']:
-        if self.qk_norm:
-            k = unit_heads(k, self.qk_norm_groups, self.qk_norm_k_scale, self.qk_norm_eps)
-        return k if self.k_rmsnorm is None else self.k_rmsnorm(k).to(k.dtype)
-
-    def mixed_values(self, own: Float[Tensor, 'b kh m e'], seen: Seen, inputs: BranchInputs) -> Float[Tensor, 'b kh m e']:
-        """Values mixed with the first layer's, if there are any."""
-        if inputs.first_values is None:
-            return own
-        mix = self.to_value_residual_mix
-        return mix_values(own, inputs.first_values, None if mix is None else mix(mix_tokens(self, seen, inputs)))
-
-    def normed_values(self, v: Float[Tensor, 'b kh m e']) -> Float[Tensor, 'b kh m e']:
-        return v if self.value_rmsnorm is None else self.value_rmsnorm(v).to(v.dtype)
-
     def bias(self, seen: Seen, inputs: BranchInputs) -> Bias | None:
         """What is added to the scores: the bias that is given and those that this layer makes of its input."""
         total = inputs.bias
@@ -329,20 +257,6 @@ class Attention(Module):
             bias: Bias = module.bias(seen.x, past=inputs.past, mem=inputs.mem, keys=inputs.mask.keys)
             total = bias if total is None or module.replaces else SumBias(total, bias)
         return total
-
-    def gated_heads(
-        self, out: Float[Tensor, 'b h n e'], x: Float[Tensor, 'b n d'], inputs: BranchInputs
-    ) -> tuple[Float[Tensor, 'b h n e'], Any]:
-        """Head scale, head gates, then the mixture with the hybrid module, whose hidden state is returned too."""
-        if self.head_scale_params is not None:
-            out = out * self.head_scale_params
-        if self.to_v_head_gate is not None:
-            out = gate_heads(out, x, self.to_v_head_gate)
-        if self.hybrid_module is None or self.hybrid_norms is None:
-            return out, None
-        x_shown, keywords = module_input(x, self.flags.hybrid_mask_kwarg, inputs.padding, self.causal)
-        other, hidden = run_module(self.hybrid_module, x_shown, inputs.past, **keywords)
-        return mix_hybrid(out, other, self.hybrid_norms, None if self.hybrid_mix is None else self.hybrid_mix(x)), hidden
 
     # ------------------------------------------------------------ training
 

@@ -14,7 +14,7 @@ from x_transformers.helpers import recall, remember
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
-    from x_transformers.attention.inputs import ExtraKeys
+    from x_transformers.attention.inputs import BranchInputs, ExtraKeys
     from x_transformers.attention.mask import Mask
     from x_transformers.attention.parts import AttentionParts
     from x_transformers.position.positions import Positions
@@ -32,15 +32,6 @@ class Fronted(NamedTuple):
 def unplaced(keys: Float[Tensor, 'b kh m d'], positions: Positions | None, rotated_heads: int | None) -> Tensor:
     """Keys that have no position, as wide as those that have."""
     return keys if positions is None else positions.unplaced_keys(keys, rotated_heads)
-
-
-def memory_of(attn: AttentionParts) -> tuple[Tensor, Tensor] | None:
-    """The learned keys (of unit length over the whole head, whatever the groups) and values of a layer."""
-    if attn.mem_k is None or attn.mem_v is None:
-        return None
-    if not attn.qk_norm:
-        return attn.mem_k, attn.mem_v
-    return unit_heads(attn.mem_k, 1, attn.qk_norm_k_scale, attn.qk_norm_eps), attn.mem_v
 
 
 def with_front(mask: Mask, visible: Bool[Tensor, 'b m'], behind: int) -> Mask:
@@ -84,3 +75,23 @@ def with_extra_keys(
     keys = torch.cat((unplaced(extra_k, positions, rotated_heads).to(keys.dtype), keys), dim=-2)
     values = torch.cat((extra_v.to(values.dtype), values), dim=-2)
     return Fronted(keys, values, mask, front + extra_k.shape[-2])
+
+
+def with_keys_in_front(
+    attn: AttentionParts, keys: Float[Tensor, 'b kh j d'], values: Float[Tensor, 'b kh j e'], mask: Mask, inputs: BranchInputs
+) -> Fronted:
+    """The same for a layer, whose memory keys have unit length over the whole head, whatever the groups of its norm."""
+    memory = None
+    if attn.mem_k is not None and attn.mem_v is not None:
+        unit = unit_heads(attn.mem_k, 1, attn.qk_norm_k_scale, attn.qk_norm_eps) if attn.qk_norm else attn.mem_k
+        memory = unit, attn.mem_v
+    return with_extra_keys(
+        keys,
+        values,
+        mask,
+        heads=attn.heads,
+        memory=memory,
+        extra=inputs.extra,
+        positions=inputs.positions,
+        rotated_heads=attn.rotated_heads,
+    )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.attention.hybrid import mix_hybrid, module_input, run_module
 from x_transformers.module import ConstantLinear, Module, branch_output
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
+    from x_transformers.attention.inputs import BranchInputs
+    from x_transformers.attention.parts import AttentionParts
     from x_transformers.flags.attention import AttentionFlags
 
 # sigmoid(10) is nearly one: a gate that starts open
@@ -103,3 +106,18 @@ def attention_on_attention(
 
 def output_projection(dim_in: int, dim_out: int, zero: bool, bias: bool = False, depth: int | None = None) -> nn.Linear:
     return branch_output(dim_in, dim_out, bias, zero=zero, depth=depth)
+
+
+def gated_heads(
+    attn: AttentionParts, out: Float[Tensor, 'b h n e'], x: Float[Tensor, 'b n d'], inputs: BranchInputs
+) -> tuple[Float[Tensor, 'b h n e'], Any]:
+    """Head scale, head gates, then the mixture with the hybrid module, whose hidden state is returned too."""
+    if attn.head_scale_params is not None:
+        out = out * attn.head_scale_params
+    if attn.to_v_head_gate is not None:
+        out = gate_heads(out, x, attn.to_v_head_gate)
+    if attn.hybrid_module is None or attn.hybrid_norms is None:
+        return out, None
+    x_shown, keywords = module_input(x, attn.flags.hybrid_mask_kwarg, inputs.padding, attn.causal)
+    other, hidden = run_module(attn.hybrid_module, x_shown, inputs.past, **keywords)
+    return mix_hybrid(out, other, attn.hybrid_norms, None if attn.hybrid_mix is None else attn.hybrid_mix(x)), hidden

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from x_transformers.attention.project import split_heads
+from x_transformers.attention.heads import split_heads
 from x_transformers.helpers import pad_at_dim
 from x_transformers.module import Module, last_rows
 from x_transformers.tensor_types import Bool, Float, Shaped

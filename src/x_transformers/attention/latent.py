@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.project import KeysValues, append_to_past, held_rows, split_heads, with_token_values
+from x_transformers.attention.heads import split_heads
+from x_transformers.attention.project import KeysValues, append_to_past, held_rows, with_token_values
+from x_transformers.attention.qk_norm import normed_keys
+from x_transformers.attention.values import mixed_values, normed_values
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -41,11 +44,11 @@ def latent_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) ->
                 'this cache of latents lacks the mixed values of the past, which a value residual or value_embed needs: '
                 'continue from the cache that an earlier call returned, not from a cached_kv set by hand'
             )
-        new['mixed'] = attn.normed_values(attn.mixed_values(own, seen, given))
+        new['mixed'] = normed_values(attn, mixed_values(attn, own, seen, given))
     whole = dict(zip(new, append_to_past(past, seen.mems, cross, **new), strict=True))
     mixed = whole.get('mixed')
     if mixed is None and whole['latent'] is z:
-        mixed = attn.normed_values(own)
+        mixed = normed_values(attn, own)
     return with_rotated_heads(attn, whole['latent'], whole.get('k_rope'), mixed, own, given)
 
 
@@ -62,9 +65,9 @@ def with_rotated_heads(
     heads = attn.kv_heads - sum(t.shape[1] for t in keys)
     if heads > 0:
         keys = [split_heads(attn.to_k(z), heads), *keys]
-    k = attn.normed_keys(torch.cat(keys, dim=1) if len(keys) > 1 else keys[0])
+    k = normed_keys(attn, torch.cat(keys, dim=1) if len(keys) > 1 else keys[0])
     if given.positions is not None:
         k = given.positions.keys(k, attn.rotated_heads)
     if values is None:
-        values = attn.normed_values(split_heads(attn.to_v(z), attn.kv_heads))
+        values = normed_values(attn, split_heads(attn.to_v(z), attn.kv_heads))
     return KeysValues(k, values, values if own is None else own)

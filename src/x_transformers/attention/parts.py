@@ -1,15 +1,16 @@
-"""What the steps of an attention layer use of it: they are given the layer, and know these of its parts."""
+"""What an attention layer consists of: its steps are given the layer, and know these of its parts."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from x_transformers.attention.inputs import BranchInputs
 from x_transformers.attention.tensor_product import KeyValueFactors, OuterProducts
 from x_transformers.flags.attention import AttentionFlags
+from x_transformers.module import Module
 from x_transformers.tensor_types import Float
+from x_transformers.unit_weights import UnitGain
 
 
 class Seen(NamedTuple):
@@ -22,63 +23,61 @@ class Seen(NamedTuple):
     mems: int
 
 
-class AttentionParts(Protocol):
-    """An attention layer, as its steps see it."""
+class AttentionParts(Module):
+    """An attention layer, as its steps see it: sizes, and parts, which are None unless a flag asks for them.
 
-    @property
-    def flags(self) -> AttentionFlags: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def dim_context(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def dim_head(self) -> int: ...
-    @property
-    def value_dim_head(self) -> int: ...
-    @property
-    def causal(self) -> bool: ...
-    @property
-    def rotated_heads(self) -> int | None: ...
-    @property
-    def separate_views(self) -> bool: ...
-    @property
-    def needing_own_keys(self) -> tuple[str, ...]: ...
-    @property
-    def can_cache_kv(self) -> bool: ...
-    @property
-    def num_mem_kv(self) -> int: ...
-    @property
-    def to_q(self) -> nn.Linear | OuterProducts: ...
-    @property
-    def to_k(self) -> nn.Linear | OuterProducts: ...
-    @property
-    def to_v(self) -> nn.Linear | OuterProducts: ...
-    @property
-    def to_latent_q(self) -> nn.Linear | None: ...
-    @property
-    def to_latent_kv(self) -> nn.Linear | KeyValueFactors | None: ...
-    @property
-    def to_rotateable_k(self) -> nn.Linear | None: ...
-    @property
-    def convolutions(self) -> nn.ModuleDict | None: ...
-    @property
-    def qk_norm(self) -> bool: ...
-    @property
-    def k_rmsnorm(self) -> nn.Module | None: ...
-    @property
-    def value_rmsnorm(self) -> nn.Module | None: ...
-    @property
-    def qk_norm_k_scale(self) -> nn.Parameter | None: ...
-    @property
-    def qk_norm_eps(self) -> float | None: ...
-    @property
-    def mem_k(self) -> nn.Parameter | None: ...
-    @property
-    def mem_v(self) -> nn.Parameter | None: ...
-    def normed_keys(self, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m d']: ...
-    def mixed_values(self, own: Float[Tensor, 'b kh m e'], seen: Seen, given: BranchInputs) -> Float[Tensor, 'b kh m e']: ...
-    def normed_values(self, v: Float[Tensor, 'b kh m e']) -> Float[Tensor, 'b kh m e']: ...
+    ``attention/assemble.py`` makes them; ``Attention`` says what happens to tokens.
+    """
+
+    flags: AttentionFlags
+    dim: int
+    dim_context: int
+    heads: int
+    kv_heads: int
+    dim_head: int
+    value_dim_head: int
+    causal: bool
+    max_attend_past: int | None
+    max_attend_future: int | None
+    rotated_heads: int | None
+    separate_views: bool
+    # flags that have no meaning where keys are another sequence's
+    needing_own_keys: tuple[str, ...]
+    can_cache_kv: bool
+
+    # tokens to heads; a latent in between where flags ask for one
+    to_latent_q: nn.Linear | None
+    to_latent_kv: nn.Linear | KeyValueFactors | None
+    to_rotateable_k: nn.Linear | None
+    to_q: nn.Linear | OuterProducts
+    to_k: nn.Linear | OuterProducts
+    to_v: nn.Linear | OuterProducts
+    to_value_residual_mix: nn.Module | None
+    convolutions: nn.ModuleDict | None
+    # what heads go through before they meet
+    qk_norm: bool
+    qk_norm_groups: int
+    qk_norm_eps: float | None
+    qk_norm_q_scale: nn.Parameter | None
+    qk_norm_k_scale: nn.Parameter | None
+    q_rmsnorm: nn.Module | None
+    k_rmsnorm: nn.Module | None
+    value_rmsnorm: nn.Module | None
+    unit_gain: UnitGain | None
+    num_mem_kv: int
+    mem_k: nn.Parameter | None
+    mem_v: nn.Parameter | None
+    laser_clamp: float | None
+    attend: nn.Module
+    # from heads to what is written
+    head_scale_params: nn.Parameter | None
+    to_v_head_gate: nn.Module | None
+    to_v_gate: nn.Module | None
+    to_output_gate: nn.Module | None
+    gate_is_silu: bool
+    hybrid_module: nn.Module | None
+    hybrid_norms: nn.ModuleList | None
+    hybrid_mix: nn.Module | None
+    orthogonal_copies: int
+    to_out: nn.Module
+    sublayer_dropout: nn.Module | None

@@ -1,4 +1,4 @@
-"""From tokens to query, key and value heads, and from heads back to channels."""
+"""From tokens to the heads of keys and values, appended to those of the past."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.attention.heads import split_heads, with_memories
 from x_transformers.attention.parts import AttentionParts, Seen
+from x_transformers.attention.qk_norm import normed_keys
+from x_transformers.attention.values import mixed_values, normed_values
 from x_transformers.tensor_types import Float
 
 if TYPE_CHECKING:
@@ -24,19 +27,6 @@ class KeysValues(NamedTuple):
     keys: Float[Tensor, 'b kh j d']
     values: Float[Tensor, 'b kh j e']
     own: Float[Tensor, 'b kh m e']
-
-
-def split_heads(t: Float[Tensor, 'b n (h d)'], heads: int) -> Float[Tensor, 'b h n d']:
-    batch, n, channels = t.shape
-    return t.view(batch, n, heads, channels // heads).transpose(1, 2)
-
-
-def merge_heads(t: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n (h d)']:
-    return t.transpose(1, 2).flatten(2)
-
-
-def with_memories(t: Float[Tensor, 'b n d'], mem: Float[Tensor, 'b l d']) -> Tensor:
-    return torch.cat((mem.to(t.dtype), t), dim=-2)
 
 
 def gather(attn: AttentionParts, x: Float[Tensor, '... n d'], given: BranchInputs) -> Seen:
@@ -94,11 +84,11 @@ def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysVa
     own, k = split_heads(own, attn.kv_heads), split_heads(k, attn.kv_heads)
     if given.token_values is not None:
         own = with_token_values(own, seen, given.token_values)
-    v = own if given.first_values is None else attn.mixed_values(own, seen, given)
+    v = own if given.first_values is None else mixed_values(attn, own, seen, given)
     if attn.value_rmsnorm is not None:
-        v = attn.normed_values(v)
+        v = normed_values(attn, v)
     if attn.qk_norm or attn.k_rmsnorm is not None:
-        k = attn.normed_keys(k)
+        k = normed_keys(attn, k)
     positions = given.positions
     if keeps_placed(positions, given.past, cross):
         k, v = place_and_remember(attn, k, v, seen.mems, given)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from x_transformers.helpers import l2norm
 from x_transformers.tensor_types import Float
+
+if TYPE_CHECKING:
+    from x_transformers.attention.parts import AttentionParts
 
 
 def unit_heads(
@@ -17,3 +22,10 @@ def unit_heads(
     """
     normed = l2norm(t, groups, eps)
     return (normed if gains is None else normed * gains).to(t.dtype)
+
+
+def normed_keys(attn: AttentionParts, k: Float[Tensor, 'b kh m d']) -> Float[Tensor, 'b kh m d']:
+    """The keys of a layer after all of its norms."""
+    if attn.qk_norm:
+        k = unit_heads(k, attn.qk_norm_groups, attn.qk_norm_k_scale, attn.qk_norm_eps)
+    return k if attn.k_rmsnorm is None else attn.k_rmsnorm(k).to(k.dtype)

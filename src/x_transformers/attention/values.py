@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.geometry import tiled_heads
-from x_transformers.attention.project import merge_heads, with_memories
+from x_transformers.attention.heads import merge_heads, with_memories
 from x_transformers.helpers import log, single, softclamp, without_component
 from x_transformers.tensor_types import Float
 
@@ -49,6 +49,20 @@ def mix_values(
         newest = own[..., n - m :, :]
         return torch.cat((own[..., : n - m, :], first + share * (newest - first)), dim=-2)
     return first + share * (own - first)
+
+
+def mixed_values(
+    attn: AttentionParts, own: Float[Tensor, 'b kh m e'], seen: Seen, given: BranchInputs
+) -> Float[Tensor, 'b kh m e']:
+    """Values of a layer mixed with the first layer's, if there are any."""
+    if given.first_values is None:
+        return own
+    mix = attn.to_value_residual_mix
+    return mix_values(own, given.first_values, None if mix is None else mix(mix_tokens(attn, seen, given)))
+
+
+def normed_values(attn: AttentionParts, v: Float[Tensor, 'b kh m e']) -> Float[Tensor, 'b kh m e']:
+    return v if attn.value_rmsnorm is None else attn.value_rmsnorm(v).to(v.dtype)
 
 
 # ---------------------------------------------------------------- exclusive attention

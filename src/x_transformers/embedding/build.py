@@ -1,4 +1,4 @@
-"""What stands around a model's stack, made from its flags: positions, learned rows in front, heads behind.
+"""What stands around a model's stack, made from its flags: tables, positions, learned rows, heads.
 
 A model calls these in the order in which its modules are to stand, and ``init_own`` last.
 """
@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from x_transformers.embedding.before import BigramHash, Smear
 from x_transformers.embedding.pooling import AttentionPool
+from x_transformers.embedding.token import TokenEmbedding, named_tables
+from x_transformers.embedding.values import value_tables
 from x_transformers.flags.base import FlagError, Flags
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
@@ -18,6 +21,27 @@ from x_transformers.helpers import always, default
 from x_transformers.module import Dropout, empty_parameter
 from x_transformers.norms import entrance_norm
 from x_transformers.position.absolute import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding
+
+
+def build_embedding(model: Any, flags: WrapperFlags) -> None:
+    """From token ids to vectors: the table of tokens, further tables, positions, the way to the stack's width."""
+    stack: Any = flags.attn_layers
+    emb_dim = default(flags.emb_dim, stack.dim)
+    model.num_tokens = flags.num_tokens
+    model.l2norm_embed = flags.l2norm_embed
+    model._own_token_emb = flags.token_emb is not None
+    model.token_emb = flags.token_emb
+    if not model._own_token_emb:
+        model.token_emb = TokenEmbedding(emb_dim, flags.num_tokens, flags.l2norm_embed, unit=stack.flags.ngpt)
+    model.embed_scale = flags.embed_scale
+    build_positions(model, flags, stack, flags.l2norm_embed)
+    model.embeds = named_tables(flags.embed_num_tokens, emb_dim)
+    size = flags.bigram_hash_embed
+    model.bigram = None if size is None else BigramHash(size, emb_dim)
+    model.smear = Smear(emb_dim) if flags.smear else None
+    model.ff_deep_embed = empty_parameter(flags.num_tokens, stack.depth, stack.dim) if flags.ff_deep_embed else None
+    model.value_embeds = value_tables(flags, stack)
+    build_entrance(model, flags, flags.attn_layers)
 
 
 def build_positions(model: Any, flags: Flags, stack: Any, l2norm_embed: bool = False) -> None:

@@ -124,8 +124,12 @@ def choose_position_bias(flags: StackFlags) -> nn.Module | None:
 
 
 def attributes(flags: StackFlags, plan: LayerPlan) -> dict[str, Any]:
-    """What wrappers, tools and callers read of a stack, by its name there."""
+    """What the stack's loop, wrappers, tools and callers read of a stack, by its name there."""
+    hands_on = (('a', flags.residual_attn), ('c', flags.cross_residual_attn))
     return {
+        'layer_dropouts': [layer.dropout for layer in plan.layers],
+        'hands_on_scores': tuple(kind for kind, on in hands_on if on),
+        'softclamp_value': flags.softclamp_output_value if flags.softclamp_output else None,
         'depth': plan.depth,
         'attn_heads': flags.heads,
         'attn_dim_head': flags.attn_dim_head,

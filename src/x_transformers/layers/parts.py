@@ -1,62 +1,66 @@
-"""What the checks and preparations of a call use of a stack: they are given the stack, and know these of its parts."""
+"""What a stack consists of: the checks and preparations of a call are given the stack, and know these of its parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.plan import LayerPlan
+from x_transformers.module import Module
+from x_transformers.position.polar import PolarEmbedding
+from x_transformers.position.rotary import RotaryEmbedding
 
-if TYPE_CHECKING:
-    from x_transformers.position.polar import PolarEmbedding
-    from x_transformers.position.rotary import RotaryEmbedding
 
+class StackParts(Module):
+    """A stack of layers, as those see it who prepare its calls.
 
-class StackParts(Protocol):
-    """A stack of layers, as those see it who prepare its calls."""
+    ``layers/assemble.py`` and ``layers/choose.py`` make the parts; ``AttentionLayers`` says what happens to tokens.
+    """
+
+    flags: StackFlags
+    dim: int
+    causal: bool
+    # whether tokens see no later token; PrefixDecoder's layers do not, but its mask does
+    is_causal: bool
+    layers: nn.ModuleList
+    layer_dropouts: list[float]
+    # kinds of layers whose scores later ones add to their own
+    hands_on_scores: tuple[str, ...]
+    softclamp_value: float | None
+    need_condition: bool
+    norm_need_condition: bool
+    dim_condition: int
+    # over several layers, None unless a flag asks for them
+    layer_integrators: Any
+    skip_combines: Any
+    lambdas: Any
+    mudd: Any
+    adaptive_mlp: nn.Module | None
+    reinject_input_proj: nn.Linear | None
+    learned_reinject_input_gate: nn.Linear | None
+    unet_skips: bool
+    add_value_residual: bool
+    cross_attn_tokens_dropout: float
+    # positions of all layers, likewise
+    rotary_pos_emb: RotaryEmbedding | None
+    other_rotaries: nn.ModuleList | None
+    rotary_of_layer: tuple[int, ...]
+    polar_pos_emb: PolarEmbedding | None
+    rel_pos: nn.Module | None
+    uses_positions: bool
+    depends_on_places: bool
 
     @property
-    def flags(self) -> StackFlags: ...
+    def plan(self) -> LayerPlan:
+        """The order of layers."""
+        raise NotImplementedError
+
     @property
-    def plan(self) -> LayerPlan: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def causal(self) -> bool: ...
-    @property
-    def is_causal(self) -> bool: ...
-    @property
-    def can_cache_kv(self) -> bool: ...
-    @property
-    def layers(self) -> nn.ModuleList: ...
-    @property
-    def need_condition(self) -> bool: ...
-    @property
-    def norm_need_condition(self) -> bool: ...
-    @property
-    def dim_condition(self) -> int: ...
-    @property
-    def uses_positions(self) -> bool: ...
-    @property
-    def depends_on_places(self) -> bool: ...
-    @property
-    def rotary_pos_emb(self) -> RotaryEmbedding | None: ...
-    @property
-    def other_rotaries(self) -> nn.ModuleList | None: ...
-    @property
-    def rotary_of_layer(self) -> Sequence[int]: ...
-    @property
-    def polar_pos_emb(self) -> PolarEmbedding | None: ...
-    @property
-    def rel_pos(self) -> nn.Module | None: ...
-    @property
-    def adaptive_mlp(self) -> nn.Module | None: ...
-    @property
-    def reinject_input_proj(self) -> nn.Linear | None: ...
-    @property
-    def learned_reinject_input_gate(self) -> nn.Linear | None: ...
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
-    def _layers(self) -> list[Any]: ...
+    def can_cache_kv(self) -> bool:
+        """Whether decoding may go on from a cache."""
+        raise NotImplementedError
+
+    def _layers(self) -> list[Any]:
+        raise NotImplementedError

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.attention import Attention
 from x_transformers.attention.inputs import Intermediates
-from x_transformers.attention.qk_clip import clip_attentions_
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import Cache
-from x_transformers.feedforward import FeedForward
 from x_transformers.flags.constructors import STACK
 from x_transformers.flags.per_layer import Each, per_layer
 from x_transformers.flags.rules import check_stack
@@ -29,14 +25,12 @@ from x_transformers.layers.choose import make_layer, make_norm
 from x_transformers.layers.decided import keywords_of_flags, with_own
 from x_transformers.layers.drop import is_dropped
 from x_transformers.layers.layer import Layer
-from x_transformers.layers.plan import ATTENTIONS, LayerPlan, Step, exchanged_plan, plan_layers
+from x_transformers.layers.optimizing import OptimizedStack
+from x_transformers.layers.plan import LayerPlan, Step, exchanged_plan, plan_layers
 from x_transformers.layers.prepare import prepare
 from x_transformers.layers.slots import call_norm, can_cache
-from x_transformers.mixers.linear import LinearMixer
-from x_transformers.module import Module, empty_parameter, is_sharded
+from x_transformers.module import empty_parameter, is_sharded
 from x_transformers.norms import rms_norm
-from x_transformers.position.polar import PolarEmbedding
-from x_transformers.position.rotary import RotaryEmbedding
 from x_transformers.tensor_types import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -45,7 +39,7 @@ if TYPE_CHECKING:
     from x_transformers.flags.keywords import BlockKeywords, CrossAttenderKeywords, EncoderKeywords, StackKeywords
 
 
-class AttentionLayers(Module):
+class AttentionLayers(OptimizedStack):
     """A transformer without embedding and head: (b n dim) -> (b n dim).
 
     ``AttentionLayers(dim, depth, heads, causal, **flags)``; the flags are those of ``StackFlags``, with ``attn_``,
@@ -54,35 +48,10 @@ class AttentionLayers(Module):
     Raises FlagError if flags exclude each other, UnknownFlag for a name that no flag has.
     """
 
-    # whether tokens see no later token; PrefixDecoder's layers do not, but its mask does
-    is_causal: bool
     # left to right but for a prefix, though ``causal`` is False
     has_prefix = False
     # the flags that a subclass sets by itself
     decides: ClassVar[Mapping[str, bool]] = {}
-
-    # over several layers, None unless a flag asks for them
-    layer_integrators: Any
-    skip_combines: Any
-    lambdas: Any
-    mudd: Any
-    adaptive_mlp: nn.Module | None
-    reinject_input_proj: nn.Linear | None
-    learned_reinject_input_gate: nn.Linear | None
-    unet_skips: bool
-    add_value_residual: bool
-    cross_attn_tokens_dropout: float
-    # positions of all layers, likewise
-    rotary_pos_emb: RotaryEmbedding | None
-    other_rotaries: nn.ModuleList | None
-    rotary_of_layer: tuple[int, ...]
-    polar_pos_emb: PolarEmbedding | None
-    rel_pos: nn.Module | None
-    uses_positions: bool
-    depends_on_places: bool
-    need_condition: bool
-    norm_need_condition: bool
-    dim_condition: int
 
     __signature__: Any = ClassSignature(STACK)
 
@@ -112,10 +81,7 @@ class AttentionLayers(Module):
         self.flags, self._plan = flags, plan
         self.dim, self.causal, self.is_causal = flags.dim, flags.causal, flags.causal or self.has_prefix
         self.layer_types, self.layers_execute_order = plan.kinds, plan.order
-        self.layer_dropouts = [layer.dropout for layer in plan.layers]
         self.streams = choose_streams(flags)
-        self.hands_on_scores = tuple(kind for kind, on in (('a', flags.residual_attn), ('c', flags.cross_residual_attn)) if on)
-        self.softclamp_value = flags.softclamp_output_value if flags.softclamp_output else None
         for name, value in attributes(flags, plan).items():
             setattr(self, name, value)
         self.layers = nn.ModuleList(make_layer(flags, spec, self.is_causal) for spec in plan.layers)
@@ -322,21 +288,6 @@ class AttentionLayers(Module):
             return (out, LayerIntermediates(expert_loss=record.expert_loss)) if given.return_expert_loss else out
         length = call.span.new if call.cache is None else call.cache.length
         return out, record.report(out, length)
-
-    # ------------------------------------------------------------ looking inside
-
-    def muon_parameters(self) -> list[nn.Parameter]:
-        """The matrices that the Muon optimizer is meant for."""
-        parts = [module for module in self.modules() if isinstance(module, (Attention, FeedForward, LinearMixer))]
-        return list(chain.from_iterable(module.muon_parameters() for module in parts))  # type: ignore[misc]
-
-    def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
-        """Shrink queries and keys of heads whose scores exceeded ``tau``; a layer that ran several times is clipped once.
-
-        ``intermediates`` of a call with the usual order of layers. Raises ValueError if their number is another.
-        """
-        attentions = [self.layers[step.layer].inside for step in self.plan.steps() if step.kind in ATTENTIONS]
-        clip_attentions_(attentions, intermediates.attn_intermediates or [], tau)
 
 
 class Encoder(AttentionLayers):
