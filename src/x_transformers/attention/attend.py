@@ -256,13 +256,13 @@ class Attend(Module):
         return out, Intermediates(maps=maps)
 
     def explain(
-        self, q: Float[Tensor, 'b h i d'], k: Float[Tensor, 'b kh j d'], v: Float[Tensor, 'b kh j e'], **given: Any
+        self, q: Float[Tensor, 'b h i d'], k: Float[Tensor, 'b kh j d'], v: Float[Tensor, 'b kh j e'], **arguments: Any
     ) -> str:
         """Which kernel a call would use, and why not another. Takes what ``run`` takes."""
-        geometry = given.pop('geometry', None) or ScoreShape(q.shape[-2], k.shape[-2])
-        mask = given.pop('mask', None) or Mask().narrowed(self.causal, None, strict=self.flags.stick_breaking)
+        geometry = arguments.pop('geometry', None) or ScoreShape(q.shape[-2], k.shape[-2])
+        mask = arguments.pop('mask', None) or Mask().narrowed(self.causal, None, strict=self.flags.stick_breaking)
         args = KernelArgs(
             q, k, v, mask, geometry, self.rules,
-            scale=1.0, dropout=self.dropout if self.training else 0.0, autocast=autocast_dtype(q), **given,
+            scale=1.0, dropout=self.dropout if self.training else 0.0, autocast=autocast_dtype(q), **arguments,
         )  # fmt: skip
         return explain(self.needs, facts_of(args))

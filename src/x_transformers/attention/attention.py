@@ -159,8 +159,8 @@ class Attention(AttentionParts):
         """The layer on x, (b n d) or with separate views (3 b n d)."""
         seen = project.gather(self, x, inputs)
         q = self.queries(seen, inputs)
-        k, v, own = self._keys_values(self, seen, inputs)
-        handed = HandedKeys(k, v, own, inputs.mask) if inputs.hands_on_keys else None
+        k, v, values = self._keys_values(self, seen, inputs)
+        handed = HandedKeys(k, v, values, inputs.mask) if inputs.hands_on_keys else None
         bias = self.bias(seen, inputs) if self.has_bias else inputs.bias
         causal = self.causal if inputs.causal is None else inputs.causal
         mask = inputs.mask.narrowed(causal, self.max_attend_past, self.max_attend_future, self.flags.stick_breaking)
@@ -196,13 +196,13 @@ class Attention(AttentionParts):
         # where nobody keeps them, their memory is free for what follows
         del q, k, v
         if self.laser_clamp is not None:
-            out = laser_out(out, own.dtype)
+            out = laser_out(out, values.dtype)
         if excluded is not None:
             out = exclusive(out, excluded)
         if self.differential is not None:
             out = self.differential(out)
-        result, hidden = self.read_out(out, own, seen.x, inputs)
-        report.values, report.hybrid_hidden, report.cache, report.handed = own, hidden, inputs.past, handed
+        result, hidden = self.read_out(out, values, seen.x, inputs)
+        report.values, report.hybrid_hidden, report.cache, report.handed = values, hidden, inputs.past, handed
         if inputs.log_probs:
             report.log_probs = log_prob_from_hard_attend(report)
         return result, report
@@ -228,7 +228,7 @@ class Attention(AttentionParts):
         return q if self.unit_gain is None else q * self.unit_gain().square().to(q.dtype)
 
     def read_out(
-        self, out: Float[Tensor, 'b h n e'], own: Float[Tensor, 'b kh m e'], x: Float[Tensor, 'b n d'], inputs: BranchInputs
+        self, out: Float[Tensor, 'b h n e'], values: Float[Tensor, 'b kh m e'], x: Float[Tensor, 'b n d'], inputs: BranchInputs
     ) -> tuple[Float[Tensor, 'b n c'], Any]:
         """What the layer writes of the attended values, and the hidden state of its hybrid module."""
         hidden = None
@@ -240,7 +240,7 @@ class Attention(AttentionParts):
         if self.to_v_gate is not None or self.to_output_gate is not None:
             out = gate_channels(out, x, self.to_v_gate, self.to_output_gate, heads=self.heads, silu=self.gate_is_silu)
         if self.orthogonal_copies:
-            out = orthogonal_to_values(out, own, self.heads, self.orthogonal_copies)
+            out = orthogonal_to_values(out, values, self.heads, self.orthogonal_copies)
         out = self.to_out(out)
         if self.sublayer_dropout is not None:
             out = self.sublayer_dropout(out)

@@ -54,19 +54,19 @@ class KVCache:
         return self._length if self.cursor is None else int(self.cursor.seen)
 
     @staticmethod
-    def of(given: Cache, steps: Sequence[int] | None = None) -> KVCache | None:
+    def of(cache: Cache, steps: Sequence[int] | None = None) -> KVCache | None:
         """The cache behind what a caller hands over as ``cache=``; ``steps``: the execution step of each of its attentions."""
-        if given is None or isinstance(given, KVCache):
-            return given
-        attentions, held = getattr(given, 'attn_intermediates', None), getattr(given, 'kv_cache', None)
+        if cache is None or isinstance(cache, KVCache):
+            return cache
+        attentions, held = getattr(cache, 'attn_intermediates', None), getattr(cache, 'kv_cache', None)
         if attentions is None and held is None:
             raise TypeError(
                 'cache must be a KVCache or the LayerIntermediates of an earlier call (return_intermediates=True), '
-                f'got {type(given).__name__}'
+                f'got {type(cache).__name__}'
             )
         if held is not None and not attentions:
             return cast(KVCache, held)
-        return cast(KVCache, with_keys_by_hand(given, steps, KVCache))
+        return cast(KVCache, with_keys_by_hand(cache, steps, KVCache))
 
     @property
     def retained(self) -> int:
@@ -104,12 +104,12 @@ class KVCache:
             self.cursor.seen.add_(rows)
 
     def _mapped(self, change: Callable[[LayerCache], LayerCache], length: int | None = None) -> KVCache:
-        twin = KVCache(self._length if length is None else length, self.front)
-        twin.pos_offset, twin.known, twin.uncounted = self.pos_offset, self.known, self.uncounted
-        twin.steps = {index: change(layer) for index, layer in self.steps.items()}
+        copied = KVCache(self._length if length is None else length, self.front)
+        copied.pos_offset, copied.known, copied.uncounted = self.pos_offset, self.known, self.uncounted
+        copied.steps = {index: change(layer) for index, layer in self.steps.items()}
         if self.cursor is not None:
-            twin._at(self.cursor if length is None else self.cursor.moved(length - self.length), self.front_held)
-        return twin
+            copied._at(self.cursor if length is None else self.cursor.moved(length - self.length), self.front_held)
+        return copied
 
     def _at(self, cursor: Cursor, front_held: int) -> None:
         self.cursor, self.front_held = cursor, front_held
@@ -139,10 +139,10 @@ class KVCache:
         # written by whoever reads, in inference mode or not
         with torch.inference_mode(False):
             change = keep_sharing(partial(FixedTape.of_tape, held=held, capacity=capacity))
-            twin = self._mapped(lambda layer: layer.changed(change))
+            copied = self._mapped(lambda layer: layer.changed(change))
             row, seen = (torch.tensor([number], device=device) for number in (held, self.length))
-        twin._at(Cursor(row, seen, capacity, reach), max(self.front - (self.length - held), 0))
-        return twin
+        copied._at(Cursor(row, seen, capacity, reach), max(self.front - (self.length - held), 0))
+        return copied
 
     def visible(self) -> Bool[Tensor, '1 j'] | None:
         """Which rows of a fixed capacity are written; None: all rows that are held."""
@@ -172,9 +172,9 @@ class KVCache:
     def begun(self) -> KVCache:
         """The same, counted from the oldest row held: as if the rows before it had never been seen, though places stay."""
         held = self.retained
-        twin = self._mapped(LayerCache.fork, held)
-        twin.uncounted = self.uncounted + self.length - held
-        return twin
+        copied = self._mapped(LayerCache.fork, held)
+        copied.uncounted = self.uncounted + self.length - held
+        return copied
 
     def reorder(self, rows: Int[Tensor, ' r'], context: bool = True) -> KVCache:
         """Batch rows gathered by ``rows``: permuted, repeated or chosen.
