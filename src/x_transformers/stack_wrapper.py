@@ -15,6 +15,7 @@ from x_transformers.embedding.call import (
     Call,
     Memories,
     check_added,
+    check_last,
     check_prepended,
     last_positions,
     longest,
@@ -112,9 +113,8 @@ class StackWrapper(OptimizedModel):
     @property
     def can_cache_kv(self) -> bool:
         """Whether decoding may go on from a cache, with the modules that are there now."""
-        known: bool | None = self.__dict__.get('can_cache_kv')
-        if known is not None:
-            return known
+        if (known := self.__dict__.get('can_cache_kv')) is not None:
+            return bool(known)
         # where tokens see later ones, what is remembered of them is out of date with every new one
         stack = self.attn_layers
         return not self.why_no_cache and bool(stack.can_cache_kv) and bool(stack.is_causal)
@@ -247,21 +247,15 @@ class StackWrapper(OptimizedModel):
         """Whether ``h`` still has a position for each token."""
         return h.ndim == 3 and self.cls_token is None
 
-    def _check_last(self, h: Float[Tensor, 'b ... d'], count: int | None) -> None:
-        if count is None:
-            return
-        if not self._is_sequence(h):
-            raise ValueError(f'logits_last={count}: the logits of this model are those of pooled tokens.')
-        if count < 1:
-            raise ValueError(f'logits_last is {count}; at least the last position must be read.')
-
     def read_out(self, h: Float[Tensor, 'b ... d'], call: Call, whole: bool = False) -> tuple[Any, Tensor]:
         """(what the model says, for the last positions only if so asked; the embeddings)."""
-        self._check_last(h, call.logits_last)
+        if call.logits_last is not None:
+            check_last(call.logits_last, self._is_sequence(h))
         return self.ends.read(self, h, call, whole)
 
     def _later_logits(self, h: Float[Tensor, 'b n d'], call: Call) -> list[Any]:
         """The logits (b n v) of each token behind the next one."""
-        self._check_last(h, call.logits_last)
+        if call.logits_last is not None:
+            check_last(call.logits_last, self._is_sequence(h))
         read = last_positions(h, call.logits_last)
         return [self.read_out(block(read), call)[0] for block in self.later_tokens or ()]

@@ -269,6 +269,14 @@ def check_added(call: Call, batch: int, dim: int, absolute: bool) -> None:
         raise ValueError(f'sum_embeds must have shape ({batch}, tokens, {dim}), got {tuple(added.shape)}.')
 
 
+def check_last(count: int, is_sequence: bool) -> None:
+    """``logits_last`` asks for one position at least, of a model that reads each position."""
+    if not is_sequence:
+        raise ValueError(f'logits_last={count}: the logits of this model are those of pooled tokens.')
+    if count < 1:
+        raise ValueError(f'logits_last is {count}; at least the last position must be read.')
+
+
 def check_prepended(embeds: Float[Tensor, 'b p e'], mask: Bool[Tensor, 'b p'] | None, batch: int, dim: int) -> None:
     if embeds.shape[0] != batch or embeds.shape[-1] != dim:
         raise ValueError(f'prepend_embeds must have shape ({batch}, length, {dim}), got {tuple(embeds.shape)}.')

@@ -202,3 +202,12 @@ class Canon(Module):
         around: BranchInputs | None = kwargs.get('around')
         mixed = self.convolution(x, kwargs.get('mask')) if around is None else self.convolution(x, around.padding, around.past)
         return handed_on(self.fn, mixed, kwargs)
+
+
+def name_as_unwrapped(state: dict[str, Any], prefix: str, branch: nn.Module) -> None:
+    """Rename what 2.31.10 saved of a branch wrapped for a constant factor, which puts one more ``fn.`` into keys."""
+    own = branch.state_dict().keys()
+    for key in [key for key in state if key.startswith(prefix) and key[len(prefix) :] not in own]:
+        name = key[len(prefix) :].replace('fn.', '', 1)
+        if name in own:
+            state[prefix + name] = state.pop(key)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from x_transformers.layers.branch import innermost, run_checkpointed
+from x_transformers.layers.branch import innermost, name_as_unwrapped, run_checkpointed
 from x_transformers.layers.residual import ResidualPath, read_foreign, write_stream
 from x_transformers.layers.slots import call_branch, call_norm, split_result
 from x_transformers.tensor_types import Float
@@ -115,15 +115,6 @@ class Layer(nn.ModuleList):
         if norm is not None:
             x = norm(x) if condition is None else call_norm(norm, x, condition)
         return x if self.norm_scale == 1.0 else x * self.norm_scale
-
-
-def name_as_unwrapped(state: dict[str, Any], prefix: str, branch: nn.Module) -> None:
-    """Rename what 2.31.10 saved of a branch wrapped for a constant factor, which puts one more ``fn.`` into keys."""
-    own = branch.state_dict().keys()
-    for key in [key for key in state if key.startswith(prefix) and key[len(prefix) :] not in own]:
-        name = key[len(prefix) :].replace('fn.', '', 1)
-        if name in own:
-            state[prefix + name] = state.pop(key)
 
 
 def norm_after(
