@@ -16,7 +16,7 @@ from x_transformers.cli.main import main
 from x_transformers.evidence import Task, ablate, estimate
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
 from x_transformers.evidence.findings import verdict_words
-from x_transformers.evidence.page import forest, frame, ticks
+from x_transformers.evidence.page import cut, default_title, forest, frame, ticks
 from x_transformers.evidence.plan import arm_of, pairs_of, parsed_value, question, read_plan, split_words
 from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Settings, TaskName
@@ -248,6 +248,8 @@ def test_the_bar_spends_little_time_on_intervals(tmp_path: Path, monkeypatch: py
         (['--task', 'mqar', '--option', 'pairs=x', '--idea', 'shift_tokens=1'], "pairs must be a whole number, got 'x'"),
         (['--task', 'mqar', '--option', 'pairs=3.5', '--idea', 'shift_tokens=1'], 'pairs must be a whole number, got 3.5'),
         (['--task', 'missing.py:Task', '--idea', 'shift_tokens=1'], 'must name a file that exists'),
+        (['--profile', 'quick', '--option', 'pairs=2', '--idea', 'shift_tokens=1'], '--option must go with --task or a file'),
+        (['--task', 'mqar', '--data', 'x.txt', '--idea', 'shift_tokens=1'], '--data must go with the task bytes, got mqar'),
     ],
 )
 def test_what_cannot_be_is_one_sentence(capsys: Any, arguments: list[str], words: str) -> None:
@@ -392,6 +394,39 @@ def test_verdicts_in_words(tmp_path: Path) -> None:
     assert failed.row()['verdict'] == 'failed'
 
 
+def test_the_reason_of_a_failure_stands_below_the_table(tmp_path: Path) -> None:
+    made = report(tmp_path, tasks=1, ideas=2)
+    why = 'it was late ' * 20
+    made.outcomes.append(Outcome('task 0', 'broken', {}, 'accuracy', 'higher', failed=why))
+    *rows, last = made.table().splitlines()
+    assert last == f'task 0: broken failed: {why}'
+    assert re.search(r'broken .* failed  ', rows[-1])
+    assert max(map(len, rows)) < 200
+    assert f'failed: {why}' in made.table(markdown=True)
+
+
+def test_a_timing_that_failed_is_told(tmp_path: Path) -> None:
+    arm = Arm('x', {'bias': False})
+    asked = Question(TaskName(OWN), {'bias': True}, Settings(steps=3, lr=0.1), (arm, Arm('y')), 2, 'line')
+    made = Experiment((asked,), tmp_path)
+    job = made.cost(asked, arm)
+    made.store.path(job).mkdir(parents=True)
+    made.store.write_failure(job, 'the worker was killed by SIGKILL')
+    told = [note for note in make_report(made, {}).notes() if 'timing' in note]
+    assert told == [
+        'line: the timing of x failed: the worker was killed by SIGKILL. The same command with --only failed does it again.'
+    ]
+
+
+def test_titles_and_names_on_a_page_can_be_told_apart(tmp_path: Path) -> None:
+    made = report(tmp_path, tasks=1, ideas=2)
+    assert default_title(made) == 'Do idea <0>, idea <1> help on task 0?'
+    made.outcomes[0].idea = 'shift, zero init'
+    assert default_title(made) == 'Do shift, zero init; idea <1> help on task 0?'
+    assert cut('shift, zero init', 16) == 'shift, zero init'
+    assert cut('shift, zero init', 7) == 'shift…'
+
+
 # ---------------------------------------------------------------- Python
 
 
@@ -466,6 +501,19 @@ def test_profiles_can_be_built(tmp_path: Path) -> None:
         asked, _, _ = command.questions_of(options)
         assert Experiment(asked, tmp_path).check() == {}
         assert len(asked) >= 3
+
+
+@pytest.mark.parametrize('name', sorted(command.PROFILES))
+def test_every_part_of_a_profile_runs(name: str, tmp_path: Path) -> None:
+    options = command.parser().parse_args(['--profile', name, '--idea', 'shift_tokens=1', '--steps', '2', '--seeds', '1'])
+    asked, _, _ = command.questions_of(options)
+    few = {'rows_per_step': 2, 'test_rows': 4}
+    small = tuple(dataclasses.replace(q, task=TaskName(q.task.name, {**q.task.options, **few})) for q in asked)
+    made = Experiment(small, tmp_path, costs=False)
+    made.go()
+    outcomes = made.outcomes({})
+    assert [outcome.task for outcome in outcomes] == [q.title for q in asked]
+    assert all(outcome.failed is None and outcome.comparison is not None for outcome in outcomes)
 
 
 def test_reports_of_an_unfinished_experiment_say_so(tmp_path: Path) -> None:

@@ -167,9 +167,10 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
     elif options.option:
         for entry in entries:
             entry['options'] = {**entry.get('options', {}), **pairs_of(options.option, '--option')}
+    refuse_unread(options, entries)
     if options.data:
         for entry in entries:
-            if entry['task'] == 'bytes':
+            if entry['task'] in ('bytes', 'bytes/longer'):
                 entry['options'] = {**entry.get('options', {}), 'data': tuple(options.data)}
     if not entries:
         raise TrainingError('--task must say what to learn, got none. Write --task mqar, --profile quick, or give a TOML file.')
@@ -201,6 +202,17 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
             asked.append(made)
             ladder.setdefault(str(entry['task']), []).append(made.title)
     return tuple(asked), ladder if len(widths) > 1 else {}, more
+
+
+def refuse_unread(options: argparse.Namespace, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse words that no task would read."""
+    if options.option and options.profile:
+        raise TrainingError(
+            '--option must go with --task or a file, got --profile, whose sizes are set. Name its tasks instead.'
+        )
+    if options.data and entries and not any(str(entry['task']).startswith('bytes') for entry in entries):
+        tasks = ', '.join(str(entry['task']) for entry in entries)
+        raise TrainingError(f'--data must go with the task bytes, got {tasks}. Leave it out, or add --task bytes.')
 
 
 def selected(ideas: Sequence[Arm], names: Sequence[str]) -> list[Arm]:

@@ -76,6 +76,8 @@ class Findings:
     about: dict[str, Any] = field(default_factory=dict)
     baseline_curves: dict[str, list[list[list[float]]]] = field(default_factory=dict)
     baselines: dict[str, list[float]] = field(default_factory=dict)
+    untimed: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Why the timing of a (task, idea) failed."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -99,10 +101,12 @@ class Findings:
         if markdown:
             rows = ['| ' + ' | '.join(cell.replace('|', r'\|') for cell in line) + ' |' for line in lines]
             return '\n'.join([rows[0], '|' + ' --- |' * len(head), *rows[1:]])
+        # the reason of a failure is a sentence, and would make its column as wide: it stands below
+        failed = [f'{o.task}: {o.idea} failed: {o.failed}' for o in self.outcomes if o.failed is not None]
+        lines = [tuple('failed' if cell.startswith('failed: ') else cell for cell in line) for line in lines]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        return '\n'.join(
-            '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        rows = ['  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return '\n'.join([*rows, *failed])
 
     @staticmethod
     def cells(outcome: Outcome) -> tuple[str, ...]:
@@ -142,6 +146,8 @@ class Findings:
                     effect = f'removed {middle} % of' if middle >= 0 else f'added {-middle} % to'
                     line += f'; pairing {effect} the variance of differences (median of ideas)'
                 lines.append(line + '.')
+        for (task, idea), why in self.untimed.items():
+            lines.append(f'{task}: the timing of {idea} failed: {why}. The same command with --only failed does it again.')
         lines += self.scale_notes()
         if self.missing:
             lines.append(

@@ -36,7 +36,7 @@ body { margin: 0 auto; max-width: 80rem; padding: 2rem 1.25rem 4rem; background:
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p { margin: .4rem 0; max-width: 46rem; }
-.forest svg { min-width: 34rem; }
+.forest svg { min-width: 34rem; max-width: 56rem; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; min-width: 100%; }
@@ -64,7 +64,7 @@ nav { font-size: .9rem; columns: 14rem; } a { color: var(--helps); }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p class="soft">{{ runs }} runs finished{% if missing %}, {{ missing }} missing{% endif %}{% if date %} · {{ date }}{% endif %}.
+<p class="soft">{{ runs }} runs and timings finished{% if missing %}, {{ missing }} missing{% endif %}{% if date %} · {{ date }}{% endif %}.
 A verdict rests on paired seeds: an idea and the baseline share data, order, evaluation rows, and the initial value of every
 parameter of the same name. Intervals are 95 %; p is corrected over the ideas of a task (Holm).</p>
 {% for note in notes %}<p>{{ note }}</p>
@@ -85,8 +85,8 @@ parameter of the same name. Intervals are 95 %; p is corrected over the ideas of
 <figure><div class="wide forest">{{ task.forest | safe }}</div><figcaption>Differences with 95 % intervals; right of the line is better. Inside the grey band nobody
 cares (δ).</figcaption></figure>
 <div class="pair">
-<figure>{{ task.curves | safe }}<figcaption>Mean of the seeds, from the lowest to the highest; the ideas that differ most.</figcaption></figure>
-<figure>{{ task.cost | safe }}<figcaption>Time of a step against the baseline, and what it bought.</figcaption></figure>
+<figure>{{ task.curves | safe }}<figcaption>{{ task.metric[0] | upper }}{{ task.metric[1:] }}: the mean of the seeds, from the lowest to the highest; the ideas that differ most.</figcaption></figure>
+<figure>{{ task.cost | safe }}<figcaption>Across: the time of a step against the baseline. Up: what it bought.</figcaption></figure>
 </div>
 </section>
 {% endfor %}
@@ -119,7 +119,8 @@ def render(report: Findings) -> str:
 
 def default_title(report: Findings) -> str:
     ideas = list(dict.fromkeys(outcome.idea for outcome in report.outcomes))
-    shown = ', '.join(ideas) if len(ideas) <= 4 else f'{len(ideas)} ideas'
+    comma = '; ' if any(',' in idea for idea in ideas) else ', '
+    shown = comma.join(ideas) if len(ideas) <= 4 else f'{len(ideas)} ideas'
     verb = 'Does' if len(ideas) == 1 else 'Do'
     return f'{verb} {shown} help on {", ".join(report.tasks())}?'
 
@@ -167,6 +168,10 @@ def escape(text: str) -> str:
     return text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;').replace('"', '&quot;')
 
 
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f'{text[: most - 1].rstrip(" ,")}…'
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between two ends."""
     if not high > low:
@@ -211,7 +216,7 @@ def forest(outcomes: Sequence[Outcome]) -> str:
     parts.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top}" y2="{bottom}" stroke="var(--ink)"/>')
     for place, (outcome, found) in enumerate(shown):
         y, colour = top + row * (place + 0.5), f'var(--{CLASSES[outcome.verdict]})'
-        parts.append(f'<text x="{name_width - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(outcome.idea[:34])}</text>')
+        parts.append(f'<text x="{name_width - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(cut(outcome.idea, 34))}</text>')
         title = f'{outcome.idea}: {signed(found.mean)} ({signed(found.low)} … {signed(found.high)}), {outcome.verdict}'
         parts.append(f'<g><title>{escape(title)}</title>')
         parts.append(
@@ -296,5 +301,7 @@ def cost_plane(outcomes: Sequence[Outcome]) -> str:
             end = x(time) > wide - 140
             at = x(time) + (-8 if end else 8)
             anchor = 'end' if end else 'start'
-            parts.append(f'<text x="{at:.1f}" y="{y(mean) + 4:.1f}" text-anchor="{anchor}">{escape(outcome.idea[:24])}</text>')
+            parts.append(
+                f'<text x="{at:.1f}" y="{y(mean) + 4:.1f}" text-anchor="{anchor}">{escape(cut(outcome.idea, 24))}</text>'
+            )
     return ''.join([*parts, '</svg>'])

@@ -51,6 +51,10 @@ def make_report(
     done = sum(experiment.store.settled(job) for job in jobs)
     report = Report(experiment.outcomes(broken), experiment.folder, done, len(jobs) - done, dict(about or {}))
     for question in experiment.questions:
+        for arm in question.arms:
+            failure = experiment.store.failure(experiment.cost(question, arm)) if experiment.costs else None
+            if failure is not None:
+                report.untimed[question.title, arm.name] = failure['why']
         report.baseline_curves[question.title] = experiment.curves(question)
         report.about.setdefault('questions', {})[question.title] = {
             'task': {name: value for name, value in experiment.identities[question.title].items() if name != 'source'},
