@@ -2,10 +2,11 @@
 
     python benchmarks/evidence.py loop        processor time of a run of one-layer MQAR: 2,000 steps of 64 rows
     python benchmarks/evidence.py overhead    the whole command beside its optimizer steps alone, in turns
+    python benchmarks/evidence.py share       the same from one command: its processor time beside what its own steps took
     python benchmarks/evidence.py workers     the whole command with one worker and with two, in turns
 
 A measurement is a ratio of two that were taken in turns, and the median over `--pairs`. On a machine that does other work too,
-only the processor times mean something.
+only the processor times mean something, and of these `share` the most: both numbers are of the same minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from x_transformers.evidence.estimate import timed
 from x_transformers.evidence.execute import execute, one_thread, prepared_model, quiet
+from x_transformers.evidence.plan import question
 from x_transformers.evidence.runs import ArmRun, Settings, TaskName
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
@@ -77,12 +80,23 @@ def in_another_process(words: Sequence[str]) -> tuple[float, float, str]:
     return cpu, time.perf_counter() - started, done.stdout
 
 
-def command(steps: int, seeds: int, workers: int) -> tuple[float, float]:
-    """(processor time, wall time) of the whole command, from its start to its last line."""
+def command(steps: int, seeds: int, workers: int) -> tuple[float, float, list[float]]:
+    """(processor time, wall time) of the whole command, from its start to its last line, and the processor time of each run."""
     with tempfile.TemporaryDirectory() as folder:
         words = ['-m', 'x_transformers', 'ablate', *WORDS, '--steps', str(steps), '--seeds', str(seeds)]
         cpu, wall, _ = in_another_process([*words, '--workers', str(workers), '--out', str(Path(folder) / 'out')])
-    return cpu, wall
+        results = [json.loads(path.read_text()) for path in Path(folder).glob('out/runs/*/result.json')]
+    return cpu, wall, [result['seconds'] for result in results if 'value' in result]
+
+
+def evaluating(steps: int) -> float:
+    """The share of a run that evaluations take."""
+    one_thread()
+    asked = question({'task': 'mqar'}, {'depth': 1}, (), seeds=1, settings={'steps': steps})
+    with quiet():
+        step, evaluation = timed(asked)
+    evaluations = len(asked.settings.evaluated()) * evaluation
+    return evaluations / (evaluations + steps * step)
 
 
 def loop() -> dict[str, Any]:
@@ -97,10 +111,20 @@ def overhead(steps: int, seeds: int, pairs: int) -> dict[str, Any]:
     found = []
     for _ in range(pairs):
         alone = json.loads(in_another_process([__file__, 'training', '--steps', str(steps), '--seeds', str(seeds)])[2])
-        cpu, wall = command(steps, seeds, workers=1)
+        cpu, wall, _ = command(steps, seeds, workers=1)
         found.append({'processor': cpu / alone['processor'] - 1, 'wall': wall / alone['wall'] - 1})
     medians = {name: statistics.median(one[name] for one in found) for name in ('processor', 'wall')}
     return {'steps': steps, 'runs': 2 * seeds, 'pairs': found, **medians, 'wanted': 0.05}
+
+
+def share(steps: int, seeds: int, pairs: int) -> dict[str, Any]:
+    found = []
+    for _ in range(pairs):
+        cpu, _, runs = command(steps, seeds, workers=1)
+        evaluations = evaluating(steps)
+        found.append({'processor': cpu / (sum(runs) * (1 - evaluations)) - 1, 'evaluations': evaluations, 'seconds': cpu})
+    median = statistics.median(one['processor'] for one in found)
+    return {'steps': steps, 'runs': 2 * seeds, 'pairs': found, 'processor': median, 'wanted': 0.05}
 
 
 def workers(steps: int, seeds: int, pairs: int) -> dict[str, Any]:
@@ -114,7 +138,7 @@ def workers(steps: int, seeds: int, pairs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['loop', 'overhead', 'workers', 'training'])
+    parser.add_argument('what', choices=['loop', 'overhead', 'share', 'workers', 'training'])
     parser.add_argument('--steps', type=int, default=2000)
     parser.add_argument('--seeds', type=int, default=4)
     parser.add_argument('--pairs', type=int, default=3)
@@ -126,7 +150,7 @@ def main() -> None:
     elif options.what == 'loop':
         found = loop()
     else:
-        measure = overhead if options.what == 'overhead' else workers
+        measure = {'overhead': overhead, 'share': share, 'workers': workers}[options.what]
         found = measure(options.steps, options.seeds, options.pairs)
     print(json.dumps({'measured': options.what, 'processors': os.cpu_count(), 'torch': torch.__version__, **found}))
 

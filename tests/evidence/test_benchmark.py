@@ -39,7 +39,20 @@ def test_training_alone_is_as_many_steps_and_no_evaluation(benchmark_of_evidence
 
 def test_ratios_are_those_of_measurements_in_turns(benchmark_of_evidence: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_of_evidence, 'in_another_process', lambda words: (0, 0, '{"processor": 10, "wall": 20}'))
-    monkeypatch.setattr(benchmark_of_evidence, 'command', lambda steps, seeds, workers: (11.0, 24.0 / workers))
+    monkeypatch.setattr(benchmark_of_evidence, 'command', lambda steps, seeds, workers: (11.0, 24.0 / workers, [4.0, 5.0]))
     found = benchmark_of_evidence.overhead(steps=1, seeds=3, pairs=2)
     assert (found['runs'], found['processor'], found['wall']) == (6, pytest.approx(0.1), pytest.approx(0.2))
     assert benchmark_of_evidence.workers(steps=1, seeds=3, pairs=3)['gain'] == pytest.approx(2)
+
+
+def test_the_share_of_a_command_is_that_of_its_own_steps(benchmark_of_evidence: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_of_evidence, 'command', lambda steps, seeds, workers: (10.0, 0.0, [4.0, 6.0]))
+    monkeypatch.setattr(benchmark_of_evidence, 'evaluating', lambda steps: 0.2)
+    assert benchmark_of_evidence.share(steps=1, seeds=1, pairs=2)['processor'] == pytest.approx(10 / 8 - 1)
+
+
+def test_evaluations_are_counted(benchmark_of_evidence: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_of_evidence, 'one_thread', lambda: None)
+    monkeypatch.setattr(benchmark_of_evidence, 'timed', lambda question: (0.5, 2.0))
+    # 12 evaluations of two seconds beside 400 steps of half a second
+    assert benchmark_of_evidence.evaluating(400) == pytest.approx(24 / 224)
