@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from x_transformers.position.relative import RelativePositionBias
+
 
 @pytest.fixture
 def benchmark_of_evidence() -> ModuleType:
@@ -56,3 +58,18 @@ def test_evaluations_are_counted(benchmark_of_evidence: Any, monkeypatch: pytest
     monkeypatch.setattr(benchmark_of_evidence, 'timed', lambda question: (0.5, 2.0))
     # 12 evaluations of two seconds beside 400 steps of half a second
     assert benchmark_of_evidence.evaluating(400) == pytest.approx(24 / 224)
+
+
+def test_what_a_bias_starts_from_is_shrunk() -> None:
+    path = Path(__file__).parents[2] / 'benchmarks' / 'start_of_bias.py'
+    spec = importlib.util.spec_from_file_location('start_of_bias', path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    bias = RelativePositionBias(scale=3.0, causal=True, heads=2)
+    before = bias.relative_attention_bias.weight.detach().clone()
+    module.shrink(torch.nn.Sequential(bias), 0.5)
+    assert torch.equal(bias.relative_attention_bias.weight, before / 2)
+    with pytest.raises(ValueError, match='must have a T5 bias'):
+        module.shrink(torch.nn.Linear(2, 2), 0.5)
