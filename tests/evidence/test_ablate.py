@@ -16,7 +16,7 @@ from x_transformers.cli.main import main
 from x_transformers.evidence import Task, ablate, estimate
 from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
 from x_transformers.evidence.findings import verdict_words
-from x_transformers.evidence.page import cut, default_title, forest, frame, ticks
+from x_transformers.evidence.page import abbreviated, default_title, forest, frame, ticks
 from x_transformers.evidence.plan import arm_of, pairs_of, parsed_value, question, read_plan, split_words
 from x_transformers.evidence.report import Report, make_report
 from x_transformers.evidence.runs import Settings, TaskName
@@ -423,8 +423,8 @@ def test_titles_and_names_on_a_page_can_be_told_apart(tmp_path: Path) -> None:
     assert default_title(made) == 'Do idea <0>, idea <1> help on task 0?'
     made.outcomes[0].idea = 'shift, zero init'
     assert default_title(made) == 'Do shift, zero init; idea <1> help on task 0?'
-    assert cut('shift, zero init', 16) == 'shift, zero init'
-    assert cut('shift, zero init', 7) == 'shift…'
+    assert abbreviated('shift, zero init', 16) == 'shift, zero init'
+    assert abbreviated('shift, zero init', 7) == 'shift…'
 
 
 # ---------------------------------------------------------------- Python

@@ -168,7 +168,7 @@ def escape(text: str) -> str:
     return text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;').replace('"', '&quot;')
 
 
-def cut(text: str, most: int) -> str:
+def abbreviated(text: str, most: int) -> str:
     return text if len(text) <= most else f'{text[: most - 1].rstrip(" ,")}…'
 
 
@@ -216,7 +216,9 @@ def forest(outcomes: Sequence[Outcome]) -> str:
     parts.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top}" y2="{bottom}" stroke="var(--ink)"/>')
     for place, (outcome, found) in enumerate(shown):
         y, colour = top + row * (place + 0.5), f'var(--{CLASSES[outcome.verdict]})'
-        parts.append(f'<text x="{name_width - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(cut(outcome.idea, 34))}</text>')
+        parts.append(
+            f'<text x="{name_width - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(abbreviated(outcome.idea, 34))}</text>'
+        )
         title = f'{outcome.idea}: {signed(found.mean)} ({signed(found.low)} … {signed(found.high)}), {outcome.verdict}'
         parts.append(f'<g><title>{escape(title)}</title>')
         parts.append(
@@ -302,6 +304,6 @@ def cost_plane(outcomes: Sequence[Outcome]) -> str:
             at = x(time) + (-8 if end else 8)
             anchor = 'end' if end else 'start'
             parts.append(
-                f'<text x="{at:.1f}" y="{y(mean) + 4:.1f}" text-anchor="{anchor}">{escape(cut(outcome.idea, 24))}</text>'
+                f'<text x="{at:.1f}" y="{y(mean) + 4:.1f}" text-anchor="{anchor}">{escape(abbreviated(outcome.idea, 24))}</text>'
             )
     return ''.join([*parts, '</svg>'])
