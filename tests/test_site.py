@@ -84,7 +84,7 @@ def test_search_finds_flags(site: Path, words: str) -> None:
         ('decode loop', 'caches.html'),
         ('torchrun', 'scaling.html'),
         ('llama weights', 'hugging_face.html'),
-        ('export free length', 'export.html'),
+        ('export dynamic length', 'export.html'),
         ('own block', 'own_modules.html'),
         ('original', 'migrating.html'),
         ('evaluate', 'evaluation.html'),
@@ -104,6 +104,14 @@ def found_by(site: Path, words: str) -> list[str]:
         if all(re.search(rf'\b{re.escape(word)}', text) for word in wanted):
             found.append(entry['location'])
     return found
+
+
+@pytest.mark.slow
+def test_the_reference_says_what_arguments_of_forwards_do(site: Path) -> None:
+    text = (site / 'api.html').read_text(encoding='utf-8')
+    for sentence in ('Scores of an earlier layer, added.', 'Logits for the last so many positions'):
+        assert sentence in text, sentence
+    assert 'as declared in' not in text
 
 
 @pytest.mark.slow
