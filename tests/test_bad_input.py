@@ -481,6 +481,8 @@ def test_ideas_of_tokens_in_models_without_them(name: str) -> None:
         ({'ttt_module_paths': (3,)}, ('ttt_module_paths must hold dotted paths', 'got 3')),
         ({'ttt_low_rank_paths': ((FF, 2), ('nowhere', 2))}, ('ttt_low_rank_paths', "no module 'nowhere'")),
         ({'ttt_low_rank_paths': ((FF, 99),)}, ('must lie in 1 to 16, got 99',)),
+        ({'ttt_module_paths': (FF, FF.rpartition('.')[0])}, ('apart from each other', f'{FF!r}, which is a part of it')),
+        ({'ttt_module_paths': (FF.rpartition('.')[0],), 'ttt_low_rank_paths': ((FF, 2),)}, ('apart from each other',)),
     ],
 )
 def test_a_path_that_is_not_there_leaves_the_net_as_it_was(ways: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -144,6 +144,7 @@ def test_every_parameter_is_trained() -> None:
         ({'temporal_parallel_passes': 1}, {}, 'temporal_parallel_passes=1.*must be at least 2'),
         ({'recirc_pairs': 'sideways'}, {}, 'recirc_pairs must be one of'),
         ({'recirc_pairs': [(3, 1)]}, {}, 'blocks 1 to 2'),
+        ({'recirc_pairs': ()}, {}, 'recirc_pairs must name a pair of blocks at least'),
         ({'transition': 'glue'}, {}, 'transition must be one of'),
         ({}, {'tie_embedding': False}, 'tie_embedding=True'),
     ],

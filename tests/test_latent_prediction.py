@@ -168,6 +168,22 @@ def test_sequences_too_short_for_the_rollouts_are_refused() -> None:
         LatentAutoregressive(net(), dim=DIM, num_rollouts=2)(torch.zeros(1, 3).long())
 
 
+def test_a_loss_that_is_reduced_already_is_refused() -> None:
+    model = NextLatentWrapper(net(), dim=DIM, loss_type=nn.MSELoss())
+    with pytest.raises(ValueError, match=r"gives a loss for each position, \(2, 6\).* got shape \(\).*reduction='none'"):
+        model(torch.zeros(2, 7).long())
+    whole, each = (NextLatentWrapper(net(), dim=DIM, loss_type=kind) for kind in ('mse', nn.MSELoss(reduction='none')))
+    each.load_state_dict(whole.state_dict())
+    x = torch.randint(11, (2, 7))
+    assert torch.equal(whole(x), each(x))
+
+
+@pytest.mark.parametrize('index', [2, -3])
+def test_predictors_read_an_attention_that_there_is(index: int) -> None:
+    with pytest.raises(ValueError, match=f'predictor_input_hiddens_index must name one of the 2 self attentions, got {index}'):
+        LatentAutoregressive(net(), dim=DIM, predictor_input_hiddens_index=index)
+
+
 def test_joint_embedding_loss_is_the_formula() -> None:
     model = randomized(
         LatentAutoregressive(net(), dim=DIM, num_rollouts=2, rollout_loss_weights=(1.0, 3.0), sigreg_loss_weight=0.0)

@@ -5,8 +5,9 @@ https://arxiv.org/abs/2512.23675
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,6 +178,17 @@ def make_fast(net: nn.Module, path: str) -> FastWeights:
 def pair_of(path: Any) -> tuple[str, str]:
     """(whose gradient, what it moves): a module and itself, unless a pair is given."""
     return tuple(path) if isinstance(path, (tuple, list)) and len(path) == 2 else (path, path)
+
+
+def check_apart(paths: Iterable[str]) -> None:
+    """Raise ValueError if a module and one inside of it are both to be trained on the way."""
+    names = sorted(set(paths))
+    for inner, outer in permutations(names, 2):
+        if inner.startswith(f'{outer}.'):
+            raise ValueError(
+                f'ttt_module_paths and ttt_low_rank_paths must name modules apart from each other, got {outer!r} and '
+                f'{inner!r}, which is a part of it. Leave out one of them.'
+            )
 
 
 def check_low_rank(net: nn.Module, path: str, rank: int) -> nn.Linear:

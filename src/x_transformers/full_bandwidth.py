@@ -230,6 +230,8 @@ class FullBandwidth(Module):
             self.pairs.append((out, into))
             kind = own[0] if own else given.get((out, into), transition)
             self.transitions[f'{out}->{into}'] = self._transition('glu' if kind is None else kind, model.dim)
+        if not self.pairs:
+            raise ValueError(f'recirc_pairs must name a pair of blocks at least, got {recirc_pairs!r} with {depth} blocks.')
         self.feedback_pass_weight = feedback_pass_weight
         self.ignore_index, self.pad_value = ignore_index, pad_value
         self.jitter_noise_delta = jitter_noise_delta

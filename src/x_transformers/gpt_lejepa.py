@@ -91,10 +91,16 @@ class LatentAutoregressive(Module):
         super().__init__()
         options(LatentAutoregressiveOptions, 'LatentAutoregressive', locals())
         check_added_losses(net, 'LatentAutoregressive')
+        plan = getattr(getattr(net, 'attn_layers', None), 'plan', None)
+        layers = None if plan is None else [step.kind for step in plan.steps()].count('a')
         check_parameters(
             'LatentAutoregressive',
             not (predict_next_embed_with_action or predict_next_embed_no_action)
             and 'predict_next_embed_with_action or predict_next_embed_no_action must be True.',
+            predictor_input_hiddens_index is not None and layers is not None
+            and not -layers <= predictor_input_hiddens_index < layers
+            and f'predictor_input_hiddens_index must name one of the {layers} self attentions, got '
+                f'{predictor_input_hiddens_index}.',
             getattr(net, 'to_logits', None) is None and 'net must have a head, to_logits, which the probe reads into.',
         )  # fmt: skip
         model: Any = net

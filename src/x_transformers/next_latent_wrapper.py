@@ -160,7 +160,13 @@ class NextLatentWrapper(Module):
         """The loss of each position: a mean over channels."""
         if self.loss_fn is not None:
             loss: Tensor = self.loss_fn(predicted, target)
-            return loss.mean(dim=-1) if loss.ndim == 3 else loss
+            each = loss.mean(dim=-1) if loss.ndim == 3 else loss
+            if each.shape != predicted.shape[:-1]:
+                raise ValueError(
+                    f'loss_type must be a module that gives a loss for each position, {tuple(predicted.shape[:-1])}, or each '
+                    f"channel, got shape {tuple(loss.shape)}. Build it with reduction='none'."
+                )
+            return each
         if self.loss_type == 'smooth_l1':
             return F.smooth_l1_loss(predicted, target, reduction='none').mean(dim=-1)
         squared = F.mse_loss(predicted, target, reduction='none').mean(dim=-1)

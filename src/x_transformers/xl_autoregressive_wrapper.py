@@ -17,6 +17,7 @@ from x_transformers.fast_weights import (
     TestTimeTraining,
     TTTMetaLearningTargetKLLoss,
     TTTNextLatentPredictionLoss,
+    check_apart,
     check_low_rank,
     make_fast,
     make_low_rank,
@@ -152,6 +153,7 @@ class XLAutoregressiveWrapper(Module):
             check_low_rank(self.net, path, rank)
         for part in chain.from_iterable(map(pair_of, ttt_module_paths)):
             module_at(self.net, part)
+        check_apart(chain.from_iterable(map(pair_of, paths)))
         for path, rank in ttt_low_rank_paths:
             make_low_rank(self.net, path, rank, ttt_low_rank_replaces)
         self.ttt = self._training_on_the_way(paths, ttt_lr, ttt_wd, ttt_muon_steps if ttt_use_muon else None, ttt_muon_lr)
