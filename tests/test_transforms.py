@@ -108,6 +108,10 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     'a decoder': lambda: net(rotary_pos_emb=True),
     'an encoder': lambda: net(Encoder),
     'biases by distance': lambda: net(alibi_pos_bias=True),
+    'experts': lambda: net(ff_experts=4),
+    'interspersed memory tokens': lambda: TransformerWrapper(
+        num_tokens=24, max_seq_len=64, num_memory_tokens=1, memory_tokens_interspersed_every=4, attn_layers=Decoder(**STACK)
+    ).eval(),
     'memory keys and few key heads': lambda: net(attn_num_mem_kv=2, attn_kv_heads=1),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.grouped import GroupedLinear, combine, dispatch, transformed
-from x_transformers.helpers import without_autocast
+from x_transformers.helpers import is_traced, without_autocast
 from x_transformers.module import ExactBuffers, Module, empty_parameter
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -146,7 +146,7 @@ class Experts(Module):
     ) -> tuple[Float[Tensor, '... e'], Float[Tensor, ''] | None]:
         rows = x.reshape(-1, x.shape[-1])
         routed = self.router(rows, None if tokens is None else tokens.reshape(-1))
-        run = self._on_all if transformed() or torch.compiler.is_exporting() else self._on_chosen
+        run = self._on_all if transformed() or is_traced() or torch.compiler.is_exporting() else self._on_chosen
         out = run(rows, routed)
         out = out.view(*x.shape[:-1], out.shape[-1])
         return out if self.shared is None else out + self.shared(x), routed.loss
