@@ -108,6 +108,12 @@ PAIR = (torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8))
         case('no tokens at all', lambda: net()(None), 'x', 'prepend_embeds'),
         case('too long', lambda: net()(LATE), 'max_seq_len=8', '9'),
         case('float mask', lambda: net()(IDS, mask=ONES.float()), 'mask', 'float32', 'bool'),
+        case('a mask of nothing', lambda: net()(IDS, prepend_mask=[True]), 'prepend_mask', 'boolean tensor', 'list'),
+        case('a mask of nothing for more rows', lambda: net()(IDS, prepend_mask=LATE.bool().expand(3, -1, -1)[:, 0]), '(3, 9)'),
+        case('rounds as a tensor', lambda: net()(IDS, recycle_steps=ONES), 'recycle_steps', 'whole number'),
+        case('last positions as a list', lambda: net()(IDS, logits_last=[1]), 'logits_last', 'whole number from 1', '[1]'),
+        case('a threshold as a tensor', lambda: net()(IDS, looped_exit_prob_threshold=VECTORS), 'threshold', '(2, 6, 16)'),
+        case('position embeddings of another width', lambda: net()(IDS, pos=VECTORS[..., :5]), 'pos', 'width 16', '(2, 6, 5)'),
         case('whole-number mask', lambda: net()(IDS, mask=ONES.long()), 'mask', 'int64', 'bool'),
         case('mask too short', lambda: net()(IDS, mask=ONES[:, :4]), 'mask', '(2, 4)', '6'),
         case('mask of another batch', lambda: net()(IDS, mask=ONES[:1]), 'mask', '(1, 6)', '2'),
@@ -645,6 +651,14 @@ def test_tokens_are_not_shifted_by_less_than_none() -> None:
 @pytest.mark.parametrize(
     ('call', 'words'),
     [
+        case(
+            'angles alone',
+            lambda: attention()(VECTORS, rotary_pos_emb=VECTORS[..., :8]),
+            'rotary_pos_emb',
+            'scale',
+            '(2, 6, 8)',
+        ),
+        case('angles of no kind', lambda: attention()(VECTORS, polar_pos_emb=[1, 2]), 'polar_pos_emb', 'angles', 'list'),
         case('groups that do not divide', lambda: l2norm(VECTORS, groups=3), 'groups', '3', '(2, 6, 16)'),
         case('a mask of fewer tokens', lambda: shift(VECTORS, 1, mask=ONES[:, :3]), 'mask', '(2, 6)', '(2, 3)'),
         case('positions of four axes', lambda: ALIBI.forward_custom_pos(torch.zeros(1, 1, 1, 1)), '(b h n)', '(1, 1, 1, 1)'),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.inputs import BranchInputs, Deltas, ExtraKeys, Intermediates
-from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.mask import Mask, PackedSequences, describe
 from x_transformers.attention.project import held_rows
 from x_transformers.helpers import is_any
 from x_transformers.tensor_types import Bool, Float, Shaped
@@ -194,6 +194,14 @@ def front_columns(attn: AttentionParts, given: Keywords) -> int:
 # ---------------------------------------------------------------- positions
 
 
+def check_angles(name: str, pair: Any) -> None:
+    """Raise TypeError for what no embedding of positions gives, such as its angles alone."""
+    fits = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], Tensor)
+    if not fits or not pair[0].is_floating_point() or pair[0].ndim not in (2, 3):
+        got = describe(pair) if isinstance(pair, Tensor) else f'a {type(pair).__name__}'
+        raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {got}')
+
+
 def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
     rotary, context_rotary, polar = (given[name] for name in ('rotary_pos_emb', 'context_rotary_pos_emb', 'polar_pos_emb'))
     if rotary is not None and polar is not None:
@@ -203,6 +211,7 @@ def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
 
         if given['context'] is not None:
             raise ValueError('polar_pos_emb is for self attention: it cannot be given with context')
+        check_angles('polar_pos_emb', polar)
         return PolarPositions(*polar)
     if (rotary is None or given['context'] is None) and context_rotary is not None:
         raise ValueError('context_rotary_pos_emb needs context and rotary_pos_emb')
@@ -212,7 +221,10 @@ def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
 
     if given['context'] is not None and context_rotary is None:
         raise ValueError('rotary_pos_emb with a context needs context_rotary_pos_emb, the positions of the context')
+    check_angles('rotary_pos_emb', rotary)
     freqs, scale = rotary
+    if context_rotary is not None:
+        check_angles('context_rotary_pos_emb', context_rotary)
     return RotaryPositions(freqs, scale, context_rotary)
 
 

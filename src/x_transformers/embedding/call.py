@@ -240,6 +240,9 @@ def check_added(call: Call, batch: int, dim: int, absolute: bool) -> None:
                 f'seq_start_pos must lie in 0 … {length}, the tokens of a row, got {low} to {high}. It counts the pads '
                 'in front of each row.'
             )
+    if call.prepend_embeds is None and call.prepend_mask is not None:
+        width = call.prepend_mask.shape[-1] if isinstance(call.prepend_mask, Tensor) and call.prepend_mask.ndim else 0
+        check_mask(call.prepend_mask, batch, width, 'prepend_mask', 'one entry per prepended embedding')
     # behind a cache they may speak of what is in it
     for name, needed in without_needed(call, NEEDS) if call.cache is None else ():
         warn_inert('forward', [f'`{name}` does nothing without `{needed}`. Give these, or leave this out.'])
@@ -261,6 +264,8 @@ def check_added(call: Call, batch: int, dim: int, absolute: bool) -> None:
                 'pos of shape (b h n) gives each head positions of its own, and absolute positions are added to tokens: '
                 'build the model with use_abs_pos_emb=False.'
             )
+        if call.pos_ids is None and not is_any(call.pos.shape[-1], 1, dim):
+            raise ValueError(f'pos of floating dtype are embeddings of width {dim}, got {tuple(call.pos.shape)}.')
     added = call.sum_embeds
     if added is not None and (not isinstance(added, Tensor) or not added.is_floating_point()):
         got = added.dtype if isinstance(added, Tensor) else f'a {type(added).__name__}'
@@ -273,8 +278,7 @@ def check_last(count: int, is_sequence: bool) -> None:
     """``logits_last`` asks for one position at least, of a model that reads each position."""
     if not is_sequence:
         raise ValueError(f'logits_last={count}: the logits of this model are those of pooled tokens.')
-    if count < 1:
-        raise ValueError(f'logits_last is {count}; at least the last position must be read.')
+    check_number('logits_last', count, low=1)
 
 
 def check_prepended(embeds: Float[Tensor, 'b p e'], mask: Bool[Tensor, 'b p'] | None, batch: int, dim: int) -> None:

@@ -21,6 +21,7 @@ from x_transformers.embedding.call import Call
 from x_transformers.embedding.recycle import recycle, rounds
 from x_transformers.helpers import default
 from x_transformers.latent_prediction import masked_average
+from x_transformers.layers.arguments import shown_as
 from x_transformers.layers.checks import check_steps
 from x_transformers.losses import token_cross_entropy
 from x_transformers.tensor_types import Bool, Float, Int
@@ -51,14 +52,14 @@ class LoopCall:
     threshold: float = 0.9
 
     def check(self, looped: bool) -> None:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise ValueError(f'looped_exit_prob_threshold must be a number, got {shown_as(self.threshold)}.')
         # field by field: a compiler that keeps numbers open cannot compare the objects
         told = self.steps is not None or self.all_logits is not None or not self.exits or self.threshold != LoopCall.threshold
         if not looped and told:
             raise ValueError('looped_... arguments must go to a model with looped=True. Build it so, or leave them out.')
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
             raise ValueError(f'looped_steps must be at least 1, a whole number, got {self.steps!r}.')
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise ValueError(f'looped_exit_prob_threshold must be a number, got {self.threshold!r}.')
 
 
 def run_rounds(

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from x_transformers.layers.arguments import check_number
 from x_transformers.randomness import whole
 from x_transformers.tensor_types import Float
 
@@ -17,7 +18,8 @@ R = TypeVar('R')
 def rounds(asked: int | None, *, recycling: bool, training: bool, longest: int) -> int:
     """How often the stack is run: as asked, or drawn from 1 to ``longest`` in training."""
     if not recycling:
-        if asked not in (None, 1):
+        check_number('recycle_steps', asked)
+        if asked is not None and asked != 1:
             raise ValueError(f'recycle_steps={asked}: this model was built without recycling=True, so the stack runs once.')
         return 1
     if asked is None:

@@ -119,12 +119,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
+def shown_as(value: Any) -> str:
+    """A value in an error: of a tensor its shape."""
+    return f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)
+
+
 def check_number(name: str, value: Any, low: int | None = None) -> None:
     """An argument that is one whole number, or nothing."""
     counted = isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point()
     fits = value is None or counted or (is_number(value) and (low is None or value >= low))
     if not fits:
-        raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, but is {value!r}')
+        raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, but is {shown_as(value)}')
 
 
 def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> int:
