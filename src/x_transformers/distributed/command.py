@@ -63,7 +63,8 @@ def train_or_say_why(parse: Callable[[], Any]) -> int:
             raise  # what was asked for was help
         found = error
     try:
-        check_alike(found)
+        # it is held, as the others find the main process by it when the grid is made
+        _store = check_alike(found)
         if isinstance(found, BaseException):
             raise found
         world = start(found.degrees, found.options.device or 'auto', timeout=found.options.timeout)
@@ -238,8 +239,8 @@ def beside(options: TrainOptions) -> dict[str, bool]:
     return {name: getattr(options, name) for name in WITH_TENSOR}
 
 
-def check_alike(found: OwnOptions | BaseException) -> None:
-    """Compare with what the other processes were started with, before a grid is made of them.
+def check_alike(found: OwnOptions | BaseException) -> Any:
+    """Compare with what the other processes were started with, before a grid is made of them; the store that holds it.
 
     Errors: ``MeshError`` if that is not the same, or one of the others has found fault with it.
     """
@@ -250,13 +251,13 @@ def check_alike(found: OwnOptions | BaseException) -> None:
         own = ('its options cannot be read.' if isinstance(found, SystemExit) else str(found), {}, {})
         timeout = JOIN_TO_COMPLAIN
     try:
-        everywhere = told_by_all(own, timeout=timeout)
+        store, everywhere = told_by_all(own, timeout=timeout)
     except (dist.DistError, ValueError) as error:  # they do not come, or it was not said where they are
         if own[0]:
-            return  # the others may never have been started
+            return None  # the others may never have been started
         raise MeshError(f'not all processes can be reached ({str(error).splitlines()[0][:120]}). Start all of them.') from error
     if own[0] and everywhere[0][0]:
-        return  # the main process tells its own
+        return store  # the main process tells its own
     if everywhere[0][0]:
         raise MeshError(everywhere[0][0])
     for rank, (problem, flags, options) in enumerate(everywhere):
@@ -268,10 +269,11 @@ def check_alike(found: OwnOptions | BaseException) -> None:
             raise MeshError(
                 f'all processes must have the same options, got others in process {rank}: {", ".join(names)}. Start them alike.'
             )
+    return store
 
 
-def told_by_all(own: Any, *, timeout: float) -> list[Any]:
-    """What each process tells, in the order of their numbers, through the store that they find each other by."""
+def told_by_all(own: Any, *, timeout: float) -> tuple[Any, list[Any]]:
+    """(the store that processes find each other by, what each of them tells through it in the order of their numbers)."""
     store, rank, size = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
     store.set(f'x-transformers/{rank}', pickle.dumps(own))
     everywhere = [pickle.loads(store.get(f'x-transformers/{each}')) for each in range(size)]
@@ -280,7 +282,7 @@ def told_by_all(own: Any, *, timeout: float) -> list[Any]:
     deadline = time.monotonic() + PATIENCE
     while rank == 0 and store.add('x-transformers/read', 0) < size and time.monotonic() < deadline:
         time.sleep(0.01)
-    return everywhere
+    return store, everywhere
 
 
 def of_main(world: World, act: Callable[[], T]) -> T:
