@@ -90,7 +90,7 @@
   holder.append(
     controls, element('pre', {}, line), numbers,
     element('div', { class: 'drawn' }, block,
-      element('figure', {}, seen, element('figcaption', {}, 'who sees whom')),
+      element('figure', {}, seen, element('figcaption', {}, 'attention mask')),
       element('figure', {}, scores, element('figcaption', {}, 'with positions'))),
   );
 

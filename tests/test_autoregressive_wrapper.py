@@ -293,7 +293,7 @@ def test_eval_decorator() -> None:
         (ValueError, 'prompt_lookup', ids(1, 3), {'prompt_lookup': 0}),
         (ValueError, 'draft model has 5', ids(1, 3), {'draft_model': Toy(vocabulary=5)}),
         (ValueError, 'amateur has 5', ids(1, 3), {'amateur_model': Toy(vocabulary=5)}),
-        (AssertionError, '2 amateurs and 1', ids(1, 3), {'amateur_model': (Toy(), Toy())}),
+        (AssertionError, 'each of the 2 amateurs, got 1', ids(1, 3), {'amateur_model': (Toy(), Toy())}),
         (TypeError, 'amateur_model', ids(1, 3), {'amateur_model': ['no']}),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_cache_with_absolute_positions_ends_at_the_maximum() -> None:
     assert model.generate(ids(1, 4), 3, temperature=0.0).shape == (1, 3)
     net.fed.clear()
     for kind in (AssertionError, ValueError):
-        with pytest.raises(kind, match=r'cannot be used beyond max_seq_len \(6\).*rotary'):
+        with pytest.raises(kind, match=r'at most max_seq_len=6 tokens .*rotary'):
             model.generate(ids(1, 4), 4, temperature=0.0)
     assert net.fed == []
     free = model.generate(ids(1, 4), 4, temperature=0.0, cache_kv=False)

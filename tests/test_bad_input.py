@@ -226,7 +226,7 @@ def test_decoding_past_the_end() -> None:
         case('float mask', lambda: attention()(VECTORS, mask=ONES.float()), 'mask', 'boolean', 'float32'),
         case('short mask', lambda: attention()(VECTORS, mask=ONES[:, 1:]), 'mask', '(2, 5)', '6'),
         case('context width', lambda: attention(dim_context=4)(VECTORS, context=VECTORS), 'context', '4', '(2, 6, 16)'),
-        case('context missing', lambda: attention(dim_context=4)(VECTORS), 'context', 'missing', '4'),
+        case('context missing', lambda: attention(dim_context=4)(VECTORS), 'context must be given', '4'),
         case('bias of another size', lambda: attention()(VECTORS, attn_bias=torch.zeros(5, 6)), 'attn_bias', '(5, 6)', '6'),
         case('boolean bias', lambda: attention()(VECTORS, attn_bias=torch.ones(6, 6).bool()), 'attn_bias', 'bool'),
         case('views missing', lambda: attention(qkv_receive_diff_residuals=True)(VECTORS), 'x', '3'),
@@ -347,7 +347,7 @@ def pair() -> XTransformer:
             'contrastive_decode_kwargs', 'gamma', 'alpha',
         ),
         case('mask over half of a prompt', lambda: gpt().generate(IDS, 1, mask=ONES[:, :3]), 'mask', '3', '6'),
-        case('prompt beyond the window', lambda: gpt().generate(LATE, 2), 'max_seq_len (8)', '10'),
+        case('prompt beyond the window', lambda: gpt().generate(LATE, 2), 'max_seq_len=8', '10'),
         case('memories of no list', lambda: net()(IDS, mems='all'), 'mems', 'str'),
         case(
             'memories of another model',
@@ -392,7 +392,7 @@ def pair() -> XTransformer:
         case(
             'suffix of nothing',
             lambda: BeliefStateWrapper(net(), net()).generate_with_suffix_cond(IDS, 1, suffix=IDS[:, :0]),
-            'suffix', 'empty',
+            'suffix', 'at least one token',
         ),
         case('source of nothing', lambda: pair().generate(IDS[:, :0], IDS, 1), 'source', '(2, 0)'),
         case('image as a list', lambda: ViTransformerWrapper(

@@ -76,7 +76,7 @@ def test_refusals(broken: dict[str, Any], says: str) -> None:
 
 
 def test_mask_or_lens() -> None:
-    with pytest.raises(ValueError, match='Give one of them'):
+    with pytest.raises(ValueError, match='lens and mask must not both be given'):
         autoencoder()(torch.randn(1, 3, 8), torch.tensor([2]), mask=torch.ones(1, 3).bool())
 
 

@@ -127,7 +127,7 @@ def test_a_patched_forward_is_called(part: str) -> None:
 
 def test_tables_may_be_replaced() -> None:
     net, x = decoder(length=8), ids(1, 12)
-    with pytest.raises(ValueError, match='longer than max_seq_len=8'):
+    with pytest.raises(ValueError, match='at most max_seq_len=8 tokens'):
         net(x)
     longer = AbsolutePositionalEmbedding(DIM, 20)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_tables_may_be_replaced() -> None:
     short = net(x[:, :8])
     net.pos_emb = longer
     assert torch.allclose(net(x)[:, :8], short, atol=1e-5)
-    with pytest.raises(ValueError, match='longer than max_seq_len=20'):
+    with pytest.raises(ValueError, match='at most max_seq_len=20 tokens'):
         net(ids(1, 21))
 
 

@@ -145,7 +145,7 @@ def test_builds_without_memory() -> None:
 
 
 def test_wrong_width_is_named() -> None:
-    with pytest.raises(ValueError, match='takes inputs of 4 features, but x has 5'):
+    with pytest.raises(ValueError, match=r'must have 4 features in its last axis, got shape .*5\)'):
         FeedForward(4)(torch.randn(2, 3, 5))
 
 

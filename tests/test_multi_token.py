@@ -171,7 +171,7 @@ def test_the_other_way_round_is_refused_by_name() -> None:
         build(average_pool_embed=True)
     with pytest.warns(InertFlagWarning, match='multi_token_heads'):
         assert build(return_only_embed=True).later_tokens is None
-    with pytest.raises(ValueError, match='build the model with multi_token_heads'):
+    with pytest.raises(ValueError, match='Build the model with multi_token_heads'):
         build(1)(ids(1, 4), return_multi_token_logits=True)
     with pytest.raises(FlagError, match='multi_token_loss_weight'):
         AutoregressiveWrapper(build(), multi_token_loss_weight=-1.0)
@@ -314,5 +314,5 @@ def test_a_model_without_logits_says_so() -> None:
             return_only_embed=True,
             multi_token_heads=2,
         )
-    with pytest.raises(ValueError, match='built with return_only_embed=True and has no logits'):
+    with pytest.raises(ValueError, match='model without logits, which was built with return_only_embed=True'):
         net(torch.zeros(1, 3).long(), return_multi_token_logits=True)

@@ -234,9 +234,9 @@ def test_training_one_part_only() -> None:
     losses.loss.backward()
     assert net.token_critic.to_logits.weight.grad is not None
     assert net.net.to_logits.weight.grad is None, 'the logits were made without gradient'
-    with pytest.raises(ValueError, match='there is no critic'):
+    with pytest.raises(ValueError, match='must be False without a critic'):
         model()(x, only_train_critic=True)
-    with pytest.raises(ValueError, match='nothing to train'):
+    with pytest.raises(ValueError, match='must not both be True'):
         net(x, only_train_critic=True, only_train_generator=True)
 
 
@@ -375,7 +375,7 @@ def test_bad_input_is_named() -> None:
 
 def test_what_would_do_nothing_is_refused() -> None:
     net = TransformerWrapper(num_tokens=7, max_seq_len=6, attn_layers=Decoder(dim=8, depth=1, heads=2, attn_dim_head=4))
-    with pytest.raises(FlagError, match='`net` has a causal stack, Decoder'):
+    with pytest.raises(FlagError, match='`net` must have a bidirectional stack, got Decoder'):
         NonAutoregressiveWrapper(net, mask_id=MASK)
     alone = model()
     with pytest.warns(InertFlagWarning, match=r'noise_level_scale=2\.0. does nothing without .token_critic. or'):

@@ -524,7 +524,7 @@ def test_flags_that_cannot_be(flags: dict[str, Any], says: str) -> None:
         ({'x': torch.full((2, 3), 0.5)}, TypeError, 'x must be integers'),
         ({'x': torch.full((1, 3), TOKENS)}, IndexError, 'range from 19 to 19'),
         ({'x': torch.zeros(3).long()}, ValueError, 'batch of sequences'),
-        ({'x': torch.zeros(1, 33).long()}, ValueError, 'longer than max_seq_len=32'),
+        ({'x': torch.zeros(1, 33).long()}, ValueError, 'at most max_seq_len=32 tokens'),
         ({'mask': torch.ones(2, 3)}, TypeError, 'boolean'),
         ({'mask': torch.ones(2, 3).bool()}, ValueError, r'\(2, 12\)'),
         ({'pos': torch.arange(3)}, ValueError, 'pos must have one entry'),

@@ -222,7 +222,7 @@ def test_other_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match='causal'):
         UniversalPretrainWrapper(encoder(length=12), **SMALL)
     machine = SyntheticDataGenerator(8, 5)
-    with pytest.raises(ValueError, match='seed, a condition'):
+    with pytest.raises(ValueError, match='seed or condition must be given'):
         machine.generate(3)
     with pytest.raises(ValueError, match='condition must be'):
         machine.generate(3, seed=ids(2, 3), condition=ids(1, 3))

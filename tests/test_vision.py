@@ -99,7 +99,7 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_bytes_and_two_answers_at_once_are_refused() -> None:
     with pytest.raises(TypeError, match='255'):
         build()(torch.zeros(1, 2, 6, 6, dtype=torch.uint8))
-    with pytest.raises(ValueError, match='exclude each other'):
+    with pytest.raises(ValueError, match='must not both be True'):
         build()(torch.randn(1, 2, 6, 6), return_embeddings=True, return_logits_and_embeddings=True)
 
 

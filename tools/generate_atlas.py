@@ -68,17 +68,16 @@ def generated() -> tuple[str, str]:
     text = [
         '# Atlas of ideas',
         '',
-        f'{len(arms)} ideas on {len(tasks)} tasks with {made.questions[0].seeds} paired seeds, at a size at which a run takes',
-        'seconds.',
-        f'{done}. `make atlas` does what is missing and writes this page;',
-        'the results are kept in `docs/atlas/results.jsonl`, tasks, sizes and ideas in',
-        '`docs/atlas/atlas.toml`. What the verdicts mean, and how they are calibrated: [ablate.md](ablate.md).',
+        f'This page measures {len(arms)} ideas on {len(tasks)} tasks with {made.questions[0].seeds} paired seeds. A run takes',
+        f'seconds. {done}. `make atlas` runs what is missing and writes',
+        'this page. `docs/atlas/results.jsonl` stores the results; `docs/atlas/atlas.toml` defines tasks, sizes and ideas.',
+        '[ablate.md](ablate.md) explains the verdicts and their calibration.',
         '',
         '**Read with care.** These are small models, trained for a few hundred steps. An idea that helps here is worth a trial',
         'elsewhere, and no more: ranks at two sizes of 1.2 and 3 billion parameters correlate at −0.27',
-        '([2605.20798](https://arxiv.org/abs/2605.20798)). With three seeds and so many ideas, p is corrected strictly,',
-        'and much stays *not resolved*. What is about several widths, such as μP, cannot show at one: its verdict is in',
-        '[recipes.md](recipes.md#a-rate-for-another-width).',
+        '([2605.20798](https://arxiv.org/abs/2605.20798)). With three seeds and so many ideas, p is corrected strictly, and',
+        'many ideas stay *not resolved*. Ideas about several widths, such as μP, cannot show an effect at one width:',
+        '[recipes.md](recipes.md#a-rate-for-another-width) has the verdict.',
         '',
         '![Every idea on every task](assets/atlas.svg)',
         '',
@@ -121,7 +120,8 @@ def generated() -> tuple[str, str]:
 
 def public_table(made: Experiment, by: dict[tuple[str, str], Outcome]) -> list[str]:
     tasks = [q.title for q in made.questions]
-    lines = ['', '## Beside public verdicts', '', 'Of language models of other sizes; + helps, − hurts, 0 neither.', '']
+    about = 'The public verdicts are about language models of other sizes: + helps, − hurts, 0 neither.'
+    lines = ['', '## Beside public verdicts', '', about, '']
     lines += ['| idea | ' + ' | '.join(LOGS) + ' | ours |', '|' + ' --- |' * (len(LOGS) + 2)]
     for words, idea, *logs in PUBLIC:
         ours = [f'{task}: {short(by[task, idea])}' for task in tasks if (task, idea) in by]

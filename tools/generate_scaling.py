@@ -17,13 +17,13 @@ def table() -> str:
     said = {(refusal.kind, refusal.flag): refusal.reason for refusal in REFUSALS}
     equal = [kind for kind in KINDS if kind not in kinds]
     lines = [
-        f'Every flag is equal under {", ".join(equal)}. So are the flags that this table does not name, under all kinds. '
-        'What is refused with tensor is so with sequence and loss parallel, which go beside it.',
+        f'Every flag gives equal results with {", ".join(equal)}. Flags that this table does not name do with all '
+        'kinds. A flag refused with tensor is also refused with sequence and loss parallel, which are used together with it.',
         '',
     ]
     lines += [f'| flag | {" | ".join(kinds)} |', f'| --- |{" --- |" * len(kinds)}']
     lines += [f'| `{flag}` | ' + ' | '.join(said.get((kind, flag), 'equal') for kind in kinds) + ' |' for flag in flags]
-    lines += ['', '| refused with every flag | what is said |', '| --- | --- |']
+    lines += ['', '| refused with every flag | error message |', '| --- | --- |']
     lines += [f'| `--pipeline` with `--{name}` | {sentence} |' for name, sentence in NOT_TOGETHER.items()]
     lines += [f'| `--{name}` | {sentence} |' for name, sentence in NOT_PROVEN.items()]
     return '\n'.join(lines)

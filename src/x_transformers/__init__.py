@@ -1,4 +1,4 @@
-"""Transformers with many published ideas, each a flag. Public names are loaded when they are first used."""
+"""Transformers in which each published idea is a flag. Public names are loaded when they are first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upstream's path for attention proper and its helper functions; each lives in a module of its own."""
+"""Upstream's module path for the attention operation and its helpers; each is defined in another module."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def unpack_one(t: Shaped[Tensor, '...'], ps: Sequence[Sequence[int]], pattern: s
 def around_star(pattern: str) -> tuple[int, int]:
     names = pattern.split()
     if names.count('*') != 1:
-        raise ValueError(f"a pattern such as 'b * d' needs exactly one star, got {pattern!r}")
+        raise ValueError(f"pattern must hold exactly one star, such as 'b * d', got {pattern!r}.")
     place = names.index('*')
     return place, len(names) - place - 1
 

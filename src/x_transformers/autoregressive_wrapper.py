@@ -1,4 +1,4 @@
-"""A language model: the loss of the next token, and text made from it."""
+"""Language models: the next-token loss, and generation."""
 
 from __future__ import annotations
 
@@ -80,19 +80,19 @@ class AutoregressiveWrapper(Module):
     """Trains a net to predict the next token and generates with it.
 
     Args:
-        net: such as ``TransformerWrapper`` around a ``Decoder``; one that ``net(x, return_intermediates=True) -> (logits,
-            intermediates)`` can be called on.
-        ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``.
-        pad_value: the id for those, for left padding, and for everything after an end token.
-        mask_prob: share of the tokens, never the first, that nobody may attend to (https://arxiv.org/abs/2210.13432).
+        net: a module with ``net(x, return_intermediates=True) -> (logits, intermediates)``, such as a ``TransformerWrapper``
+            around a ``Decoder``.
+        ignore_index: targets excluded from the loss; in the input they are replaced by ``pad_value``.
+        pad_value: the id that replaces those, pads prompts on the left, and fills rows after an end token.
+        mask_prob: fraction of the tokens, never the first, that no query may attend to (https://arxiv.org/abs/2210.13432).
         add_attn_z_loss: add the net's attention z-loss, weighted by its ``attn_z_loss_weight``.
         multi_token_loss_weight: weight of the loss of each head but the first, for nets with ``multi_token_heads``
             (https://arxiv.org/abs/2404.19737 sums them; https://arxiv.org/abs/2412.19437 has 0.3 for their mean).
         next_embed_loss_weight: weight of the loss on the next embedding, for nets with ``add_continuous_pred_head``.
-        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: gates of a ``looped`` net open where a step
-            gains less than this; how surely; and their weight in the loss.
-        allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``. Otherwise only a
-            call with a causal ``attn_mask`` trains it, as it would learn nothing but to copy.
+        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: for the gates of a ``looped`` net: the gain of
+            a step below which they are trained to open, the steepness, and the weight of their loss.
+        allow_future: also train a net whose tokens attend to later tokens, such as an ``Encoder``. By default such a net can
+            only be trained with a causal ``attn_mask``, as it would learn only to copy.
     """
 
     _programs: Programs | None = None  # compiled ones that read tokens, made when first asked for
@@ -148,19 +148,19 @@ class AutoregressiveWrapper(Module):
     ) -> Any:
         """The mean loss of predicting ``x[:, 1:]``, or (loss, (logits (b, n - 1, v), intermediates)).
 
-        ``lens``: how many tokens of each row count; the others are no targets, and padding in the input. ``targets`` say what
-        the output at each position is to predict, where that is not the next token of ``x``; ``ignore_index``: nothing.
+        ``lens``: the number of tokens of each row; the others are no targets, and padding in the input. ``targets``: what the
+        output at each position must predict, if not the next token of ``x``; ``ignore_index`` marks positions without one.
 
         With ``attn_flash_pack_seq=True`` in the stack, one row may hold several documents: ``flash_pack_seq_kwargs=
-        {'cu_seqlens_q': ends, 'cu_seqlens_k': ends}``, where ``ends`` are the places where documents begin, and the end of the
-        row: [0, 5, 12] for documents of 5 and 7 tokens. They see only themselves, and the last token of one does not predict
-        the first of the next.
+        {'cu_seqlens_q': ends, 'cu_seqlens_k': ends}``, where ``ends`` holds the start of each document and the end of the
+        row: [0, 5, 12] for documents of 5 and 7 tokens. A document attends only to itself, and its last token does not
+        predict the first of the next.
 
-        In training the loss of experts that a stack with ``ff_experts`` reports is added.
+        In training, the loss includes the expert loss of a stack with ``ff_experts``.
 
-        ``labels``, or ``input_ids`` in the place of ``x``, ask for ``Labelled``, which trainers of others read: ``logits``
-        (b n v) and, with labels, ``loss``. Labels are shifted in here, so they may be the ids; -100 carries no loss.
-        ``attention_mask``: 1 for tokens. ``num_items_in_batch``: what the sum over tokens is divided by.
+        With ``labels``, or ``input_ids`` in place of ``x``, the result is ``Labelled``, as trainers of other packages expect:
+        ``logits`` (b n v) and, with labels, ``loss``. The wrapper shifts the labels, so they may be the ids; -100 is
+        excluded. ``attention_mask``: 1 for tokens. ``num_items_in_batch``: the divisor of the sum over tokens.
         """
         if labels is not None or input_ids is not None:
             clashing = {'targets': targets, 'return_outputs': return_outputs}
@@ -227,7 +227,7 @@ class AutoregressiveWrapper(Module):
 
     def _token_loss(self, logits: Any, targets: Int[Tensor, 'b m']) -> Float[Tensor, '']:
         if not isinstance(logits, Tensor):
-            raise ValueError('the net has several output heads; AutoregressiveWrapper needs one (num_output_heads=1)')
+            raise ValueError('net must have one output head for AutoregressiveWrapper. Build it with num_output_heads=1.')
         return token_cross_entropy(logits, targets, **self._loss_kind)
 
     @property
@@ -285,28 +285,28 @@ class AutoregressiveWrapper(Module):
         Args:
             prompts: ids (..., t) with any leading axes, or a list of ids (t) of different lengths.
             seq_len: how many tokens to sample.
-            eos_token: a row that has produced it is padded from there on; all rows done: generation ends.
+            eos_token: rows are padded after this token; generation ends when all rows have produced it.
             temperature: 0 takes the most likely token, without any filter.
             prompt_lens: the true lengths of right-padded prompts.
             filter_logits_fn, filter_kwargs: which tokens may be sampled: ``'top_k'`` (``frac_num_tokens=0.1``, or ``k``),
                 ``'top_p'`` (``thres=0.9``), ``'min_p'`` (``min_p=0.1``), ``'top_a'`` (``min_p_pow=2.0``, ``min_p_ratio=0.02``),
                 or a function (logits, **filter_kwargs). It sees the logits before the temperature divides them. The default
                 keeps the likeliest tenth of the vocabulary; ``lambda logits: logits`` keeps all.
-            restrict_to_max_seq_len: show the net only its last ``max_seq_len`` tokens.
+            restrict_to_max_seq_len: feed the net at most its last ``max_seq_len`` tokens.
             amateur_model: one or several models for contrastive decoding (https://arxiv.org/abs/2210.15097), with
                 ``contrastive_decode_kwargs`` for each (alpha, beta); the filter is not used then.
-            cache_kv: remember keys and values, if the net can.
-            include_prompt: return the prompt, right-aligned, in front of the new tokens.
-            stream: return an iterator over single tokens (...) as they are made; the model stays in evaluation mode until
-                the iterator is used up or closed.
+            cache_kv: cache keys and values, if the net supports it.
+            include_prompt: return the prompt, right-aligned, before the new tokens.
+            stream: return an iterator over single tokens (...); the model stays in evaluation mode until the iterator is
+                exhausted or closed.
             generator: makes sampling reproducible.
             draft_model, prompt_lookup, self_speculative: speculative decoding (https://arxiv.org/abs/2211.17192) with a smaller
-                model, with what followed the newest ``prompt_lookup`` tokens before, or with the net's ``multi_token_heads``;
-                ``lookahead`` guesses at a time. The distribution stays exactly that of plain sampling.
-            compile: read with one compiled program, in memory of fixed shape. The first call compiles, for a minute or so;
-                later ones use the program again as long as the batch is the same and the text is about as long.
-            return_intermediates: return (tokens, the net's intermediates of the last call), whose cache goes on from all
-                tokens but the last.
+                model, with what followed an earlier occurrence of the newest ``prompt_lookup`` tokens, or with the net's
+                ``multi_token_heads``; ``lookahead`` draft tokens per pass. The distribution is exactly that of plain sampling.
+            compile: decode with one compiled program, on buffers of fixed shape. The first call compiles for about a minute;
+                later ones reuse the program if the batch size is the same and the text is about as long.
+            return_intermediates: return (tokens, the net's intermediates of the last call); their cache holds all tokens but
+                the last.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
 
         Raises ValueError (GenerateError, also an AssertionError, where upstream asserts) before anything is computed.
@@ -415,16 +415,16 @@ class AutoregressiveWrapper(Module):
             prompts: ids (..., t) with any leading axes, or a list of ids (t) of different lengths.
             seq_len: how many tokens to find.
             beams: how many hypotheses are kept for each prompt.
-            return_beams_and_scores: all of them and their scores, not only the best.
+            return_beams_and_scores: return all hypotheses and their scores, not only the best.
             eos_token: ends a hypothesis.
-            temperature, filter_logits_fn, filter_kwargs: as in ``generate``, for proposals that are drawn.
-            stochastic: draw the proposals.
+            temperature, filter_logits_fn, filter_kwargs: as in ``generate``, for sampled proposals.
+            stochastic: sample the proposals.
             prompt_lens: the true lengths of right-padded prompts.
-            restrict_to_max_seq_len: show the net only its last ``max_seq_len`` tokens.
-            cache_kv: remember keys and values, if the net can.
-            length_penalty: 0 compares sums of log probabilities, 1 means.
-            include_prompt: return the prompt, right-aligned, in front of the new tokens.
-            generator: makes what is drawn reproducible.
+            restrict_to_max_seq_len: feed the net at most its last ``max_seq_len`` tokens.
+            cache_kv: cache keys and values, if the net supports it.
+            length_penalty: 0 compares sums of log probabilities, 1 compares means.
+            include_prompt: return the prompt, right-aligned, before the new tokens.
+            generator: makes sampling reproducible.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
         """
         options(BeamOptions, 'beam_search', locals())
@@ -446,5 +446,5 @@ class AutoregressiveWrapper(Module):
     def _prompt(self, prompts: Any, lens: Any, kwargs: Mapping[str, Any]) -> Prompt:
         check_reserved(kwargs)
         if getattr(self.net, 'has_multiple_heads', False):
-            raise GenerateError('the net has several output heads; generation needs one (num_output_heads=1)')
+            raise GenerateError('net must have one output head for generation. Build it with num_output_heads=1.')
         return prepare_prompts(prompts, lens, self.pad_value, may_be_empty=kwargs.get('prepend_embeds') is not None)

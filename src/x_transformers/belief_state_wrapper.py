@@ -1,4 +1,4 @@
-"""The belief state transformer: predict the next token after a prefix and the previous one before a suffix, from both
+"""The belief state transformer: predict, for a prefix and a suffix, the next and the previous token
 (https://arxiv.org/abs/2410.23506)."""
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class ShareOf(nn.Module):
 
 
 class BeliefStateWrapper(Module):
-    """Two decoders, one reading forwards and one backwards, and a head over every pair of prefix and later suffix.
+    """Two decoders, one forwards and one backwards, with a head over every pair of a prefix and a later suffix.
 
     Args:
-        forward_decoder, backward_decoder: causal ``TransformerWrapper``s over the same tokens; without the second the first
+        forward_decoder, backward_decoder: causal ``TransformerWrapper``s over the same tokens; without the second, the first
             reads in both directions.
-        train_frac_forward_backward_pairs: share of the pairs, drawn anew each time, that are trained on.
+        train_frac_forward_backward_pairs: fraction of the pairs to train on, sampled in each call.
         text_head: a module from ``2 d`` to ``2 v`` in place of the default one.
         backward_ar_loss_weight: weight of predicting the previous token.
         pred_distance, pred_distance_loss_weight, max_pred_distance: also predict how far apart prefix and suffix are.
-        cond_on_distance, cond_on_distance_prob: tell the head that distance, in this share of the training steps.
+        cond_on_distance, cond_on_distance_prob: condition the head on that distance, in this fraction of the training steps.
     """
 
     forward_decoder: Any
@@ -216,18 +216,18 @@ class BeliefStateWrapper(Module):
             prompts: ids ``(..., n)``, or a list of ids of different lengths.
             seq_len: how many tokens to write.
             temperature: 0 takes the most likely token, without any filter.
-            cache_kv: remember keys and values, if the decoder can; the same tokens, sooner.
-            suffix: ids, the same for all prompts or one row for each; nothing is known of the end without it.
+            cache_kv: cache keys and values, if the decoder supports it; the tokens are the same.
+            suffix: ids, the same for all prompts or one row for each; without it the end is unconstrained.
             filter_logits_fn, filter_kwargs: a name of ``FILTER_LOGITS_FN`` or a callable, and its keywords.
-            decode_backwards: write what stands before the prompts.
-            include_prompt: return the prompt in front of the new tokens, as it was read (backwards, if so decoded).
+            decode_backwards: generate the tokens before the prompts.
+            include_prompt: return the prompt before the new tokens, as it was read (backwards, if so decoded).
             generator: makes sampling reproducible.
             kwargs: for the decoders.
         """
         options(BeliefGenerateOptions, 'generate_with_suffix_cond', locals())
         check_reserved(kwargs)
         if suffix is not None and decode_backwards:
-            raise ValueError('suffix is what forward decoding leads to; with decode_backwards=True leave it out')
+            raise ValueError('suffix must be None with decode_backwards=True. Leave it out.')
         steps = checked_length(seq_len)
         filter_kwargs = {'min_p': 0.1} if filter_kwargs is None else filter_kwargs
         pick = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs, generator)
@@ -272,7 +272,7 @@ def suffix_rows(suffix: Int[Tensor, '... m'] | None, prompts: Int[Tensor, 'b n']
     if suffix is None:
         return prompts[:, :0]
     if suffix.ndim and not suffix.shape[-1]:
-        raise ValueError('suffix is empty; leave it out where nothing is known of the end')
+        raise ValueError('suffix must hold at least one token, got none. Leave it out if the end is not given.')
     rows = suffix.reshape(-1, suffix.shape[-1]) if suffix.ndim else suffix
     if rows.ndim != 2 or len(rows) not in (1, len(prompts)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Block diffusion: blocks of tokens one after the other, and masked diffusion within each of them
+"""Block diffusion: autoregressive over blocks, masked diffusion within each block
 (https://arxiv.org/abs/2503.09573)."""
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def two_streams(length: int, size: int, device: torch.device | None = None) -> B
 
 
 class BlockDiffusionWrapper(Module):
-    """Trains a net to fill in the hidden tokens of a block, given the blocks before it, and generates block after block.
+    """Trains a net to predict the masked tokens of a block, given the earlier blocks, and generates block after block.
 
     Args:
         net: a ``TransformerWrapper`` over a ``PrefixDecoder``, which caches earlier blocks, or over an ``Encoder``, which reads
             them again.
-        mask_id: the token that stands for a hidden one; must have a row in the net's embedding, and be in no text.
-        block_size: tokens of a block. With 1 a token sees all before it, with the whole length this is masked diffusion.
-        time_low, time_high: the share of a block that is hidden is drawn from here, for each block by itself. A narrower range
-            (0.3 to 0.8) makes gradients less noisy; the loss is a bound of the likelihood from 0 to 1 only.
+        mask_id: the mask token; must have a row in the net's embedding, and must not occur in texts.
+        block_size: the number of tokens in a block. 1: a language model; the whole length: masked diffusion.
+        time_low, time_high: the range of the masked fraction, drawn for each block separately. A narrower range (0.3 to 0.8)
+            makes gradients less noisy; the loss is a bound of the likelihood only with the range from 0 to 1.
     """
 
     net: Any
@@ -79,8 +79,8 @@ class BlockDiffusionWrapper(Module):
         check_twice(net, 'BlockDiffusionWrapper')
         if getattr(getattr(net, 'attn_layers', None), 'causal', True):
             raise FlagError(
-                '`net` must have a stack that is told who sees whom, got '
-                f'{type(getattr(net, "attn_layers", net)).__name__}: within a block tokens see both sides. '
+                '`net` must have a stack without a causal mask of its own, got '
+                f'{type(getattr(net, "attn_layers", net)).__name__}: within a block, tokens attend to both sides. '
                 'Build it around a PrefixDecoder, which caches, or an Encoder.'
             )
         self.net = net
@@ -101,10 +101,10 @@ class BlockDiffusionWrapper(Module):
         return times, torch.rand(x.shape, device=x.device) < times
 
     def forward(self, x: Int[Tensor, 'b n'], mask: Bool[Tensor, 'b n'] | None = None, **kwargs: Any) -> Float[Tensor, '']:
-        """The mean loss of a token (nats); with times from 0 to 1 a bound of its negative log likelihood.
+        """The mean loss per token (nats); with times from 0 to 1, a bound of the negative log likelihood.
 
-        ``mask``: True for text, the rest is padding, at which nobody looks. ``kwargs`` are for the net, such as ``context``;
-        what has an axis of tokens is not taken.
+        ``mask``: True for text; no token attends to the rest, which is padding. ``kwargs`` are for the net, such as
+        ``context``; arguments with an axis of tokens are refused.
         """
         x = token_ids(x)
         self.check(x, mask, kwargs)
@@ -182,18 +182,18 @@ class BlockDiffusionWrapper(Module):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, '... s']:
-        """``seq_len`` tokens behind each prompt, block after block; within a block, tokens are settled in random order.
+        """``seq_len`` tokens after each prompt, block after block; within a block, tokens are sampled in random order.
 
         Args:
-            prompts: ids (..., t) with any leading axes; t may be 0, and need be no multiple of the block's size.
+            prompts: ids (..., t) with any leading axes; t may be 0, and need not be a multiple of the block size.
             seq_len: how many tokens to generate.
-            steps: rounds for a block, in each of which an equal share of its tokens is settled; None: one token in each, which
-                is exact. Fewer are faster, as tokens of one round do not know of each other.
+            steps: iterations for a block, each of which samples an equal share of its tokens; None: one token each, which is
+                exact. Fewer are faster and less exact: the tokens of one iteration are sampled independently.
             temperature: 0 takes the most likely token, without any filter.
             filter_logits_fn, filter_kwargs: which tokens may be sampled, as in ``AutoregressiveWrapper.generate``; all unless
                 given.
-            cache_kv: remember keys and values of earlier blocks, if the net can.
-            include_prompt: return the prompt in front of the new tokens.
+            cache_kv: cache keys and values of earlier blocks, if the net supports it.
+            include_prompt: return the prompt before the new tokens.
             generator: makes sampling reproducible; on the device of the prompts.
             kwargs: for the net, such as ``context``.
         """

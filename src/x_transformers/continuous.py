@@ -1,4 +1,4 @@
-"""Sequences of vectors: a transformer from vectors to vectors, and its training and generation."""
+"""Sequences of vectors: a transformer from vectors to vectors, with training and generation."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ContinuousTransformerWrapper(StackWrapper):
     of ``ContinuousFlags``: ``attn_layers`` must be given.
 
     Raises:
-        FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
+        FlagError: names every keyword that is unknown, has a wrong value, or conflicts with another or with the stack.
     """
 
     __signature__: Any = ClassSignature(only(ContinuousFlags))
@@ -129,19 +129,19 @@ class ContinuousTransformerWrapper(StackWrapper):
         logits_last: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Outputs (b n dim_out), or (2 b n dim_out), means and variances, with ``probabilistic``; or what ``return_*`` ask for.
+        """Outputs (b n dim_out), or (2 b n dim_out) with ``probabilistic``: means and variances; or what ``return_*`` select.
 
         Args:
             mask: True for frames, False for padding; or ``lens``, the number of frames of each row.
             mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
-            pos: positions of the frames, (n,) or (b n); of floating dtype: their position embeddings themselves.
+            pos: positions of the frames, (n,) or (b n); with a floating dtype, the position embeddings themselves.
             sum_embeds: embeddings to be added; ``prepend_embeds``, ``prepend_mask``: embeddings in front of the frames; outputs
                 for them are returned as well.
             cache: a ``KVCache``, or the intermediates of an earlier call. Then ``x`` may be the new frames only, or the whole
-                sequence, whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
+                sequence, of which the model reads the new part; ``input_not_include_cache=True``: all of ``x`` is new.
             seq_start_pos: where each row's frames begin, for rows that are padded on the left.
-            logits_last: outputs for the last so many positions only.
-            kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
+            logits_last: return outputs for the last so many positions only.
+            kwargs: passed to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
 
         Returns:
             outputs or embeddings (b n d); then, wrapped around it: intermediates, memories, attention maps.
@@ -151,7 +151,7 @@ class ContinuousTransformerWrapper(StackWrapper):
         elif not isinstance(x, Tensor) or x.ndim < 2:
             raise TypeError(f'x must be a tensor (batch, sequence, ...) that project_in reads, got {shape_of(x)}.')
         if lens is not None and mask is not None:
-            raise ValueError('lens and mask both say which frames count; give one of them')
+            raise ValueError('lens and mask must not both be given: both select frames. Leave out one of them.')
         lens = None if lens is None else torch.as_tensor(lens, device=x.device)
         given = {
             'return_embeddings': return_embeddings, 'return_intermediates': return_intermediates, 'return_mems': return_mems,
@@ -197,14 +197,14 @@ class ContinuousAutoregressiveWrapper(Module):
 
     Args:
         net: a ``ContinuousTransformerWrapper`` around a ``Decoder``, whose outputs are as wide as its inputs.
-        loss_fn: from (prediction, target) to unreduced losses; the Gaussian likelihood for nets that are ``probabilistic``, the
-            squared error for others, unless given.
-        use_l1_loss: the absolute error instead.
-        equal_loss_weight_batch: every row weighs the same, however long it is. Its loss is the sum over channels, averaged over
-            positions.
-        mask_by_target: a position counts if the frame that it predicts is no padding. As upstream, the input at that position
-            decides unless this is set, so that the first frame of the padding is predicted too.
-        allow_future: also train a net whose stack shows each frame those after it, such as an ``Encoder``.
+        loss_fn: from (prediction, target) to unreduced losses; by default the Gaussian likelihood for ``probabilistic`` nets
+            and the squared error for others.
+        use_l1_loss: use the absolute error instead.
+        equal_loss_weight_batch: weight all rows equally, whatever their length. The loss of a row is the sum over channels,
+            averaged over positions.
+        mask_by_target: count a position if the frame that it predicts is not padding. By default, as upstream, the input at
+            that position decides, so the first frame of the padding is predicted too.
+        allow_future: also train a net whose frames attend to later frames, such as an ``Encoder``.
     """
 
     def __init__(
@@ -236,8 +236,8 @@ class ContinuousAutoregressiveWrapper(Module):
         """The mean loss of predicting ``x[:, 1:]``.
 
         Args:
-            rollout_steps: with more than one, the net goes on from its own predictions: ``forward_rollout``.
-            kwargs: for the net; ``mask`` (b n) or (b n-1), or ``lens`` (b), say which frames count.
+            rollout_steps: with more than one, the net continues from its own predictions: ``forward_rollout``.
+            kwargs: for the net; ``mask`` (b n) or (b n-1), or ``lens`` (b), select the frames that count.
         """
         options(FramesForwardOptions, 'ContinuousAutoregressiveWrapper', {'rollout_steps': rollout_steps})
         if rollout_steps != 1:
@@ -246,7 +246,7 @@ class ContinuousAutoregressiveWrapper(Module):
         check_future(self.net, kwargs, 'ContinuousAutoregressiveWrapper', allowed=self.allow_future)
         inputs, targets = shifted_mask(self._whole_mask(x, kwargs), x.shape[1])
         if inputs is not None and targets is None and self.mask_by_target:
-            raise ValueError(f'mask_by_target=True needs a mask over all {x.shape[1]} frames, the last target among them')
+            raise ValueError(f'mask must cover all {x.shape[1]} frames with mask_by_target=True, including the last target.')
         predicted = self.net(x[:, :-1], mask=inputs, **kwargs)
         if not isinstance(predicted, Tensor):
             raise TypeError(f'the net must return its outputs alone, got {type(predicted).__name__}; leave out return_*')
@@ -269,7 +269,7 @@ class ContinuousAutoregressiveWrapper(Module):
         if x.shape[1] < least:
             raise ValueError(f'x must hold at least {least} frames per row, to read and to predict; got {x.shape[1]}')
         if kwargs.get('prepend_embeds') is not None:
-            raise ValueError('prepend_embeds cannot be given in training: the outputs for them have no target')
+            raise ValueError('prepend_embeds must be None in training: their outputs have no target. Leave them out.')
 
     def _whole_mask(self, x: Float[Tensor, 'b n d'], kwargs: dict[str, Any]) -> Bool[Tensor, 'b m'] | None:
         """Takes ``mask`` or ``lens`` out of the net's keywords."""
@@ -278,7 +278,7 @@ class ContinuousAutoregressiveWrapper(Module):
         if lens is None:
             return mask
         if mask is not None:
-            raise ValueError('lens and mask both say which frames count; give one of them')
+            raise ValueError('lens and mask must not both be given: both select frames. Leave out one of them.')
         lens = torch.as_tensor(lens, device=x.device)
         if lens.shape != x.shape[:1]:
             raise ValueError(f'lens must have one entry for each of the {x.shape[0]} rows, got shape {tuple(lens.shape)}')
@@ -289,15 +289,17 @@ class ContinuousAutoregressiveWrapper(Module):
     def forward_rollout(self, x: Float[Tensor, 'b n d'], rollout_steps: int = 2, **kwargs: Any) -> Float[Tensor, '']:
         """The mean loss of ``rollout_steps`` predictions, each of which is fed back (https://ai.meta.com/vjepa/).
 
-        Of every row with more than that many frames, a context of random length is read, at least one frame; then the net
-        predicts frame after frame, with everything before in view. Gradients flow through what is fed back. Shorter rows do not
-        count; if all are shorter the loss is 0.
+        In every row with more than that many frames, the net reads a context of random length, at least one frame. Then it
+        predicts frame after frame, attending to all earlier ones. Gradients flow through its own predictions. Shorter rows do
+        not count; if all are shorter, the loss is 0.
         """
         options(RolloutOptions, 'forward_rollout', {'rollout_steps': rollout_steps})
         self._check_frames(x, kwargs, rollout_steps + 1)
         check_future(self.net, kwargs, 'ContinuousAutoregressiveWrapper', allowed=self.allow_future)
         if moved := [name for name in OF_FRAMES if kwargs.get(name) is not None]:
-            raise ValueError(f'{", ".join(moved)}: a rollout moves frames, so arguments for single frames cannot be given')
+            raise ValueError(
+                f'{", ".join(moved)} must be None in a rollout, which moves frames. Leave out arguments per frame.'
+            )
         lens = self._lengths(x, kwargs)
         enough = lens > rollout_steps
         x = x.masked_fill(~enough[:, None, None], 0.0)
@@ -329,7 +331,7 @@ class ContinuousAutoregressiveWrapper(Module):
         shifted_mask(mask, x.shape[1])
         lens = mask.sum(dim=-1)
         if bool((mask != (torch.arange(mask.shape[1], device=x.device) < lens[:, None])).any()):
-            raise ValueError('mask: a rollout needs padding on the right only; the mask has gaps, or begins with padding')
+            raise ValueError('mask must have padding on the right only in a rollout, got gaps or padding on the left.')
         return lens
 
     def _context_lengths(self, most: Int[Tensor, ' b']) -> Int[Tensor, ' b']:
@@ -367,10 +369,10 @@ class ContinuousAutoregressiveWrapper(Module):
 
         Args:
             start_tokens: the prompts (b t d), or one (t d).
-            temperature: factor on the deviation of nets that are ``probabilistic``; 0 takes the mean.
-            cache_kv: remember keys and values, if the net can.
+            temperature: factor on the standard deviation of ``probabilistic`` nets; 0 takes the mean.
+            cache_kv: cache keys and values, if the net supports it.
             prompt_lens: the true lengths of prompts that are padded on the right.
-            include_prompt: return the prompt, right-aligned, in front of the new frames.
+            include_prompt: return the prompt, right-aligned, before the new frames.
             generator: makes sampling reproducible.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
 
@@ -382,7 +384,7 @@ class ContinuousAutoregressiveWrapper(Module):
         check_temperature(temperature)
         steps, prompt = checked_length(seq_len), self._prompt(start_tokens, prompt_lens)
         if kwargs.get('lens') is not None:
-            raise ValueError('lens would count generated frames too; the lengths of prompts are prompt_lens')
+            raise ValueError('lens must be None in generation: it would count generated frames. Pass prompt_lens.')
         tokens = Tokens(prompt.tokens, steps)
         reader = reader_for(
             self._view(),  # type: ignore[arg-type]
@@ -404,9 +406,7 @@ class ContinuousAutoregressiveWrapper(Module):
         net: Any = self.net
         wide_in, wide_out = getattr(net, 'width_in', None), getattr(net, 'dim_out', None)
         if wide_in is not None and wide_out is not None and wide_in != wide_out:
-            raise ValueError(
-                f'outputs of width {wide_out} cannot be read as inputs of width {wide_in}: generation needs both equal'
-            )
+            raise ValueError(f'net must have outputs as wide as its inputs for generation, got {wide_out} and {wide_in}.')
         if not is_float(start, 2, 3):
             raise (ValueError if isinstance(start, Tensor) else TypeError)(
                 f'start_tokens must be frames (n d) or (b n d) of floating dtype, got {shape_of(start)}'

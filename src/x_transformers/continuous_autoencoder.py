@@ -1,4 +1,4 @@
-"""An autoencoder of sequences of vectors: one latent per sequence, from which a decoder writes the sequence again."""
+"""An autoencoder of sequences of vectors: one latent per sequence, from which a decoder reconstructs the sequence."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class ContinuousTransformerAutoencoder(Module):
         self, x: Float[Tensor, 'b n d'], lens: Int[Tensor, ' b'] | None, mask: Bool[Tensor, 'b n'] | None
     ) -> Bool[Tensor, 'b n'] | None:
         if lens is not None and mask is not None:
-            raise ValueError('lens and mask both say which vectors count. Give one of them.')
+            raise ValueError('lens and mask must not both be given: both select vectors. Leave out one of them.')
         if lens is None:
             return mask
         return torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Tensor product probing: are encodings sums of fillers bound to roles?"""
+"""Tensor product probing: test whether encodings are sums of fillers bound to roles."""
 
 from __future__ import annotations
 

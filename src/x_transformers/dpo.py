@@ -31,17 +31,17 @@ def log_prob_from_model_and_seq(model: nn.Module, seq: Int[Tensor, 'b n']) -> Fl
 
 
 class DPO(Module):
-    """Trains a policy so that it prefers one continuation to another, measured against a frozen copy of itself.
+    """Trains a policy to prefer one continuation to another, relative to a frozen copy of itself.
 
     Args:
-        model: a causal language model, tokens ``b n`` to logits ``b n v``; the reference is a copy taken here.
-        beta: how strongly the policy is held to the reference.
-        pad_id: where the sequence masks are not given, everything but this id counts as text.
+        model: a causal language model, tokens ``b n`` to logits ``b n v``; the constructor copies it as the reference.
+        beta: the strength of the constraint to the reference.
+        pad_id: without sequence masks, all ids except this one count as text.
         select_by_target: which log-probabilities of a response count. False, as in the original: those predicted *from*
-            response tokens, so the first response token is left out and a first pad is counted in. True: those *of*
-            response tokens.
+            response tokens, which excludes the first response token and includes a first pad. True: those *of* response
+            tokens.
         reduction: 'mean' over a response's tokens, as in the original, or the paper's 'sum'.
-        allow_future: also train a model whose stack shows each token those after it, such as an ``Encoder``.
+        allow_future: also train a model whose tokens attend to later tokens, such as an ``Encoder``.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class DPO(Module):
         self.allow_future = allow_future
 
     def init_own(self) -> None:
-        """The reference starts as what the policy starts as."""
+        """Initialize the reference as a copy of the policy."""
         self.ref_model.load_state_dict(self.policy_model.state_dict())
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The policy's parameters only: what an optimizer should move."""
+        """The policy's parameters only, for an optimizer."""
         return self.policy_model.parameters(recurse)
 
     def score(self, model: nn.Module, seq: Int[Tensor, 'b n'], chosen: Bool[Tensor, 'b m']) -> Float[Tensor, 'b']:

@@ -1,4 +1,4 @@
-"""One style for every picture: fonts, colours that colour-blind readers tell apart, names beside the lines.
+"""The style of all pictures: fonts, colours for colour-blind readers, labels beside the lines.
 
 matplotlib is imported when something is drawn; nobody needs it otherwise.
 """

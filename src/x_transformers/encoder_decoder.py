@@ -1,4 +1,4 @@
-"""XTransformer: one sequence in, another one out."""
+"""XTransformer: an encoder and a decoder, for sequence-to-sequence tasks."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ DECODER_RULES = (
 
 
 class XTransformer(Module):
-    """An encoder whose output a decoder looks at (https://arxiv.org/abs/1706.03762).
+    """An encoder, and a decoder that attends to its output (https://arxiv.org/abs/1706.03762).
 
     Args:
         dim: width of both.
         tie_token_emb: the decoder uses the encoder's token embedding.
-        ignore_index, pad_value: targets without a loss, and the token that stands for them in the input.
-        cross_attn_tokens_dropout: in training this part of the encoder's output is not shown to the decoder.
-        flags: the keywords of ``TransformerWrapper`` and of the stacks, with ``enc_`` or ``dec_`` in front; ``num_tokens`` and
-            ``max_seq_len`` of both must be given.
+        ignore_index, pad_value: targets excluded from the loss, and the token that replaces them in the input.
+        cross_attn_tokens_dropout: in training, the fraction of the encoder's output that is hidden from the decoder.
+        flags: the keywords of ``TransformerWrapper`` and of the stacks, with the prefix ``enc_`` or ``dec_``; ``num_tokens``
+            and ``max_seq_len`` of both are required.
     """
 
     __signature__: Any = ClassSignature(PAIR)
@@ -135,9 +135,9 @@ class XTransformer(Module):
         attn_mask: Bool[Tensor, '... n n'] | None = None,
         src_prepend_embeds: Float[Tensor, 'b p d'] | None = None,
     ) -> tuple[Float[Tensor, 'b m d'], Bool[Tensor, 'b m'] | None]:
-        """(what the decoder looks at, its mask): the embeddings of ``src_prepend_embeds`` and ``src``."""
+        """(the decoder's context, its mask): the embeddings of ``src_prepend_embeds`` and ``src``."""
         if isinstance(src, Tensor) and src.shape[-1] == 0 and src_prepend_embeds is None:
-            raise ValueError(f'the source holds no token, its shape is {tuple(src.shape)}; give at least one')
+            raise ValueError(f'The source must hold at least one token, got shape {tuple(src.shape)}.')
         given = {} if attn_mask is None else {'attn_mask': attn_mask}
         encoded = self.encoder(src, mask=mask, prepend_embeds=src_prepend_embeds, return_embeddings=True, **given)
         if mask is not None and encoded.shape[1] > mask.shape[1]:
@@ -160,10 +160,10 @@ class XTransformer(Module):
 
         Args:
             seq_in: the source.
-            seq_out_start: what the target begins with, such as a start token.
+            seq_out_start: the beginning of the target, such as a start token.
             mask: True for the source's tokens, False for its padding.
-            attn_mask: who may look at whom in the encoder.
-            src_prepend_embeds: embeddings in front of the source.
+            attn_mask: which query may attend to which key in the encoder.
+            src_prepend_embeds: embeddings before the source.
             kwargs: for ``AutoregressiveWrapper.generate``.
         """
         with evaluating(self.encoder):

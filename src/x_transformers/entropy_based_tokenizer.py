@@ -1,4 +1,4 @@
-"""Cutting a sequence where a model is surprised, https://arxiv.org/abs/2412.09871."""
+"""Segmentation of a sequence where a model's entropy is high, https://arxiv.org/abs/2412.09871."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def calc_entropy_from_logits(logits: Float[Tensor, '... v']) -> Float[Tensor, '.
 
 
 class EntropyBasedTokenizer(Module):
-    """Groups bytes into segments: one ends where the next byte is hard to predict.
+    """Groups bytes into segments; a segment ends where the entropy of the next byte is high.
 
     Args:
         decoder: a causal language model, tokens ``b n`` to logits ``b n v``.
         entropy_threshold: a position whose next-token entropy (in nats) reaches this closes a segment.
-        max_token_size: no segment is longer.
-        accumulate_entropy: a segment ends where the entropy since the last one reaches the threshold
+        max_token_size: the maximum length of a segment.
+        accumulate_entropy: a segment ends where the entropy summed since the last segment reaches the threshold
             (https://www.nature.com/articles/s41467-026-73345-0).
         ignore_entropy_below: entropies below this do not count for that.
     """
@@ -88,7 +88,7 @@ class EntropyBasedTokenizer(Module):
 
         Args:
             seq: ids, ``n`` or ``b n``.
-            lens: how much of each row counts; what comes behind is in no segment.
+            lens: the length of each row; later tokens are in no segment.
             return_segmented_seq: return the segments in place of their lengths.
             decoder_forward_kwargs: for the decoder.
         """

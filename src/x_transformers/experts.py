@@ -1,4 +1,4 @@
-"""Mixture of experts: each token goes through a few of many feed-forwards, which a router chooses.
+"""Mixture of experts: a router sends each token to a few of many feed-forwards.
 
 https://arxiv.org/abs/2101.03961, https://arxiv.org/abs/2401.06066, https://arxiv.org/abs/2408.15664
 """

@@ -1,4 +1,4 @@
-"""Test-time training: modules with weights per sample, which are trained while a sequence is read.
+"""Test-time training: modules with weights per sample, trained while the model reads a sequence.
 
 https://arxiv.org/abs/2512.23675
 """

@@ -324,8 +324,8 @@ class FeedForward(Module):
             raise TypeError(f'x must be a tensor of {self.dim} features in its last axis, got {type(x).__name__}.')
         if x.shape[-1] != self.dim:
             raise ValueError(
-                f'the feed-forward takes inputs of {self.dim} features, but x has {x.shape[-1]} in its last axis '
-                f'(shape {tuple(x.shape)}): project it first, or build FeedForward(dim={x.shape[-1]})'
+                f'x must have {self.dim} features in its last axis, got shape {tuple(x.shape)}. '
+                f'Project it first, or build FeedForward(dim={x.shape[-1]}).'
             )
         if deep_embed is not None and around is None:
             check_factors(deep_embed, (*x.shape[:-1], self.flags.dim_out or self.dim))

@@ -1,4 +1,4 @@
-"""The Free Transformer: a decoder that decides on a latent before it writes, https://arxiv.org/abs/2510.17558."""
+"""The Free Transformer: a decoder conditioned on a latent code at its middle layer, https://arxiv.org/abs/2510.17558."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BinaryMapper(Module):
 
     Args:
         bits: the number of bits; codes are one-hot of width ``2 ** bits``.
-        kl_loss_threshold: nats that a code may carry for free.
+        kl_loss_threshold: nats of information per code without a loss.
     """
 
     power_two: Tensor
@@ -108,14 +108,14 @@ def threshold_of(keywords: Mapping[str, Any] | None, usual: float) -> float:
 
 
 class FreeTransformer(Module):
-    """A decoder of which the second half is conditioned on a latent code that an encoder finds in training.
+    """A decoder whose second half is conditioned on a latent code, which an encoder infers in training.
 
     Args:
         num_tokens, dim: vocabulary and width.
-        dec_head_depth, dec_tail_depth: layers before and after the latent enters; the head may be 0.
-        max_seq_len: kept for callers that read it.
-        enc_depth: cross-attention layers that find the latent.
-        dim_latent: kept for callers that pass it; the code's width is ``2 ** latent_bits``.
+        dec_head_depth, dec_tail_depth: the number of layers before and after the latent enters; the head may be 0.
+        max_seq_len: stored only for callers that read it.
+        enc_depth: the number of cross-attention layers that infer the latent.
+        dim_latent: accepted only for callers that pass it; the code's width is ``2 ** latent_bits``.
         attn_dim_head, heads: of all stacks.
         kwargs: further keywords of all stacks; ``enc_kwargs`` and ``dec_kwargs`` are those of one kind.
         latent_bits, per_token_latents, kl_loss_threshold, binary_mapper_kwargs: of the codes.
@@ -276,7 +276,7 @@ class FreeTransformer(Module):
 
         Args:
             latents: code numbers or soft codes (k = ``2 ** bits`` channels): one for all, one per row (``b`` or ``b k``),
-                or one per position (``b seq_len`` or ``b seq_len k``); the tail is told nothing without them.
+                or one per position (``b seq_len`` or ``b seq_len k``); without them the tail has no condition.
             use_kv_cache: feed only new tokens, to head and tail alike, if both can be cached.
             generator: makes sampling reproducible.
         """

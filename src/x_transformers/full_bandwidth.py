@@ -1,4 +1,4 @@
-"""Full bandwidth: what the last token's deep layers knew goes into the shallow layers of the next."""
+"""Full bandwidth: the deep layers' output at one token enters the shallow layers at the next token."""
 
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ SHORTCUTS: dict[str, Callable[[int], Iterable[Pair]]] = {
 class FullBandwidth(Module):
     """Feedback from each token's deep blocks into the next token's shallow ones (https://arxiv.org/abs/2608.08888).
 
-    In training the whole sequence is run several times; each pass after the first gives every position what the pass before
-    knew at the position before it. In generation each token is run once, with what the last one knew.
+    Training runs the whole sequence several times; each pass after the first gives every position the deep latents of the
+    previous pass at the previous position. Generation runs each token once, with the latents of the last one.
 
     Args:
         net: a ``TransformerWrapper`` around a ``Decoder`` with ``depth_scale_residual``, and ``tie_embedding`` and
@@ -175,7 +175,7 @@ class FullBandwidth(Module):
         jitter_noise_delta: uniform noise on the latents in training.
         dynamic_rollout_loss_weight: passes behind one with a loss above ``dynamic_loss_threshold`` count less, the faster the
             larger ``dynamic_loss_decay``.
-        ignore_index, pad_value: targets left out of the loss, and the id that the input has in their place.
+        ignore_index, pad_value: targets excluded from the loss, and the id that replaces them in the input.
 
     Raises:
         ValueError: parameters out of range, or a net without what is needed.
@@ -371,7 +371,7 @@ class FullBandwidth(Module):
         Args:
             temporal_parallel_passes: passes over the prompt; those of training unless given.
             process_prompt: read the prompt with feedback; otherwise in one pass.
-            should_fuse_latent: whether a new token is given what the last one knew, by its number.
+            should_fuse_latent: whether a new token gets the latents of the last one, by its number.
         """
         options(BandwidthGenerateOptions, 'generate', locals())
         check_reserved(kwargs)

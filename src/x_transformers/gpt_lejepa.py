@@ -46,14 +46,14 @@ def projector(dim_in: int, dim: int) -> list[nn.Module]:
 class LatentAutoregressive(Module):
     """Joint-embedding prediction for language models (https://arxiv.org/abs/2511.08544, https://arxiv.org/abs/2509.14252).
 
-    From the hidden state of a position a predictor rolls out the embeddings of the positions after it, given their tokens. The
-    regulariser SIGReg keeps the embeddings spread. The tokens are read by a probe, which replaces the net's head; the net
-    generates with it as before.
+    From the hidden state of a position, a predictor rolls out the embeddings of the following positions, given their tokens.
+    The regularizer SIGReg prevents the embeddings from collapsing. A probe predicts the tokens; it replaces the net's head, so
+    generation works as before.
 
     Args:
         net: a ``TransformerWrapper`` around a ``Decoder`` of width ``dim``. Its ``to_logits`` is replaced.
-        sigreg_loss_weight: the share of the regulariser, ``1 - sigreg_loss_weight`` that of the prediction;
-            ``sigreg_loss_kwargs``: of the regulariser.
+        sigreg_loss_weight: the weight of the regularizer; that of the prediction is ``1 - sigreg_loss_weight``.
+            ``sigreg_loss_kwargs``: keywords of the regularizer.
         l2_loss_weight: weight of the prediction.
         num_rollouts, rollout_loss_weights: how many positions ahead, with a weight each.
         frac_gradient: this share of the probe's gradient reaches the net.
@@ -62,7 +62,7 @@ class LatentAutoregressive(Module):
         predict_next_embed_with_action, predict_next_embed_no_action: predictors that know the token, and that do not.
         detach_target: no gradient reaches the targets.
         ce_probe_module: a module of your own from embeddings to what the old head reads, in place of the probe's maps.
-        ignore_index, pad_value: targets left out of the loss, and the id that the input has in their place.
+        ignore_index, pad_value: targets excluded from the loss, and the id that replaces them in the input.
 
     Raises:
         ValueError: parameters out of range.

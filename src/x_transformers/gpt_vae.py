@@ -1,4 +1,4 @@
-"""A GPT that is told in one prefix token what kind of sequence to write (https://arxiv.org/abs/2304.13705)."""
+"""A GPT conditioned on one latent prefix token, trained as a variational autoencoder (https://arxiv.org/abs/2304.13705)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class GPTVAE(Module):
-    """Encodes a sequence into a Gaussian latent and decodes it autoregressively behind that latent as a prefix.
+    """Encodes a sequence into a Gaussian latent, and decodes it autoregressively with that latent as a prefix.
 
     Args:
         num_tokens, dim, depth, enc_depth, max_seq_len: of the model; ``enc_depth`` layers encode, ``depth`` decode.
@@ -40,9 +40,9 @@ class GPTVAE(Module):
         attn_dim_head, heads: of both stacks.
         kwargs: further keywords of both stacks; ``enc_kwargs`` and ``dec_kwargs`` are those of one.
         vae_kl_loss_weight: weight of the divergence from the standard normal.
-        vae_kl_div_floor: what a latent dimension may cost for free.
-        latents_dropout_prob: share of rows, in training, that must do without their prefix.
-        pad_id: targets to ignore; such inputs are not seen by the encoder.
+        vae_kl_div_floor: divergence per latent dimension without a loss.
+        latents_dropout_prob: fraction of rows, in training, whose prefix is dropped.
+        pad_id: targets to ignore; the encoder does not attend to such inputs.
         encoder: a module in place of the default one, tokens and ``mask`` to ``b d``.
     """
 
@@ -153,13 +153,13 @@ class GPTVAE(Module):
         generator: torch.Generator | None = None,
         **generate_kwargs: Any,
     ) -> Int[Tensor, '... s']:
-        """New tokens behind given latents, those of a sequence, or none; all else is ``AutoregressiveWrapper.generate``.
+        """New tokens for given latents, those of a sequence, or none; otherwise like ``AutoregressiveWrapper.generate``.
 
         Args:
             prompts: ids ``(..., n)``, or a list of ids of different lengths.
             seq_len: how many tokens to write.
             latents: one ``(z,)`` for all prompts, or one for each ``(b, z)``.
-            seq_for_latents: a sequence to take the latents from, one row or ``b``; not beside ``latents``.
+            seq_for_latents: a sequence to take the latents from, one row or ``b``; not together with ``latents``.
             generator: makes sampling reproducible, that of the latents too.
             generate_kwargs: of ``AutoregressiveWrapper.generate``.
         """

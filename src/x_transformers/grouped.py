@@ -1,4 +1,4 @@
-"""Linear maps of many experts on rows that are sorted by expert."""
+"""Linear maps of many experts, applied to rows sorted by expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the stack's output to logits: one head or many, tied, sigmoid-softmax, mixture of softmaxes, the next embedding."""
+"""Output heads: one or many, tied, sigmoid-softmax, mixture of softmaxes, the next embedding."""
 
 from __future__ import annotations
 

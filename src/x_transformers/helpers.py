@@ -1,4 +1,4 @@
-"""Small functions that everyone uses, each defined once."""
+"""Small helper functions, each defined once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model's answer where the caller has labels: loss and logits by name, as trainers of other packages read them."""
+"""The output of a language model for given labels: loss and logits by name, as trainers of other packages expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What objectives on latents share: rollouts, their weights, a frozen head, and a regulariser of distributions."""
+"""Shared by objectives on latents: rollouts, their weights, a frozen head, and a regularizer of distributions."""
 
 from __future__ import annotations
 

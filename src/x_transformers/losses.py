@@ -1,4 +1,4 @@
-"""Losses and measures over logits: token cross entropy (also without ever holding the logits), z-loss, entropy."""
+"""Losses and metrics over logits: token cross entropy (also without holding all logits), z-loss, entropy."""
 
 from __future__ import annotations
 

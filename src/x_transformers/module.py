@@ -1,4 +1,4 @@
-"""The base of our modules: building and filling are two things, so a model can be built on the meta device."""
+"""The base of our modules: it separates construction from filling, so a model can be built on the meta device."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 class MultiInputTransformerWrapper(StackWrapper):
-    """A stack whose positions each hold one token of every input, such as pitch and length of a note; their vectors are added.
+    """A transformer whose positions hold one token of every input, such as pitch and length of a note; embeddings are added.
 
     The keywords are the fields of ``MultiInputFlags``; ``num_tokens`` (a vocabulary for each name), ``max_seq_len`` and
-    ``attn_layers`` must be given.
+    ``attn_layers`` are required.
 
     Raises:
-        FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
+        FlagError: names every keyword that is unknown, has a wrong value, or conflicts with another or with the stack.
     """
 
     __signature__: Any = ClassSignature(only(MultiInputFlags))
@@ -92,20 +92,20 @@ class MultiInputTransformerWrapper(StackWrapper):
         logits_last: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits by name, each (b n v), or what the ``return_*`` arguments ask for.
+        """Logits by name, each (b n v), or what the ``return_*`` arguments select.
 
         Args:
             x: ids for every name of ``num_tokens``, and for no other.
             mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
-            pos: positions, (n,) or (b n); of floating dtype: their position embeddings themselves.
+            pos: positions, (n,) or (b n); with a floating dtype, the position embeddings themselves.
             prepend_embeds, prepend_mask: embeddings in front; outputs for them are returned as well.
             sum_embeds: embeddings to be added.
-            attn_z_loss_weight: unless given, that of the constructor.
+            attn_z_loss_weight: overrides that of the constructor.
             seq_start_pos: where each row begins, for rows that are padded on the left.
             cache: a ``KVCache``, or the intermediates of an earlier call. Then ``x`` may be new only, or the whole sequence,
                 whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
-            logits_last: logits for the last so many positions only.
-            kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
+            logits_last: return logits for the last so many positions only.
+            kwargs: passed to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
 
         Returns:
             The first that applies of: (logits, embeddings); embeddings; logits. Then, wrapped around it: memories,

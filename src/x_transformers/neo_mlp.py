@@ -29,7 +29,7 @@ class RandomFourier(Module):
 
 
 class NeoMLP(Module):
-    """Input, hidden and output neurons attend to each other; the output neurons are read out.
+    """A multi-layer perceptron whose input, hidden and output neurons are tokens that attend to each other.
 
     Args:
         dim_in, dim_hidden, dim_out: the numbers of neurons of each kind.

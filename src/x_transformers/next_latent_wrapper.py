@@ -80,8 +80,8 @@ class CustomDynamics(Module):
 class NextLatentWrapper(Module):
     """Next-token prediction together with prediction of the next latents, https://arxiv.org/abs/2511.05963.
 
-    From the final embedding of a position a small network rolls out the embeddings of the positions after it, given their
-    tokens. Its predictions are compared with the embeddings themselves, and with the distributions that these imply.
+    From the final embedding of a position, a small network predicts the embeddings of the following positions, given their
+    tokens. The loss compares them with the actual embeddings, and compares the distributions that the head computes from both.
 
     Args:
         net: a ``TransformerWrapper`` around a ``Decoder`` of width ``dim``.
@@ -90,14 +90,15 @@ class NextLatentWrapper(Module):
             (prediction, target) to unreduced losses.
         dynamics_type: 'residual', 'gru', or 'custom' with ``dynamics_network(latent, action) -> latent``.
         dynamics_hidden_dim, dynamics_num_layers: size of that network.
-        next_latent_loss_weight, kl_loss_weight, sigreg_loss_weight: the parts of the loss beside the next token's;
-            ``sigreg_loss_kwargs``: of the regulariser.
-        rollout_weights: a weight per rollout; equal ones unless given.
-        dynamic_rollout_loss_weight: rollouts behind a bad prediction count less, the faster the larger ``dynamic_loss_decay``.
-        ignore_index, pad_value: targets left out of the loss, and the id that the input has in their place.
+        next_latent_loss_weight, kl_loss_weight, sigreg_loss_weight: weights of the losses other than the next token's;
+            ``sigreg_loss_kwargs``: keywords of the regularizer.
+        rollout_weights: a weight per rollout; by default equal.
+        dynamic_rollout_loss_weight: reduce the weight of rollouts after a bad prediction, more with larger
+            ``dynamic_loss_decay``.
+        ignore_index, pad_value: targets excluded from the loss, and the id that replaces them in the input.
 
     Raises:
-        ValueError: parameters out of range or at odds with the net.
+        ValueError: parameters are out of range or do not fit the net.
     """
 
     def __init__(

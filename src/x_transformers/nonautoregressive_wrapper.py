@@ -1,4 +1,4 @@
-"""Masked generation: predict what is hidden, hide the least certain again (https://arxiv.org/abs/1904.09324,
+"""Masked generation: predict masked tokens, and mask the least certain again (https://arxiv.org/abs/1904.09324,
 https://arxiv.org/abs/2202.04200); the loss may be weighted as in masked diffusion (https://arxiv.org/abs/2406.07524)."""
 
 from __future__ import annotations
@@ -119,25 +119,25 @@ class SelfCritic(Module):
 
 
 class NonAutoregressiveWrapper(Module):
-    """Trains a bidirectional net to fill in masked tokens, and generates by filling in step by step.
+    """Trains a bidirectional net to predict masked tokens, and generates by iterative unmasking.
 
     Args:
         net: a ``TransformerWrapper`` over an ``Encoder``.
-        mask_id: the token that stands for a hidden one; must have a row in the net's embedding.
-        steps: rounds of generation.
-        self_cond, self_cond_train_prob: condition on the embeddings of the previous round; how often so in training.
-        no_replace_prob, random_token_prob: share of the chosen positions left as they are, or replaced by random tokens.
-        schedule: 'linear', 'cosine' or a differentiable function from time (0 to 1) to the masked share (1 to 0).
-        can_mask_prev_unmasked: whether a token once accepted may be hidden again.
-        token_critic: a net from tokens to ``b n 1`` that judges which tokens are not real
+        mask_id: the mask token; must have a row in the net's embedding.
+        steps: the number of iterations of generation.
+        self_cond, self_cond_train_prob: condition on the embeddings of the previous iteration, in this fraction of training.
+        no_replace_prob, random_token_prob: fraction of the chosen positions left unchanged, or replaced by random tokens.
+        schedule: 'linear', 'cosine' or a differentiable function from time (0 to 1) to the masked fraction (1 to 0).
+        can_mask_prev_unmasked: whether an accepted token may be masked again.
+        token_critic: a net from tokens to ``b n 1`` that predicts which tokens are not real
             (https://aclanthology.org/2021.naacl-main.409/).
         self_token_critic: the critic is the generator itself with one linear map.
         critic_loss_weight: weight of the critic's loss.
         use_simple_mdlm_loss_weight: weight by ``-schedule'(t) / schedule(t)``, the bound of masked diffusion.
         mdlm_weight_of_the_original: weight by ``schedule'(t) / (1 - schedule(t))`` instead, which is negative: only to
             reproduce the original's numbers; minimizing it unlearns.
-        critic_sees_masked_only: label as unreal only what was filled in. False: the original's labels, which call a visible
-            token unreal wherever the generator would have said another one.
+        critic_sees_masked_only: label only predicted tokens as unreal. False: the original's labels, which call a visible
+            token unreal wherever the generator would have predicted another one.
     """
 
     net: Any
@@ -166,8 +166,8 @@ class NonAutoregressiveWrapper(Module):
         check_net(net, 'NonAutoregressiveWrapper', needs=('attn_layers', 'emb_dim', 'num_tokens', 'max_seq_len'))
         if getattr(net.attn_layers, 'causal', False):
             raise FlagError(
-                f'`net` has a causal stack, {type(net.attn_layers).__name__}, in which a hidden token sees only what stands '
-                'before it: masked generation needs both sides. Build it around an Encoder.'
+                f'`net` must have a bidirectional stack, got {type(net.attn_layers).__name__}: masked tokens attend to both '
+                'sides. Build it around an Encoder.'
             )
         self.net = net
         dim, emb_dim = self.net.attn_layers.dim, self.net.emb_dim
@@ -237,7 +237,7 @@ class NonAutoregressiveWrapper(Module):
         mask: Bool[Tensor, 'b n'] | None = None,
         **kwargs: Any,
     ) -> Losses:
-        """The losses on sequences of exactly ``max_seq_len`` tokens; ``mask`` (True = text) keeps padding out of them."""
+        """The losses on sequences of exactly ``max_seq_len`` tokens; ``mask`` (True = text) excludes padding."""
         given = {
             'only_train_generator': only_train_generator,
             'only_train_critic': only_train_critic,
@@ -279,10 +279,10 @@ class NonAutoregressiveWrapper(Module):
         if mask is not None and (not is_bool(mask, 2) or mask.shape != x.shape):
             raise ValueError(f'mask must be boolean of shape {tuple(x.shape)}, got {shape_of(mask)}')
         if only_generator and only_critic:
-            raise ValueError('only_train_generator and only_train_critic together leave nothing to train')
+            raise ValueError('only_train_generator and only_train_critic must not both be True. Leave out one of them.')
         if only_critic and self.token_critic is None:
             raise ValueError(
-                'only_train_critic=True, but there is no critic: build the wrapper with token_critic or self_token_critic=True'
+                'only_train_critic must be False without a critic. Build it with token_critic or self_token_critic=True.'
             )
 
     @torch.no_grad()
@@ -296,14 +296,14 @@ class NonAutoregressiveWrapper(Module):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, '... n']:
-        """Sequences of ``max_seq_len`` tokens: all hidden at first, fewer in each of ``steps`` rounds.
+        """Sequences of ``max_seq_len`` tokens: all masked at first, fewer in each of ``steps`` iterations.
 
         Args:
             batch_size: rows ``(batch_size, n)``; one sequence ``(n,)`` without it.
-            start_temperature: of the first round; it falls to 0 in the last.
-            filter_thres: the share of the vocabulary that is never sampled, None: all may be.
-            noise_level_scale: how much chance decides, beside the critic, what is hidden again; without a critic there is none,
-                and it must be left at its default, or 0.
+            start_temperature: the temperature of the first iteration; it falls to 0 in the last.
+            filter_thres: the fraction of the vocabulary that is never sampled; None: any token may be sampled.
+            noise_level_scale: scale of the noise added to the critic's scores; without a critic there is no noise, and it must
+                keep its default, or be 0.
             generator: makes sampling reproducible.
             kwargs: for the net.
         """

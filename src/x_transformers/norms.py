@@ -1,4 +1,4 @@
-"""Norms over the last axis, and the choice among them.
+"""Norms over the last axis, and the choice of one.
 
 Three of them divide: by the standard deviation (layer norm) or by the length (scale and RMS norms). Two squash instead. A *unit
 offset* keeps the learned gain as its difference from 1, so that weight decay pulls it towards 1 instead of 0.
@@ -419,7 +419,7 @@ def choose_norm(
     """
     kind = kind.removeprefix('use_')
     if kind not in NORMS:
-        raise ValueError(f'there is no norm {kind!r}: choose one of {", ".join(NORMS)}')
+        raise ValueError(f'kind must be one of {", ".join(NORMS)}, got {kind!r}.')
     if kind in ADAPTIVE_NORMS:
         return NORMS[kind](dim, dim_condition=dim_condition, eps=eps)
     if kind == 'dynamic_tanh':

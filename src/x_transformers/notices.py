@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user, not at a line in here."""
+"""Warnings that point at the line of the user's code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of modules in a profile: which of them an operation belongs to."""
+"""Module names in a profile: which module an operation belongs to."""
 
 from __future__ import annotations
 

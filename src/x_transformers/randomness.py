@@ -1,4 +1,4 @@
-"""Random decisions about the course of a forward: which layers are left out, how often the stack is run, which keys are hidden.
+"""Random decisions about the course of a forward: skipped layers, number of repetitions, masked keys.
 
 Processes that train one model together must decide alike, or they would wait for each other. By default the numbers are those
 of Python's ``random``, so ``random.seed`` repeats them; ``decide_alike`` draws them from a seed and the number of the step.

@@ -1,4 +1,4 @@
-"""Recirculation: each token is run a second time, with what a deep layer saw mixed into a shallow one."""
+"""Recirculation: run each token a second time, with a deep layer's input mixed into a shallow layer's."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class RecirculationMixer(Module):
 
 
 class Recirculation(Module):
-    """A net whose tokens are each read twice (https://arxiv.org/abs/2608.17981).
+    """A net that reads each token twice (https://arxiv.org/abs/2608.17981).
 
-    The first reading gives the logits. Then the stream that enters ``destination_layer`` is replaced by a mixture with the one
-    that entered ``source_layer``, scaled to its length, and the token is read again; later tokens see the keys and values of
-    this second reading. It goes wherever the net goes, into ``AutoregressiveWrapper`` for one. Tokens are read one by one.
+    The first pass gives the logits. The second pass replaces the stream that enters ``destination_layer`` by a mixture with
+    the one that entered ``source_layer``, scaled to its length; later tokens attend to the keys and values of this pass. It
+    can be used wherever the net can, such as in ``AutoregressiveWrapper``. Tokens are read one by one.
 
     Args:
         net: a ``TransformerWrapper`` around a causal stack that can be cached, with one residual stream.
@@ -65,7 +65,7 @@ class Recirculation(Module):
         use_learned: weights per channel come from a ``RecirculationMixer`` of width ``learned_hidden``.
 
     Raises:
-        ValueError: layers that there are not, or nets that cannot be cached.
+        ValueError: a layer does not exist, or the net cannot be cached.
     """
 
     can_cache_kv = True

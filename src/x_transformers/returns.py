@@ -1,4 +1,4 @@
-"""What a call asked to be returned, and in which form it is: the one table of return conventions."""
+"""The table of return conventions: what a call returns, and in which form."""
 
 from __future__ import annotations
 
@@ -70,13 +70,19 @@ class Asked:
         }
         for name, asked in needs_head.items():
             if asked and not has_head:
-                raise ValueError(f'{name}=True: this model was built with return_only_embed=True and has no logits.')
+                raise ValueError(
+                    f'{name} must be False for a model without logits, which was built with return_only_embed=True.'
+                )
         if self.attn_z_loss and not isinstance(self.z_loss_weight, (int, float, Tensor)):
             raise TypeError(f'attn_z_loss_weight must be a number, got {self.z_loss_weight!r}.')
         if self.next_embed_pred and not predicts_next:
-            raise ValueError('return_next_embed_pred=True: build the model with add_continuous_pred_head=True.')
+            raise ValueError(
+                'return_next_embed_pred must be False without that head. Build the model with add_continuous_pred_head=True.'
+            )
         if self.multi_token_logits and not predicts_later:
-            raise ValueError('return_multi_token_logits=True: build the model with multi_token_heads=2, or more.')
+            raise ValueError(
+                'return_multi_token_logits must be False with one head. Build the model with multi_token_heads=2, or more.'
+            )
 
     def logits(self, *, has_head: bool, pooled: bool) -> bool:
         """Whether anyone will see logits. ``pooled``: attention-pooled tokens are returned in their place."""

@@ -1,4 +1,4 @@
-"""What all models around a stack share: rows in front, positions, memories, cache, and the order of a forward."""
+"""The base of all models around a stack: prepended rows, positions, memories, cache, and the order of a forward."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from x_transformers.tensor_types import Bool, Float, Shaped
 
 @dataclass(frozen=True)
 class Ends:
-    """The two ends in which models around a stack differ: functions that are given the model first.
+    """The two functions in which models around a stack differ; the first argument of each is the model.
 
     Args:
         embed: (model, x, call, rows) -> the new inputs as vectors (b n e) of width ``emb_dim``, without positions.
@@ -102,7 +102,7 @@ class StackWrapper(OptimizedModel):
 
     @property
     def has_head(self) -> bool:
-        """Whether there is anything to read out; without it the embeddings are the result."""
+        """Whether the model has an output head; without one it returns the embeddings."""
         return getattr(self, 'to_logits', True) is not None
 
     @property

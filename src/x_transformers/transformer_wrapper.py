@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 
 class TransformerWrapper(StackWrapper):
-    """A stack of attention layers with everything around it: token and position embeddings in front, logits behind.
+    """A transformer over tokens: token and position embeddings, a stack of attention layers, and an output head.
 
-    Its keywords are the fields of ``WrapperFlags``: ``num_tokens``, ``max_seq_len`` and ``attn_layers`` must be given.
+    The keywords are the fields of ``WrapperFlags``; ``num_tokens``, ``max_seq_len`` and ``attn_layers`` are required.
 
     Raises:
-        FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
+        FlagError: names every keyword that is unknown, has a wrong value, or conflicts with another or with the stack.
     """
 
     # beside the tokens' own vectors, None unless a flag asks for them
@@ -76,7 +76,7 @@ class TransformerWrapper(StackWrapper):
 
     @torch.no_grad()
     def init_(self) -> None:
-        """Draw the token table anew, and that of the positions with ``l2norm_embed``."""
+        """Initialize the token table again, and with ``l2norm_embed`` the position table."""
         if hasattr(self.token_emb, 'init_'):
             self.token_emb.init_()
         if self.l2norm_embed and isinstance(self.pos_emb, Module):
@@ -147,7 +147,7 @@ class TransformerWrapper(StackWrapper):
         return_multi_token_logits: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Logits (b n v), or what the ``return_*`` arguments ask for.
+        """Logits (b n v), or what the ``return_*`` arguments select.
 
         Args: as declared in ``embedding/call.py``, ``returns.py`` and ``layers/arguments.py``
 

@@ -1,4 +1,4 @@
-"""The normalized transformer (nGPT): learned factors that make up for vectors of unit length.
+"""The normalized transformer (nGPT): vectors of unit length, with learned scales.
 
 https://arxiv.org/abs/2410.01131
 """

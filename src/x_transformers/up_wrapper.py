@@ -42,7 +42,7 @@ def random_sequences(
 
 
 class SyntheticDataGenerator(Module):
-    """A recurrent network with random weights: the machine whose output is learned.
+    """A recurrent network with random weights: the machine that generates the training data.
 
     Args:
         dim, num_tokens: width of the embedding, size of the vocabulary.
@@ -110,7 +110,7 @@ class SyntheticDataGenerator(Module):
         condition = None if condition is None else token_ids(condition, 'condition')
         given = [part for part in (seed, condition) if part is not None]
         if not given:
-            raise ValueError('generate needs a seed, a condition or both to start from; got neither')
+            raise ValueError('seed or condition must be given, got neither.')
         for name, part in (('seed', seed), ('condition', condition)):
             if part is not None and (part.ndim != 2 or len(part) != len(given[0])):
                 raise ValueError(f'{name} must be tokens of shape ({len(given[0])}, length), got {tuple(part.shape)}')
@@ -126,7 +126,7 @@ class SyntheticDataGenerator(Module):
 
 
 class UniversalPretrainWrapper(Module):
-    """Trains a model on a buffer of sequences that random machines keep rewriting (algorithm 1 of the paper).
+    """Trains a model on a buffer of sequences that random machines rewrite (algorithm 1 of the paper).
 
     Args:
         model: a causal ``TransformerWrapper``.
@@ -218,7 +218,7 @@ class UniversalPretrainWrapper(Module):
         buffer[conditioned] = made.to(buffer.device)
 
     def forward(self) -> Float[Tensor, '']:
-        """Let the machine write, then the autoregressive loss on a batch drawn from the buffer."""
+        """Run the machine, then return the autoregressive loss on a batch drawn from the buffer."""
         self.advance()
         loss: Tensor = self.ar_wrapped(self.synth_data_buffer[self.draw(self.batch_size)].to(self.device))
         return loss

@@ -1,4 +1,4 @@
-"""ViTransformerWrapper: images in, classes out."""
+"""ViTransformerWrapper: images in, logits of classes or embeddings out."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class ViTransformerWrapper(Module):
-    """An image, cut into square patches, through a stack (https://arxiv.org/abs/2010.11929).
+    """A vision transformer: a stack over the square patches of an image (https://arxiv.org/abs/2010.11929).
 
-    Its keywords are the fields of ``VisionFlags``: ``image_size``, ``patch_size`` and ``attn_layers`` must be given. Register
-    tokens (https://arxiv.org/abs/2309.16588) stand behind the patches and are dropped after the stack.
+    The keywords are the fields of ``VisionFlags``; ``image_size``, ``patch_size`` and ``attn_layers`` are required. Register
+    tokens (https://arxiv.org/abs/2309.16588) follow the patches and are dropped after the stack.
 
     Raises:
-        FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another.
+        FlagError: names every keyword that is unknown, has a wrong value, or conflicts with another.
     """
 
     __signature__: Any = ClassSignature(only(VisionFlags))
@@ -116,10 +116,10 @@ class ViTransformerWrapper(Module):
     def feature_maps(
         self, img: Float[Tensor, 'b c h w'], out_indices: Sequence[int] | None = None
     ) -> list[Float[Tensor, 'b d r s']]:
-        """What left blocks of the stack, as maps with a cell for each patch; cls and register tokens are left out.
+        """The outputs of blocks of the stack, as maps with a cell for each patch; cls and register tokens are omitted.
 
-        ``out_indices``: which executed blocks, from 0, or from the last by negative numbers; None: all. The last one is behind
-        the final norm. Raises ValueError for a block that there is not.
+        ``out_indices``: the executed blocks, from 0, or from the last by negative numbers; None: all. The last map is taken
+        after the final norm. Raises ValueError for a block that does not exist.
         """
         x = self.embedded(img)
         seen = self.attn_layers(x, **self.on_grid(x), return_hiddens=True)[1].block_hiddens
@@ -137,11 +137,13 @@ class ViTransformerWrapper(Module):
     ) -> Any:
         """Logits (b classes); the mean embedding (b d) if there are no classes.
 
-        ``return_embeddings``: an embedding per patch, (b n d), behind those of a cls token and, if they are kept, of registers;
+        ``return_embeddings``: an embedding per patch, (b n d), after those of a cls token and, if they are kept, of registers;
         ``return_logits_and_embeddings``: both.
         """
         if return_embeddings and return_logits_and_embeddings:
-            raise ValueError('return_embeddings and return_logits_and_embeddings exclude each other; the second returns both.')
+            raise ValueError(
+                'return_embeddings and return_logits_and_embeddings must not both be True. The second returns both.'
+            )
         x = self.embedded(img)
         out = self.attn_layers(x, **self.on_grid(x))
         length = x.shape[1] - self.num_register_tokens
@@ -172,10 +174,10 @@ class ViTransformerWrapper(Module):
 
 
 class FeatureMaps(nn.Module):
-    """A model of images as a backbone, as ``features_only`` of timm makes one: images in, a list of maps out.
+    """An image model as a backbone, like ``features_only`` of timm: images in, a list of maps out.
 
     ``model``: a ``ViTransformerWrapper``, whose parameters are those of this module, under ``model``. ``out_indices``: the
-    blocks whose output is wanted, see ``ViTransformerWrapper.feature_maps``. ``channels`` and ``reduction``: the features of
+    blocks whose outputs to return, see ``ViTransformerWrapper.feature_maps``. ``channels`` and ``reduction``: the features of
     a map, and the pixels of a side (height, width) that a cell covers.
     """
 

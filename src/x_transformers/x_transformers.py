@@ -1,4 +1,4 @@
-"""Upstream's path for nearly everything: where a name lives is where it is imported from here.
+"""Upstream's module path for most names; it imports each from the module that defines it.
 
 There is no ``__all__`` on purpose: code in the wild imports ``*`` from here and expects the helpers and torch's names, too.
 """

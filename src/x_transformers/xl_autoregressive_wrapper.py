@@ -1,4 +1,4 @@
-"""Language modelling over segments, each of which remembers those before it."""
+"""Language modelling over segments, each of which attends to memories of earlier ones."""
 
 from __future__ import annotations
 
@@ -82,26 +82,26 @@ class SegmentReader:
 class XLAutoregressiveWrapper(Module):
     """Trains and generates over segments of ``net.max_seq_len`` tokens (Transformer-XL, https://arxiv.org/abs/1901.02860).
 
-    With ``ttt_module_paths`` some modules are trained while the sequence is read (https://arxiv.org/abs/2512.23675): every
-    sample begins with a copy of their weights, and each segment moves it. Training differentiates through these steps.
+    With ``ttt_module_paths``, some modules are trained while the sequence is read (https://arxiv.org/abs/2512.23675): every
+    sample begins with a copy of their weights, and each segment updates it. Training differentiates through these steps.
 
     Args:
         net: a ``TransformerWrapper`` with ``max_mem_len`` > 0.
-        ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``, unless they are tokens
+        ignore_index: targets excluded from the loss; in the input they are replaced by ``pad_value``, unless they are tokens
             of the vocabulary.
-        pad_value: the id for those and for everything after an end token.
+        pad_value: the id that replaces those, and everything after an end token.
         tbptt_steps: gradients reach back over this many segments, through memories and trained weights.
-        ttt_module_paths: dotted paths of the net's modules, or pairs of them: the gradient of the first moves the second.
+        ttt_module_paths: dotted paths of the net's modules, or pairs of them: the gradient of the first updates the second.
         ttt_lr, ttt_wd: step size and weight decay of each update.
-        ttt_use_muon, ttt_muon_steps, ttt_muon_lr: matrices move by orthogonalized gradients, with a step size of their own.
-        ttt_low_rank_paths: pairs (path, rank): of this linear map only a low-rank part is trained, which is added to it, or
-            stands in its place with ``ttt_low_rank_replaces``, as in 2.31.10.
+        ttt_use_muon, ttt_muon_steps, ttt_muon_lr: update matrices by orthogonalized gradients, with a separate step size.
+        ttt_low_rank_paths: pairs (path, rank): only a low-rank part of this linear map is trained, which is added to it, or
+            replaces it with ``ttt_low_rank_replaces``, as in 2.31.10.
         ttt_custom_loss_module: (intermediates, mask) -> losses per token or per sample, in place of the next token's.
-        ttt_next_latent_loss: that of predicting the next hidden state.
-        episodic_mem_len: so many learned keys and values for each self attention; their path is ``episodic_mems``.
-        weight_by_valid: weigh each segment by its targets that count, which gives the mean over all of them; the default
-            weighs by segment length, as the original does.
-        allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``.
+        ttt_next_latent_loss: use the loss of predicting the next hidden state.
+        episodic_mem_len: the number of learned keys and values for each self attention; their path is ``episodic_mems``.
+        weight_by_valid: weight each segment by its number of counted targets, which gives the mean over all of them; the
+            default weights by segment length, as the original does.
+        allow_future: also train a net whose tokens attend to later tokens, such as an ``Encoder``.
 
     Raises:
         ValueError: parameters out of range, or paths that the net does not have.
@@ -182,10 +182,10 @@ class XLAutoregressiveWrapper(Module):
         """The mean loss of predicting ``x[:, 1:]``, segment by segment.
 
         Args:
-            mems: memories to begin with.
-            dropout_mems: memories are not read.
-            ttt_recurrent_steps: with test-time training, how often each segment is read, with an update between; the last time
-                counts.
+            mems: initial memories.
+            dropout_mems: ignore the memories.
+            ttt_recurrent_steps: with test-time training, how often each segment is read, with an update between; the last
+                reading counts.
         """
         given = {'dropout_mems': dropout_mems, 'ttt_recurrent_steps': ttt_recurrent_steps}
         options(XLForwardOptions, 'XLAutoregressiveWrapper', given)
@@ -320,7 +320,7 @@ class XLAutoregressiveWrapper(Module):
         steps, eos = checked_length(seq_len), checked_eos(eos_token)
         prompt = prepare_prompts(start_tokens, None, self.pad_value)
         if prompt.start is not None:
-            raise ValueError('prompts of different lengths do not share their segments; generate from them one by one')
+            raise ValueError('start_tokens must have one length: rows share their segments. Generate from them one by one.')
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
         tokens = Tokens(prompt.tokens, steps)
         with evaluating(self), self._fast_weights(tokens.batch, attached=False):

@@ -1,4 +1,4 @@
-"""A decoder with a latent prefix, of which several candidates are tried and the best one is trained."""
+"""A decoder with a latent prefix: several candidates are tried, and the best one is trained."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def jensen_shannon(logits: Float[Tensor, 'b k n v']) -> Float[Tensor, 'b n']:
 class XMLatentDecoder(Module):
     """Expectation-maximization with hard choices over a latent prefix (https://arxiv.org/abs/2607.27372).
 
-    A prefix of ``num_latents`` standard normal vectors stands in front of the tokens. In training ``candidates`` prefixes
-    differ in one slot; the loss is that of the candidate which the winner function names, so latents learn to mean something.
+    A prefix of ``num_latents`` standard normal vectors is prepended to the tokens. In training, ``candidates`` prefixes differ
+    in one slot. The loss is that of the candidate chosen by the winner function, so latents become informative.
 
     Args:
         net: a ``TransformerWrapper`` around a ``Decoder``.
         dim, latent_dim: width of the net's embeddings, and of the latents; a linear map joins them if they differ, or with
             ``always_latent_proj``.
         max_batch_size: run at most this many rows at a time.
-        ignore_index: targets left out of the loss.
-        latent_drop_prob: in training, how often there is no prefix at all.
+        ignore_index: targets excluded from the loss.
+        latent_drop_prob: in training, the probability of no prefix at all.
         repulsive_loss_weight: reward for candidates whose predictions differ (https://arxiv.org/abs/2401.00036).
         winner_fn: from (losses (b k), intermediates) to the winner's index (b); ``winner_fns``: one for each slot.
 
@@ -132,7 +132,7 @@ class XMLatentDecoder(Module):
     ) -> Any:
         """The loss of the winners; without ``return_loss`` (logits (b k n v), latents (b k n l)).
 
-        ``mask`` says which tokens are no padding; padding is neither seen nor predicted. Further keywords go to the net.
+        ``mask`` is True for tokens; padding is neither attended to nor predicted. Further keywords go to the net.
         """
         given = {'return_loss': return_loss, 'active_latent_index': active_latent_index}
         options(CandidatesForwardOptions, 'XMLatentDecoder', given)

@@ -1,4 +1,4 @@
-"""xVal: numbers among tokens, each as one token whose vector is scaled by it (https://arxiv.org/abs/2310.02989)."""
+"""xVal: a number is one token whose vector is scaled by the number (https://arxiv.org/abs/2310.02989)."""
 
 from __future__ import annotations
 
@@ -74,20 +74,20 @@ def read_numbers(
     numbers = torch.where(is_number, numbers, elsewhere)
     if values_known(numbers) and bool(numbers.isnan().any()):
         raise ValueError(
-            f'x_num is NaN at {int(numbers.isnan().sum())} positions whose token is the number token ({token}); '
-            'give a number there, or another token'
+            f'x_num must be a number at each number token ({token}), got NaN at {int(numbers.isnan().sum())} of them. '
+            'Pass a number there, or another token.'
         )
     return is_number, numbers
 
 
 class XValTransformerWrapper(StackWrapper):
-    """A stack of attention layers whose tokens may be numbers: the number token's vector is multiplied by the number.
+    """A transformer whose tokens may be numbers: the number token's embedding is multiplied by the number.
 
     The keywords are the fields of ``XValFlags``; ``num_tokens``, ``max_seq_len``, ``numerical_token_id`` and ``attn_layers``
     must be given.
 
     Raises:
-        FlagError: naming every keyword that is unknown, of the wrong kind, or at odds with another or with the stack.
+        FlagError: names every keyword that is unknown, has a wrong value, or conflicts with another or with the stack.
     """
 
     __signature__: Any = ClassSignature(only(XValFlags))
@@ -141,19 +141,19 @@ class XValTransformerWrapper(StackWrapper):
         logits_last: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """(logits (b n v), numbers (b n)), or what the ``return_*`` arguments ask for.
+        """(logits (b n v), numbers (b n)), or what the ``return_*`` arguments select.
 
         Args:
-            x, x_num: tokens, and the numbers of those that are ``numerical_token_id``; what stands elsewhere is not read.
+            x, x_num: tokens, and the numbers of those that are ``numerical_token_id``; other values are ignored.
             mask: True for tokens, False for padding.
             mems, mem_masks: memories of the last segment, one per self attention (https://arxiv.org/abs/1901.02860).
-            pos: positions of the tokens, (n,) or (b n); of floating dtype: their position embeddings themselves.
+            pos: positions of the tokens, (n,) or (b n); with a floating dtype, the position embeddings themselves.
             prepend_embeds, prepend_mask: embeddings in front of the tokens; outputs for them are returned as well.
             sum_embeds: embeddings to be added; ``seq_start_pos``: where each row begins, if padded on the left.
             cache: a ``KVCache``, or the intermediates of an earlier call. Then the input may be new only, or the whole
-                sequence, whose unseen tail is taken; ``input_not_include_cache=True`` says that all of it is new.
-            logits_last: outputs for the last so many positions only.
-            kwargs: handed on to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
+                sequence, of which the model reads the new part; ``input_not_include_cache=True``: all of ``x`` is new.
+            logits_last: return outputs for the last so many positions only.
+            kwargs: passed to the stack: ``context``, ``context_mask``, ``attn_mask``, ``condition``, ...
 
         Returns:
             outputs or embeddings (b n d); then, wrapped around it: memories, intermediates, attention maps.
@@ -188,9 +188,9 @@ class XValAutoregressiveWrapper(Module):
 
     Args:
         net: such as ``XValTransformerWrapper`` around a ``Decoder``.
-        ignore_index: targets left out of the loss; in the input they are replaced by ``pad_value``, unless they are a token.
+        ignore_index: targets excluded from the loss; in the input they are replaced by ``pad_value``, unless they are a token.
         numerical_loss_weight: weight of the squared error of the numbers.
-        allow_future: also train a net whose stack shows each token those after it, such as an ``Encoder``.
+        allow_future: also train a net whose tokens attend to later tokens, such as an ``Encoder``.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class XValAutoregressiveWrapper(Module):
             cache_kv: remember keys and values, if the net can and the sequence stays within ``max_seq_len``; beyond that the
                 last ``max_seq_len`` tokens are read anew each time.
             prompt_lens: the true lengths of prompts that are padded on the right.
-            include_prompt: return the prompt, right-aligned, in front of the new tokens.
+            include_prompt: return the prompt, right-aligned, before the new tokens.
             generator: makes sampling reproducible.
             kwargs: for the net, such as ``context``; a ``mask`` over the prompt is extended as the sequence grows.
         """

@@ -246,7 +246,7 @@ def test_forcing_a_kernel_that_cannot():
     q = torch.randn(1, 2, 3, 4)
     with use_kernel('sdpa'), pytest.raises(ValueError, match='sdpa kernel cannot run this attention: sigmoid is not a softmax'):
         Attend(sigmoid=True)(q, q, q)
-    with pytest.raises(ValueError, match='there is no kernel'), use_kernel('fast'):
+    with pytest.raises(ValueError, match=r'name must be one of .*fast'), use_kernel('fast'):
         pass
     assert Attend(sigmoid=True)(q, q, q)[0].shape == q.shape
 

@@ -65,5 +65,5 @@ def test_log_prob_of_hard_attention(qkv):
         for h in range(4):
             for i in range(5):
                 torch.testing.assert_close(found[b, h, i], scores[b, h, i].log_softmax(-1).max())
-    with pytest.raises(ValueError, match='carry no attention maps'):
+    with pytest.raises(ValueError, match='must hold attention maps'):
         log_prob_from_hard_attend(Intermediates())

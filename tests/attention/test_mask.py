@@ -119,7 +119,10 @@ def test_packed_sequences_see_themselves():
         ({'cu_seqlens_q': torch.tensor([0, 2]), 'cu_seqlens_k': torch.tensor([0.0, 2])}, 'whole numbers'),
         ({'cu_seqlens_q': torch.tensor([0, 2]), 'cu_seqlens_k': torch.tensor([0, 2, 3])}, 'same number of sequences'),
         ({'cu_seqlens_q': torch.tensor([0, 2, 2]), 'cu_seqlens_k': torch.tensor([0, 2, 3])}, 'strictly increasing'),
-        ({'cu_seqlens_q': torch.tensor([0, 1, 3]), 'cu_seqlens_k': torch.tensor([0, 2, 3])}, 'needs cu_seqlens_q equal'),
+        (
+            {'cu_seqlens_q': torch.tensor([0, 1, 3]), 'cu_seqlens_k': torch.tensor([0, 2, 3])},
+            'cu_seqlens_q must equal cu_seqlens_k',
+        ),
     ],
 )
 def test_packed_sequences_are_checked(given, says):

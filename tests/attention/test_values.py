@@ -147,5 +147,5 @@ def test_exclusive_attention_leaves_out_what_lies_along_the_own_value(flags):
 
 def test_exclusive_attention_is_about_one_sequence():
     attn = Attention(D, heads=2, dim_head=6, exclusive=True)
-    with pytest.raises(ValueError, match='exclusive has no meaning in cross attention'):
+    with pytest.raises(ValueError, match='context must be None with exclusive'):
         attn(torch.randn(B, N, D), context=torch.randn(B, 3, D))

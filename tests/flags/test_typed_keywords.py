@@ -68,7 +68,7 @@ def test_prefixes_reach_help() -> None:
     assert listed['enc_num_tokens'].default is inspect.Parameter.empty
     assert 'dec_causal' not in listed
     assert 'enc_attn_qk_norm (bool = False): Unit-length' in XTransformer.__doc__
-    assert Decoder.__doc__.startswith('A token sees itself')
+    assert Decoder.__doc__.startswith('A causal stack: each token attends to itself')
     assert 'causal (' not in Decoder.__doc__
     assert 'num_tokens (int): Size of the vocabulary.' in inspect.getdoc(TransformerWrapper)
 

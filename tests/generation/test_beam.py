@@ -181,7 +181,7 @@ def test_bad_beams() -> None:
     model = AutoregressiveWrapper(Toy(vocabulary=3))
     with pytest.raises(ValueError, match=r'beams=0.*at least 1'):
         model.beam_search(PROMPT, 3, beams=0)
-    with pytest.raises(ValueError, match='only 9 sequences of length 2'):
+    with pytest.raises(ValueError, match='at most 9, the number of sequences of length 2'):
         model.beam_search(PROMPT, 2, beams=10)
     with pytest.raises(AssertionError, match='rotary'):
         AutoregressiveWrapper(Toy(absolute=True, limit=4)).beam_search(PROMPT, 3)

@@ -35,9 +35,9 @@ def test_learned(l2norm_embed: bool) -> None:
 def test_learned_ends_with_its_table() -> None:
     emb = AbsolutePositionalEmbedding(4, 8)
     assert emb(torch.zeros(1, 8)).shape == (8, 4)
-    with pytest.raises(ValueError, match=r'reaches position 9, but .* max_seq_len = 8'):
+    with pytest.raises(ValueError, match='max_seq_len = 8, got position 9'):
         emb(torch.zeros(1, 9))
-    with pytest.raises(ValueError, match='reaches position 9'):
+    with pytest.raises(ValueError, match='got position 9'):
         emb(torch.zeros(1, 3), offset=6)
 
 

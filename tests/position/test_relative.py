@@ -140,7 +140,7 @@ def test_given_positions() -> None:
     torch.testing.assert_close(batched[:1], out)
     torch.testing.assert_close(batched[1:], out * 2)
     torch.testing.assert_close(RelativeBias(alibi, positions=pos).between(geometry, 1, 2), out[:, :, 1:2, 1:])
-    with pytest.raises(ValueError, match='pos gives 4 positions, but there are 5 keys'):
+    with pytest.raises(ValueError, match='a position for each of the 5 keys, got 4'):
         RelativeBias(alibi, positions=pos).render(ScoreShape(2, 5))
 
 

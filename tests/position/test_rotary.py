@@ -95,7 +95,7 @@ def test_tables_are_aligned_on_the_right() -> None:
     torch.testing.assert_close(positions.queries(k[:, :, -1:]), whole[:, :, -1:])
     with pytest.raises(ValueError, match='given for 9 tokens, but 10'):
         positions.keys(torch.randn(2, 2, 10, 4))
-    with pytest.raises(ValueError, match='turn 4 channels, but a head has only 2'):
+    with pytest.raises(ValueError, match='at most the 2 channels of a head, got 4'):
         positions.keys(torch.randn(2, 2, 9, 2))
     with pytest.raises(ValueError, match='given for 9 tokens, but 10'):
         apply_rotary_pos_emb(torch.randn(2, 2, 10, 4), emb(torch.arange(9))[0])

@@ -1,4 +1,4 @@
-"""The public keywords of an attention call: checked, and turned into ``BranchInputs``; the tensors of attention proper."""
+"""The public keywords of an attention call: validation, conversion to ``BranchInputs``, and the tensors of attention."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def check_attention_input(attn: AttentionParts, x: Float[Tensor, '... n d'], giv
     if attn.separate_views:
         shaped('x', x, 3, None, None, attn.dim, says='views for queries, keys and values (qkv_receive_diff_residuals)')
         if context is not None:
-            raise ValueError('context cannot be given with qkv_receive_diff_residuals: x holds the views of keys and values')
+            raise ValueError(
+                'context must be None with qkv_receive_diff_residuals=True: x holds the views of keys and values. Leave it out.'
+            )
     else:
         shaped('x', x, None, None, attn.dim, says='(batch, tokens, dim)')
     numbers('x', x)
@@ -116,7 +118,7 @@ def check_attention_input(attn: AttentionParts, x: Float[Tensor, '... n d'], giv
         check_attention_context(attn, context, batch)
     elif attn.dim_context != attn.dim:
         raise ValueError(
-            f'context is missing: keys and values are made of a sequence of width {attn.dim_context} (dim_context)'
+            f'context must be given: keys and values are projected from a sequence of width {attn.dim_context} (dim_context).'
         )
     keys = queries if context is None else context.shape[1]
     if mem is not None:
@@ -132,8 +134,8 @@ def check_attention_context(attn: AttentionParts, context: Any, batch: int) -> N
     numbers('context', context)
     if attn.needing_own_keys:
         raise ValueError(
-            f'{attn.needing_own_keys[0]} has no meaning in cross attention, where keys are not the queries: leave out context, '
-            'or the flag'
+            f'context must be None with {attn.needing_own_keys[0]}, which needs keys of the same tokens as the queries. '
+            'Leave out context, or the flag.'
         )
 
 
@@ -147,7 +149,7 @@ def key_mask(given: Keywords, batch: int, mems: int, past: int, keys: int) -> Te
     if mem_mask is not None:
         boolean('mem_mask', mem_mask)
         if mems == 0:
-            raise ValueError('mem_mask is given without mem')
+            raise ValueError('mem must be given with mem_mask. Pass mem, or leave out mem_mask.')
         shaped('mem_mask', mem_mask, batch, mems, says='(batch, memories)')
     if mask is not None:
         boolean(name, mask)
@@ -205,22 +207,22 @@ def check_angles(name: str, pair: Any) -> None:
 def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
     rotary, context_rotary, polar = (given[name] for name in ('rotary_pos_emb', 'context_rotary_pos_emb', 'polar_pos_emb'))
     if rotary is not None and polar is not None:
-        raise ValueError('rotary_pos_emb and polar_pos_emb exclude each other')
+        raise ValueError('rotary_pos_emb and polar_pos_emb must not both be given. Leave out one of them.')
     if polar is not None:
         from x_transformers.position.positions import PolarPositions
 
         if given['context'] is not None:
-            raise ValueError('polar_pos_emb is for self attention: it cannot be given with context')
+            raise ValueError('polar_pos_emb must be None with context: it is for self attention. Leave out one of them.')
         check_angles('polar_pos_emb', polar)
         return PolarPositions(*polar)
     if (rotary is None or given['context'] is None) and context_rotary is not None:
-        raise ValueError('context_rotary_pos_emb needs context and rotary_pos_emb')
+        raise ValueError('context and rotary_pos_emb must be given with context_rotary_pos_emb. Pass both, or leave it out.')
     if rotary is None:
         return None
     from x_transformers.position.positions import RotaryPositions
 
     if given['context'] is not None and context_rotary is None:
-        raise ValueError('rotary_pos_emb with a context needs context_rotary_pos_emb, the positions of the context')
+        raise ValueError('context_rotary_pos_emb must be given with rotary_pos_emb and context. Pass the context positions.')
     check_angles('rotary_pos_emb', rotary)
     freqs, scale = rotary
     if context_rotary is not None:
@@ -231,7 +233,7 @@ def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
 def call_bias(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
     rel_pos, attn_bias, pos = given['rel_pos'], given['attn_bias'], given['pos']
     if rel_pos is not None and attn_bias is not None:
-        raise ValueError('rel_pos and attn_bias exclude each other: both are added to the scores; add them up yourself')
+        raise ValueError('rel_pos and attn_bias must not both be given: both are added to the scores. Pass their sum as one.')
     from x_transformers.position.bias import DenseBias
     from x_transformers.position.relative import DistanceBias, RelativeBias
 
@@ -253,7 +255,7 @@ def extra_keys(attn: AttentionParts, given: Keywords, batch: int) -> ExtraKeys |
     pair, mask = given['additional_key_values'], given['additional_key_value_mask']
     if pair is None:
         if mask is not None:
-            raise ValueError('additional_key_value_mask is given without additional_key_values')
+            raise ValueError('additional_key_values must be given with additional_key_value_mask. Pass both, or neither.')
         return None
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError('additional_key_values must be a pair: keys (b h m d) and values (b h m e)')
@@ -325,7 +327,7 @@ def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
     if not isinstance(cache, Intermediates):
         raise TypeError(f'cache must be the Intermediates of an earlier call, but is of type {type(cache).__name__}')
     if not attn.can_cache_kv:
-        raise ValueError('selective and inverted attention cannot continue from a cache: pass the whole sequence')
+        raise ValueError('cache must be None with selective or inverted attention. Pass the whole sequence.')
     if cache.cache is not None:
         return cache.cache.fork()
     past = LayerCache()
@@ -362,7 +364,7 @@ def branch_inputs(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keyw
     if previous is not None:
         shaped('prev_attn', previous, batch, attn.heads, queries, None, says='the scores of an earlier layer')
     if packed is not None and not attn.flags.flash_pack_seq:
-        raise ValueError('flash_pack_seq_kwargs needs an attention with flash_pack_seq=True')
+        raise ValueError('flash_pack_seq_kwargs must be None without flash_pack_seq=True. Build the attention with that flag.')
     rows = rows_to_keep(given, batch, queries, held)
     causal = attn.causal if given['causal'] is None else given['causal']
     return BranchInputs(

@@ -1,4 +1,4 @@
-"""The parts of one attention layer, made from its flags."""
+"""Construction of the parts of one attention layer from its flags."""
 
 from __future__ import annotations
 

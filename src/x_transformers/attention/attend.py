@@ -1,4 +1,4 @@
-"""Attention proper: scores, weights, output. Queries, keys and values come in, with heads already split."""
+"""The attention operation: scores, weights, output. Inputs are queries, keys and values, already split into heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The call of a layer's attention proper, ours or a module that the user has put in its place."""
+"""The call of a layer's attention operation, which is ours or a module that the user has set."""
 
 from __future__ import annotations
 

@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 
 class Attention(AttentionParts):
-    """Multi-head attention with everything that has been tried on it.
+    """Multi-head attention, with a flag for each published variation.
 
-    ``Attention(dim, **flags)``; the flags are those of ``AttentionFlags``, in a stack with ``attn_`` or ``cross_attn_`` before.
-    Query head h uses key and value head h mod ``kv_heads``. Own keys are ordered memories, past, new; in front of them lie keys
-    of another model, then learned memory keys.
+    ``Attention(dim, **flags)``; the flags are those of ``AttentionFlags``, in a stack with the prefix ``attn_`` or
+    ``cross_attn_``. Query head h uses key and value head h mod ``kv_heads``. The order of keys is: keys of another model,
+    learned memory keys, then the layer's own keys: memories, past, new.
 
-    Raises FlagError for flags that exclude each other and UnknownFlag for a name that no flag has.
+    Raises FlagError for flags that exclude each other, UnknownFlag for an unknown flag.
     """
 
     __signature__: Any = ClassSignature(only(AttentionFlags))
@@ -134,7 +134,7 @@ class Attention(AttentionParts):
         attn_delta: Float[Tensor, '... n j'] | None = None,
         around: BranchInputs | None = None,
     ) -> Float[Tensor, 'b n o'] | tuple[Float[Tensor, 'b n o'], Intermediates]:
-        """Attend. Every boolean mask: True is a token, or may be seen.
+        """Attend. In every boolean mask, True marks a token, or a key that may be attended to.
 
         Args: as declared in ``attention/arguments.py``
 

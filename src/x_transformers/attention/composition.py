@@ -1,4 +1,4 @@
-"""Dynamically composable heads (DCMHA): what the tokens say of how heads are mixed.
+"""Dynamically composable heads (DCMHA): the tokens determine how heads are mixed.
 
 https://arxiv.org/abs/2405.08553
 """

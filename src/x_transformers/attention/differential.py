@@ -1,4 +1,4 @@
-"""Differential attention: the difference of two softmaxes, in which the noise that both share cancels out.
+"""Differential attention: the difference of two softmaxes, which cancels their common noise.
 
 https://arxiv.org/abs/2410.05258
 """

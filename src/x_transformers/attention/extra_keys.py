@@ -1,4 +1,4 @@
-"""Keys and values in front of a layer's own: learned memories, and those of another model. None of them has a position."""
+"""Keys and values before a layer's own: learned memories, and those of another model. None of them has a position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of a score matrix: which columns are whose, and which key head belongs to which query head."""
+"""The shape of a score matrix: the meaning of its columns, and the key head of each query head."""
 
 from __future__ import annotations
 

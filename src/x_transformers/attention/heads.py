@@ -1,4 +1,4 @@
-"""From channels to heads and back, and memories in front of tokens."""
+"""Conversion from channels to heads and back, and memories before the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module beside attention, such as a recurrent network, whose output is mixed with attention's (Hymba).
+"""A module in parallel with attention, such as a recurrent network; their outputs are mixed (Hymba).
 
 https://arxiv.org/abs/2411.13676
 """

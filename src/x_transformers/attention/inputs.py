@@ -1,4 +1,4 @@
-"""What a branch of a layer is given, and what attention reports back."""
+"""The inputs of a layer's branch, and the intermediates that attention returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values are made of a narrow latent, and the latent is what the cache keeps.
+"""Multi-head latent attention: keys and values are projected from a narrow latent, which is what the cache stores.
 
 The latent knows no position; ``latent_rope_subheads`` key heads bypass it and are rotated. https://arxiv.org/abs/2405.04434
 """

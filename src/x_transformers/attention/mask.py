@@ -1,4 +1,4 @@
-"""Who may look at whom. True always means: may look."""
+"""The attention mask. True always means: may attend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PackedSequences:
         missing = [name for name in ('cu_seqlens_q', 'cu_seqlens_k') if given.get(name) is None]
         if missing:
             raise ValueError(
-                f'flash_pack_seq_kwargs lacks {" and ".join(missing)}: the cumulative lengths of the packed sequences'
+                f'flash_pack_seq_kwargs must hold {" and ".join(missing)}: the cumulative lengths of the packed sequences.'
             )
         starts_q, starts_k = given['cu_seqlens_q'], given['cu_seqlens_k']
         for name, starts in (('cu_seqlens_q', starts_q), ('cu_seqlens_k', starts_k)):
@@ -106,8 +106,8 @@ def check_starts(starts_q: Int[Tensor, ' s'], starts_k: Int[Tensor, ' s'], causa
             raise ValueError(f'{name} must be strictly increasing, got {starts.tolist()}')
     if causal and not torch.equal(starts_q, starts_k):
         raise ValueError(
-            'causal attention over packed sequences needs cu_seqlens_q equal to cu_seqlens_k, '
-            f'got {starts_q.tolist()} and {starts_k.tolist()}'
+            'cu_seqlens_q must equal cu_seqlens_k in causal attention over packed sequences, '
+            f'got {starts_q.tolist()} and {starts_k.tolist()}.'
         )
 
 

@@ -1,4 +1,4 @@
-"""What an attention layer consists of: its steps are given the layer, and know these of its parts."""
+"""The base class that lists the parts of an attention layer, for the steps that receive the layer."""
 
 from __future__ import annotations
 

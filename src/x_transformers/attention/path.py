@@ -1,4 +1,4 @@
-"""PaTH: what each token does to the way between an earlier key and a later query. https://arxiv.org/abs/2505.16381"""
+"""PaTH: each token contributes one transformation between an earlier key and a later query. https://arxiv.org/abs/2505.16381"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From tokens to the heads of keys and values, appended to those of the past."""
+"""Projections from tokens to key and value heads, appended to those of the past."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QK-clip: shrink the weights of queries and keys whose scores grow too large. https://arxiv.org/abs/2507.20534"""
+"""QK-clip: scale down the weights of queries and keys whose scores grow too large. https://arxiv.org/abs/2507.20534"""
 
 from __future__ import annotations
 

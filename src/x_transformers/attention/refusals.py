@@ -1,4 +1,4 @@
-"""What is wrong with the flags of scores: rules that they break, and those that no fused kernel carries."""
+"""Refusals of score flags: the rules that they break, and the flags that no fused kernel supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention without keys and values of its own: those of an earlier layer, https://arxiv.org/abs/2405.12981."""
+"""Attention that reuses the keys and values of an earlier layer, https://arxiv.org/abs/2405.12981."""
 
 from __future__ import annotations
 

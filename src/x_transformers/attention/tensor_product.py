@@ -1,4 +1,4 @@
-"""Tensor product attention: heads are sums of outer products of two vectors, and the cache keeps the vectors.
+"""Tensor product attention: heads are sums of outer products of two vectors; the cache stores the vectors.
 
 It is a latent whose way up multiplies instead of being learned. https://arxiv.org/abs/2501.06425
 """

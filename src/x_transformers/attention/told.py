@@ -1,4 +1,4 @@
-"""What the tokens of a call tell the score rules, beside queries and keys."""
+"""Tensors, other than queries and keys, that a call computes from its tokens for the score rules."""
 
 from __future__ import annotations
 

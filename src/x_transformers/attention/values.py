@@ -1,4 +1,4 @@
-"""What happens to values before they are attended over, and what comes back out."""
+"""Transformations of values before attention, and of the output after it."""
 
 from __future__ import annotations
 

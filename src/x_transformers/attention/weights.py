@@ -1,4 +1,4 @@
-"""From scores to weights, and from weights to the output."""
+"""Normalization from scores to weights, and the weighted sum of the values."""
 
 from __future__ import annotations
 
@@ -256,5 +256,5 @@ def log_prob_from_hard_attend(intermeds: Intermediates) -> Float[Tensor, 'b h i'
     """Log probability, under the softmax of its scores, of the key that hard attention has chosen for each query."""
     scores, weights = intermeds.pre_softmax_attn, intermeds.post_softmax_attn
     if scores is None or weights is None:
-        raise ValueError('these intermediates carry no attention maps: run attention with return_intermediates=True')
+        raise ValueError('intermeds must hold attention maps. Run attention with return_intermediates=True.')
     return scores.log_softmax(dim=-1).gather(-1, weights.argmax(dim=-1, keepdim=True)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Caches of intermediates that a caller has put together by hand: ``cached_kv`` of each attention becomes tapes."""
+"""Caches that a caller constructs: the ``cached_kv`` of each attention becomes buffers."""
 
 from __future__ import annotations
 

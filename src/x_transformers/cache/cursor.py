@@ -1,4 +1,4 @@
-"""How far a cache of fixed capacity is written."""
+"""The written length of a cache of fixed capacity."""
 
 from __future__ import annotations
 

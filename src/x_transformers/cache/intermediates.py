@@ -1,4 +1,4 @@
-"""What a forward pass hands back beside its output."""
+"""The intermediates that a forward returns beside its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stack remembers of the tokens it has seen: named tapes per execution step."""
+"""The key-value cache of a stack: named buffers for each execution step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one step of a stack remembers of the tokens it has seen: named tapes, and states beside them."""
+"""The cache of one step of a stack: named buffers, and states."""
 
 from __future__ import annotations
 

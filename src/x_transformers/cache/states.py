@@ -1,4 +1,4 @@
-"""What a layer remembers beside its tapes, replaced at every step: it can be reordered, but not rolled back."""
+"""States of a layer, replaced at every step: they can be reordered, but not rolled back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One tensor that grows along the sequence."""
+"""A buffer that grows along the sequence."""
 
 from __future__ import annotations
 

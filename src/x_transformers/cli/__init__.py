@@ -1,1 +1,1 @@
-"""The command line: a thin face of the library and of its trainer."""
+"""The command line: a thin interface to the library and its trainer."""

@@ -1,4 +1,4 @@
-"""``x-transformers ablate``: does an idea help?"""
+"""``x-transformers ablate``: measure whether ideas help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``x-transformers chat``: a model and a person write in turn."""
+"""``x-transformers chat``: an interactive dialogue with a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from x_transformers.cli.writing import SampleOptions, Writer, open_writer, show
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatOptions(SampleOptions):
-    """Write in turn with a trained model: each line that you type is read behind all that was written before.
+    """Chat with a trained model: it reads each line that you type after all earlier text.
 
     Ctrl-C ends an answer, Ctrl-D the conversation. A model of plain text goes on with yours; one that was trained on
     conversations needs its own marks, as in --before '\\nUser: ' --after '\\nAssistant: ' --stop '\\nUser: '.
@@ -24,13 +24,13 @@ class ChatOptions(SampleOptions):
     run: Annotated[str, tyro.conf.Positional]
     """Run folder, as written by x-transformers train; or a model folder with a tokenizer, as written by hf import."""
     before: str = ''
-    """Text in front of each line that you type (\\n is a line break)."""
+    """Text before each line that you type (\\n is a line break)."""
     after: str = '\\n'
-    """Text behind it."""
+    """Text after each line that you type."""
     stop: str | None = None
     """Text that ends an answer; None: only --length ends it."""
     json: bool = False
-    """Print one line of JSON with all that was written at the end."""
+    """Print one line of JSON with the whole text at the end."""
 
     def faults(self) -> list[str]:
         wrong = super().faults()

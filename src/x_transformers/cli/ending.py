@@ -1,4 +1,4 @@
-"""How a training run ends: where everything is, or how to go on."""
+"""The closing message of a training run: where its files are, or how to continue."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ class EvalOptions:
     document_separator: str | None = None
     """Text between two documents of a text file; None: each file is one, cut at every 1 MiB."""
     seq_len: int | None = None
-    """Tokens that are read at once; None: as many as in training."""
+    """Tokens per sequence; None: as many as in training."""
     batch: int = 8
-    """Sequences that are read at once."""
+    """Sequences per batch."""
     device: str = 'auto'
     """cpu, cuda, ...; auto: the first accelerator there is, else the CPU."""
     json: bool = False

@@ -1,4 +1,4 @@
-"""``x-transformers evidence``: a published suite of tasks, our rows beside the published ones."""
+"""``x-transformers evidence``: a published suite of tasks, with our results beside the published ones."""
 
 from __future__ import annotations
 

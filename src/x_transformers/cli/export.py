@@ -1,4 +1,4 @@
-"""``x-transformers export``."""
+"""``x-transformers export``: write a model as a program, as ONNX or as safetensors."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ RANGE = re.compile(r'(\d+)(?::(\d+))?')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write a trained model in a form that runs, or is read, without this library."""
+    """Write a trained model in a format that runs, or can be read, without this library."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Run folder, as written by x-transformers train; or a model folder, as written by save_pretrained or hf import."""
     format: Format
-    """pt2: a program for torch; onnx: one for onnxruntime; safetensors: the weights alone, with the flags beside them."""
+    """pt2: a program for torch; onnx: one for onnxruntime; safetensors: the weights only, with the flags in the metadata."""
     out: str | None = None
     """File to write; None: model.pt2, model.onnx or weights.safetensors in the folder of the model."""
     what: Literal['logits', 'loss', 'step'] = 'logits'
-    """What the program computes; step: new tokens behind a past of plain tensors."""
+    """What the program computes; step: new tokens, given a past of plain tensors."""
     batch: str = '1:64'
-    """Least and most rows, or one number."""
+    """Minimum and maximum number of rows, or one number."""
     length: str = '1:4096'
-    """Least and most tokens, or one number; a model with absolute positions ends where they end."""
+    """Minimum and maximum number of tokens, or one number; absolute positions limit the maximum."""
     mask: bool = False
-    """The program takes a mask, too: True for tokens, False for padding."""
+    """The program also takes a mask: True for tokens, False for padding."""
     json: bool = False
     """Print one line of JSON at the end."""
 

@@ -1,4 +1,4 @@
-"""``x-transformers generate``."""
+"""``x-transformers generate``: write text with a trained model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from x_transformers.cli.writing import SampleOptions, open_writer, show
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions(SampleOptions):
-    """Write with a trained model; the text is shown as it is sampled."""
+    """Generate text with a trained model; the text is shown as it is sampled."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Run folder, as written by x-transformers train; or a model folder with a tokenizer, as written by hf import."""

@@ -1,4 +1,4 @@
-"""x-transformers hf: models in the Hugging Face format, explained, imported and exported."""
+"""``x-transformers hf``: explain, import and export models in the Hugging Face format."""
 
 from __future__ import annotations
 

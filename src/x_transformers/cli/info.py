@@ -1,4 +1,4 @@
-"""``x-transformers info``: what a set of flags builds."""
+"""``x-transformers info``: layers, parameters, operations, kernel and cache of a set of flags."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from x_transformers.training.build import NUM_BYTES, USUAL_PRESET, build_network
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.run import RunConfig
 
-ABOUT = """Show the layers, parameters, operations, attention kernels and cache that a set of flags leads to.
+ABOUT = """Show the layers, parameters, operations, attention kernels and cache for a set of flags.
 
 Nothing is computed: the model is built without memory, so that large ones can be looked at too.
 """
@@ -40,13 +40,13 @@ Nothing is computed: the model is built without memory, so that large ones can b
 @dataclasses.dataclass(frozen=True)
 class InfoOptions:
     run: str | None = None
-    """Look at the model of this run folder instead of the flags given here."""
+    """Use the model of this run folder instead of the flags given here."""
     config: str | None = None
     """TOML file with any of these options; the command line overrides it."""
     seq_len: int = 256
-    """Bytes that are read at once."""
+    """Bytes per sequence."""
     device: str = 'auto'
-    """The device that the kernel is chosen for."""
+    """The device for which the kernel is chosen."""
     bf16: bool = False
     """Compute in bfloat16."""
     training: bool = True

@@ -1,4 +1,4 @@
-"""The command ``x-transformers``: picks the subcommand; bad input becomes one sentence and a status."""
+"""The command ``x-transformers``: choose the subcommand; bad input ends with one sentence and an exit status."""
 
 from __future__ import annotations
 

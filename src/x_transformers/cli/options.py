@@ -1,4 +1,4 @@
-"""Options made from the flags' fields: one option per keyword, with its sentence, grouped as the constructors are.
+"""Command-line options, generated from the flags: one option per keyword, grouped by constructor.
 
 Keywords that only code can give (modules, functions) have no option; dictionaries are given in a TOML file.
 """

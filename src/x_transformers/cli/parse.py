@@ -1,4 +1,4 @@
-"""From what was typed to a command's dataclass; the short help, the long one, and the answer to options that do not exist."""
+"""From arguments to a command's dataclass; short and long help; errors for unknown options."""
 
 from __future__ import annotations
 

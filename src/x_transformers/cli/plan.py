@@ -1,4 +1,4 @@
-"""``x-transformers plan``: what a model would need on many devices, found without any."""
+"""``x-transformers plan``: the memory and time that a model needs on many devices, computed without any."""
 
 from __future__ import annotations
 

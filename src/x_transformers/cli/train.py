@@ -1,4 +1,4 @@
-"""``x-transformers train``."""
+"""``x-transformers train``: train a language model, or continue a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``generate`` and ``chat`` share: how a model is opened, how its next token is chosen, and how text is shown."""
+"""Shared by ``generate`` and ``chat``: open a model, choose its next token, display text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Training on several processes with PyTorch's own engine: meshes, FSDP2, DDP, distributed checkpoints. Imported when used."""
+"""Training on several processes with PyTorch's engine: meshes, FSDP2, DDP, distributed checkpoints. Imported when used."""

@@ -1,4 +1,4 @@
-"""Build a stage of a pipeline: every layer is made in its turn, and those of other stages are let go of at once."""
+"""Construction of a pipeline stage: build every layer in turn, and free those of other stages at once."""
 
 from __future__ import annotations
 

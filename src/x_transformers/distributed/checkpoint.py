@@ -1,4 +1,4 @@
-"""Checkpoints that every process writes its part of, and any number of processes reads (torch.distributed.checkpoint).
+"""Distributed checkpoints: each process writes its part, and any number of processes reads (torch.distributed.checkpoint).
 
 A folder ``checkpoint-NNNNNNNN`` holds the parts, what is no tensor (``state.pt``), the whole weights for use
 (``export.safetensors``) and a manifest with checksums. It is renamed into place once all of it is on disk.

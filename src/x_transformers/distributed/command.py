@@ -1,4 +1,4 @@
-"""``torchrun … -m x_transformers train``: the same run as in one process, on a grid. The main process speaks and writes."""
+"""``torchrun … -m x_transformers train``: a run on a process grid. Only the main process writes files and prints."""
 
 from __future__ import annotations
 

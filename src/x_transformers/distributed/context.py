@@ -1,4 +1,4 @@
-"""Context parallelism: each process has a slice of every sequence, and sees the keys and values of the slices before its own.
+"""Context parallelism: each process holds a slice of every sequence, and attends to the keys and values of earlier slices.
 
 To the model a slice is what follows a cache: its positions, masks and biases are those of tokens behind others. The rows behind
 which it follows come from the other processes when a layer asks its tapes for them. So what can be decoded from a cache can be

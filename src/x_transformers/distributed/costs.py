@@ -1,4 +1,4 @@
-"""What one row of tokens costs a device: operations and memory, layer by layer. Found on tensors that have no numbers."""
+"""Operations and memory of one row of tokens, layer by layer, computed on meta tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses from one stage of a pipeline to the next: tensors, and the form that says what they are."""
+"""Transfer between pipeline stages: tensors, and the description of their structure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many processes along each axis of the grid, and what is wrong with a grid."""
+"""The number of processes along each axis of the grid, and validation of a grid."""
 
 from __future__ import annotations
 

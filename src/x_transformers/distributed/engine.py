@@ -1,4 +1,4 @@
-"""A training step on several processes: what the loop of ``training/trainer.py`` asks for, answered for a grid."""
+"""The training engine for several processes: the methods that the loop of ``training/trainer.py`` calls, for a grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expert parallelism within a tensor group: each process has some of the experts, and all of them the same tokens.
+"""Expert parallelism in a tensor group: each process holds some of the experts and all tokens.
 
 Every process routes every token, and runs its experts on the tokens that have chosen them; the outputs are added up. So no
 token travels, none is dropped, and what keeps the experts in balance is the same everywhere.

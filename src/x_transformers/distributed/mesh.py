@@ -1,4 +1,4 @@
-"""Processes in a grid: how many hold copies of the model, how many share one, and which of them this process is."""
+"""The process grid: how many processes replicate the model, how many share one, and the place of this process."""
 
 from __future__ import annotations
 

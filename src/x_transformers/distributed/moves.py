@@ -1,4 +1,4 @@
-"""Between what all processes of a group have and what each has of it: copies, sums, slices, parameters cut and on loan."""
+"""Collectives of a group: copies, sums, slices, sharded parameters and their gathering."""
 
 from __future__ import annotations
 

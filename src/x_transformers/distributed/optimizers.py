@@ -1,4 +1,4 @@
-"""Optimizers of parameters that are spread over processes: AdamW moves parts, Muon puts each matrix together on one of them."""
+"""Optimizers of sharded parameters: AdamW updates shards; Muon gathers each matrix on one process."""
 
 from __future__ import annotations
 

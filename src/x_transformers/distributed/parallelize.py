@@ -1,4 +1,4 @@
-"""Spread a model over processes, in place: first what cuts layers, then checkpointing, compiling, and sharding around all.
+"""Parallelize a model in place: first tensor and slice parallelism, then checkpointing, compiling, and sharding.
 
 The model's own code knows nothing of it. Layers are units: what one needs is gathered when it runs and let go of afterwards.
 """

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: each process has a stage, some of the layers, and hands on what leaves them.
+"""Pipeline parallelism: each process has a stage of some layers, and sends its output to the next.
 
 The schedule and what is sent are those of ``torch.distributed.pipelining``.
 

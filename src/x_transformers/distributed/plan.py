@@ -1,4 +1,4 @@
-"""What a model would need on a number of devices: memory of each, operations, which grid fits. Nothing is computed or sent.
+"""Estimates for a number of devices: memory of each, operations, fitting grids. Nothing is computed or sent.
 
 Sizes are those of tensors. What the allocator, the libraries and the network need beside them is not known here.
 """

@@ -1,4 +1,4 @@
-"""Which kind of parallelism cannot be had, and with which flag: one table, asked before anything starts.
+"""Refusals: which flag each kind of parallelism does not support; one table, checked before anything starts.
 
 Everything that is not refused here gives the loss and the gradients of one process, as ``tests/distributed`` proves.
 """

@@ -1,4 +1,4 @@
-"""Sequence parallelism beside heads and features: between branches each process of a tensor group has a slice of the sequence.
+"""Sequence parallelism with tensor groups: between branches, each process holds a slice of the sequence.
 
 A stack cuts what enters it, and puts its output together again. Norms and residuals run on slices, so a process keeps its rows
 of their results alone. A branch is given all rows, and hands out a slice of the sum of what the processes make of them; one

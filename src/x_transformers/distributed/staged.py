@@ -1,4 +1,4 @@
-"""A training step on stages of a pipeline: what ``engine.py`` answers otherwise when each process has some of the layers."""
+"""The training engine for pipeline stages: the methods that differ from ``engine.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which stage of a pipeline has which layers and parameters, and which models cannot be cut into stages."""
+"""Pipeline stages: the layers and parameters of each, and the models that cannot be split."""
 
 from __future__ import annotations
 

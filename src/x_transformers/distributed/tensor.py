@@ -1,4 +1,4 @@
-"""Tensor parallelism: each process has some heads of every attention and some inner features of every feed-forward.
+"""Tensor parallelism: each process holds some heads of every attention and some inner features of every feed-forward.
 
 Between the layers every process has all of the stream. A branch begins with a copy whose gradients are added up, and ends with
 a sum over the processes. The parameters are DTensors that say which rows a process has. A branch runs on these rows alone, as

@@ -1,4 +1,4 @@
-"""The parts of a model that are spread as one: its stacks, their layers, and what stands around them."""
+"""Units of sharding: the stacks of a model, their layers, and the modules around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss parallelism beside heads and features: each process of a tensor group has the logits of some tokens of the vocabulary.
+"""Loss parallelism with tensor groups: each process holds the logits of a part of the vocabulary.
 
 The head's rows are cut, and with a tied head those of the token table. A loss that a head makes by itself is put together of
 what each process has, a few rows at a time, with PyTorch's ``loss_parallel``; no process ever has a whole row of logits. Where

@@ -1,4 +1,4 @@
-"""What embeddings take from the token before: its vector (smear), or a vector of both (bigram hash)."""
+"""Embeddings that include the previous token: its vector (smear), or a vector of both (bigram hash)."""
 
 from __future__ import annotations
 

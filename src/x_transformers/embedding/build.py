@@ -1,4 +1,4 @@
-"""What stands around a model's stack, made from its flags: tables, positions, learned rows, heads.
+"""Construction of the parts around a model's stack from its flags: tables, positions, learned rows, heads.
 
 A model calls these in the order in which its modules are to stand, and ``init_own`` last.
 """

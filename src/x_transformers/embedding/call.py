@@ -1,4 +1,4 @@
-"""The arguments of one forward of a model, and what is checked before anything is computed."""
+"""The arguments of a model's forward, and their validation before any computation."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def check_added(call: Call, batch: int, dim: int, absolute: bool) -> None:
 def check_last(count: int, is_sequence: bool) -> None:
     """``logits_last`` asks for one position at least, of a model that reads each position."""
     if not is_sequence:
-        raise ValueError(f'logits_last={count}: the logits of this model are those of pooled tokens.')
+        raise ValueError(f'logits_last must be None for a model with logits of pooled tokens, got {count}.')
     check_number('logits_last', count, low=1)
 
 

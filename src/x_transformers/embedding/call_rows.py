@@ -1,4 +1,4 @@
-"""The rows of one call of a model: laid as its arguments say, and checked against the model's flags."""
+"""The rows of one call of a model: arranged by its arguments, and checked against the model's flags."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ def rows_of_call(model: Any, call: Call) -> Rows:
     front = call.prepended + (0 if model.cls_token is None else model.num_cls_tokens)
     rows = Rows.lay(call.x.shape[1], front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
     if rows.cached and (reasons := model.why_no_cache):
-        raise ValueError(
-            f'cache: a model with {", ".join(reasons)} cannot go on from a cache; give the whole sequence instead.'
-        )
+        raise ValueError(f'cache must be None for a model with {", ".join(reasons)}. Pass the whole sequence instead.')
     if memory.every and call.seq_start_pos is not None:
         raise ValueError(
-            'seq_start_pos with memory_tokens_interspersed_every: padding on the left would move the windows that the '
-            'memory tokens stand in; run prompts of different lengths one by one.'
+            'seq_start_pos must be None with memory_tokens_interspersed_every: padding on the left would move the windows '
+            'of the memory tokens. Run prompts of different lengths one by one.'
         )
     if (
         isinstance(model.pos_emb, AbsolutePositionalEmbedding)

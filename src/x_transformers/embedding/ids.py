@@ -1,4 +1,4 @@
-"""Token ids of any dtype, as int64."""
+"""Conversion of token ids of any dtype to int64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looped language models: the stack is run several times on its own output, and a gate says when that is enough.
+"""Looped language models: run the stack several times on its own output; a gate decides when to stop.
 
 https://arxiv.org/abs/2510.25741
 """

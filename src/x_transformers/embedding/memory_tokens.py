@@ -1,4 +1,4 @@
-"""Learned tokens in front of the sequence, or of every window of it (https://arxiv.org/abs/2006.11527)."""
+"""Learned tokens before the sequence, or before every window of it (https://arxiv.org/abs/2006.11527)."""
 
 from __future__ import annotations
 

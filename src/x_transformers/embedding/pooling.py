@@ -1,4 +1,4 @@
-"""One vector, or a few, for a whole sequence: attention pooling, averages, cls tokens."""
+"""Pooling of a sequence to one or a few vectors: attention pooling, averages, cls tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recycling: the stack's output is fed back into its input, several times (https://www.nature.com/articles/s41586-021-03819-2)."""
+"""Recycling: feed the stack's output back into its input several times (https://www.nature.com/articles/s41586-021-03819-2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rounds(asked: int | None, *, recycling: bool, training: bool, longest: int) 
     if not recycling:
         check_number('recycle_steps', asked)
         if asked is not None and asked != 1:
-            raise ValueError(f'recycle_steps={asked}: this model was built without recycling=True, so the stack runs once.')
+            raise ValueError(f'recycle_steps must be None or 1 without recycling=True, got {asked}. Build the model with it.')
         return 1
     if asked is None:
         if not training:

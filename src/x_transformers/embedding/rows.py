@@ -1,4 +1,4 @@
-"""Which rows the stack sees in one call: memory and cls tokens, prepended embeddings, tokens; with a cache only new ones."""
+"""The input rows of the stack in one call: memory and cls tokens, prepended embeddings, tokens; with a cache only new ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From token ids to vectors: the token table, further tables that are summed in, and what stands in front of the tokens."""
+"""From token ids to vectors: the token table, further tables that are added, and prepended embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Value embeddings: some attention layers add to the values of a token a row of a table of their own, which a gate lets in."""
+"""Value embeddings: a gated row of a separate table, added to a token's values in some attention layers."""
 
 from __future__ import annotations
 

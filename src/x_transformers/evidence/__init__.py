@@ -1,4 +1,4 @@
-"""Does an idea help? Tasks, paired runs, statistics and reports; nothing else in the package imports it."""
+"""Tasks, paired runs, statistics and reports that test whether an idea helps. No other folder of the package imports it."""
 
 from __future__ import annotations
 

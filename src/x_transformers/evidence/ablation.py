@@ -1,4 +1,4 @@
-"""``ablate``: from Python, what the command does."""
+"""``ablate``: the command's function from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone, so that any batch can be made at any time, on any worker."""
+"""Random numbers that depend only on a key, so any worker can make any batch at any time."""
 
 from __future__ import annotations
 

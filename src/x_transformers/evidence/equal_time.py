@@ -1,4 +1,4 @@
-"""What ideas are worth at equal processor time: the slower of two runs is read off its curve where the faster one ends."""
+"""Comparison at equal processor time: the slower run is evaluated on its curve where the faster one ends."""
 
 from __future__ import annotations
 

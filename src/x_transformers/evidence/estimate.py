@@ -1,4 +1,4 @@
-"""How long an experiment takes: steps and an evaluation of each baseline, timed before anything runs."""
+"""The estimated duration of an experiment, from timed steps and an evaluation of each baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do one run: build the model, pair its initial values, train it with the package's trainer, evaluate it."""
+"""Execution of one run: build the model, pair its initial values, train it with the package's trainer, evaluate it."""
 
 from __future__ import annotations
 

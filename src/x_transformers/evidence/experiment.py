@@ -1,4 +1,4 @@
-"""A baseline, ideas and seeds: which runs that takes, and the comparison of what they gave."""
+"""Experiments: a baseline, ideas and seeds; the runs they need, and the comparison of the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an experiment found, as a table and in words."""
+"""The findings of an experiment, as a table and in words."""
 
 from __future__ import annotations
 

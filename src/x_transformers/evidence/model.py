@@ -1,4 +1,4 @@
-"""The models of tasks: a loss over the positions that are asked for, and the measures of an evaluation."""
+"""The models of tasks: a loss over the queried positions, and the metrics of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of an experiment: one HTML file with its pictures inside, light and dark, for screens and paper."""
+"""The HTML report of an experiment: one file with its pictures inside, light and dark, for screens and paper."""
 
 # ruff: noqa: E501 (a template has the lines that it has)
 

@@ -1,4 +1,4 @@
-"""Initial values that belong to a name: two models share those of every parameter of the same name and shape."""
+"""Paired initial values: two models share those of every parameter with the same name and shape."""
 
 from __future__ import annotations
 

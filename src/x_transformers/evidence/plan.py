@@ -1,4 +1,4 @@
-"""What to ask, from a TOML file or the command line's words: tasks, baseline, ideas."""
+"""The plan of an experiment from a TOML file or the command line: tasks, baseline, ideas."""
 
 from __future__ import annotations
 

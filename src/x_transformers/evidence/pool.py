@@ -1,4 +1,4 @@
-"""Do many runs: in this process, or in workers of one thread each that may die without harm."""
+"""Execution of many runs: in this process, or in workers of one thread each, whose failure is harmless."""
 
 from __future__ import annotations
 

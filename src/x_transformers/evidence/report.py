@@ -1,4 +1,4 @@
-"""What an experiment leaves for people: files, pictures, a page, and the JSON line that ends a command."""
+"""The outputs of an experiment: files, pictures, a page, and the JSON line that ends a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training run: its options, the folder that their hash names, its result.
+"""One training run: its options, the folder named by their hash, its result.
 
 A run is done when ``result.json`` is there, which is written last and under its name at once. Whoever works on a run holds a
 lock of the operating system on its folder, which ends with the process, however it ends: several processes share a folder, and

@@ -1,4 +1,4 @@
-"""What a table of paired runs shows: intervals, corrected probabilities, equivalence, and how many seeds would settle it.
+"""Statistics of paired runs: intervals, corrected probabilities, equivalence, and the number of seeds needed to decide.
 
 Arms are compared with one baseline over the same seeds. The verdict rests on a t test of the paired differences whose variance
 is shrunk towards that of all arms (https://doi.org/10.2202/1544-6115.1027), corrected over arms by Holm.

@@ -1,4 +1,4 @@
-"""Published suites: our baseline on their tasks, with intervals, and the numbers that were printed elsewhere."""
+"""Published suites: our baseline on their tasks, with intervals, beside the published numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task through the package's trainer, in memory: the same steps for every arm, evaluations where the settings say."""
+"""Training of a task with the package's trainer, in memory: the same steps for every arm, evaluations at the set steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models as programs: ``torch.export`` with free batch and length, and ONNX. Imported only when asked for."""
+"""Models as programs: ``torch.export`` with dynamic batch and length, and ONNX. Imported only when used."""
 
 from x_transformers.export.onnx import onnx
 from x_transformers.export.program import ExportError, Step, export, save

@@ -1,4 +1,4 @@
-"""ONNX with free batch and length, checked by onnxruntime at shapes that were not traced."""
+"""ONNX with dynamic batch and length, verified with onnxruntime at shapes that were not traced."""
 
 from __future__ import annotations
 

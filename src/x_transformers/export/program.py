@@ -1,4 +1,4 @@
-"""``torch.export`` of a model's logits, of its loss, or of one cached step, with free batch and length."""
+"""``torch.export`` of a model's logits, its loss, or one cached step, with dynamic batch and length."""
 
 from __future__ import annotations
 

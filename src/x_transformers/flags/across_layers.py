@@ -1,4 +1,4 @@
-"""The flags of what enters a layer beside the output of the one before: factors, streams, mixtures of layers, skips.
+"""The flags of connections across layers: factors, streams, mixtures of layers, skips.
 
 Derived: ``streams``, ``gated_streams``; ``mixes_layers``, ``aggregates``, ``aggregated_rank``; ``separate_views``: queries,
 keys and values have inputs of their own; ``branch_scale``, the constant factor on what branches write; ``has_final_norm``.
@@ -38,11 +38,12 @@ class AcrossFlags(ResidualFlags):
     )  # fmt: skip
     layerscale_init_value: float = flag(0.0, 'These factors at the start.', parent='use_layerscale', each='layer')
     unet_skips: bool = flag(
-        False, 'U-Net skips: later blocks see what earlier blocks saw, in reverse order.', traits=('across_layers', 'entering'),
+        False, 'U-Net skips: later blocks read the inputs of earlier blocks, in reverse order.',
+        traits=('across_layers', 'entering'),
         family='residuals', excludes={'weight_tie_layers': 'the second half would be the same layers as the first'},
     )  # fmt: skip
     integrate_layers: bool = flag(
-        False, 'Each branch sees a learned mixture of the inputs of all layers so far.', paper=LIME,
+        False, 'Each branch reads a learned mixture of the inputs of all layers so far.', paper=LIME,
         traits=('across_layers', 'no_blocks', 'entering'), family='residuals',
         excludes={'weight_tie_layers': 'the mixture of all layers so far has one weight per layer, and a shared layer is many'},
         rules=(
@@ -70,7 +71,7 @@ class AcrossFlags(ResidualFlags):
         low=1,
     )  # fmt: skip
     qkv_receive_diff_residuals: bool = flag(
-        False, 'Queries, keys and values of self attention are made of different mixtures.', traits='entering',
+        False, 'Queries, keys and values of self attention are projected from different mixtures.', traits='entering',
         family='residuals',
         rules=(
             Rule(
@@ -83,7 +84,9 @@ class AcrossFlags(ResidualFlags):
         ),
     )  # fmt: skip
     reinject_input: bool = flag(False, 'A projection of the input enters every layer.', paper=REINJECT, family='residuals')
-    learned_reinject_input_gate: bool = flag(False, 'A gate per token on what is injected.', paper=REINJECT, family='residuals')
+    learned_reinject_input_gate: bool = flag(
+        False, 'A gate per token on the injected input.', paper=REINJECT, family='residuals'
+    )
     add_value_residual: bool = flag(
         False, 'Mix values with those of the first layer.', paper=VALUE_RESIDUAL, family='residuals',
         alike=(
@@ -104,11 +107,11 @@ class AcrossFlags(ResidualFlags):
         ),
     )  # fmt: skip
     learned_value_residual_mix: bool = flag(
-        True, 'How much is learned per token and head.', paper=VALUE_RESIDUAL, parent='add_value_residual'
+        True, 'The mixing weight is learned per token and head.', paper=VALUE_RESIDUAL, parent='add_value_residual'
     )
     verbose: bool = flag(True, 'Warn about doubtful settings.', family='layers')
     attn_aggregated_residuals: bool = flag(
-        False, 'Attention residuals: each branch sees a mixture of the inputs of all layers so far, weighted by attention.',
+        False, 'Attention residuals: each branch reads a mixture of the inputs of all layers so far, weighted by attention.',
         paper=AGGREGATED, since='2.17.0', traits=('across_layers', 'entering'), family='residuals',
         idle_with={'integrate_layers': 'either would mix the inputs of all layers so far, and the second does'},
     )  # fmt: skip
@@ -182,7 +185,7 @@ class AcrossFlags(ResidualFlags):
         traits=('across_layers', 'entering'), family='residuals', excludes={('resi_dual', 'parallel_block'): TWO_STREAMS},
     )  # fmt: skip
     hyper_conn_doubly_stochastic: bool = flag(
-        False, 'Streams are mixed by a doubly stochastic matrix; False: each stream carries their sum.', paper=HYPER,
+        False, 'A doubly stochastic matrix mixes the streams; False: each stream holds their sum.', paper=HYPER,
         parent='num_residual_streams', since='here',
     )  # fmt: skip
 

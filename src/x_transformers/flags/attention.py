@@ -1,4 +1,4 @@
-"""The flags of one attention layer, beside those of ``scores.py`` and ``projections.py``: its positions, values and latents.
+"""The flags of one attention layer, in addition to ``scores.py`` and ``projections.py``: positions, values, latents.
 
 What follows from them together stands beneath them: ``rotated_heads`` (how many of the last heads are rotated),
 ``key_heads_from_latent`` (key heads that ``to_k`` makes), ``orthogonal_outputs`` (how many copies of their values' width reach
@@ -34,11 +34,11 @@ class AttentionFlags(ProjectionFlags):
     """Every keyword of ``Attention`` except ``dim``; in a stack with ``attn_`` or ``cross_attn_`` in front."""
 
     max_attend_past: int | None = flag(
-        None, 'Sliding window: a query sees at most this many positions back.', low=0, self_only=True, often=True,
+        None, 'Sliding window: a query attends to at most this many positions back.', low=0, self_only=True, often=True,
         family='positions',
     )  # fmt: skip
     max_attend_future: int | None = flag(
-        None, 'Window of a layer that is not causal: a query sees at most this many positions ahead.',
+        None, 'Window of a layer that is not causal: a query attends to at most this many positions ahead.',
         paper='https://arxiv.org/abs/2004.05150', low=0, self_only=True, since='here', family='positions',
         excludes={
             'causal': (
@@ -105,7 +105,7 @@ class AttentionFlags(ProjectionFlags):
         ),
     )  # fmt: skip
     use_cope: bool = flag(
-        False, 'Contextual positions: each query counts the keys it opens a gate for.', paper=COPE, self_only=True,
+        False, 'Contextual positions: each query counts the keys whose gate it opens.', paper=COPE, self_only=True,
         traits='built_causal', family='positions',
         needs={
             'causal': ('contextual positions count the keys between a query and an earlier key', CAUSAL + '[use_cope].')
@@ -130,11 +130,11 @@ class AttentionFlags(ProjectionFlags):
         1024, 'Distances from here on have no bias.', parent='use_rel_proj_pos_bias', since='2.24.0', self_only=True, low=1
     )
     learned_value_residual_mix: bool = flag(
-        False, "How much of the first layer's values is mixed in is learned, per token and head.", paper=VALUE_RESIDUAL,
+        False, "The weight of the first layer's values is learned, per token and head.", paper=VALUE_RESIDUAL,
         formula='v ← m v + (1 − m) v₁, m = σ(W x)', traits='set_by_stack', family='values',
     )  # fmt: skip
     orthog_projected_values: bool = flag(
-        False, "Give the output without its component along the token's own values.", paper=BELIEF, self_only=True,
+        False, "Remove the component along the token's own values from the output.", paper=BELIEF, self_only=True,
         formula='o ← o − (o · v̂) v̂, v̂ = v / |v|', traits='own_keys', family='values',
         refused={'tensor': 'it takes all heads as one vector'},
     )  # fmt: skip
@@ -154,12 +154,12 @@ class AttentionFlags(ProjectionFlags):
         traits=('set_by_stack', 'set_for_cross'), family='values',
     )  # fmt: skip
     use_latent_q: bool = flag(
-        False, 'Queries are made of a narrow latent.', paper=LATENT, family='heads',
+        False, 'Queries are projected from a narrow latent.', paper=LATENT, family='heads',
         needs={'dim_latent_q': 'the width of the latent is missing'},
     )  # fmt: skip
     dim_latent_q: int | None = flag(None, "Width of the queries' latent.", paper=LATENT, parent='use_latent_q', low=1)
     use_latent_kv: bool = flag(
-        False, 'Multi-head latent attention (MLA): keys and values are made of a narrow latent, which is what the cache keeps.',
+        False, 'Multi-head latent attention (MLA): keys and values are projected from a narrow latent, which the cache stores.',
         paper=LATENT, family='heads', needs={'dim_latent_kv': 'the width of the latent is missing'},
     )  # fmt: skip
     dim_latent_kv: int | None = flag(
@@ -179,7 +179,7 @@ class AttentionFlags(ProjectionFlags):
         ),
     )  # fmt: skip
     hybrid_module: nn.Module | None = flag(
-        None, 'A module that runs beside attention and is averaged with it; it is copied.', paper=HYBRID,
+        None, 'A module in parallel with attention, whose outputs are averaged; the module is copied.', paper=HYBRID,
         traits=('built_causal', 'needs_tokens', 'row_order'), example=nn.Identity(), family='values',
         refused={'tensor': 'its output is for all heads, of which each process has some', 'context': STATE},
     )  # fmt: skip
@@ -187,7 +187,7 @@ class AttentionFlags(ProjectionFlags):
         None, "Name of the module's keyword that takes the padding mask, if the layer is not causal.", parent='hybrid_module'
     )
     hybrid_fold_axial_dim: int | None = flag(
-        None, 'The module sees every n-th token: so many short sequences instead of a long one.', parent='hybrid_module', low=1
+        None, 'The module processes every n-th token: n short sequences instead of a long one.', parent='hybrid_module', low=1
     )
     hybrid_learned_mix: bool = flag(
         False, 'The mixture of attention and module is learned, per token and head.', paper=HYBRID, parent='hybrid_module'
@@ -202,7 +202,8 @@ class AttentionFlags(ProjectionFlags):
         },
     )  # fmt: skip
     exclusive: bool = flag(
-        False, "Each head's output without its component along the token's own value, as that is attended to.", paper=EXCLUSIVE,
+        False, "Remove from each head's output the component along the token's own value, as it is attended to.",
+        paper=EXCLUSIVE,
         self_only=True, since='here', traits='own_keys', family='values',
         rules=(
             Rule(

@@ -1,4 +1,4 @@
-"""What a flag is, and how keywords become frozen flags.
+"""The definition of a flag, and the conversion of keywords to frozen flags.
 
 A keyword of a constructor is declared once, as a field made by ``flag``: its default, one sentence, its paper, the flag it is a
 sub-option of, the range of its values, and what it excludes. Signatures, the typed keywords for editors, docs/features.md and

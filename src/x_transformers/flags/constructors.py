@@ -1,4 +1,4 @@
-"""Which keywords the constructors take: groups of flags, of which signatures, ``help`` and typed keywords are made."""
+"""The keywords that constructors take: groups of flags, from which signatures, ``help`` and typed keywords are generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that people know from other libraries, and how the same is said here: what errors about unknown names answer."""
+"""Names from other libraries and their equivalents here, for error messages about unknown names."""
 
 from __future__ import annotations
 

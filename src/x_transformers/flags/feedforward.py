@@ -129,11 +129,11 @@ class FeedForwardFlags(Flags):
         },
     )  # fmt: skip
     experts: int | None = flag(
-        None, 'Mixture of experts: so many feed-forwards, of which each token goes through a few; none is full.', paper=EXPERTS,
-        since='here', low=2, refused={'context': 'their load is balanced over whole sequences'},
+        None, 'Mixture of experts: the number of feed-forwards, of which each token passes through a few; no token is dropped.',
+        paper=EXPERTS, since='here', low=2, refused={'context': 'their load is balanced over whole sequences'},
     )  # fmt: skip
     experts_active: int = flag(
-        2, 'Through how many experts a token goes.', paper=EXPERTS, parent='experts', since='here', low=1,
+        2, 'The number of experts per token.', paper=EXPERTS, parent='experts', since='here', low=1,
         rules=(
             Rule(
                 ('experts_active', 'experts'),
@@ -150,7 +150,7 @@ class FeedForwardFlags(Flags):
         ),
     )  # fmt: skip
     shared_experts: int = flag(
-        0, 'So many more experts that every token goes through, built as one of their width together.', paper=SHARED,
+        0, 'The number of additional experts for every token, built as one of their joint width.', paper=SHARED,
         parent='experts', since='here', low=0,
     )  # fmt: skip
     router: str = flag(
@@ -158,11 +158,11 @@ class FeedForwardFlags(Flags):
         paper=(EXPERTS, 'https://arxiv.org/abs/2412.19437'), parent='experts', since='here', among=('softmax', 'sigmoid'),
     )  # fmt: skip
     router_normalize: bool = flag(
-        True, 'The scores of the chosen experts are made to add up to one; False: they count as they are.', paper=SHARED,
+        True, 'Normalize the scores of the chosen experts to sum to one; False: use them unnormalized.', paper=SHARED,
         parent='experts', since='here',
     )  # fmt: skip
     router_scale: float = flag(
-        1.0, 'A factor on what the routed experts say.', paper='https://arxiv.org/abs/2412.19437', parent='experts',
+        1.0, 'A factor on the output of the routed experts.', paper='https://arxiv.org/abs/2412.19437', parent='experts',
         since='here', above=0,
     )  # fmt: skip
     router_bias: bool = flag(False, 'A learned bias for each expert in the router.', parent='experts', since='here')
@@ -185,7 +185,7 @@ class FeedForwardFlags(Flags):
         ),
     )  # fmt: skip
     router_balance_step: float = flag(
-        0.001, 'How far that bias moves at a time.', paper=BIASED, parent='experts', since='here', above=0,
+        0.001, 'The step size of that bias.', paper=BIASED, parent='experts', since='here', above=0,
         rules=(
             Rule(
                 ('router_balance_step', 'router_balance'),

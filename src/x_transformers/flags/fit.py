@@ -1,4 +1,4 @@
-"""Whether a net fits an objective: what it would need and is never given, and whether it sees what it is to predict.
+"""Whether a net fits an objective: inputs it needs but never receives, and whether it attends to its targets.
 
 Asked of our own models only; what a net of the user's own does is its own affair.
 """

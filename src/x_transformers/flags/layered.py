@@ -1,4 +1,4 @@
-"""Flags of a stack that differ between its layers: which value holds where."""
+"""Flags of a stack that differ between layers, and the value that applies to each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of which layers a stack has, and in what order.
+"""The flags of the kinds of layers in a stack, and of their order.
 
 Derived: ``has_self_attention``, ``has_cross_attention``, ``has_feedforward``.
 """
@@ -94,7 +94,7 @@ class LayoutFlags(PositionFlags):
         {}, 'Keywords of the mixer, such as heads, dim_head, conv and rank of ours.', parent='mixer', since='here', each='mixer'
     )
     kv_share_every: int | None = flag(
-        None, 'So many self attentions in a row share the keys and values of the first of them, which alone has a cache.',
+        None, 'This many consecutive self attentions share the keys and values of the first, which alone has a cache.',
         paper='https://arxiv.org/abs/2405.12981', since='here', low=2, traits='across_layers', family='layers',
         excludes={
             ('weight_tie_layers', 'layers_execute_order'): (
@@ -140,7 +140,7 @@ class LayoutFlags(PositionFlags):
         ),
     )  # fmt: skip
     gradient_checkpointing: bool = flag(
-        False, 'In training, branches keep only their input for the backward pass and run again there: less memory, more time.',
+        False, 'In training, branches save only their input and are recomputed in the backward: less memory, more time.',
         paper='https://arxiv.org/abs/1604.06174', since='here', family='layers'
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The flags of the norms in a stack, and of conditions that norms and branches depend on.
+"""The flags of the norms in a stack, and of the conditions that norms and branches depend on.
 
 Derived: ``norm_kind``; ``norm_needs_condition``, ``branch_needs_condition``, ``needs_condition``; ``condition_dim``, what the
 caller gives, and ``condition_width``, what norms and scales receive.
@@ -31,7 +31,7 @@ class NormFlags(StructureFlags):
         formula='γ ⊙ √d x / |x|', family='norms',
     )  # fmt: skip
     use_dynamic_tanh: bool = flag(
-        False, 'tanh in the place of norms.', paper='https://arxiv.org/abs/2503.10622', one_of='norm',
+        False, 'tanh in place of norms.', paper='https://arxiv.org/abs/2503.10622', one_of='norm',
         formula='γ ⊙ tanh(α x) + β', family='norms',
         rules=(
             Rule(
@@ -46,7 +46,7 @@ class NormFlags(StructureFlags):
         1.0, 'Factor inside tanh at the start.', paper='https://arxiv.org/abs/2503.10622', parent='use_dynamic_tanh'
     )
     use_derf: bool = flag(
-        False, 'The error function in the place of norms.', paper='https://arxiv.org/abs/2512.10938', one_of='norm',
+        False, 'The error function in place of norms.', paper='https://arxiv.org/abs/2512.10938', one_of='norm',
         formula='γ ⊙ erf(α x + s) + β', family='norms',
     )  # fmt: skip
     use_simple_rmsnorm: bool = flag(False, 'RMS norms without gains.', one_of='norm', formula='√d x / |x|', family='norms')

@@ -1,4 +1,4 @@
-"""The parts of a stack: whose keywords they are, by the prefix of their names."""
+"""The parts of a stack, and the prefix of each part's keywords."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that differ from layer to layer.
+"""Values of keywords that differ from layer to layer.
 
 In a stack, a keyword of its parts (``attn_``, ``cross_attn_``, ``ff_``) may be a tuple with one value for each layer of that
 kind, or a function of the layer's index. A keyword whose own value may be a tuple or a function takes ``per_layer`` only.

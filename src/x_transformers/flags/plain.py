@@ -1,4 +1,4 @@
-"""Values of flags as plain data, in a form that a JSON file can hold, and back."""
+"""Conversion of flag values to plain data for JSON, and back."""
 
 from __future__ import annotations
 

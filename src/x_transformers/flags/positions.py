@@ -1,4 +1,4 @@
-"""The flags of positions that all layers share, and what they say taken together.
+"""The flags of positions that all layers share, and properties derived from them.
 
 Derived: ``rotary``, ``rotary_dim``, ``rotary_by_length``; ``polar``; ``position_bias``, the flag's name or None;
 ``alibi_heads``; ``depends_on_places``.
@@ -65,9 +65,11 @@ class PositionFlags(NormFlags):
         ),
     )  # fmt: skip
     rel_pos_max_distance: int = flag(128, 'Distances from here on share a bucket.', paper=T5, parent='rel_pos_bias', low=2)
-    dynamic_pos_bias: bool = flag(False, 'A small network makes the bias of each distance.', paper=DYNAMIC, family='positions')
+    dynamic_pos_bias: bool = flag(
+        False, 'A small network computes the bias of each distance.', paper=DYNAMIC, family='positions'
+    )
     dynamic_pos_bias_log_distance: bool = flag(
-        False, 'The network sees the logarithm of the distance.', paper='https://arxiv.org/abs/2111.09883',
+        False, 'The network reads the logarithm of the distance.', paper='https://arxiv.org/abs/2111.09883',
         parent='dynamic_pos_bias',
     )  # fmt: skip
     dynamic_pos_bias_mlp_depth: int = flag(2, 'Depth of that network.', parent='dynamic_pos_bias', low=1)

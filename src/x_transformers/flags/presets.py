@@ -1,4 +1,4 @@
-"""Named sets of flags: the habits of known models, and those that docs/recipes.md measures.
+"""Presets: named sets of flags, as in known models or as measured in docs/recipes.md.
 
 A preset says nothing of sizes. It decides every flag that any preset decides, so that one can stand in the place of another.
 """

@@ -1,4 +1,4 @@
-"""The flags of what is around the scores of an attention layer: heads, projections, norms of heads, gates.
+"""The flags around the scores of an attention layer: heads, projections, norms of heads, gates.
 
 What follows from them together stands beneath them: ``num_kv_heads``, ``value_dim`` (the width of one value head),
 ``score_scale`` (the factor of the scores), ``dim_attended`` (the width of the heads side by side), ``gate_starts_open``.
@@ -33,7 +33,7 @@ class ProjectionFlags(ScoreFlags):
     dim_head: int = flag(DEFAULT_DIM_HEAD, 'Width of one query and key head.', low=1, often=True, family='heads')
     heads: int = flag(8, 'Number of query heads.', low=1, traits=('set_by_stack', 'set_for_cross'), family='heads')
     dim_context: int | None = flag(
-        None, 'Width of the sequence that keys and values are made of; None: the width of x.', low=1, family='heads'
+        None, 'Width of the sequence that keys and values are projected from; None: the width of x.', low=1, family='heads'
     )
     dim_out: int | None = flag(None, 'Width of the output; None: the width of x.', low=1, family='heads')
     attend_sdp_kwargs: Mapping[str, Any] = flag(
@@ -68,7 +68,7 @@ class ProjectionFlags(ScoreFlags):
     )  # fmt: skip
     value_dim_head: int | None = flag(None, 'Width of one value head; None: dim_head.', low=1, family='heads')
     num_mem_kv: int = flag(
-        0, 'Learned keys and values in front of all others, always visible.', paper='https://arxiv.org/abs/1907.01470', low=0,
+        0, 'Learned keys and values before all others, always visible.', paper='https://arxiv.org/abs/1907.01470', low=0,
         family='weights',
     )  # fmt: skip
     qk_norm_groups: int = flag(
@@ -97,7 +97,7 @@ class ProjectionFlags(ScoreFlags):
         formula='o_h ← γ_h · o_h', family='values',
     )  # fmt: skip
     gate_value_heads: bool = flag(
-        False, 'A sigmoid gate per token and head, so that a head can do nothing.', paper='https://arxiv.org/abs/2306.12929',
+        False, 'A sigmoid gate per token and head, so that a head can output nothing.', paper='https://arxiv.org/abs/2306.12929',
         family='values',
     )  # fmt: skip
     gate_values: bool = flag(
@@ -158,7 +158,7 @@ class ProjectionFlags(ScoreFlags):
     )  # fmt: skip
     k_rmsnorm: bool = flag(False, 'RMS norm of each key head alone, with gains.', since=LATER, family='heads')
     gate_values_rank: int | None = flag(
-        None, 'The gate on the aggregated values is made through this many channels, and starts half open.',
+        None, 'The rank of the gate on the aggregated values, which starts half open.',
         parent='gate_values', since=LATER, low=1, excludes={'gate_values_headwise': 'a gate per head is narrow already'},
         rules=(
             Rule(
@@ -175,12 +175,12 @@ class ProjectionFlags(ScoreFlags):
         False, 'That gate is one number per head, and starts half open.', parent='gate_values', since=LATER
     )
     output_gate: bool = flag(
-        False, 'A gate on the aggregated values that is made of them, too; one with that of `gate_values` if both are on.',
+        False, 'A gate on the aggregated values that is computed from them; it is one gate with `gate_values` if both are on.',
         paper=HYBRID_GATES, since=LATER, family='values',
         refused={'tensor': 'it reads all heads, of which each process has some'},
     )  # fmt: skip
     output_gate_rank: int | None = flag(
-        None, 'This gate is made through so many channels.', paper=HYBRID_GATES, parent='output_gate', since=LATER, low=1,
+        None, 'The rank of this gate.', paper=HYBRID_GATES, parent='output_gate', since=LATER, low=1,
         excludes={'output_gate_headwise': 'a gate per head is narrow already'},
         rules=(
             Rule(
@@ -235,7 +235,7 @@ class ProjectionFlags(ScoreFlags):
         since='here',
     )  # fmt: skip
     project_out: bool | None = flag(
-        None, 'False: no output projection, the heads side by side are the output.', since=LATER, family='heads',
+        None, 'False: no output projection; the output is the concatenated heads.', since=LATER, family='heads',
         refused={'tensor': 'its output would be some heads only'},
         rules=(
             Rule(

@@ -1,4 +1,4 @@
-"""Reasons that flags of several files give why they are refused in some situation."""
+"""Reasons for refusals that the flags of several files share."""
 
 from __future__ import annotations
 

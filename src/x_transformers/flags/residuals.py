@@ -1,4 +1,4 @@
-"""The flags of what branches write, and of where norms stand.
+"""The flags of what branches write to the stream, and of the place of norms.
 
 Derived: ``post_norm``, ``ends_in_norm``; ``learns_residual_scale``; ``disables_abs_pos_emb``, which is ``disable_abs_pos_emb``
 or its default resolved.
@@ -62,7 +62,7 @@ class ResidualFlags(LayoutFlags):
     pre_norm: bool = flag(True, 'Norm before each branch; False: after each residual sum.', family='norms')
     pre_norm_has_final_norm: bool = flag(True, 'A norm at the end of a pre-norm stack.', family='norms')
     sandwich_norm: bool = flag(
-        False, 'Norm also behind each branch.', paper=SANDWICH, family='norms',
+        False, 'Also a norm after each branch.', paper=SANDWICH, family='norms',
         rules=(
             Rule(
                 ('sandwich_norm', 'pre_norm', 'resi_dual'),
@@ -73,11 +73,11 @@ class ResidualFlags(LayoutFlags):
         ),
     )  # fmt: skip
     gate_residual: bool = flag(
-        False, 'GRU cells in the place of residual sums.', paper='https://arxiv.org/abs/1910.06764', one_of='residual',
+        False, 'GRU cells in place of residual sums.', paper='https://arxiv.org/abs/1910.06764', one_of='residual',
         family='residuals',
     )  # fmt: skip
     orthog_residual: bool = flag(
-        False, 'Add only what is orthogonal to the stream, token by token.', paper='https://arxiv.org/abs/2505.11881',
+        False, 'Add only the component orthogonal to the stream, token by token.', paper='https://arxiv.org/abs/2505.11881',
         since='2.18.0', one_of='residual', family='residuals'
     )  # fmt: skip
     scale_residual: bool | float = flag(
@@ -98,7 +98,8 @@ class ResidualFlags(LayoutFlags):
     )  # fmt: skip
     residual_fn_kwargs: Mapping[str, Any] = flag({}, 'More keywords for the residual.', family='residuals')
     shift_tokens: int | tuple[int, ...] = flag(
-        0, 'Give part of the channels of the tokens next to it, this far; one or per layer.', low=0, each='layer',
+        0, 'Replace part of the channels of each token by those of tokens next to it, up to this far; one or per layer.',
+        low=0, each='layer',
         traits='row_order', family='layers',
         excludes={'attn_flash_pack_seq': 'tokens would be shifted from one packed sequence into the next'},
     )  # fmt: skip
@@ -107,9 +108,9 @@ class ResidualFlags(LayoutFlags):
         formula='y ← c · tanh(y / c)', family='norms',
     )  # fmt: skip
     softclamp_output_value: float = flag(30.0, 'The largest absolute output.', parent='softclamp_output', above=0)
-    zero_init_branch_output: bool = flag(False, 'All branches start at zero.', family='residuals')
+    zero_init_branch_output: bool = flag(False, 'Initialize the output of all branches at zero.', family='residuals')
     layer_dropout: float | tuple[float, ...] = flag(
-        0.0, 'In training, leave out layers with this probability; one or per layer.', paper='https://arxiv.org/abs/1603.09382',
+        0.0, 'In training, skip layers with this probability; one value or one per layer.', paper='https://arxiv.org/abs/1603.09382',
         low=0.0, high=1.0, each='layer', family='layers',
         refused={
             'context': 'a slice that follows others drops no layer',
@@ -122,7 +123,7 @@ class ResidualFlags(LayoutFlags):
     )  # fmt: skip
     disable_abs_pos_emb: bool | None = flag(
         None,
-        'The model around adds no absolute positions; None: so with T5 bias, rotary and polar positions.',
+        'The model adds no absolute positions; None: True with T5 bias, rotary and polar positions.',
         family='positions',
     )
     pre_and_post_norm: bool = flag(
@@ -130,7 +131,7 @@ class ResidualFlags(LayoutFlags):
         excludes={'resi_dual': 'each says where the norms are'},
     )  # fmt: skip
     norm_before: bool = flag(
-        True, 'Branches have a norm before them, unless norms stand after the sum; False: they read the stream as it is.',
+        True, 'Branches have a norm before them, unless norms come after the sum; False: they read the stream without a norm.',
         paper='https://arxiv.org/abs/2501.00656', since='here', each='layer', family='norms',
         rules=(
             Rule(
@@ -141,7 +142,7 @@ class ResidualFlags(LayoutFlags):
         ),
     )  # fmt: skip
     layer_norm_scaling: bool = flag(
-        False, 'What the norm before a branch gives is divided by the square root of the number of its block, counted from 1.',
+        False, 'The output of the norm before a branch is divided by the square root of the block number, counted from 1.',
         paper='https://arxiv.org/abs/2502.05795', since='here', family='norms',
         rules=(
             Rule(
@@ -174,7 +175,7 @@ class ResidualFlags(LayoutFlags):
         ),
     )  # fmt: skip
     mv_split_residual: bool = flag(
-        False, 'The mean over time (so far, in causal stacks) and the deviation from it are written by different factors.',
+        False, 'Branches write the mean over time (so far, in causal stacks) and the deviation from it with different factors.',
         paper='https://arxiv.org/abs/2605.06169', since='2.19.0', one_of='residual', traits='row_order', family='residuals',
         refused={'sequence parallel': 'its residual is a mean over all rows before', 'context': SUMS},
         excludes={'attn_flash_pack_seq': 'its means would run over all sequences of a row'},
@@ -191,7 +192,7 @@ class ResidualFlags(LayoutFlags):
         ),
     )  # fmt: skip
     parallel_block: bool = flag(
-        False, 'The layers of a block all read what enters it, each through its own norm, and their outputs are added to it.',
+        False, 'All layers of a block read its input, each through its own norm, and their outputs are added to it.',
         paper='https://arxiv.org/abs/2204.02311', since='here', one_of='residual',
         formula='x ← x + attention(norm₁ x) + feed-forward(norm₂ x)', traits='entering', family='layers',
         excludes={

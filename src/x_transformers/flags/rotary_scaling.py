@@ -1,4 +1,4 @@
-"""What ``rotary_scaling`` may say: the types, and the keywords of each."""
+"""The types of ``rotary_scaling``, and the keywords of each."""
 
 from __future__ import annotations
 

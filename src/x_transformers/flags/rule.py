@@ -1,4 +1,4 @@
-"""What a rule is, and how broken rules become sentences."""
+"""The definition of a rule, and the sentences for broken rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of what happens to scores until they are an output."""
+"""The flags of the steps from scores to the output of attention."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ScoreFlags(Flags):
 
     heads: int | None = flag(None, 'Number of query heads.', low=1, family='heads')
     causal: bool = flag(
-        False, 'A query sees no key to its right.', traits=('set_by_stack', 'set_for_cross'), family='positions',
+        False, 'A query attends to no later key.', traits=('set_by_stack', 'set_for_cross'), family='positions',
     )  # fmt: skip
-    flash: bool = flag(False, 'Insist on a fused kernel; without it the best kernel for these flags is chosen.',
+    flash: bool = flag(False, 'Require a fused kernel; by default the best kernel for these flags is chosen.',
                        paper='https://arxiv.org/abs/2205.14135', family='kernels')  # fmt: skip
     dropout: float = flag(
         0.0, 'Dropout on the attention weights.', low=0.0, high=1.0, often=True, family='weights',
@@ -79,7 +79,7 @@ class ScoreFlags(Flags):
     gumbel_softmax_temp: float = flag(1.0, 'Temperature of the Gumbel softmax.', parent='gumbel_softmax', above=0)
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
     selective: bool = flag(
-        False, 'Tokens, through the first head, lower what later tokens may see of earlier ones.',
+        False, 'The first head lets tokens reduce the attention of later tokens to earlier ones.',
         paper='https://arxiv.org/abs/2410.02703', self_only=True, traits=('built_causal', 'needs_tokens'), family='weights',
         refused={
             'tensor': 'the first head decides for all, and one process has it',
@@ -96,12 +96,12 @@ class ScoreFlags(Flags):
         refused={'tensor': UNKNOWN, 'context': 'it may look at other slices'},
         excludes={'weights': 'your own function takes the place of the other, which would do nothing'},
     )  # fmt: skip
-    add_zero_kv: bool = flag(False, 'One key and value of zeros, so that a head can look at nothing.',
+    add_zero_kv: bool = flag(False, 'One key and value of zeros, so that a head can attend to nothing.',
                              paper='https://www.evanmiller.org/attention-is-off-by-one.html',
         formula='w_ij = exp(s_ij) / (1 + Σ_k exp(s_ik))', family='weights'
     )  # fmt: skip
     head_learned_sink: bool = flag(
-        False, 'Attention sink: one learned score per head that takes weight and gives nothing.',
+        False, 'Attention sink: one learned score per head, without a value, that absorbs weight.',
         formula='w_ij = exp(s_ij) / (exp(z_h) + Σ_k exp(s_ik))', family='weights',
         rules=(
             Rule(
@@ -119,7 +119,7 @@ class ScoreFlags(Flags):
     logit_softclamp_value: float = flag(50.0, 'The largest absolute score.', parent='softclamp_logits', above=0)
     onnxable: bool = flag(False, 'Build the causal mask without triangular operations, for ONNX export.', family='kernels')
     flash_pack_seq: bool = flag(
-        False, 'Several sequences lie behind each other in one row; the call gives their boundaries.', family='kernels',
+        False, 'Several sequences are packed into one row; the call passes their boundaries.', family='kernels',
         excludes={
             ('selective', 'hybrid_module', 'path'): 'this would carry something from one packed sequence into the next'
         },
@@ -129,7 +129,7 @@ class ScoreFlags(Flags):
         formula='s_ij = g · (q_i · k_j) / (|q_i| |k_j|)', family='heads'
     )  # fmt: skip
     inverted_attention: bool = flag(
-        False, 'Inverted (slot) attention: each key is shared out among the queries, and each query averages what it got.',
+        False, 'Inverted (slot) attention: each key is distributed among the queries, and each query averages its share.',
         paper=INVERTED, since=LATER, traits=('built_causal', 'row_order'), family='weights',
         excludes={
             'causal': (

@@ -1,4 +1,4 @@
-"""What ``inspect.signature`` and ``help`` show of constructors that take ``**flags``, and of forwards with many arguments."""
+"""Generated ``inspect.signature`` and ``help`` of constructors with ``**flags``, and of forwards with many arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of a stack: those of ``across_layers.py`` and all files beneath it, with the flags of its parts.
+"""The flags of a stack: those of ``across_layers.py`` and the files below it, with the flags of its parts.
 
 ``layer(index)`` are the flags of one layer, ``attentions`` and ``cross_attentions`` those of all layers with heads, for flags
 that differ between layers. ``self_attention_flags(first=...)`` are those of a self-attention module.

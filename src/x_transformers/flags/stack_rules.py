@@ -1,4 +1,4 @@
-"""What the parts of a stack exclude together; the order of layers has its own checks in ``layers/plan.py``."""
+"""Rules between the parts of a stack; ``layers/plan.py`` checks the order of layers."""
 
 from __future__ import annotations
 

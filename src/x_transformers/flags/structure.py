@@ -1,4 +1,4 @@
-"""The flags of how large a stack is, and what it reads.
+"""The flags of the size of a stack, and of its inputs.
 
 The other flags of a stack stand in ``norms.py``, ``positions.py``, ``layouts.py``, ``residuals.py`` and ``across_layers.py``:
 each class on the one before, because signatures have this order.
@@ -31,7 +31,7 @@ class StructureFlags(LayeredFlags):
         ),
     )  # fmt: skip
     heads: int = flag(8, 'Number of query heads.', low=1, each='attention', often=True, family='layers')
-    causal: bool = flag(False, 'A token sees no token to its right.', family='layers')
+    causal: bool = flag(False, 'A token attends to no later token.', family='layers')
     cross_attend: bool = flag(
         False, 'Blocks also attend to another sequence, the context.', family='layers',
         rules=(

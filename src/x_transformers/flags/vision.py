@@ -1,4 +1,4 @@
-"""The flags of a model of images around a stack."""
+"""The flags of an image model around a stack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of a model of tokens around a stack. Their rules are asked with the flags of the stack (``OnStack``).
+"""The flags of a token model around a stack. ``OnStack`` checks their rules with the flags of the stack.
 
 Derived, WrapperFlags: ``num_mem_tokens`` (memory tokens as a number).
 """
@@ -70,7 +70,7 @@ class WrapperFlags(Flags):
         ),
     )  # fmt: skip
     shift_mem_down: int = flag(
-        0, 'Layers look at the memories of the layer this far above.', paper='https://arxiv.org/abs/2012.15688', low=0,
+        0, 'Layers attend to the memories of the layer this far above.', paper='https://arxiv.org/abs/2012.15688', low=0,
         traits='asked_for', family='memories',
     )  # fmt: skip
     emb_dropout: float = flag(
@@ -78,14 +78,14 @@ class WrapperFlags(Flags):
     )  # fmt: skip
     post_emb_norm: bool = flag(False, 'Layer norm of the embeddings.', family='embedding')
     num_memory_tokens: int | None = flag(
-        None, 'Learned tokens in front of the sequence.', paper=MEMORY, low=0, traits='no_cache', family='memories',
+        None, 'Learned tokens before the sequence.', paper=MEMORY, low=0, traits='no_cache', family='memories',
         refused={
             'context': 'the first slice alone would have them',
             'twice': 'memory tokens see all tokens and are seen by all, so that they would show what is to be predicted',
         },
     )  # fmt: skip
     memory_tokens_interspersed_every: int | None = flag(
-        None, 'Put the memory tokens in front of every window of this many tokens.', parent='num_memory_tokens', low=1,
+        None, 'Insert the memory tokens before every window of this many tokens.', parent='num_memory_tokens', low=1,
         rules=(
             Rule(
                 ('memory_tokens_interspersed_every', 'causal'),
@@ -129,7 +129,7 @@ class WrapperFlags(Flags):
         refused={'per token': 'there are several outputs for a token, and this needs one (num_output_heads=1)'},
     )  # fmt: skip
     multi_token_heads: int = flag(
-        1, 'Heads for so many next tokens. The first is the usual one; each other is a residual block in front of the same map '
+        1, 'Heads for this many next tokens. The first is the usual one; each other is a residual block before the same map '
         'to logits. `return_multi_token_logits=True` returns all.', paper='https://arxiv.org/abs/2404.19737', low=1,
         since='here', traits=('of_logits', 'of_outputs'), family='output',
         refused={'context': 'what they are to predict may lie in the next slice'},
@@ -171,10 +171,10 @@ class WrapperFlags(Flags):
         },
     )  # fmt: skip
     train_max_recycle_steps: int = flag(
-        4, 'In training the number of rounds is drawn from 1 to this.', parent='recycling', low=1
+        4, 'In training, the number of rounds is drawn from 1 to this.', parent='recycling', low=1
     )
     looped: bool = flag(
-        False, 'Run the stack several times on its own output, until a gate says that it is enough.', paper=LOOPED,
+        False, 'Run the stack several times on its own output, until a gate decides to stop.', paper=LOOPED,
         since='2.31.10', family='memories', refused={'context': AGAIN, 'pipeline': AGAIN},
         excludes={
             ('recycling', 'num_memory_tokens', 'pool', 'ff_deep_embed'): 'the stack is run on its own output, row by row'
@@ -186,7 +186,7 @@ class WrapperFlags(Flags):
             ),
         ),
     )  # fmt: skip
-    max_looped_steps: int = flag(4, 'So often at most.', paper=LOOPED, parent='looped', low=1, since='2.31.10')
+    max_looped_steps: int = flag(4, 'The maximum number of runs.', paper=LOOPED, parent='looped', low=1, since='2.31.10')
     looped_positions: bool = flag(
         False,
         'A token that is read alone has its rotary or polar position in every loop, as in training; without it in the first '
@@ -205,7 +205,7 @@ class WrapperFlags(Flags):
         refused={'per token': WHOLE},
     )  # fmt: skip
     use_cls_token: bool = flag(
-        False, 'Logits of learned tokens in front of the sequence.', one_of='pool', traits='no_cache', family='output',
+        False, 'Logits of learned tokens before the sequence.', one_of='pool', traits='no_cache', family='output',
         refused={'per token': WHOLE},
         rules=(
             Rule(
@@ -307,7 +307,7 @@ class WrapperFlags(Flags):
     )  # fmt: skip
 
     smear: bool = flag(
-        False, 'Each token embedding gets a learned, gated part of that before it.',
+        False, 'Each token embedding adds a learned, gated part of the previous one.',
         paper='https://github.com/KellerJordan/modded-nanogpt', since='here', family='embedding',
         refused={
             'context': BEFORE,
@@ -339,7 +339,7 @@ class WrapperFlags(Flags):
         ),
     )  # fmt: skip
     value_embed_gate_dim: int = flag(
-        12, 'So many channels decide about the gates, or all of them.', parent='value_embed', since='here', low=1
+        12, 'The gates read this many channels, or all of them.', parent='value_embed', since='here', low=1
     )
 
     randomized_positions: int | None = flag(

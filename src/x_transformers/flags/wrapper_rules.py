@@ -1,4 +1,4 @@
-"""What is asked of a model's flags together with those of its stack."""
+"""Rules between a model's flags and those of its stack."""
 
 from __future__ import annotations
 

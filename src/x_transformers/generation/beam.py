@@ -78,8 +78,8 @@ def search(reader: Reader, tokens: Tokens, steps: int, rules: BeamRules) -> tupl
 def _check_width(beams: int, vocabulary: int, steps: int) -> None:
     if beams > vocabulary**steps:
         raise GenerateError(
-            f'beams is {beams}, but {vocabulary} tokens make only {vocabulary**steps} sequences of length {steps}; '
-            'ask for at most that many'
+            f'beams must be at most {vocabulary**steps}, the number of sequences of length {steps} over {vocabulary} tokens, '
+            f'got {beams}.'
         )
 
 

@@ -1,4 +1,4 @@
-"""Going on from a cache in memory of fixed shape, so that one compiled program, or one CUDA graph, reads every token."""
+"""Decoding with buffers of fixed shape, so one compiled program, or one CUDA graph, reads every token."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Continuation:
 
     def __init__(self, net: nn.Module, cache: Cache, *, capacity: int, compile: bool = False, reach: int | None = None) -> None:
         if reasons := compile_refusals(net):
-            raise ValueError(f'this model cannot go on in memory of fixed shape: {"; ".join(reasons)}. Use the cache itself.')
+            raise ValueError(
+                f'net must be able to decode in buffers of fixed shape: {"; ".join(reasons)}. Use the cache itself.'
+            )
         held = KVCache.of(cache)
         if held is None:
             raise ValueError('cache must be that of an earlier call, got None. Read the beginning of the text first.')

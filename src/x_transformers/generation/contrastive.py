@@ -1,4 +1,4 @@
-"""Contrastive decoding: what the expert prefers more than its amateurs do."""
+"""Contrastive decoding: prefer tokens that an expert finds more likely than its amateurs do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def amateur_nets(
             raise TypeError(f'amateur_model must be a module or a list or tuple of modules, got {type(net).__name__}')
     if len(nets) != len(settings):
         raise GenerateError(
-            f'there are {len(nets)} amateurs and {len(settings)} contrastive_decode_kwargs; give one dict for each amateur'
+            f'contrastive_decode_kwargs must hold one dict for each of the {len(nets)} amateurs, got {len(settings)}.'
         )
     for setting in settings:
         check_callable(contrastive_decode_fn, 2, setting, 'contrastive_decode_kwargs')

@@ -1,4 +1,4 @@
-"""The one decode loop: tokens are read by a net and chosen, one after the other."""
+"""The decode loop: a net reads tokens and the next ones are chosen, one after the other."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ class Reader:
         outside = getattr(self.net, 'can_cache_kv_outside_max_seq_len', True)
         if self.caching and self.limit is not None and total > self.limit and not outside:
             raise GenerateError(
-                f'{total} tokens would have to be fed, but the cached keys and values of {name} cannot be used beyond '
-                f'max_seq_len ({self.limit}), most likely because it has absolute positions; use rotary positions, '
-                'a shorter sequence, or cache_kv=False'
+                f'The sequence must have at most max_seq_len={self.limit} tokens with a cache, got {total}: {name} cannot use '
+                'cached keys and values beyond that, most likely because it has absolute positions. Use rotary positions, '
+                'a shorter sequence, or cache_kv=False.'
             )
 
     def read(self, tokens: Tokens, last: int = 1) -> Float[Tensor, 'b k v']:

@@ -1,4 +1,4 @@
-"""Keywords of a net that belong to single tokens, cut or extended to what is fed at one step."""
+"""A net's keywords per token, sliced or extended to the tokens of one step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation mode while something is generated."""
+"""Evaluation mode during generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the logits of one position to a token: filters, noise, and the choice itself."""
+"""Sampling from the logits of one position: filters, noise, and the choice of a token."""
 
 from __future__ import annotations
 

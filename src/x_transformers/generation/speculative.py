@@ -1,4 +1,4 @@
-"""Speculative decoding: cheap guesses, checked by the net in one pass, with the net's own distribution as the outcome.
+"""Speculative decoding: cheap drafts, verified by the net in one pass; the distribution is the net's own.
 
 https://arxiv.org/abs/2211.17192 (a draft model), https://arxiv.org/abs/2404.19737 (heads for later tokens), and prompt look-up,
 where the guess is what followed the same words before.

@@ -1,4 +1,4 @@
-"""From single tokens to the text that a call of generation returns, and what generation refuses."""
+"""From single tokens to the result of a generation call, and the refusals of generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nets that read or say more than one tensor of ids, as the decode loop sees them: a vector in, a vector out."""
+"""Adapters for the decode loop: nets with inputs or outputs of several tensors of ids, as one vector in and one out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published weights, in and out: models in the format of the Hugging Face library become models of this one, and back.
+"""Import and export of published weights in the Hugging Face format.
 
 ``transformers`` itself is not needed: folders with ``config.json`` and safetensors files are read and written directly.
 """

@@ -1,4 +1,4 @@
-"""BERT. Ids of segments are given as ``token_emb_kwargs={'token_type_ids': ids}``; the pooler is left out."""
+"""BERT. Ids of segments are passed as ``token_emb_kwargs={'token_type_ids': ids}``; the pooler is omitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model as trainers and adapters of the Hugging Face ecosystem call it."""
+"""A language model with the interface of trainers and adapters of the Hugging Face ecosystem."""
 
 from __future__ import annotations
 

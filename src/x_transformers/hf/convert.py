@@ -1,4 +1,4 @@
-"""Models in and out: a config becomes keywords, weights are moved one tensor at a time."""
+"""Import and export: a config becomes keywords, and weights are copied one tensor at a time."""
 
 from __future__ import annotations
 

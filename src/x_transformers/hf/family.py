@@ -1,4 +1,4 @@
-"""What a family of models is: its configuration as keywords, and rules for the names of its weights."""
+"""The definition of a family of models: its configuration as keywords, and rules for the names of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to a tensor between the two formats: maps, each with its inverse."""
+"""Maps of tensors between the two formats, each with its inverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ModernBERT: layers that see a window on both sides, with a rotary base of their own, between layers that see everything."""
+"""ModernBERT: layers with a two-sided window and a separate rotary base, between layers with full attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that published models need beside those that flags build."""
+"""Modules that published models need and that no flag builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and feed-forward side by side, rotary positions in a part of each head."""
+"""GPT-NeoX and Pythia: attention and feed-forward in parallel, rotary positions in a part of each head."""
 
 from __future__ import annotations
 

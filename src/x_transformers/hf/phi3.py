@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: a Llama with one map for queries, keys and values; a part of each head may turn."""
+"""Phi-3 and Phi-4: a Llama with one map for queries, keys and values; a part of each head may rotate."""
 
 from __future__ import annotations
 

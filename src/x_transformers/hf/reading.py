@@ -1,4 +1,4 @@
-"""Tensors of theirs as they become ours: read a few rows at a time into their places, where a map lets rows be apart."""
+"""Reading of tensors into their final memory, a few rows at a time where a map allows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that was made here in the words of published ones: other flags, and the same function of the tokens."""
+"""Equivalent flags: a model of this library rewritten with the flags of published models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Language models in model folders, for those who write text with them."""
+"""Language models in model folders, for text generation."""
 
 from __future__ import annotations
 

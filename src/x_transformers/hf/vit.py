@@ -1,4 +1,4 @@
-"""ViT and DINOv2 with registers: images in, embeddings of all tokens or logits out. The pooler is left out."""
+"""ViT and DINOv2 with registers: images in, embeddings of all tokens or logits out. The pooler is omitted."""
 
 from __future__ import annotations
 

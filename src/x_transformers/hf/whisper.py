@@ -1,4 +1,4 @@
-"""The encoder of Whisper; of a whole model the decoder is left out."""
+"""The encoder of Whisper; the decoder of a whole model is omitted."""
 
 from __future__ import annotations
 

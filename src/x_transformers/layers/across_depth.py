@@ -1,4 +1,4 @@
-"""Paths that reach over several layers: mixtures of all earlier layers, U-Net skips, the input again at every layer."""
+"""Connections across layers: mixtures of all earlier layers, U-Net skips, the input again at every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call takes, each argument declared once: its axes, its sentence, what it says of rows in front and of the past.
+"""The arguments of a call, each declared once: axes, description, defaults for prepended rows, relation to the past.
 
 Letters of axes: b batch, n tokens, i queries, j keys or a context, h heads, l memories, p prepended, m keys of another model,
 d, e, c features, s layers. Several forms are divided by a bar: the number of axes tells which one is meant.

@@ -1,4 +1,4 @@
-"""From flags to the parts of a stack that are no layers: streams, positions, what reaches over several layers."""
+"""Construction of a stack's parts that are not layers: streams, positions, connections across layers."""
 
 from __future__ import annotations
 

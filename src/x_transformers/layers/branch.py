@@ -1,4 +1,4 @@
-"""What is wrapped around a branch: scales of its output, shifts of its input.
+"""Wrappers around a branch: scales of its output, shifts of its input.
 
 Each wrapper holds the branch as ``fn``, hands on the keywords that it is called with, and changes only the first of several
 outputs. A stack gives all keywords at once, as ``around``.

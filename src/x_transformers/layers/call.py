@@ -1,4 +1,4 @@
-"""What goes along with a call of the stack: what the caller gave, what layers hand on, what goes back."""
+"""The state of one call of the stack: the caller's inputs, what layers pass on, what the caller receives."""
 
 from __future__ import annotations
 

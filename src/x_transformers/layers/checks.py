@@ -1,4 +1,4 @@
-"""Whether what a caller hands to a stack fits it: each complaint names the argument, the rule, what was got and the way out."""
+"""Validation of a call's arguments: each error names the argument, the requirement, the value and the remedy."""
 
 from __future__ import annotations
 

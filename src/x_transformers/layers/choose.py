@@ -1,4 +1,4 @@
-"""From flags to the modules of one layer: its norms, its branch, and how the branch is joined to the stream."""
+"""From flags to the modules of one layer: norms, branch, and residual connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a class of stacks decides by itself: flags that nobody gives it, and flags of another stack that must agree."""
+"""Flags that a class of stacks sets itself, and flags of another stack that must agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaving things out while training: whole layers, or tokens of the context."""
+"""Dropout of whole layers, or of tokens of the context."""
 
 from __future__ import annotations
 

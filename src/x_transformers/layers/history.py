@@ -1,4 +1,4 @@
-"""Whether a cache that somebody else has made holds what branches read of earlier tokens."""
+"""Checks that a cache from elsewhere holds what branches read of earlier tokens."""
 
 from __future__ import annotations
 

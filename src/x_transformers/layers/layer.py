@@ -1,4 +1,4 @@
-"""One layer: norms, a branch, and its way around the branch."""
+"""One layer: norms, a branch, and its residual connection."""
 
 from __future__ import annotations
 

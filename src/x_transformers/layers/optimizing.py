@@ -1,4 +1,4 @@
-"""What an optimizer asks of a stack: matrices to choose among, and weights to mend after a step."""
+"""The methods of a stack for optimizers: matrices for Muon, and corrections of weights after a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stack consists of: the checks and preparations of a call are given the stack, and know these of its parts."""
+"""The base class that lists the parts of a stack, for the checks and preparations of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of layers, as data: computed from the flags alone, before any module exists.
+"""The order of layers as data, computed from the flags before any module exists.
 
 Layers are letters: ``a`` self attention, ``c`` cross attention, ``f`` feed-forward, ``m`` mixer. A *step* is one execution of a
 layer, so a layer that is executed twice has two steps.

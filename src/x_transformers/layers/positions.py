@@ -1,4 +1,4 @@
-"""Positions of one call of a stack: of tokens, of what a cache holds, of a context, and biases by position."""
+"""The positions of one call: of tokens, cached tokens and a context, and biases by position."""
 
 from __future__ import annotations
 

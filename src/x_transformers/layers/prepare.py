@@ -1,4 +1,4 @@
-"""From a forward's keywords to ``Inputs``: what all layers share is made here, once per call."""
+"""From a forward's keywords to ``Inputs``: compute once per call what all layers share."""
 
 from __future__ import annotations
 

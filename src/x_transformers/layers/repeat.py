@@ -1,4 +1,4 @@
-"""Blocks that a call runs several times, and functions of what enters them."""
+"""Blocks that a call runs several times, and functions applied to their input."""
 
 from __future__ import annotations
 

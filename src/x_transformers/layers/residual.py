@@ -1,4 +1,4 @@
-"""How a branch is joined to the stream that passes it.
+"""Residual connections: how a branch reads the stream and writes to it.
 
 A *residual path* reads what the branch is to see from the stream, and writes the branch's output back. *Streams* says what the
 stream is made of between entering and leaving the stack: one tensor, several in parallel, or two with different wiring.

@@ -1,4 +1,4 @@
-"""How a module in a slot of a layer is called: the library's own with everything around it, anybody's with ``x`` alone."""
+"""The call of a module in a slot of a layer: the library's own with all arguments, any other with ``x`` alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A residual that writes the mean over time and the deviation from it by different factors, https://arxiv.org/abs/2605.06169."""
+"""A residual that scales the mean over time and the deviation from it separately, https://arxiv.org/abs/2605.06169."""
 
 from __future__ import annotations
 

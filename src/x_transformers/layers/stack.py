@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 class AttentionLayers(OptimizedStack):
     """A transformer without embedding and head: (b n dim) -> (b n dim).
 
-    ``AttentionLayers(dim, depth, heads, causal, **flags)``; the flags are those of ``StackFlags``, with ``attn_``,
-    ``cross_attn_`` and ``ff_`` in front of the parts' own. ``self.flags`` holds them, ``self.plan`` the order of layers.
+    ``AttentionLayers(dim, depth, heads, causal, **flags)``; the flags are those of ``StackFlags``. Flags of the parts have the
+    prefix ``attn_``, ``cross_attn_`` or ``ff_``. ``self.flags`` holds the flags, ``self.plan`` the order of layers.
 
-    Raises FlagError if flags exclude each other, UnknownFlag for a name that no flag has.
+    Raises FlagError if flags exclude each other, UnknownFlag for an unknown flag.
     """
 
     # left to right but for a prefix, though ``causal`` is False
@@ -264,7 +264,7 @@ class AttentionLayers(OptimizedStack):
         value_embeds_and_ids: tuple[Mapping[str, nn.Module], Int[Tensor, 'b n']] | None = None,
         one_place: bool | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
-        """Run the stack. Every boolean mask: True is a token, or may be seen.
+        """Run the stack. In every boolean mask, True marks a token, or a key that may be attended to.
 
         Args: as declared in ``layers/arguments.py``
 
@@ -291,7 +291,7 @@ class AttentionLayers(OptimizedStack):
 
 
 class Encoder(AttentionLayers):
-    """Every token sees every other."""
+    """A bidirectional stack: every token attends to every other."""
 
     __signature__ = ClassSignature(STACK, 'causal')
     decides: ClassVar[Mapping[str, bool]] = {'causal': False}
@@ -301,7 +301,7 @@ class Encoder(AttentionLayers):
 
 
 class Decoder(AttentionLayers):
-    """A token sees itself and those before it."""
+    """A causal stack: each token attends to itself and to earlier tokens."""
 
     __signature__ = ClassSignature(STACK, 'causal')
     decides: ClassVar[Mapping[str, bool]] = {'causal': True}
@@ -311,7 +311,7 @@ class Decoder(AttentionLayers):
 
 
 class PrefixDecoder(AttentionLayers):
-    """Tokens of a prefix see the whole prefix, the others themselves and all before them, https://arxiv.org/abs/1910.10683.
+    """Prefix tokens attend to the whole prefix, others to themselves and earlier tokens, https://arxiv.org/abs/1910.10683.
 
     forward takes ``prefix_attn_len``, a number or one per row (b); without it the stack is causal. Keys are counted from the
     first token of x. ``causal`` is False as in the original; a cache may be used if the first call holds the whole prefix.
@@ -337,7 +337,7 @@ class PrefixDecoder(AttentionLayers):
 
 
 class TransformerBlock(AttentionLayers):
-    """One block, or ``depth`` of them, without a final norm: a piece of a model of one's own."""
+    """One block, or ``depth`` of them, without a final norm: a part for your own model."""
 
     __signature__ = ClassSignature(STACK)
 
@@ -348,7 +348,7 @@ class TransformerBlock(AttentionLayers):
 
 
 class CrossAttender(AttentionLayers):
-    """Cross attention and feed-forwards, no self attention."""
+    """A stack of cross attention and feed-forwards, without self attention."""
 
     __signature__ = ClassSignature(STACK, 'cross_attend', 'only_cross')
     decides: ClassVar[Mapping[str, bool]] = {'cross_attend': True, 'only_cross': True}

@@ -1,4 +1,4 @@
-"""The arithmetic of several residual streams, with short ways back.
+"""The arithmetic of several residual streams, with a custom backward.
 
 Streams are the largest tensors of a model that has them. The formulas alone would keep their norms and products for the
 backward, and write and read each several times over; on a CPU this takes twice as long. A compiler does as well by itself.

@@ -1,1 +1,1 @@
-"""Sequence mixers in the place of attention, in layers 'm'."""
+"""Sequence mixers in place of attention, in layers 'm'."""

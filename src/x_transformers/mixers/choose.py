@@ -1,4 +1,4 @@
-"""Which module is in a layer 'm'."""
+"""The choice of the module for a layer 'm'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear recurrences, computed in chunks: within a chunk by products of matrices, from chunk to chunk by a state.
+"""Linear recurrences in chunks: matrix products within a chunk, a state between chunks.
 
 All ratios of decays are exponentials of numbers that are not positive, so nothing overflows. The state is (b h k v).
 """

@@ -1,4 +1,4 @@
-"""The kernels of flash-linear-attention, where that package is installed and the tensors are on a GPU."""
+"""The kernels of flash-linear-attention, if that package is installed and the tensors are on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixers whose memory of the past is one matrix per head: the gated delta rule, and gated linear attention."""
+"""Mixers with one matrix per head as their state: the gated delta rule, and gated linear attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Absolute positions, added to the tokens: learned or sinusoidal."""
+"""Absolute positions, added to the embeddings: learned or sinusoidal."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class AbsolutePositionalEmbedding(Module):
         # positions of the caller's own may come several times, and the table names those that it lacks
         if pos is None and last > self.max_seq_len:
             raise ValueError(
-                f'the sequence reaches position {last}, but there are absolute positions only up to max_seq_len = '
-                f'{self.max_seq_len}: shorten the sequence or raise max_seq_len'
+                f'The sequence must end within the absolute positions, max_seq_len = {self.max_seq_len}, got position {last}. '
+                'Shorten the sequence, or raise max_seq_len.'
             )
         at = token_positions(n, pos, seq_start_pos, offset, x.device)
         vectors = look_up(self.emb, at, 'pos', f': raise max_seq_len={self.max_seq_len}, or shorten the sequence') * self.scale

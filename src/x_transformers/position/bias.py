@@ -1,4 +1,4 @@
-"""A bias: numbers that are added to the scores of one call. What a user gives, and the base of those that are computed."""
+"""Biases, added to the scores of one call: those that a user passes, and the base of computed ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forgetting attention: a bias that the tokens themselves decide, by gates that close on what lies behind them.
+"""Forgetting attention: a bias that depends on the tokens, through gates that suppress earlier keys.
 
 https://openreview.net/forum?id=q2Lnyegkr8. A gate lies between each token and the one before; a query sees a key through all
 gates between the two, so their logarithms add up. The gates (or what makes them) of earlier tokens are kept in the cache, and

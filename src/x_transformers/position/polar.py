@@ -1,4 +1,4 @@
-"""Polar positions: a channel's length says what, its angle says where."""
+"""Polar positions: the content sets the length of a channel, the position its angle."""
 
 from __future__ import annotations
 

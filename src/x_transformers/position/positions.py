@@ -1,4 +1,4 @@
-"""The positions of queries and keys in one call: what all layers share is made once, when it is first needed."""
+"""The positions of queries and keys in one call, computed once for all layers, on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relative projected bias: each query mixes its own bias of a few learned functions of the distance."""
+"""Relative projected bias: each query mixes its own bias from a few learned functions of the distance."""
 
 from __future__ import annotations
 

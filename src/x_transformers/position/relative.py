@@ -51,8 +51,8 @@ class RelativeBias(Bias):
             given = self.positions.shape[-1]
             if given < geometry.own:
                 raise ValueError(
-                    f'pos gives {given} positions, but there are {geometry.own} keys: '
-                    'give positions for memories and cached tokens, too'
+                    f'pos must hold a position for each of the {geometry.own} keys, got {given}. '
+                    'Include positions for memories and cached tokens.'
                 )
             keys = self.positions[..., given - geometry.own :]
             if self.queries is None:

@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of channels of queries and keys turn by angles that grow with the position."""
+"""Rotary positions: pairs of channels of queries and keys rotate by angles that grow with the position."""
 
 from __future__ import annotations
 
@@ -211,8 +211,7 @@ def check_table(rows: int, width: int, n: int, dim: int) -> None:
         )
     if width > dim:
         raise ValueError(
-            f'rotary positions turn {width} channels, but a head has only {dim}: '
-            f'set rotary_emb_dim to at most {dim} or enlarge attn_dim_head'
+            f'rotary_emb_dim must be at most the {dim} channels of a head, got {width}. Reduce it, or enlarge attn_dim_head.'
         )
 
 

@@ -1,4 +1,4 @@
-"""Rotary frequencies for sequences longer than those of the training: linear, dynamic, YaRN, Llama 3, LongRoPE."""
+"""Rotary frequencies for sequences longer than in training: linear, dynamic, YaRN, Llama 3, LongRoPE."""
 
 from __future__ import annotations
 

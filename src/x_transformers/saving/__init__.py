@@ -1,1 +1,1 @@
-"""A model is a folder: its flags in config.json, its weights in safetensors files."""
+"""A model as a folder: its flags in config.json, its weights in safetensors files."""

@@ -1,4 +1,4 @@
-"""What is raised about folders with models."""
+"""Errors about folders with models."""
 
 from __future__ import annotations
 

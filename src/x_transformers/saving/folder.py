@@ -1,4 +1,4 @@
-"""Saving a model as a folder, and making a model of one."""
+"""Saving a model as a folder, and loading a model from one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: models are fetched from it and pushed to it as folders."""
+"""The Hugging Face Hub: download models and upload them as folders."""
 
 from __future__ import annotations
 

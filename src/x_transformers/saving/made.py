@@ -1,4 +1,4 @@
-"""What saving knows of a module: the keywords that it was made with."""
+"""The record of the keywords with which a module was made, for saving."""
 
 from __future__ import annotations
 

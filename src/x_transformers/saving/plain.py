@@ -1,4 +1,4 @@
-"""Models as plain data: the class and the keywords that it was made with, in a form that a JSON file can hold."""
+"""Models as plain data for JSON: the class and the keywords with which it was made."""
 
 from __future__ import annotations
 

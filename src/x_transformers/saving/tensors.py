@@ -1,4 +1,4 @@
-"""Safetensors files, read one tensor at a time into memory that is there: nothing is mapped, nothing is held twice."""
+"""Safetensors files, read one tensor at a time into existing memory: no mapping, no second copy."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The trainer behind the command line: data, steps, checkpoints, reports. Nothing else in the package imports it."""
+"""The trainer behind the command line: data, steps, checkpoints, reports. No other folder of the package imports it."""

@@ -1,4 +1,4 @@
-"""Which tokens a step sees: windows of token texts in an order that depends on the seed alone.
+"""The tokens of each step: windows of token texts, in an order that depends only on the seed.
 
 Every epoch passes through all windows of a text once, in an order of its own. A window is found from its number without holding
 the order: so a run that goes on, or goes on with another number of processes, neither repeats nor leaves out a window.

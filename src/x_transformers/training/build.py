@@ -1,4 +1,4 @@
-"""From flags to the model that is trained: bytes in, the loss of predicting the next one."""
+"""From flags to the model to train: a byte-level language model with its next-token loss."""
 
 from __future__ import annotations
 

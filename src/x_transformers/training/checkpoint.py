@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, loaded whole, the older ones removed.
+"""Checkpoints of a run: written and loaded atomically; older ones are removed.
 
 A run folder holds ``config.json``, ``model.safetensors`` (the newest weights for use), ``metrics.jsonl`` and folders
 ``checkpoint-NNNNNNNN`` with everything needed to go on. Such a folder is written under a temporary name, brought to disk, and

@@ -1,4 +1,4 @@
-"""What a run learns from: plain bytes as they lie in files, or token shards; one interface for both."""
+"""The data of a run: bytes of files, or token shards, with one interface."""
 
 from __future__ import annotations
 

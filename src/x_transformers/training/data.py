@@ -1,4 +1,4 @@
-"""Text as bytes: where it comes from, which files are held out, which windows a step sees."""
+"""Text as bytes: the sources, the held-out files, the windows of each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents, one after the other, out of files of many kinds; no file is ever held whole.
+"""An iterator over the documents of files of many kinds; it never holds a whole file.
 
 Text is split at a separator, else at every 1 MiB; each line of a ``.jsonl`` and each row of a ``.parquet`` or ``.arrow`` file
 is a document, or a prompt and its completion. ``.gz`` and ``.zst`` are unpacked on the way.

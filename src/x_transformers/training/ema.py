@@ -1,4 +1,4 @@
-"""A moving average of the weights: smoother than the weights themselves, and often better when evaluated."""
+"""An exponential moving average of the weights, which often evaluates better than the weights."""
 
 from __future__ import annotations
 

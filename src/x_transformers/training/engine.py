@@ -1,4 +1,4 @@
-"""Where a step runs: one process and one device. Other engines (several processes) replace these methods, not the loop."""
+"""The training engine for one process and one device. Other engines (several processes) replace its methods, not the loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong for reasons outside the program: shown as one sentence, without a traceback."""
+"""Errors with causes outside the program: shown as one sentence, without a traceback."""
 
 from __future__ import annotations
 

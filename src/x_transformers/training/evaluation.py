@@ -1,4 +1,4 @@
-"""The loss of a language model on documents, each on its own, and how sure the mean over them is."""
+"""The loss of a language model on separate documents, and the confidence interval of its mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, never half of both; the names that a run folder's files have."""
+"""Atomic replacement of files, and the names of the files of a run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model as lm-evaluation-harness asks it: likelihoods of continuations and of texts, and greedy texts."""
+"""The interface of lm-evaluation-harness: likelihoods of continuations and texts, and greedy texts."""
 
 from __future__ import annotations
 

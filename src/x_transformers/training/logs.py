@@ -1,4 +1,4 @@
-"""Other places for a run's figures than its own file: TensorBoard, trackio and wandb, all through three calls."""
+"""Loggers beside a run's own file: TensorBoard, trackio and wandb, with three functions each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (https://arxiv.org/abs/2106.09685): of each linear map only a change of small rank is trained."""
+"""Low-rank adaptation (https://arxiv.org/abs/2106.09685): only a low-rank change of each linear map is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maximal update parametrization, https://arxiv.org/abs/2203.03466: what is tuned at one width holds at others.
+"""Maximal update parametrization, https://arxiv.org/abs/2203.03466: hyperparameters tuned at one width hold at others.
 
 Which axes of a parameter grow with the width is seen by building the same model at the base width, without memory: a stack of
 ``dim = base`` with heads in proportion, as heads keep their width. At the base width everything is as without.

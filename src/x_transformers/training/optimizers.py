@@ -1,4 +1,4 @@
-"""Which optimizer moves which parameter, which parameters decay, and how fast each moves at which step."""
+"""Optimizers: the parameters of each, weight decay, and learning rate schedules."""
 
 from __future__ import annotations
 

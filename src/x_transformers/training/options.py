@@ -1,4 +1,4 @@
-"""What a training run can be told. Each field is an option of the command line, and a key of its TOML file."""
+"""The options of a training run. Each field is an option of the command line, and a key of its TOML file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TrainerOptions:
     grad_accum: int = 1
     """Micro-batches per step, whose gradients are averaged."""
     optimizer: Literal['muon', 'adamw', 'sgd'] = 'adamw'
-    """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw or sgd: that for all."""
+    """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw or sgd: for all parameters."""
     lr: float = 1e-3
     """Highest learning rate of AdamW (or SGD)."""
     muon_lr: float = 1e-2
@@ -120,28 +120,28 @@ class TrainerOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(TrainerOptions):
-    """What ``x-transformers train`` can be told beside the flags of the model."""
+    """Options of ``x-transformers train``, in addition to the flags of the model."""
 
     data: tuple[str, ...] = often(())
-    """Files, folders or globs to learn from: text, jsonl, parquet, folders that `datasets` has saved, each also as .gz or .zst.
+    """Files, folders or globs to train on: text, jsonl, parquet, folders that `datasets` has saved, each also as .gz or .zst.
 
-    A mixture has weights, as in a/:0.7,b/:0.3. Not given: the source of Python's standard library."""
+    A mixture has weights, as in a/:0.7,b/:0.3. By default: the source of Python's standard library."""
     tokenizer: str = often('bytes')
     """bytes; bpe: train one on the data; or a file that ends in .json (tokenizers), .model (sentencepiece) or .tiktoken."""
     vocab: int = often(8192)
-    """Tokens of a tokenizer that is trained."""
+    """Vocabulary size of a trained tokenizer."""
     document_separator: str | None = None
     """Text between two documents of a text file (\\n is a line break); None: each file is one, cut at every 1 MiB."""
     mask_documents: bool = False
-    """Documents that lie in one sequence do not see each other, and none predicts the first token of the next."""
+    """Documents in one sequence do not attend to each other, and none predicts the first token of the next."""
     data_cache: str | None = None
-    """Folder for tokenized data, which later runs use again; None: x-transformers in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Folder for tokenized data, which later runs reuse; None: x-transformers in $XDG_CACHE_HOME, or in ~/.cache."""
     from_run: str | None = often(None)
     """Start from the weights (and flags) of this run folder, or from a file of weights; --from is the same."""
     lora: int = often(0)
-    """Train low-rank changes of so many ranks to the linear maps of the layers, and nothing else; 0: train everything."""
+    """LoRA: train only changes of this rank to the linear maps of the layers; 0: train all weights."""
     run_dir: str = often('runs/quickstart')
-    """Folder for what the run writes; one that already holds a run is only touched with --resume."""
+    """Output folder of the run; a folder that already holds a run is only changed with --resume."""
     resume: bool = often(False)
     """Continue the run in --run-dir from its last checkpoint; with more --steps also one that has finished."""
     device: str | None = often('auto')
@@ -151,23 +151,23 @@ class TrainOptions(TrainerOptions):
     bf16: bool = False
     """The same as --precision bf16."""
     shard: Literal['none', 'full', 'hybrid'] = often('none')
-    """Under torchrun, none: copies; full: parts over all processes; hybrid: parts within a node, copies between nodes."""
+    """With torchrun: none: replicas; full: shards over all processes; hybrid: shards within a node, replicas across nodes."""
     tensor: int = 1
-    """Under torchrun, processes that share the heads, features and experts of each layer."""
+    """With torchrun: the number of processes that divide the heads, features and experts of each layer."""
     sequence_parallel: bool = False
-    """With --tensor: between attentions and feed-forwards each process of a group has a slice of every sequence."""
+    """With --tensor: between branches, each process of a group holds a slice of every sequence."""
     loss_parallel: bool = False
-    """With --tensor: each process of a group has the logits of some tokens of the vocabulary."""
+    """With --tensor: each process of a group holds the logits of a part of the vocabulary."""
     context: int = 1
-    """Under torchrun, processes that share each sequence."""
+    """With torchrun: the number of processes that divide each sequence."""
     pipeline: int = 1
-    """Under torchrun, stages of layers, one after the other."""
+    """With torchrun: the number of pipeline stages."""
     checkpointing: Literal['none', 'full', 'selective'] = 'none'
-    """Under torchrun, what is computed again for gradients; full: all in a layer; selective: all but matrix products."""
+    """With torchrun: what the backward recomputes; full: all of each layer; selective: all but matrix products."""
     offload: bool = False
-    """With --shard: keep weights, gradients and the optimizer's state in the memory of the CPU."""
+    """With --shard: keep weights, gradients and optimizer state in CPU memory."""
     timeout: float = 600.0
-    """Under torchrun, seconds after which a process that hears nothing from another gives up."""
+    """With torchrun: seconds after which a process gives up on another that does not respond."""
 
     steps: int = often(450)
     """Number of optimizer steps."""
@@ -177,24 +177,24 @@ class TrainOptions(TrainerOptions):
     """Bytes per sequence; all but the first are predicted."""
 
     optimizer: Literal['muon', 'adamw', 'sgd'] = often('muon')
-    """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw or sgd: that for all."""
+    """muon: Muon for the matrices of attention and feed-forward, AdamW for the rest; adamw or sgd: for all parameters."""
     lr: float = often(3e-3)
     """Highest learning rate of AdamW (or SGD)."""
     warmup: int = 30
     """Steps over which the learning rate rises."""
 
     val_data: tuple[str, ...] = often(())
-    """More files or folders to evaluate on, each a set of its own."""
+    """More files or folders to evaluate on, each as a separate set."""
     val_bytes: int = 32_768
-    """Bytes that a validation during training looks at, spread over the held-out text."""
+    """Bytes that a validation during training reads, spread over the held-out text."""
     final_bytes: int = 1_000_000
-    """Bytes at the start of the held-out text that the final figure and the compressors are measured on."""
+    """Bytes at the start of the held-out text on which the final figure and the compressors are measured."""
     save_every: int = 50
     """Steps between checkpoints; 0: only at the end and when interrupted."""
     keep: int = 1
-    """Checkpoints that stay, the newest."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = False
-    """Keep the weights with the lowest held-out loss, too, as best.safetensors."""
+    """Also keep the weights with the lowest held-out loss, as best.safetensors."""
     sample_every: int = 0
     """Steps between samples while training, written to samples.txt; 0: only at the end."""
     sample_prompt: str = 'def '
@@ -202,11 +202,11 @@ class TrainOptions(TrainerOptions):
     sample_length: int = 400
     """Bytes of that sample; 0: none."""
     log: tuple[Literal['tensorboard', 'trackio', 'wandb'], ...] = ()
-    """Where figures go beside metrics.jsonl; each needs its package."""
+    """Loggers in addition to metrics.jsonl; each needs its package."""
     tensorboard: bool = False
     """The same as --log tensorboard."""
     peak_flops: float | None = None
-    """Operations per second that the device could do at most, to log which share is used; None: known for some GPUs."""
+    """Peak operations per second of the device, to log the fraction reached; None: known for some GPUs."""
     exit_on_term: int | None = None
     """Exit status after SIGTERM, when everything is saved; None: 143."""
     json: bool = often(False)

@@ -1,4 +1,4 @@
-"""Tokens of a text from those of its pieces, each of which is encoded once: most words of a corpus come again and again."""
+"""Encoding of a text piece by piece with a cache, since most words of a corpus recur."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every random generator that a model or its data may draw from: seeded together, saved and restored together."""
+"""All random generators that a model or its data may use: seeded, saved and restored together."""
 
 from __future__ import annotations
 

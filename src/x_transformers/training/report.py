@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics, the picture of the loss, the comparison with compressors."""
+"""The report of a run: metrics, the picture of the loss, the comparison with compressors."""
 
 from __future__ import annotations
 

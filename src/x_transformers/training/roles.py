@@ -1,4 +1,4 @@
-"""What a parameter is: the weight of a linear map, which decays, or a gain, a bias, a table."""
+"""Roles of parameters: the weight of a linear map, which decays, or a gain, a bias, a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from its first step to its last file: the folder, the model, the training, the figures."""
+"""A training run: the folder, the model, the training, the figures."""
 
 from __future__ import annotations
 

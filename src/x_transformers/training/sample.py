@@ -1,4 +1,4 @@
-"""Text as it is sampled, a token at a time, so that it can be shown while the rest is still to come."""
+"""Streaming of sampled text, one token at a time."""
 
 from __future__ import annotations
 

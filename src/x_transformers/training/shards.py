@@ -1,4 +1,4 @@
-"""Token shards: a corpus is turned into token ids once, into files that are mapped into memory and used again.
+"""Token shards: a corpus is tokenized once, into files that are memory-mapped and reused.
 
 A prepared folder is named by what it was made of: the contents of the sources, the tokenizer, the settings. It holds parts,
 each from about 64 MiB of text, and a line in ``parts.jsonl`` for each part that is complete: an interrupted preparation goes on

@@ -1,4 +1,4 @@
-"""How much of what a device could do is used."""
+"""Utilization: the fraction of a device's peak that a run reaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From text to token ids and back: bytes, or a tokenizer's file."""
+"""Conversion from text to token ids and back: bytes, or a tokenizer's file."""
 
 from __future__ import annotations
 

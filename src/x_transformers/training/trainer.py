@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, checkpoints, and a clean end when someone asks for it.
+"""The training loop: steps, evaluation, checkpoints, and a clean exit on request.
 
 In memory, without any file:
 

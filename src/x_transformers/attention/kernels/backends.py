@@ -1,4 +1,4 @@
-"""Which of torch's own attention kernels may be used: its names for what ``sdp_kwargs`` allows."""
+"""The backends of torch's attention that may be used, by the names that ``sdp_kwargs`` takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kernel is told, and what it is."""
+"""The kernel interface: requirements, facts of a call, and arguments."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ def usual_refusals(
     if call.transformed:
         reasons.append('torch.func and forward-mode differentiation look at plain operations only')
     if needs.onnxable:
-        reasons.append('onnxable asks for plain operations')
+        reasons.append('onnxable requires plain operations')
     if call.previous:
-        reasons.append('the scores of the layer before are added')
+        reasons.append('the scores of the previous layer are added')
     if call.delta:
         reasons.append('something is added to the weights')
     return reasons

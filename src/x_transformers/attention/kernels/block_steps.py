@@ -1,4 +1,4 @@
-"""The arithmetic of one block of queries, there and back; what attention in blocks is made of."""
+"""Forward and backward arithmetic of one block of queries, for attention in blocks."""
 
 from __future__ import annotations
 

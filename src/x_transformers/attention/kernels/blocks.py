@@ -1,4 +1,4 @@
-"""Attention in blocks of queries, in plain PyTorch: each block meets only keys it may see, and no score matrix is kept.
+"""Attention in blocks of queries, in plain PyTorch: each block reads only keys it may attend to; no score matrix is saved.
 
 The backward computes the scores of a block again (https://arxiv.org/abs/2112.05682). A block has whole rows of all heads, so
 that rules on these fit as well.
@@ -32,7 +32,7 @@ class Blocks:
         if call.geometry.is_open:
             reasons.append('lengths are left open, and a loop over blocks needs them')
         if call.dropout:
-            reasons.append('dropout would have to forget the same weights again in the backward')
+            reasons.append('dropout would have to drop the same weights again in the backward')
         if call.masked_heads and any(rule in MIXERS for rule in needs.whole):
             reasons.append('heads are mixed that see different keys')
         return tuple(reasons)

@@ -1,4 +1,4 @@
-"""Which kernel runs: the first that refuses nothing and has no reservations, else the first that refuses nothing."""
+"""Kernel choice: the first without refusals and reservations, else the first without refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def use_kernel(name: str) -> Iterator[None]:
     compiled.
     """
     if name not in NAMES:
-        raise ValueError(f'there is no kernel {name!r}: choose one of {", ".join(NAMES)}')
+        raise ValueError(f'name must be one of {", ".join(NAMES)}, got {name!r}.')
     token = forced.set(name)
     try:
         yield

@@ -1,4 +1,4 @@
-"""From a call's arguments to the facts that kernels are chosen by."""
+"""The facts of a call by which kernels are chosen, from its arguments."""
 
 from __future__ import annotations
 

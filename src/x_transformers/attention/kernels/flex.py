@@ -1,4 +1,4 @@
-"""FlexAttention on GPU: biases, soft clamp, windows and masks inside one compiled kernel."""
+"""FlexAttention on GPU: biases, soft clamp, windows and masks in one compiled kernel."""
 
 from __future__ import annotations
 

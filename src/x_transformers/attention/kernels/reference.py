@@ -1,4 +1,4 @@
-"""The definition of attention: the rules, one after the other, on the whole score matrix."""
+"""The definition of attention: all rules in order, on the whole score matrix."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Sdpa:
     name = 'sdpa'
 
     def refusals(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:
-        reasons = [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
+        reasons = [f'{rule} changes individual scores, which this kernel does not support' for rule in needs.pointwise]
         return (*usual_refusals(needs, call), *reasons)
 
     def reservations(self, needs: Needs, call: CallFacts) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Packed sequences on GPU: each of them alone, without looking at the others' scores."""
+"""Packed sequences on GPU: a variable-length kernel, which computes no scores across sequences."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Varlen:
         if not call.packed:
             return ('no packed sequences',)
         reasons = usual_refusals(needs, call)
-        reasons += [f'{rule} changes single scores, which it cannot' for rule in needs.pointwise]
+        reasons += [f'{rule} changes individual scores, which this kernel does not support' for rule in needs.pointwise]
         if call.device != 'cuda' or call.dtype not in (torch.float16, torch.bfloat16):
             reasons.append(f'it runs in half precision on CUDA, not in {call.dtype} on {call.device}')
         if call.masked:
-            reasons.append('it knows no mask but causality')
+            reasons.append('it supports no mask other than the causal one')
         if call.biased or needs.sink or needs.l2_distance:
-            reasons.append('it knows products of queries and keys only')
+            reasons.append('it supports only dot products of queries and keys as scores')
         if call.geometry.front:
-            reasons.append('keys were put in front of the sequence')
+            reasons.append('keys are prepended to the sequence')
         if call.key_dim != call.value_dim:
             reasons.append('keys and values differ in width')
         if call.dropout:

@@ -1,4 +1,4 @@
-"""What is added to scores, the mask that closes some, and the maps that are kept of them."""
+"""Score rules that add: biases, the mask, and the maps recorded of scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a score rule is, and the state that the rules change."""
+"""The score rule interface, and the state that rules change."""
 
 from __future__ import annotations
 

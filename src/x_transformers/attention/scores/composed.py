@@ -1,4 +1,4 @@
-"""Scores and weights of all heads, mixed as queries and keys say (DCMHA). https://arxiv.org/abs/2405.08553"""
+"""Scores and weights of all heads, mixed as queries and keys determine (DCMHA). https://arxiv.org/abs/2405.08553"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inverted attention: keys are shared out among queries, as among slots. https://openreview.net/forum?id=WgQZNoQ5AB"""
+"""Inverted attention: keys are distributed among queries, as among slots. https://openreview.net/forum?id=WgQZNoQ5AB"""
 
 from __future__ import annotations
 

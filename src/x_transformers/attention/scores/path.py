@@ -1,4 +1,4 @@
-"""Scores along a path: between key and query lie the products of all tokens behind the key. https://arxiv.org/abs/2505.16381"""
+"""PaTH scores: the products of all tokens after the key lie between key and query. https://arxiv.org/abs/2505.16381"""
 
 from __future__ import annotations
 

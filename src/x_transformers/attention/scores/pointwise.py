@@ -1,4 +1,4 @@
-"""Functions of one score at a time: soft clamp; the sign that signed attention keeps aside."""
+"""Elementwise functions of scores: soft clamp; the sign that signed attention stores separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scalable softmax: scores grow with the number of keys, so that many of them do not flatten the weights.
+"""Scalable softmax: scores grow with the number of keys, so many keys do not flatten the weights.
 
 https://arxiv.org/abs/2501.19399
 """

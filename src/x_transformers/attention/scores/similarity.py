@@ -1,4 +1,4 @@
-"""How alike a query and a key are: their product, or minus the square of their distance."""
+"""Similarity of a query and a key: their dot product, or minus their squared distance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A learned sink: one more score in each row, with no value behind it, that a head may spend its attention on."""
+"""A learned sink: one more score in each row, without a value, which can absorb attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talking heads: the scores or weights of all heads are mixed, https://arxiv.org/abs/2003.02436."""
+"""Talking heads: linear mixing of the scores or weights of all heads, https://arxiv.org/abs/2003.02436."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks by name, and those that a user names by a Python path."""
+"""The registry of tasks by name, and tasks that a user names by a Python path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is: batches that depend on seed and step alone, a model for flags, and an evaluation."""
+"""The task interface: batches that depend on seed and step only, a model for flags, and an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Length generalization: trained on short rows, tested on longer ones (https://arxiv.org/abs/2207.02098, 2305.19466)."""
+"""Length generalization: training on short rows, testing on longer ones (https://arxiv.org/abs/2207.02098, 2305.19466)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Associative recall: many keys with a value each, some of which are asked for later (https://arxiv.org/abs/2312.04927)."""
+"""Associative recall: many keys with a value each; some are queried later (https://arxiv.org/abs/2312.04927)."""
 
 from __future__ import annotations
 
