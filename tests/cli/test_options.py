@@ -45,7 +45,7 @@ def test_the_short_help_lists_what_matters_and_names_the_long_one():
     options = re.findall(r'(?<= )--(?!no-)[a-z][a-z0-9-]+', shown)
     assert {'data', 'run-dir', 'steps', 'dim', 'depth', 'heads'} <= {name.removeprefix('--') for name in options}
     assert len(set(options)) <= 40
-    assert 'Files folders or globs to learn from' in shown
+    assert 'Files folders or globs to train on' in shown
     [rest] = re.findall(r'(\d+) more options', shown)
     assert int(rest) > 150
 

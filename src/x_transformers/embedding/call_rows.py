@@ -38,7 +38,7 @@ def rows_of_call(model: Any, call: Call) -> Rows:
         and rows.seen + rows.new > model.pos_emb.max_seq_len
     ):
         raise ValueError(
-            f'x: the sequence of {rows.seen + rows.new} tokens is longer than max_seq_len={model.pos_emb.max_seq_len}, '
-            'beyond which there are no absolute positions; cut it, or use rotary_pos_emb=True.'
+            f'x must have at most max_seq_len={model.pos_emb.max_seq_len} tokens, the number of absolute positions, got '
+            f'{rows.seen + rows.new}. Shorten it, or use rotary_pos_emb=True.'
         )
     return rows
