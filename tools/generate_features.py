@@ -218,7 +218,8 @@ def measured_link(cls: type[Flags], name: str) -> str:
 
 def rule_line(rule: Rule) -> str:
     names = ', '.join(f'`{name}`' for name in rule.flags)
-    text = f'{rule.why}. {rule.way_out}'
+    # behind a colon stands what an error finds wrong with the value at hand
+    text = re.sub(r': \{\w+_complaints\}$', '', rule.why) + f'. {rule.way_out}'
     return f'- {names}: ' + re.sub(r'\[(\w+)\]|\{(\w+)\}', lambda found: f'`{found[1] or found[2]}`', text)
 
 

@@ -37,7 +37,7 @@ EXAMPLES = """examples:
 """
 # the share of the time in which intervals are computed for the bar
 LOOKING = 0.01
-# sizes at which one idea with three seeds takes ten minutes of two cores, with the baseline
+# sizes at which one idea with three seeds takes less than ten minutes of two cores, with the baseline
 SMALL: dict[str, Any] = {'dim': 64, 'depth': 2, 'heads': 2, 'attn_dim_head': 32}
 PROFILES: dict[str, list[dict[str, Any]]] = {
     'quick': [
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         '--profile',
         choices=sorted(PROFILES),
-        help='ready sets of tasks; quick: one idea, three seeds, ten minutes of two cores',
+        help='predefined sets of tasks; quick: one idea, three seeds, about nine minutes of one processor',
     )
     add('--option', action='append', default=[], metavar='NAME=VALUE', help='an option of the task, such as vocabulary=256')
     add('--data', action='append', default=[], help='files or folders for the task bytes')

@@ -196,7 +196,8 @@ class PositionFlags(NormFlags):
         },
         rules=(
             Rule(
-                ('rotary_scaling',), lambda flags, dim: bool(flags.rotary_scaling_complaints), '{rotary_scaling_complaints}',
+                ('rotary_scaling',), lambda flags, dim: bool(flags.rotary_scaling_complaints),
+                'its type and its numbers do not fit: {rotary_scaling_complaints}',
                 {'rotary_pos_emb': True, 'rotary_scaling': {'type': 'yarn', 'factor': 2.0}}, 'Give what its type needs.',
             ),
             Rule(
