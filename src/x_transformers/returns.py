@@ -20,25 +20,33 @@ from x_transformers.tensor_types import Float
 class Asked:
     """The ``return_*`` arguments of one call."""
 
-    embeddings: bool = plain_argument(False, 'What the logits are made of (b n d), in their place.')
-    logits_and_embeddings: bool = plain_argument(False, 'Logits and embeddings, as a pair.')
+    embeddings: bool = plain_argument(
+        False, 'Return the embeddings (b n d) that the logits are computed from, in place of the logits.'
+    )
+    logits_and_embeddings: bool = plain_argument(False, 'Return the pair (logits, embeddings).')
     intermediates: bool | Literal['cache'] = plain_argument(
         False,
-        "Also a LayerIntermediates: hidden states, scores and weights, the cache; 'cache': with the cache alone, so that "
-        'neither hidden states nor attention are kept.',
+        "Also return LayerIntermediates: hidden states, scores and weights, and the cache. 'cache': with the cache only, so "
+        'that hidden states and attention maps are not kept.',
     )
     embeddings_and_intermediates: bool = plain_argument(
-        False, 'Embeddings and a LayerIntermediates, as a pair, without logits.'
+        False, 'Return the pair (embeddings, LayerIntermediates), without logits.'
     )
-    logit_entropies: bool = plain_argument(False, 'The entropies of the logits (b n), in `intermediates.logit_entropies`.')
-    next_embed_pred: bool = plain_argument(False, 'Also the prediction of the next embedding, with `add_continuous_pred_head`.')
-    mems: bool = plain_argument(False, 'Also the memories for the next segment.')
-    attn: bool = plain_argument(False, 'Also the attention maps, one per attention.')
-    attn_z_loss: bool = plain_argument(False, 'The attention z-loss, in the intermediates.')
+    logit_entropies: bool = plain_argument(
+        False, 'Compute the entropies of the logits (b n), in `intermediates.logit_entropies`.'
+    )
+    next_embed_pred: bool = plain_argument(
+        False, 'Also return the prediction of the next embedding, with `add_continuous_pred_head`.'
+    )
+    mems: bool = plain_argument(False, 'Also return the memories for the next segment.')
+    attn: bool = plain_argument(False, 'Also return the attention maps, one per attention.')
+    attn_z_loss: bool = plain_argument(False, 'Compute the attention z-loss, in the intermediates.')
     z_loss_weight: float = 1e-4
-    expert_loss: bool = plain_argument(False, 'Also intermediates, with nothing but the `expert_loss` unless asked for.')
+    expert_loss: bool = plain_argument(
+        False, 'Also return intermediates; they hold the `expert_loss` only, unless `return_intermediates` is given.'
+    )
     multi_token_logits: bool = plain_argument(
-        False, "The logits are a tuple, one for each of `multi_token_heads`, the next token's first."
+        False, 'Return a tuple of logits, one for each of `multi_token_heads`; the first is for the next token.'
     )
 
     @classmethod

@@ -34,11 +34,11 @@ Memories = Sequence[Float[Tensor, 'b l d']]
 
 # of the forward of a model of tokens, what is no field of ``Call``
 ARGUMENTS = {
-    'x': 'Token ids; None: there are only `prepend_embeds`.',
-    'attn_z_loss_weight': 'Unless given, that of the constructor.',
-    'transform_block_inputs': 'Functions of what enters a block, by the number of the executed block, or one function '
-    '(number, x). That of block 1 is of the token embeddings, unless `transform_token_embeds` is given.',
-    'kwargs': 'Handed on to the stack: `context`, `context_mask`, `attn_mask`, `condition`, ...',
+    'x': 'Token ids; None if there are only `prepend_embeds`.',
+    'attn_z_loss_weight': 'Weight of the attention z-loss; None: the value of the constructor.',
+    'transform_block_inputs': 'Functions that change the input of a block, by the number of the executed block, or one '
+    'function (number, x). The function of block 1 changes the token embeddings, unless `transform_token_embeds` is given.',
+    'kwargs': 'Arguments of the stack: `context`, `context_mask`, `attn_mask`, `condition`, ...',
 }
 
 
@@ -51,40 +51,40 @@ class Call:
 
     x: Tensor
     mask: Bool[Tensor, 'b n'] | None = None
-    lens: Int[Tensor, ' b'] | None = argument('b', 'How many tokens each row has.')
-    numbers: Float[Tensor, 'b n'] | None = argument('b n', 'The numbers among the tokens.', each_call=False)
+    lens: Int[Tensor, ' b'] | None = argument('b', 'Number of tokens in each row.')
+    numbers: Float[Tensor, 'b n'] | None = argument('b n', 'Values of the number tokens.', each_call=False)
     mems: Sequence[Float[Tensor, 'b l d']] | None = None
     mem_masks: Sequence[Bool[Tensor, 'b l']] | None = None
-    recycle_steps: int | None = plain_argument(None, 'How often the output is fed back, with `recycling`.')
+    recycle_steps: int | None = plain_argument(None, 'Number of times the output is fed back, with `recycling`.')
     loop: Any = None
-    pos: Tensor | None = plain_argument(
-        None, 'Positions of the tokens; of floating dtype: their position embeddings themselves.'
-    )
+    pos: Tensor | None = plain_argument(None, 'Position ids of the tokens; with a floating dtype, their position embeddings.')
     prepend_embeds: Float[Tensor, 'b p e'] | None = argument(
-        'b p e', 'Embeddings in front of the tokens; outputs for them are returned as well.'
+        'b p e', 'Embeddings in front of the tokens. Their outputs are returned as well.'
     )
     prepend_mask: Bool[Tensor, '#b p'] | None = argument(
-        'b p', 'Which prepended embeddings are tokens.', needs='prepend_embeds'
+        'b p', 'True for prepended embeddings that may be attended to.', needs='prepend_embeds'
     )
     embed_ids: Mapping[str, Int[Tensor, 'b n']] = argument(
         'b n', 'Ids for each table of `embed_num_tokens`, by name.', default=dict
     )
-    sum_embeds: Float[Tensor, '#b #n e'] | None = argument('e | n e | b n e', 'Embeddings that are added.')
+    sum_embeds: Float[Tensor, '#b #n e'] | None = argument(
+        'e | n e | b n e', 'Embeddings that are added to the token embeddings.'
+    )
     seq_start_pos: Int[Tensor, ' b'] | None = None
     cache: KVCache | None = plain_argument(
         None,
-        'A `KVCache`, or the intermediates of an earlier call. Then `x` may be the new tokens only, or the whole sequence, '
-        'whose unseen tail is taken.',
+        'A `KVCache`, or the intermediates of an earlier call. With it, `x` holds the new tokens only, or the whole sequence; '
+        'then only the tokens that the cache lacks are processed.',
     )
     new_only: bool = False
     cache_age: int | None = None
-    token_emb_kwargs: Mapping[str, Any] = plain_argument(dict, "Keywords for a `token_emb` of one's own.")
-    to_logits_kwargs: Mapping[str, Any] = plain_argument(dict, "Keywords for a `to_logits` of one's own.")
-    logits_last: int | None = plain_argument(None, 'Logits for the last so many positions only.')
-    excise_prepend_embeds: bool = plain_argument(False, 'No outputs for the prepended embeddings.')
-    detach_mems: bool = plain_argument(True, 'No gradient reaches the segment through the memories that are returned.')
+    token_emb_kwargs: Mapping[str, Any] = plain_argument(dict, 'Keywords that are passed to your own `token_emb`.')
+    to_logits_kwargs: Mapping[str, Any] = plain_argument(dict, 'Keywords that are passed to your own `to_logits`.')
+    logits_last: int | None = plain_argument(None, 'Number of last positions to compute logits for; None: all.')
+    excise_prepend_embeds: bool = plain_argument(False, 'Leave the prepended embeddings out of the output.')
+    detach_mems: bool = plain_argument(True, 'Detach the returned memories.')
     transform_token_embeds: Callable[[Tensor], Tensor] | None = plain_argument(
-        None, 'A function of the token embeddings, before positions are added.'
+        None, 'Function that changes the token embeddings before positions are added.'
     )
     more: dict[str, Any] = field(default_factory=dict)
     # what the model is to remember of the new tokens (b n …), by name

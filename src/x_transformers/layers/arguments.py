@@ -72,8 +72,8 @@ def plain_argument(default: Any, says: str, **more: Any) -> Any:
 
 def argument_sentences(kind: Any, prefix: str = '') -> dict[str, str]:
     """What each argument that a dataclass declares does, by its name in a call: with the prefix."""
-    told = ((each.name, each.metadata.get('argument') or each.metadata.get('says')) for each in fields(kind))
-    return {prefix + name: says.says if isinstance(says, Argument) else says for name, says in told if says is not None}
+    sentences = ((each.name, each.metadata.get('argument') or each.metadata.get('says')) for each in fields(kind))
+    return {prefix + name: says.says if isinstance(says, Argument) else says for name, says in sentences if says is not None}
 
 
 def arguments_of(kind: Any) -> dict[str, Argument]:
@@ -156,84 +156,97 @@ def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> i
 class Given:
     """The keywords of a stack's forward, as the caller wrote them; ``prefix_attn_len`` is that of ``PrefixDecoder``."""
 
-    context: Tensor | None = argument('b j c', 'The other sequence, for cross attention.')
+    context: Tensor | None = argument('b j c', 'The sequence that cross attention reads.')
     mask: Tensor | None = argument('b n', 'True for tokens, False for padding.', front=True, past='all')
-    context_mask: Tensor | None = argument('b j', 'Which tokens of the context are tokens.', needs='context')
-    attn_mask: Tensor | None = argument(PAIRS, 'Which query may see which key.', front=True, past='all')
-    self_attn_kv_mask: Tensor | None = argument('b n', 'In place of `mask`: which tokens may be seen.', front=True, past='all')
+    context_mask: Tensor | None = argument('b j', 'True for the tokens of `context`, False for its padding.', needs='context')
+    attn_mask: Tensor | None = argument(PAIRS, 'True where a query may attend to a key.', front=True, past='all')
+    self_attn_kv_mask: Tensor | None = argument(
+        'b n', 'True for tokens that may be attended to; used in place of `mask`.', front=True, past='all'
+    )
     mems: Sequence[Tensor | None] | None = argument(
-        'b l d', 'For each self attention: what an earlier segment left, https://arxiv.org/abs/1901.02860.'
+        'b l d', 'Memories of an earlier segment, one per self attention, https://arxiv.org/abs/1901.02860.'
     )
     mem_masks: Sequence[Tensor | None] | None = argument(
-        'b l', 'For each self attention: which memories may be seen.', needs='mems'
+        'b l', 'True for memories that may be attended to, one mask per self attention.', needs='mems'
     )
-    seq_start_pos: Tensor | None = argument('b', 'How many tokens of padding stand on the left of each row.')
-    seq_pos_offset: int | None = plain_argument(None, 'Added to the positions 0, 1, 2 …')
+    seq_start_pos: Tensor | None = argument('b', 'Number of padding tokens on the left of each row.')
+    seq_pos_offset: int | None = plain_argument(None, 'Offset that is added to the positions 0, 1, 2 …')
     cache: Cache = plain_argument(
         None,
-        'What an earlier call returned. A longer x than the cache holds is the whole sequence, any other is its end, of which '
-        'the last token is new. Masks may cover the new tokens or all.',
+        'Cache that an earlier call returned. If x is longer than the cached sequence, x is the whole sequence. Otherwise x is '
+        'its end, and only the last token is new. Masks may cover the new tokens or all tokens.',
     )
-    input_not_include_cache: bool = plain_argument(False, 'All of x is new, whatever the cache holds.')
-    cache_age: int = plain_argument(1, 'So many last tokens of x are new; 0: all.')
+    input_not_include_cache: bool = plain_argument(False, 'Treat all tokens of x as new, whatever the cache holds.')
+    cache_age: int = plain_argument(1, 'Number of new tokens at the end of x; 0: all of x is new.')
     return_hiddens: bool | Literal['cache'] = plain_argument(
-        False, "Also return LayerIntermediates; 'cache': with the cache, and without hidden states and maps."
+        False, "Also return LayerIntermediates. 'cache': with the cache only, without hidden states and attention maps."
     )
-    rotary_pos_emb: Any = plain_argument(None, 'Ready-made angles and scale.')
-    polar_pos_emb: Any = plain_argument(None, 'Ready-made angles and bias.')
-    pos: Tensor | None = argument('n | b n | b h n', 'Positions in place of 0, 1, 2 …', floating='n e | b n e', past='all')
-    context_pos: Tensor | None = argument('j | b j', 'Positions of the context.', needs='context')
-    attn_bias: Tensor | None = argument(PAIRS, 'What is added to the scores.', front=0.0, past='all')
+    rotary_pos_emb: Any = plain_argument(None, 'Precomputed rotary angles and scale.')
+    polar_pos_emb: Any = plain_argument(None, 'Precomputed polar angles and bias.')
+    pos: Tensor | None = argument('n | b n | b h n', 'Position ids, in place of 0, 1, 2 …', floating='n e | b n e', past='all')
+    context_pos: Tensor | None = argument('j | b j', 'Position ids of the context.', needs='context')
+    attn_bias: Tensor | None = argument(PAIRS, 'Bias that is added to the scores.', front=0.0, past='all')
     deep_embeds_and_ids: tuple[Tensor, Tensor] | None = plain_argument(
-        None, 'A table of factors for feed-forwards, and ids into it.'
+        None, 'Table of factors for feed-forwards, and the ids of the tokens in it.'
     )
     self_attn_additional_kv: Any = plain_argument(
         None,
-        'Keys and values of another model, a list of pairs or what its forward returned. Fewer than layers go to the top ones.',
+        'Keys and values of another model: a list of pairs, or what its forward returned. If there are fewer pairs than '
+        'layers, the top layers read them.',
     )
     additional_kv_mask: Tensor | None = argument(
-        'b m', 'Which keys of another model may be seen.', needs='self_attn_additional_kv'
+        'b m', 'True for keys of the other model that may be attended to.', needs='self_attn_additional_kv'
     )
-    detach_additional_kv: bool = plain_argument(False, 'No gradient reaches the other model.')
-    route_additional_kv_to_top: bool = plain_argument(True, 'False: keys of another model go to the bottom layers.')
-    condition: Tensor | None = argument('b c | b n c', 'What adaptive parts depend on.', with_front=True)
-    in_attn_cond: Tensor | None = argument('b d | b n d', "What is added to every branch's input.", with_front=True)
-    layers_execute_order: Sequence[int] | None = plain_argument(None, 'Indices of layers, in the order in which they run.')
+    detach_additional_kv: bool = plain_argument(False, 'Stop gradients at the keys and values of the other model.')
+    route_additional_kv_to_top: bool = plain_argument(
+        True, 'Give the keys of the other model to the top layers; False: to the bottom layers.'
+    )
+    condition: Tensor | None = argument('b c | b n c', 'Condition of the adaptive norms and scales.', with_front=True)
+    in_attn_cond: Tensor | None = argument(
+        'b d | b n d', 'Embedding that is added to the input of every branch.', with_front=True
+    )
+    layers_execute_order: Sequence[int] | None = plain_argument(None, 'Indices of the layers, in order of execution.')
     self_attn_kv_residuals: Tensor | None = argument(
         'b n d | s b n d',
-        "Added to the input of self attention's keys and values: of the first layer, or of each.",
+        "Added to the input of self attention's keys and values: in the first layer, or in each layer.",
         with_front=True,
     )
     cross_attn_kv_residuals: Tensor | None = argument(
         'b j d | s b j d',
-        "Added to the input of cross attention's keys and values: of the first layer, or of each.",
+        "Added to the input of cross attention's keys and values: in the first layer, or in each layer.",
         needs='context',
     )
     flash_pack_seq_kwargs: Any = plain_argument(
-        None, '`cu_seqlens_q` and `cu_seqlens_k` where one row packs several sequences.'
+        None, '`cu_seqlens_q` and `cu_seqlens_k` of the sequences that are packed into one row.'
     )
-    flash_pack_seq_context_kwargs: Any = plain_argument(None, 'The same of the context.', needs='context')
-    prefix_attn_len: int | Tensor | None = argument('b', 'How many tokens all may see, or of each row.')
+    flash_pack_seq_context_kwargs: Any = plain_argument(None, 'The same for the context.', needs='context')
+    prefix_attn_len: int | Tensor | None = argument(
+        'b', 'Length of the prefix that all tokens may attend to: one number, or one per row.'
+    )
     repeat_blocks: Any = plain_argument(
         None,
-        '`(block, times)` or `((first, last), times)`, or a tuple of those: these blocks run so often, the others once, '
+        'Blocks that run several times: `(block, times)`, `((first, last), times)`, or a tuple of these, '
         'https://dnhkng.github.io/posts/rys/.',
     )
     transform_block_inputs: Any = plain_argument(
-        None, 'By the number of an executed block, from 1, a function of what enters it; or one function (number, stream).'
+        None,
+        'Functions that change the input of a block, by the number of the executed block, from 1; or one function '
+        '(number, stream).',
     )
-    causal: bool | None = plain_argument(None, 'Self attention is so in this call, whatever the stack was built for.')
+    causal: bool | None = plain_argument(None, 'Whether self attention is causal in this call; None: as the stack was built.')
     return_gumbel_log_probs: bool = plain_argument(
         False,
-        "With `return_hiddens` every attention's `log_probs` (b h n) are those of the keys that hard or Gumbel attention has "
-        'chosen.',
+        'With `return_hiddens`, fill the `log_probs` (b h n) of each attention: log probabilities of the keys that hard or '
+        'Gumbel attention chose.',
     )
-    return_expert_loss: bool = plain_argument(False, 'Also return LayerIntermediates, with the `expert_loss` alone.')
+    return_expert_loss: bool = plain_argument(False, 'Also return LayerIntermediates that hold the `expert_loss` only.')
     value_embeds_and_ids: tuple[Any, Tensor] | None = plain_argument(
-        None, 'Modules (x, ids) -> (b kh n e) of what is added to values, by layer, and ids.'
+        None, 'Modules (x, ids) -> (b kh n e) whose output is added to the values, by layer, and the ids.'
     )
     one_place: bool | None = plain_argument(
-        None, 'Rotary and polar positions are all the same; False: they may be in others, so keys are cached bare.'
+        None,
+        'True: all rotary and polar positions of this call are equal. False: they may be in other calls of this sequence, so '
+        'keys are cached without rotation.',
     )
 
     @property
