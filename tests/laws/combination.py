@@ -164,7 +164,9 @@ class Combination:
     @property
     def pooled(self) -> bool:
         """One answer for the whole sequence."""
-        return bool({'average_pool_embed', 'use_cls_token', 'attn_pool'} & set(self.wrapper))
+        # attention pools in place of logits: a model without a head still answers for each token
+        instead = 'attn_pool' in self.wrapper and 'return_only_embed' not in self.wrapper
+        return instead or bool({'average_pool_embed', 'use_cls_token'} & set(self.wrapper))
 
     @property
     def causal(self) -> bool:
