@@ -82,8 +82,8 @@ parameter of the same name. Intervals are 95 %; p is corrected over the ideas of
 <td class="word {{ row.second_kind }}">{{ row.second }}</td><td>{{ row.time }}</td><td>{{ row.baseline }}</td><td>{{ row.arm }}</td><td>{{ row.parameters }}</td><td>{{ row.flops }}</td>
 <td>{{ row.bytes }}</td><td>{{ row.seeds }}</td></tr>
 {% endfor %}</tbody></table></div>
-<figure><div class="wide forest">{{ task.forest | safe }}</div><figcaption>Differences with 95 % intervals; right of the line is better. Inside the grey band nobody
-cares (δ).</figcaption></figure>
+<figure><div class="wide forest">{{ task.forest | safe }}</div><figcaption>Differences with 95 % intervals; right of the line is better. A difference inside
+the grey band is too small to matter (δ).</figcaption></figure>
 <div class="pair">
 <figure>{{ task.curves | safe }}<figcaption>{{ task.metric[0] | upper }}{{ task.metric[1:] }}: the mean of the seeds, from the lowest to the highest; the ideas that differ most.</figcaption></figure>
 <figure>{{ task.cost | safe }}<figcaption>Across: the time of a step against the baseline. Up: what it bought.</figcaption></figure>

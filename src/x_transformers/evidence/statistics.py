@@ -290,7 +290,10 @@ class Comparison:
 
 
 def margin_of(baseline: Sequence[float], *, accuracy: bool) -> float:
-    """The difference below which nobody cares: 2 sigma of the baseline, at least half a point or half a percent of the loss."""
+    """The equivalence margin, below which a difference is too small to matter.
+
+    2 sigma of the baseline, at least half a point of accuracy or half a percent of the loss.
+    """
     values = torch.tensor(baseline, dtype=torch.double)
     sigma = float(values.std()) if len(values) > 1 else 0.0
     return max(2 * sigma, 0.005 if accuracy else 0.005 * abs(float(values.mean())))
