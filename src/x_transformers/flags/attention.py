@@ -121,7 +121,7 @@ class AttentionFlags(ProjectionFlags):
     )  # fmt: skip
     use_rel_proj_pos_bias: bool = flag(
         False, 'Relative projected bias: each query mixes learned functions of the distance into its own bias.', since='2.24.0',
-        self_only=True, family='positions',
+        self_only=True, traits='near_mems', family='positions',
     )  # fmt: skip
     rel_proj_num_distance_basis: int = flag(
         16, 'Number of these functions.', parent='use_rel_proj_pos_bias', since='2.24.0', self_only=True, low=1
@@ -222,7 +222,7 @@ class AttentionFlags(ProjectionFlags):
     path: bool = flag(
         False, 'PaTH: a query meets a key through a Householder-like factor, I - β w wᵀ, of each token behind the key up to '
         'its own; w is made through a narrow middle and a convolution over three tokens, per key head.', paper=PATH,
-        self_only=True, since='here', traits=('own_keys', 'built_causal'), family='positions',
+        self_only=True, since='here', traits=('own_keys', 'built_causal', 'near_mems'), family='positions',
         refused={'tensor': 'one narrow middle serves all key heads'},
         needs={'causal': ('a path leads from a key to a later query', CAUSAL + '[path].')},
         excludes={'l2_distance': 'the path is one of products, not of distances'},

@@ -54,6 +54,7 @@ TRAITS = {
     'row_order': 'it passes something from row to row, whatever positions and masks say; so do all that are self_only',
     'asked_for': 'a caller of the model asks for what it gives, which nobody does of a part of an encoder-decoder',
     'across_layers': 'it makes something for all layers together: they cannot be exchanged for those of another kind',
+    'near_mems': 'it reads the rows directly in front, or counts them: padding cannot lie between memories and tokens',
     'no_cache': 'outputs of seen tokens depend on new ones, or on rows that no cache holds: a model cannot go on from one',
     'entering': 'it decides what enters a layer',
     'set_by_stack': 'a stack sets it on its attention layers, so that it has no name with a prefix there',

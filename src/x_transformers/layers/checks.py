@@ -393,27 +393,35 @@ def without_mask(stack: StackParts, steps: Sequence[Step]) -> str | None:
     return None
 
 
+def check_left_padding(stack: StackParts, given: Given, steps: tuple[Step, ...]) -> None:
+    """Some parts would read the padding, or count it."""
+    attentions = stack.flags.attentions
+    if any(flags.hybrid_module is not None for flags in attentions):
+        raise ValueError(
+            'seq_start_pos says that there is padding on the left, which attn_hybrid_module would read: '
+            'run rows of different lengths one by one'
+        )
+    if deaf := without_mask(stack, steps):
+        raise ValueError(
+            f'seq_start_pos says that there is padding on the left, which {deaf} would remember: give its forward a keyword '
+            '`mask` (True: a token), or run rows of different lengths one by one'
+        )
+    near = [f'attn_{name}' for flags in attentions for name in flags.having('near_mems') if getattr(flags, name)]
+    if near and given.mems:
+        raise ValueError(
+            f'seq_start_pos must be left out with mems and {near[0]}, which would count the padding between memories and '
+            'tokens. Run rows of different lengths one by one.'
+        )
+
+
 def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
     for name, needed in without_needed(given, NEEDS):
         raise ValueError(f'{name} must go with {needed}, got it alone. Give {needed}, too, or leave {name} out.')
     check_causal(stack, given.causal)
     check_masks(stack, given, span)
-    if given.seq_start_pos is not None and any(flags.hybrid_module is not None for flags in stack.flags.attentions):
-        raise ValueError(
-            'seq_start_pos says that there is padding on the left, which attn_hybrid_module would read: '
-            'run rows of different lengths one by one'
-        )
-    if given.seq_start_pos is not None and (deaf := without_mask(stack, steps)):
-        raise ValueError(
-            f'seq_start_pos says that there is padding on the left, which {deaf} would remember: give its forward a keyword '
-            '`mask` (True: a token), or run rows of different lengths one by one'
-        )
-    if given.seq_start_pos is not None and given.mems and any(flags.use_rel_proj_pos_bias for flags in stack.flags.attentions):
-        raise ValueError(
-            'seq_start_pos must be left out with mems and attn_use_rel_proj_pos_bias, whose distances would count the padding: '
-            'run rows of different lengths one by one'
-        )
+    if given.seq_start_pos is not None:
+        check_left_padding(stack, given, steps)
     check_context(stack, given, span.batch)
     check_mems(stack, given, steps, span.batch)
     check_packing(stack, given, span.batch, span.given)
