@@ -427,7 +427,7 @@ def test_inputs_that_do_not_fit(x):
     refuse(ValueError, 'empty', wrapped.generate, x[:, :0], 2)
     refuse(ValueError, 'start_tokens', wrapped.generate, x[0, 0], 2)
     refuse(ValueError, 'prompt_lens', wrapped.generate, x, 2, lens=LENS)
-    refuse(ValueError, 'width 4', train(make(dim_out=4)).generate, x, 2)
+    refuse(ValueError, 'got 4 and 5', train(make(dim_out=4)).generate, x, 2)
 
 
 @pytest.mark.parametrize(('dim_out', 'probabilistic', 'projects'), [(16, False, False), (5, False, True), (8, True, False)])

@@ -122,7 +122,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match='max_seq_len'):
         XLAutoregressiveWrapper(Unbounded())
     model = XLAutoregressiveWrapper(XLToy(limit=4))
-    with pytest.raises(ValueError, match='different lengths'):
+    with pytest.raises(ValueError, match='must have one length'):
         model.generate([torch.tensor([1]), torch.tensor([1, 2])], 3)
     with pytest.raises(ValueError, match='seq_len'):
         model.generate(torch.tensor([1]), -1)

@@ -115,7 +115,7 @@ def test_packed_sequences_see_themselves():
 @pytest.mark.parametrize(
     ('given', 'says'),
     [
-        ({'cu_seqlens_q': torch.tensor([0, 2])}, 'lacks cu_seqlens_k'),
+        ({'cu_seqlens_q': torch.tensor([0, 2])}, 'must hold cu_seqlens_k'),
         ({'cu_seqlens_q': torch.tensor([0, 2]), 'cu_seqlens_k': torch.tensor([0.0, 2])}, 'whole numbers'),
         ({'cu_seqlens_q': torch.tensor([0, 2]), 'cu_seqlens_k': torch.tensor([0, 2, 3])}, 'same number of sequences'),
         ({'cu_seqlens_q': torch.tensor([0, 2, 2]), 'cu_seqlens_k': torch.tensor([0, 2, 3])}, 'strictly increasing'),

@@ -114,7 +114,7 @@ def test_outputs_are_orthogonal_to_the_token_s_own_values(whole, per_head):
 
 def test_orthogonal_values_need_the_tokens_own_values():
     attn = Attention(D, heads=2, dim_head=6, orthog_projected_values=True)
-    with pytest.raises(ValueError, match='cross attention'):
+    with pytest.raises(ValueError, match='context must be None'):
         attn(torch.randn(B, N, D), context=torch.randn(B, N, D))
 
 
