@@ -550,7 +550,7 @@ def test_left_padding_between_windows_is_refused(x: Tensor) -> None:
 def test_decoding_past_the_position_table_is_refused() -> None:
     model, x = decoder(max_seq_len=4), torch.zeros(1, 4).long()
     _, cache = model(x, return_intermediates=True)
-    with pytest.raises(ValueError, match='at most max_seq_len=4 tokens.* got 5'):
+    with pytest.raises(ValueError, match=r'at most max_seq_len=4 tokens.* got 5'):
         model(x[:, :1], cache=cache)
 
 

@@ -13,6 +13,7 @@ from tests.cli.test_main import metrics, sentence_of
 from x_transformers.cli.main import main
 from x_transformers.training.files import read_weights
 from x_transformers.training.run import load_run, tokenizer_of
+from x_transformers.training.shards import is_held_out
 
 SMALL = [
     *('--dim', '32', '--depth', '1', '--heads', '2', '--attn-dim-head', '64', '--threads', '1', '--batch', '2'),
@@ -91,6 +92,16 @@ def test_a_bpe_run_is_trained_written_evaluated_and_resumed(tmp_path, corpus, ca
     assert found['documents'] == 400
     assert found['loss']['low'] < found['loss']['value'] < found['loss']['high']
     assert found['perplexity']['value'] == pytest.approx(math.exp(found['loss']['value']))
+
+
+def test_a_single_document_that_would_be_held_out_is_trained_on(tmp_path):
+    draw = random.Random(0)
+    texts = (' '.join(draw.choices(WORDS, k=400)) for _ in range(1000))
+    path, run = tmp_path / 'one.txt', tmp_path / 'run'
+    path.write_bytes(next(text for text in map(str.encode, texts) if is_held_out(text)))
+    assert main(train(path, run, '--tokenizer', 'bpe', '--vocab', '300')) == 0
+    # the tokenizer has read it, too: bytes alone, and their end, are 257 tokens
+    assert tokenizer_of(run).size > 257
 
 
 def test_prepared_tokens_are_used_again_by_another_run(tmp_path, corpus, capsys):

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -244,7 +245,11 @@ def choose_tokenizer(
     say(f'training a tokenizer of {options.vocab:,} tokens')
     documents = (document.text for source in sources for document in read_documents(source, separator))
     texts = (text for text in documents if not is_held_out(text))
-    made = train_bpe(texts, options.vocab)
+    first = next(texts, None)
+    if first is None:
+        # all of very few documents are held out; their end will be in their place
+        texts = (document.text for source in sources for document in read_documents(source, separator))
+    made = train_bpe(texts if first is None else chain([first], texts), options.vocab)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.save(path.parent)
     (path.parent / 'tokenizer.json').replace(path)
@@ -252,7 +257,7 @@ def choose_tokenizer(
 
 
 def with_held_out(made: Prepared, window: int) -> Prepared:
-    """Where too little was held out, the end of the text is.
+    """Where too little was held out, the end of the text is; where too little was left, all but the end of what was.
 
     Errors: ``DataError`` if there is not enough text for one row on each side.
     """
@@ -260,8 +265,12 @@ def with_held_out(made: Prepared, window: int) -> Prepared:
     total = len(train) + len(held_out)
     if total == 0:
         raise DataError(f'{made.about} must hold text, got none.')
-    if len(held_out) < max(window, total // 100):
-        train, held_out = train.split(len(train) - min(len(train), max(total // HOLD_OUT_ONE_IN, window)))
+    end = max(total // HOLD_OUT_ONE_IN, window)
+    if len(train) < window:
+        # documents are held out by what they say: of very few it may be all
+        train, held_out = held_out.split(max(len(held_out) - end, 0))
+    elif len(held_out) < max(window, total // 100):
+        train, held_out = train.split(max(len(train) - end, 0))
     if len(train) < window:
         raise DataError(
             f'{made.about} must hold a row of {window:,} tokens to train on and one to hold out, got {total:,} tokens: '
