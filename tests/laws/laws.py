@@ -140,7 +140,7 @@ def left_padding_refused(case: Combination) -> bool:
     """A module of the user's own would read the padding; rows in front would move the entries of a dense mask."""
     front = case.has('memory_tokens', 'interspersed', 'prepend', 'excise_prepend')
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
-    near = case.has('rel_proj', 'path', 'path_rank') and case.has('mems')
+    near = case.has('rel_proj', 'path', 'path_rank', 'window', 'per_layer_window') and case.has('mems')
     return has_hybrid(case) or case.has('mixer_own') or (front and dense) or case.has('interspersed') or near
 
 

@@ -35,7 +35,7 @@ class AttentionFlags(ProjectionFlags):
 
     max_attend_past: int | None = flag(
         None, 'Sliding window: a query attends to at most this many positions back.', low=0, self_only=True, often=True,
-        family='positions',
+        traits='near_mems', family='positions',
     )  # fmt: skip
     max_attend_future: int | None = flag(
         None, 'Window of a layer that is not causal: a query attends to at most this many positions ahead.',
