@@ -406,10 +406,11 @@ def check_left_padding(stack: StackParts, given: Given, steps: tuple[Step, ...])
             f'seq_start_pos says that there is padding on the left, which {deaf} would remember: give its forward a keyword '
             '`mask` (True: a token), or run rows of different lengths one by one'
         )
-    near = [f'attn_{name}' for flags in attentions for name in flags.having('near_mems') if getattr(flags, name)]
-    if near and given.mems:
+    # asked last, and of few calls: it looks through all flags, and generation checks each token's call
+    near = (name for flags in attentions for name in flags.having('near_mems') if getattr(flags, name))
+    if given.mems and (name := next(near, None)) is not None:
         raise ValueError(
-            f'seq_start_pos must be left out with mems and {near[0]}, which would count the padding between memories and '
+            f'seq_start_pos must be left out with mems and attn_{name}, which would count the padding between memories and '
             'tokens. Run rows of different lengths one by one.'
         )
 
