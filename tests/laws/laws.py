@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tests.laws.arguments import Arguments
 from tests.laws.combination import Combination, tokens
 from tests.laws.groups import LENGTH, TOKENS
+from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import FlagError
 from x_transformers.generation.continuation import Continuation, compile_refusals, own_copy
 
@@ -140,7 +141,7 @@ def left_padding_refused(case: Combination) -> bool:
     """A module of the user's own would read the padding; rows in front would move the entries of a dense mask."""
     front = case.has('memory_tokens', 'interspersed', 'prepend', 'excise_prepend')
     dense = any(name.startswith(('attn_mask', 'attn_bias')) for name in case.names)
-    near = case.has('rel_proj', 'path', 'path_rank', 'window', 'per_layer_window') and case.has('mems')
+    near = case.has('mems') and any(f'attn_{name}' in case.flags for name in AttentionFlags.having('near_mems'))
     return has_hybrid(case) or case.has('mixer_own') or (front and dense) or case.has('interspersed') or near
 
 
