@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -243,13 +243,14 @@ def choose_tokenizer(
     if path.exists():
         return JsonTokenizer(path.read_bytes(), str(path))
     say(f'training a tokenizer of {options.vocab:,} tokens')
-    documents = (document.text for source in sources for document in read_documents(source, separator))
-    texts = (text for text in documents if not is_held_out(text))
-    first = next(texts, None)
-    if first is None:
-        # all of very few documents are held out; their end will be in their place
-        texts = (document.text for source in sources for document in read_documents(source, separator))
-    made = train_bpe(texts if first is None else chain([first], texts), options.vocab)
+
+    def texts() -> Iterator[bytes]:
+        return (document.text for source in sources for document in read_documents(source, separator))
+
+    kept = (text for text in texts() if not is_held_out(text))
+    first = next(kept, None)
+    # all of very few documents may be held out: then their end is, see ``with_held_out``
+    made = train_bpe(texts() if first is None else chain([first], kept), options.vocab)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.save(path.parent)
     (path.parent / 'tokenizer.json').replace(path)
