@@ -213,14 +213,18 @@ def at_least(length: Float[Tensor, '... 1'], least: float) -> Float[Tensor, '...
     return length.clamp(min=least).masked_fill(length == 0, torch.inf)
 
 
-def below(least: Float[Tensor, '... 1']) -> Float[Tensor, '... 1']:
-    """A little less, by as much as rounding may have raised it. In half precision it stays: there ties are wide already."""
-    return least - 16 * min(torch.finfo(least.dtype).eps, torch.finfo(torch.float32).eps) * least.abs()
+def minus_rounding(threshold: Float[Tensor, '... 1']) -> Float[Tensor, '... 1']:
+    """A threshold, lowered by a few roundings, so that numbers which only rounding tells apart are on the same side of it.
+
+    In half precision it stays: numbers that are so close are equal there.
+    """
+    rounding = min(torch.finfo(threshold.dtype).eps, torch.finfo(torch.float32).eps)
+    return threshold - 16 * rounding * threshold.abs()
 
 
-def least_of_topk(scores: Float[Tensor, '... j'], count: int) -> Float[Tensor, '... 1']:
-    """From which number on a score is among the ``count`` largest of its row. What rounding alone tells apart is a tie."""
-    return below(scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True))
+def topk_threshold(scores: Float[Tensor, '... j'], count: int) -> Float[Tensor, '... 1']:
+    """The least of the ``count`` largest scores of each row, minus rounding."""
+    return minus_rounding(scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True))
 
 
 def l2norm(t: Float[Tensor, '... d'], groups: int = 1, eps: float | None = None) -> Float[Tensor, '... d']:

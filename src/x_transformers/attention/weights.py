@@ -13,7 +13,7 @@ from torch import Tensor
 from x_transformers.attention.geometry import tiled_heads
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.flags.scores import ScoreFlags
-from x_transformers.helpers import below, least_of_topk, max_neg_value, single
+from x_transformers.helpers import max_neg_value, minus_rounding, single, topk_threshold
 from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
@@ -40,17 +40,17 @@ def sparse_topk_attn(
 ) -> Float[Tensor, '... j']:
     """Softmax of the ``sparse_topk`` largest of each row (all of them if there are fewer; ties are all kept), 0 elsewhere.
 
-    What rounding alone tells from the least of them is a tie too: else equal keys would be chosen by the order of a sum.
+    Scores that differ from the least of them by rounding only are ties too. Otherwise the order of a sum would choose keys.
 
     ``straight_through`` gives it the gradient of softmax(logits / temperature) over everything,
     https://arxiv.org/abs/2505.22074
     """
     lowest = max_neg_value(logits)
     if isinstance(logits.shape[-1], int):
-        least = least_of_topk(logits, min(sparse_topk, logits.shape[-1]))
+        least = topk_threshold(logits, min(sparse_topk, logits.shape[-1]))
     else:
         # an exporter that leaves the length open cannot tell that the smaller of two lengths fits
-        least = below(logits.sort(dim=-1, descending=True).values[..., :sparse_topk].amin(dim=-1, keepdim=True))
+        least = minus_rounding(logits.sort(dim=-1, descending=True).values[..., :sparse_topk].amin(dim=-1, keepdim=True))
     sparse = logits.masked_fill((logits < least) | (logits <= lowest), lowest).softmax(dim=-1)
     if not straight_through:
         return sparse

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.helpers import by_formula, least_of_topk, single, softclamp, without_autocast
+from x_transformers.helpers import by_formula, single, softclamp, topk_threshold, without_autocast
 from x_transformers.tensor_types import Bool, Float, Shaped
 
 
@@ -220,7 +220,7 @@ def weigh(
     if extra.sink is not None:
         scores[..., 0] = extra.sink.to(scores.dtype).unsqueeze(-1)
     if shape.topk is not None and shape.topk < scores.shape[-1]:
-        scores.masked_fill_(scores < least_of_topk(scores, shape.topk), float('-inf'))
+        scores.masked_fill_(scores < topk_threshold(scores, shape.topk), float('-inf'))
     weights = scores.sigmoid_() if shape.sigmoid else softmax_(scores)
     if extra.bias is not None:
         # a bias makes many weights so small that processors take a hundred times as long over them, and that no sum in this
@@ -359,7 +359,7 @@ def attention_formula(
     if extra.sink is not None:
         scores = torch.cat((extra.sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1), scores[..., 1:]), -1)
     if shape.topk is not None and shape.topk < scores.shape[-1]:
-        scores = scores.masked_fill(scores < least_of_topk(scores, shape.topk), float('-inf'))
+        scores = scores.masked_fill(scores < topk_threshold(scores, shape.topk), float('-inf'))
     weights = scores.sigmoid() if shape.sigmoid else safe_softmax(scores)
     if extra.opened is not None:
         weights = weights.masked_fill(~extra.opened, 0.0)
