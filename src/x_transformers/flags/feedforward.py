@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,17 @@ GLU = 'https://arxiv.org/abs/2002.05202'
 EXPERTS = 'https://arxiv.org/abs/2101.03961'
 SHARED = 'https://arxiv.org/abs/2401.06066'
 BIASED = 'https://arxiv.org/abs/2408.15664'
+
+
+def idle_unless_balanced_by(way: str, name: str, example: Mapping[str, Any] | None = None) -> Rule:
+    """A setting of one way to keep experts in balance does nothing beside another way."""
+    return Rule(
+        (name, 'router_balance'),
+        lambda flags, dim: flags.experts is not None and flags.is_changed(name) and flags.router_balance != way,
+        f'no {way} keeps these experts in balance',
+        {'experts': 4, **(example or {}), name: 0.1},
+        inert=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -173,28 +184,11 @@ class FeedForwardFlags(Flags):
     )  # fmt: skip
     router_balance_weight: float = flag(
         0.01, 'Weight of that loss.', paper=EXPERTS, parent='experts', since='here', low=0.0,
-        rules=(
-            Rule(
-                ('router_balance_weight', 'router_balance'),
-                lambda flags, dim: (
-                    flags.experts is not None and flags.is_changed('router_balance_weight') and flags.router_balance != 'loss'
-                ),
-                'no loss keeps these experts in balance',
-                {'experts': 4, 'router_balance': 'bias', 'router_balance_weight': 0.1}, inert=True,
-            ),
-        ),
+        rules=(idle_unless_balanced_by('loss', 'router_balance_weight', {'router_balance': 'bias'}),),
     )  # fmt: skip
     router_balance_step: float = flag(
         0.001, 'The step size of that bias.', paper=BIASED, parent='experts', since='here', above=0,
-        rules=(
-            Rule(
-                ('router_balance_step', 'router_balance'),
-                lambda flags, dim: (
-                    flags.experts is not None and flags.is_changed('router_balance_step') and flags.router_balance != 'bias'
-                ),
-                'no bias keeps these experts in balance', {'experts': 4, 'router_balance_step': 0.1}, inert=True,
-            ),
-        ),
+        rules=(idle_unless_balanced_by('bias', 'router_balance_step'),),
     )  # fmt: skip
     router_z_loss_weight: float = flag(
         0.0, 'Weight of a loss on the square of the log of the sum of exponentials in the router.',
