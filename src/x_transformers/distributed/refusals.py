@@ -22,6 +22,7 @@ from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.base import Flags, default_of
 from x_transformers.flags.feedforward import FeedForwardFlags
 from x_transformers.flags.objectives import AutoregressiveOptions
+from x_transformers.flags.rule import reasons_in
 from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.wrapper import WrapperFlags
 
@@ -57,17 +58,13 @@ OWNERS: tuple[tuple[str, type[Flags]], ...] = (
 )  # fmt: skip
 
 
-def said_at(prefix: str, cls: type[Flags], kind: str) -> Iterator[Refusal]:
-    """What the fields of a class say of one kind of parallelism."""
-    for name, field in cls.flag_fields().items():
-        said = field.metadata['refused'].get(kind)
-        if said is not None:
-            reason, fine = (said, None) if isinstance(said, str) else said
-            yield Refusal(kind, prefix + name, reason, fine)
-
-
 # a flag that gives other numbers under one of these kinds, or cannot run, says so at its field
-REFUSALS = tuple(row for kind in KINDS for prefix, cls in OWNERS for row in said_at(prefix, cls, kind))
+REFUSALS = tuple(
+    Refusal(kind, prefix + name, reason, allowed)
+    for kind in KINDS
+    for prefix, cls in OWNERS
+    for name, (reason, allowed) in reasons_in(cls, kind).items()
+)
 
 # what modules are told without the name of their branch in front
 BRANCHES: tuple[tuple[str, type[nn.Module]], ...] = (('attn_', Attention), ('ff_', FeedForward))

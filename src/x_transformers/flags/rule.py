@@ -97,6 +97,7 @@ def _rules_of(cls: Any) -> tuple[Rule, ...]:
     return (*rules, *(only_one(cls, group) for group in GROUPS if len(cls.one_of(group)) > 1))
 
 
+# not the cached function itself, for which type checkers want an argument with a hash and take a class for its instances
 def rules_of(cls: Any) -> tuple[Rule, ...]:
     """The rules that the fields of a class say, each beside the flag that it is about; and one for each group of flags."""
     return _rules_of(cls)
@@ -107,10 +108,15 @@ def alike_of(cls: Any) -> tuple[Rule, ...]:
     return tuple(rule for its_field in cls.flag_fields().values() for rule in its_field.metadata['alike'])
 
 
+def reasons_in(cls: type[Flags], situation: str) -> dict[str, tuple[str, type | None]]:
+    """(the reason, the type of values that are allowed) for each flag that is refused in this one of ``SITUATIONS``."""
+    reasons = {name: its_field.metadata['refused'].get(situation) for name, its_field in cls.flag_fields().items()}
+    return {name: (why, None) if isinstance(why, str) else why for name, why in reasons.items() if why is not None}
+
+
 def refused_in(cls: type[Flags], situation: str) -> tuple[Rule, ...]:
     """A rule for each flag that is refused in this one of ``SITUATIONS``."""
-    reasons = {name: its_field.metadata['refused'].get(situation) for name, its_field in cls.flag_fields().items()}
-    return tuple(unfit(cls, name, why) for name, why in reasons.items() if why is not None)
+    return tuple(unfit(cls, name, why) for name, (why, _) in reasons_in(cls, situation).items())
 
 
 def unfit(cls: type[Flags], name: str, why: str) -> Rule:
