@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -11,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'src/x_transformers'
 TEXT = (ROOT / 'docs/architecture.md').read_text(encoding='utf-8')
 
 
 def test_tree_and_quoted_functions_are_current() -> None:
-    spec = importlib.util.spec_from_file_location('generate_architecture', ROOT / 'tools/generate_architecture.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script('tools/generate_architecture.py')
     assert module.generated() == TEXT, 'run `make docs`'
     for path in PACKAGE.rglob('*.py'):
         assert path.name == '__init__.py' or module.says(path), f'{path} does not say what it is'

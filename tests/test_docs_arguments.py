@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in sorted((ROOT / 'docs').glob('*.md')) if '<!-- arguments of ' in page.read_text(encoding='utf-8')]
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location('generate_arguments', ROOT / 'tools/generate_arguments.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script('tools/generate_arguments.py')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,32 +13,25 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kept import Alive
+from tests.scripts import load_script
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.attention.attend import Attend
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.kernels.choose import use_kernel
 from x_transformers.attention.mask import Mask
 
-BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 HEADS = {'heads': 8}
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f'benchmarks_{name}', BENCHMARKS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')
 def floor():
-    return load('floor')
+    return load_script('benchmarks/floor.py')
 
 
 @pytest.fixture(scope='module')
 def worker():
     path = list(sys.path)
-    yield load('worker')
+    yield load_script('benchmarks/worker.py')
     sys.path[:] = path
 
 

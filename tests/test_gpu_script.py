@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PATH = Path(__file__).parent.parent / 'benchmarks/gpu.py'
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope='module')
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location('gpu_script', PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['gpu_script'] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script('benchmarks/gpu.py')
 
 
 @pytest.mark.slow

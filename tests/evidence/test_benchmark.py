@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from tests.scripts import load_script
 from x_transformers.position.relative import RelativePositionBias
 
 
 @pytest.fixture
-def benchmark_of_evidence() -> ModuleType:
-    path = Path(__file__).parents[2] / 'benchmarks' / 'evidence.py'
-    spec = importlib.util.spec_from_file_location('benchmark_of_evidence', path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark_of_evidence() -> Any:
+    return load_script('benchmarks/evidence.py')
 
 
 def test_training_alone_is_as_many_steps_and_no_evaluation(benchmark_of_evidence: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,12 +53,7 @@ def test_evaluations_are_counted(benchmark_of_evidence: Any, monkeypatch: pytest
 
 
 def test_what_a_bias_starts_from_is_shrunk() -> None:
-    path = Path(__file__).parents[2] / 'benchmarks' / 'start_of_bias.py'
-    spec = importlib.util.spec_from_file_location('start_of_bias', path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script('benchmarks/start_of_bias.py')
     bias = RelativePositionBias(scale=3.0, causal=True, heads=2)
     before = bias.relative_attention_bias.weight.detach().clone()
     module.shrink(torch.nn.Sequential(bias), 0.5)

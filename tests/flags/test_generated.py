@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.scripts import load_script
 from x_transformers.flags import keywords
 from x_transformers.flags.parts import PARTS, keyword_names
 from x_transformers.flags.stack import StackFlags
@@ -20,18 +20,11 @@ from x_transformers.flags.wrapper import WrapperFlags
 ROOT = Path(__file__).parent.parent.parent
 
 
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     'name', ['generate_keywords', 'generate_features', 'generate_kernels', 'generate_masks', 'generate_scaling']
 )
 def test_generated_files_are_current(name):
-    module = tool(name)
+    module = load_script(f'tools/{name}.py')
     assert module.PATH.read_text(encoding='utf-8') == module.generated(), 'run `make docs`'
 
 
@@ -43,7 +36,7 @@ def test_typed_keywords_are_those_that_parse_accepts():
 
 
 def test_every_flag_has_its_paper_or_is_said_to_have_none():
-    module = tool('generate_features')
+    module = load_script('tools/generate_features.py')
     flags = [(cls, name) for _, _, cls, _ in module.SECTIONS for name in cls.flag_fields()]
     assert len(flags) >= 300
     text = module.generated()
@@ -67,7 +60,7 @@ def test_the_version_is_that_of_the_interface():
 
 
 def test_every_flag_and_every_rule_is_in_the_documentation():
-    module = tool('generate_features')
+    module = load_script('tools/generate_features.py')
     text = module.PATH.read_text(encoding='utf-8')
     for _, _, cls, rules in module.SECTIONS:
         for name in cls.flag_fields():
