@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from x_transformers import Attention, TransformerWrapper
+from x_transformers.x_transformers import AttentionLayers
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip('mkdocs', reason='the extra `site` is not installed')
@@ -106,11 +110,20 @@ def found_by(site: Path, words: str) -> list[str]:
     return found
 
 
+def plain(text: str) -> str:
+    """The words alone, without marks of code and breaks of lines."""
+    return ' '.join(text.replace('`', '').split())
+
+
 @pytest.mark.slow
 def test_the_reference_says_what_arguments_of_forwards_do(site: Path) -> None:
-    text = (site / 'api.html').read_text(encoding='utf-8')
-    for sentence in ('Scores of an earlier layer, added.', 'Logits for the last so many positions'):
-        assert sentence in text, sentence
+    tags = re.compile('<[^>]*>')
+    text = plain(html.unescape(tags.sub('', (site / 'api.html').read_text(encoding='utf-8'))))
+    for forward in (Attention.forward, AttentionLayers.forward, TransformerWrapper.forward):
+        told = re.findall(r'^    \w+: (.+(?:\n {8}.+)*)', forward.__doc__ or '', re.MULTILINE)
+        assert len(told) > 15
+        for sentence in told:
+            assert plain(sentence) in text, sentence
     assert 'as declared in' not in text
 
 

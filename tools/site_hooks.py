@@ -27,6 +27,8 @@ def api_page() -> str:
         value = getattr(x_transformers, name)
         (classes if inspect.isclass(value) else functions).append(name)
     lines = ['# API reference', '', 'Everything that `import x_transformers` offers. Keywords stand on the flag pages.']
+    # what a call of Encoder, Decoder, PrefixDecoder and CrossAttender takes stands at the class that they share
+    lines += ['', '## Stacks', '', '::: x_transformers.x_transformers.AttentionLayers']
     for title, names in (('Classes', classes), ('Functions and modules', functions)):
         lines += ['', f'## {title}']
         for name in names:
