@@ -22,8 +22,9 @@ from x_transformers.evidence.runs import ArmRun, CostRun, Job
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
 from x_transformers.evidence.training import train_arm
+from x_transformers.training.errors import TrainingError
 from x_transformers.training.mup import mup_init_
-from x_transformers.training.trainer import on_device
+from x_transformers.training.trainer import loss_of, on_device
 
 LAST = 3
 """A run is judged by the mean of so many evaluations at its end."""
@@ -71,7 +72,7 @@ def run_of(run: ArmRun, task: Task) -> dict[str, Any]:
     last = [measures for _, measures in curve[-LAST:]]
     value = statistics.fmean(measures[task.metric] for measures in last)
     if not math.isfinite(value):
-        raise FloatingPointError(f'{task.metric} is {value} at the end')
+        raise TrainingError(f'{task.metric} must be a finite number at the end, got {value}. Take a smaller --lr.')
     return {
         'value': value,
         'last': {name: statistics.fmean(measures[name] for measures in last) for name in last[-1]},
@@ -119,7 +120,7 @@ def stepper(task: Task, model: nn.Module, lr: float) -> Callable[[int], float]:
         if device.type == 'cuda':
             torch.cuda.synchronize()
         started = clock()
-        model(batch).backward()
+        loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == 'cuda':
@@ -131,8 +132,8 @@ def stepper(task: Task, model: nn.Module, lr: float) -> Callable[[int], float]:
 
 def tokens_of(batch: Any) -> int:
     inputs = getattr(batch, 'inputs', batch)
-    while isinstance(inputs, (tuple, list)):
-        inputs = inputs[0]
+    while isinstance(inputs, (tuple, list, Mapping)):
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
     return int(inputs.shape[0] * inputs.shape[1]) if isinstance(inputs, Tensor) and inputs.ndim >= 2 else 1
 
 
@@ -144,7 +145,7 @@ def operations(task: Task, model: nn.Module) -> float:
     counter = FlopCounterMode(display=False)
     # with gradients: the counter cannot follow a parameter that is itself the input of a module without them
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(batch)
+        loss_of(model, batch)
     return counter.get_total_flops() / tokens_of(batch)
 
 
@@ -161,7 +162,7 @@ def step_bytes(task: Task, model: nn.Module) -> int:
 
     batch = on_device(task.batch(0, 0), next(model.parameters()).device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(batch)
+        loss = loss_of(model, batch)
     total = sum(kept.values()) + 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     del loss
     return total
