@@ -185,6 +185,21 @@ def test_pairing_is_reported() -> None:
     assert found.pairing_removed > 0.95
 
 
+def test_intervals_end_where_the_metric_ends() -> None:
+    values = [0.97, 1.0, 0.99]
+    interval = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
+    assert interval[1] > 1
+    assert our.mean_interval(values, (0.0, 1.0)) == pytest.approx((interval[0], 1.0))
+    assert our.mean_interval(values, (-math.inf, math.inf)) == pytest.approx(interval)
+    # differences of shares lie between -1 and 1; the probability is that of the whole interval
+    apart = [0.05, 0.99]
+    free, cut = (compare([0.0, 0.0], [apart], margin=0.1, largest=most)[0] for most in (math.inf, 1.0))
+    assert free.low < -1
+    assert free.high > 1
+    assert (cut.low, cut.high) == (-1.0, 1.0)
+    assert (cut.p, cut.mean, cut.verdict) == (free.p, free.mean, free.verdict)
+
+
 def test_margin_is_two_sigma_or_half_a_point() -> None:
     assert our.margin_of([0.5, 0.5, 0.5], accuracy=True) == pytest.approx(0.005)
     assert our.margin_of([2.0, 2.0, 2.0], accuracy=False) == pytest.approx(0.01)

@@ -12,7 +12,7 @@ import torch
 
 from x_transformers.evidence.draws import Draws
 from x_transformers.evidence.execute import operations, prepared_model
-from x_transformers.evidence.model import IGNORE, Batch, measure
+from x_transformers.evidence.model import IGNORE, SHARES, Batch, measure
 from x_transformers.evidence.tasks import CLASSES, TASKS, make_task
 from x_transformers.training.errors import TrainingError
 
@@ -535,6 +535,15 @@ def test_measures_by_hand() -> None:
     assert found['balanced_accuracy'] == pytest.approx((1 + 1 / 2 + 1) / 3)
     right, wrong = math.log(math.exp(5) + 2) - 5, math.log(math.exp(5) + 2)
     assert found['loss'] == pytest.approx((4 * right + wrong) / 5, rel=1e-5)
+
+
+def test_shares_lie_between_zero_and_one() -> None:
+    task = make_task('mqar', {'vocabulary': 16, 'length': 8, 'pairs': 2, 'test_rows': 4})
+    measures = task.evaluate(prepared_model(task, {'dim': 8, 'depth': 1, 'heads': 1}, 0, 'cpu'))
+    assert set(measures) == SHARES | {'loss'}
+    assert all(0 <= measures[name] <= 1 for name in SHARES)
+    ranges = {cls.metric: cls().metric_range() for cls in CLASSES}
+    assert ranges == {'accuracy': (0.0, 1.0), 'balanced_accuracy': (0.0, 1.0), 'bits': (-math.inf, math.inf)}
 
 
 def test_logits_of_asked_positions_are_those_of_the_whole_network() -> None:

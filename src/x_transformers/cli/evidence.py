@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,26 +15,29 @@ from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Questi
 from x_transformers.evidence.findings import number
 from x_transformers.evidence.plan import question
 from x_transformers.evidence.runs import write_text
-from x_transformers.evidence.statistics import t_quantile
+from x_transformers.evidence.statistics import mean_interval
 from x_transformers.evidence.suites import SUITES, Suite
 from x_transformers.training.errors import TrainingError
 
-ABOUT = """Train our Transformer on a published suite of tasks; show the result, with its interval, beside published numbers.
+ABOUT = """Train our Transformer on a suite of tasks for which others have published results.
+Print our results, with 95 % intervals over seeds, beside the published ones.
 
-The sizes are reduced to what two cores do in an hour or less; the command says how.
+The sizes are reduced so that two processor cores take less than an hour. The command prints how they are reduced.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser('x-transformers evidence', description=ABOUT)
+    made = argparse.ArgumentParser(
+        'x-transformers evidence', description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = made.add_argument
     add('suite', help=', '.join(SUITES))
-    add('--seeds', type=int, default=3, help='seeds per row (3)')
-    add('--steps', type=int, help='optimizer steps; else those of the suite')
-    add('--workers', type=int, default=1, help='processes of one thread each (1); 0: in this process')
-    add('--out', help='folder of the runs; else below runs/evidence; what is finished in it is not done again')
-    add('--budget', metavar='TIME', help='30m, 2h, 90s: no run begins after this time')
-    add('--json', action='store_true', help='print nothing but the JSON line')
+    add('--seeds', type=int, default=3, help='number of seeds for each row (default 3)')
+    add('--steps', type=int, help='optimizer steps of a run (default: those of the suite)')
+    add('--workers', type=int, default=1, help='number of processes, one thread each (default 1). 0 runs all in this process')
+    add('--out', help='folder for the runs (default: one below runs/evidence). Finished runs in it are not repeated')
+    add('--budget', metavar='TIME', help='start no run after this time: 90s, 30m, 2h')
+    add('--json', action='store_true', help='print only the line of JSON')
     return made
 
 
@@ -58,8 +60,7 @@ def row_of(experiment: Experiment, asked: Question, published: Any) -> dict[str,
     row: dict[str, Any] = {'row': asked.title, 'task': asked.task.name, 'metric': task.metric, 'seeds': len(values)}
     row |= {'value': statistics.fmean(values) if values else None, 'low': None, 'high': None, 'values': values}
     if len(values) > 1:
-        half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        row |= {'low': row['value'] - half, 'high': row['value'] + half}
+        row |= dict(zip(('low', 'high'), mean_interval(values, task.metric_range()), strict=True))
     row |= {
         'exact': statistics.fmean(r['last']['exact'] for r in results) if results and 'exact' in results[0]['last'] else None
     }
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.suite not in SUITES:
         raise TrainingError(f'the suite must be one of {", ".join(SUITES)}, got {options.suite!r}. Choose one of them.')
     suite = SUITES[options.suite]()
-    asked = suite_questions(suite, check_at_least(options.seeds, 1, '--seeds'), options.steps)
+    steps = None if options.steps is None else check_at_least(options.steps, 1, '--steps')
+    asked = suite_questions(suite, check_at_least(options.seeds, 1, '--seeds'), steps)
     folder = Path(options.out or f'runs/evidence/{options.suite}')
     experiment = Experiment(asked, folder, costs=False)
     broken = experiment.check()
@@ -114,8 +116,11 @@ def main(arguments: Sequence[str]) -> int:
         print(table(rows))
         if mean is not None:
             print(f'mean {number(mean)}; published ' + '; '.join(f'{v:g} ({source})' for source, v in suite.mean.items()))
+        left = sum(not experiment.store.settled(job) for job in jobs)
+        if left and not stopped:
+            print(f'{left} of {len(jobs)} runs are missing. Run the same command to do them.')
         if stopped:
-            print('stopped; what was finished is kept, the same command goes on')
+            print('Stopped. Finished runs are kept. Run the same command to continue.')
     value = {'command': 'evidence', 'suite': options.suite, 'folder': str(folder), 'mean': mean}
     print(json.dumps({**value, 'published_mean': dict(suite.mean), 'reduced': suite.reduced, 'rows': rows}))
     return 130 if stopped else 0

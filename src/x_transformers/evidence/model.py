@@ -21,6 +21,8 @@ from x_transformers.training.build import split_flags
 
 IGNORE = -100
 """The target of a position that asks nothing."""
+SHARES = frozenset({'accuracy', 'balanced_accuracy', 'exact'})
+"""What ``measure`` returns that lies between 0 and 1."""
 
 
 @dataclass(frozen=True)

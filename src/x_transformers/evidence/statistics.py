@@ -170,6 +170,12 @@ def paired_t(differences: Sequence[float]) -> tuple[float, float, float, float]:
     return mean, mean - half, mean + half, p
 
 
+def mean_interval(values: Sequence[float], metric_range: tuple[float, float]) -> tuple[float, float]:
+    """The 95 % t interval of a mean of at least two values, cut at the lowest and highest possible value."""
+    _, low, high, _ = paired_t(values)
+    return max(low, metric_range[0]), min(high, metric_range[1])
+
+
 def equivalence_p(mean: float, error: float, dof: float, margin: float) -> float:
     """p of two one-sided tests: small where the difference lies inside ± ``margin``."""
     if error == 0:
@@ -306,9 +312,12 @@ def compare(
     better: Literal['higher', 'lower'] = 'higher',
     margin: float,
     resolution: float = 0.0,
+    largest: float = math.inf,
     identical: Sequence[bool] | None = None,
 ) -> list[Comparison]:
     """The verdict of each arm of one task. ``baseline`` and ``arms`` hold one value per seed, in the same order of seeds.
+
+    ``largest``: the largest difference that is possible, 1 for accuracies. Intervals end there.
 
     With a single seed there are no intervals, and nothing is resolved but what is identical.
     """
@@ -350,8 +359,8 @@ def compare(
         result.append(
             Comparison(
                 mean=mean,
-                low=mean - half,
-                high=mean + half,
+                low=max(mean - half, -largest),
+                high=min(mean + half, largest),
                 p=float(p[k]),
                 p_holm=float(p_holm[k]),
                 seeds=seeds,

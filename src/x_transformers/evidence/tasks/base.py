@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.evidence.draws import Draws
-from x_transformers.evidence.model import IGNORE, Batch, build_token_model, measure
+from x_transformers.evidence.model import IGNORE, SHARES, Batch, build_token_model, measure
 
 Direction = Literal['higher', 'lower']
 
@@ -52,6 +53,10 @@ class Task(ABC):
     def resolution(self) -> float:
         """The smallest difference that the metric can show, such as one answer in all; 0: any."""
         return 0.0
+
+    def metric_range(self) -> tuple[float, float]:
+        """The lowest and the highest value that the metric can have. Intervals are cut there."""
+        return -math.inf, math.inf
 
     def options(self) -> dict[str, Any]:
         """What the hash of a run is made of."""
@@ -114,6 +119,9 @@ class SequenceTask(Task):
 
     def resolution(self) -> float:
         return 1.0 / max(1, self.test_rows) if self.metric == 'accuracy' else 0.0
+
+    def metric_range(self) -> tuple[float, float]:
+        return (0.0, 1.0) if self.metric in SHARES else (-math.inf, math.inf)
 
 
 def ignored(rows: int, length: int) -> Tensor:
