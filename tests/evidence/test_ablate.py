@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from tests.evidence.own_task import ROWS
 from x_transformers.cli import ablate as command
+from x_transformers.cli.evidence import row_of, suite_questions
 from x_transformers.cli.main import main
 from x_transformers.evidence import Task, ablate, estimate
-from x_transformers.evidence.experiment import Arm, Experiment, Outcome, Question
+from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Outcome, Question
 from x_transformers.evidence.findings import verdict_words
 from x_transformers.evidence.page import abbreviated, default_title, forest, frame, ticks
 from x_transformers.evidence.plan import arm_of, pairs_of, parsed_value, question, read_plan, split_words
@@ -75,6 +77,9 @@ def test_a_command_from_words_to_files(tmp_path: Path, capsys: Any) -> None:
         'seconds',
     ):
         assert key in rows['bias=false']
+    # a batch of several tensors is timed as it is trained on
+    assert rows['bias=false']['per_second'] in ('helps', 'hurts', 'no difference', 'not resolved')
+    assert rows['bias=false']['time'] > 0
     assert rows['bias=false']['difference'] == pytest.approx(rows['bias=false']['arm'] - rows['bias=false']['baseline'])
     assert [json.loads(text) for text in (out / 'results.jsonl').read_text().splitlines()] == line['rows']
     assert 'no difference (identical)' in text
@@ -82,7 +87,7 @@ def test_a_command_from_words_to_files(tmp_path: Path, capsys: Any) -> None:
     for name in ('forest.png', 'curves.png'):
         assert (out / name).read_bytes().startswith(b'\x89PNG')
     # once more: nothing is done again, and the numbers are the same
-    assert 'Go on with --resume' in complaint(capsys, *arguments, '--out', str(out))
+    assert 'Add --resume to continue there' in complaint(capsys, *arguments, '--out', str(out))
     _, again = run(capsys, *arguments, '--out', str(out), '--resume', '--json')
     assert [row | {'seconds': 0} for row in again['rows']] == [row | {'seconds': 0} for row in line['rows']]
     _, more = run(capsys, *arguments, '--out', str(out), '--only', 'failed', '--json')
@@ -93,6 +98,14 @@ def test_an_arm_that_only_fails_is_a_row_and_a_status(tmp_path: Path, capsys: An
     _, line = run(capsys, '--task', OWN, '--idea', 'impossible=true', *SMALL, '--out', str(tmp_path / 'a'), '--json', status=1)
     assert line['rows'][0]['verdict'] == 'failed'
     assert 'a line cannot do this' in line['rows'][0]['why']
+
+
+def test_a_tracker_is_called_with_every_row(tmp_path: Path, capsys: Any) -> None:
+    ROWS.clear()
+    words = ['--task', OWN, '--idea', 'bias=false', '--idea', 'impossible=true', *SMALL, '--out', str(tmp_path / 'a')]
+    _, line = run(capsys, *words, '--tracker', 'tests.evidence.own_task:collect', '--json')
+    assert len(ROWS) == 2
+    assert json.loads(json.dumps(ROWS, default=list)) == line['rows']
 
 
 def test_noise_is_the_baseline_against_itself(tmp_path: Path, capsys: Any) -> None:
@@ -195,7 +208,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, capsys: Any, monkeypatch: pyt
     arguments = ['--task', OWN, '--idea', 'bias=false', *SMALL, '--out', str(tmp_path / 'o')]
     text, line = run(capsys, *arguments, status=130)
     assert line['runs'] == 2
-    assert 'the same command with --resume goes on' in text
+    assert 'Run the same command with --resume to continue' in text
     _, line = run(capsys, *arguments, '--resume', '--json')
     assert line['missing'] == 0
 
@@ -243,11 +256,16 @@ def test_the_bar_spends_little_time_on_intervals(tmp_path: Path, monkeypatch: py
         (['--task', 'mqar', '--option', 'pears=1', '--idea', 'shift_tokens=1'], 'options of the task mqar must be among'),
         (
             ['--task', 'mqar', '--idea', 'shift_tokens=1', '--only', 'failed', '--out', 'nowhere'],
-            '--only failed needs a folder',
+            '--only failed must have a folder with runs',
         ),
         (['--task', 'mqar', '--option', 'pairs=x', '--idea', 'shift_tokens=1'], "pairs must be a whole number, got 'x'"),
         (['--task', 'mqar', '--option', 'pairs=3.5', '--idea', 'shift_tokens=1'], 'pairs must be a whole number, got 3.5'),
         (['--task', 'missing.py:Task', '--idea', 'shift_tokens=1'], 'must name a file that exists'),
+        (['--task', 'mqar', '--noise', '--idea', 'shift_tokens=1'], "--noise must go without --idea, got 'shift_tokens=1'"),
+        (['--task', 'mqar', '--repetitions', '2', '--idea', 'shift_tokens=1'], '--repetitions must go with --noise, got 2'),
+        (['--task', 'mqar', '--power', '0', '--idea', 'shift_tokens=1'], '--power must be above 0, got 0'),
+        (['--task', 'mqar', '--tracker', 'json:no', '--idea', 'shift_tokens=1'], '--tracker must be MODULE:FUNCTION'),
+        (['--task', 'mqar', '--device', 'nowhere', '--idea', 'shift_tokens=1'], '--device nowhere cannot be used here'),
         (['--profile', 'quick', '--option', 'pairs=2', '--idea', 'shift_tokens=1'], '--option must go with --task or a file'),
         (['--task', 'mqar', '--data', 'x.txt', '--idea', 'shift_tokens=1'], '--data must go with the task bytes, got mqar'),
     ],
@@ -349,14 +367,14 @@ def test_what_pairing_removed_is_the_median_of_ideas(tmp_path: Path) -> None:
     for outcome, removed in zip(made.outcomes, (-0.003, 0.9, -0.006, -0.001), strict=True):
         assert outcome.comparison is not None
         outcome.comparison = dataclasses.replace(outcome.comparison, pairing_removed=removed)
-    assert 'pairing removed 0 % of' in made.notes()[0]
+    assert 'Pairing removed 0 % of' in made.notes()[0]
     made.outcomes = made.outcomes[:2]
-    assert 'pairing removed 45 % of' in made.notes()[0]
+    assert 'Pairing removed 45 % of' in made.notes()[0]
     made.outcomes = made.outcomes[::2]
     removed = made.outcomes[0].comparison
     assert removed is not None
     made.outcomes[0].comparison = dataclasses.replace(removed, pairing_removed=-0.24)
-    assert 'pairing added 24 % to' in made.notes()[0]
+    assert 'Pairing added 24 % to' in made.notes()[0]
 
 
 def test_a_large_page_is_small(tmp_path: Path) -> None:
@@ -405,6 +423,15 @@ def test_the_reason_of_a_failure_stands_below_the_table(tmp_path: Path) -> None:
     assert f'failed: {why}' in made.table(markdown=True)
 
 
+def test_on_a_page_the_reason_of_a_failure_has_the_rest_of_its_row(tmp_path: Path) -> None:
+    made = report(tmp_path, tasks=1, ideas=1)
+    made.outcomes.append(Outcome('task 0', 'broken', {}, 'accuracy', 'higher', failed='it was late'))
+    text = made.page().read_text(encoding='utf-8')
+    columns = text.partition('<thead>')[2].partition('</thead>')[0].count('<th')
+    assert f'<td>broken</td><td class="word failed" colspan="{columns - 1}">failed: it was late</td></tr>' in text
+    assert text.count('<tr>') == text.count('</tr>') == 3
+
+
 def test_a_timing_that_failed_is_told(tmp_path: Path) -> None:
     arm = Arm('x', {'bias': False})
     asked = Question(TaskName(OWN), {'bias': True}, Settings(steps=3, lr=0.1), (arm, Arm('y')), 2, 'line')
@@ -413,9 +440,7 @@ def test_a_timing_that_failed_is_told(tmp_path: Path) -> None:
     made.store.path(job).mkdir(parents=True)
     made.store.write_failure(job, 'the worker was killed by SIGKILL')
     told = [note for note in make_report(made, {}).notes() if 'timing' in note]
-    assert told == [
-        'line: the timing of x failed: the worker was killed by SIGKILL. The same command with --only failed does it again.'
-    ]
+    assert told == ['line: the timing of x failed: the worker was killed by SIGKILL. Add --only failed to repeat it.']
 
 
 def test_titles_and_names_on_a_page_can_be_told_apart(tmp_path: Path) -> None:
@@ -448,7 +473,7 @@ def test_ablate_from_python(tmp_path: Path) -> None:
 def test_an_object_cannot_go_to_workers(tmp_path: Path) -> None:
     from tests.evidence.own_task import Line
 
-    with pytest.raises(TrainingError, match='give its Python path'):
+    with pytest.raises(TrainingError, match=r'must be 0 for a task that is an object, got 2\. Give its path'):
         ablate(Line(), ideas={'a': {}}, seeds=1, out=tmp_path, workers=2)
 
 
@@ -493,6 +518,31 @@ def test_a_suite_is_shown_beside_published_numbers(tmp_path: Path, capsys: Any) 
     assert all(row['seeds'] == 2 for row in line['rows'])
     assert '0.25' in out
     assert 'suite must be one of' in complaint(capsys, 'mqra', command='evidence')
+    assert '--steps must be at least 1, got 0' in complaint(capsys, 'mqar', '--steps', '0', command='evidence')
+
+
+def test_intervals_of_a_suite_end_where_the_metric_ends(tmp_path: Path) -> None:
+    asked, *_ = suite_questions(SUITES['mad'](), seeds=3, steps=None)
+    made = Experiment((asked,), tmp_path, costs=False)
+    for seed, value in enumerate((0.97, 1.0, 0.99)):
+        job = made.run(asked, Arm(BASELINE), seed)
+        made.store.path(job).mkdir(parents=True)
+        made.store.write_result(job, {'value': value, 'last': {'loss': 1.0}, 'curve': [], 'seconds': 1.0})
+    row = row_of(made, asked, {})
+    assert row['high'] == 1.0
+    assert 0.9 < row['low'] < row['value'] == pytest.approx(0.98667, abs=1e-4)
+    # differences of two shares, too: these seeds tell little
+    base, wild = [0.1, 0.2], [0.15, 0.9]
+    arm = Arm('wild', {'depth': 1})
+    pair = dataclasses.replace(asked, arms=(arm,), seeds=2)
+    made = Experiment((pair,), tmp_path / 'pair', costs=False)
+    for seed in range(2):
+        for one, value in ((Arm(BASELINE), base[seed]), (arm, wild[seed])):
+            job = made.run(pair, one, seed)
+            made.store.path(job).mkdir(parents=True)
+            made.store.write_result(job, {'value': value, 'last': {'loss': value}, 'curve': [[1, value, 1.0]], 'seconds': 1.0})
+    found = made.outcomes({})[0].row()
+    assert (found['low'], found['high']) == (-1.0, 1.0)
 
 
 def test_profiles_can_be_built(tmp_path: Path) -> None:

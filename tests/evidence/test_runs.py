@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.evidence.own_task import Line
 from x_transformers.evidence.equal_time import at_equal_time, at_step
 from x_transformers.evidence.execute import execute, prepared_model
 from x_transformers.evidence.experiment import Arm, Experiment, Question, identical
 from x_transformers.evidence.model import AnswerModel
-from x_transformers.evidence.pool import attempt, death, run_all
+from x_transformers.evidence.pool import attempt, death, run_all, sentence
 from x_transformers.evidence.report import make_report
 from x_transformers.evidence.runs import ArmRun, RunFolder, Settings, TaskName, write_record
 from x_transformers.evidence.tasks import make_task
@@ -119,16 +120,16 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_experiment(tmp_path: Path) -> None:
     folder = tmp_path / 'runs'
     experiment(folder).open(resume=False)
-    with pytest.raises(TrainingError, match='Go on with --resume'):
+    with pytest.raises(TrainingError, match='Add --resume to continue there'):
         experiment(folder).open(resume=False)
     experiment(folder).open(resume=True)
     experiment(folder, Arm('other', {'bias': False}), seeds=9).open(resume=True)
-    with pytest.raises(TrainingError, match='must hold the same experiment'):
+    with pytest.raises(TrainingError, match='must hold these tasks, baseline and settings'):
         experiment(folder, steps=7).open(resume=True)
     strange = tmp_path / 'strange'
     strange.mkdir()
     (strange / 'letter.txt').write_text('dear')
-    with pytest.raises(TrainingError, match='must be empty or hold this experiment'):
+    with pytest.raises(TrainingError, match='must be an empty folder'):
         experiment(strange).open(resume=True)
     with pytest.raises(TrainingError, match='must be a folder'):
         experiment(strange / 'letter.txt').open(resume=False)
@@ -199,6 +200,23 @@ def test_what_fails_is_a_row_that_says_why(tmp_path: Path) -> None:
     assert 'out of memory' in report.table()
 
 
+def test_a_result_that_is_no_number_is_none() -> None:
+    class Lost(Line):
+        def evaluate(self, model: Any) -> dict[str, float]:
+            return {'loss': float('inf')}
+
+    with pytest.raises(TrainingError, match='loss must be a finite number at the end, got inf'):
+        execute(ArmRun(TaskName('line'), {'bias': True}, Settings(steps=2, lr=0.1), 0), Lost())
+
+
+def test_memory_that_torch_does_not_get_is_told_in_few_words() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert sentence(caught.value) == f'out of memory: it tried to allocate {2**60} bytes'
+    on_gpu = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.')
+    assert sentence(on_gpu) == 'out of memory: it tried to allocate 2.00 GiB'
+
+
 def test_a_worker_that_is_killed_takes_only_its_run_with_it(tmp_path: Path) -> None:
     asked = experiment(tmp_path, Arm('dies', {'dies': True}), Arm('works', {'bias': False}), seeds=1)
     asked.go(workers=1)
@@ -206,6 +224,7 @@ def test_a_worker_that_is_killed_takes_only_its_run_with_it(tmp_path: Path) -> N
     assert 'the worker was killed by SIGKILL' in str(report.outcomes[0].failed)
     assert report.outcomes[1].failed is None
     assert report.outcomes[1].values
+    assert 'which the system sends when memory runs out' in str(report.outcomes[0].failed)
     assert death(3) == 'the worker ended with status 3'
 
 
@@ -311,7 +330,7 @@ def test_an_idea_may_be_about_training(tmp_path: Path) -> None:
 
 
 def test_what_all_arms_share_is_no_idea(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r'longer: steps must be the same for all arms, got it in an idea\. Give --steps'):
+    with pytest.raises(TrainingError, match=r'steps must be the same for all arms, got another value in longer\. Give --steps'):
         widths(tmp_path, Arm('longer', {'steps': 9})).check()
     broken = widths(tmp_path, Arm('x', {'lr': 'fast'}), Arm('y', {'schedule': 'cosinus'}), Arm('z', {'lr': 0.0})).check()
     assert broken['mqar', 'x'] == "--lr must be a number, got 'fast'."

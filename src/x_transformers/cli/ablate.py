@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from x_transformers.evidence.tasks import TASKS
 from x_transformers.flags.presets import help_text
 from x_transformers.training.errors import TrainingError
 
-ABOUT = """Train a baseline and ideas on the same seeds, and say of each idea whether it helps.
+ABOUT = """Train a baseline and ideas on the same seeds. Report for each idea whether it helps.
 
-Ideas are flags of the constructors. Each is a row: the difference with its interval, and a verdict (helps, hurts,
-no difference, not resolved) per step and at equal time. Runs lie in a folder; what was stopped goes on with --resume.
+An idea is a set of flags of the constructors. Its row shows the difference from the baseline, a 95 % interval and a verdict
+(helps, hurts, no difference, not resolved), after equal steps and at equal time. All runs are in one folder. The same command
+with --resume continues what was stopped.
 """
 EXAMPLES = """examples:
   x-transformers ablate --task mqar --base depth=1 --idea shift_tokens=1 --seeds 5
@@ -69,43 +70,48 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add('plan', nargs='?', help='TOML file with tasks, baseline and ideas')
-    add('--task', action='append', default=[], help=f'{", ".join(TASKS)}, or FILE.py:CLASS; several give a table for each')
+    add('--task', action='append', default=[], help=f'{", ".join(TASKS)}, or FILE.py:CLASS. Repeat it for several tables')
     add(
         '--profile',
         choices=sorted(PROFILES),
-        help='predefined sets of tasks; quick: one idea, three seeds, about nine minutes of one processor',
+        help='predefined sets of tasks. quick takes about nine minutes of one processor for one idea and three seeds',
     )
     add('--option', action='append', default=[], metavar='NAME=VALUE', help='an option of the task, such as vocabulary=256')
-    add('--data', action='append', default=[], help='files or folders for the task bytes')
-    add('--preset', help=f'flags of the baseline by one name, which --base overrides; {help_text()}')
+    add('--data', action='append', default=[], help='file or folder with text for the task bytes')
+    add('--preset', help=f'named flags of the baseline. --base overrides them. {help_text()}')
     add('--base', action='append', default=[], metavar='FLAG=VALUE', help='flags of the baseline, on top of those of the task')
     add(
         '--idea',
         action='append',
         default=[],
         metavar='FLAG=VALUE,...',
-        help='an idea; with a name: "swiglu: ff_glu=true,ff_swish=true"',
+        help='the flags of one idea. A name may come first: "swiglu: ff_glu=true,ff_swish=true"',
     )
-    add('--select', action='append', default=[], metavar='NAME', help='of the ideas of the file only these')
-    add('--seeds', type=int, help='paired seeds per arm (3)')
-    add('--steps', type=int, help='optimizer steps; else those of the task')
-    add('--lr', type=float, help='highest learning rate; else that of the task')
-    add('--optimizer', choices=['adamw', 'muon'])
-    add('--evaluations', type=int, help='evaluations per run (10)')
-    add('--workers', type=int, help='processes of one thread each (1); 0: in this process')
-    add('--device', help='cpu (usual), cuda, cuda:1, ...; several workers share it')
-    add('--out', help='folder of runs and reports; else below runs/ablate')
-    add('--resume', action='store_true', help='go on in a folder that holds runs of this experiment')
-    add('--only', choices=['failed'], help='failed: do only runs that failed, again')
-    add('--shard', metavar='I/N', help='do the I-th of N parts of the runs, for several machines that share a folder')
-    add('--budget', metavar='TIME', help='30m, 2h, 90s: no run begins after this time')
-    add('--noise', action='store_true', help='compare the baseline with itself, other seeds: the noise that ideas must exceed')
-    add('--repetitions', type=int, default=1, help='how often --noise repeats that comparison, with new seeds')
-    add('--power', type=float, metavar='D', help='also tell how many seeds would find a difference of D')
-    add('--ladder', metavar='1,2', help='also at multiples of the width; an idea that only helps at one is not shown to scale')
-    add('--lr-grid', metavar='0.5,1,2', help='factors of the learning rate, chosen per arm on seeds that no verdict uses')
-    add('--tracker', metavar='PATH', help='MODULE:FUNCTION called with each row at the end, for trackers of your own')
-    add('--json', action='store_true', help='print nothing but the JSON line')
+    add('--select', action='append', default=[], metavar='NAME', help='run only these ideas of the file')
+    add('--seeds', type=int, help='number of paired seeds (default 3)')
+    add('--steps', type=int, help='optimizer steps of a run (default: those of the task)')
+    add('--lr', type=float, help='highest learning rate (default: that of the task)')
+    add('--optimizer', choices=['adamw', 'muon'], help='the optimizer of all runs (default adamw)')
+    add('--evaluations', type=int, help='evaluations in a run (default 10)')
+    add('--workers', type=int, help='number of processes, one thread each (default 1). 0 runs all in this process')
+    add('--device', help='cpu (the default), cuda, cuda:1, ... Several workers share it')
+    add('--out', help='folder for runs and reports (default: one below runs/ablate)')
+    add('--resume', action='store_true', help='continue in a folder that holds runs of this experiment')
+    add('--only', choices=['failed'], help='failed: repeat the runs that failed, and no others')
+    add('--shard', metavar='I/N', help='run the I-th of N parts, for several machines that share a folder')
+    add('--budget', metavar='TIME', help='start no run after this time: 90s, 30m, 2h')
+    add('--noise', action='store_true', help='compare the baseline with itself on other seeds. Ideas must exceed this noise')
+    add(
+        '--repetitions',
+        type=int,
+        metavar='N',
+        help='repeat --noise N times with new seeds each time (default 1)',
+    )
+    add('--power', type=float, metavar='D', help='also print how many seeds would find a difference of D')
+    add('--ladder', metavar='1,2', help='repeat at these multiples of the width. An idea must help at all of them to scale')
+    add('--lr-grid', metavar='0.5,1,2', help='factors of the learning rate, chosen for each idea on seeds that no verdict uses')
+    add('--tracker', metavar='PATH', help='MODULE:FUNCTION, called with each row at the end')
+    add('--json', action='store_true', help='print only the line of JSON')
     return made
 
 
@@ -180,7 +186,7 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
     ideas = selected(ideas, options.select)
     ideas += [arm_of(text) for text in options.idea]
     if options.noise:
-        ideas = noise_arms(check_at_least(options.repetitions, 1, '--repetitions'))
+        ideas = noise_arms(check_at_least(1 if options.repetitions is None else options.repetitions, 1, '--repetitions'))
     if not ideas:
         raise TrainingError('--idea must name at least one idea, got none. Write --idea shift_tokens=1, or --noise.')
     for name in ('steps', 'lr', 'optimizer', 'evaluations'):
@@ -205,7 +211,7 @@ def questions_of(options: argparse.Namespace) -> tuple[tuple[Question, ...], dic
 
 
 def refuse_unread(options: argparse.Namespace, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse words that no task would read."""
+    """Refuse options that would do nothing beside the others."""
     if options.option and options.profile:
         raise TrainingError(
             '--option must go with --task or a file, got --profile, whose sizes are set. Name its tasks instead.'
@@ -213,6 +219,12 @@ def refuse_unread(options: argparse.Namespace, entries: Sequence[Mapping[str, An
     if options.data and entries and not any(str(entry['task']).startswith('bytes') for entry in entries):
         tasks = ', '.join(str(entry['task']) for entry in entries)
         raise TrainingError(f'--data must go with the task bytes, got {tasks}. Leave it out, or add --task bytes.')
+    if options.power is not None and not options.power > 0:
+        raise TrainingError(f'--power must be above 0, got {options.power:g}. Write for example --power 0.005.')
+    if options.noise and options.idea:
+        raise TrainingError(f'--noise must go without --idea, got {options.idea[0]!r}. Leave out one of the two.')
+    if options.repetitions is not None and not options.noise:
+        raise TrainingError(f'--repetitions must go with --noise, got {options.repetitions}. Add --noise, or leave it out.')
 
 
 def selected(ideas: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
@@ -229,7 +241,7 @@ def selected(ideas: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
 
 
 class Live:
-    """A bar with the runs that are done, the interval of the idea that was last heard of, and the time left."""
+    """A bar with the number of finished runs, the interval of the idea that finished last, and the time left."""
 
     def __init__(self, experiment: Experiment, total: int, silent: bool) -> None:
         try:
@@ -267,6 +279,8 @@ class Live:
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(list(arguments))
     asked, ladder, more = questions_of(options)
+    check_device({question.device for question in asked})
+    tracker = tracker_of(options.tracker)
     scipy_stats()
     budget, shard = seconds_of(options.budget), shard_of(options.shard)
     default_workers = more.get('workers', 1)
@@ -275,7 +289,7 @@ def main(arguments: Sequence[str]) -> int:
     experiment = Experiment(asked, folder)
     broken = experiment.check()
     if options.only and not (folder / 'experiment.json').exists():
-        raise TrainingError(f'--only failed needs a folder with runs, got {folder}. Run the command without it first.')
+        raise TrainingError(f'--only failed must have a folder with runs, got {folder}. Run the command without --only first.')
     experiment.open(options.resume or options.only is not None or shard != (1, 1))
     jobs = experiment.selection_jobs(broken) + experiment.jobs(broken)
     if options.only:
@@ -313,11 +327,12 @@ def main(arguments: Sequence[str]) -> int:
     extra: dict[str, Any] = {}
     if options.power is not None:
         extra['power'] = report.power(options.power)
-    if options.tracker:
-        track(options.tracker, report)
+    if tracker is not None:
+        for row in report.rows:
+            tracker(row)
     if not options.json:
         show_report(report, extra.get('power', []), options.power, stopped)
-        print(f'page: {page}')
+        print(f'page: {page}\npictures: {folder / "forest.png"}, {folder / "curves.png"}')
     print(report.json(**extra))
     if stopped:
         return 130
@@ -345,24 +360,35 @@ def show_report(report: Report, power: Sequence[Mapping[str, Any]], difference: 
         seeds = 'more than 10,000' if line['seeds'] is None else line['seeds']
         print(f'{line["task"]}: {line["idea"]}: {seeds} seeds find a difference of {difference:g} with probability 0.8')
     if stopped:
-        print('stopped; what was finished is kept, the same command with --resume goes on')
+        print('Stopped. Finished runs are kept. Run the same command with --resume to continue.')
 
 
 def flags_text(flags: Any) -> str:
     return ' '.join(f'{name}={value}' for name, value in flags.items())
 
 
-def track(path: str, report: Report) -> None:
-    """Hand every row to a function of the user's."""
+def check_device(names: Collection[str]) -> None:
+    """Refuse a device that is not there before runs fail on it."""
+    from x_transformers.training.build import choose_device
+
+    for name in names:
+        choose_device(name)
+
+
+def tracker_of(path: str | None) -> Callable[[dict[str, Any]], Any] | None:
+    """The user's function that takes every row, found before anything runs."""
     from importlib import import_module
 
+    if path is None:
+        return None
     module, _, name = path.partition(':')
     try:
-        function = getattr(import_module(module), name)
+        found: Callable[[dict[str, Any]], Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise TrainingError(f'--tracker must be MODULE:FUNCTION that can be imported, got {path!r}: {error}.') from error
-    for row in report.rows:
-        function(row)
+        raise TrainingError(
+            f'--tracker must be MODULE:FUNCTION that can be imported, got {path!r}: {error}. Correct the path.'
+        ) from error
+    return found
 
 
 __all__ = ['BASELINE', 'PROFILES', 'main', 'parser']

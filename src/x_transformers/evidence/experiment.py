@@ -192,7 +192,8 @@ class Experiment:
         self.store = RunFolder(self.folder)
         self.identities = self.identities or {q.title: q.the_task().options() for q in self.questions}
         if len(self.identities) != len(self.questions):
-            raise TrainingError('the tasks of one experiment must have different names. Give each its own.')
+            titles = ', '.join(q.title for q in self.questions)
+            raise TrainingError(f'tasks must have different names, got {titles}. Give each its own.')
 
     # before anything runs
 
@@ -244,27 +245,24 @@ class Experiment:
 
     def open(self, resume: bool) -> None:
         """Make the folder, or refuse one that belongs to something else."""
-        path = self.folder / EXPERIMENT
-        if self.folder.exists() and not self.folder.is_dir():
-            raise TrainingError(f'--out must be a folder, got the file {self.folder}. Choose another one.')
+        folder = self.folder
+        path = folder / EXPERIMENT
+        if folder.exists() and not folder.is_dir():
+            raise TrainingError(f'--out must be a folder, got the file {folder}. Choose another one.')
         before = read_record(path)
         wanted = json.loads(json.dumps(self.describe(), default=list))
         if before is not None and before != wanted:
-            raise TrainingError(
-                f'{self.folder} must hold the same experiment, got one of other tasks, baseline or settings. '
-                'Choose another folder with --out.'
-            )
-        if before is None and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise TrainingError(f'{self.folder} must be empty or hold this experiment, got other files. Choose another --out.')
+            raise TrainingError(f'--out must hold these tasks, baseline and settings, got {folder} with others. Use another.')
+        if before is None and folder.is_dir() and any(folder.iterdir()):
+            raise TrainingError(f'--out must be an empty folder, got {folder} with other files. Choose another folder.')
         if before is not None and not resume:
-            raise TrainingError(f'{self.folder} already holds this experiment. Go on with --resume, or choose another --out.')
+            raise TrainingError(f'--out must be a new folder, got {folder} with these runs. Add --resume to continue there.')
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_record(path, wanted)
         except OSError as error:
-            raise TrainingError(
-                f'--out {self.folder} cannot be written: {error.strerror or error}. Choose another one.'
-            ) from error
+            why = f'{folder}: {error.strerror or error}'
+            raise TrainingError(f'--out must be a folder that can be written, got {why}. Choose another one.') from error
 
     # runs
 
@@ -340,7 +338,9 @@ class Experiment:
         broken = self.check() if broken is None else broken
         made = self.questions[0].made if len(self.questions) == 1 else None
         if made is not None and workers:
-            raise TrainingError('workers must be 0 for a task that is an object: give its Python path, FILE.py:CLASS, instead.')
+            raise TrainingError(
+                f'workers must be 0 for a task that is an object, got {workers}. Give its path, FILE.py:CLASS, in its place.'
+            )
         # the learning rates of judged runs are known once those that choose them are done
         for choosing in (True, False) if only is None else (False,):
             jobs = self.selection_jobs(broken) if choosing else self.jobs(broken) if only is None else only
@@ -387,7 +387,8 @@ class Experiment:
             margin = margin_of(base, accuracy=accuracy)
             same = [all(identical(results[BASELINE][seed], results[arm.name][seed]) for seed in common) for arm in alive]
             arms = [values(arm.name) for arm in alive]
-            limits = {'margin': margin, 'resolution': task.resolution(), 'identical': same}
+            lowest, highest = task.metric_range()
+            limits = {'margin': margin, 'resolution': task.resolution(), 'largest': highest - lowest, 'identical': same}
             tables = compare(base, arms, better=task.better, **limits)  # type: ignore[arg-type]
             seconds = self.per_second(question, results, common, alive, limits)
         found = []

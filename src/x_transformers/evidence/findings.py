@@ -138,20 +138,19 @@ class Findings:
                 sigma = math.sqrt(sum((value - mean) ** 2 for value in base) / (len(base) - 1))
                 margin = next((o.margin for o in these if o.margin is not None), None)
                 removed = [c.pairing_removed for o in these if (c := o.comparison) and c.pairing_removed is not None]
-                line = (
-                    f'{task}: the baseline is {mean:.4g} with σ = {sigma:.2g} over {len(base)} seeds; δ = {number(margin, 2)}'
-                )
+                line = f'{task}: the baseline is {mean:.4g} with σ = {sigma:.2g} over {len(base)} seeds.'
+                line += f' Differences below δ = {number(margin, 2)} are too small to matter.'
                 if removed:
                     middle = round(100 * statistics.median(removed))
                     effect = f'removed {middle} % of' if middle >= 0 else f'added {-middle} % to'
-                    line += f'; pairing {effect} the variance of differences (median of ideas)'
-                lines.append(line + '.')
+                    line += f' Pairing {effect} the variance of differences (median of ideas).'
+                lines.append(line)
         for (task, idea), why in self.untimed.items():
-            lines.append(f'{task}: the timing of {idea} failed: {why}. The same command with --only failed does it again.')
+            lines.append(f'{task}: the timing of {idea} failed: {why}. Add --only failed to repeat it.')
         lines += self.scale_notes()
         if self.missing:
             lines.append(
-                f'{self.missing} of {self.runs + self.missing} runs are missing: the same command with --resume does them.'
+                f'{self.missing} of {self.runs + self.missing} runs are missing. Run the same command with --resume to do them.'
             )
         return lines
 

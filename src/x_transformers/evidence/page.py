@@ -43,11 +43,12 @@ table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabul
 th, td { text-align: right; padding: .3rem; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child, .word { text-align: left; }
+td:first-child { white-space: normal; min-width: 8rem; max-width: 18rem; overflow-wrap: anywhere; }
 td.word { white-space: normal; min-width: 6.5rem; } td.verdict { min-width: 9.5rem; }
 .helps { color: var(--helps); font-weight: 600; } .hurts { color: var(--hurts); font-weight: 600; } .same { color: var(--same); }
 .open { color: var(--open); } .failed { color: var(--ink); font-style: italic; }
 figure { margin: 1rem 0; } svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-svg text { fill: var(--ink); } svg .tick { fill: var(--soft); } svg .axis { stroke: var(--line); }
+svg text { fill: var(--ink); } svg .name { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; } svg .tick { fill: var(--soft); } svg .axis { stroke: var(--line); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
 @media (max-width: 26rem) { .pair { grid-template-columns: 1fr; } body { padding: 1rem .75rem 2rem; } }
 pre { background: var(--panel); border: 1px solid var(--line); padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere;
@@ -64,9 +65,9 @@ nav { font-size: .9rem; columns: 14rem; } a { color: var(--helps); }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p class="soft">{{ runs }} runs and timings finished{% if missing %}, {{ missing }} missing{% endif %}{% if date %} · {{ date }}{% endif %}.
-A verdict rests on paired seeds: an idea and the baseline share data, order, evaluation rows, and the initial value of every
-parameter of the same name. Intervals are 95 %; p is corrected over the ideas of a task (Holm).</p>
+<p class="soft">{{ runs }} runs and timings are finished{% if missing %}, {{ missing }} are missing{% endif %}{% if date %} ({{ date }}){% endif %}.
+Seeds are paired: an idea and the baseline share the data, its order, the evaluation rows, and the initial value of each
+parameter with the same name. Intervals are 95 % intervals. p is corrected for the number of ideas of a task (Holm).</p>
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}
 {% if tasks | length > 1 %}<nav>{% for task in tasks %}<a href="#t{{ loop.index }}">{{ task.name }}</a><br>{% endfor %}</nav>{% endif %}
@@ -77,20 +78,21 @@ parameter of the same name. Intervals are 95 %; p is corrected over the ideas of
 <thead><tr><th>idea</th><th class="word">verdict</th><th>difference</th><th>95 % interval</th><th>p (Holm)</th><th class="word">at equal time</th>
 <th>time</th><th>baseline</th><th>idea’s</th><th>parameters</th><th>FLOPs/token</th><th>MB/step</th><th>seeds</th></tr></thead>
 <tbody>
-{% for row in task.rows %}<tr><td>{{ row.idea }}</td><td class="word verdict {{ row.kind }}">{{ row.words }}</td><td>{{ row.difference }}</td>
+{% for row in task.rows %}<tr><td>{{ row.idea }}</td>{% if row.kind == 'failed' %}<td class="word failed" colspan="12">{{ row.words }}</td></tr>
+{% else %}<td class="word verdict {{ row.kind }}">{{ row.words }}</td><td>{{ row.difference }}</td>
 <td>{{ row.interval }}</td><td title="uncorrected: {{ row.p }}">{{ row.p_holm }}</td>
 <td class="word {{ row.second_kind }}">{{ row.second }}</td><td>{{ row.time }}</td><td>{{ row.baseline }}</td><td>{{ row.arm }}</td><td>{{ row.parameters }}</td><td>{{ row.flops }}</td>
 <td>{{ row.bytes }}</td><td>{{ row.seeds }}</td></tr>
-{% endfor %}</tbody></table></div>
-<figure><div class="wide forest">{{ task.forest | safe }}</div><figcaption>Differences with 95 % intervals; right of the line is better. A difference inside
-the grey band is too small to matter (δ).</figcaption></figure>
+{% endif %}{% endfor %}</tbody></table></div>
+<figure><div class="wide forest">{{ task.forest | safe }}</div><figcaption>Differences from the baseline with 95 % intervals. Right of the line is better. A difference
+inside the grey band is too small to matter (δ).</figcaption></figure>
 <div class="pair">
-<figure>{{ task.curves | safe }}<figcaption>{{ task.metric[0] | upper }}{{ task.metric[1:] }}: the mean of the seeds, from the lowest to the highest; the ideas that differ most.</figcaption></figure>
-<figure>{{ task.cost | safe }}<figcaption>Across: the time of a step against the baseline. Up: what it bought.</figcaption></figure>
+<figure>{{ task.curves | safe }}<figcaption>{{ task.metric[0] | upper }}{{ task.metric[1:] }}: the mean over seeds, with a band from the lowest to the highest. Shown are the ideas that differ most.</figcaption></figure>
+<figure>{{ task.cost | safe }}<figcaption>Horizontal: the time of a step, where the baseline takes 1. Vertical: the difference from the baseline. Higher is better.</figcaption></figure>
 </div>
 </section>
 {% endfor %}
-<h2>How this was made</h2>
+<h2>How to repeat this</h2>
 {% if command %}<p>The command:</p><pre>{{ command }}</pre>{% endif %}
 <p>Every option:</p><pre>{{ options }}</pre>
 </body>
@@ -192,7 +194,7 @@ def limits(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
 def forest(outcomes: Sequence[Outcome]) -> str:
     shown = [(o, c) for o in outcomes if (c := o.comparison) and math.isfinite(c.low)]
     if not shown:
-        return '<p class="soft">No intervals yet: they take two seeds.</p>'
+        return '<p class="soft">There are no intervals yet. An interval needs two seeds.</p>'
     margin = next((o.margin for o in outcomes if o.margin is not None), 0.0)
     # one hopeless interval must not squeeze all others: what is wider than the rest is cut, with an arrow
     spread = sorted(max(abs(c.low), abs(c.high)) for _, c in shown)
@@ -261,7 +263,7 @@ def curves(report: Findings, task: str, outcomes: Sequence[Outcome]) -> str:
     lines += [(outcome.idea, confidence_band(outcome.curves)) for outcome in drawn[:CURVES]]
     lines = [(name, band) for name, band in lines if band]
     if not lines:
-        return '<p class="soft">No finished runs.</p>'
+        return '<p class="soft">No run is finished.</p>'
     low, high = limits([value for _, band in lines for point in band for value in point[2:]])
     wide, tall = 480, 300 + 16 * len(lines)
     x, y, parts = frame(low, high, 0, max(band[-1][0] for _, band in lines), wide, 300, ('steps', outcomes[0].metric))
@@ -282,7 +284,7 @@ def curves(report: Findings, task: str, outcomes: Sequence[Outcome]) -> str:
 def cost_plane(outcomes: Sequence[Outcome]) -> str:
     points = [(o, o.row()['time'], c.mean) for o in outcomes if (c := o.comparison) and o.cost is not None]
     if not points:
-        return '<p class="soft">No timings.</p>'
+        return '<p class="soft">There are no timings.</p>'
     low, high = limits([0.0, *(mean for _, _, mean in points)])
     left, right = limits([1.0, *(time for _, time, _ in points)])
     wide, tall = 480, 300
@@ -304,6 +306,6 @@ def cost_plane(outcomes: Sequence[Outcome]) -> str:
             at = x(time) + (-8 if end else 8)
             anchor = 'end' if end else 'start'
             parts.append(
-                f'<text x="{at:.1f}" y="{y(mean) + 4:.1f}" text-anchor="{anchor}">{escape(abbreviated(outcome.idea, 24))}</text>'
+                f'<text x="{at:.1f}" y="{y(mean) + 4:.1f}" text-anchor="{anchor}" class="name">{escape(abbreviated(outcome.idea, 24))}</text>'
             )
     return ''.join([*parts, '</svg>'])

@@ -95,11 +95,11 @@ def read_plan(path: str) -> Plan:
     except OSError as error:
         raise TrainingError(f'{path} cannot be read: {error.strerror or error}. Give the path of a TOML file.') from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TrainingError(f'{path} must be a TOML file, got: {error}. Mend it there.') from error
+        raise TrainingError(f'{path} must be a TOML file, got: {error}. Correct it there.') from error
     unknown = [name for name in values if name not in TOP]
     if unknown:
         near = difflib.get_close_matches(unknown[0], TOP, n=1)
-        hint = f' Did you mean {near[0]}?' if near else ''
+        hint = f' Did you mean {near[0]}?' if near else ' Remove what is not among them.'
         raise TrainingError(f'{path}: keys must be among {", ".join(sorted(TOP))}, got {", ".join(unknown)}.{hint}')
     for name in ('base', 'ideas', 'tasks', 'options'):
         if not isinstance(values.get(name, {}), dict):

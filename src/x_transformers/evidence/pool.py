@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
 
 from x_transformers.evidence.execute import execute, one_thread
 from x_transformers.evidence.runs import Job, RunFolder
@@ -45,9 +48,11 @@ def attempt(store: RunFolder, job: Job, task: Task | None = None) -> tuple[str, 
 
 def sentence(error: BaseException) -> str:
     """Why a run failed, in one line."""
-    if isinstance(error, MemoryError):
-        return 'out of memory'
     text = ' '.join(str(error).split()) or type(error).__name__
+    # on a processor, torch raises nothing more special than a RuntimeError
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        asked = re.search(r'tried to allocate ([\d.]+ \w+)', text, re.IGNORECASE)
+        return 'out of memory' + (f': it tried to allocate {asked[1]}' if asked else '')
     if type(error).__module__.startswith('x_transformers.'):
         return text[:500]
     frames = traceback.extract_tb(error.__traceback__)
@@ -178,7 +183,7 @@ def run_in_workers(store: RunFolder, jobs: Iterable[Job], workers: int, told: To
 def death(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        hint = '; the system kills processes when memory runs out' if name == 'SIGKILL' else ''
+        hint = ', which the system sends when memory runs out' if name == 'SIGKILL' else ''
         return f'the worker was killed by {name}{hint}'
     return f'the worker ended with status {code}'
 

@@ -141,7 +141,7 @@ def refuse_common(arm: str, flags: Mapping[str, Any], base: Mapping[str, Any]) -
     wrong = [name for name in OF_ALL if name in flags and name not in base]
     if wrong:
         ways = ', '.join(f'--{name}' for name in wrong)
-        raise TrainingError(f'{arm}: {", ".join(wrong)} must be the same for all arms, got it in an idea. Give {ways}.')
+        raise TrainingError(f'{", ".join(wrong)} must be the same for all arms, got another value in {arm}. Give {ways}.')
 
 
 Job = ArmRun | CostRun

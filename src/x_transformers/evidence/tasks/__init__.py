@@ -59,14 +59,14 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     cls = own_class(name) if ':' in name else TASKS.get(name)
     if cls is None:
         near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f' Did you mean {near[0]}?' if near else ''
+        hint = f' Did you mean {near[0]}?' if near else ' Choose one of them.'
         raise TrainingError(f'--task must be one of {", ".join(TASKS)}, or FILE.py:CLASS, got {name!r}.{hint}')
     known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else None
     unknown: list[str] = [] if known is None else [option for option in options if option not in known]
     if unknown:
         raise TrainingError(
             f'options of the task {name} must be among {", ".join(sorted(known or ()))}, got {", ".join(unknown)}. '
-            'Leave out others.'
+            'Remove what is not among them.'
         )
     options = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
     if known is not None:
@@ -109,10 +109,13 @@ def own_class(path: str) -> type[Task]:
     except TrainingError:
         raise
     except Exception as error:
-        raise TrainingError(f'--task {path}: the module cannot be imported: {type(error).__name__}: {error}') from error
+        why = f'{type(error).__name__}: {error}'
+        raise TrainingError(f'--task must name a module that can be imported, got {path}: {why}. Correct it there.') from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise TrainingError(f'--task must name a class derived from x_transformers.evidence.Task, got {name} in {where}.')
+        raise TrainingError(
+            f'--task must name a class derived from x_transformers.evidence.Task, got {name} in {where}. Name such a class.'
+        )
     return found
 
 
