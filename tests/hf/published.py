@@ -80,6 +80,8 @@ GPT_OSS = {
         'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32, 'rope_theta': 150000.0, 'truncate': False,
     },
 }  # fmt: skip
+MIXTRAL = {'intermediate_size': 48, 'num_local_experts': 4, 'num_experts_per_tok': 2}
+QWEN_MOE = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 24}
 GEMMA3 = {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20, 'sliding_window_pattern': 2}
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
@@ -117,6 +119,12 @@ CASES = (
             max_window_layers=1),
     decoder('Qwen3', 'Qwen3ForCausalLM', 'Qwen3Config', head_dim=12),
     decoder('Qwen3, all heads', 'Qwen3ForCausalLM', 'Qwen3Config', head_dim=8, num_key_value_heads=4, rms_norm_eps=1e-4),
+    decoder('Mixtral', 'MixtralForCausalLM', 'MixtralConfig', **MIXTRAL),
+    decoder('Mixtral, window of 5, three of six experts', 'MixtralForCausalLM', 'MixtralConfig', intermediate_size=40,
+            num_local_experts=6, num_experts_per_tok=3, head_dim=12, sliding_window=5, tie_word_embeddings=True),
+    decoder('Qwen3-MoE', 'Qwen3MoeForCausalLM', 'Qwen3MoeConfig', **QWEN_MOE, norm_topk_prob=True),
+    decoder('Qwen3-MoE, shares of all experts, dense layers', 'Qwen3MoeForCausalLM', 'Qwen3MoeConfig', **QWEN_MOE,
+            head_dim=12, decoder_sparse_step=2, norm_topk_prob=False),
     decoder('Phi-3', 'Phi3ForCausalLM', 'Phi3Config'),
     decoder('Phi-3, a part of each head, window of 5', 'Phi3ForCausalLM', 'Phi3Config', sliding_window=5,
             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,

@@ -20,8 +20,10 @@ from tests.hf.published import (
     GPT_OSS,
     IMAGES,
     LIMIT,
+    MIXTRAL,
     MODERNBERT,
     NEOX,
+    QWEN_MOE,
     T5,
     TOKENS,
     WHISPER,
@@ -48,6 +50,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     'Qwen3': ('Qwen3ForCausalLM', 'Qwen3Config', {**DECODER, 'head_dim': 8}),
     'Gemma 2': ('Gemma2ForCausalLM', 'Gemma2Config', {**DECODER, 'head_dim': 8, 'sliding_window': 5}),
     'Gemma 3': ('Gemma3ForCausalLM', 'Gemma3TextConfig', {**DECODER, **GEMMA3}),
+    'Mixtral': ('MixtralForCausalLM', 'MixtralConfig', {**DECODER, **MIXTRAL}),
+    'Qwen3-MoE': ('Qwen3MoeForCausalLM', 'Qwen3MoeConfig', {**DECODER, **QWEN_MOE}),
     'Phi-3': ('Phi3ForCausalLM', 'Phi3Config', DECODER),
     'StarCoder2': ('Starcoder2ForCausalLM', 'Starcoder2Config', DECODER),
     'gpt-oss': ('GptOssForCausalLM', 'GptOssConfig', {**DECODER, **GPT_OSS}),
@@ -136,6 +140,8 @@ VALUES: dict[str, list[Any]] = {
     'use_bidirectional_attention': [True],
     'num_register_tokens': [0, 1, 3],
     'num_experts_per_tok': [1, 3],
+    'mlp_only_layers': [[0], [1, 2], [0, 1, 2]],
+    'decoder_sparse_step': [2, 3, 4],
     'relative_attention_max_distance': [7, 40],
 }
 # keys of older configs, which the classes turn into others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.cli.main import main
 from x_transformers.flags.base import FlagError
 from x_transformers.hf import explain, from_hf, keywords, to_hf
-from x_transformers.hf.convert import copy_tokenizer
+from x_transformers.hf.convert import FAMILIES, copy_tokenizer
 from x_transformers.hf.llama import LLAMA
 from x_transformers.saving import tensors
 from x_transformers.saving.errors import FolderError
@@ -118,6 +119,12 @@ def test_a_mistake_of_a_family_is_no_mistake_of_the_config(monkeypatch):
     monkeypatch.setattr('x_transformers.hf.llama.LLAMA', family)
     with pytest.raises(TypeError, match='unsupported operand'):
         keywords({'model_type': 'llama', 'vocab_size': 3})
+
+
+def test_the_readme_counts_the_families():
+    said = re.search(r'\*\*(\d+) families', (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8'))
+    assert said is not None
+    assert int(said[1]) == len(set(FAMILIES.values()))
 
 
 def rewrite(folder, change):

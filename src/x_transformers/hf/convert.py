@@ -34,6 +34,8 @@ FAMILIES = {
     'ministral': ('llama', 'MISTRAL'),
     'qwen2': ('llama', 'QWEN2'),
     'qwen3': ('llama', 'QWEN3'),
+    'mixtral': ('mixtral', 'MIXTRAL'),
+    'qwen3_moe': ('mixtral', 'QWEN3_MOE'),
     'phi3': ('phi3', 'PHI3'),
     'starcoder2': ('starcoder2', 'STARCODER2'),
     'gpt_oss': ('gpt_oss', 'GPT_OSS'),

@@ -8,6 +8,7 @@ from torch import Tensor
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, rotary, rule
 from x_transformers.hf.llama import FORWARD, UNUSED, biases, decoder, pre_norm_rules, windows
 from x_transformers.hf.maps import Map, each, together
+from x_transformers.hf.mixtral import expert_flags
 
 
 def gpt_oss(config: Config) -> Plain:
@@ -16,11 +17,6 @@ def gpt_oss(config: Config) -> Plain:
     config.only('swiglu_alpha', 1.702, 'this unit has the slope of quick_gelu only')
     config.skip('initial_context_length', 'experts_per_token')
     config.values.setdefault('attention_bias', True)
-    active = config.get('num_experts_per_tok', 4)
-    if active == 1:
-        config.wrong.append(
-            '`num_experts_per_tok` is 1: shares that add up to one need two experts, or the router learns nothing'
-        )
     dim_head = config.get('head_dim', config.need('hidden_size') // heads)
     turned = rotary(config, dim_head)
     if config.get('rope_theta') is None and config.get('rope_parameters', {}).get('rope_theta') is None:
@@ -36,10 +32,8 @@ def gpt_oss(config: Config) -> Plain:
         ff_custom_activation='quick_gelu',
         ff_glu_clamp_value=config.get('swiglu_limit', 7.0),
         ff_glu_add_one=True,
-        ff_experts=config.get('num_local_experts', config.get('num_experts', 128)),
-        ff_experts_active=active,
+        **expert_flags(config, 128, 4),
         ff_router_bias=True,
-        ff_router_balance='none',
     )
 
 

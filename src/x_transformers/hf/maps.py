@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
-Rows = Literal['stay', 'turn', 'move']
+Rows = Literal['stay', 'turn', 'move', 'below']
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Map:
     """From their tensors to ours, and back.
 
     ``rows``: what becomes of a row of theirs (of the first axis), so that a large tensor need not be held whole: 'stay': the
-    row of the same number; 'turn': the column of that number; 'move': the same row, somewhere else. None: something else.
+    row of the same number; 'turn': the column of that number; 'move': the same row, somewhere else; 'below': it lies, in the
+    order of theirs, below those of the tensors before. None: something else.
     """
 
     into: Callable[[Tensors], Tensors]
@@ -116,8 +117,21 @@ def regrouped_heads(heads: int, kv_heads: int, dim: int = 0) -> Map:
     return each(move(kv_heads, groups), move(groups, kv_heads), 'stay' if dim else 'move')
 
 
-# two of theirs are one of ours, one below the other
-JOINED = Map(lambda t: (together(t),), lambda t: tuple(part.contiguous() for part in t[0].chunk(2)))
+def below(parts: int, experts: int | None = None) -> Map:
+    """So many of theirs are one of ours, one below the other; with ``experts`` so many for each matrix of ours."""
+
+    def into(t: Tensors) -> Tensors:
+        whole = together(t)
+        return (whole if experts is None else whole.reshape(experts, whole.shape[0] // experts, *whole.shape[1:]),)
+
+    def back(t: Tensors) -> Tensors:
+        whole = t[0] if experts is None else t[0].flatten(0, 1)
+        return tuple(part.contiguous() for part in whole.chunk(parts * (experts or 1)))
+
+    return Map(into, back, 'below')
+
+
+JOINED = below(2)
 
 
 def split(parts: int | tuple[int, ...], dim: int = 0) -> Map:

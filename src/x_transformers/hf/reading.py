@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.hf.family import KeyRule
-from x_transformers.hf.maps import JOINED, SAME, Map, Rows
+from x_transformers.hf.maps import SAME, Map, Rows
 from x_transformers.saving.tensors import TensorPlace, TensorSource, Weights, rows_of_place
 
 
@@ -18,13 +18,8 @@ def sources_of(entry: KeyRule, weights: Weights) -> dict[str, TensorSource]:
     if entry.map is SAME:
         return {ours: weights.stored(theirs) for theirs, ours in zip(entry.theirs, entry.ours, strict=True)}
     place = weights.places[entry.theirs[0]]
-    if entry.map is JOINED:
-
-        def each(out: Tensor) -> None:
-            for name, part in zip(entry.theirs, out.chunk(2), strict=True):
-                weights.stored(name).into(part)
-
-        return {entry.ours[0]: TensorSource(place.dtype, each)}
+    if entry.map.rows == 'below':
+        return {entry.ours[0]: TensorSource(place.dtype, partial(rows_below, entry.theirs, weights))}
     if entry.map.rows is not None and len(entry.theirs) == 1:
         read = READ[entry.map.rows]
         return {
@@ -46,6 +41,12 @@ def held_sources(entry: KeyRule, weights: Weights, dtype: torch.dtype) -> dict[s
         return written
 
     return {name: TensorSource(dtype, into(name)) for name in entry.ours}
+
+
+def rows_below(theirs: tuple[str, ...], weights: Weights, out: Tensor) -> None:
+    whole = out.view(-1, *weights.shape(theirs[0])[1:])
+    for name, part in zip(theirs, whole.chunk(len(theirs)), strict=True):
+        weights.stored(name).into(part)
 
 
 # ``number``: which of the tensors that the map makes goes into ``out``
