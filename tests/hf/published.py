@@ -82,6 +82,9 @@ GPT_OSS = {
 }  # fmt: skip
 MIXTRAL = {'intermediate_size': 48, 'num_local_experts': 4, 'num_experts_per_tok': 2}
 QWEN_MOE = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 24}
+GRANITE = {
+    'embedding_multiplier': 6.0, 'attention_multiplier': 0.2, 'residual_multiplier': 0.4, 'logits_scaling': 2.5,
+}  # fmt: skip
 GEMMA3 = {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20, 'sliding_window_pattern': 2}
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
@@ -125,6 +128,9 @@ CASES = (
     decoder('Qwen3-MoE', 'Qwen3MoeForCausalLM', 'Qwen3MoeConfig', **QWEN_MOE, norm_topk_prob=True),
     decoder('Qwen3-MoE, shares of all experts, dense layers', 'Qwen3MoeForCausalLM', 'Qwen3MoeConfig', **QWEN_MOE,
             head_dim=12, decoder_sparse_step=2, norm_topk_prob=False),
+    decoder('Granite', 'GraniteForCausalLM', 'GraniteConfig', **GRANITE),
+    decoder('Granite, biases, tied', 'GraniteForCausalLM', 'GraniteConfig', attention_bias=True, mlp_bias=True,
+            embedding_multiplier=3.0, attention_multiplier=0.3, tie_word_embeddings=True),
     decoder('Phi-3', 'Phi3ForCausalLM', 'Phi3Config'),
     decoder('Phi-3, a part of each head, window of 5', 'Phi3ForCausalLM', 'Phi3Config', sliding_window=5,
             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,

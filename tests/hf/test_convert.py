@@ -103,6 +103,9 @@ def test_explained_as_python():
         ({'layer_types': 3, 'model_type': 'mistral', 'sliding_window': 4}, r'`layer_types` must be a list, got 3'),
         ({'rope_parameters': {'rope_theta': 'far'}}, r'`rope_parameters`, .*far.*, holds something that cannot be read'),
         ({'sliding_window': 'near', 'model_type': 'mistral'}, r"`sliding_window`, 'near', holds something that cannot be read"),
+        ({'logits_scaling': 0, 'model_type': 'granite'}, r'`logits_scaling` is 0, and logits are divided by it'),
+        ({'num_experts_per_tok': 1, 'model_type': 'mixtral'}, r'`num_experts_per_tok` is 1: shares that add up to one need'),
+        ({'num_local_experts': 1, 'model_type': 'mixtral'}, r'`num_local_experts` must be 2 or more'),
         ({'rope_theta': [1.0]}, r'`rope_theta` must be a number, or true or false, got \[1.0\]'),
     ],
 )

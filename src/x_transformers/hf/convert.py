@@ -36,6 +36,7 @@ FAMILIES = {
     'qwen3': ('llama', 'QWEN3'),
     'mixtral': ('mixtral', 'MIXTRAL'),
     'qwen3_moe': ('mixtral', 'QWEN3_MOE'),
+    'granite': ('granite', 'GRANITE'),
     'phi3': ('phi3', 'PHI3'),
     'starcoder2': ('starcoder2', 'STARCODER2'),
     'gpt_oss': ('gpt_oss', 'GPT_OSS'),
