@@ -192,7 +192,7 @@ def test_time_is_over_before_it_began(tmp_path: Path, capsys: Any) -> None:
     text, line = run(capsys, '--task', OWN, '--idea', 'bias=false', *SMALL, '--budget', '0s', '--out', str(tmp_path / 'o'))
     assert line['missing'] == 5
     assert line['rows'][0]['verdict'] == 'not resolved'
-    assert 'runs are missing' in text
+    assert '5 of 5 runs and timings are missing' in text
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,8 +439,11 @@ def test_a_timing_that_failed_is_told(tmp_path: Path) -> None:
     job = made.cost(asked, arm)
     made.store.path(job).mkdir(parents=True)
     made.store.write_failure(job, 'the worker was killed by SIGKILL')
-    told = [note for note in make_report(made, {}).notes() if 'timing' in note]
-    assert told == ['line: the timing of x failed: the worker was killed by SIGKILL. Add --only failed to repeat it.']
+    told = [note for note in make_report(made, {}).notes() if 'failed' in note]
+    assert told == [
+        'line: the timing of x failed: the worker was killed by SIGKILL',
+        '1 of 1 runs and timings failed. Add --only failed to repeat them.',
+    ]
 
 
 def test_titles_and_names_on_a_page_can_be_told_apart(tmp_path: Path) -> None:
@@ -518,6 +521,14 @@ def test_a_suite_is_shown_beside_published_numbers(tmp_path: Path, capsys: Any) 
     assert all(row['seeds'] == 2 for row in line['rows'])
     assert '0.25' in out
     assert 'suite must be one of' in complaint(capsys, 'mqra', command='evidence')
+    nowhere = tmp_path / 'nowhere'
+    for words, why in (
+        (['--budget', 'soon', '--out', str(nowhere)], '--budget must be a time'),
+        (['--workers', '-1', '--out', str(nowhere)], '--workers must be at least 0, got -1'),
+        (['--out', str(tmp_path / 'mqar' / 'table.md')], '--out must be a folder that can be written'),
+    ):
+        assert why in complaint(capsys, 'mqar', *words, command='evidence')
+    assert not nowhere.exists()
     assert '--steps must be at least 1, got 0' in complaint(capsys, 'mqar', '--steps', '0', command='evidence')
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from x_transformers.cli.ablate import Live, check_at_least, seconds_of
+from x_transformers.cli.ablate import Live, amount, check_at_least, seconds_of
 from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Question
 from x_transformers.evidence.findings import number
 from x_transformers.evidence.plan import question
-from x_transformers.evidence.runs import write_text
+from x_transformers.evidence.runs import write_text, writing_into
 from x_transformers.evidence.statistics import mean_interval
 from x_transformers.evidence.suites import SUITES, Suite
 from x_transformers.training.errors import TrainingError
@@ -91,18 +91,20 @@ def main(arguments: Sequence[str]) -> int:
     suite = SUITES[options.suite]()
     steps = None if options.steps is None else check_at_least(options.steps, 1, '--steps')
     asked = suite_questions(suite, check_at_least(options.seeds, 1, '--seeds'), steps)
+    workers, budget = check_at_least(options.workers, 0, '--workers'), seconds_of(options.budget)
     folder = Path(options.out or f'runs/evidence/{options.suite}')
     experiment = Experiment(asked, folder, costs=False)
     broken = experiment.check()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_into(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     jobs = experiment.jobs(broken)
     missing = sum(not experiment.store.settled(job) for job in jobs)
     if not options.json:
-        print(f'{suite.about} {suite.paper}\n{suite.reduced}\n{missing} runs to do in {folder}', file=sys.stderr)
+        instead = '' if steps is None else f' With --steps {steps}, every run has {amount(steps, "step")} in their place.'
+        print(f'{suite.about} {suite.paper}\n{suite.reduced}{instead}\n{missing} runs to do in {folder}', file=sys.stderr)
     live, stopped = Live(experiment, missing, options.json), False
     try:
-        workers = check_at_least(options.workers, 0, '--workers')
-        experiment.go(workers=workers, told=live.told, budget=seconds_of(options.budget), broken=broken)
+        experiment.go(workers=workers, told=live.told, budget=budget, broken=broken)
     except KeyboardInterrupt:
         stopped = True
     finally:

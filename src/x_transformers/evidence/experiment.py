@@ -28,6 +28,7 @@ from x_transformers.evidence.runs import (
     read_record,
     refuse_common,
     write_record,
+    writing_into,
 )
 from x_transformers.evidence.statistics import Comparison, compare, margin_of
 from x_transformers.evidence.tasks import make_task
@@ -257,12 +258,9 @@ class Experiment:
             raise TrainingError(f'--out must be an empty folder, got {folder} with other files. Choose another folder.')
         if before is not None and not resume:
             raise TrainingError(f'--out must be a new folder, got {folder} with these runs. Add --resume to continue there.')
-        try:
+        with writing_into(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_record(path, wanted)
-        except OSError as error:
-            why = f'{folder}: {error.strerror or error}'
-            raise TrainingError(f'--out must be a folder that can be written, got {why}. Choose another one.') from error
 
     # runs
 

@@ -78,6 +78,8 @@ class Findings:
     baselines: dict[str, list[float]] = field(default_factory=dict)
     untimed: dict[tuple[str, str], str] = field(default_factory=dict)
     """Why the timing of a (task, idea) failed."""
+    failures: int = 0
+    """Runs and timings that failed."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -146,12 +148,13 @@ class Findings:
                     line += f' Pairing {effect} the variance of differences (median of ideas).'
                 lines.append(line)
         for (task, idea), why in self.untimed.items():
-            lines.append(f'{task}: the timing of {idea} failed: {why}. Add --only failed to repeat it.')
+            lines.append(f'{task}: the timing of {idea} failed: {why}')
+        if self.failures:
+            lines.append(f'{self.failures} of {self.runs} runs and timings failed. Add --only failed to repeat them.')
         lines += self.scale_notes()
         if self.missing:
-            lines.append(
-                f'{self.missing} of {self.runs + self.missing} runs are missing. Run the same command with --resume to do them.'
-            )
+            every = self.runs + self.missing
+            lines.append(f'{self.missing} of {every} runs and timings are missing. Add --resume to do them.')
         return lines
 
     def scale_notes(self) -> list[str]:

@@ -50,10 +50,13 @@ def make_report(
     jobs = experiment.jobs(broken)
     done = sum(experiment.store.settled(job) for job in jobs)
     report = Report(experiment.outcomes(broken), experiment.folder, done, len(jobs) - done, dict(about or {}))
+    report.failures = sum(experiment.store.failure(job) is not None for job in jobs)
+    failed = {(outcome.task, outcome.idea) for outcome in report.outcomes if outcome.failed is not None}
     for question in experiment.questions:
         for arm in question.arms:
             failure = experiment.store.failure(experiment.cost(question, arm)) if experiment.costs else None
-            if failure is not None:
+            # where the runs failed too, their row says why
+            if failure is not None and (question.title, arm.name) not in failed:
                 report.untimed[question.title, arm.name] = failure['why']
         report.baseline_curves[question.title] = experiment.curves(question)
         report.about.setdefault('questions', {})[question.title] = {

@@ -152,6 +152,16 @@ def hash_of(options: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Errors: ``TrainingError`` for a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        why = f'{folder}: {error.strerror or error}'
+        raise TrainingError(f'--out must be a folder that can be written, got {why}. Choose another one.') from error
+
+
 class RunFolder:
     """The runs of a folder."""
 
