@@ -282,6 +282,15 @@ def test_keys_of_a_file_are_checked(tmp_path: Path, capsys: Any) -> None:
         ('ideas = 3', 'ideas must be a table'),
         ('[ideas]\nshift = 1', 'must be a table of flags'),
         ('task = "mqar"\n[tasks.two]\ntask = "mqar"', 'got both'),
+        ('task = 3', 'task must be a string or a list or a tuple, got 3'),
+        ('seeds = "three"', "seeds must be a whole number, got 'three'"),
+        ('seeds = 2.5', 'seeds must be a whole number, got 2.5'),
+        ('workers = "two"', "workers must be a whole number, got 'two'"),
+        ('out = 5', 'out must be a string, got 5'),
+        ('tasks.two = 3', 'the task two must be a table, got 3'),
+        ('[tasks.two]\ntask = "mqar"\nstep = 4', 'Did you mean steps'),
+        ('[tasks.two]\ntask = "mqar"\noptions = 3', 'options of two must be a table, got 3'),
+        ('[tasks.two]\ntask = "mqar"\nbase = 3', 'base of two must be a table, got 3'),
     ):
         path.write_text(text)
         assert words in complaint(capsys, str(path))

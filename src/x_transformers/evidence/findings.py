@@ -97,7 +97,7 @@ class Findings:
         """One line per idea: baseline, difference with its 95 % interval, verdicts per step and per second, costs."""
         head = (
             *('task', 'idea', 'metric', 'baseline', 'idea’s', 'difference', '95 % interval'),
-            *('p (Holm)', 'verdict', 'per second', 'time', 'seeds'),
+            *('p (Holm)', 'verdict', 'at equal time', 'time', 'seeds'),
         )
         lines = [head, *(self.cells(outcome) for outcome in self.outcomes)]
         if markdown:

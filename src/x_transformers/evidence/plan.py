@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from x_transformers.evidence.experiment import BASELINE, INDEPENDENT, Arm, Question
 from x_transformers.evidence.runs import Settings, TaskName
 from x_transformers.evidence.tasks import make_task
+from x_transformers.flags.base import kinds_of, one_kind
 from x_transformers.flags.presets import with_preset, without_usual
 from x_transformers.training.errors import TrainingError
+from x_transformers.training.options import fits
 
 SETTINGS = {field.name for field in dataclasses.fields(Settings)}
 TOP = {*SETTINGS, 'task', 'tasks', 'base', 'ideas', 'options', 'seeds', 'workers', 'out', 'lr_grid', 'device', 'ladder'}
+OF_TASK = ('task', 'label', 'options', 'base')
+KINDS: dict[str, Any] = {'task': str | Sequence[str], 'seeds': int, 'workers': int, 'out': str, 'device': str}
+"""What values of a file may be; settings and options of tasks are checked where they are read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,38 @@ def arm_of(text: str) -> Arm:
     return Arm(name.strip() if named else text.strip(), pairs_of([rest if named else text], '--idea'))
 
 
+def check_plan(path: str, values: Mapping[str, Any]) -> None:
+    """Errors: ``TrainingError`` for keys that mean nothing and values of another kind."""
+    check_keys(path, values, TOP)
+    for name in ('base', 'ideas', 'tasks', 'options'):
+        if not isinstance(values.get(name, {}), dict):
+            raise TrainingError(f'{path}: {name} must be a table, got {values[name]!r}. Write [{name}] and its keys below.')
+    for name, flags in values.get('ideas', {}).items():
+        if not isinstance(flags, dict):
+            raise TrainingError(f'{path}: the idea {name} must be a table of flags, got {flags!r}. Write [ideas.{name}].')
+    for name, entry in values.get('tasks', {}).items():
+        if not isinstance(entry, dict):
+            raise TrainingError(f'{path}: the task {name} must be a table, got {entry!r}. Write [tasks.{name}].')
+        check_keys(f'{path}: [tasks.{name}]', entry, {*SETTINGS, *OF_TASK})
+        for part in ('options', 'base'):
+            if not isinstance(entry.get(part, {}), dict):
+                raise TrainingError(f'{path}: {part} of {name} must be a table, got {entry[part]!r}. Write {{ NAME = VALUE }}.')
+    for name, kind in KINDS.items():
+        if name in values and not fits(values[name], kind):
+            wanted = ' or '.join(one_kind(part)[0] for part in kinds_of(kind))
+            raise TrainingError(f'{path}: {name} must be {wanted}, got {values[name]!r}. Give another value.')
+    if 'task' in values and 'tasks' in values:
+        raise TrainingError(f'{path} must have either task or [tasks.NAME], got both. Leave out one.')
+
+
+def check_keys(where: str, values: Mapping[str, Any], known: Collection[str]) -> None:
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f' Did you mean {near[0]}?' if near else ' Remove what is not among them.'
+        raise TrainingError(f'{where}: keys must be among {", ".join(sorted(known))}, got {", ".join(unknown)}.{hint}')
+
+
 def read_plan(path: str) -> Plan:
     """Errors: ``TrainingError`` for a file that cannot be read, is no TOML, or has keys that mean nothing."""
     try:
@@ -96,19 +133,7 @@ def read_plan(path: str) -> Plan:
         raise TrainingError(f'{path} cannot be read: {error.strerror or error}. Give the path of a TOML file.') from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainingError(f'{path} must be a TOML file, got: {error}. Correct it there.') from error
-    unknown = [name for name in values if name not in TOP]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], TOP, n=1)
-        hint = f' Did you mean {near[0]}?' if near else ' Remove what is not among them.'
-        raise TrainingError(f'{path}: keys must be among {", ".join(sorted(TOP))}, got {", ".join(unknown)}.{hint}')
-    for name in ('base', 'ideas', 'tasks', 'options'):
-        if not isinstance(values.get(name, {}), dict):
-            raise TrainingError(f'{path}: {name} must be a table, got {values[name]!r}. Write [{name}] and its keys below.')
-    for name, flags in values.get('ideas', {}).items():
-        if not isinstance(flags, dict):
-            raise TrainingError(f'{path}: the idea {name} must be a table of flags, got {flags!r}. Write [ideas.{name}].')
-    if 'task' in values and 'tasks' in values:
-        raise TrainingError(f'{path} must have either task or [tasks.NAME], got both. Leave out one.')
+    check_plan(path, values)
     single = values.get('task', ())
     names = [single] if isinstance(single, str) else list(single)
     tasks: list[Mapping[str, Any]] = [{'task': name, 'options': values.get('options', {})} for name in names]
