@@ -56,6 +56,10 @@ BERT = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 2, 'num_attention_heads': 4,
     'max_position_embeddings': 64, 'pad_token_id': 0,
 }  # fmt: skip
+ROBERTA = {**BERT, 'pad_token_id': 1, 'type_vocab_size': 1}
+DISTILBERT = {
+    'vocab_size': TOKENS, 'dim': 32, 'hidden_dim': 44, 'n_layers': 2, 'n_heads': 4, 'max_position_embeddings': 64,
+}  # fmt: skip
 MODERNBERT = {
     'vocab_size': TOKENS, 'hidden_size': 32, 'intermediate_size': 44, 'num_hidden_layers': 4, 'num_attention_heads': 4,
     'max_position_embeddings': 64, 'local_attention': 8, 'pad_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2,
@@ -166,6 +170,10 @@ CASES = (
     other('T5, encoder', 'T5EncoderModel', 'T5Config', **T5),
     other('BERT, masked words', 'BertForMaskedLM', 'BertConfig', **BERT),
     other('BERT', 'BertModel', 'BertConfig', **BERT, hidden_act='relu', type_vocab_size=3),
+    other('RoBERTa, masked words', 'RobertaForMaskedLM', 'RobertaConfig', **ROBERTA),
+    other('XLM-RoBERTa', 'XLMRobertaModel', 'XLMRobertaConfig', **ROBERTA | {'type_vocab_size': 2}, hidden_act='quick_gelu'),
+    other('DistilBERT, masked words', 'DistilBertForMaskedLM', 'DistilBertConfig', **DISTILBERT),
+    other('DistilBERT', 'DistilBertModel', 'DistilBertConfig', **DISTILBERT, activation='relu'),
     other('ModernBERT, masked words', 'ModernBertForMaskedLM', 'ModernBertConfig', **MODERNBERT),
     other('ModernBERT, biases, untied', 'ModernBertForMaskedLM', 'ModernBertConfig', **MODERNBERT | {'local_attention': 6},
           attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True, decoder_bias=False,
@@ -211,11 +219,14 @@ def inputs(model: Any) -> dict[str, Tensor]:
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, LENGTH - 6 :] = 0
     given = {'input_ids': torch.randint(0, config.vocab_size, (2, LENGTH)), 'attention_mask': mask}
+    if 'roberta' in config.model_type:
+        # theirs counts no positions where the id of padding stands, which is no word
+        given['input_ids'] = given['input_ids'].masked_fill(given['input_ids'] == config.pad_token_id, 3)
     if config.model_type == 't5' and config.is_encoder_decoder:
         given['decoder_input_ids'] = torch.randint(0, config.vocab_size, (2, LENGTH))
         # of the answer all tokens count, of the question those that the mask shows
         given['attention_mask'] = mask
-    if config.model_type == 'bert':
+    if hasattr(config, 'type_vocab_size'):
         given['token_type_ids'] = torch.randint(0, config.type_vocab_size, (2, LENGTH))
     return given
 

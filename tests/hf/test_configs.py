@@ -15,6 +15,7 @@ import torch
 from tests.hf.published import (
     BERT,
     DECODER,
+    DISTILBERT,
     GEMMA3,
     GPT2,
     GPT_OSS,
@@ -25,6 +26,7 @@ from tests.hf.published import (
     MODERNBERT,
     NEOX,
     QWEN_MOE,
+    ROBERTA,
     T5,
     TOKENS,
     WHISPER,
@@ -60,6 +62,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     'GPT-2': ('GPT2LMHeadModel', 'GPT2Config', GPT2),
     'GPT-NeoX': ('GPTNeoXForCausalLM', 'GPTNeoXConfig', NEOX),
     'BERT': ('BertForMaskedLM', 'BertConfig', BERT),
+    'RoBERTa': ('RobertaForMaskedLM', 'RobertaConfig', ROBERTA),
+    'DistilBERT': ('DistilBertForMaskedLM', 'DistilBertConfig', DISTILBERT),
     'ModernBERT': ('ModernBertForMaskedLM', 'ModernBertConfig', MODERNBERT),
     'T5': ('T5ForConditionalGeneration', 'T5Config', T5),
     'Whisper': ('WhisperEncoder', 'WhisperConfig', WHISPER),
@@ -248,6 +252,8 @@ def test_stretched_frequencies_beyond_the_longest_sequence() -> None:
     [
         ('LlamaForSequenceClassification', 'LlamaConfig', DECODER),
         ('BertForTokenClassification', 'BertConfig', BERT),
+        ('RobertaForCausalLM', 'RobertaConfig', ROBERTA),
+        ('DistilBertForQuestionAnswering', 'DistilBertConfig', DISTILBERT),
         ('GPT2DoubleHeadsModel', 'GPT2Config', GPT2),
         ('ModernBertForQuestionAnswering', 'ModernBertConfig', MODERNBERT),
     ],

@@ -106,6 +106,10 @@ def test_explained_as_python():
         ({'logits_scaling': 0, 'model_type': 'granite'}, r'`logits_scaling` is 0, and logits are divided by it'),
         ({'num_experts_per_tok': 1, 'model_type': 'mixtral'}, r'`num_experts_per_tok` is 1: shares that add up to one need'),
         ({'num_local_experts': 1, 'model_type': 'mixtral'}, r'`num_local_experts` must be 2 or more'),
+        (
+            {'max_position_embeddings': 2, 'model_type': 'roberta'},
+            r'`max_position_embeddings` must be above `pad_token_id` \+ 1, 2, got 2',
+        ),
         ({'rope_theta': [1.0]}, r'`rope_theta` must be a number, or true or false, got \[1.0\]'),
     ],
 )

@@ -117,6 +117,17 @@ def regrouped_heads(heads: int, kv_heads: int, dim: int = 0) -> Map:
     return each(move(kv_heads, groups), move(groups, kv_heads), 'stay' if dim else 'move')
 
 
+def behind(count: int) -> Map:
+    """Without so many rows in front, which are zeros on the way back."""
+    if not count:
+        return SAME
+
+    def back(t: Tensor) -> Tensor:
+        return together((t.new_zeros(count, *t.shape[1:]), t))
+
+    return each(lambda t: t[count:], back, 'move')
+
+
 def below(parts: int, experts: int | None = None) -> Map:
     """So many of theirs are one of ours, one below the other; with ``experts`` so many for each matrix of ours."""
 
