@@ -153,6 +153,7 @@ def test_intermediates_are_complete():
         {'value_rmsnorm': True, 'laser': True},
         {'head_scale': True, 'gate_value_heads': True, 'gate_values': True, 'on_attn': True},
         {'rotate_num_heads': 2},
+        {'rotate_num_heads': 0, 'kv_heads': 2},
         {'max_attend_past': 2},
         {'orthog_projected_values': True, 'orthog_projected_values_per_head': True},
         {'head_learned_sink': True, 'softclamp_logits': True},

@@ -346,6 +346,7 @@ POSITIONS = (
         rotary_scaling={'type': 'longrope', 'short_factor': (1.0, 1.5), 'long_factor': (2.0, 4.0), 'original_length': 4},
     ),
     group('rotate_num_heads', SELF, rotary_pos_emb=True, rotate_num_heads=2),
+    group('rotate_none', SELF, rotary_pos_emb=True, rotate_num_heads=per_layer((None, 0))),
     group('polar', SELF, polar_pos_emb=True),
     group('polar_uniform', SELF, polar_pos_emb=True, polar_bias_uniform_init=True),
     group('path', STRICT, attn_path=True),

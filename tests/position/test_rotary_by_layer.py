@@ -32,6 +32,30 @@ def test_each_layer_turns_by_its_own_frequencies():
     assert torch.allclose(stack(X), stack.final_norm(x))
 
 
+def test_layers_without_positions():
+    """https://arxiv.org/abs/2501.18795: some layers turn their heads, others read none of the positions."""
+    stack = made(rotate_num_heads=(None, 0, 1))
+    embedding, x = RotaryEmbedding(8).double()(torch.arange(7)), X
+    for index, layer in enumerate(stack.layers):
+        own = {} if index % 2 or index == 2 else {'rotary_pos_emb': embedding}
+        x = x + layer.branch(layer.norms[0](x), **own)
+    assert torch.allclose(stack(X), stack.final_norm(x))
+    net = TransformerWrapper(num_tokens=9, max_seq_len=12, attn_layers=Decoder(**SMALL, rotate_num_heads=(0, None)))
+    net = shaken(net, 0).double().eval()
+    ids = torch.randint(0, 9, (2, 8), generator=torch.Generator().manual_seed(0))
+    cache = None
+    for at in range(8):
+        logits, cache = net(ids[:, : at + 1], cache=cache, return_intermediates=True)
+        assert torch.allclose(logits[:, -1], net(ids[:, : at + 1])[:, -1])
+        held = cache.attn_intermediates[0].cached_kv[0]
+        assert torch.allclose(held, net(ids[:, : at + 1], return_intermediates=True)[1].attn_intermediates[0].cached_kv[0])
+
+
+def test_no_head_that_turns_is_told():
+    with pytest.warns(UserWarning, match='no head turns, so that rotary positions do nothing'):
+        Decoder(**SMALL, rotate_num_heads=0)
+
+
 def test_one_embedding_for_each_distinct_value():
     assert made(rotary_theta=(100.0, 1e4, 100.0)).rotary_of_layer == (0, 0, 1, 0, 0, 0)
     one, same = made(rotary_theta=100.0), made(rotary_theta=(100.0, 100.0, 100.0))

@@ -48,7 +48,7 @@ class AttentionFlags(ProjectionFlags):
         },
     )  # fmt: skip
     rotate_num_heads: int | None = flag(
-        None, 'Only this many of the heads, the last ones, get rotary positions.', low=1, traits='set_by_stack',
+        None, 'Only this many of the heads, the last ones, get rotary positions; 0: none.', low=0, traits='set_by_stack',
         family='positions',
         excludes={
             'latent_rope_subheads': (

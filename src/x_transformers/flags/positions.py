@@ -18,10 +18,14 @@ from x_transformers.flags.rule import Rule
 
 DYNAMIC = 'https://arxiv.org/abs/2108.00154'
 GRID = 'https://arxiv.org/abs/2403.13298'
+NOPE = 'https://arxiv.org/abs/2501.18795'
 POLAR = 'https://arxiv.org/abs/2509.10534'
 ROTARY = 'https://arxiv.org/abs/2104.09864'
 T5 = 'https://arxiv.org/abs/1910.10683'
 XPOS = 'https://arxiv.org/abs/2212.10554'
+
+# a reason that two rules have
+ALL_TURN = 'each head turns in its own way, so all of them turn'
 
 ANY_POSITION_BIAS = ('alibi_pos_bias', 'rel_pos_bias', 'dynamic_pos_bias')
 ANY_ROTARY = ('rotary_pos_emb', 'rotary_xpos')
@@ -120,8 +124,17 @@ class PositionFlags(NormFlags):
         ),
     )  # fmt: skip
     rotate_num_heads: int | None = flag(
-        None, 'Rotate only this many heads of self attention, the last ones.', parent=ANY_ROTARY, low=1, each='attention',
+        None, 'Rotate only this many heads of self attention, the last ones; 0 in some of the layers: these read no positions.',
+        paper=(ROTARY, NOPE), parent=ANY_ROTARY, low=0, each='attention',
         refused={'tensor': 'the last of all heads are counted'},
+        rules=(
+            Rule(
+                ('rotate_num_heads', 'rotary_pos_emb', 'rotary_xpos'),
+                lambda flags, dim: flags.rotary and flags.rotate_num_heads == 0,
+                'no head turns, so that rotary positions do nothing', {'rotary_pos_emb': True, 'rotate_num_heads': 0},
+                'Give 0 to some of the layers only.', only_changed=True, inert=True,
+            ),
+        ),
     )  # fmt: skip
     polar_pos_emb: bool = flag(
         False, 'Polar positions: content sets the length, position the angle.', paper=POLAR, family='positions',
@@ -171,9 +184,16 @@ class PositionFlags(NormFlags):
         'orthogonal directions.', paper=GRID, parent='rotary_axes', since='here',
         refused={'tensor': 'each key head turns in its own way, and positions are made for all of them'},
         excludes={
-            ('rotate_num_heads', 'attn_latent_rope_subheads'): 'each head turns in its own way, so all of them turn',
+            ('rotate_num_heads', 'attn_latent_rope_subheads'): ALL_TURN,
             'kv_share_every': 'each layer turns its queries and keys in its own way',
         },
+        rules=(
+            Rule(
+                ('rotary_axes_mixed', 'rotate_num_heads'),
+                lambda flags, dim: flags.rotary_axes_mixed and flags.rotate_num_heads == 0, ALL_TURN,
+                {'rotary_pos_emb': True, 'rotary_axes': (4, 4), 'rotary_axes_mixed': True, 'rotate_num_heads': 0},
+            ),
+        ),
     )  # fmt: skip
     rotary_theta: float = flag(
         10000.0, 'Base of the wavelengths: the slowest pair turns once in about 2π times this many tokens.', paper=ROTARY,

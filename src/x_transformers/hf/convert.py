@@ -37,6 +37,7 @@ FAMILIES = {
     'mixtral': ('mixtral', 'MIXTRAL'),
     'qwen3_moe': ('mixtral', 'QWEN3_MOE'),
     'granite': ('granite', 'GRANITE'),
+    'smollm3': ('smollm3', 'SMOLLM3'),
     'phi3': ('phi3', 'PHI3'),
     'starcoder2': ('starcoder2', 'STARCODER2'),
     'gpt_oss': ('gpt_oss', 'GPT_OSS'),

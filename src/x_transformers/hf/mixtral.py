@@ -44,6 +44,7 @@ def expert_flags(config: Config, usual: int, active: int, *, normalized: bool = 
 def mixtral(config: Config) -> Plain:
     config.skip('router_jitter_noise')
     config.values.setdefault('rms_norm_eps', 1e-5)
+    config.values.setdefault('rope_theta', 1e6)
     usual = ['sliding_attention'] * config.need('num_hidden_layers')
     mixed = expert_flags(config, 8, 2)
     return decoder(config, **activation(config, 'hidden_act', 'silu'), **windows(config, usual), **mixed)
@@ -51,7 +52,8 @@ def mixtral(config: Config) -> Plain:
 
 def mixed_layers(config: Config) -> list[int]:
     """The layers with experts."""
-    dense, step = config.get('mlp_only_layers', []), config.get('decoder_sparse_step', 1)
+    config.values.setdefault('decoder_sparse_step', 1)
+    dense, step = config.get('mlp_only_layers', []), config.need('decoder_sparse_step')
     return [layer for layer in range(config.need('num_hidden_layers')) if layer not in dense and (layer + 1) % step == 0]
 
 

@@ -77,6 +77,8 @@ class RotaryTable:
         self, t: Float[Tensor, 'b h n d'], heads: int | None, before: int = 0, inverse: bool = False, back: bool = False
     ) -> Float[Tensor, 'b h n d']:
         """``inverse``: divide by the scale of each row instead of multiplying; ``back``: undo it all."""
+        if heads == 0:
+            return t
         if heads is not None and heads < t.shape[1]:
             still = t.shape[1] - heads
             return torch.cat((t[:, :still], self.rotated(t[:, still:], None, before, inverse, back)), dim=1)
