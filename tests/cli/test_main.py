@@ -119,6 +119,19 @@ def test_a_finished_run_is_not_trained_again(tmp_path, text, capsys):
     assert metrics(run) == before
 
 
+def test_the_same_command_begins_a_run_and_continues_it(tmp_path, text, capsys):
+    run = tmp_path / 'run'
+    for steps in (2, 4):
+        assert main(train(text, run, '--auto-resume', steps=steps)) == 0
+    assert capsys.readouterr().out.count('resuming') == 1
+    whole = tmp_path / 'whole'
+    assert main(train(text, whole, steps=2)) == 0
+    assert main(['train', '--run-dir', str(whole), '--resume', '--steps', '4']) == 0
+    assert (run / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+    said = sentence_of(capsys, train(text, run, '--auto-resume', '--lr', '0.5'))
+    assert '--lr must be 0.003, with which this run was started, got 0.5.' in said
+
+
 def test_a_run_folder_that_holds_a_run_is_refused_and_kept(tmp_path, text, capsys):
     run = tmp_path / 'run'
     assert main(train(text, run)) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -87,6 +88,34 @@ def test_a_killed_run_goes_on_in_one_process_and_back(tmp_path: Path, grid: str)
     for begin in (first, second):
         for step in range(begin + 1, min(begin + 20, STEPS) + 1):
             assert abs(mine[step] - want[step]) <= 1e-3 * want[step], (step, mine[step], want[step])
+
+
+def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
+    """The same command again, with nobody at the keyboard: it goes on from its last checkpoint to the same losses."""
+    text = tmp_path / 'text'
+    text.write_text('the cat sat on the mat, the dog ran. ' * 1000, encoding='utf-8')
+
+    def start(run: str) -> Started:
+        given = ['train', '--data', str(text), *SMALL, '--steps', str(STEPS), '--shard', 'full', '--auto-resume']
+        return Started([*given, '--run-dir', str(tmp_path / run)], 2, tmp_path / 'log', restarts=1)
+
+    whole = start('whole').ended()
+    assert whole.status == 0, whole.output
+    assert 'resuming' not in whole.output
+    started = start('killed')
+    started.until(lambda: saved(tmp_path / 'killed') >= 8)
+    before = started.processes()
+    started.signal(signal.SIGKILL, 1)
+    found = started.ended()
+    assert found.status == 0, found.output
+    assert before.keys() == {0, 1}
+    at = re.findall(rf'resuming .* after step (\d+) of {STEPS}', found.output)
+    assert len(at) == 1, found.output
+    assert 8 <= int(at[0]) < STEPS
+    assert not found.traced, found.output
+    assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+    published = [(tmp_path / run / 'model.safetensors').read_bytes() for run in ('killed', 'whole')]
+    assert published[0] == published[1]
 
 
 def assert_loaded(run: Path, world: int, folder: Path) -> None:

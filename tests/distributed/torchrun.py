@@ -33,6 +33,7 @@ class Started:
 
     Args:
         own: options that a process of this rank has beside the others.
+        restarts: how often torchrun starts all processes again when one of them has failed.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Started:
         log: Path,
         own: dict[int, list[str]] | None = None,
         module: str = 'x_transformers',
+        restarts: int = 0,
     ) -> None:
         env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
         command = [sys.executable, '-m', module, *arguments]
@@ -50,7 +52,8 @@ class Started:
             command = ['bash', '-c', f'case $RANK in {cases} esac; exec "$@"', 'started', *command]
         if world > 1:
             run = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(world)]
-            command = [*run, '--master-port', str(free_port()), '--no-python', *command]
+            run += ['--max-restarts', str(restarts), '--master-port', str(free_port())]
+            command = [*run, '--no-python', *command]
         self.log = log
         log.unlink(missing_ok=True)
         # each writes behind the others

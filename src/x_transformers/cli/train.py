@@ -21,7 +21,7 @@ from x_transformers.training.build import USUAL_PRESET
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.lock import locked
 from x_transformers.training.options import AXES, WITH_TENSOR, TrainOptions, often, option
-from x_transformers.training.run import begin, finish, prepare_run
+from x_transformers.training.run import CONFIG, begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
 ABOUT = """Train a language model and write it, its losses, their picture and a sample into a run folder.
@@ -69,7 +69,13 @@ def parse(arguments: Sequence[str]) -> Parsed:
     flags = ModelOptions(**{group: getattr(read, group) for group in GROUPS}).given() | file.only_here
     flags.setdefault('max_seq_len', read.training.seq_len)
     known = {*all_keywords(), *(field.name for field in dataclasses.fields(TrainOptions))}
-    return Parsed(flags, read.training, frozenset(typed_names(arguments, known) | file.names), file.preset)
+    return Parsed(flags, as_it_stands(read.training), frozenset(typed_names(arguments, known) | file.names), file.preset)
+
+
+def as_it_stands(options: TrainOptions) -> TrainOptions:
+    """``--auto-resume`` is ``--resume`` where there is a run."""
+    begun = options.auto_resume and (Path(options.run_dir) / CONFIG).exists()
+    return dataclasses.replace(options, resume=True) if begun else options
 
 
 def check_one_process(options: TrainOptions) -> None:

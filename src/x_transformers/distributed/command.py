@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from types import FrameType
@@ -19,9 +17,10 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import Store
 
 from x_transformers.distributed.engine import MeshEngine
+from x_transformers.distributed.meeting import PATIENCE, meet
 from x_transformers.distributed.mesh import Degrees, MeshError, World, is_lost, start, stop
 from x_transformers.distributed.refusals import check, option_refusals
 from x_transformers.distributed.staged import StagedEngine
@@ -35,7 +34,6 @@ from x_transformers.training.run import RunConfig, begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
 BAD_INPUT = 2
-PATIENCE = 3.0  # seconds, of the ten in which all are to end
 LATER = 0.5  # for which the others wait, so that the main process speaks before they end
 LOST = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -63,11 +61,10 @@ def train_or_say_why(parse: Callable[[], Any]) -> int:
             raise  # what was asked for was help
         found = error
     try:
-        # it is held, as the others find the main process by it when the grid is made
-        _store = check_alike(found)
+        store = check_alike(found)
         if isinstance(found, BaseException):
             raise found
-        world = start(found.degrees, found.options.device or 'auto', timeout=found.options.timeout)
+        world = start(found.degrees, found.options.device or 'auto', timeout=found.options.timeout, store=store)
     except (FlagError, TrainingError, SystemExit) as error:
         on_term(signal.SIG_IGN)
         if not is_main:
@@ -239,8 +236,8 @@ def beside(options: TrainOptions) -> dict[str, bool]:
     return {name: getattr(options, name) for name in WITH_TENSOR}
 
 
-def check_alike(found: OwnOptions | BaseException) -> Any:
-    """Compare with what the other processes were started with, before a grid is made of them; the store that holds it.
+def check_alike(found: OwnOptions | BaseException) -> Store | None:
+    """Compare with what the other processes were started with, before a grid is made of them; the store of all of them.
 
     Errors: ``MeshError`` if that is not the same, or one of the others has found fault with it.
     """
@@ -251,8 +248,8 @@ def check_alike(found: OwnOptions | BaseException) -> Any:
         own = ('its options cannot be read.' if isinstance(found, SystemExit) else str(found), {}, {})
         timeout = JOIN_TO_COMPLAIN
     try:
-        store, everywhere = told_by_all(own, timeout=timeout)
-    except (dist.DistError, ValueError) as error:  # they do not come, or it was not said where they are
+        store, everywhere = meet(own, timeout=timeout)
+    except (dist.DistError, TimeoutError, ValueError) as error:  # they do not come, or it was not said where they are
         if own[0]:
             return None  # the others may never have been started
         raise MeshError(f'not all processes can be reached ({str(error).splitlines()[0][:120]}). Start all of them.') from error
@@ -270,19 +267,6 @@ def check_alike(found: OwnOptions | BaseException) -> Any:
                 f'all processes must have the same options, got others in process {rank}: {", ".join(names)}. Start them alike.'
             )
     return store
-
-
-def told_by_all(own: Any, *, timeout: float) -> tuple[Any, list[Any]]:
-    """(the store that processes find each other by, what each of them tells through it in the order of their numbers)."""
-    store, rank, size = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
-    store.set(f'x-transformers/{rank}', pickle.dumps(own))
-    everywhere = [pickle.loads(store.get(f'x-transformers/{each}')) for each in range(size)]
-    store.add('x-transformers/read', 1)
-    # the main process may hold the store, which the others are still to ask
-    deadline = time.monotonic() + PATIENCE
-    while rank == 0 and store.add('x-transformers/read', 0) < size and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return store, everywhere
 
 
 def of_main(world: World, act: Callable[[], T]) -> T:

@@ -10,8 +10,10 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 
 from x_transformers.distributed.degrees import AXES, Degrees, MeshError, Shard
+from x_transformers.distributed.meeting import meet
 from x_transformers.distributed.refusals import option_refusals
 from x_transformers.training.build import choose_device
 
@@ -80,13 +82,14 @@ class World:
         dist.barrier()
 
 
-def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: float = 600.0) -> World:
+def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: float = 600.0, store: Store | None = None) -> World:
     """Join the processes that ``torchrun`` (or Slurm with the same variables) has started; the grid that they make up.
 
     Args:
         degrees: None takes all processes as copies.
         device: cpu, cuda, or auto: the accelerator whose number is the process's number on its node, else the CPU.
         timeout: seconds after which a process that hears nothing from another gives up.
+        store: by which these processes, and no others, find each other; None: they meet first.
 
     Errors: ``MeshError`` before anything is started, when the number of processes does not fit.
     """
@@ -101,7 +104,9 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
             store = torch._C._distributed_c10d.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout))
         else:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            own = store or meet(timeout=timeout).store
+            rank = int(os.environ['RANK'])
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     sizes = {'replicate': whole.replicate, 'shard': whole.shard * whole.context, 'tensor': whole.tensor}
     if whole.pipeline > 1:
         sizes = {'pipeline': whole.pipeline, **sizes}

@@ -19,7 +19,7 @@ WITH_TENSOR = ('sequence_parallel', 'loss_parallel')
 FREE_ON_RESUME = {
     'data', 'data_cache', 'device', 'threads', 'compile', 'log', 'tensorboard', 'val_every', 'val_bytes', 'val_data',
     'final_bytes', 'save_every', 'keep', 'keep_best', 'sample_prompt', 'sample_length', 'sample_every', 'steps', 'peak_flops',
-    'exit_on_term', 'json', 'shard', 'checkpointing', 'offload', 'timeout', *AXES, *WITH_TENSOR,
+    'exit_on_term', 'json', 'auto_resume', 'shard', 'checkpointing', 'offload', 'timeout', *AXES, *WITH_TENSOR,
 }  # fmt: skip
 
 # (lowest, below which it must stay) of each number
@@ -144,6 +144,8 @@ class TrainOptions(TrainerOptions):
     """Output folder of the run; a folder that already holds a run is only changed with --resume."""
     resume: bool = often(False)
     """Continue the run in --run-dir from its last checkpoint; with more --steps also one that has finished."""
+    auto_resume: bool = False
+    """--resume if --run-dir holds a run, else a new run: for those who start the same command again, as torchrun does."""
     device: str | None = often('auto')
     """cpu, cuda, cuda:1, mps, ...; auto: the first accelerator there is, else the CPU."""
     threads: int | None = None
