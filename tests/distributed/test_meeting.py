@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from x_transformers.distributed import meeting
+from x_transformers.distributed.command import is_first_in
 from x_transformers.distributed.meeting import Meeting, meet
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without torch.distributed')
@@ -69,3 +71,8 @@ def test_those_who_tell_the_same_again_are_others(store: Any) -> None:
 def test_one_that_does_not_come_is_not_waited_for_longer(store: Any) -> None:
     told(0)
     assert told(1, gone=1, timeout=0.5) == ['not all processes have come in time'] * (SIZE - 1)
+
+
+def test_without_a_store_one_speaks(tmp_path: Path) -> None:
+    assert [is_first_in(tmp_path) for _ in range(SIZE)] == [True, False, False]
+    assert is_first_in(tmp_path / 'not yet there')

@@ -34,6 +34,7 @@ from x_transformers.training.run import RunConfig, begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
 BAD_INPUT = 2
+TOLD = '.told'  # a file of the run: why all have ended has been said
 LATER = 0.5  # for which the others wait, so that the main process speaks before they end
 LOST = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -74,7 +75,7 @@ def train_or_say_why(parse: Callable[[], Any]) -> int:
         else:
             say_why(str(error))
         return BAD_INPUT
-    asked = found.asked
+    asked, folder = found.asked, Path(found.options.run_dir)
     try:
         on_term(terminate)
         with ExitStack() as held, contextlib.nullcontext() if is_main else speechless():
@@ -83,19 +84,19 @@ def train_or_say_why(parse: Callable[[], Any]) -> int:
         return status
     except (FlagError, TrainingError) as error:
         on_term(signal.SIG_IGN)
-        if speaks_first(world):
+        if speaks_first(world, folder):
             say_why(str(error))
         return BAD_INPUT
     except Terminated:
         on_term(signal.SIG_IGN)
-        if speaks_first(world):
+        if speaks_first(world, folder):
             say_why('stopped by SIGTERM between its steps; what was saved before is untouched')
         end_at_once(TERMINATED)
     except RuntimeError as error:
         on_term(signal.SIG_IGN)
         if not is_lost(error):
             raise
-        if speaks_first(world):
+        if speaks_first(world, folder):
             told = str(error).splitlines()[0][:120]
             say_why(f'process {world.rank} has lost another one ({told}); start all of them again with --resume')
         end_at_once(LOST)
@@ -150,6 +151,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
 
     def open_folder() -> RunConfig:
         held.enter_context(locked(Path(options.run_dir), create=not options.resume))
+        Path(options.run_dir, TOLD).unlink(missing_ok=True)
         return begin(asked.flags, options, typed=asked.typed, typed_flags=asked.typed_flags)
 
     from x_transformers.cli.ending import say_written, stopped
@@ -291,28 +293,37 @@ def end_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-def speaks_first(world: World) -> bool:
+def speaks_first(world: World, folder: Path) -> bool:
     """Whether this process is to say what went wrong: the main one if it knows, else the first of the others."""
     if not world.is_main:
         time.sleep(LATER)
     answers: list[bool] = []
 
     def ask() -> None:
-        try:
+        with contextlib.suppress(Exception):  # whoever held the store is gone
             store = dist.distributed_c10d._get_default_store()
             answers.append(store.add('complained', 1) == 1)
             # the main process may hold the store, which the others are still to ask
             deadline = time.monotonic() + PATIENCE
             while world.is_main and store.add('complained', 0) < world.size and time.monotonic() < deadline:
                 time.sleep(0.05)
-        except Exception:  # whoever held the store is gone
-            answers.append(True)
 
     # whoever holds the store may not answer
     asking = Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2 * PATIENCE if world.is_main else PATIENCE)
-    return answers[0] if answers else True
+    return answers[0] if answers else is_first_in(folder)
+
+
+def is_first_in(folder: Path) -> bool:
+    """The same without a store: by a file in the folder of the run, which stays until it is opened again."""
+    try:
+        os.close(os.open(folder / TOLD, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:  # there is no such folder yet
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -57,12 +57,13 @@ class World:
         """One axis of the processes that have slices of the same sequences."""
         degrees = self.degrees
         shape = (self.data_size, degrees.context, degrees.tensor)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=('data', 'context', 'tensor'))['context']
+        made = init_device_mesh(self.device.type, shape, mesh_dim_names=('data', 'context', 'tensor'))
+        return giving_up_after(self.timeout, made)['context']
 
     @cached_property
     def data_mesh(self) -> DeviceMesh:
         """One axis of all processes that read different data, or different slices of them."""
-        return self.mesh['replicate', 'shard']._flatten('data')
+        return giving_up_after(self.timeout, self.mesh['replicate', 'shard']._flatten('data'))
 
     @cached_property
     def aside(self) -> dist.ProcessGroup:
@@ -111,7 +112,16 @@ def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: floa
     if whole.pipeline > 1:
         sizes = {'pipeline': whole.pipeline, **sizes}
     mesh = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    giving_up_after(timeout, mesh)
     return World(mesh, whole, place, dist.get_rank(), size, timeout)
+
+
+def giving_up_after(seconds: float, mesh: DeviceMesh) -> DeviceMesh:
+    """The same grid, whose groups wait as long as all processes together do; PyTorch gives them half an hour."""
+    for group in mesh.get_all_groups():
+        if dist.get_backend(group) in ('gloo', 'nccl'):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    return mesh
 
 
 def local_device(name: str) -> torch.device:
