@@ -479,6 +479,18 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, cap
     assert list(tmp_path.iterdir()) == [text]
 
 
+@pytest.mark.parametrize('arguments', [['eval', 'run'], ['plan', '--gpus', '0'], ['fly']])
+def test_what_one_process_does_is_refused_once_under_torchrun(capsys, monkeypatch, arguments):
+    monkeypatch.setattr('x_transformers.cli.main.LATER', 0.0)
+    for name, value in (('WORLD_SIZE', '2'), ('TORCHELASTIC_RUN_ID', 'none'), ('RANK', '0')):
+        monkeypatch.setenv(name, value)
+    said = sentence_of(capsys, arguments)
+    assert f'{arguments[0]} must run in one process, got 2 from torchrun' in said or "no command 'fly'" in said
+    monkeypatch.setenv('RANK', '1')
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == ''
+
+
 def test_an_error_about_the_default_model_says_so(tmp_path, text, capsys):
     said = sentence_of(capsys, train(text, tmp_path / 'run', '--use-scalenorm'))
     assert '`use_rmsnorm=True`: the default of the preset quickstart; add `--no-use-rmsnorm`.' in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -20,7 +21,9 @@ COMMANDS = {
     'hf': 'explain, import and export models in the Hugging Face format',
     'bench': 'measure speed and memory against a minimal hand-written model (in a clone of the repository)',
 }
+TOGETHER = ('train',)  # what several processes can do together
 BAD_INPUT = 2
+LATER = 5.0  # seconds, until which torchrun has ended the others, as the main process has
 EXTRA = "the command line needs its extra: pip install '.[cli]' in a clone of the repository"
 
 
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
+    if name not in TOGETHER and (size := started_by_torchrun()) > 1:
+        return complain(f'{name} must run in one process, got {size} from torchrun. Start x-transformers {name} without it.')
     try:
         command = import_module(f'x_transformers.cli.{name}')
     except ModuleNotFoundError as error:
@@ -71,7 +76,16 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         return 141
 
 
+def started_by_torchrun() -> int:
+    """How many processes it has started; 1 without it."""
+    return int(os.environ.get('WORLD_SIZE', '1')) if 'TORCHELASTIC_RUN_ID' in os.environ else 1
+
+
 def complain(sentence: str) -> int:
+    """Say it in the main process; the exit status."""
+    if started_by_torchrun() > 1 and os.environ['RANK'] != '0':
+        time.sleep(LATER)
+        return BAD_INPUT
     print(f'x-transformers: {sentence}', file=sys.stderr)
     return BAD_INPUT
 
