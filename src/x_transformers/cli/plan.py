@@ -13,7 +13,7 @@ from x_transformers.cli.options import GROUPS, ModelOptions, model_fields, prese
 from x_transformers.cli.parse import parse_typed
 from x_transformers.cli.toml import config_path, from_file
 from x_transformers.distributed.costs import RowGroup
-from x_transformers.distributed.plan import GIB, Need, Size, needs
+from x_transformers.distributed.plan import GIB, Need, Size, needs, readers_of
 from x_transformers.training.errors import TrainingError
 
 ABOUT = """Plan a training run: parameters, operations, and for each grid of devices the memory of one of them.
@@ -101,10 +101,11 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
 def main(arguments: Sequence[str]) -> int:
     flags, options = parse(arguments)
     group = RowGroup(options.tensor, options.sequence_parallel, options.loss_parallel, options.context)
+    # before what takes long
+    readers = readers_of(options.gpus, group.size * options.pipeline, options.batch)
     size = Size.of(
         flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16, group=group, pipeline=options.pipeline
     )
-    readers = max(options.gpus // (group.size * options.pipeline), 1)
     batch = options.batch or readers
     found = list(
         needs(

@@ -167,19 +167,27 @@ def needs(
         optimizer_numbers: of AdamW two for each weight; of Muon one, for its matrices.
         micros: micro-batches of a step.
     """
-    share = size.group.size * max(len(size.stages), 1)
-    if devices < 1 or devices % share:
-        raise MeshError(f'--gpus must be a multiple of --tensor times --context times --pipeline ({share}), got {devices}.')
-    readers = devices // share
-    if batch % readers:
-        what = '--gpus' if share == 1 else '--gpus that read different data'
-        raise MeshError(f'--batch must be a multiple of {what} ({readers}), got {batch}: it counts the rows of all of them.')
+    readers = readers_of(devices, size.group.size * max(len(size.stages), 1), batch)
     rows = batch // readers
     for checkpointing in (False, True):
         if size.stages:
             yield from stage_needs(size, readers, rows, micros, checkpointing, half, optimizer_numbers)
         else:
             yield from grid_needs(size, readers, per_node, rows, micros, checkpointing, half, optimizer_numbers)
+
+
+def readers_of(devices: int, share: int, batch: int = 0) -> int:
+    """How many devices read different rows, if ``share`` devices read the same.
+
+    Errors: ``MeshError`` where that does not divide the devices, or they do not divide the batch.
+    """
+    if devices < 1 or devices % share:
+        raise MeshError(f'--gpus must be a multiple of --tensor times --context times --pipeline ({share}), got {devices}.')
+    readers = devices // share
+    if batch % readers:
+        what = '--gpus' if share == 1 else '--gpus that read different data'
+        raise MeshError(f'--batch must be a multiple of {what} ({readers}), got {batch}: it counts the rows of all of them.')
+    return readers
 
 
 def grid_needs(
