@@ -93,7 +93,7 @@ def arm_of(text: str) -> Arm:
     return Arm(name.strip() if named else text.strip(), pairs_of([rest if named else text], '--idea'))
 
 
-def check_plan(path: str, values: Mapping[str, Any]) -> None:
+def check_plan_file(path: str, values: Mapping[str, Any]) -> None:
     """Errors: ``TrainingError`` for keys that mean nothing and values of another kind."""
     check_keys(path, values, TOP)
     for name in ('base', 'ideas', 'tasks', 'options'):
@@ -133,7 +133,7 @@ def read_plan(path: str) -> Plan:
         raise TrainingError(f'{path} cannot be read: {error.strerror or error}. Give the path of a TOML file.') from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainingError(f'{path} must be a TOML file, got: {error}. Correct it there.') from error
-    check_plan(path, values)
+    check_plan_file(path, values)
     single = values.get('task', ())
     names = [single] if isinstance(single, str) else list(single)
     tasks: list[Mapping[str, Any]] = [{'task': name, 'options': values.get('options', {})} for name in names]
