@@ -130,6 +130,33 @@ def test_one_gain_for_all_heads_and_eps_of_the_heads_norm(kv_heads):
                 torch.testing.assert_close(seen.pre_softmax_attn[0, h, i, j], left @ right * 1.5)
 
 
+@pytest.mark.parametrize('kv_heads', [2, 1])
+@pytest.mark.parametrize('eps', [0.2, None])
+def test_one_norm_over_all_heads(kv_heads, eps):
+    """https://arxiv.org/abs/2501.00656: queries, and keys, of a token are normed before they are heads."""
+    attention = shaken(
+        Attention(
+            6, heads=2, dim_head=3, kv_heads=kv_heads, qk_norm=True, qk_norm_dim_scale=True, qk_norm_over_heads=True,
+            qk_norm_eps=eps, qk_norm_scale=1.5, num_mem_kv=1,
+        )
+    )  # fmt: skip
+    x = torch.randn(1, 4, 6)
+    _, seen = attention(x, return_intermediates=True)
+
+    def normed(token, gains):
+        length = math.sqrt(sum(v * v for head in token.tolist() for v in head) + token.numel() * (eps or 0.0))
+        return [head / length * gain for head, gain in zip(token, gains.flatten(1), strict=True)]
+
+    keys = [attention.mem_k[:, 0], *attention.to_k(x).view(4, kv_heads, 3)]
+    for i, query in enumerate(attention.to_q(x).view(4, 2, 3)):
+        for j, key in enumerate(keys):
+            left, right = normed(query, attention.qk_norm_q_scale), normed(key, attention.qk_norm_k_scale)
+            for h in range(2):
+                torch.testing.assert_close(seen.pre_softmax_attn[0, h, i, j], left[h] @ right[h % kv_heads] * 1.5)
+    with pytest.raises(FlagError, match='one norms all heads at once'):
+        Attention(6, heads=2, dim_head=6, qk_norm=True, qk_norm_groups=2, qk_norm_over_heads=True)
+
+
 def test_a_factor_beside_cosine_similarities_is_refused():
     with pytest.raises(FlagError, match='Give `attn_qk_norm_scale`'):
         Decoder(dim=8, depth=1, attn_scale=0.5, attn_qk_norm=True)

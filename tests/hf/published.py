@@ -89,6 +89,13 @@ QWEN_MOE = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size':
 GRANITE = {
     'embedding_multiplier': 6.0, 'attention_multiplier': 0.2, 'residual_multiplier': 0.4, 'logits_scaling': 2.5,
 }  # fmt: skip
+OLMO3 = {
+    'num_hidden_layers': 4, 'sliding_window': 5,
+    'rope_parameters': {
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e3},
+        'full_attention': {'rope_type': 'yarn', 'rope_theta': 1e3, 'factor': 4.0, 'original_max_position_embeddings': 16},
+    },
+}  # fmt: skip
 GEMMA3 = {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20, 'sliding_window_pattern': 2}
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
@@ -138,6 +145,12 @@ CASES = (
     decoder('SmolLM3', 'SmolLM3ForCausalLM', 'SmolLM3Config', num_hidden_layers=4),
     decoder('SmolLM3, windows, biases, untied', 'SmolLM3ForCausalLM', 'SmolLM3Config', no_rope_layers=[0, 1, 0],
             use_sliding_window=True, sliding_window=5, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    decoder('OLMo 2', 'Olmo2ForCausalLM', 'Olmo2Config'),
+    decoder('OLMo 2, all heads, biases, tied', 'Olmo2ForCausalLM', 'Olmo2Config', num_key_value_heads=4, attention_bias=True,
+            rms_norm_eps=1e-3, tie_word_embeddings=True),
+    decoder('OLMo 3', 'Olmo3ForCausalLM', 'Olmo3Config', **OLMO3),
+    decoder('OLMoE', 'OlmoeForCausalLM', 'OlmoeConfig', intermediate_size=48, num_experts=6,
+            num_experts_per_tok=4),
     decoder('Phi-3', 'Phi3ForCausalLM', 'Phi3Config'),
     decoder('Phi-3, a part of each head, window of 5', 'Phi3ForCausalLM', 'Phi3Config', sliding_window=5,
             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,

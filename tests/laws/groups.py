@@ -291,6 +291,7 @@ ATTENTION = (
     group('attn_scale', attn_scale=0.7),
     group('qk_norm_shared', attn_qk_norm=True, attn_qk_norm_dim_scale=True, attn_qk_norm_shared_gain=True),
     group('qk_norm_eps', attn_qk_norm=True, attn_qk_norm_eps=0.3),
+    group('qk_norm_over_heads', attn_qk_norm=True, attn_qk_norm_dim_scale=True, attn_qk_norm_over_heads=True),
     group('no_causal_flash', attn_flash=True, same=True),
     group(
         'math_only',

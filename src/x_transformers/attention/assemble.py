@@ -63,6 +63,7 @@ def key_value_parts(dim: int, flags: AttentionFlags) -> dict[str, Any]:
         'qk_norm': flags.qk_norm or flags.unit_weights,
         'qk_norm_groups': flags.qk_norm_groups,
         'qk_norm_eps': flags.qk_norm_eps,
+        'qk_norm_over_heads': flags.qk_norm_over_heads,
         'unit_gain': UnitGain(heads, 1, dim_head, held=dim**-0.5) if flags.unit_weights else None,
         'qk_norm_q_scale': empty_parameter(q_gains, 1, dim_head) if gains else None,
         'qk_norm_k_scale': empty_parameter(k_gains, 1, dim_head) if gains else None,

@@ -219,7 +219,7 @@ class Attention(AttentionParts):
             q = project.convolved(self, 'q', q, inputs)
         q = split_heads(q, self.heads)
         if self.qk_norm:
-            q = unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale, self.qk_norm_eps)
+            q = unit_heads(q, self.qk_norm_groups, self.qk_norm_q_scale, self.qk_norm_eps, self.qk_norm_over_heads)
         if self.q_rmsnorm is not None:
             q = self.q_rmsnorm(q).to(q.dtype)
         if inputs.positions is not None:

@@ -83,8 +83,8 @@ def with_keys_in_front(
     """The same for a layer, whose memory keys have unit length over the whole head, whatever the groups of its norm."""
     memory = None
     if attn.mem_k is not None and attn.mem_v is not None:
-        unit = unit_heads(attn.mem_k, 1, attn.qk_norm_k_scale, attn.qk_norm_eps) if attn.qk_norm else attn.mem_k
-        memory = unit, attn.mem_v
+        settings = attn.qk_norm_k_scale, attn.qk_norm_eps, attn.qk_norm_over_heads
+        memory = unit_heads(attn.mem_k, 1, *settings) if attn.qk_norm else attn.mem_k, attn.mem_v
     return with_extra_keys(
         keys,
         values,

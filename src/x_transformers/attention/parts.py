@@ -58,6 +58,7 @@ class AttentionParts(Module):
     qk_norm: bool
     qk_norm_groups: int
     qk_norm_eps: float | None
+    qk_norm_over_heads: bool
     qk_norm_q_scale: nn.Parameter | None
     qk_norm_k_scale: nn.Parameter | None
     q_rmsnorm: nn.Module | None

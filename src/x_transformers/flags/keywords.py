@@ -133,6 +133,7 @@ class AttentionKeywords(TypedDict, total=False):
     scale: float | None
     qk_norm_shared_gain: bool
     qk_norm_eps: float | None
+    qk_norm_over_heads: bool
     output_proj_depth: int | None
     unit_weights: bool
     qk_rmsnorm: bool
@@ -371,6 +372,7 @@ class InnerKeywords(TypedDict, total=False):
     attn_scale: Each[float | None]
     attn_qk_norm_shared_gain: Each[bool]
     attn_qk_norm_eps: Each[float | None]
+    attn_qk_norm_over_heads: Each[bool]
     attn_output_proj_depth: Each[int | None]
     attn_unit_weights: Each[bool]
     attn_qk_rmsnorm: Each[bool]
@@ -472,6 +474,7 @@ class InnerKeywords(TypedDict, total=False):
     cross_attn_scale: Each[float | None]
     cross_attn_qk_norm_shared_gain: Each[bool]
     cross_attn_qk_norm_eps: Each[float | None]
+    cross_attn_qk_norm_over_heads: Each[bool]
     cross_attn_output_proj_depth: Each[int | None]
     cross_attn_unit_weights: Each[bool]
     cross_attn_qk_rmsnorm: Each[bool]
@@ -926,6 +929,7 @@ class EncKeywords(TypedDict, total=False):
     enc_attn_scale: Each[float | None]
     enc_attn_qk_norm_shared_gain: Each[bool]
     enc_attn_qk_norm_eps: Each[float | None]
+    enc_attn_qk_norm_over_heads: Each[bool]
     enc_attn_output_proj_depth: Each[int | None]
     enc_attn_unit_weights: Each[bool]
     enc_attn_qk_rmsnorm: Each[bool]
@@ -1027,6 +1031,7 @@ class EncKeywords(TypedDict, total=False):
     enc_cross_attn_scale: Each[float | None]
     enc_cross_attn_qk_norm_shared_gain: Each[bool]
     enc_cross_attn_qk_norm_eps: Each[float | None]
+    enc_cross_attn_qk_norm_over_heads: Each[bool]
     enc_cross_attn_output_proj_depth: Each[int | None]
     enc_cross_attn_unit_weights: Each[bool]
     enc_cross_attn_qk_rmsnorm: Each[bool]
@@ -1318,6 +1323,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_attn_scale: Each[float | None]
     dec_attn_qk_norm_shared_gain: Each[bool]
     dec_attn_qk_norm_eps: Each[float | None]
+    dec_attn_qk_norm_over_heads: Each[bool]
     dec_attn_output_proj_depth: Each[int | None]
     dec_attn_unit_weights: Each[bool]
     dec_attn_qk_rmsnorm: Each[bool]
@@ -1419,6 +1425,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_cross_attn_scale: Each[float | None]
     dec_cross_attn_qk_norm_shared_gain: Each[bool]
     dec_cross_attn_qk_norm_eps: Each[float | None]
+    dec_cross_attn_qk_norm_over_heads: Each[bool]
     dec_cross_attn_output_proj_depth: Each[int | None]
     dec_cross_attn_unit_weights: Each[bool]
     dec_cross_attn_qk_rmsnorm: Each[bool]

@@ -138,6 +138,12 @@ class ProjectionFlags(ScoreFlags):
     qk_norm_eps: float | None = flag(
         None, 'Added to the mean square of a head before its norm; None: nothing.', parent='qk_norm', above=0, since='here'
     )
+    qk_norm_over_heads: bool = flag(
+        False, 'One norm over all heads of a token together, instead of one of each head.', paper='https://arxiv.org/abs/2501.00656',
+        parent='qk_norm', since='here', formula='q_h ← q_h / √(Σ_g |q_g|²), and keys likewise',
+        refused={'tensor': 'it norms all heads, of which each process has some'},
+        excludes={'qk_norm_groups': 'one norms all heads at once, the other chunks of each head'},
+    )  # fmt: skip
     output_proj_depth: int | None = flag(
         None, 'The output projection starts with variance 1 / (2 · width · this).', since='2.31.10', low=1, family='heads'
     )

@@ -165,7 +165,12 @@ def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False) -> lis
         rules += [rule(f'{theirs}.{name}_proj.bias', f'{ours}.to_{name}.bias', map) for name, map in maps.items()]
     if stack.get('attn_out_bias'):
         rules.append(rule(f'{theirs}.o_proj.bias', f'{ours}.to_out.bias'))
-    if stack.get('attn_qk_norm'):
+    if stack.get('attn_qk_norm_over_heads'):
+        for name, count in (('q', heads), ('k', kv_heads)):
+            width = count * dim_head
+            gains = chain(maps[name], scaled(width**0.5), reshaped((count, 1, dim_head), (width,)))
+            rules.append(rule(f'{theirs}.{name}_norm.weight', f'{ours}.qk_norm_{name}_scale', gains))
+    elif stack.get('attn_qk_norm'):
         gain = chain(
             shifted(1.0) if unit_offset else SAME,
             paired(1, dim_head, turned) if turned else SAME,
