@@ -5,13 +5,16 @@ the axes, so that the test suite can check every call (see ``tests/shapes.py``);
 
 Axes, everywhere: b batch, n sequence, d features, h heads, i and j query and key positions, s streams, l layers. ``#h`` may
 be 1 (it broadcasts), ``...`` stands for any number of axes, a name in parentheses is a product such as ``(b s)``. ``Shaped`` is
-for functions that take numbers of every kind.
+for functions that take numbers of every kind. ``Tensors`` and ``StateDict`` hold tensors whose kinds and shapes differ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from typing import Annotated as Bool
@@ -51,4 +54,7 @@ else:
         kind = 'any'
 
 
-__all__ = ['Bool', 'Complex', 'Float', 'Int', 'Shaped']
+Tensors = tuple[Shaped[Tensor, '...'], ...]
+StateDict = Mapping[str, Shaped[Tensor, '...']]
+
+__all__ = ['Bool', 'Complex', 'Float', 'Int', 'Shaped', 'StateDict', 'Tensors']

@@ -27,6 +27,7 @@ from x_transformers.flags.base import FlagError, shown
 from x_transformers.flags.presets import preset_sentences
 from x_transformers.flags.stack import StackFlags
 from x_transformers.layers.plan import KINDS, LayerPlan, LayerSpec, plan_layers
+from x_transformers.tensor_types import Shaped
 from x_transformers.training.build import NUM_BYTES, USUAL_PRESET, build_network, choose_device, refuse_inert
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.run import RunConfig
@@ -182,7 +183,7 @@ def kept_bytes(flags: dict[str, Any], options: InfoOptions, device: torch.device
             halve(network)
         own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def keep(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
                 # the tensor is held, so that no other one takes its place

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard, empty
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from x_transformers.distributed.mesh import World
+from x_transformers.tensor_types import Shaped, StateDict
 from x_transformers.training import files
 from x_transformers.training.errors import CheckpointError
 
@@ -52,7 +53,7 @@ class DistributedCheckpoints:
         self._error: BaseException | None = None
         self._finished: list[Path] = []
 
-    def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]) -> None:
+    def save(self, step: int, weights: StateDict, state: Mapping[str, Any], export: StateDict) -> None:
         self.wait()
         tensors = {f'model.{name}': tensor for name, tensor in weights.items() if not tensor.is_meta}
         rest = {name: put_aside(value, name, tensors) if name in SPREAD else value for name, value in state.items()}
@@ -141,7 +142,7 @@ class DistributedCheckpoints:
         if error is not None:
             raise error
 
-    def save_best(self, step: int, value: float, export: Mapping[str, Tensor]) -> None:
+    def save_best(self, step: int, value: float, export: StateDict) -> None:
         self.wait()
         whole = whole_on_main(export, self.world)
         about = {'step': str(step), 'value': repr(value)}
@@ -154,7 +155,7 @@ def make_empty(folder: Path) -> None:
     folder.mkdir()
 
 
-def put_aside(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def put_aside(value: Any, path: str, tensors: dict[str, Shaped[Tensor, '...']]) -> Any:
     """The same tree with a word in the place of each tensor, which goes to ``tensors`` unless another process has it."""
     if isinstance(value, Tensor):
         if not value.is_meta:
@@ -178,7 +179,7 @@ def joined(trees: Sequence[Any]) -> Any:
     return first
 
 
-def in_order(tensor: Tensor) -> Tensor:
+def in_order(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
     """The same, spread in such a way that each process has one piece of it: what files can describe."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -191,7 +192,7 @@ def in_one_piece(tensor: DTensor) -> list[Placement]:
     return [Shard(place.dim) if isinstance(place, _StridedShard) else place for place in tensor.placements]
 
 
-def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_like(tensor: Shaped[Tensor, '...'], dtype: torch.dtype) -> Shaped[Tensor, '...']:
     """For what is read into the place of ``tensor``, which may have to be spread otherwise afterwards."""
     if not isinstance(tensor, DTensor):
         return torch.empty_like(tensor, dtype=dtype)
@@ -199,7 +200,7 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def put_back(value: Any, tensors: StateDict) -> Any:
     if isinstance(value, str) and value.startswith(ELSEWHERE):
         return tensors[value.removeprefix(ELSEWHERE)]
     if isinstance(value, Mapping):
@@ -209,7 +210,7 @@ def put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-def whole_on_main(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+def whole_on_main(state: StateDict, world: World) -> dict[str, Tensor]:
     """The whole tensors on the CPU of the main process, one after the other; nothing elsewhere."""
     found = {}
     holders = who_holds(state, world) if world.degrees.pipeline > 1 else {}
@@ -222,14 +223,14 @@ def whole_on_main(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor
     return found
 
 
-def who_holds(state: Mapping[str, Tensor], world: World) -> dict[str, int]:
+def who_holds(state: StateDict, world: World) -> dict[str, int]:
     """The first process that has the numbers of a tensor."""
     everywhere: list[Any] = [None] * world.size
     dist.all_gather_object(everywhere, [name for name, tensor in state.items() if not tensor.is_meta])
     return {name: rank for rank, names in reversed(list(enumerate(everywhere))) for name in names}
 
 
-def sent_to_main(tensor: Tensor, holder: int, world: World) -> Tensor:
+def sent_to_main(tensor: Shaped[Tensor, '...'], holder: int, world: World) -> Shaped[Tensor, '...']:
     if world.rank == holder:
         dist.send(tensor.contiguous(), 0)
     elif world.is_main:
@@ -274,7 +275,9 @@ def verified(path: Path, world: World) -> dict[str, Any]:
     return manifest
 
 
-def read(path: Path, template: Callable[[str, Any], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+def read(
+    path: Path, template: Callable[[str, Any], Shaped[Tensor, '...']]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(weights, the tensors of the state by their paths, the state with words in their places).
 
     Args:

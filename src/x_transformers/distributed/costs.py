@@ -19,6 +19,7 @@ from x_transformers.distributed.mesh import Degrees, MeshError, World
 from x_transformers.distributed.parallelize import Checkpointing, checkpoint_layers, parallelize
 from x_transformers.distributed.units import layers_of
 from x_transformers.module import own_part
+from x_transformers.tensor_types import Shaped
 from x_transformers.training.build import build_model
 
 
@@ -78,7 +79,7 @@ def kept_by_layer(model: nn.Module, run: Callable[[], Any]) -> list[int]:
     own = {own_part(parameter).untyped_storage()._cdata for parameter in model.parameters()}
     total = 0
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
         nonlocal total
         storage = own_part(tensor).untyped_storage()
         if storage._cdata not in own and storage._cdata not in kept:

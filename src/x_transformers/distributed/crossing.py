@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from x_transformers.tensor_types import Int, Shaped
+
 
 class Place(NamedTuple):
     """Stands for a tensor: its number among those that cross, and its kind, as masks are sent as bytes."""
@@ -17,10 +19,10 @@ class Place(NamedTuple):
     dtype: torch.dtype
 
 
-def taken_apart(value: Any, tensors: list[Tensor]) -> Any:
+def taken_apart(value: Any, tensors: list[Shaped[Tensor, '...']]) -> Any:
     """The same with a place for each tensor, which goes to ``tensors``, once."""
 
-    def place(tensor: Tensor) -> Place:
+    def place(tensor: Shaped[Tensor, '...']) -> Place:
         number = next((number for number, known in enumerate(tensors) if known is tensor), len(tensors))
         if number == len(tensors):
             tensors.append(tensor)
@@ -29,10 +31,10 @@ def taken_apart(value: Any, tensors: list[Tensor]) -> Any:
     return rebuilt(value, Tensor, place)
 
 
-def put_together(form: Any, tensors: Sequence[Tensor]) -> Any:
+def put_together(form: Any, tensors: Sequence[Shaped[Tensor, '...']]) -> Any:
     """What ``taken_apart`` had, of the tensors that were sent."""
 
-    def tensor(place: Place) -> Tensor:
+    def tensor(place: Place) -> Shaped[Tensor, '...']:
         sent = tensors[place.number]
         return sent.view(torch.bool) if place.dtype == torch.bool else sent
 
@@ -53,7 +55,7 @@ def rebuilt(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return tree
 
 
-def as_sent(tensor: Tensor) -> Tensor:
+def as_sent(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
     """Whole rows, and no kind that a backend cannot send."""
     tensor = tensor.contiguous()
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
@@ -66,13 +68,13 @@ def described(given: Any) -> tuple[Any, ...]:
     return repr(form), *((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
-def state_of_draws(device: torch.device) -> Tensor:
+def state_of_draws(device: torch.device) -> Int[Tensor, ' k']:
     """Of the generator that dropout draws from."""
     state = torch.get_rng_state() if device.type == 'cpu' else torch.get_device_module(device).get_rng_state(device)
     return state.to(device)
 
 
-def set_drawn(state: Tensor, device: torch.device) -> None:
+def set_drawn(state: Int[Tensor, ' k'], device: torch.device) -> None:
     if device.type == 'cpu':
         torch.set_rng_state(state)
     else:

@@ -21,6 +21,7 @@ from x_transformers.distributed.mesh import MeshError, Shard, World, is_lost
 from x_transformers.distributed.parallelize import Checkpointing, parallelize
 from x_transformers.module import fill, own_part
 from x_transformers.randomness import decide_alike
+from x_transformers.tensor_types import Float, Shaped, StateDict
 from x_transformers.training.checkpoint import load_checkpoint
 from x_transformers.training.ema import WRAPPED
 from x_transformers.training.engine import Engine
@@ -90,7 +91,7 @@ class MeshEngine(Engine):
             model.set_requires_gradient_sync(last)
         yield
 
-    def total(self, value: Tensor) -> Tensor:
+    def total(self, value: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
         value = value.detach().clone().to(self.device)
         dist.all_reduce(value, group=self.world.data_mesh.get_group())
         return value
@@ -100,7 +101,7 @@ class MeshEngine(Engine):
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
-    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Float[Tensor, '']:
         by_axes: dict[tuple[str, ...], list[Tensor]] = {}
         for grad in (p.grad for p in parameters if p.grad is not None):
             by_axes.setdefault(cut_along(grad), []).append(own_part(grad))
@@ -112,7 +113,7 @@ class MeshEngine(Engine):
             squares = squares + own
         return squares.sqrt()
 
-    def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+    def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Float[Tensor, '']) -> None:
         grads = [p.grad for p in parameters if p.grad is not None]
         share = (most / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
@@ -133,7 +134,7 @@ class MeshEngine(Engine):
         state = model.state_dict()
         named = {name.replace(WRAPPED, ''): p for name, p in model.named_parameters() if p.requires_grad}
 
-        def template(name: str, entry: Any) -> Tensor:
+        def template(name: str, entry: Any) -> Shaped[Tensor, '...']:
             kind, _, rest = name.partition('.')
             like = (
                 state.get(rest)
@@ -151,7 +152,7 @@ class MeshEngine(Engine):
         weights, tensors, rest = checkpoint.read(path, template)
         return int(manifest['step']), weights, checkpoint.put_back(rest, tensors)
 
-    def load_model(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+    def load_model(self, model: nn.Module, state: StateDict) -> None:
         own = model.state_dict()
         if own.keys() != state.keys():
             other = sorted(own.keys() ^ state.keys())
@@ -198,7 +199,7 @@ def number_of(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=7).digest(), 'big')
 
 
-def as_its_parameter(value: Any, parameter: Tensor) -> Any:
+def as_its_parameter(value: Any, parameter: Float[Tensor, '...']) -> Any:
     """A whole tensor of a parameter's shape, cut as that is."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
@@ -209,7 +210,7 @@ def as_its_parameter(value: Any, parameter: Tensor) -> Any:
     return target
 
 
-def cut_along(tensor: Tensor) -> tuple[str, ...]:
+def cut_along(tensor: Shaped[Tensor, '...']) -> tuple[str, ...]:
     """The axes of the grid along which processes have different parts of a tensor."""
     if not isinstance(tensor, DTensor):
         return ()

@@ -10,17 +10,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from x_transformers.attention.inputs import BranchInputs
-from x_transformers.tensor_types import Float
+from x_transformers.tensor_types import Float, Shaped
 
 
-def copied(t: Tensor, mesh: DeviceMesh) -> Tensor:
+def copied(t: Shaped[Tensor, '...'], mesh: DeviceMesh) -> Shaped[Tensor, '...']:
     """``t``, which all processes have, for each to do something else with: its gradients are added up."""
     if not t.requires_grad:
         return t
     return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-def added_up(t: Tensor, mesh: DeviceMesh) -> Tensor:
+def added_up(t: Float[Tensor, '...'], mesh: DeviceMesh) -> Float[Tensor, '...']:
     """The sum of what the processes have, for all of them to do the same with."""
     return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
 
@@ -40,7 +40,7 @@ def all_rows(t: Float[Tensor, '... m d'], whole: int, mesh: DeviceMesh, *, alike
     return whole_of(t, t.ndim - 2, whole, mesh, alike=alike)
 
 
-def whole_of(t: Tensor, axis: int, whole: int, mesh: DeviceMesh, *, alike: bool) -> Tensor:
+def whole_of(t: Shaped[Tensor, '...'], axis: int, whole: int, mesh: DeviceMesh, *, alike: bool) -> Shaped[Tensor, '...']:
     """The same along any axis."""
     shape = torch.Size((*t.shape[:axis], whole, *t.shape[axis + 1 :]))
     stride = torch.empty(shape, device='meta').stride()
@@ -48,7 +48,7 @@ def whole_of(t: Tensor, axis: int, whole: int, mesh: DeviceMesh, *, alike: bool)
     return spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate() if alike else Partial()])
 
 
-def along_rows(t: Tensor) -> Shard:
+def along_rows(t: Shaped[Tensor, '... n d']) -> Shard:
     return Shard(t.ndim - 2)
 
 

@@ -12,6 +12,7 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from x_transformers.distributed.mesh import MeshError
 from x_transformers.module import own_part
+from x_transformers.tensor_types import Float, Shaped
 
 
 class AdamW(torch.optim.AdamW):
@@ -20,7 +21,7 @@ class AdamW(torch.optim.AdamW):
     Parameters may be spread over different grids, or not at all. The state has the forms of the parameters.
     """
 
-    def _init_group(self, group: Any, *lists: list[Tensor]) -> Any:
+    def _init_group(self, group: Any, *lists: list[Shaped[Tensor, '...']]) -> Any:
         out = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
         for tensors in lists:
             tensors[:] = map(own_part, tensors)
@@ -56,10 +57,12 @@ class Muon(torch.optim.Muon):
                 here.add_(moved, alpha=-_adjust_lr(lr, group['adjust_lr_fn'], parameter.shape))
 
 
-def orthogonal(update: Tensor, parameter: Tensor, group: dict[str, Any], turn: int) -> Tensor:
+def orthogonal(
+    update: Float[Tensor, 'r c'], parameter: Float[Tensor, 'n c'], group: dict[str, Any], turn: int
+) -> Float[Tensor, 'r c']:
     """This process's rows of the orthogonalized update of a whole matrix."""
 
-    def whole(matrix: Tensor) -> Tensor:
+    def whole(matrix: Float[Tensor, 'n c']) -> Float[Tensor, 'n c']:
         return _zeropower_via_newtonschulz(matrix, group['ns_coefficients'], group['ns_steps'], group['eps'])
 
     if not isinstance(parameter, DTensor):

@@ -36,6 +36,7 @@ from x_transformers.distributed.units import layers_of, stacks_of, units
 from x_transformers.distributed.vocabulary import cut_vocabulary
 from x_transformers.layers.call import Around
 from x_transformers.module import Module, own_part
+from x_transformers.tensor_types import Float
 
 # methods that run the model without its forward
 METHODS = ('generate', 'beam_search')
@@ -140,7 +141,9 @@ def checkpoint_layers(model: nn.Module, how: Checkpointing) -> None:
                 stack.layers[index] = wrapped[layer]
 
 
-def run_again(layer: nn.Module, streams: Tensor, condition: Any, wide_condition: Any, around: Around, **how: Any) -> Any:
+def run_again(
+    layer: nn.Module, streams: Float[Tensor, '... n d'], condition: Any, wide_condition: Any, around: Around, **how: Any
+) -> Any:
     """Run a layer so that it runs again for its gradients; not where it writes into a cache, which it would do twice."""
     if type(around.given.past) is LayerCache:
         return layer(streams, condition, wide_condition, around)
@@ -205,7 +208,7 @@ def shard_layers(
     fully_shard(model, **how([model]))
     group, size = world.data_mesh.get_group(), world.averages
 
-    def average(parameter: Tensor) -> None:
+    def average(parameter: Float[Tensor, '...']) -> None:
         if parameter.grad is not None:
             dist.all_reduce(own_part(parameter.grad).div_(size), group=group)
 
@@ -252,13 +255,13 @@ def kept_of(*modules: nn.Module, size: int) -> set[nn.Parameter]:
     return {parameter for parameter in every if is_kept(parameter, size)}
 
 
-def is_kept(parameter: Tensor, size: int) -> bool:
+def is_kept(parameter: Float[Tensor, '...'], size: int) -> bool:
     if parameter.ndim == 0:
         return True
     return cut_axis(parameter) is not None and free_axis(parameter, size) is None
 
 
-def cut_axis(parameter: Tensor) -> int | None:
+def cut_axis(parameter: Float[Tensor, '...']) -> int | None:
     """The axis along which the processes of a tensor group have parts of a parameter."""
     if not isinstance(parameter, DTensor):
         return None
@@ -267,7 +270,7 @@ def cut_axis(parameter: Tensor) -> int | None:
     return getattr(placement, 'dim', None)
 
 
-def free_axis(parameter: Tensor, size: int) -> Cut | None:
+def free_axis(parameter: Float[Tensor, '...'], size: int) -> Cut | None:
     """Another axis of such a parameter, for parts that are gathered when it is used. None: the first, or there is none."""
     taken = cut_axis(parameter)
     if taken is None:

@@ -29,7 +29,7 @@ from x_transformers.distributed.mesh import World
 from x_transformers.distributed.stages import leave_elsewhere, network, placed_modules, steps_of
 from x_transformers.layers.call import Carry, Inputs, Record
 from x_transformers.layers.stack import AttentionLayers
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Float, Int, Shaped, Tensors
 
 # what of ``Carry`` follows from the stack alone
 OF_THE_STACK = {'hands_on_scores', 'hands_on_values', 'mixes', 'keys_from'}
@@ -58,11 +58,11 @@ Job = Callable[[], Any]
 class Part(nn.Module):
     """What PyTorch's engine takes for this stage's module: runs the job of a micro-batch."""
 
-    def __init__(self, run: Callable[[int, tuple[Tensor, ...]], Any]) -> None:
+    def __init__(self, run: Callable[[int, Tensors], Any]) -> None:
         super().__init__()
         self.run = run
 
-    def forward(self, *received: Tensor, micro: Int[Tensor, '1']) -> Any:
+    def forward(self, *received: Shaped[Tensor, '...'], micro: Int[Tensor, '1']) -> Any:
         return self.run(int(micro), received)
 
 
@@ -120,7 +120,7 @@ class Pipeline:
         forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
         module.forward = forward
 
-    def _no_embedding(self, x: Tensor, **given: Any) -> Float[Tensor, '... d']:
+    def _no_embedding(self, x: Int[Tensor, '...'], **given: Any) -> Float[Tensor, '... d']:
         """In the place of vectors, which the first stage has."""
         table = self.net.token_emb.emb.weight
         return torch.zeros(*x.shape, table.shape[-1], dtype=table.dtype, device=x.device)
@@ -155,7 +155,7 @@ class Pipeline:
         skips = {spec.skip_from for spec in self.stack.plan.layers}
         return carried | {'skips': {layer: stream for layer, stream in carry.skips.items() if layer in skips}}
 
-    def _part(self, job: Job, received: tuple[Tensor, ...]) -> tuple[Any, list[Tensor]]:
+    def _part(self, job: Job, received: Tensors) -> tuple[Any, list[Tensor]]:
         """(the form of what is handed on, its tensors); in the last stage (the answer, nothing)."""
         self.received = received
         try:
@@ -167,7 +167,7 @@ class Pipeline:
         finally:
             self.received = None
 
-    def _micro(self, number: int, received: tuple[Tensor, ...]) -> Any:
+    def _micro(self, number: int, received: Tensors) -> Any:
         found, tensors = self._part(self.jobs[number], received)
         if not self.is_last:
             return tuple(tensors)
@@ -197,13 +197,13 @@ class Pipeline:
         dist.all_reduce(count, group=self.group)
         return bool(count)
 
-    def _lay_out(self, job: Job) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Any]:
+    def _lay_out(self, job: Job) -> tuple[Tensors, Tensors, Any]:
         """(what this stage takes, what it gives: tensors without meaning, the form of what it takes).
 
         Errors: ``ValueError`` in all stages for what a job says in one of them.
         """
-        takes: tuple[Tensor, ...] = ()
-        gives: tuple[Tensor, ...] = ()
+        takes: Tensors = ()
+        gives: Tensors = ()
         form = None
         self.trying = True
         with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
@@ -226,7 +226,7 @@ class Pipeline:
                 self.trying = False
         return takes, gives, form
 
-    def _tried(self, job: Job, takes: tuple[Tensor, ...]) -> tuple[list[Any], tuple[Tensor, ...]]:
+    def _tried(self, job: Job, takes: Tensors) -> tuple[list[Any], Tensors]:
         try:
             found, tensors = self._part(job, takes)
         except Exception as error:
@@ -275,7 +275,7 @@ class Pipeline:
         self._add([parameter for parameter, stages in learning if len(stages) > 1], self.group)
         self._add([parameter for parameter, _ in learning if not parameter.is_meta], self.copies)
 
-    def _add(self, parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    def _add(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
         """A parameter that nobody has used has no gradient afterwards, either."""
         if dist.get_world_size(group) == 1 or not parameters:
             return

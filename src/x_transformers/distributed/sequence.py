@@ -26,6 +26,7 @@ from x_transformers.layers.layer import Layer
 from x_transformers.layers.residual import Norm, ResidualPath
 from x_transformers.layers.slots import takes_around
 from x_transformers.norms import NORMS
+from x_transformers.tensor_types import Float
 
 # what a call of a stack may bring or ask for that needs all rows
 NEED_ALL = {'cache', 'mems', 'return_hiddens', 'transform_block_inputs'}
@@ -81,10 +82,10 @@ class Slices:
     def end(self, *args: Any) -> None:
         self.length = 0
 
-    def cut(self, t: Tensor) -> Tensor:
+    def cut(self, t: Float[Tensor, '... n d']) -> Float[Tensor, '... m d']:
         return slice_of(t, self.mesh) if self.length else t
 
-    def join(self, t: Tensor) -> Tensor:
+    def join(self, t: Float[Tensor, '... m d']) -> Float[Tensor, '... n d']:
         return all_rows(t, self.length, self.mesh, alike=True) if self.length else t
 
 
@@ -97,14 +98,14 @@ class SlicedStreams:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
-    def open(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def open(self, x: Float[Tensor, 'b n d'], embedding: Float[Tensor, 's d'] | None = None) -> Float[Tensor, '... m d']:
         return self.slices.cut(self.whole.open(x, embedding))
 
-    def close(self, streams: Tensor, norm: Norm) -> Tensor:
+    def close(self, streams: Float[Tensor, '... m d'], norm: Norm) -> Float[Tensor, 'b n d']:
         out: Tensor = self.whole.close(self.slices.join(streams), norm)
         return out
 
-    def beside(self, x: Tensor) -> Tensor:
+    def beside(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, '... m d']:
         return self.slices.cut(self.whole.beside(x))
 
 
@@ -183,7 +184,7 @@ class SlicedLayer(ParallelStyle):
         for mixture in self.mixtures.values():
             mixture.leave()
 
-    def part(self, t: Tensor | None, whole: int) -> Tensor | None:
+    def part(self, t: Float[Tensor, '... n d'] | None, whole: int) -> Float[Tensor, '... m d'] | None:
         """Of something for each token, or for all alike."""
         if t is None or not whole:
             return t

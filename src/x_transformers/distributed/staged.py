@@ -14,6 +14,7 @@ from x_transformers.distributed.building import build_stage
 from x_transformers.distributed.crossing import described
 from x_transformers.distributed.engine import MeshEngine, number_of
 from x_transformers.distributed.pipeline import Pipeline
+from x_transformers.tensor_types import Float
 
 
 class StagedEngine(MeshEngine):
@@ -37,8 +38,10 @@ class StagedEngine(MeshEngine):
         super().begin_step(seed, step)
         self.seeds = seed, step
 
-    def gradients(self, loss: Callable[[Any], Tensor], batches: Sequence[Any], shares: Sequence[float]) -> list[Tensor]:
-        def one(micro: int) -> Tensor:
+    def gradients(
+        self, loss: Callable[[Any], Float[Tensor, '']], batches: Sequence[Any], shares: Sequence[float]
+    ) -> list[Tensor]:
+        def one(micro: int) -> Float[Tensor, '']:
             # what is drawn must not depend on the micro-batches that this stage has run before
             torch.manual_seed(number_of(*self.seeds, self.rank, micro))
             return loss(batches[micro]) * shares[micro]
@@ -47,7 +50,7 @@ class StagedEngine(MeshEngine):
         jobs = [partial(one, micro) for micro in counted]
         return list(self.pipeline.gradients(jobs, [described(batches[micro]) for micro in counted]))
 
-    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Float[Tensor, '']:
         own = [p.grad for p in parameters if p.grad is not None and self.pipeline.counts(p)]
         square = torch.zeros((), device=self.device, dtype=torch.float64)
         if own:

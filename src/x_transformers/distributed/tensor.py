@@ -39,6 +39,7 @@ from x_transformers.embedding.values import TokenValues
 from x_transformers.feedforward import FeedForward
 from x_transformers.position.bias import DenseBias
 from x_transformers.position.forgetting import PerRowDataDependentAlibi
+from x_transformers.tensor_types import Float, Int, Shaped
 
 
 class Cut(NamedTuple):
@@ -163,7 +164,7 @@ class BranchParallel(ParallelStyle):
         output.register_forward_hook(self.adding.leave, always_call=True)
         return module
 
-    def placement(self, module: Any, owner: nn.Module, path: str, parameter: Tensor) -> Placement | None:
+    def placement(self, module: Any, owner: nn.Module, path: str, parameter: Float[Tensor, '...']) -> Placement | None:
         raise NotImplementedError
 
     def output(self, module: Any) -> nn.Linear:
@@ -179,7 +180,7 @@ class BranchParallel(ParallelStyle):
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """After the branch has run."""
 
-    def input(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def input(self, x: Float[Tensor, '... d'], kwargs: dict[str, Any]) -> Float[Tensor, '... d']:
         """All rows of what all processes have, or have slices of; then the output is a slice, too."""
         mesh, whole = self.adding.mesh, length_of(kwargs.get('around'))
         self.adding.to_slices = whole > 0
@@ -189,7 +190,7 @@ class BranchParallel(ParallelStyle):
 class FeatureParallel(BranchParallel):
     """A feed-forward."""
 
-    def placement(self, module: FeedForward, owner: nn.Module, path: str, parameter: Tensor) -> Placement | None:
+    def placement(self, module: FeedForward, owner: nn.Module, path: str, parameter: Float[Tensor, '...']) -> Placement | None:
         if owner is self.output(module):
             return Shard(1) if parameter.ndim == 2 else None
         cut = found_in(FEATURES, path)
@@ -215,7 +216,7 @@ class HeadParallel(BranchParallel):
 
     share: HeadShare
 
-    def placement(self, module: Attention, owner: nn.Module, path: str, parameter: Tensor) -> Placement | None:
+    def placement(self, module: Attention, owner: nn.Module, path: str, parameter: Float[Tensor, '...']) -> Placement | None:
         share = self.share
         if owner is self.output(module):
             return placement_of(Cut(1), share.groups) if parameter.ndim == 2 else None
@@ -316,16 +317,16 @@ class HeadShare:
             changed['mask'] = given.mask.having(dense=self.some(dense))
         return given.having(**changed) if changed else given
 
-    def some(self, t: Tensor, axis: int = -3) -> Tensor:
+    def some(self, t: Shaped[Tensor, '...'], axis: int = -3) -> Shaped[Tensor, '...']:
         """Of something for each query head, or for all alike."""
         return t if t.shape[axis] == 1 else t.index_select(axis, self.queries.to(t.device))
 
-    def some_keys(self, t: Tensor) -> Tensor:
+    def some_keys(self, t: Float[Tensor, 'b h j c']) -> Float[Tensor, 'b k j c']:
         """Of keys or values of another model: query head h looks at head h mod their number."""
         index = self.keys if t.shape[1] == self.kv_heads else self.queries % t.shape[1]
         return t.index_select(1, index.to(t.device))
 
-    def some_values(self, module: Any, x: Tensor, ids: Tensor) -> Tensor:
+    def some_values(self, module: Any, x: Float[Tensor, 'b n d'], ids: Int[Tensor, 'b n']) -> Float[Tensor, 'b h n c']:
         """Of what a module of the model, which is whole everywhere, makes for all key heads."""
         swap = Swap(entries_of(module), self.mesh)
         swap.enter()
@@ -349,7 +350,7 @@ class OutputSum:
     def enter(self, module: nn.Module, args: Any) -> None:
         self.bias, module._parameters['bias'] = module._parameters['bias'], None
 
-    def leave(self, module: nn.Module, args: Any, out: Tensor | None) -> Tensor | None:
+    def leave(self, module: nn.Module, args: Any, out: Float[Tensor, '... d'] | None) -> Tensor | None:
         bias, self.bias = self.bias, None
         module._parameters['bias'] = bias
         if out is None:
@@ -378,10 +379,12 @@ def cut_biases(model: nn.Module, mesh: DeviceMesh) -> None:
             stack.polar_pos_emb.register_forward_hook(partial(some_polar, share))
 
 
-def some_heads(make: Any, share: HeadShare, axis: int, distances: Tensor) -> Tensor:
+def some_heads(make: Any, share: HeadShare, axis: int, distances: Int[Tensor, '...']) -> Float[Tensor, '...']:
     return share.some(copied(make(distances), share.mesh), axis)
 
 
-def some_polar(share: HeadShare, module: nn.Module, args: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def some_polar(
+    share: HeadShare, module: nn.Module, args: Any, out: tuple[Float[Tensor, '#b n d'], Float[Tensor, 'h 1 d']]
+) -> tuple[Tensor, Tensor]:
     angles, bias = out
     return angles, share.some(copied(bias, share.mesh))

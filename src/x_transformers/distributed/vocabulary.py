@@ -64,7 +64,7 @@ def cut_table(table: nn.Embedding, mesh: DeviceMesh) -> None:
     parallelize_module(table, mesh, style)
 
 
-def check_ids(table: nn.Module, args: tuple[Tensor, ...]) -> None:
+def check_ids(table: nn.Module, args: tuple[Int[Tensor, '...'], ...]) -> None:
     """An id that no process has would have a vector of zeros. Errors: ``IndexError``, as of a table that is whole."""
     ids, rows = args[0], table.num_embeddings
     if ids.device.type == 'cpu' and bool(((ids < 0) | (ids >= rows)).any()):  # type: ignore[operator]
@@ -87,11 +87,11 @@ class TiedLogitsOfSome(TiedHead):
 
 def logits_or_loss(
     x: Float[Tensor, '... d'],
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Float[Tensor, 'v d'],
+    bias: Float[Tensor, ' v'] | None,
     targets: Int[Tensor, '...'] | None,
     **loss: Any,
-) -> Tensor:
+) -> Float[Tensor, '...']:
     """All logits, or with targets their loss, as of a head that is whole."""
     if targets is not None:
         return linear_loss(x, weight, bias, targets, measure=vocabulary_cross_entropy, **loss)
@@ -100,7 +100,7 @@ def logits_or_loss(
     return whole_of(own, own.ndim - 1, whole, mesh, alike=True)
 
 
-def mesh_of(weight: Tensor) -> DeviceMesh:
+def mesh_of(weight: Float[Tensor, 'v d']) -> DeviceMesh:
     mesh: DeviceMesh = weight.device_mesh  # type: ignore[attr-defined]
     return mesh
 
@@ -166,7 +166,12 @@ class _VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor, plan: LossPlan
+        ctx: Any,
+        rows: Float[Tensor, 'n d'],
+        weight: Float[Tensor, 'w d'],
+        bias: Float[Tensor, ' w'] | None,
+        wanted: Int[Tensor, ' n'],
+        plan: LossPlan,
     ) -> Float[Tensor, '']:
         whole = [rows, weight] if bias is None else [rows, weight, bias]
         needs = [plan.with_grad and needed for needed in ctx.needs_input_grad[: len(whole)]]

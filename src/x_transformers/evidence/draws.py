@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from x_transformers.tensor_types import Float, Int
+
 Key = int | str
 
 
@@ -45,7 +47,7 @@ class Draws:
         """A permutation per row (rows size)."""
         return self.uniform(rows, size).argsort(dim=-1)
 
-    def weighted_subsets(self, rows: int, weights: Tensor, count: int) -> Tensor:
+    def weighted_subsets(self, rows: int, weights: Float[Tensor, ' size'], count: int) -> Int[Tensor, 'rows count']:
         """``count`` different indices per row, drawn one after the other in proportion to ``weights`` (rows count)."""
         # the largest of log weight + Gumbel noise is a draw in proportion to the weights, the next one a draw from the rest
         noise = -(-self.uniform(rows, len(weights)).clamp_min(1e-20).log()).clamp_min(1e-20).log()

@@ -22,6 +22,7 @@ from x_transformers.evidence.runs import ArmRun, CostRun, Job
 from x_transformers.evidence.tasks import make_task
 from x_transformers.evidence.tasks.base import Task
 from x_transformers.evidence.training import train_arm
+from x_transformers.tensor_types import Shaped
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.mup import mup_init_
 from x_transformers.training.trainer import loss_of, on_device
@@ -154,7 +155,7 @@ def step_bytes(task: Task, model: nn.Module) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()

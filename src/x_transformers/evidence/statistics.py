@@ -130,7 +130,7 @@ def prior_dof(own: Float[Tensor, 'f k'], kept: Float[Tensor, 'f k'], dof: int) -
     return torch.where(excess > 0, 2 * inverse_trigamma(excess.clamp_min(1e-8)), torch.inf)
 
 
-def inverse_trigamma(y: Tensor) -> Tensor:
+def inverse_trigamma(y: Float[Tensor, '...']) -> Float[Tensor, '...']:
     """x with trigamma(x) = y, by Newton's method on 1 / trigamma, which is nearly straight."""
     y = y.double()
     x = 0.5 + 1.0 / y
@@ -143,7 +143,7 @@ def inverse_trigamma(y: Tensor) -> Tensor:
 # ---------------------------------------------------------------- tests
 
 
-def holm(p: Float[Tensor, '*f k']) -> Float[Tensor, '*f k']:
+def holm(p: Float[Tensor, '... k']) -> Float[Tensor, '... k']:
     """Probabilities corrected for the number of arms, step down (Holm 1979)."""
     arms = p.shape[-1]
     order = p.argsort(dim=-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.tensor_types import Float, Int
+from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 What = Literal['logits', 'loss', 'step']
 Range = tuple[int, int]
@@ -48,7 +48,7 @@ class LogitsModule(nn.Module):
         self.model = model
         self.masked = masked
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Shaped[Tensor, '...'], mask: Bool[Tensor, 'b n'] | None = None) -> Float[Tensor, '...']:
         out: Tensor = self.model(x, mask=mask) if self.masked else self.model(x)
         return out
 

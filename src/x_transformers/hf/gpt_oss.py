@@ -9,6 +9,7 @@ from x_transformers.hf.family import Config, Family, KeyRule, Plain, rotary, rul
 from x_transformers.hf.llama import FORWARD, UNUSED, biases, decoder, pre_norm_rules, windows
 from x_transformers.hf.maps import Map, each, together
 from x_transformers.hf.mixtral import expert_flags
+from x_transformers.tensor_types import Float
 
 
 def gpt_oss(config: Config) -> Plain:
@@ -37,12 +38,12 @@ def gpt_oss(config: Config) -> Plain:
     )
 
 
-def neighbours_apart(t: Tensor) -> Tensor:
+def neighbours_apart(t: Float[Tensor, 'e i ...']) -> Float[Tensor, 'e i ...']:
     """Gates and values of an expert lie in turn in theirs, values before gates in ours."""
     return together((t[:, 1::2], t[:, ::2]), dim=1)
 
 
-def neighbours(t: Tensor) -> Tensor:
+def neighbours(t: Float[Tensor, 'e i ...']) -> Float[Tensor, 'e i ...']:
     values, gates = t.chunk(2, dim=1)
     return torch.stack((gates, values), dim=2).flatten(1, 2)
 

@@ -10,7 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Tensors = tuple[Tensor, ...]
+from x_transformers.tensor_types import Shaped, Tensors
+
+# of each tensor of a rule alone
+OneTensor = Callable[[Shaped[Tensor, '...']], Shaped[Tensor, '...']]
 Rows = Literal['stay', 'turn', 'move', 'below']
 
 
@@ -35,7 +38,7 @@ class Map:
         return Map(lambda t: other.into(self.into(t)), lambda t: self.back(other.back(t)), rows)
 
 
-def together(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+def together(tensors: Sequence[Shaped[Tensor, '...']], dim: int = 0) -> Shaped[Tensor, '...']:
     """``torch.cat``; with tensors without memory, of which shapes are asked, torch would load its compiler."""
     if not tensors[0].is_meta:
         return torch.cat(tuple(tensors), dim=dim)
@@ -46,7 +49,7 @@ def together(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return first.new_empty(shape)
 
 
-def each(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], rows: Rows | None = None) -> Map:
+def each(into: OneTensor, back: OneTensor, rows: Rows | None = None) -> Map:
     """The same for every tensor of a rule."""
     return Map(lambda t: tuple(into(one) for one in t), lambda t: tuple(back(one) for one in t), rows)
 
@@ -55,7 +58,7 @@ def chain(*maps: Map) -> Map:
     return reduce(Map.then, maps, SAME)
 
 
-def halves_swapped(t: Tensor) -> Tensor:
+def halves_swapped(t: Shaped[Tensor, 'n ...']) -> Shaped[Tensor, 'n ...']:
     half = t.shape[0] // 2
     return together((t[half:], t[:half]))
 
@@ -73,7 +76,7 @@ def shifted(by: float) -> Map:
     return each_number(lambda t: t + by, lambda t: t - by)
 
 
-def each_number(into: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Map:
+def each_number(into: OneTensor, back: OneTensor) -> Map:
     """Of each number alone; tensors without memory stay as they are, for arithmetic with them loads torch's compiler."""
     return each(lambda t: t if t.is_meta else into(t), lambda t: t if t.is_meta else back(t), 'stay')
 
@@ -89,8 +92,8 @@ def paired(heads: int, dim_head: int, turned: int | None = None) -> Map:
     """
     turned = dim_head if turned is None else turned
 
-    def rows(sizes: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-        def move(t: Tensor) -> Tensor:
+    def rows(sizes: tuple[int, int]) -> OneTensor:
+        def move(t: Shaped[Tensor, 'n ...']) -> Shaped[Tensor, 'n ...']:
             whole = t.reshape(heads, dim_head, *t.shape[1:])
             first = whole[:, :turned].reshape(heads, *sizes, *t.shape[1:]).transpose(1, 2)
             return together((first.reshape(heads, turned, *t.shape[1:]), whole[:, turned:]), dim=1).reshape(t.shape)
@@ -106,8 +109,8 @@ def regrouped_heads(heads: int, kv_heads: int, dim: int = 0) -> Map:
     if groups == 1 or kv_heads == 1:
         return SAME
 
-    def move(first: int, second: int) -> Callable[[Tensor], Tensor]:
-        def moved(t: Tensor) -> Tensor:
+    def move(first: int, second: int) -> OneTensor:
+        def moved(t: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
             before, behind = t.shape[:dim], t.shape[dim + 1 :]
             parts = t.reshape(*before, first, second, t.shape[dim] // (first * second), *behind)
             return parts.transpose(dim, dim + 1).reshape(t.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.hf.family import KeyRule
 from x_transformers.hf.maps import SAME, Map, Rows
 from x_transformers.saving.tensors import TensorPlace, TensorSource, Weights, rows_of_place
+from x_transformers.tensor_types import Shaped
 
 
 def sources_of(entry: KeyRule, weights: Weights) -> dict[str, TensorSource]:
@@ -33,7 +34,7 @@ def held_sources(entry: KeyRule, weights: Weights, dtype: torch.dtype) -> dict[s
     made: dict[str, Tensor] = {}
 
     def into(name: str) -> Callable[[Tensor], None]:
-        def written(out: Tensor) -> None:
+        def written(out: Shaped[Tensor, '...']) -> None:
             if name not in made:
                 made.update(zip(entry.ours, entry.map.into(tuple(weights[t] for t in entry.theirs)), strict=True))
             out.copy_(made.pop(name))
@@ -43,7 +44,7 @@ def held_sources(entry: KeyRule, weights: Weights, dtype: torch.dtype) -> dict[s
     return {name: TensorSource(dtype, into(name)) for name in entry.ours}
 
 
-def rows_below(theirs: tuple[str, ...], weights: Weights, out: Tensor) -> None:
+def rows_below(theirs: tuple[str, ...], weights: Weights, out: Shaped[Tensor, 'n ...']) -> None:
     whole = out.view(-1, *weights.shape(theirs[0])[1:])
     for name, part in zip(theirs, whole.chunk(len(theirs)), strict=True):
         weights.stored(name).into(part)
@@ -52,17 +53,17 @@ def rows_below(theirs: tuple[str, ...], weights: Weights, out: Tensor) -> None:
 # ``number``: which of the tensors that the map makes goes into ``out``
 
 
-def rows_stay(place: TensorPlace, map: Map, number: int, out: Tensor) -> None:
+def rows_stay(place: TensorPlace, map: Map, number: int, out: Shaped[Tensor, 'n ...']) -> None:
     for first, rows in rows_of_place(place):
         out[first : first + rows.shape[0]].copy_(map.into((rows,))[number])
 
 
-def rows_turn(place: TensorPlace, map: Map, number: int, out: Tensor) -> None:
+def rows_turn(place: TensorPlace, map: Map, number: int, out: Shaped[Tensor, 'c n']) -> None:
     for first, rows in rows_of_place(place):
         out[:, first : first + rows.shape[0]].copy_(map.into((rows,))[number])
 
 
-def rows_move(place: TensorPlace, map: Map, number: int, out: Tensor) -> None:
+def rows_move(place: TensorPlace, map: Map, number: int, out: Shaped[Tensor, 'n ...']) -> None:
     # the map is asked where rows go by giving it their numbers
     taken = map.into((torch.arange(place.shape[0]),))[number]
     places = torch.full((place.shape[0],), -1)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from x_transformers.hf.family import Plain
 from x_transformers.norms import LAYER_NORM_EPS, MIN_LENGTH
+from x_transformers.tensor_types import Shaped
 
 
 @torch.no_grad()
-def in_their_words(model: Any, plain: Plain, own: dict[str, Tensor]) -> tuple[Plain, dict[str, Tensor]]:
+def in_their_words(model: Any, plain: Plain, own: dict[str, Shaped[Tensor, '...']]) -> tuple[Plain, dict[str, Tensor]]:
     """(keywords, parameters) of a model that says the same: gains instead of their difference from 1, an eps that is no more
     than nothing, sizes instead of shares, a bias of zeros where the other one is there.
 

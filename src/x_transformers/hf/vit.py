@@ -18,6 +18,7 @@ from x_transformers.hf.family import (
     weight_and_bias,
 )
 from x_transformers.hf.maps import HALVES_SWAPPED, Map, each, reshaped
+from x_transformers.tensor_types import Float
 
 
 def vision(config: Config, inner: int, stack: Plain, **more: Any) -> Plain:
@@ -78,10 +79,10 @@ def of_patches(model: Plain) -> Map:
     size, channels = model['patch_size'], model['channels']
     height, width = (size, size) if isinstance(size, int) else size
 
-    def into(t: Tensor) -> Tensor:
+    def into(t: Float[Tensor, 'd c h w']) -> Float[Tensor, 'd p']:
         return t.permute(0, 2, 3, 1).reshape(t.shape[0], -1)
 
-    def back(t: Tensor) -> Tensor:
+    def back(t: Float[Tensor, 'd p']) -> Float[Tensor, 'd c h w']:
         return t.reshape(t.shape[0], height, width, channels).permute(0, 3, 1, 2).contiguous()
 
     return each(into, back)

@@ -19,6 +19,7 @@ from x_transformers.saving.errors import FolderError
 from x_transformers.saving.made import Made
 from x_transformers.saving.plain import from_plain, to_plain, without_memory
 from x_transformers.saving.tensors import INDEX, WEIGHTS, TensorSource, Weights, json_object, write_tensors
+from x_transformers.tensor_types import Shaped, StateDict
 
 CONFIG, CARD = 'config.json', 'README.md'
 FORMAT = 'x_transformers'
@@ -182,7 +183,7 @@ def model_within(model: Any, cls: type[Made]) -> Made | None:
     return model
 
 
-def check_weight_names(folder: Path, wanted: Mapping[str, Tensor], weights: Weights, same: Mapping[str, str]) -> None:
+def check_weight_names(folder: Path, wanted: StateDict, weights: Weights, same: Mapping[str, str]) -> None:
     missing = [name for name in wanted if name not in weights]
     left = [name for name in weights if name not in wanted and name not in same]
     shapes = [
@@ -259,14 +260,16 @@ def fill_model(
         raise FolderError(f'No tensor was given for {", ".join(left[:5])}.')
 
 
-def room(old: Tensor, stored: torch.dtype, device: torch.device, dtype: torch.dtype | None) -> Tensor | None:
+def room(
+    old: Shaped[Tensor, '...'], stored: torch.dtype, device: torch.device, dtype: torch.dtype | None
+) -> Shaped[Tensor, '...'] | None:
     """Memory for a parameter; None for one that is spread over processes."""
     if hasattr(old, 'placements'):
         return None
     return torch.empty(old.shape, dtype=dtype if dtype is not None and stored.is_floating_point else stored, device=device)
 
 
-def filled_parameter(old: Any, new: Tensor | None, source: TensorSource) -> Tensor:
+def filled_parameter(old: Any, new: Shaped[Tensor, '...'] | None, source: TensorSource) -> Shaped[Tensor, '...']:
     """A parameter's numbers, in its memory or in that of this process's part."""
     if new is not None:
         source.into(new)

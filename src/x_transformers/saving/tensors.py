@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.saving.errors import FolderError
+from x_transformers.tensor_types import Shaped
 
 # the names of dtypes in the format's header
 DTYPES = {
@@ -220,7 +221,7 @@ def rows_of_place(place: TensorPlace) -> Iterator[tuple[int, Tensor]]:
         yield begin // max(row, 1), piece.view(-1, *place.shape[1:])
 
 
-def read_into(place: TensorPlace, out: Tensor) -> None:
+def read_into(place: TensorPlace, out: Shaped[Tensor, '...']) -> None:
     """One tensor into memory that is there, of any dtype and on any device. Raises FolderError for another shape."""
     if tuple(out.shape) != place.shape:
         raise FolderError(f'a tensor in {place.file} is {place.shape} and {tuple(out.shape)} in the model.')
@@ -236,7 +237,11 @@ def read_into(place: TensorPlace, out: Tensor) -> None:
 
 
 def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str], shard: int | None = SHARD
+    folder: Path,
+    tensors: Iterable[tuple[str, Shaped[Tensor, '...']]],
+    *,
+    metadata: Mapping[str, str],
+    shard: int | None = SHARD,
 ) -> None:
     """One file of weights, or several with an index if they are larger than ``shard`` bytes (None: one, however large).
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,10 +53,16 @@ class Windows:
         return permuted(place, self.count, self.seed + epoch) * (self.window - 1)
 
 
-def example(
-    text: TokenText, start: int, length: int, *, with_prompts: bool, apart: bool
-) -> tuple[Int[Tensor, ' n'], Int[Tensor, ' n'], Int[Tensor, ' n']]:
-    """(ids, what each of them is to predict, number of the document of each).
+class Example(NamedTuple):
+    """One row: its ids, what each of them is to predict, and the number of the document of each."""
+
+    ids: Int[Tensor, ' n']
+    targets: Int[Tensor, ' n']
+    documents: Int[Tensor, ' n']
+
+
+def example(text: TokenText, start: int, length: int, *, with_prompts: bool, apart: bool) -> Example:
+    """A window of a text.
 
     A prompt is not predicted, and with ``apart`` neither is the first token of a document from the one before it.
     """
@@ -71,7 +77,7 @@ def example(
                 targets[max(first - 1, 0) : max(prompt - 1, 0)] = IGNORED
             if apart and first > 0:
                 targets[first - 1] = IGNORED
-    return ids, targets, documents
+    return Example(ids, targets, documents)
 
 
 class TokenBatches:
@@ -109,7 +115,7 @@ class TokenBatches:
             [self.example(number) for number in numbers], with_prompts=self.with_prompts, apart=self.apart
         )  # fmt: skip
 
-    def example(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def example(self, number: int) -> Example:
         """Row ``number`` of the run."""
         which, place = self.mixture.place(number)
         windows = self.windows[which]
@@ -124,13 +130,13 @@ class TokenBatches:
         return int((batch['targets'] != IGNORED).sum())
 
 
-def rows_of(examples: Sequence[tuple[Tensor, Tensor, Tensor]], *, with_prompts: bool, apart: bool) -> Any:
-    ids = torch.stack([row[0] for row in examples])
+def rows_of(examples: Sequence[Example], *, with_prompts: bool, apart: bool) -> Any:
+    ids = torch.stack([row.ids for row in examples])
     if not with_prompts and not apart:
         return ids
-    given: dict[str, Any] = {'x': ids, 'targets': torch.stack([row[1] for row in examples])}
+    given: dict[str, Any] = {'x': ids, 'targets': torch.stack([row.targets for row in examples])}
     if apart:
-        given['attn_mask'] = same_document(torch.stack([row[2] for row in examples]))
+        given['attn_mask'] = same_document(torch.stack([row.documents for row in examples]))
     return given
 
 
@@ -181,19 +187,19 @@ def held_out_rows(
         count = max(1, limit // (window - 1))
         starts = starts[:: max(1, -(-len(starts) // count))]
     with_prompts = text.has_prompts
-    group: list[tuple[Tensor, Tensor, Tensor]] = []
+    group: list[Example] = []
     for start in starts:
         row = example(text, start, window, with_prompts=with_prompts, apart=apart)
-        if group and (len(group) == batch or len(row[0]) != len(group[0][0])):
+        if group and (len(group) == batch or len(row.ids) != len(group[0].ids)):
             yield _counted(group, with_prompts, apart)
             group = []
-        if len(row[0]) > 1:
+        if len(row.ids) > 1:
             group.append(row)
     if group:
         yield _counted(group, with_prompts, apart)
 
 
-def _counted(group: list[tuple[Tensor, Tensor, Tensor]], with_prompts: bool, apart: bool) -> tuple[Any, int]:
+def _counted(group: Sequence[Example], with_prompts: bool, apart: bool) -> tuple[Any, int]:
     made = rows_of(group, with_prompts=with_prompts, apart=apart)
     return made, TokenBatches.predictions(made)
 

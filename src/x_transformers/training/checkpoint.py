@@ -22,6 +22,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from x_transformers.tensor_types import StateDict
 from x_transformers.training.errors import CheckpointError
 from x_transformers.training.files import (
     BEST,
@@ -62,7 +63,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._finished: list[Path] = []
 
-    def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]) -> None:
+    def save(self, step: int, weights: StateDict, state: Mapping[str, Any], export: StateDict) -> None:
         """Hand over everything needed to continue after ``step``; ``export`` are the weights for use."""
         self.wait()
         if not self.background:
@@ -106,7 +107,7 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def save_best(self, step: int, value: float, export: Mapping[str, Tensor]) -> None:
+    def save_best(self, step: int, value: float, export: StateDict) -> None:
         """Weights that were better than all before, in a file of their own."""
         self.wait()
         write_atomically(self.run / BEST, weights_as_bytes(export, {'step': str(step), 'value': repr(value)}))
@@ -120,11 +121,11 @@ def cpu_copy(value: Any) -> Any:
 def save_checkpoint(
     run: Path,
     step: int,
-    weights: Mapping[str, Tensor],
+    weights: StateDict,
     state: Mapping[str, Any],
     *,
     keep: int = 1,
-    export: Mapping[str, Tensor] | None = None,
+    export: StateDict | None = None,
 ) -> Path:
     """Write everything needed to continue after ``step``, drop all but the newest ``keep``, replace the weights for use.
 

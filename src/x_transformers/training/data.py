@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from x_transformers.tensor_types import Int
+from x_transformers.tensor_types import Float, Int
 from x_transformers.training.errors import DataError
 
 TEST_FOLDERS = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
@@ -261,7 +261,7 @@ def held_out_batches(text: Text, *, batch: int, window: int, limit: int | None =
 
 
 def bits_per_byte(
-    loss: Callable[[Int[Tensor, 'b n']], Tensor], text: Text, *, batch: int, window: int, limit: int | None = None
+    loss: Callable[[Int[Tensor, 'b n']], Float[Tensor, '']], text: Text, *, batch: int, window: int, limit: int | None = None
 ) -> float:
     """The mean over all predicted bytes of a text, each window on its own; ``loss`` gives the mean of a batch in nats."""
     total, count = 0.0, 0

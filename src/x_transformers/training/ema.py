@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from x_transformers.module import fill, own_part
+from x_transformers.tensor_types import StateDict
 
 WRAPPED = '_checkpoint_wrapped_module.'
 
@@ -48,7 +49,7 @@ class AveragedWeights:
             self._fill(own)
 
     @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
+    def _fill(self, values: StateDict) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 

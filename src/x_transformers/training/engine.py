@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from x_transformers.tensor_types import Float, Shaped, StateDict
 from x_transformers.training.checkpoint import Checkpoints, load_checkpoint
 
 
@@ -47,7 +48,9 @@ class Engine:
         """Around forward and backward of one micro-batch; only after the last one must gradients agree."""
         return nullcontext()
 
-    def gradients(self, loss: Callable[[Any], Tensor], batches: Sequence[Any], shares: Sequence[float]) -> list[Tensor]:
+    def gradients(
+        self, loss: Callable[[Any], Float[Tensor, '']], batches: Sequence[Any], shares: Sequence[float]
+    ) -> list[Tensor]:
         """Forward and backward of the micro-batches of a step; what each adds to the loss, its mean times its share."""
         parts = []
         for micro, (batch, share) in enumerate(zip(batches, shares, strict=True)):
@@ -60,7 +63,7 @@ class Engine:
             parts.append(mean.detach() * share)
         return parts
 
-    def total(self, value: Tensor) -> Tensor:
+    def total(self, value: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
         """The sum of a small tensor over all processes that read different data."""
         return value
 
@@ -68,10 +71,10 @@ class Engine:
         """The largest of the numbers of all processes: a signal that reached one stops all."""
         return number
 
-    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Float[Tensor, '']:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+    def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Float[Tensor, '']) -> None:
         torch.nn.utils.clip_grads_with_norm_(list(parameters), most, norm)
 
     def flops(self, count: Callable[[], float]) -> float:
@@ -82,7 +85,7 @@ class Engine:
         """The whole state dict of the model, as ``load_model`` takes it."""
         return model.state_dict()
 
-    def load_model(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+    def load_model(self, model: nn.Module, state: StateDict) -> None:
         model.load_state_dict(state)
 
     def optimizer_state(self, model: nn.Module, optimizers: list[Optimizer]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from x_transformers.tensor_types import StateDict
 from x_transformers.training.errors import CheckpointError
 
 PREFIX = 'checkpoint-'
@@ -54,7 +55,7 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f'{path} is not valid JSON: {error}') from error
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_weights(path: Path, state: StateDict) -> None:
     write_atomically(path, weights_as_bytes(state))
 
 
@@ -68,7 +69,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f'{path} is truncated or not a safetensors file ({error})') from error
 
 
-def weights_as_bytes(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def weights_as_bytes(state: StateDict, metadata: dict[str, str] | None = None) -> bytes:
     """The safetensors form; tensors that share memory (tied weights) are written once per name."""
     tensors = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in state.items()}
     return save_tensors(tensors, metadata)

@@ -17,7 +17,7 @@ class LoRAWeight(nn.Module):
 
     decayed_parameters = ('down', 'up')
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, weight: Float[Tensor, 'o i'], rank: int) -> None:
         super().__init__()
         out, into = weight.shape
         self.down = nn.Parameter(torch.randn(rank, into, dtype=weight.dtype, device=weight.device) / into**0.5)

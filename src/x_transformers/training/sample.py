@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.generation import sampling
+from x_transformers.tensor_types import Float
 from x_transformers.training.build import device_of, network_of, reading_arguments
 from x_transformers.training.errors import TrainingError
 from x_transformers.training.tokens import Bytes, Tokenizer
@@ -39,7 +40,7 @@ def sample_text(
     writer: Any = model
     device = device_of(model)
 
-    def filtered(logits: Tensor) -> Tensor:
+    def filtered(logits: Float[Tensor, 'b v']) -> Float[Tensor, 'b v']:
         if top_k is not None:
             logits = sampling.top_k(logits, k=min(top_k, logits.shape[-1]))
         if top_p is not None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.module import unit_modules
+from x_transformers.tensor_types import Float, StateDict
 from x_transformers.training.build import choose_device
 from x_transformers.training.ema import AveragedWeights
 from x_transformers.training.engine import Engine
@@ -65,16 +66,14 @@ class Callback:
 class Store(Protocol):
     """Where checkpoints go; ``checkpoint.Checkpoints`` is one."""
 
-    def save(
-        self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], export: Mapping[str, Tensor]
-    ) -> None: ...
+    def save(self, step: int, weights: StateDict, state: Mapping[str, Any], export: StateDict) -> None: ...
 
     def finished(self) -> list[Path]:
         """Checkpoints that have been completed since the last call."""
         ...
 
     def wait(self) -> None: ...
-    def save_best(self, step: int, value: float, export: Mapping[str, Tensor]) -> None: ...
+    def save_best(self, step: int, value: float, export: StateDict) -> None: ...
 
 
 @dataclass
@@ -137,7 +136,7 @@ class Trainer:
         matrices: Iterable[nn.Parameter] | None = None,
         store: Store | None = None,
         best: str | None = None,
-        exported: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
+        exported: Callable[[nn.Module], StateDict] | None = None,
         engine: Engine | None = None,
     ) -> None:
         self.options = options or TrainerOptions()
@@ -301,7 +300,7 @@ class Trainer:
 
     # checkpoints
 
-    def export(self) -> Mapping[str, Tensor]:
+    def export(self) -> StateDict:
         """The weights for use: the averaged ones if there are any."""
         with self.averages():
             state = (self.exported or self.engine.model_state)(self.model)
@@ -331,7 +330,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.saved(self, path)
 
-    def resume(self, step: int, weights: dict[str, Tensor], state: Mapping[str, Any], where: str = 'the checkpoint') -> None:
+    def resume(self, step: int, weights: StateDict, state: Mapping[str, Any], where: str = 'the checkpoint') -> None:
         """Go on after ``step`` with what ``save`` gave to the store."""
         try:
             self.engine.load_model(self.model, weights)
@@ -364,7 +363,7 @@ def loss_of(forward: Callable[..., Any], batch: Any) -> Tensor:
     return out  # type: ignore[no-any-return]
 
 
-def one_loss(loss: Any) -> Tensor:
+def one_loss(loss: Any) -> Float[Tensor, '']:
     if not isinstance(loss, Tensor):
         raise TrainingError(f'the loss must be a tensor, got {type(loss).__name__}. Give Trainer(loss=...) a function for it.')
     if loss.ndim != 0:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from x_transformers.evidence.draws import Draws
 from x_transformers.evidence.model import IGNORE, Batch, measure
 from x_transformers.evidence.tasks.base import SequenceTask
+from x_transformers.tensor_types import Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,16 @@ class LengthTask(SequenceTask):
     """Number of symbols of questions and answers."""
 
     @abstractmethod
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         """(answers (b m), their sizes (b)) for questions (b n) of ``sizes``; what stands behind a size has no meaning."""
 
     def answer_size(self, size: int) -> int:
         """The longest answer to a question of ``size`` symbols."""
         return 1
 
-    def questions(self, draws: Draws, sizes: Tensor, longest: int) -> Tensor:
+    def questions(self, draws: Draws, sizes: Int[Tensor, ' b'], longest: int) -> Int[Tensor, 'b n']:
         return draws.whole(0, self.symbols - 1, len(sizes), longest)
 
     # the rest follows
@@ -79,7 +82,7 @@ class LengthTask(SequenceTask):
         low, high = (self.trained + 1, self.tested) if test else (1, self.trained)
         return self.rows_of(draws, draws.whole(low, high, count), high)
 
-    def rows_of(self, draws: Draws, sizes: Tensor, longest: int) -> Batch:
+    def rows_of(self, draws: Draws, sizes: Int[Tensor, ' b'], longest: int) -> Batch:
         question = self.questions(draws, sizes, longest)
         answer, answer_sizes = self.solve(question, sizes, draws)
         equals, fill = self.symbols, self.symbols + 1
@@ -115,11 +118,13 @@ class Parity(LengthTask):
 
     name: ClassVar[str] = 'length/parity'
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         return (inside(question, sizes).sum(dim=-1, keepdim=True) % 2), torch.ones_like(sizes)
 
 
-def inside(question: Tensor, sizes: Tensor) -> Tensor:
+def inside(question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b']) -> Int[Tensor, 'b n']:
     """The questions with zeros behind their ends."""
     return question * (torch.arange(question.shape[1]) < sizes[:, None])
 
@@ -130,7 +135,9 @@ class EvenPairs(LengthTask):
 
     name: ClassVar[str] = 'length/even-pairs'
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         last = question.gather(1, sizes[:, None] - 1)
         return (question[:, :1] == last).long(), torch.ones_like(sizes)
 
@@ -142,10 +149,12 @@ class Cycle(LengthTask):
     name: ClassVar[str] = 'length/cycle'
     symbols: ClassVar[int] = 5
 
-    def questions(self, draws: Draws, sizes: Tensor, longest: int) -> Tensor:
+    def questions(self, draws: Draws, sizes: Int[Tensor, ' b'], longest: int) -> Int[Tensor, 'b n']:
         return draws.whole(0, 2, len(sizes), longest)
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         moves = torch.tensor([0, 1, -1])[question]
         return inside(moves, sizes).sum(dim=-1, keepdim=True) % 5, torch.ones_like(sizes)
 
@@ -160,15 +169,17 @@ class ModularArithmetic(LengthTask):
     name: ClassVar[str] = 'length/modular'
     symbols: ClassVar[int] = 8
 
-    def questions(self, draws: Draws, sizes: Tensor, longest: int) -> Tensor:
+    def questions(self, draws: Draws, sizes: Int[Tensor, ' b'], longest: int) -> Int[Tensor, 'b n']:
         question = draws.whole(0, 4, len(sizes), longest)
         question[:, 1::2] = draws.whole(5, 7, len(sizes), longest // 2)
         return question
 
-    def rows_of(self, draws: Draws, sizes: Tensor, longest: int) -> Batch:
+    def rows_of(self, draws: Draws, sizes: Int[Tensor, ' b'], longest: int) -> Batch:
         return super().rows_of(draws, sizes - (sizes % 2 == 0).long(), longest)
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         total, product = torch.zeros_like(sizes), question[:, 0]
         for place in range(1, question.shape[1] - 1, 2):
             operator, number = question[:, place], question[:, place + 1]
@@ -190,7 +201,9 @@ class Copy(LengthTask):
     def answer_size(self, size: int) -> int:
         return size
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         return question, sizes
 
 
@@ -200,7 +213,9 @@ class Reverse(Copy):
 
     name: ClassVar[str] = 'length/reverse'
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         place = (sizes[:, None] - 1 - torch.arange(question.shape[1])).clamp_min(0)
         return question.gather(1, place), sizes
 
@@ -214,7 +229,9 @@ class Duplicate(Copy):
     def answer_size(self, size: int) -> int:
         return 2 * size
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         place = torch.arange(2 * question.shape[1]) % sizes[:, None]
         return question.gather(1, place), 2 * sizes
 
@@ -225,7 +242,9 @@ class Sort(Copy):
 
     name: ClassVar[str] = 'length/sort'
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         beyond = torch.arange(question.shape[1]) >= sizes[:, None]
         return question.masked_fill(beyond, self.symbols).sort(dim=-1).values.clamp_max(self.symbols - 1), sizes
 
@@ -251,14 +270,16 @@ class Addition(LengthTask):
     def total(self) -> int:
         return max(3, self.tested) + self.answer_size(self.tested)
 
-    def rows_of(self, draws: Draws, sizes: Tensor, longest: int) -> Batch:
+    def rows_of(self, draws: Draws, sizes: Int[Tensor, ' b'], longest: int) -> Batch:
         return super().rows_of(draws, 2 * ((sizes - 1) // 2).clamp_min(1) + 1, max(3, longest))
 
-    def questions(self, draws: Draws, sizes: Tensor, longest: int) -> Tensor:
+    def questions(self, draws: Draws, sizes: Int[Tensor, ' b'], longest: int) -> Int[Tensor, 'b n']:
         question = draws.whole(0, 9, len(sizes), longest)
         return question.scatter(1, (sizes[:, None] - 1) // 2, 10)
 
-    def solve(self, question: Tensor, sizes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, question: Int[Tensor, 'b n'], sizes: Int[Tensor, ' b'], draws: Draws
+    ) -> tuple[Int[Tensor, 'b m'], Int[Tensor, ' b']]:
         digits = (sizes - 1) // 2
         wide = self.digits(question.shape[1])
         answer, carry = question.new_zeros(len(sizes), wide + 1), torch.zeros_like(sizes)

@@ -13,6 +13,7 @@ from torch import Tensor
 from x_transformers.evidence.draws import Draws
 from x_transformers.evidence.model import IGNORE, Batch
 from x_transformers.evidence.tasks.base import SequenceTask, ignored
+from x_transformers.tensor_types import Bool, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,13 @@ class Mano(SequenceTask):
         return Batch(inputs, targets)
 
 
-def evaluate_prefix(operator: Tensor, kinds: Tensor, numbers: Tensor, here: Tensor, modulus: int) -> Tensor:
+def evaluate_prefix(
+    operator: Bool[Tensor, 'b n'],
+    kinds: Int[Tensor, 'b n'],
+    numbers: Int[Tensor, 'b n'],
+    here: Int[Tensor, 'b 1'],
+    modulus: int,
+) -> Int[Tensor, ' b']:
     """The values of expressions, read from their ends with a stack."""
     rows, length = operator.shape
     stack = torch.zeros(rows, length + 2, dtype=torch.long)
