@@ -401,9 +401,9 @@ def test_positions_of_each_head_that_fit_nothing() -> None:
     pos = torch.zeros(2, 3, N, dtype=torch.long)
     for net, says in (
         (alibi(), 'each of the 4 heads'),
-        (language_model(rel_pos_bias=True), 'only a stack with alibi_pos_bias'),
+        (language_model(rel_pos_bias=True), 'without alibi_pos_bias'),
         (language_model(alibi_pos_bias=True), 'use_abs_pos_emb=False'),
-        (language_model(alibi_pos_bias=True, rotary_pos_emb=True, verbose=False), 'ALiBi alone'),
+        (language_model(alibi_pos_bias=True, rotary_pos_emb=True, verbose=False), 'all heads alike'),
     ):
         with pytest.raises(ValueError, match=says):
             net(ids(2, N), pos=pos)
@@ -640,12 +640,12 @@ def test_conditions_and_shifts_are_read_in_the_precision_of_the_model(dtype: tor
     ('given', 'says'),
     [
         ({'temperature': float('inf')}, 'finite'),
-        ({'filter_logits_fn': 'min_p', 'filter_kwargs': {'min_p': 2.0}}, 'must leave a token|leave no token'),
+        ({'filter_logits_fn': 'min_p', 'filter_kwargs': {'min_p': 2.0}}, 'must leave at least one token'),
         ({'filter_logits_fn': lambda logits: logits - torch.inf}, 'must leave a token'),
         ({'draft_model': 'x'}, 'draft_model'),
-        ({'return_attn': True}, 'return_attn cannot be given here'),
-        ({'return_embeddings': True}, 'return_embeddings cannot be given here'),
-        ({'logits_last': 1}, 'logits_last cannot'),
+        ({'return_attn': True}, 'return_attn must be left out'),
+        ({'return_embeddings': True}, 'return_embeddings must be left out'),
+        ({'logits_last': 1}, 'logits_last must be left out'),
         ({'seq_start_pos': torch.tensor([0, 1])}, 'prompt_lens'),
         ({'mask': [[True] * 5] * 2}, 'mask must be a tensor'),
         ({'amateur_model': True}, 'amateur_model'),

@@ -82,7 +82,7 @@ def test_keywords_of_generate_that_cover_all_tokens(name: str, layers: bool) -> 
     assert torch.equal(cached, full)
     assert not torch.equal(full, made.generate(prompts(3, 5), 6, temperature=0.0))
     short = value[..., :5, :5] if name == 'attn_bias' else value[..., :5, :]
-    with pytest.raises(GenerateError, match=f'{name} covers 5 tokens, but 10 will be fed'):
+    with pytest.raises(GenerateError, match=f'{name} must cover the 10 tokens that will be fed to the net, got 5'):
         made.generate(prompts(3, 5), 6, **{name: short})
 
 

@@ -91,7 +91,7 @@ def test_such_a_module_cannot_do_what_the_original_does_not_have() -> None:
     layer = first_attention(decoder())
     layer.attend = Plain(causal=True)
     x = torch.randn(2, N, DIM)
-    with pytest.raises(ValueError, match='attend is a module of your own, which cannot be told of delta'):
+    with pytest.raises(ValueError, match='attend must be an Attend to take delta, got a Plain'):
         layer(x, attn_delta=torch.zeros(N, N))
 
 
@@ -157,7 +157,7 @@ def test_what_is_added_to_a_text_covers_all_of_it() -> None:
     added = torch.randn(7, DIM)
     made = [writer.generate(x, 5, temperature=0.0, sum_embeds=added, cache_kv=cached) for cached in (True, False)]
     assert torch.equal(*made)
-    with pytest.raises(ValueError, match='sum_embeds covers 3 tokens, but 7'):
+    with pytest.raises(ValueError, match=r'sum_embeds must cover the 7 tokens .*, got 3'):
         writer.generate(x, 5, sum_embeds=added[:3])
 
 
@@ -175,7 +175,7 @@ def test_a_feed_forward_takes_its_parameters_by_position() -> None:
     assert list(given.state_dict()) == list(named.state_dict())
     x = torch.randn(2, N, DIM)
     assert torch.equal(given.eval()(x), named.eval()(x))
-    with pytest.raises(FlagError, match='at most 11 values can be given by position'):
+    with pytest.raises(FlagError, match='at most 11 values must be given by position'):
         FeedForward(DIM, 12, 2, *[False] * 12)
     with pytest.raises(TypeError, match='glu must be given once'):
         FeedForward(DIM, 12, 2, True, glu=True)

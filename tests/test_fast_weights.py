@@ -175,7 +175,7 @@ def test_generation_goes_on_from_what_the_prompt_taught() -> None:
     ('broken', 'says'),
     [
         ({'tbptt_steps': 1}, 'tbptt_steps must be at least 2'),
-        ({'ttt_module_paths': ('nowhere.at.all',)}, 'no module'),
+        ({'ttt_module_paths': ('nowhere.at.all',)}, 'must name a module'),
         ({'ttt_module_paths': (), 'ttt_next_latent_loss': True, 'ttt_lr': 1e-3, 'ttt_wd': 0.01}, 'must name what is trained'),
         ({'ttt_low_rank_paths': ((PATH, 99),)}, 'the rank of'),
         ({'ttt_low_rank_paths': (('attn_layers.layers.1.1', 2),)}, 'must be a linear map'),

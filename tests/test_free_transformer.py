@@ -44,7 +44,7 @@ def test_keywords_of_the_codes() -> None:
     made = bare(kl_loss_threshold=0.5, binary_mapper_kwargs={'kl_loss_threshold': 0.1})
     assert made.binary_mapper.kl_loss_threshold == bare(kl_loss_threshold=0.1).binary_mapper.kl_loss_threshold
     assert bare(kl_loss_threshold=0.5).binary_mapper.kl_loss_threshold != made.binary_mapper.kl_loss_threshold
-    with pytest.raises(FlagError, match='binary_mapper_kwargs may name kl_loss_threshold, got bits'):
+    with pytest.raises(FlagError, match='binary_mapper_kwargs must name kl_loss_threshold alone, got bits'):
         bare(binary_mapper_kwargs={'bits': 3})
 
 

@@ -190,7 +190,7 @@ def test_built_on_meta() -> None:
 
 def test_bad_input_is_named() -> None:
     net = model()
-    with pytest.raises(ValueError, match='latents or seq_for_latents'):
+    with pytest.raises(ValueError, match='latents and seq_for_latents must not both'):
         net.generate(ids(2, 3), 2, latents=torch.ones(4), seq_for_latents=ids(2, 3))
     for latents in (torch.ones(3), torch.ones(3, 4), torch.ones(2, 5)):
         with pytest.raises(ValueError, match='latents must have shape'):

@@ -231,7 +231,7 @@ def test_logits_of_the_last_positions(x: Tensor) -> None:
         whole, last = model(x), model(x, logits_last=3)
         for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (whole, last)), strict=True):
             torch.testing.assert_close(a[:, -3:], b)
-    with pytest.raises(ValueError, match='logits_last must be a whole number from 1, but is 0'):
+    with pytest.raises(ValueError, match='logits_last must be a whole number from 1, got 0'):
         model(x, logits_last=0)
     logits, embeds = model(x, logits_last=2, return_logits_and_embeddings=True)
     assert (logits.shape[1], embeds.shape[1]) == (2, LENGTH)

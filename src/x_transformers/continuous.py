@@ -249,7 +249,7 @@ class ContinuousAutoregressiveWrapper(Module):
             raise ValueError(f'mask must cover all {x.shape[1]} frames with mask_by_target=True, including the last target.')
         predicted = self.net(x[:, :-1], mask=inputs, **kwargs)
         if not isinstance(predicted, Tensor):
-            raise TypeError(f'the net must return its outputs alone, got {type(predicted).__name__}; leave out return_*')
+            raise TypeError(f'the net must return its outputs alone, got {type(predicted).__name__}. Leave out return_*.')
         return self._reduced(self.loss_fn(at_least_single(predicted), x[:, 1:]), targets if self.mask_by_target else inputs)
 
     def _reduced(self, loss: Float[Tensor, 'b n ...'], counts: Bool[Tensor, 'b n'] | None) -> Float[Tensor, '']:

@@ -226,8 +226,11 @@ def check_tied(enc: Mapping[str, Any], dec: Mapping[str, Any]) -> None:
     for name in ('num_tokens', 'emb_dim', 'l2norm_embed'):
         if enc.get(name) != dec.get(name):
             raise FlagError(
-                f'XTransformer: tie_token_emb=True needs enc_{name} and dec_{name} to be equal, '
-                f'got {enc.get(name)} and {dec.get(name)}.'
+                f'XTransformer: enc_{name} and dec_{name} must be equal with tie_token_emb=True, got {enc.get(name)} and '
+                f'{dec.get(name)}. Give both the same.'
             )
     if dec.get('token_emb') is not None:
-        raise FlagError("XTransformer: tie_token_emb=True uses the encoder's token embedding; leave out dec_token_emb.")
+        raise FlagError(
+            "XTransformer: dec_token_emb must be None with tie_token_emb=True, which uses the encoder's token embedding. "
+            'Leave it out.'
+        )

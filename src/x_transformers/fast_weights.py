@@ -120,7 +120,7 @@ class EpisodicNet(Module):
         flags = net.attn_layers.flags.attention
         if flags.dim_head != flags.value_dim:
             raise ValueError(
-                f'episodic_mem_len needs keys and values of one width, got {flags.dim_head} and {flags.value_dim}. '
+                f'keys and values must have one width with episodic_mem_len, got {flags.dim_head} and {flags.value_dim}. '
                 'Leave out attn_value_dim_head.'
             )
         self.net = net
@@ -150,7 +150,7 @@ def module_at(net: nn.Module, path: str, name: str = 'ttt_module_paths') -> nn.M
     try:
         return net.get_submodule(path)
     except AttributeError:
-        raise ValueError(f'{name}: the net has no module {path!r}. Name one of net.named_modules().') from None
+        raise ValueError(f'{name} must name a module of the net, got {path!r}. Name one of net.named_modules().') from None
 
 
 def put(net: nn.Module, path: str, module: nn.Module) -> None:

@@ -102,7 +102,8 @@ def threshold_of(keywords: Mapping[str, Any] | None, usual: float) -> float:
     """What a code may carry for free, by the keywords for the codes or else by the model's own."""
     if unknown := sorted(set(keywords or {}) - {'kl_loss_threshold'}):
         raise FlagError(
-            f'binary_mapper_kwargs may name kl_loss_threshold, got {", ".join(unknown)}. The bits of a code are latent_bits.'
+            f'binary_mapper_kwargs must name kl_loss_threshold alone, got {", ".join(unknown)}. Give the bits of a code as '
+            'latent_bits.'
         )
     return float((keywords or {}).get('kl_loss_threshold', usual))
 
@@ -253,8 +254,8 @@ class FreeTransformer(Module):
             told = told.reshape(-1, 1, told.shape[-1])
         if told.ndim != 3 or not is_any(told.shape[0], 1, rows) or 1 < told.shape[1] < total - 1:
             raise ValueError(
-                f'latents of shape {tuple(given.shape)} do not fit: there can be one, one for each of the {rows} rows, or one '
-                f'for each of the {total - 1} positions that are read'
+                f'latents must be one, one for each of the {rows} rows, or one for each of the {total - 1} positions that '
+                f'are read, got shape {tuple(given.shape)}. Pass one of these.'
             )
         return told.expand(rows, -1, -1)
 

@@ -165,7 +165,9 @@ class GPTVAE(Module):
         """
         options(DrawingOptions, 'generate', {'generator': generator})
         if latents is not None and seq_for_latents is not None:
-            raise ValueError('give either latents or seq_for_latents, not both: each decides the prefix')
+            raise ValueError(
+                'latents and seq_for_latents must not both be given: each decides the prefix. Leave out one of them.'
+            )
         if seq_for_latents is not None:
             latents = self.encode_to_latents(seq_for_latents, generator=generator)
         if latents is not None:

@@ -70,7 +70,7 @@ def shifted_mask(
     if not isinstance(mask, Tensor):
         raise TypeError(f'mask must be a boolean tensor (True: counts), got a {type(mask).__name__}')
     if mask.dtype != torch.bool:
-        raise TypeError(f'mask must be boolean (True: counts), got {mask.dtype}; use mask.bool() if 1 means True')
+        raise TypeError(f'mask must be boolean (True: counts), got {mask.dtype}. Use mask.bool() if 1 means True.')
     if mask.ndim != 2 or not is_any(mask.shape[1], length, length - 1):
         raise ValueError(
             f'mask must cover the {length} positions of each row, or the {length - 1} that are inputs; got {tuple(mask.shape)}'
@@ -89,8 +89,8 @@ def next_embedding_loss(
 def check_targets(where: str, rows: Float[Tensor, '... d'], targets: Int[Tensor, '...'], name: str) -> None:
     if rows.shape[:-1] != targets.shape:
         raise ValueError(
-            f'{where}: targets of shape {tuple(targets.shape)} do not go with {name} of shape {tuple(rows.shape)}; '
-            f'there must be one target for every row of {name}.'
+            f'{where}: targets must hold one target for each row of {name}, got {tuple(targets.shape)} for {name} of shape '
+            f'{tuple(rows.shape)}. Pass as many.'
         )
 
 
@@ -219,10 +219,13 @@ def linear_cross_entropy(
     check_targets('linear_cross_entropy', hidden, targets, 'hidden')
     if reduction not in ('mean', 'sum'):
         raise ValueError(
-            f"linear_cross_entropy: reduction is {reduction!r}; it can be 'mean' or 'sum', as single losses are not kept."
+            f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}. Use token_cross_entropy for "
+            'single losses.'
         )
     if chunk is not None and chunk < 1:
-        raise ValueError(f'linear_cross_entropy: chunk is {chunk}; at least one row must be computed at a time.')
+        raise ValueError(
+            f'linear_cross_entropy: chunk must be at least 1, the rows computed at a time, got {chunk}. Give a larger one.'
+        )
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     dtype = autocast_dtype(rows) or weight.dtype
     counted = wanted != ignore_index
@@ -260,10 +263,13 @@ def calc_z_loss(
     names (all of them without one). A position that sees no key in a layer has no scores there.
     """
     if not pre_softmax_attns:
-        raise ValueError('calc_z_loss: there are no attention logits to measure; the list of layers is empty.')
+        raise ValueError('calc_z_loss: pre_softmax_attns must hold the scores of at least one layer, got none. Pass some.')
     widths = {tuple(attn.shape[:3]) for attn in pre_softmax_attns}
     if len(widths) > 1:
-        raise ValueError(f'calc_z_loss: layers of different batch, heads or queries cannot be added up; got {sorted(widths)}.')
+        raise ValueError(
+            f'calc_z_loss: pre_softmax_attns must agree in batch, heads and queries to be summed, got {sorted(widths)}. '
+            'Call it for each kind.'
+        )
     parts = [_log_sum_exp(attn) for attn in pre_softmax_attns]
     total, seen = parts[0]
     for part, sees in parts[1:]:

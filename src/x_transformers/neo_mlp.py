@@ -74,7 +74,7 @@ class NeoMLP(Module):
     def forward(self, x: Float[Tensor, '... i'], return_embeds: bool = False) -> Any:
         """Map ``(dim_in,)`` or ``(b, dim_in)`` to ``dim_out`` numbers; optionally also the three kinds of neurons' states."""
         if not isinstance(x, Tensor):
-            raise TypeError(f'x must be a tensor, got a {type(x).__name__}; torch.tensor(...) makes one')
+            raise TypeError(f'x must be a tensor, got a {type(x).__name__}. Make one by torch.tensor(...).')
         if x.ndim not in (1, 2) or x.shape[-1] != self.dim_in or not x.is_floating_point():
             raise ValueError(
                 f'x must be floating point of shape ({self.dim_in},) or (batch, {self.dim_in}), got {x.dtype} {tuple(x.shape)}'

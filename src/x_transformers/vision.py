@@ -103,7 +103,7 @@ class ViTransformerWrapper(Module):
                 f'image_size={self.image_size} say, got {tuple(img.shape)}.'
             )
         if not img.is_floating_point():
-            raise TypeError(f'img must be of floating dtype, got {img.dtype}; bytes are scaled by img.float() / 255.')
+            raise TypeError(f'img must be of floating dtype, got {img.dtype}. Bytes are scaled by img.float() / 255.')
         x = self.patch_to_embedding(self.patches(img.to(self.pos_embedding.dtype)))
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)

@@ -397,7 +397,7 @@ def test_negative_scores_are_not_clipped():
     assert all(torch.equal(t, before[name]) for name, t in attn.state_dict().items())
     with pytest.raises(ValueError, match='one map for each head'):
         attn.qk_clip_(torch.zeros(B, 3, N, N))
-    with pytest.raises(ValueError, match='no pre_softmax_attn'):
+    with pytest.raises(ValueError, match='must hold pre_softmax_attn'):
         attn.qk_clip_(Intermediates())
 
 

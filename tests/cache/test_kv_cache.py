@@ -119,9 +119,9 @@ def test_rollback_says_what_is_held() -> None:
     cache = filled().window(2)
     assert (cache.length, cache.retained) == (5, 2)
     assert cache.rollback(3).retained == 0
-    with pytest.raises(ValueError, match='seen 5 rows and holds the newest 2'):
+    with pytest.raises(ValueError, match='newest 2 of 5 rows'):
         cache.rollback(2)
-    with pytest.raises(ValueError, match='rolled back to 6'):
+    with pytest.raises(ValueError, match='got 6'):
         cache.rollback(6)
 
 

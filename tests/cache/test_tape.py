@@ -127,14 +127,14 @@ def test_fixed_tapes_neither_grow_nor_shrink() -> None:
     assert tape.last(1) is tape
     assert torch.equal(tape.rows(torch.tensor([1])).value, tape.value[1:])
     assert tape.rows(torch.tensor([1])).fixed
-    with pytest.raises(ValueError, match='fixed'):
+    with pytest.raises(ValueError, match='must stay as they are, got new rows'):
         tape.append(torch.randn(2, 1, 1, 3))
 
 
 def test_rows_of_another_shape_are_refused_with_both_shapes() -> None:
     with pytest.raises(ValueError, match=r'\(2, 1, n, 3\).*\(1, 1, n, 3\)'):
         Tape.of(torch.randn(2, 1, 4, 3)).append(torch.randn(1, 1, 1, 3))
-    with pytest.raises(ValueError, match='cut a tape of 4 rows to 5'):
+    with pytest.raises(ValueError, match=r'in 0 to 4, .*got 5'):
         Tape.of(torch.randn(2, 1, 4, 3)).cut(5)
-    with pytest.raises(ValueError, match='newest -1'):
+    with pytest.raises(ValueError, match='got -1'):
         Tape.of(torch.randn(2, 1, 4, 3)).last(-1)

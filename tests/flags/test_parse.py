@@ -126,7 +126,7 @@ def test_missing_flags():
 @pytest.mark.parametrize(
     ('flags', 'sentence'),
     [
-        ({'heads': 'four'}, r"`heads` must be a whole number, but is 'four' \(of type str\)"),
+        ({'heads': 'four'}, r"`heads` must be a whole number, got 'four' \(of type str\)"),
         ({'heads': True}, '`heads` must be a whole number'),
         ({'ff_glu': 2}, '`ff_glu` must be True or False'),
         ({'ff_mult': '4'}, '`ff_mult` must be a number'),

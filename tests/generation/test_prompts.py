@@ -44,7 +44,7 @@ def test_any_integer_dtype_and_any_axes() -> None:
 
 def test_prompts_may_be_empty_behind_something_else() -> None:
     assert prepare_prompts(torch.zeros(2, 0, dtype=torch.long), may_be_empty=True).tokens.shape == (2, 0)
-    with pytest.raises(ValueError, match='empty'):
+    with pytest.raises(ValueError, match='must have at least one token'):
         prepare_prompts(torch.zeros(2, 0, dtype=torch.long))
 
 

@@ -87,12 +87,12 @@ def test_explained_as_python():
 @pytest.mark.parametrize(
     ('change', 'says'),
     [
-        ({'model_type': 'mamba'}, r"`model_type` is 'mamba'; the families are llama"),
+        ({'model_type': 'mamba'}, r"`model_type` must be one of llama.* got 'mamba'"),
         ({'hidden_act': 'tanh'}, r'`hidden_act` is .tanh.: there is no flag for this activation'),
         ({'rope_scaling': {'type': 'su', 'factor': 2.0}}, r"`rope_type` is 'su'"),
         ({'quantization_config': {'bits': 4}}, r'`quantization_config` is .* which this family does not know'),
         ({'hidden_size': None}, r'`hidden_size` is missing'),
-        ({'model_type': ['llama']}, r"`model_type` is \['llama'\]; the families are llama"),
+        ({'model_type': ['llama']}, r"`model_type` must be one of llama.* got \['llama'\]"),
         ({'hidden_size': '16'}, r"`hidden_size` must be a whole number above 0, got '16'"),
         ({'num_attention_heads': 0}, r'`num_attention_heads` must be a whole number above 0, got 0'),
         ({'num_key_value_heads': 3}, r'`num_key_value_heads` must divide `num_attention_heads`, 4, got 3'),
@@ -223,7 +223,7 @@ def test_dtype_and_a_folder_of_ours(folder, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.attn_layers.rotary_pos_emb.inv_freq.dtype == torch.float32
     model.save_pretrained(tmp_path / 'ours')
-    with pytest.raises(FolderError, match='use from_pretrained'):
+    with pytest.raises(FolderError, match='Use from_pretrained'):
         from_hf(tmp_path / 'ours')
     with pytest.raises(FolderError, match=r'use x_transformers.hf.from_hf'):
         TransformerWrapper.from_pretrained(folder)

@@ -27,7 +27,7 @@ def test_lime(views: int, softmax: bool) -> None:
 
 
 def test_lime_of_another_number_of_layers() -> None:
-    with pytest.raises(ValueError, match='of 3 layers, but was given the inputs of 2'):
+    with pytest.raises(ValueError, match='inputs of 3 layers, got 2'):
         DynamicLIMe(4, 3)(torch.randn(1, 2, 4), [torch.randn(1, 2, 4)] * 2)
 
 

@@ -107,8 +107,8 @@ X = torch.randn(1, 9, DIM)
     [
         ({'flash_pack_seq_kwargs': told((0, 3, 7), (0, 3, 7))}, r'must begin with 0 and end with the 9 tokens .* \[0, 3, 7\]'),
         ({'flash_pack_seq_kwargs': told((1, 3, 9), (1, 3, 9))}, 'must begin with 0'),
-        ({**PACKED, 'mems': [X, X]}, 'mems would have to say which sequence'),
-        ({**PACKED, 'mask': torch.ones(1, 9, dtype=torch.bool)}, 'leave out mask'),
+        ({**PACKED, 'mems': [X, X]}, 'mems must be None with'),
+        ({**PACKED, 'mask': torch.ones(1, 9, dtype=torch.bool)}, 'mask must be left out with'),
     ],
 )
 def test_what_does_not_fit(given: dict[str, Any], sentence: str) -> None:

@@ -103,12 +103,12 @@ def test_views() -> None:
     [
         ({'custom_layers': ('a', 'x')}, 'unknown: x'),
         ({'custom_layers': ()}, 'one layer or more'),
-        ({}, '`depth` is needed'),
+        ({}, '`depth` must be given'),
         ({'depth': 2, 'par_ratio': 9}, 'must lie in 2 to 4'),
-        ({'depth': 2, 'cross_attend': True, 'par_ratio': 2}, 'choose a larger ratio'),
-        ({'depth': 1, 'layers_execute_order': (0, 2)}, r'holds \[2\].*2 layers \(0 to 1\)'),
-        ({'depth': 1, 'layers_execute_order': ()}, 'is empty'),
-        ({'depth': 1, 'shift_tokens': (1, 1, 1)}, '3 entries, but there are 2 layers'),
+        ({'depth': 2, 'cross_attend': True, 'par_ratio': 2}, 'Choose a larger ratio'),
+        ({'depth': 1, 'layers_execute_order': (0, 2)}, r'from 0 to 1, got .*2'),
+        ({'depth': 1, 'layers_execute_order': ()}, r'got \(\)'),
+        ({'depth': 1, 'shift_tokens': (1, 1, 1)}, 'each of 2 layers, got 3'),
     ],
 )
 def test_refusals(flags: dict[str, Any], sentence: str) -> None:

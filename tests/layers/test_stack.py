@@ -522,7 +522,7 @@ def test_qk_clip_of_a_layer_that_ran_twice() -> None:
     stack.attn_qk_clip_(seen, tau=tau)
     product = ((attention.to_q.weight / before[0]).mean(dim=1) * (attention.to_k.weight / before[1]).mean(dim=1)).detach()
     torch.testing.assert_close(product.view(2, 6), (tau / largest)[:, None].expand(2, 6))
-    with pytest.raises(ValueError, match='one per executed layer'):
+    with pytest.raises(ValueError, match='one for each executed layer'):
         stack.attn_qk_clip_(stack(x, layers_execute_order=(0, 1), return_hiddens=True)[1])
 
 

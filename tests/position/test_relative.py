@@ -185,17 +185,17 @@ def test_dense(front: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match='its shape is'):
+    with pytest.raises(ValueError, match='got shape'):
         DenseBias(torch.randn(3))
-    with pytest.raises(ValueError, match='is for 3 queries and 4 keys, but there are 3 queries and 5 keys'):
+    with pytest.raises(ValueError, match='must be for 3 queries and 5 keys, got 3 and 4'):
         DenseBias(torch.randn(3, 4)).render(ScoreShape(3, 5))
-    with pytest.raises(ValueError, match='is for 2 queries'):
+    with pytest.raises(ValueError, match='got 2 and 4'):
         DenseBias(torch.randn(2, 4)).render(ScoreShape(3, 4))
-    with pytest.raises(FlagError, match='at least 1 layer'):
+    with pytest.raises(FlagError, match='depth must be at least 1'):
         DynamicPositionBias(4, heads=2, depth=0)
-    with pytest.raises(FlagError, match='3 heads of 2'):
+    with pytest.raises(FlagError, match='in 1 to 2, all heads, got 3'):
         AlibiPositionalBias(3, total_heads=2)
-    with pytest.raises(FlagError, match='each of its 3 heads, but 1 slopes'):
+    with pytest.raises(FlagError, match='each of 3 heads, got 1'):
         AlibiPositionalBias(3, slopes=[0.5])
 
 

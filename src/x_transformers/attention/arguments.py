@@ -58,11 +58,11 @@ ARGUMENTS = {
 def shaped(name: str, t: Any, *axes: int | None, says: str = '') -> None:
     """``t`` is a tensor with these axes; None stands for any length."""
     if not isinstance(t, Tensor):
-        raise TypeError(f'{name} must be a tensor, but is of type {type(t).__name__}')
+        raise TypeError(f'{name} must be a tensor, got {type(t).__name__}')
     if t.ndim == len(axes) and all(want is None or want == have for want, have in zip(axes, t.shape, strict=True)):
         return
     wanted = ', '.join('any' if axis is None else str(axis) for axis in axes)
-    raise ValueError(f'{name} must have shape ({wanted}){says and ", "}{says}, but has shape {tuple(t.shape)}')
+    raise ValueError(f'{name} must have shape ({wanted}){says and ", "}{says}, got shape {tuple(t.shape)}')
 
 
 def summand(name: str, t: Any, whole: tuple[int, ...], says: str) -> None:
@@ -75,26 +75,26 @@ def summand(name: str, t: Any, whole: tuple[int, ...], says: str) -> None:
 
 def numbers(name: str, t: Shaped[Tensor, '...']) -> None:
     if not t.is_floating_point():
-        raise TypeError(f'{name} must hold floating point numbers, but is {t.dtype}')
+        raise TypeError(f'{name} must hold floating point numbers, got {t.dtype}')
 
 
 def boolean(name: str, t: Any) -> None:
     if not isinstance(t, Tensor) or t.dtype != torch.bool:
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f'{name} must be a boolean tensor (True: a token, or may be seen), but is {kind}; use {name}.bool()')
+        raise TypeError(f'{name} must be a boolean tensor (True: a token, or may be seen), got {kind}. Use {name}.bool().')
 
 
 def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tuple[int, ...]) -> None:
     """``t`` is (i j), (h i j) or (b h i j); axes of one, and missing ones, broadcast."""
     if not isinstance(t, Tensor):
-        raise TypeError(f'{name} must be a tensor, but is of type {type(t).__name__}')
+        raise TypeError(f'{name} must be a tensor, got {type(t).__name__}')
     given = (1,) * (4 - t.ndim) + tuple(t.shape)
     allowed = ((1, batch), (1, heads), (1, queries), (1, *keys))
     if t.ndim < 2 or t.ndim > 4 or any(not is_any(have, *may) for have, may in zip(given, allowed, strict=True)):
         width = ' or '.join(str(length) for length in dict.fromkeys(keys))
         raise ValueError(
             f'{name} must be (i j), (h i j) or (b h i j) with b = {batch}, h = {heads}, i = {queries} queries and '
-            f'j = {width} keys (axes of 1 broadcast), but has shape {tuple(t.shape)}'
+            f'j = {width} keys (axes of 1 broadcast), got shape {tuple(t.shape)}'
         )
 
 
@@ -201,7 +201,7 @@ def check_angles(name: str, pair: Any) -> None:
     fits = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], Tensor)
     if not fits or not pair[0].is_floating_point() or pair[0].ndim not in (2, 3):
         got = describe(pair) if isinstance(pair, Tensor) else f'a {type(pair).__name__}'
-        raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {got}')
+        raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), got {got}')
 
 
 def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
@@ -239,7 +239,7 @@ def call_bias(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int]
 
     if rel_pos is not None:
         if not isinstance(rel_pos, DistanceBias):
-            raise TypeError(f'rel_pos must be a module such as AlibiPositionalBias, but is of type {type(rel_pos).__name__}')
+            raise TypeError(f'rel_pos must be a module such as AlibiPositionalBias, got {type(rel_pos).__name__}')
         return RelativeBias(rel_pos, positions=pos)
     if attn_bias is None:
         return None
@@ -325,7 +325,7 @@ def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
     if cache is None:
         return LayerCache() if given['return_intermediates'] else None
     if not isinstance(cache, Intermediates):
-        raise TypeError(f'cache must be the Intermediates of an earlier call, but is of type {type(cache).__name__}')
+        raise TypeError(f'cache must be the Intermediates of an earlier call, got {type(cache).__name__}')
     if not attn.can_cache_kv:
         raise ValueError('cache must be None with selective or inverted attention. Pass the whole sequence.')
     if cache.cache is not None:
@@ -396,9 +396,14 @@ def check_vectors(q: Any, k: Any, v: Any) -> None:
         shaped(name, t, None, None, None, None, says='(batch, heads, tokens, channels)')
         numbers(name, t)
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f'{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly')
+        raise ValueError(
+            f'k must have a number of heads that divides the {q.shape[1]} query heads, got {k.shape[1]}. Repeat or leave '
+            'out heads.'
+        )
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f'each key needs one value: keys are {tuple(k.shape)}, values {tuple(v.shape)}')
+        raise ValueError(
+            f'v must hold one value for each key, got keys {tuple(k.shape)} and values {tuple(v.shape)}. Pass as many of both.'
+        )
     if q.shape[-1] != k.shape[-1] or not is_any(k.shape[0], 1, q.shape[0]):
         raise ValueError(
             f'k must have the batch and the channels of q, {q.shape[0]} and {q.shape[-1]}, got shape {tuple(k.shape)}.'
@@ -427,6 +432,6 @@ def check_attend(
         columns = prev_attn.shape[-1:] if isinstance(prev_attn, Tensor) else ()
         broadcasts('prev_attn', prev_attn, batch, heads, queries, (keys, *columns))
     if prev_attn is not None and flash:
-        raise ValueError('prev_attn adds the scores of another layer, which flash=True never holds: leave one of the two out')
+        raise ValueError('prev_attn must be None with flash=True, which never holds scores. Leave one of the two out.')
     if packed is not None and q.shape[0] != 1:
         raise ValueError(f'packed sequences lie end to end in one row: the batch must be 1, got {q.shape[0]}')

@@ -45,7 +45,8 @@ def attended(
         return out, seen
     if taken := [name for name in ('packed', 'delta', 'composition', 'steps') if more[name] is not None]:
         raise ValueError(
-            f'attend is a module of your own, which cannot be told of {", ".join(taken)}. Leave out the flags that make it.'
+            f'attend must be an Attend to take {", ".join(taken)}, got a {type(attend).__name__}. Leave out the flags that '
+            'make it.'
         )
     shown = mask.rendered(geometry, q.device)
     # not every module lets axes of length 1 stand for longer ones

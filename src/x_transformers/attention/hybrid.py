@@ -44,7 +44,7 @@ class FoldAxially(Module):
     def __init__(self, axial_dim: int, fn: nn.Module) -> None:
         super().__init__()
         if axial_dim < 1:
-            raise ValueError(f'axial_dim must be at least 1, but is {axial_dim}')
+            raise ValueError(f'axial_dim must be at least 1, got {axial_dim}')
         self.fn = fn
         self.axial_dim = axial_dim
 
@@ -101,8 +101,8 @@ def run_module(module: nn.Module, x: Float[Tensor, 'b n d'], past: LayerCache | 
     if past.get('hybrid') is None:
         if past.length > x.shape[1]:
             raise ValueError(
-                'this cache lacks the state of the hybrid module: continue from the cache that an earlier call returned, '
-                'not from a cached_kv set by hand'
+                'cache must hold the state of the hybrid module, which a cached_kv set by hand lacks. Pass the cache of an '
+                'earlier call.'
             )
         out, hidden = output_and_hidden(module(x, **kwargs))
         if hidden is not None and not (isinstance(module, FoldAxially) and module.axial_dim > 1):
@@ -129,7 +129,7 @@ def mix_hybrid(
         if other.shape[-1] != heads * width:
             raise ValueError(
                 f'hybrid_module must return (b, n, {heads * width}), heads times the width of a value head, '
-                f'but returned {tuple(other.shape)}'
+                f'got {tuple(other.shape)}'
             )
         other = split_heads(other, heads)
     out, other = norms[0](out), norms[1](other)

@@ -41,8 +41,8 @@ def latent_keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) ->
         # each token has its own share of first values, and its row of a table, once
         if past is not None and not cross and held_rows(past, 'mixed') != held_rows(past, 'latent'):
             raise ValueError(
-                'this cache of latents lacks the mixed values of the past, which a value residual or value_embed needs: '
-                'continue from the cache that an earlier call returned, not from a cached_kv set by hand'
+                'cache must hold the mixed values of the past, which a value residual or value_embed needs and a cached_kv '
+                'set by hand lacks. Pass the cache of an earlier call.'
             )
         new['mixed'] = normed_values(attn, mixed_values(attn, own, seen, given))
     whole = dict(zip(new, append_to_past(past, seen.mems, cross, **new), strict=True))

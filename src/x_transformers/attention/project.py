@@ -138,7 +138,8 @@ def keeps_placed(positions: Positions | None, past: LayerCache | None, cross: bo
     if positions is None or positions.cache_form != 'positioned':
         if begun_placed:
             raise ValueError(
-                'the cache holds rotated keys, but this call has no rotary positions: pass positions to all calls, or to none'
+                'positions must be given to all calls or to none, got a cache of rotated keys and no rotary positions. '
+                'Pass rotary_pos_emb.'
             )
         return False
     return begun_placed or 'k' not in past.tapes

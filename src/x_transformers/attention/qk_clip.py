@@ -31,8 +31,8 @@ def clip_attentions_(attentions: Sequence[Any], seen: Sequence[Intermediates], t
     """
     if len(seen) != len(attentions):
         raise ValueError(
-            f'attn_qk_clip_ needs the intermediates of {len(attentions)} attentions, one per executed layer, '
-            f'but got {len(seen)}'
+            f'intermediates must be those of {len(attentions)} attentions, one for each executed layer, got {len(seen)}. '
+            'Pass those of a whole forward.'
         )
     scores: dict[Any, list[Tensor]] = {}
     for attention, run in zip(attentions, seen, strict=True):
@@ -65,14 +65,17 @@ def clip_queries_and_keys_(attn: AttentionParts, scores: Float[Tensor, 'b h i j'
     if isinstance(scores, Intermediates):
         given = scores.pre_softmax_attn
         if given is None:
-            raise ValueError('qk_clip_ needs the scores, but these Intermediates hold no pre_softmax_attn')
+            raise ValueError(
+                'intermediates must hold pre_softmax_attn, got None. Run attention with return_intermediates=True.'
+            )
         scores = given
     if scores.ndim != 4 or scores.shape[1] != attn.heads:
         raise ValueError(
-            f'qk_clip_ needs scores (b, {attn.heads}, i, j), one map for each head, but got shape {tuple(scores.shape)}'
+            f'scores must be (b, {attn.heads}, i, j), one map for each head, got shape {tuple(scores.shape)}. Pass those of '
+            'a call.'
         )
     if tau <= 0:
-        raise ValueError(f'tau must be positive, but is {tau}')
+        raise ValueError(f'tau must be positive, got {tau}')
     if attn.flags.head_learned_sink:
         # the sink's column, put in front, is no product of a query and a key
         scores = scores[..., 1:]

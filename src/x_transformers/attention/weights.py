@@ -127,7 +127,7 @@ class CustomWeights(Normalize):
     @classmethod
     def weights(cls, flags: ScoreFlags) -> WeightFunction:
         if flags.custom_attn_fn is None:
-            raise ValueError('custom_attn_fn is None')
+            raise ValueError('custom_attn_fn must be a function of scores, got None. Give one, or leave its flag out.')
         return flags.custom_attn_fn
 
 

@@ -132,8 +132,8 @@ class KVCache:
         if not self.can_rollback:
             names = sorted({name for layer in self for name in without_history(layer.states, layer.carry)})
             raise ValueError(
-                f'the cache holds a state without history ({", ".join(names)}), for which a fixed capacity has no place; '
-                'continue the cache itself'
+                f'cache must hold rows alone to get a fixed capacity, got a state without history ({", ".join(names)}). '
+                'Continue the cache itself.'
             )
         device = next((tape.value.device for layer in self for tape in layer.tapes.values()), None)
         # written by whoever reads, in inference mode or not
@@ -158,8 +158,8 @@ class KVCache:
         removed = self.length - length
         if removed < 0 or removed > self.retained:
             raise ValueError(
-                f'the cache has seen {self.length} rows and holds the newest {self.retained}; '
-                f'it cannot be rolled back to {length}'
+                f'length must lie within the newest {self.retained} of {self.length} rows, which are all that the cache '
+                f'still holds, got {length}. Keep a fork() from before.'
             )
         cut = keep_sharing(lambda tape: tape if tape.fixed else tape.cut(tape.length - removed, own))
         return self._mapped(lambda layer: layer.shortened(removed, cut), length)

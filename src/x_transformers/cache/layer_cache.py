@@ -60,8 +60,8 @@ class LayerCache:
             if tape is None:
                 if cursor is not None:
                     raise ValueError(
-                        f'{name} is remembered for each token, but the cache of fixed capacity was made without it: '
-                        'make it of a cache whose tokens had it'
+                        f'{name} must have a buffer in a cache of fixed capacity, got none. Make it of a cache whose tokens '
+                        f'had {name}.'
                     )
                 tape = Tape.of(rows)
             else:
@@ -116,7 +116,8 @@ class LayerCache:
         if removed and not self.can_rollback:
             held = ', '.join(without_history(self.states, self.carry))
             raise ValueError(
-                f'the cache cannot be rolled back: it holds a state without history ({held}); keep a fork() from before instead'
+                f'cache must hold rows alone to be rolled back, got a state without history ({held}). Keep a fork() from '
+                'before instead.'
             )
         return self.changed(cut)
 

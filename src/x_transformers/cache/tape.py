@@ -89,11 +89,11 @@ class Tape:
         """
         room, buffer = self._room, self._room.buffer
         if self.fixed:
-            raise ValueError('a fixed tape (cross attention) cannot grow; replace it instead')
+            raise ValueError('the keys of a context must stay as they are, got new rows. Replace them instead.')
         if new.shape[:-2] != buffer.shape[:-2] or new.shape[-1] != buffer.shape[-1]:
             raise ValueError(
-                f'the cache holds rows of shape {_but_length(buffer)} and the new ones are {_but_length(new)}; they must agree '
-                '(batch, heads, features): use the cache with the batch it was made for, or reorder its rows first'
+                f'new rows must agree with those of the cache in batch, heads and features, {_but_length(buffer)}, got '
+                f'{_but_length(new)}. Use the cache with the batch that it was made for, or reorder its rows.'
             )
         in_place = writes_in_place() if in_place is None else in_place
         if not in_place or new.dtype != buffer.dtype:
@@ -122,7 +122,7 @@ class Tape:
         if self.fixed:
             return self
         if not 0 <= length <= self.length:
-            raise ValueError(f'cannot cut a tape of {self.length} rows to {length}')
+            raise ValueError(f'length must lie in 0 to {self.length}, the rows that there are, got {length}. Cut fewer.')
         if own and self._room.used == self._start + self.length and self._room.buffer.shape[-2] > self.length:
             self._room.used = self._start + length
         return Tape(self._room, self._start, length, reserve=self.reserve)
@@ -132,7 +132,7 @@ class Tape:
         if self.fixed or n >= self.length:
             return self
         if n < 0:
-            raise ValueError(f'cannot keep the newest {n} rows of a tape')
+            raise ValueError(f'n must be at least 0, got {n}. Keep some rows, or none.')
         return Tape(self._room, self._start + self.length - n, n, reserve=self.reserve)
 
     def rows(self, index: Int[Tensor, ' r']) -> Tape:
@@ -190,7 +190,10 @@ class FixedTape(Tape):
         if at is None:
             raise ValueError('a tape of fixed shape must be told where to write')
         if new.requires_grad:
-            raise ValueError('a cache of fixed capacity is written in place, without gradients: read under torch.no_grad()')
+            raise ValueError(
+                'gradients must be off with a cache of fixed capacity, which is written in place. Call it under '
+                'torch.no_grad().'
+            )
         rows = at if new.shape[-2] == 1 else at + torch.arange(new.shape[-2], device=at.device)
         buffer.index_copy_(buffer.ndim - 2, rows, new if new.dtype == buffer.dtype else new.to(buffer.dtype))
         return self
@@ -203,7 +206,9 @@ class FixedTape(Tape):
         return self
 
     def last(self, n: int) -> FixedTape:
-        raise ValueError('a cache of fixed capacity has no window of its own: KVCache.fixed(capacity, reach=...) sets one')
+        raise ValueError(
+            'a cache of fixed capacity must get its window when it is made. Call KVCache.fixed(capacity, reach=...).'
+        )
 
 
 def _but_length(t: Shaped[Tensor, '... n c']) -> str:

@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
     read = parse_typed(default, arguments, 'x-transformers info')
     options: InfoOptions = read.options
     if options.seq_len < 1:
-        raise TrainingError(f'--seq-len must be at least 1, but is {options.seq_len}')
+        raise TrainingError(f'--seq-len must be at least 1, got {options.seq_len}')
     if options.run is not None:
         return RunConfig.read(Path(options.run)).flags, options
     flags = ModelOptions(**{group: getattr(read, group) for group in GROUPS}).given() | file.only_here

@@ -156,7 +156,10 @@ class MeshEngine(Engine):
         own = model.state_dict()
         if own.keys() != state.keys():
             other = sorted(own.keys() ^ state.keys())
-            raise ValueError(f'names of weights differ: {", ".join(other[:3])}')
+            raise ValueError(
+                f"state must have the names of the model's weights, got other ones: {', '.join(other[:3])}. Load it into "
+                'the model that it was saved from.'
+            )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f'{name} must have the shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}')

@@ -193,7 +193,7 @@ def ids_or_none(
     if not own_table or not isinstance(x, Tensor):
         x = token_ids(x)
     if x.ndim < 2 or (x.ndim > 2 and not own_table):
-        raise ValueError(f'x must be a batch of sequences (b n), got shape {tuple(x.shape)}; a single one is x.unsqueeze(0).')
+        raise ValueError(f'x must be a batch of sequences (b n), got shape {tuple(x.shape)}. A single one is x.unsqueeze(0).')
     return x
 
 
@@ -261,11 +261,14 @@ def check_added(call: Call, batch: int, dim: int, absolute: bool) -> None:
             )
         if absolute and call.pos_ids is not None and call.pos.ndim == 3:
             raise ValueError(
-                'pos of shape (b h n) gives each head positions of its own, and absolute positions are added to tokens: '
-                'build the model with use_abs_pos_emb=False.'
+                'pos must be (tokens,) or (batch, tokens) for absolute positions, which are added to tokens, got (b h n). '
+                'Build the model with use_abs_pos_emb=False.'
             )
         if call.pos_ids is None and not is_any(call.pos.shape[-1], 1, dim):
-            raise ValueError(f'pos of floating dtype are embeddings of width {dim}, got {tuple(call.pos.shape)}.')
+            raise ValueError(
+                f'pos must be of width {dim} if it is of floating dtype, as it holds embeddings, got '
+                f'{tuple(call.pos.shape)}. Pass whole numbers, or embeddings of that width.'
+            )
     added = call.sum_embeds
     if added is not None and (not isinstance(added, Tensor) or not added.is_floating_point()):
         got = added.dtype if isinstance(added, Tensor) else f'a {type(added).__name__}'
@@ -299,7 +302,7 @@ def check_frames(x: Float[Tensor, 'b n d'], width: int | None = None) -> None:
     """Frames are a batch of sequences of vectors."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f'x must be a tensor of floating dtype, got {kind}; token ids go through TransformerWrapper')
+        raise TypeError(f'x must be a tensor of floating dtype, got {kind}. Token ids go through TransformerWrapper.')
     if x.ndim != 3:
         raise ValueError(f'x must be a batch of sequences of vectors (b n d), got shape {tuple(x.shape)}')
     if width is not None and x.shape[-1] != width:

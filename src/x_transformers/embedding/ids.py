@@ -18,7 +18,7 @@ def token_ids(ids: Any, name: str = 'x') -> Int[Tensor, '...']:
     Whole numbers of floating dtype are taken with a warning, as the original takes them. Raises TypeError for anything else.
     """
     if not isinstance(ids, Tensor):
-        raise TypeError(f'{name} must be a tensor of token ids, got a {type(ids).__name__}; torch.tensor(...) makes one.')
+        raise TypeError(f'{name} must be a tensor of token ids, got a {type(ids).__name__}. Make one by torch.tensor(...).')
     if ids.is_complex() or ids.dtype == torch.bool or ids.is_quantized:
         raise TypeError(f'{name} must be integers, which token ids are, got a tensor of {ids.dtype}.')
     if not ids.is_floating_point():

@@ -150,7 +150,10 @@ class Rows:
         if lens.numel() and values_known(lens):
             low, high = int(lens.min()), int(lens.max())
             if low < 0 or (isinstance(self.seen, int) and high > self.seen + self.new):
-                raise ValueError(f'lens range from {low} to {high}, but the sequence has {self.seen + self.new} tokens.')
+                raise ValueError(
+                    f'lens must lie in 0 to {self.seen + self.new}, the tokens of the sequence, got {low} to {high}. Pass '
+                    'shorter lengths.'
+                )
         return torch.arange(self.tokens, device=lens.device) + self.begin < lens.unsqueeze(-1)
 
     def positions(self, pos: Int[Tensor, '...'] | None) -> Int[Tensor, '...'] | None:
@@ -160,8 +163,8 @@ class Rows:
             return pos
         if self.memory.every:
             raise ValueError(
-                'pos with memory_tokens_interspersed_every: the memory tokens between the tokens would need positions too, '
-                'and none are given; leave pos out, so that positions are counted over the longer sequence.'
+                'pos must be None with memory_tokens_interspersed_every: the memory tokens between the tokens would need '
+                'positions too. Leave it out: positions are counted over the longer sequence.'
             )
         if pos.shape[-1] != self.tokens:
             return pos + offset
@@ -240,8 +243,8 @@ def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
     for name, declared in DECLARED.items():
         if declared.has('i') and name in given:
             raise ValueError(
-                f'{name} with seq_start_pos behind rows in front (prepended, cls or memory): padding moves to the front, '
-                'so that every batch row would need one of its own; run prompts of different lengths one by one.'
+                f'{name} must be None with seq_start_pos and rows in front (prepended, cls or memory): padding moves to the '
+                f'front, so that every batch row would need its own {name}. Run prompts of different lengths one by one.'
             )
     for name, value, axis in per_token(DECLARED, given):
         if value.shape[axis] < rows:

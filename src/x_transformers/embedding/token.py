@@ -63,7 +63,7 @@ def check_mask(
         raise TypeError(f'{name} must be a boolean tensor (True: may be looked at), got a {type(mask).__name__}.')
     if mask.dtype != torch.bool:
         raise TypeError(
-            f'{name} must be boolean (True: may be looked at), got {mask.dtype}; use {name}.bool() if 1 means True.'
+            f'{name} must be boolean (True: may be looked at), got {mask.dtype}. Use {name}.bool() if 1 means True.'
         )
     if mask.ndim != 2 or mask.shape[1] != length or not is_any(mask.shape[0], 1, batch):
         raise ValueError(f'{name} must have shape ({batch}, {length}), {of}, got {tuple(mask.shape)}.')

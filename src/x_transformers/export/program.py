@@ -183,7 +183,7 @@ def traced(model: nn.Module, batch: Range, length: Range, what: What, mask: bool
             raise ExportError("model must be a wrapper with a loss for what='loss', such as AutoregressiveWrapper.")
         return Traced(model, (x,), (free,), ('ids',), ('loss',))
     if mask and 'mask' not in inspect.signature(net.forward).parameters:
-        raise ExportError(f'mask=True needs a model that takes a mask, which {type(net).__name__} does not.')
+        raise ExportError(f'mask must be False for a {type(net).__name__}, which takes no mask. Leave it out.')
     module = LogitsModule(net, mask)
     if not mask:
         return Traced(module, (x,), (free,), ('x',), ('logits',))

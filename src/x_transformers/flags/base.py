@@ -345,8 +345,8 @@ class Flags:
         names = names[names.index(behind) + 1 :]
         if len(values) > len(names):
             raise FlagError(
-                f'{where}: at most {len(names)} values can be given by position behind `{behind}`, got {len(values)}. '
-                'Name the others.'
+                f'{where}: at most {len(names)} values must be given by position behind `{behind}`, got {len(values)}. Name '
+                'the others.'
             )
         return dict(zip(names, values, strict=False))
 
@@ -363,7 +363,7 @@ class Flags:
                 wanted = ' or '.join(words for words, _ in kinds)
                 wrong.append(
                     f'{where}: `{written(prefix + name)}` must be {wanted}, '
-                    f'but is {shown(value)} (of type {type(value).__name__}).'
+                    f'got {shown(value)} (of type {type(value).__name__}).'
                 )
         return values, wrong
 

@@ -87,8 +87,8 @@ class Continuation:
         limit = position_limit(self.net)
         if limit is not None and last > limit and given.get('pos') is None:
             raise ValueError(
-                f'ids reach position {last}, but there are absolute positions only up to max_seq_len={limit}. '
-                'Shorten the text, or use rotary_pos_emb=True.'
+                f'ids must end before position {limit} (max_seq_len), got position {last}. Shorten the text, or use '
+                'rotary_pos_emb=True.'
             )
         with torch.no_grad(), self._stance(ids, given):
             logits: Tensor = self._read(ids, given)

@@ -55,7 +55,10 @@ def check_same_vocabulary(expert: nn.Module, other: nn.Module, role: str) -> Non
     """Refuse two nets that are known to have different vocabularies."""
     ours, theirs = getattr(expert, 'num_tokens', None), getattr(other, 'num_tokens', None)
     if ours is not None and theirs is not None and ours != theirs:
-        raise GenerateError(f'the {role} has {theirs} tokens and the net has {ours}; they must share one vocabulary')
+        raise GenerateError(
+            f'the {role} must have the vocabulary of the net, {ours} tokens, got {theirs}. Use one that was trained with '
+            'the same tokenizer.'
+        )
 
 
 class ContrastiveReader:

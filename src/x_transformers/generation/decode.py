@@ -175,7 +175,10 @@ class Reader:
         low, high = self.seen, tokens.length
         # behind nothing but embeddings, what the last of these says is what comes first
         if last > high - low and not (cache is None and high == low):
-            raise ValueError(f'the logits of {last} positions, but {high - low} tokens are new; the others have been read')
+            raise ValueError(
+                f'last must be at most {high - low}, the tokens that have not been read, got {last}. Ask for the others '
+                'earlier.'
+            )
         if cache is None:
             low = self._window_from(high)
             self._skipped = low - self.origin
@@ -271,9 +274,7 @@ class Reader:
 
     def _newest(self, out: Any, last: int) -> Tensor:
         if not isinstance(out, Tensor):
-            raise GenerateError(
-                'the net returned several outputs; generation needs one tensor of logits (num_output_heads must be 1)'
-            )
+            raise GenerateError('net must return one tensor of logits, got several. Build it with num_output_heads=1.')
         return out[..., -last:, :]
 
     # ------------------------------------------------------------ going back, choosing rows

@@ -59,13 +59,13 @@ class Keywords:
         for name in (*EXTENDED, *PAIRS):
             given = self.given.get(name)
             if given is not None and not isinstance(given, Tensor):
-                raise TypeError(f'{name} must be a tensor, got a {type(given).__name__}; torch.tensor(...) makes one')
+                raise TypeError(f'{name} must be a tensor, got a {type(given).__name__}. Make one by torch.tensor(...).')
         for name in EXTENDED:
             mask = self.given.get(name)
             if mask is not None and mask.shape[-1] < self.prompt:
                 raise GenerateError(
-                    f'{name} covers {mask.shape[-1]} tokens, but the prompt has {self.prompt}; it must cover the prompt '
-                    '(tokens generated later are visible)'
+                    f'{name} must cover the {self.prompt} tokens of the prompt, got {mask.shape[-1]}. Extend it; tokens '
+                    'that are generated are visible.'
                 )
         for name in COVERING:
             for t in _tensors(self.given.get(name)):
@@ -88,8 +88,8 @@ class Keywords:
         needed = front + (self.prompt if self.total is None else self.total)
         if length < needed:
             raise GenerateError(
-                f'{name} covers {length} tokens, but {needed} will be fed to the net; give it for the prompt and for all '
-                'tokens that are to be generated but the last'
+                f'{name} must cover the {needed} tokens that will be fed to the net, got {length}. Give it for the prompt '
+                'and for all tokens that are to be generated but the last.'
             )
 
     def whole(self, low: int, high: int) -> dict[str, Any]:

@@ -57,7 +57,10 @@ def eval_decorator(fn: Callable[P, R]) -> Callable[P, R]:
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
         owner = args[0]
         if not isinstance(owner, nn.Module):
-            raise TypeError(f'eval_decorator is for methods of modules, got {type(owner).__name__}')
+            raise TypeError(
+                f'eval_decorator must be put on a method of a module, got one of {type(owner).__name__}. Derive it from '
+                'torch.nn.Module.'
+            )
         with evaluating(owner):
             return fn(*args, **kwargs)
 

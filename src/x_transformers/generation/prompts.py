@@ -43,15 +43,15 @@ def check_reserved(kwargs: Mapping[str, Any]) -> None:
     taken = [name for name in kwargs if name.startswith('return_') or name in RESERVED]
     if taken:
         raise GenerateError(
-            f'{", ".join(taken)} cannot be given here, as generation itself decides what the net returns and remembers. '
-            'Leave it out; rows of different lengths are told by prompt_lens.'
+            f'{", ".join(taken)} must be left out: generation itself decides what the net returns and remembers. Give the '
+            'lengths of rows as prompt_lens.'
         )
 
 
 def checked_length(seq_len: int) -> int:
     steps = whole_number(seq_len, 'seq_len')
     if steps < 0:
-        raise ValueError(f'seq_len is the number of tokens to generate, 0 or more; got {seq_len}')
+        raise ValueError(f'seq_len must be a whole number from 0, the number of tokens to generate, got {seq_len!r}. Give one.')
     return steps
 
 
@@ -59,7 +59,7 @@ def checked_eos(eos_token: int | None) -> int | None:
     if eos_token is None:
         return None
     if isinstance(eos_token, (list, tuple)):
-        raise TypeError(f'eos_token must be one token id, got {eos_token!r}; for several, cut what was generated afterwards')
+        raise TypeError(f'eos_token must be one token id, got {eos_token!r}. For several, cut what was generated afterwards.')
     token = whole_number(eos_token, 'eos_token')
     if token < 0:
         raise ValueError(f'eos_token must be a token id, 0 or more; got {token}')
@@ -86,7 +86,7 @@ def align_right(t: Shaped[Tensor, 'b n ...'], lens: Int[Tensor, ' b'], pad_id: f
 def flattened(t: Shaped[Tensor, '... n']) -> tuple[Tensor, tuple[int, ...]]:
     """(t as one batch (b n), the leading axes it had)."""
     if t.ndim == 0:
-        raise ValueError('a prompt must have a sequence axis, got a single number; use prompt[None] for one token')
+        raise ValueError('a prompt must have a sequence axis, got a single number. Use prompt[None] for one token.')
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1]), tuple(t.shape[:-1])
 
 
@@ -121,7 +121,9 @@ def prepare_prompts(
     """Check prompts and bring them into one batch. ``may_be_empty``: something else stands in front of the tokens."""
     if isinstance(prompts, (list, tuple)):
         if lens is not None:
-            raise GenerateError('prompt_lens cannot be given with a list of prompts; each prompt has its own length')
+            raise GenerateError(
+                'prompt_lens must be None with a list of prompts, each of which has its own length. Leave it out.'
+            )
         prompts, lens = _from_list(prompts)
     if not isinstance(prompts, Tensor):
         raise TypeError(f'prompts must be a tensor of token ids or a list of such, got {type(prompts).__name__}')
@@ -138,10 +140,10 @@ def right_aligned(
 ) -> Prompt:
     """A batch (b t ...) of ids or vectors, of which the first ``lens`` count, as a ``Prompt``."""
     if tokens.shape[0] == 0:
-        raise ValueError(f'prompts hold no row: as a batch their shape is {tuple(tokens.shape)}')
+        raise ValueError(f'prompts must have at least one row, got shape {tuple(tokens.shape)}. Give one.')
     if lens is None:
         if tokens.shape[1] == 0 and not may_be_empty:
-            raise ValueError('prompts are empty; give at least one token to start from, or prepend_embeds')
+            raise ValueError('prompts must have at least one token to start from, got none. Give one, or prepend_embeds.')
         return Prompt(tokens, None, 0, leading)
     length, most = tokens.shape[1], _check_lens(lens, tokens, may_be_empty)
     if most == 0:
@@ -152,7 +154,7 @@ def right_aligned(
 
 def _from_list(prompts: Sequence[Int[Tensor, ' t']]) -> tuple[Tensor, list[int]]:
     if len(prompts) == 0:
-        raise GenerateError('the list of prompts is empty; give at least one')
+        raise GenerateError('prompts must have at least one entry, got an empty list. Give one.')
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             shape = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
@@ -168,11 +170,17 @@ def _check_lens(lens: Int[Tensor, '...'] | Sequence[int], tokens: Shaped[Tensor,
     if flat.is_floating_point() or flat.dtype == torch.bool:
         raise TypeError(f'prompt_lens must be integers, got {flat.dtype}')
     if flat.shape[0] != batch:
-        raise ValueError(f'prompt_lens has {flat.shape[0]} entries for {batch} prompts')
+        raise ValueError(
+            f'prompt_lens must have one entry for each of {batch} prompts, got {flat.shape[0]}. Give one for each.'
+        )
     values = flat.tolist()
     if max(values) > length:
-        raise ValueError(f'prompt_lens says {max(values)}, but the prompts are only {length} tokens long')
+        raise ValueError(
+            f'prompt_lens must be at most {length}, the length of the prompts, got {max(values)}. Give lengths without padding.'
+        )
     least = 0 if may_be_empty else 1
     if min(values) < least:
-        raise ValueError(f'prompt {values.index(min(values))} is empty (length {min(values)}); give at least one token')
+        raise ValueError(
+            f'prompt {values.index(min(values))} must hold at least {least} tokens, got {min(values)}. Give it one.'
+        )
     return length - int(min(values))

@@ -62,8 +62,8 @@ def resolve_filter(given: str | Filter) -> Filter:
         return given
     if given not in FILTER_LOGITS_FN:
         raise GenerateError(
-            f'filter_logits_fn is {given!r}; it must be a callable (logits, **filter_kwargs) '
-            f'or one of {sorted(FILTER_LOGITS_FN)}'
+            f'filter_logits_fn must be a callable (logits, **filter_kwargs) or one of {sorted(FILTER_LOGITS_FN)}, got '
+            f'{given!r}. Name one of them.'
         )
     return FILTER_LOGITS_FN[given]
 
@@ -81,8 +81,8 @@ def contrastive_decode_fn(
     """
     if expert_logits.shape != amateur_logits.shape:
         raise ValueError(
-            f'expert and amateur must share one vocabulary; their logits are {tuple(expert_logits.shape)} '
-            f'and {tuple(amateur_logits.shape)}'
+            f'expert and amateur must share one vocabulary, got logits {tuple(expert_logits.shape)} and '
+            f'{tuple(amateur_logits.shape)}. Use models of one tokenizer.'
         )
     if isinstance(alpha, Tensor):
         reach: float | Tensor = log(alpha)
@@ -126,7 +126,8 @@ def check_callable(fn: Callable[..., Shaped[Tensor, '...']], tensors: int, optio
     except TypeError:
         takes = ', '.join(list(signature.parameters)[tensors:]) or 'none'
         raise TypeError(
-            f'{name} {dict(options)} do not fit {getattr(fn, "__name__", fn)}, whose keywords are {takes}'
+            f'{name} must be keywords of {getattr(fn, "__name__", fn)}, which takes {takes}, got {dict(options)}. Leave the '
+            'others out.'
         ) from None
 
 
@@ -140,7 +141,8 @@ def check_keeps(fn: Callable[..., Float[Tensor, '... v']], options: Mapping[str,
         raise TypeError(f'filter_kwargs {dict(options)} must be numbers') from None
     if not bool(kept.isfinite().any()):
         raise GenerateError(
-            f'filter_kwargs {dict(options)} leave no token that {fn.__name__} may keep; choose a smaller threshold'
+            f'filter_kwargs must leave at least one token that {fn.__name__} may keep, got {dict(options)}. Choose a '
+            'smaller threshold.'
         )
 
 

@@ -33,11 +33,11 @@ def check_speculative(
     ways = {'draft_model': draft is not None, 'prompt_lookup': lookup is not None, 'self_speculative': own_heads}
     given = [name for name, is_given in ways.items() if is_given]
     if len(given) > 1:
-        raise GenerateError(f'{" and ".join(given)} are {len(given)} ways to guess; give one of them')
+        raise GenerateError(f'at most one of {" and ".join(given)} must be given, got {len(given)}. Leave out the others.')
     if own_heads and getattr(net, 'multi_token_heads', 1) < 2:
         raise GenerateError(
             'self_speculative must go with a net that has heads for later tokens, got one without. '
             'Build it with multi_token_heads=2, or more.'
         )
     if amateurs:
-        raise GenerateError(f'amateur_model cannot be combined with speculative decoding ({", ".join(ways)})')
+        raise GenerateError(f'amateur_model must be None with speculative decoding ({", ".join(ways)}). Leave out one of them.')

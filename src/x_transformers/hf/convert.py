@@ -69,7 +69,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Raises FlagError for a model_type that no family has."""
     kind = config.get('model_type')
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise FlagError(f'`model_type` is {kind!r}; the families are {", ".join(FAMILIES)}. There is no other yet.')
+        raise FlagError(f'`model_type` must be one of {", ".join(FAMILIES)}, got {kind!r}. There is no other yet.')
     file, name = FAMILIES[kind]
     family: Family = getattr(import_module(f'x_transformers.hf.{file}'), name)
     return family
@@ -120,7 +120,7 @@ def from_hf(
     folder = fetched(path_or_model)
     config = json_object(folder / 'config.json')
     if config.get('format') == 'x_transformers':
-        raise FolderError(f'{folder} is a folder of this library: use from_pretrained.')
+        raise FolderError(f'{folder} must be in the Hugging Face format, got a folder of this library. Use from_pretrained.')
     plain = keywords(config)
     family = family_of(config)
     check_asked(dtype)

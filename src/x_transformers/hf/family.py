@@ -175,7 +175,7 @@ def activation_named(stack: Plain) -> str:
     flags = {name: stack[name] for name in names if stack.get(name)}
     found = next((name for name, made in ACTIVATIONS.items() if made == flags), None)
     if found is None:
-        raise FlagError(f'there is no name for the activation {flags}.')
+        raise FlagError(f'the activation must be one of {", ".join(ACTIVATIONS)}, got {flags}. Use one of these.')
     return found
 
 

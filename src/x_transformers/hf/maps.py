@@ -45,7 +45,10 @@ def together(tensors: Sequence[Shaped[Tensor, '...']], dim: int = 0) -> Shaped[T
     first = tensors[0]
     shape = [sum(t.shape[dim] for t in tensors) if axis == dim else size for axis, size in enumerate(first.shape)]
     if any(t.shape[:dim] + t.shape[dim + 1 :] != first.shape[:dim] + first.shape[dim + 1 :] for t in tensors):
-        raise ValueError(f'tensors of shapes {", ".join(str(tuple(t.shape)) for t in tensors)} cannot be put together')
+        raise ValueError(
+            f'tensors must agree in all axes but {dim} to be joined, got shapes '
+            f'{", ".join(str(tuple(t.shape)) for t in tensors)}. Join others.'
+        )
     return first.new_empty(shape)
 
 

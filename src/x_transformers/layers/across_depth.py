@@ -39,7 +39,9 @@ class DynamicLIMe(Module):
         self, x: Float[Tensor, 'b n d'], hiddens: Sequence[Float[Tensor, 'b n d']] | Float[Tensor, 'l b n d']
     ) -> Tensor:
         if len(hiddens) != self.num_layers:
-            raise ValueError(f'this mixture is of {self.num_layers} layers, but was given the inputs of {len(hiddens)}')
+            raise ValueError(
+                f'hiddens must be the inputs of {self.num_layers} layers, got {len(hiddens)}. Pass those of all layers so far.'
+            )
         stacked = hiddens if isinstance(hiddens, Tensor) else torch.stack(tuple(hiddens))
         mixed = torch.einsum('b n v l, l b n d -> v b n d', self.to_weights(x), stacked)
         return mixed if self.multiple_views else mixed[0]

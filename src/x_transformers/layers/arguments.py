@@ -129,7 +129,7 @@ def check_number(name: str, value: Any, low: int | None = None) -> None:
     counted = isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point()
     fits = value is None or counted or (is_number(value) and (low is None or value >= low))
     if not fits:
-        raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, but is {shown_as(value)}')
+        raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, got {shown_as(value)}')
 
 
 def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> int:

@@ -109,7 +109,7 @@ class AdaptiveLayerScale(Module):
 
     def _gate(self, condition: Float[Tensor, 'b ... c'] | None) -> Float[Tensor, 'b #n d']:
         if condition is None:
-            raise ValueError('the adaptive layer scale depends on a condition: pass condition=(batch, features)')
+            raise ValueError('condition must be given to the adaptive layer scale. Pass condition=(batch, features).')
         gate: Tensor = self.to_gamma(condition.unsqueeze(1) if condition.ndim == 2 else condition).sigmoid()
         return gate
 

@@ -74,7 +74,7 @@ def check_input(stack: StackParts, x: Any, given: Given) -> None:
     check_number('cache_age', given.cache_age, low=0)
     if not is_float(x, 3) or x.shape[-1] != stack.dim:
         raise ValueError(
-            f'x must be (batch, sequence, {stack.dim}) of floating point numbers, but is {shape_of(x)}; '
+            f'x must be (batch, sequence, {stack.dim}) of floating point numbers, got {shape_of(x)}; '
             'token ids need an embedding first, as in TransformerWrapper'
         )
     attention = stack.flags.attention
@@ -92,7 +92,7 @@ def check_steps(stack: StackParts, order: Sequence[int] | None, repeats: Any = N
     if order is None:
         return stack.plan.steps()
     if isinstance(order, (str, Tensor)) or not isinstance(order, Sequence):
-        raise TypeError(f'layers_execute_order must be a tuple of layer indices, but is {shape_of(order)}')
+        raise TypeError(f'layers_execute_order must be a tuple of layer indices, got {shape_of(order)}')
     order = tuple(order)
     check_order(order, len(stack.plan.layers))
     usual = stack.plan.order
@@ -106,21 +106,21 @@ def check_steps(stack: StackParts, order: Sequence[int] | None, repeats: Any = N
         )
         if not fits:
             raise ValueError(
-                f'layers_execute_order {order} does not fit integrate_layers: each step has a mixture made for the layer of '
-                f'the usual order {usual}, so a call may take fewer steps, and swap layers of one kind, but no more'
+                f'layers_execute_order must take the steps {usual}, or fewer of them, with integrate_layers, got {order}: '
+                'each has a mixture that is made for its layer. Swap layers of one kind.'
             )
     for position, layer in enumerate(order):
         source = stack.plan.layers[layer].skip_from
         if source is not None and source not in order[:position]:
             raise ValueError(
-                f'layers_execute_order {order} executes layer {layer} without layer {source} before it, '
-                'whose input its U-Net skip needs'
+                f'layers_execute_order must execute layer {source} before layer {layer}, whose U-Net skip reads its input, '
+                f'got {order}. Put it in front.'
             )
         source = stack.plan.layers[layer].keys_from
         if source is not None and source not in order[:position]:
             raise ValueError(
-                f'layers_execute_order {order} executes layer {layer} without layer {source} before it, '
-                'whose keys and values it shares'
+                f'layers_execute_order must execute layer {source} before layer {layer}, which shares its keys and values, '
+                f'got {order}. Put it in front.'
             )
     return stack.plan.steps(order)
 
@@ -132,16 +132,14 @@ def check_per_token(name: str, t: Shaped[Tensor, 'b n'], span: Span, whole: bool
     if t.shape[0] != span.batch or not any(t.shape[1] == length for length in lengths):
         wanted = ' or '.join(str(length) for length in sorted(set(lengths)))
         raise ValueError(
-            f'{name} must be (batch, tokens) = ({span.batch}, {wanted}), but is {tuple(t.shape)}'
+            f'{name} must be (batch, tokens) = ({span.batch}, {wanted}), got {tuple(t.shape)}'
             + (f'; the cache holds {span.past} tokens' if span.past else '')
         )
 
 
 def check_token_mask(name: str, mask: Any, span: Span) -> None:
     if not is_bool(mask, 2):
-        raise TypeError(
-            f'{name} must be a boolean tensor (batch, tokens), True where there is a token, but is {shape_of(mask)}'
-        )
+        raise TypeError(f'{name} must be a boolean tensor (batch, tokens), True where there is a token, got {shape_of(mask)}')
     check_per_token(name, mask, span)
 
 
@@ -154,7 +152,7 @@ def check_masks(stack: StackParts, given: Given, span: Span) -> None:
     if start is not None and (not is_int(start, 1) or start.shape[0] != span.batch):
         raise ValueError(
             f'seq_start_pos must be ({span.batch},) whole numbers, the number of padded tokens on the left of each row, '
-            f'but is {shape_of(start)}'
+            f'got {shape_of(start)}'
         )
     check_prefix(given.prefix_attn_len, span.batch)
     external = given.self_attn_additional_kv is not None
@@ -162,14 +160,14 @@ def check_masks(stack: StackParts, given: Given, span: Span) -> None:
         if not is_bool(given.attn_mask, 2, 3, 4):
             raise TypeError(
                 'attn_mask must be boolean, True where a query may see a key, and (i, j), (heads, i, j) or '
-                f'(batch, heads, i, j), but is {shape_of(given.attn_mask)}'
+                f'(batch, heads, i, j), got {shape_of(given.attn_mask)}'
             )
         check_pairs('attn_mask', given.attn_mask, stack, span, external)
     if given.attn_bias is not None:
         if not is_float(given.attn_bias, 2, 3, 4):
             raise TypeError(
                 'attn_bias must be floating point numbers (i, j), (heads, i, j) or (batch, heads, i, j), '
-                f'but is {shape_of(given.attn_bias)}'
+                f'got {shape_of(given.attn_bias)}'
             )
         check_pairs('attn_bias', given.attn_bias, stack, span, external)
 
@@ -179,7 +177,7 @@ def check_prefix(prefix: Any, batch: int) -> None:
     fits = is_number(prefix) and prefix >= 0
     if prefix is not None and not fits and not (is_int(prefix, 0, 1) and is_any(prefix.numel(), 1, batch)):
         raise ValueError(
-            f'prefix_attn_len must be a whole number from 0, or ({batch},) of them, one per row, but is {shape_of(prefix)}'
+            f'prefix_attn_len must be a whole number from 0, or ({batch},) of them, one per row, got {shape_of(prefix)}'
         )
 
 
@@ -198,7 +196,7 @@ def check_pairs(name: str, t: Shaped[Tensor, '... i j'], stack: StackParts, span
         raise ValueError(
             f'{name} must end in ({span.new}, {span.whole}): {span.new} queries and '
             f'{span.whole} keys ({span.mems} memories, {span.past} cached, {span.new} new), with {heads} heads or '
-            f'1 and batch {span.batch} or 1 in front; but is {tuple(t.shape)}'
+            f'1 and batch {span.batch} or 1 in front, got {tuple(t.shape)}'
         )
 
 
@@ -206,29 +204,29 @@ def check_context(stack: StackParts, given: Given, batch: int) -> None:
     context, crosses = given.context, 'c' in stack.plan.kinds
     if context is None:
         if crosses:
-            raise ValueError('context is missing: this stack has cross attention (cross_attend), so pass context=(b, j, width)')
+            raise ValueError(
+                'context must be given to a stack with cross attention (cross_attend), got None. Pass context=(b, j, width).'
+            )
         return
     if not crosses:
-        raise ValueError(
-            'context was given, but this stack has no cross attention: build it with cross_attend=True, or leave it out'
-        )
+        raise ValueError('context must be None in a stack without cross attention. Build it with cross_attend=True.')
     width = stack.flags.cross_attention.dim_context or stack.dim
     if not is_float(context, 3) or context.shape[-1] != width or context.shape[0] != batch:
         raise ValueError(
-            f'context must be ({batch}, tokens, {width}) of floating point numbers, but is {shape_of(context)}; '
+            f'context must be ({batch}, tokens, {width}) of floating point numbers, got {shape_of(context)}; '
             'another width is set by cross_attn_dim_context'
         )
     mask = given.context_mask
     if mask is not None and (not is_bool(mask, 2) or mask.shape != context.shape[:2]):
-        raise ValueError(f'context_mask must be boolean and {tuple(context.shape[:2])}, but is {shape_of(mask)}')
+        raise ValueError(f'context_mask must be boolean and {tuple(context.shape[:2])}, got {shape_of(mask)}')
     pos = given.context_pos
     if pos is not None and (not isinstance(pos, Tensor) or pos.ndim not in (1, 2) or pos.shape[-1] != context.shape[1]):
         raise ValueError(
             f'context_pos must give one position for each of {context.shape[1]} context tokens, (j,) or (batch, j), '
-            f'but is {shape_of(pos)}'
+            f'got {shape_of(pos)}'
         )
     if pos is not None and stack.rotary_pos_emb is None:
-        raise ValueError('context_pos was given, but without rotary_pos_emb=True nothing in this stack depends on it')
+        raise ValueError('context_pos must be None without rotary_pos_emb=True. Leave it out.')
 
 
 def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: int) -> None:
@@ -239,18 +237,16 @@ def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: 
         entries = getattr(given, name)
         if entries is not None and (isinstance(entries, Tensor) or len(entries) != layers):
             got = shape_of(entries) if isinstance(entries, Tensor) else f'a list of {len(entries)}'
-            raise ValueError(
-                f'{name} must be a list with one entry for each of {layers} executed self attentions, but is {got}'
-            )
+            raise ValueError(f'{name} must be a list with one entry for each of {layers} executed self attentions, got {got}')
     if given.mems is None:
         return
     for index, mem in enumerate(given.mems):
         if mem is not None and (not is_float(mem, 3) or mem.shape[0] != batch or mem.shape[-1] != stack.dim):
-            raise ValueError(f'mems[{index}] must be ({batch}, memories, {stack.dim}), but is {shape_of(mem)}')
+            raise ValueError(f'mems[{index}] must be ({batch}, memories, {stack.dim}), got {shape_of(mem)}')
         mask = None if given.mem_masks is None else given.mem_masks[index]
         if mask is not None and (mem is None or not is_bool(mask, 2) or mask.shape != mem.shape[:2]):
             wanted = 'None, since mems has none' if mem is None else f'boolean and {tuple(mem.shape[:2])}'
-            raise ValueError(f'mem_masks[{index}] must be {wanted}, but is {shape_of(mask)}')
+            raise ValueError(f'mem_masks[{index}] must be {wanted}, got {shape_of(mask)}')
     if len({mem.shape[1] for mem in given.mems if mem is not None}) > 1 and (
         stack.flags.residual_attn or stack.flags.kv_share_every
     ):
@@ -265,7 +261,7 @@ def check_shifts(name: str, shifts: Any, kind: str, batch: int, length: int, wid
     if shifts is not None and (not is_float(shifts, 3, 4) or not is_any(tuple(shifts.shape[-3:]), *fitting)):
         raise ValueError(
             f'{name} must be ({batch}, {length}, {width}) for the first {KINDS[kind]}, or (layers, {batch}, {length}, {width})'
-            f', but is {shape_of(shifts)}'
+            f', got {shape_of(shifts)}'
         )
 
 
@@ -274,9 +270,9 @@ def check_deep_embeds(stack: StackParts, pair: Any, span: Span) -> None:
         raise TypeError('deep_embeds_and_ids must be a pair: a table (tokens, layers, dim) and token ids (batch, sequence)')
     table, ids = pair
     if not is_float(table, 3) or table.shape[-1] != stack.dim:
-        raise ValueError(f'the table of deep_embeds_and_ids must be (tokens, layers, {stack.dim}), but is {shape_of(table)}')
+        raise ValueError(f'the table of deep_embeds_and_ids must be (tokens, layers, {stack.dim}), got {shape_of(table)}')
     if not is_int(ids, 2):
-        raise ValueError(f'the ids of deep_embeds_and_ids must be whole numbers (batch, sequence), but are {shape_of(ids)}')
+        raise ValueError(f'the ids of deep_embeds_and_ids must be whole numbers (batch, sequence), got {shape_of(ids)}')
     check_per_token('the ids of deep_embeds_and_ids', ids, span)
 
 
@@ -312,14 +308,12 @@ def check_cache(stack: StackParts, given: Given) -> None:
         return
     if not runs_causally(stack, given):
         raise ValueError(
-            'a cache was given to a stack that is not causal: its earlier tokens would have to see the new ones; '
-            'build a Decoder or PrefixDecoder, or pass the whole sequence without a cache'
+            'cache must be None in a stack that is not causal. Build a Decoder or PrefixDecoder, or pass the whole sequence.'
         )
     if not stack.can_cache_kv:
         raise ValueError(
-            'a cache was given, but selective or inverted attention, attention that is not causal, or a module of your own '
-            'that mixes tokens, cannot continue from one: pass the whole sequence, or give the module a state, '
-            'forward(x, state) -> (y, state)'
+            'cache must be None with selective or inverted attention, attention that is not causal, or a module of your '
+            'own that mixes tokens. Pass the whole sequence, or give the module forward(x, state) -> (y, state).'
         )
     held = getattr(given.cache, 'kv_cache', given.cache)
     # how far a cache of fixed capacity is written is a tensor; it was made of one that has passed
@@ -357,16 +351,21 @@ def check_packing(stack: StackParts, given: Given, batch: int, n: int) -> None:
         if packing is None:
             continue
         if not getattr(stack.flags, part).flash_pack_seq:
-            raise ValueError(f'{kwargs} was given, but this stack was built without attn_flash_pack_seq=True')
+            raise ValueError(
+                f'{kwargs} must be None in a stack without attn_flash_pack_seq=True. Build it with that flag, or leave '
+                f'{kwargs} out.'
+            )
         if batch != 1:
-            raise ValueError(f'{kwargs}: packed sequences lie in one row, so the batch must be 1, but is {batch}')
+            raise ValueError(f'{kwargs}: packed sequences lie in one row, so the batch must be 1, got {batch}')
         also = [name for name in names if getattr(given, name) is not None]
         if also:
-            raise ValueError(f'{kwargs} already says who sees whom: leave out {", ".join(also)}')
+            raise ValueError(
+                f'{", ".join(also)} must be left out with {kwargs}, which says who sees whom. Pass {kwargs} alone.'
+            )
         before = [name for name in ('mems', 'cache') if getattr(given, name) is not None and part == 'attention']
         if before:
             raise ValueError(
-                f'{kwargs}: {" and ".join(before)} would have to say which sequence they belong to: run them alone'
+                f'{" and ".join(before)} must be None with {kwargs}: a past belongs to one sequence. Run that one alone.'
             )
         keys = n if part == 'attention' or given.context is None else given.context.shape[1]
         check_whole(kwargs, PackedSequences.of(packing), n, keys)
@@ -378,7 +377,7 @@ def check_whole(kwargs: str, packed: PackedSequences, queries: int, keys: int) -
         if not values_known(starts) or (int(starts[0]), int(starts[-1])) == (0, length):
             continue
         raise ValueError(
-            f'{kwargs}: {name} must begin with 0 and end with the {length} tokens of its row, but is {starts.tolist()}; '
+            f'{kwargs}: {name} must begin with 0 and end with the {length} tokens of its row, got {starts.tolist()}; '
             'rows in front of the tokens count, and padding is a sequence of its own'
         )
 
@@ -398,13 +397,13 @@ def check_left_padding(stack: StackParts, given: Given, steps: tuple[Step, ...])
     attentions = stack.flags.attentions
     if any(flags.hybrid_module is not None for flags in attentions):
         raise ValueError(
-            'seq_start_pos says that there is padding on the left, which attn_hybrid_module would read: '
-            'run rows of different lengths one by one'
+            'seq_start_pos must be None with attn_hybrid_module, which would read the padding on the left. Run rows of '
+            'different lengths one by one.'
         )
     if deaf := without_mask(stack, steps):
         raise ValueError(
-            f'seq_start_pos says that there is padding on the left, which {deaf} would remember: give its forward a keyword '
-            '`mask` (True: a token), or run rows of different lengths one by one'
+            f'seq_start_pos must be None with {deaf}, which would remember the padding on the left. Give its forward a '
+            'keyword `mask` (True: a token), or run rows one by one.'
         )
     # asked last, and of few calls: it looks through all flags, and generation checks each token's call
     near = (name for flags in attentions for name in flags.having('near_mems') if getattr(flags, name))
@@ -438,10 +437,12 @@ def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, .
     if cond is None:
         return
     if stack.flags.reinject_input:
-        raise ValueError('in_attn_cond and reinject_input both say what is added to every layer: leave out one of them')
+        raise ValueError(
+            'in_attn_cond and reinject_input must not both be given: both are added in every layer. Leave one out.'
+        )
     fits = is_float(cond, 2, 3) and cond.shape[0] == span.batch and cond.shape[-1] == stack.dim
     if not fits or (cond.ndim == 3 and not is_any(cond.shape[1], 1, span.given, span.new)):
         raise ValueError(
             f'in_attn_cond must be ({span.batch}, {stack.dim}) or ({span.batch}, {span.given}, {stack.dim}), '
-            f'but is {shape_of(cond)}'
+            f'got {shape_of(cond)}'
         )

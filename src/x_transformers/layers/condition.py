@@ -24,14 +24,14 @@ def read_condition(
     if condition is None:
         if needed:
             raise ValueError(
-                'a condition is needed by the adaptive norms or the adaptive layer scale of this stack: pass '
-                f'condition=(batch, {dim_condition}) or (batch, sequence, {dim_condition})'
+                'condition must be given to the adaptive norms or the adaptive layer scale of this stack, got None. Pass '
+                f'(batch, {dim_condition}) or (batch, sequence, {dim_condition}).'
             )
         return None
     if not needed:
         raise ValueError(
-            'condition was given, but nothing in this stack depends on it: build it with use_adaptive_layernorm, '
-            'use_adaptive_rmsnorm or use_adaptive_layerscale'
+            'condition must be None in a stack where nothing depends on it. Build the stack with '
+            'use_adaptive_layernorm, use_adaptive_rmsnorm or use_adaptive_layerscale.'
         )
     if not isinstance(condition, Tensor) or not condition.is_floating_point():
         got = condition.dtype if isinstance(condition, Tensor) else f'a {type(condition).__name__}'
@@ -42,17 +42,18 @@ def read_condition(
     if wide.ndim != 3 or wide.shape[-1] != dim_condition or wide.shape[0] != batch:
         raise ValueError(
             f'condition must be (batch, {dim_condition}) or (batch, sequence, {dim_condition}) with batch {batch}, '
-            f'but is {shape}: the width is set by `dim_condition`'
+            f'got {shape}: the width is set by `dim_condition`'
         )
     if mems and wide.shape[1] == n and n > 1:
         raise ValueError(
-            f'condition is {shape}, one row for each token, and memories are normed with a condition too: with mems it must '
-            f'begin with theirs, ({batch}, {mems} + {n}, {dim_condition}), or be one for all, ({batch}, {dim_condition})'
+            f'condition must begin with the rows of the memories, ({batch}, {mems} + {n}, {dim_condition}), or be one for '
+            f'all, ({batch}, {dim_condition}), got {shape}. Memories are normed with a condition, too.'
         )
     if not is_any(wide.shape[1], 1, mems + n):
         behind = f' and mems {mems}' if mems else ''
         raise ValueError(
-            f'condition has one row for each of {wide.shape[1]} tokens, but x has {n}{behind} (condition is {shape})'
+            f'condition must have one row for each of {n} tokens of x{behind}, got {wide.shape[1]} (condition is {shape}). '
+            'Pass as many.'
         )
     return wide.to(x.dtype)
 

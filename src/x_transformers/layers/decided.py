@@ -21,7 +21,7 @@ def with_own(cls: type[Decides], given: Any) -> dict[str, Any]:
     taken = [f'`{flag}`' for flag in cls.decides if flag in given]
     if taken:
         raise FlagError(
-            f'{" and ".join(taken)} cannot be given to {cls.__name__}, which sets it: leave it out, or use '
+            f'{" and ".join(taken)} must be left out for {cls.__name__}, which sets it. Leave it out, or use '
             'AttentionLayers, Encoder (sees both ways), Decoder (causal), PrefixDecoder or CrossAttender.'
         )
     return {**given, **cls.decides}

@@ -51,7 +51,7 @@ def key_value_pairs(source: Any) -> Sequence[Any]:
     if not isinstance(source, (list, tuple)):
         raise TypeError(
             'self_attn_additional_kv must be a list of (keys, values), or the LayerIntermediates or KVCache of another model, '
-            f'but is {shape_of(source)}'
+            f'got {shape_of(source)}'
         )
     return source
 
@@ -71,12 +71,13 @@ def check_pair(pair: Any, batch: int, heads: int, dim_head: int, value_dim: int,
         )
     if heads % keys.shape[1]:
         raise ValueError(
-            f'keys of self_attn_additional_kv have {keys.shape[1]} heads, which do not divide the {heads} heads here'
+            f'keys of self_attn_additional_kv must have a number of heads that divides the {heads} heads here, got '
+            f'{keys.shape[1]}. Repeat or leave out heads.'
         )
     if keys.shape[-1] != dim_head or values.shape[-1] != value_dim:
         raise ValueError(
             f'heads of self_attn_additional_kv must be {dim_head} (keys) and {value_dim} (values) wide, '
-            f'but are {keys.shape[-1]} and {values.shape[-1]}'
+            f'got {keys.shape[-1]} and {values.shape[-1]}'
         )
     if mask is not None and (not is_bool(mask, 2) or mask.shape != (batch, keys.shape[2])):
-        raise ValueError(f'additional_kv_mask must be boolean and ({batch}, {keys.shape[2]}), but is {shape_of(mask)}')
+        raise ValueError(f'additional_kv_mask must be boolean and ({batch}, {keys.shape[2]}), got {shape_of(mask)}')

@@ -153,5 +153,8 @@ class HyperConnection(ResidualPath):
         if isinstance(residual, tuple):
             return self.write(x, residual)
         if beta is None:
-            raise ValueError('HyperConnection writes with the weights that it read with: pass `beta` from prepare()')
+            raise ValueError(
+                'beta must be given to HyperConnection, which writes with the weights that it read with. Pass the one from '
+                'prepare().'
+            )
         return self.write(x, (residual.unflatten(0, (-1, self.num_residual_streams)), beta))

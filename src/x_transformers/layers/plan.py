@@ -168,7 +168,9 @@ def plan_kinds(flags: Layout) -> tuple[str, ...]:
     if flags.custom_layers is not None:
         return tuple(flags.custom_layers)
     if flags.depth is None:
-        raise FlagError('`depth` is needed: the number of blocks, unless `custom_layers` spells out the layers.')
+        raise FlagError(
+            '`depth` must be given, the number of blocks, unless `custom_layers` names the layers. Give one of the two.'
+        )
     if flags.par_ratio is not None:
         return _without_feedforward(flags, _thinned(block, flags.depth, flags.par_ratio))
     if flags.sandwich_coef is not None:
@@ -191,7 +193,7 @@ def _thinned(block: str, depth: int, ratio: int) -> str:
     attention = block.replace('f', '')
     if not 1 < ratio <= total:
         raise FlagError(
-            f'`par_ratio` must lie in 2 to {total} ({depth} blocks of {len(block)} layers), but is {ratio}: '
+            f'`par_ratio` must lie in 2 to {total} ({depth} blocks of {len(block)} layers), got {ratio}: '
             'it is the number of layers per attention layer.'
         )
     count = total // ratio
@@ -199,8 +201,8 @@ def _thinned(block: str, depth: int, ratio: int) -> str:
     width = (cut + cut // count) // count
     if width < len(attention):
         raise FlagError(
-            f'`par_ratio={ratio}` leaves {width} layers for {len(attention)} attention layers ({attention!r}): '
-            'choose a larger ratio.'
+            f'`par_ratio` must leave at least {len(attention)} layers for the attention layers ({attention!r}), got '
+            f'{ratio}, which leaves {width}. Choose a larger ratio.'
         )
     spread = attention + 'f' * (width - len(attention))
     return (spread * count).ljust(total, 'f')
@@ -221,10 +223,9 @@ def check_order(order: Sequence[int], layers: int) -> None:
     """Raise FlagError, a ValueError, if an execution order is empty or names a layer that is not there."""
     wrong = [index for index in order if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < layers]
     if wrong or not order:
-        what = 'is empty' if not order else f'holds {wrong}'
         raise FlagError(
-            f'`layers_execute_order` {what}: it must be a tuple of layer indices, and this stack has {layers} layers '
-            f'(0 to {layers - 1}).'
+            f'`layers_execute_order` must name one layer or more, from 0 to {layers - 1}, got {order}. Name layers that '
+            'there are.'
         )
 
 
@@ -267,7 +268,9 @@ def _per_layer(name: str, value: float | Sequence[float], layers: int) -> tuple[
     if isinstance(value, (int, float)):
         return (value,) * layers
     if len(value) != layers:
-        raise FlagError(f'`{name}` has {len(value)} entries, but there are {layers} layers: give one number, or one per layer.')
+        raise FlagError(
+            f'`{name}` must have one entry for each of {layers} layers, got {len(value)}. Give one number, or one per layer.'
+        )
     return tuple(value)
 
 
@@ -290,7 +293,7 @@ def plan_layers(flags: Layout) -> LayerPlan:
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds:
         raise FlagError(
-            f'`custom_layers` must name one layer or more, each by a letter of {", ".join(KINDS)}, but is {kinds}'
+            f'`custom_layers` must name one layer or more, each by a letter of {", ".join(KINDS)}, got {kinds}'
             + (f' (unknown: {", ".join(unknown)}).' if unknown else '.')
         )
     count = len(kinds)

@@ -41,26 +41,32 @@ def custom_positions(stack: StackParts, given: Given, span: Span, cache: KVCache
             or pos.ndim not in (1, 2, 3)
             or (pos.ndim > 1 and not is_any(pos.shape[0], span.batch, 1))
         ):
-            raise ValueError(f'pos must be one position per token, (tokens,) or ({span.batch}, tokens), but is {shape_of(pos)}')
+            raise ValueError(f'pos must be one position per token, (tokens,) or ({span.batch}, tokens), got {shape_of(pos)}')
         if pos.ndim == 3 and not stack.flags.alibi_pos_bias:
             raise ValueError(
-                f'pos of shape {tuple(pos.shape)} has positions for each head, which only a stack with alibi_pos_bias=True has '
-                f'a use for; others take (tokens,) or ({span.batch}, tokens)'
+                f'pos must be (tokens,) or ({span.batch}, tokens) without alibi_pos_bias=True, got {tuple(pos.shape)}: '
+                'positions for each head are for ALiBi. Pass those of the tokens.'
             )
         if pos.ndim == 3 and (stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None):
-            raise ValueError('pos of shape (batch, heads, tokens) is for ALiBi alone: all heads are rotated alike')
+            raise ValueError(
+                'pos must be (tokens,) or (batch, tokens) with rotary or polar positions, which rotate all heads alike, '
+                'got (batch, heads, tokens). Pass those of the tokens.'
+            )
         if pos.ndim == 3 and not is_any(pos.shape[1], 1, stack.flags.alibi_heads, stack.flags.heads):
             raise ValueError(
                 f'pos must have positions for each of the {stack.flags.alibi_heads} heads with a bias, '
-                f'({span.batch}, {stack.flags.alibi_heads}, tokens), but is {shape_of(pos)}'
+                f'({span.batch}, {stack.flags.alibi_heads}, tokens), got {shape_of(pos)}'
             )
         if span.mems and is_any(pos.shape[-1], span.given, span.new) and pos.shape[-1] < span.whole:
             raise ValueError(
-                f'pos has {pos.shape[-1]} positions, but keys are {span.mems} memories and {span.held} tokens: '
-                f'with mems it must cover them too, {span.whole} in all'
+                f'pos must have {span.whole} positions with mems, those of {span.mems} memories and {span.held} tokens, got '
+                f'{pos.shape[-1]}. Pass those of the memories too.'
             )
         if not is_any(pos.shape[-1], span.given, span.new, span.held, span.whole):
-            raise ValueError(f'pos has {pos.shape[-1]} positions, but x has {span.given} tokens (pos is {shape_of(pos)})')
+            raise ValueError(
+                f'pos must have one position for each of {span.given} tokens of x, got {pos.shape[-1]} (pos is '
+                f'{shape_of(pos)}). Pass as many.'
+            )
     if cache is not None and span.placed is not None:
         new = counted(span.begin + span.first, span.new, span.placed.device) if pos is None else pos
         return _by_head(cache.step(OWN_STEP).extend(pos=_kept(new, span))[0])
@@ -212,7 +218,9 @@ def positions(
     """
     rotary, polar = given.rotary_pos_emb, given.polar_pos_emb
     if rotary is not None and polar is not None:
-        raise ValueError('rotary_pos_emb and polar_pos_emb were both given: keys are rotated or polar, not both')
+        raise ValueError(
+            'rotary_pos_emb and polar_pos_emb must not both be given: keys are rotated or polar. Leave out one of them.'
+        )
     if not any(exists(part) for part in (rotary, polar, stack.rotary_pos_emb, stack.polar_pos_emb)):
         return None
     from x_transformers.position.positions import PolarPositions, Positions, RotaryPositions
@@ -248,7 +256,7 @@ def positions(
         return made
     name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
-        raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), but is {shape_of(pair)}')
+        raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), got {shape_of(pair)}')
     layout = stack.flags.rotary_layout
     return RotaryPositions(*pair, layout=layout) if polar is None else PolarPositions(*pair)
 
@@ -321,8 +329,8 @@ def position_bias(
         return DenseBias(span.newest(bias, axis=bias.ndim - 2))
     if given.attn_bias is not None:
         raise ValueError(
-            f'attn_bias was given to a stack whose scores already have a bias ({stack.flags.position_bias}): '
-            'leave out one of them, or add your own to a bias module'
+            f'attn_bias must be None in a stack whose scores have a bias ({stack.flags.position_bias}). Leave out one of '
+            'them, or add your own to a bias module.'
         )
     if pos is None and span.mems:
         begins = row_begins(stack, given, span, cache)

@@ -175,9 +175,7 @@ def check_batch(cache: KVCache, batch: int) -> None:
     for layer in cache:
         for tape in layer.tapes.values():
             if tape.batch != batch:
-                raise ValueError(
-                    f'the cache was made for batch {tape.batch}, but x has batch {batch}: reorder the cache to these rows'
-                )
+                raise ValueError(f'cache must be of batch {batch}, as x is, got {tape.batch}. Reorder the cache to these rows.')
             return
 
 

@@ -24,7 +24,7 @@ def make_mixer(flags: StackFlags) -> nn.Module:
     mixer: str | Callable[..., Any] | None = flags.mixer
     given: Mapping[str, Any] = flags.mixer_kwargs
     if mixer is None:
-        raise FlagError("`custom_layers` with 'm' needs `mixer`: what these layers are.")
+        raise FlagError("`mixer` must be given with 'm' in `custom_layers`: it says what these layers are. Name one.")
     if isinstance(mixer, str):
         usual = {'heads': flags.heads, 'zero_init_output': flags.zero_init_branch_output}
         mixer, given = NAMED[mixer], {**usual, **given}

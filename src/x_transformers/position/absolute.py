@@ -109,7 +109,10 @@ class ScaledSinusoidalEmbedding(Module):
     def __init__(self, dim: int, theta: float = 10000) -> None:
         super().__init__()
         if not divisible_by(dim, 2):
-            raise FlagError(f'sinusoidal positions need an even width, half for sines and half for cosines, but dim is {dim}')
+            raise FlagError(
+                f'dim must be even for sinusoidal positions, half for sines and half for cosines, got {dim}. Take an even '
+                'width.'
+            )
         self.dim = dim
         self.theta = theta
         self.scale = empty_parameter(1)

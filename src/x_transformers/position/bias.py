@@ -71,7 +71,7 @@ class DenseBias(Bias):
     def __init__(self, bias: Float[Tensor, '... i j']) -> None:
         super().__init__()
         if not 2 <= bias.ndim <= 4:
-            raise ValueError(f'attn_bias must be (i j), (h i j) or (b h i j), but its shape is {tuple(bias.shape)}')
+            raise ValueError(f'attn_bias must be (i j), (h i j) or (b h i j), got shape {tuple(bias.shape)}')
         self.bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
 
     @property
@@ -87,9 +87,9 @@ class DenseBias(Bias):
         fits = columns == 1 or columns == geometry.own or columns == geometry.keys
         if not fits or (rows != 1 and rows < geometry.queries):
             raise ValueError(
-                f'attn_bias is for {rows} queries and {columns} keys, '
-                f'but there are {geometry.queries} queries and {geometry.own} keys'
+                f'attn_bias must be for {geometry.queries} queries and {geometry.own} keys'
                 + (f' ({geometry.keys} with those in front)' if geometry.front else '')
+                + f', got {rows} and {columns}. Pass one of that size.'
             )
         bias = self.bias
         if columns == 1:

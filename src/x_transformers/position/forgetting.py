@@ -149,7 +149,10 @@ class PerRowDataDependentAlibi(ForgetGates):
     def __init__(self, dim: int, heads: int, causal: bool = True, dim_head: int = 8, post_log_scale: float = 1.0) -> None:
         super().__init__()
         if not causal:
-            raise FlagError('per-row forget gates look back only: use causal=True, or leave data_dependent_alibi_per_row out')
+            raise FlagError(
+                'causal must be True with data_dependent_alibi_per_row, whose gates look back only. Use causal=True, or '
+                'leave it out.'
+            )
         self.heads = heads
         self.dim_head = dim_head
         self.scale = dim_head**-0.5

@@ -53,8 +53,8 @@ def apply_polar_pos_emb(t: Float[Tensor, '... n d'], freqs: Float[Tensor, '... m
     n = t.shape[-2]
     if freqs.shape[-2] < n:
         raise ValueError(
-            f'polar positions are given for {freqs.shape[-2]} tokens, but there are {n}: '
-            'positions must cover all keys, memories and cached ones too'
+            f'polar positions must cover all {n} tokens, memories and cached ones too, got {freqs.shape[-2]}. Pass those of '
+            'all.'
         )
     freqs = last_rows(freqs, n)
     return place(t, freqs.cos(), freqs.sin())

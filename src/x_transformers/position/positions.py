@@ -272,8 +272,8 @@ class PolarPositions(Positions):
             freqs = self._of_queries if side == 'queries' else self.freqs
             if freqs.shape[-2] < n + before:
                 raise ValueError(
-                    f'polar positions are given for {freqs.shape[-2]} tokens, but {side} reach over {n + before}: '
-                    'positions must cover all keys, memories and cached ones too'
+                    f'polar positions must cover the {n + before} rows that {side} reach over, memories and cached ones '
+                    f'too, got {freqs.shape[-2]}. Pass those of all.'
                 )
             angles = last_rows(freqs, n + before)[..., :n, :]
             angles = angles - self.bias if side == 'queries' else angles
@@ -283,7 +283,9 @@ class PolarPositions(Positions):
     @staticmethod
     def _refuse(heads: int | None, t: Float[Tensor, 'b h n d']) -> None:
         if heads is not None and heads != t.shape[1]:
-            raise ValueError(f'polar positions widen every head, so all {t.shape[1]} must take them, not only {heads}')
+            raise ValueError(
+                f'heads must be all {t.shape[1]} with polar positions, which widen every head, got {heads}. Rotate all of them.'
+            )
 
 
 def unrotated(

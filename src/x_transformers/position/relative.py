@@ -147,7 +147,10 @@ class DistanceBias(Module):
 
     def of_heads(self, distances: Int[Tensor, 'b h i j']) -> Float[Tensor, 'b h i j']:
         """Each head at distances of its own."""
-        raise ValueError(f'pos of shape (b h n), positions for each head, is for ALiBi, and this is a {type(self).__name__}')
+        raise ValueError(
+            f'pos must be (tokens,) or (batch, tokens) for a {type(self).__name__}, got (b h n), positions for each head. '
+            'Use alibi_pos_bias=True.'
+        )
 
     @property
     def device(self) -> torch.device:
@@ -213,7 +216,7 @@ class DynamicPositionBias(DistanceBias):
     def __init__(self, dim: int, *, heads: int, depth: int, log_distance: bool = False, norm: bool = False) -> None:
         super().__init__()
         if depth < 1:
-            raise FlagError(f'the network of the dynamic position bias needs at least 1 layer, but its depth is {depth}')
+            raise FlagError(f'depth must be at least 1, got {depth}. Give the network of the dynamic position bias a layer.')
         self.log_distance = log_distance
         layers: list[nn.Module] = []
         for index in range(depth):
@@ -251,9 +254,11 @@ class AlibiPositionalBias(DistanceBias):
         self.total_heads = heads if total_heads is None else total_heads
         self.given_slopes = None if slopes is None else [float(slope) for slope in slopes]
         if not 0 < heads <= self.total_heads:
-            raise FlagError(f'ALiBi is for {heads} heads of {self.total_heads}: it must be at least one, and no more than all')
+            raise FlagError(f'heads must lie in 1 to {self.total_heads}, all heads, got {heads}. Give ALiBi fewer.')
         if self.given_slopes is not None and len(self.given_slopes) != heads:
-            raise FlagError(f'ALiBi needs a slope for each of its {heads} heads, but {len(self.given_slopes)} slopes are given')
+            raise FlagError(
+                f'slopes must have one entry for each of {heads} heads, got {len(self.given_slopes)}. Give one for each.'
+            )
         self.register_buffer('slopes', torch.empty(self.total_heads, 1, 1), persistent=False)
         self.init_own()
 

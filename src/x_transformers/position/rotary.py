@@ -55,7 +55,10 @@ class RotaryEmbedding(ExactBuffers):
         self.attention_factor = attention_factor(scaling)
         self.depends_on_length = scaling is not None and scaling['type'] in BY_LENGTH
         if interpolation_factor < 1.0:
-            raise FlagError(f'interpolation_factor shrinks the positions, so it must be at least 1, not {interpolation_factor}')
+            raise FlagError(
+                f'interpolation_factor must be at least 1, as it shrinks the positions, got {interpolation_factor}. Give a '
+                'larger one.'
+            )
         if dim < 1:
             raise FlagError(f'rotary positions turn at least one pair of channels: dim must be at least 1, not {dim}')
         self.dim = dim
@@ -206,8 +209,7 @@ def check_table(rows: int, width: int, n: int, dim: int) -> None:
     """Raise ValueError unless a table of angles has rows for n tokens and no more channels than a head."""
     if rows < n:
         raise ValueError(
-            f'rotary positions are given for {rows} tokens, but {n} are to be turned: '
-            'positions must cover all keys, memories and cached ones too'
+            f'rotary positions must cover all {n} keys, memories and cached ones too, got {rows}. Pass those of all.'
         )
     if width > dim:
         raise ValueError(

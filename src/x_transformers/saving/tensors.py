@@ -224,7 +224,10 @@ def rows_of_place(place: TensorPlace) -> Iterator[tuple[int, Tensor]]:
 def read_into(place: TensorPlace, out: Shaped[Tensor, '...']) -> None:
     """One tensor into memory that is there, of any dtype and on any device. Raises FolderError for another shape."""
     if tuple(out.shape) != place.shape:
-        raise FolderError(f'a tensor in {place.file} is {place.shape} and {tuple(out.shape)} in the model.')
+        raise FolderError(
+            f"a tensor in {place.file} must have the shape of the model's, {tuple(out.shape)}, got {place.shape}. Load it "
+            'into the model that it was saved from.'
+        )
     if not out.is_contiguous():
         out.copy_(read_tensor(place))
         return

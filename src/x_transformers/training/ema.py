@@ -59,7 +59,9 @@ class AveragedWeights:
     def load(self, state: dict[str, object]) -> None:
         averages = state['averages']
         if not isinstance(averages, dict) or averages.keys() != self.averages.keys():
-            raise ValueError('the averaged weights are those of another model')
+            raise ValueError(
+                'averages must be those of this model, got other names. Load them into the model that they were saved from.'
+            )
         self.steps = int(str(state['steps']))
         for name, average in self.averages.items():
             if not average.is_meta:

@@ -34,7 +34,7 @@ def narrower_model(model: nn.Module, base: int) -> nn.Module:
     Raises TrainingError if it cannot be built so.
     """
     if not isinstance(model, Made) or not hasattr(model, 'made_with'):
-        raise TrainingError(f'mup needs a model that was made of flags, got {type(model).__name__}. Leave out mup.')
+        raise TrainingError(f'model must be made of flags for mup, got {type(model).__name__}. Leave out mup.')
     given = {
         name: narrower_model(value, base) if isinstance(value, Made) else value for name, value in keywords_of(model).items()
     }

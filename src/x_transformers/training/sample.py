@@ -36,7 +36,7 @@ def sample_text(
     """
     ids = list(tokenizer.encode([prompt])[0])
     if not ids:
-        raise TrainingError('the prompt is empty: the model needs a token to start from')
+        raise TrainingError('prompt must have at least one token to start from, got none. Give some text.')
     writer: Any = model
     device = device_of(model)
 

@@ -171,7 +171,7 @@ def with_sink(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One zero key with no value in front, whose score is the sink."""
     if args.sink is None:
-        raise ValueError('there is no sink to put in front')
+        raise ValueError('sink must be given to be put in front, got None. Give one.')
     column = args.sink.to(q.dtype).view(1, -1, 1, 1)
     if added is None:
         added = torch.zeros(1, 1, 1, k.shape[-2], dtype=q.dtype, device=q.device)

@@ -48,7 +48,7 @@ class Varlen:
 
         packed = args.mask.packed
         if packed is None:
-            raise ValueError('the varlen kernel was asked to run without packed sequences')
+            raise ValueError('packed must be given to the varlen kernel, got None. Pack the sequences.')
         q, k, v = unified(args)
         heads, kv_heads = q.shape[1], k.shape[1]
         shares = heads != kv_heads and KNOWS_GROUPS
