@@ -91,9 +91,9 @@ def test_what_does_not_fit_is_refused(flags, says):
 
 
 def test_an_order_without_the_first_is_refused():
-    with pytest.raises(ValueError, match='whose keys and values it shares'):
+    with pytest.raises(ValueError, match='which shares its keys and values'):
         made(kv_share_every=2)(X, layers_execute_order=(2, 3))
-    with pytest.raises(ValueError, match='must run before it'):
+    with pytest.raises(ValueError, match='shared must hold the keys of the earlier layer'):
         made(kv_share_every=2).layers[2].branch(X)
 
 

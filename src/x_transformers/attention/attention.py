@@ -24,6 +24,7 @@ from x_transformers.attention.parts import AttentionParts, Seen
 from x_transformers.attention.path import HouseholderSteps
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
+from x_transformers.attention.sharing import keys_handed, shared_keys_values, without_own_keys
 from x_transformers.attention.values import exclusive, laser_in, laser_out, orthogonal_to_values, own_values
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
@@ -63,14 +64,15 @@ class Attention(AttentionParts):
         self._build(dim, parsed)
 
     @classmethod
-    def from_flags(cls, dim: int, flags: AttentionFlags) -> Self:
-        """From flags that have been parsed and checked."""
+    def from_flags(cls, dim: int, flags: AttentionFlags, *, shares_keys: bool = False) -> Self:
+        """From flags that have been parsed and checked. ``shares_keys``: over the keys and values of an earlier layer."""
         self = cls.__new__(cls)
-        self._build(dim, flags)
+        self._build(dim, flags, shares_keys)
         return self
 
-    def _build(self, dim: int, flags: AttentionFlags) -> None:
+    def _build(self, dim: int, flags: AttentionFlags, shares_keys: bool = False) -> None:
         super().__init__()
+        self.shares_keys = shares_keys
         self.flags = flags = effective(flags)
         self.dim, self.dim_context = dim, dim if flags.dim_context is None else flags.dim_context
         self.heads, self.kv_heads = flags.heads, flags.num_kv_heads
@@ -82,13 +84,15 @@ class Attention(AttentionParts):
         for name, part in self._parts().items():
             setattr(self, name, part)
         self.has_bias = any(getattr(self, name) is not None for name in BIASES)
-        self._keys_values = project.keys_values if self.to_latent_kv is None else latent.latent_keys_values
+        own_keys = project.keys_values if self.to_latent_kv is None else latent.latent_keys_values
+        self._keys_values = shared_keys_values if shares_keys else own_keys
         self.init_own()
 
     def _parts(self) -> dict[str, Any]:
         """All modules, parameters and constants, by name and in the order of the state."""
         dim, flags = self.dim, self.flags
-        return projection_parts(dim, flags) | key_value_parts(dim, flags) | output_parts(dim, flags)
+        parts = projection_parts(dim, flags) | key_value_parts(dim, flags) | output_parts(dim, flags)
+        return without_own_keys(parts) if self.shares_keys else parts
 
     @torch.no_grad()
     def init_own(self) -> None:
@@ -157,6 +161,8 @@ class Attention(AttentionParts):
 
     def _attended(self, x: Float[Tensor, '... n d'], inputs: BranchInputs) -> tuple[Float[Tensor, 'b n c'], Intermediates]:
         """The layer on x, (b n d) or with separate views (3 b n d)."""
+        if self.shares_keys:
+            inputs = inputs.having(mask=keys_handed(inputs).mask)
         seen = project.gather(self, x, inputs)
         q = self.queries(seen, inputs)
         k, v, values = self._keys_values(self, seen, inputs)
@@ -262,7 +268,7 @@ class Attention(AttentionParts):
 
     def muon_parameters(self) -> Iterator[nn.Parameter]:
         """The matrices that the Muon optimizer is meant for: of the values and of the output."""
-        return chain(self.to_v.parameters(), self.to_out.parameters())
+        return chain(() if self.shares_keys else self.to_v.parameters(), self.to_out.parameters())
 
     @torch.no_grad()
     def qk_clip_(self, pre_softmax_attn: Float[Tensor, 'b h i j'] | Intermediates, tau: float = 100.0) -> None:

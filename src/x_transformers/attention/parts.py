@@ -41,6 +41,8 @@ class AttentionParts(Module):
     max_attend_future: int | None
     rotated_heads: int | None
     separate_views: bool
+    # keys and values are those of an earlier layer
+    shares_keys: bool
     # flags that have no meaning where keys are another sequence's
     needing_own_keys: tuple[str, ...]
     can_cache_kv: bool

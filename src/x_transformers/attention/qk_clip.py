@@ -63,12 +63,12 @@ def scale_rows_(weight: Float[Tensor, '(h d) ...'], factors: Float[Tensor, 'h'])
 
 def clip_queries_and_keys_(attn: AttentionParts, scores: Float[Tensor, 'b h i j'] | Intermediates, tau: float) -> None:
     if isinstance(scores, Intermediates):
-        given = scores.pre_softmax_attn
-        if given is None:
+        maps = scores.pre_softmax_attn
+        if maps is None:
             raise ValueError(
                 'intermediates must hold pre_softmax_attn, got None. Run attention with return_intermediates=True.'
             )
-        scores = given
+        scores = maps
     if scores.ndim != 4 or scores.shape[1] != attn.heads:
         raise ValueError(
             f'scores must be (b, {attn.heads}, i, j), one map for each head, got shape {tuple(scores.shape)}. Pass those of '
@@ -79,6 +79,10 @@ def clip_queries_and_keys_(attn: AttentionParts, scores: Float[Tensor, 'b h i j'
     if attn.flags.head_learned_sink:
         # the sink's column, put in front, is no product of a query and a key
         scores = scores[..., 1:]
+    if attn.shares_keys:
+        # the keys are another layer's
+        clip_projection_(attn.to_q, attn.to_latent_q, score_factors(scores, tau))
+        return
     queries, keys = split_factors(score_factors(scores, tau), attn.kv_heads)
     through_latent = attn.flags.key_heads_from_latent
     clip_projection_(attn.to_q, attn.to_latent_q, queries)
@@ -99,7 +103,7 @@ def clip_projection_(
         if projection.bias is not None:
             scale_rows_(projection.bias.unsqueeze(-1), factors)
         return
-    made = latent.of_keys if isinstance(latent, KeyValueFactors) else latent
-    if made is not None:
+    of_keys = latent.of_keys if isinstance(latent, KeyValueFactors) else latent
+    if of_keys is not None:
         over_channels = factors.new_ones(projection.rank * projection.width)
-        scale_rows_(made.weight, torch.cat((factors.repeat_interleave(projection.rank), over_channels)))
+        scale_rows_(of_keys.weight, torch.cat((factors.repeat_interleave(projection.rank), over_channels)))

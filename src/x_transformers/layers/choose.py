@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from x_transformers.attention.attention import Attention
-from x_transformers.attention.sharing import SharingAttention
 from x_transformers.feedforward import FeedForward
 from x_transformers.flags.base import unknown_flags
 from x_transformers.layers.branch import AdaptiveLayerScale, Canon, LayerScale, Scale, ShiftTokens
@@ -59,8 +58,8 @@ def choose_branch(flags: StackFlags, spec: LayerSpec, causal: bool) -> nn.Module
     branch: nn.Module
     block = block_numbers(flags)[spec.index]
     if spec.kind == 'a':
-        kind = Attention if spec.keys_from is None else SharingAttention
-        branch = kind.from_flags(flags.dim, flags.self_attention_flags(first=spec.first).at_depth(block))
+        own = flags.self_attention_flags(first=spec.first).at_depth(block)
+        branch = Attention.from_flags(flags.dim, own, shares_keys=spec.keys_from is not None)
     elif spec.kind == 'm':
         branch = make_mixer(flags)
     elif spec.kind == 'c':
