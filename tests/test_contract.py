@@ -44,7 +44,7 @@ from x_transformers.flags.stack import StackFlags
 from x_transformers.flags.vision import VisionFlags
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.multi_input import MultiInputTransformerWrapper
-from x_transformers.returns import RETURNED, Asked
+from x_transformers.returns import RETURNED, ReturnSpec
 from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding, apply_rotary_pos_emb
 from x_transformers.xval import XValTransformerWrapper
@@ -499,7 +499,7 @@ def test_a_model_of_ones_own_is_two_functions() -> None:
 
         def forward(self, x: Tensor, mask: Any = None, mems: Any = None, mem_masks: Any = None, cache: Any = None) -> Any:
             kwargs, input_not_include_cache = {}, None
-            return self.run(call_of(self, x, locals()), Asked())
+            return self.run(call_of(self, x, locals()), ReturnSpec())
 
     model = Grid(Encoder(**SMALL)).eval()
     x = torch.randn(2, 5, 3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
-from x_transformers.embedding.call import Call, Memories, call_of, check_frames, check_projected, last_positions
+from x_transformers.embedding.call import Memories, ModelArgs, call_of, check_frames, check_projected, last_positions
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
 from x_transformers.flags.calls import FramesForwardOptions, FramesOptions, RolloutOptions
@@ -30,7 +30,7 @@ from x_transformers.generation.views import VectorView
 from x_transformers.layers.checks import is_float, shape_of
 from x_transformers.losses import at_least_single, shifted_mask
 from x_transformers.module import Module
-from x_transformers.returns import Asked
+from x_transformers.returns import ReturnSpec
 from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
@@ -160,11 +160,11 @@ class ContinuousTransformerWrapper(StackWrapper):
             'input_not_include_cache': input_not_include_cache, 'seq_start_pos': seq_start_pos, 'logits_last': logits_last,
             'kwargs': kwargs,
         }  # fmt: skip
-        return self.run(call_of(self, x, given), Asked.of(given))
+        return self.run(call_of(self, x, given), ReturnSpec.of(given))
 
 
 def embed_frames(
-    model: ContinuousTransformerWrapper, x: Shaped[Tensor, 'b n ...'], call: Call, rows: Rows
+    model: ContinuousTransformerWrapper, x: Shaped[Tensor, 'b n ...'], call: ModelArgs, rows: Rows
 ) -> Float[Tensor, 'b n e']:
     # as everything that a caller adds, frames of another precision are read in that of the model
     matrix = getattr(model.project_in, 'weight', None)
@@ -177,7 +177,7 @@ def embed_frames(
 
 
 def read_frames(
-    model: ContinuousTransformerWrapper, h: Float[Tensor, 'b ... d'], call: Call, whole: bool
+    model: ContinuousTransformerWrapper, h: Float[Tensor, 'b ... d'], call: ModelArgs, whole: bool
 ) -> tuple[Float[Tensor, '... o'], Float[Tensor, 'b ... d']]:
     out: Tensor = model.project_out(last_positions(h, call.logits_last))
     if not model.probabilistic:

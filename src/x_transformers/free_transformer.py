@@ -315,7 +315,7 @@ class FreeReader:
         self.tail_cache: Any = None
         self.seen = 0
 
-    def told(self, length: int) -> Float[Tensor, 'b m d'] | None:
+    def condition_of_new(self, length: int) -> Float[Tensor, 'b m d'] | None:
         """The part of the condition that belongs to the tokens not yet read."""
         if self.condition is None or self.condition.shape[1] == 1:
             return self.condition
@@ -329,7 +329,7 @@ class FreeReader:
         if model.decoder_head is not None:
             hidden, head_cache = model.decoder_head(hidden, cache=self.head_cache, **given)
         hidden, tail_cache = model.decoder_tail(
-            hidden, cache=self.tail_cache, self_attn_kv_residuals=self.told(tokens.length), **given
+            hidden, cache=self.tail_cache, self_attn_kv_residuals=self.condition_of_new(tokens.length), **given
         )
         if self.caching:
             self.head_cache, self.tail_cache, self.seen = head_cache, tail_cache, tokens.length

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
-from x_transformers.embedding.call import Call, Memories, call_of, last_positions
+from x_transformers.embedding.call import Memories, ModelArgs, call_of, last_positions
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import add_named, named_tables
@@ -20,7 +20,7 @@ from x_transformers.flags.other_inputs import MultiInputFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.helpers import default
-from x_transformers.returns import Asked
+from x_transformers.returns import ReturnSpec
 from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -119,8 +119,8 @@ class MultiInputTransformerWrapper(StackWrapper):
             'sum_embeds': sum_embeds, 'return_attn_z_loss': return_attn_z_loss, 'seq_start_pos': seq_start_pos, 'cache': cache,
             'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
         }  # fmt: skip
-        asked = Asked.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
-        return self.run(call_of(self, next(iter(x.values())), given, embed_ids=x), asked)
+        returns = ReturnSpec.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
+        return self.run(call_of(self, next(iter(x.values())), given, embed_ids=x), returns)
 
     def _ids(self, x: Any) -> dict[str, Int[Tensor, 'b n']]:
         """The ids of each input. Names and their like are checked where ids are looked up."""
@@ -133,12 +133,14 @@ class MultiInputTransformerWrapper(StackWrapper):
         return found
 
 
-def embed_inputs(model: MultiInputTransformerWrapper, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+def embed_inputs(
+    model: MultiInputTransformerWrapper, x: Int[Tensor, 'b n'], call: ModelArgs, rows: Rows
+) -> Float[Tensor, 'b n e']:
     return add_named(torch.zeros((), device=x.device), model.embeds, call.embed_ids, rows.newest, 'x', 'num_tokens')
 
 
 def read_inputs(
-    model: MultiInputTransformerWrapper, h: Float[Tensor, 'b n d'], call: Call, whole: bool
+    model: MultiInputTransformerWrapper, h: Float[Tensor, 'b n d'], call: ModelArgs, whole: bool
 ) -> tuple[dict[str, Float[Tensor, 'b n v']], Float[Tensor, 'b n d']]:
     heads: Any = model.to_logits
     read = last_positions(h, call.logits_last)

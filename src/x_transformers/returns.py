@@ -17,7 +17,7 @@ from x_transformers.tensor_types import Float
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReturnSpec:
     """The ``return_*`` arguments of one call."""
 
     embeddings: bool = plain_argument(
@@ -140,7 +140,7 @@ class Asked:
         return out
 
 
-RETURNED = tuple((each.name, f'return_{each.name}') for each in fields(Asked))
+RETURNED = tuple((each.name, f'return_{each.name}') for each in fields(ReturnSpec))
 
 
 def scores(record: LayerIntermediates) -> list[Float[Tensor, 'b h i j']]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.embedding.before import store_kept
 from x_transformers.embedding.call import (
-    Call,
     Memories,
+    ModelArgs,
     check_added,
     check_last,
     check_prepended,
@@ -30,7 +30,7 @@ from x_transformers.embedding.token import scale_gradient
 from x_transformers.embedding.values import tables_of_tokens
 from x_transformers.losses import calc_z_loss
 from x_transformers.optimizing import OptimizedModel
-from x_transformers.returns import Asked, next_memories, scores
+from x_transformers.returns import ReturnSpec, next_memories, scores
 from x_transformers.tensor_types import Bool, Float, Shaped
 
 
@@ -44,8 +44,8 @@ class Ends:
             asks so; and the embeddings that this is made of, those of all positions if ``whole``.
     """
 
-    embed: Callable[[Any, Shaped[Tensor, 'b n ...'], Call, Rows], Float[Tensor, 'b n e']]
-    read: Callable[[Any, Float[Tensor, 'b ... d'], Call, bool], tuple[Any, Float[Tensor, 'b ... d']]]
+    embed: Callable[[Any, Shaped[Tensor, 'b n ...'], ModelArgs, Rows], Float[Tensor, 'b n e']]
+    read: Callable[[Any, Float[Tensor, 'b ... d'], ModelArgs, bool], tuple[Any, Float[Tensor, 'b ... d']]]
 
 
 class StackWrapper(OptimizedModel):
@@ -125,9 +125,9 @@ class StackWrapper(OptimizedModel):
 
     # ------------------------------------------------------------ forward
 
-    def run(self, call: Call, asked: Asked) -> Any:
+    def run(self, call: ModelArgs, returns: ReturnSpec) -> Any:
         """Embed what is new, put in front of it what belongs there, run the stack, take that out again, pool, read out."""
-        asked.check(
+        returns.check(
             has_head=self.has_head,
             predicts_next=self.to_next_embed_pred is not None,
             predicts_later=self.later_tokens is not None,
@@ -138,16 +138,16 @@ class StackWrapper(OptimizedModel):
         initial = self._embed(call, rows)
         mask = call.mask if call.lens is None else rows.before(call.lens)
         keys = rows.mask(mask, call.prepend_mask, initial.shape[0], initial.device)
-        h, record = self._through_stack(initial, keys, call, rows, asked)
+        h, record = self._through_stack(initial, keys, call, rows, returns)
         record.initial_embeds = initial
-        h, in_place = pooled(self, h, keys, record, asked.whole_record)
+        h, in_place = pooled(self, h, keys, record, returns.whole_record)
         if call.excise_prepend_embeds and call.prepend_embeds is not None and not rows.cached and self._is_sequence(h):
             h, initial = (t[:, call.prepend_embeds.shape[1] :] for t in (h, initial))
         logits, embeds = None, h
-        if asked.logits(has_head=self.has_head, pooled=in_place is not None):
-            logits, embeds = self.read_out(h, call, whole=asked.logits_and_embeddings)
-            logits = (logits, *self._later_logits(h, call)) if asked.multi_token_logits else logits
-        return asked.answer(
+        if returns.logits(has_head=self.has_head, pooled=in_place is not None):
+            logits, embeds = self.read_out(h, call, whole=returns.logits_and_embeddings)
+            logits = (logits, *self._later_logits(h, call)) if returns.multi_token_logits else logits
+        return returns.answer(
             x=embeds,
             logits=logits,
             pooled=in_place,
@@ -159,7 +159,7 @@ class StackWrapper(OptimizedModel):
 
     # ------------------------------------------------------------ the steps of the forward
 
-    def _embed(self, call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+    def _embed(self, call: ModelArgs, rows: Rows) -> Float[Tensor, 'b n e']:
         """Embeddings of what is new, behind those that are prepended."""
         x = rows.newest(call.x, 'x')
         check_added(call, x.shape[0], self.emb_dim, self.has_absolute_positions)
@@ -185,7 +185,12 @@ class StackWrapper(OptimizedModel):
         return h if self.cls_token is None else torch.cat((self.cls_token.to(h.dtype).expand(h.shape[0], -1, -1), h), dim=1)
 
     def _through_stack(
-        self, embeds: Float[Tensor, 'b n e'], keys: Bool[Tensor, '#b m'] | None, call: Call, rows: Rows, asked: Asked
+        self,
+        embeds: Float[Tensor, 'b n e'],
+        keys: Bool[Tensor, '#b m'] | None,
+        call: ModelArgs,
+        rows: Rows,
+        returns: ReturnSpec,
     ) -> tuple[Float[Tensor, 'b r d'], LayerIntermediates]:
         """The stack, with memory tokens among its rows; they are taken out again."""
         h = self._enter(embeds)
@@ -198,9 +203,9 @@ class StackWrapper(OptimizedModel):
             h, keywords = shuffle.lay(h), shuffled(keywords, shuffle)
 
         reports: dict[str, Any] = {}
-        if asked.record:
-            reports = {'return_hiddens': asked.whole_record or 'cache'}
-        elif asked.expert_loss:
+        if returns.record:
+            reports = {'return_hiddens': returns.whole_record or 'cache'}
+        elif returns.expert_loss:
             reports = {'return_expert_loss': True}
 
         def run(x: Float[Tensor, 'b n d'], **changed: Any) -> tuple[Tensor, LayerIntermediates]:
@@ -208,9 +213,9 @@ class StackWrapper(OptimizedModel):
             return out if reports else (out, LayerIntermediates())
 
         h, record = run_rounds(self, run, h, call)
-        if asked.attn_z_loss:
+        if returns.attn_z_loss:
             counts = no_padding(h, keywords.get('mask'), None if rows.cached else call.seq_start_pos)
-            record.attn_z_loss = calc_z_loss(scores(record), counts, asked.z_loss_weight)
+            record.attn_z_loss = calc_z_loss(scores(record), counts, returns.z_loss_weight)
         if shuffle is not None:
             h = shuffle.restore(h)
         if rows.memory:
@@ -221,7 +226,7 @@ class StackWrapper(OptimizedModel):
         record.last_layer_hiddens = h
         return h, record
 
-    def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: Call, rows: Rows) -> dict[str, Any]:
+    def _for_stack(self, keys: Bool[Tensor, 'b m'] | None, call: ModelArgs, rows: Rows) -> dict[str, Any]:
         """The stack's keywords; only those that say something."""
         keywords = {
             'mask': keys,
@@ -237,7 +242,7 @@ class StackWrapper(OptimizedModel):
             keywords['input_not_include_cache'] = True
         return {name: value for name, value in keywords.items() if value is not None}
 
-    def _next_mems(self, record: LayerIntermediates, call: Call) -> Memories:
+    def _next_mems(self, record: LayerIntermediates, call: ModelArgs) -> Memories:
         extends = getattr(self.flags, 'extend_mems', None)
         mems = next_memories(record.hiddens or [], None if extends is False else call.mems, self.max_mem_len, call.detach_mems)
         # models that have the flag return a tuple, as upstream
@@ -247,13 +252,13 @@ class StackWrapper(OptimizedModel):
         """Whether ``h`` still has a position for each token."""
         return h.ndim == 3 and self.cls_token is None
 
-    def read_out(self, h: Float[Tensor, 'b ... d'], call: Call, whole: bool = False) -> tuple[Any, Tensor]:
+    def read_out(self, h: Float[Tensor, 'b ... d'], call: ModelArgs, whole: bool = False) -> tuple[Any, Tensor]:
         """(what the model says, for the last positions only if so asked; the embeddings)."""
         if call.logits_last is not None:
             check_last(call.logits_last, self._is_sequence(h))
         return self.ends.read(self, h, call, whole)
 
-    def _later_logits(self, h: Float[Tensor, 'b n d'], call: Call) -> list[Any]:
+    def _later_logits(self, h: Float[Tensor, 'b n d'], call: ModelArgs) -> list[Any]:
         """The logits (b n v) of each token behind the next one."""
         if call.logits_last is not None:
             check_last(call.logits_last, self._is_sequence(h))

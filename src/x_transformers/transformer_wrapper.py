@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.before import BigramHash, Smear, one_before
 from x_transformers.embedding.build import build_embedding, build_heads, build_pooling, build_stack, stack_flags
-from x_transformers.embedding.call import ARGUMENTS, Call, call_of, check_projected, ids_or_none, last_positions
+from x_transformers.embedding.call import ARGUMENTS, ModelArgs, call_of, check_projected, ids_or_none, last_positions
 from x_transformers.embedding.loop import OF_LOOPS, LoopCall
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding, add_named
@@ -23,10 +23,10 @@ from x_transformers.flags.signature import ClassSignature, with_arguments
 from x_transformers.flags.wrapper import WrapperFlags
 from x_transformers.heads import HeadForm, LinearHead, Logits, gives_loss
 from x_transformers.helpers import default
-from x_transformers.layers.arguments import Given, argument_sentences
+from x_transformers.layers.arguments import StackArgs, argument_sentences
 from x_transformers.layers.repeat import block_transform, check_in_place, later_blocks
 from x_transformers.module import Module
-from x_transformers.returns import Asked
+from x_transformers.returns import ReturnSpec
 from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -105,7 +105,11 @@ class TransformerWrapper(StackWrapper):
     # ------------------------------------------------------------ forward
 
     @with_arguments(
-        ARGUMENTS, OF_LOOPS, argument_sentences(Asked, 'return_'), argument_sentences(Call), argument_sentences(Given)
+        ARGUMENTS,
+        OF_LOOPS,
+        argument_sentences(ReturnSpec, 'return_'),
+        argument_sentences(ModelArgs),
+        argument_sentences(StackArgs),
     )
     def forward(
         self,
@@ -177,11 +181,11 @@ class TransformerWrapper(StackWrapper):
             'transform_token_embeds': transform_token_embeds, 'return_expert_loss': return_expert_loss,
             'return_multi_token_logits': return_multi_token_logits, 'kwargs': kwargs,
         }  # fmt: skip
-        asked = Asked.of(keywords, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
-        return self.run(call_of(self, ids, keywords, loop=loop), asked)
+        returns = ReturnSpec.of(keywords, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
+        return self.run(call_of(self, ids, keywords, loop=loop), returns)
 
 
-def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: ModelArgs, rows: Rows) -> Float[Tensor, 'b n e']:
     vectors: Tensor = model.token_emb(x, **call.token_emb_kwargs)
     check_projected('token_emb', vectors, x, model.emb_dim)
     vectors = vectors if model.embed_scale is None else vectors * model.embed_scale
@@ -198,7 +202,7 @@ def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Cal
 
 
 def read_tokens(
-    model: TransformerWrapper, h: Float[Tensor, 'b ... d'], call: Call, whole: bool
+    model: TransformerWrapper, h: Float[Tensor, 'b ... d'], call: ModelArgs, whole: bool
 ) -> tuple[Logits, Float[Tensor, 'b ... d']]:
     """(logits, embeddings they were made of: with a mixture its vectors (b n k d))."""
     embeds = last_positions(h, None if whole else call.logits_last)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.kv_cache import Cache
 from x_transformers.embedding.build import build_entrance, build_positions, build_stack, stack_flags
-from x_transformers.embedding.call import Call, Memories, call_of, last_positions
+from x_transformers.embedding.call import Memories, ModelArgs, call_of, last_positions
 from x_transformers.embedding.ids import token_ids
 from x_transformers.embedding.rows import Rows
 from x_transformers.embedding.token import TokenEmbedding
@@ -31,7 +31,7 @@ from x_transformers.heads import TiedHead
 from x_transformers.helpers import default, values_known
 from x_transformers.losses import at_least_single, shifted_mask, token_cross_entropy
 from x_transformers.module import Module
-from x_transformers.returns import Asked
+from x_transformers.returns import ReturnSpec
 from x_transformers.stack_wrapper import Ends, StackWrapper
 from x_transformers.tensor_types import Bool, Float, Int
 
@@ -166,10 +166,10 @@ class XValTransformerWrapper(StackWrapper):
             'prepend_mask': prepend_mask, 'mem_masks': mem_masks, 'sum_embeds': sum_embeds, 'seq_start_pos': seq_start_pos,
             'cache': cache, 'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
         }  # fmt: skip
-        return self.run(call_of(self, x, given, numbers=numbers), Asked.of(given))
+        return self.run(call_of(self, x, given, numbers=numbers), ReturnSpec.of(given))
 
 
-def embed_numbers(model: XValTransformerWrapper, x: Int[Tensor, 'b n'], call: Call, rows: Rows) -> Float[Tensor, 'b n e']:
+def embed_numbers(model: XValTransformerWrapper, x: Int[Tensor, 'b n'], call: ModelArgs, rows: Rows) -> Float[Tensor, 'b n e']:
     vectors: Tensor = model.token_emb(x)
     if call.numbers is None:
         return vectors
@@ -177,7 +177,7 @@ def embed_numbers(model: XValTransformerWrapper, x: Int[Tensor, 'b n'], call: Ca
 
 
 def read_tokens_and_numbers(
-    model: XValTransformerWrapper, h: Float[Tensor, 'b n d'], call: Call, whole: bool
+    model: XValTransformerWrapper, h: Float[Tensor, 'b n d'], call: ModelArgs, whole: bool
 ) -> tuple[tuple[Float[Tensor, 'b n v'], Float[Tensor, 'b n']], Float[Tensor, 'b n d']]:
     read = last_positions(h, call.logits_last)
     return (model.to_logits(read), model.to_numerical_output(read)), h

@@ -78,5 +78,5 @@ def test_it_starts_as_plain_attention():
 
 def test_without_what_tokens_say_it_cannot_run():
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ValueError, match='must be told how heads are mixed'):
+    with pytest.raises(ValueError, match='composition must be given'):
         Attend(heads=2, composable=True)(q, q, q)

@@ -115,5 +115,5 @@ def test_what_it_cannot_be_is_refused():
         with pytest.raises(FlagError, match='path'):
             Attention(D, path=True, **flags)
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ValueError, match='must be told its steps'):
+    with pytest.raises(ValueError, match='steps must be given to attention along a path'):
         Attend(heads=2, causal=True, path=True)(q, q, q)

@@ -15,7 +15,7 @@ from x_transformers.embedding.call import OF_MODELS
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
 from x_transformers.generation import keywords
-from x_transformers.layers.arguments import DECLARED, NEEDS, Argument, Given, count_new
+from x_transformers.layers.arguments import DECLARED, NEEDS, Argument, StackArgs, count_new
 
 LETTERS = set('bnijhlpmdecs')
 
@@ -111,10 +111,10 @@ def test_what_is_added_to_keys_moves_with_its_token_behind_padding_on_the_left()
 
 def test_a_stack_hands_on_its_arguments_in_the_order_of_their_declaration() -> None:
     """They stand there in a row."""
-    seen: list[Given] = []
+    seen: list[StackArgs] = []
 
     class Listening(Decoder):
-        def answer(self, x: Any, given: Given) -> Any:
+        def answer(self, x: Any, given: StackArgs) -> Any:
             seen.append(given)
             return x
 

@@ -55,22 +55,22 @@ ARGUMENTS = {
 }
 
 
-def shaped(name: str, t: Any, *axes: int | None, says: str = '') -> None:
+def shaped(name: str, t: Any, *axes: int | None, note: str = '') -> None:
     """``t`` is a tensor with these axes; None stands for any length."""
     if not isinstance(t, Tensor):
         raise TypeError(f'{name} must be a tensor, got {type(t).__name__}')
     if t.ndim == len(axes) and all(want is None or want == have for want, have in zip(axes, t.shape, strict=True)):
         return
     wanted = ', '.join('any' if axis is None else str(axis) for axis in axes)
-    raise ValueError(f'{name} must have shape ({wanted}){says and ", "}{says}, got shape {tuple(t.shape)}')
+    raise ValueError(f'{name} must have shape ({wanted}){note and ", "}{note}, got shape {tuple(t.shape)}')
 
 
-def summand(name: str, t: Any, whole: tuple[int, ...], says: str) -> None:
+def summand(name: str, t: Any, whole: tuple[int, ...], note: str) -> None:
     """``t`` can be added to what has the shape ``whole``: axes of one, and missing ones, broadcast."""
     shape = tuple(t.shape) if isinstance(t, Tensor) else (None,) * len(whole)
     behind = whole[len(whole) - len(shape) :]
     if len(shape) > len(whole) or any(not is_any(have, 1, want) for have, want in zip(shape, behind, strict=True)):
-        shaped(name, t, *whole, says=f'{says} (axes of 1 broadcast)')
+        shaped(name, t, *whole, note=f'{note} (axes of 1 broadcast)')
 
 
 def numbers(name: str, t: Shaped[Tensor, '...']) -> None:
@@ -88,9 +88,9 @@ def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tu
     """``t`` is (i j), (h i j) or (b h i j); axes of one, and missing ones, broadcast."""
     if not isinstance(t, Tensor):
         raise TypeError(f'{name} must be a tensor, got {type(t).__name__}')
-    given = (1,) * (4 - t.ndim) + tuple(t.shape)
+    shape = (1,) * (4 - t.ndim) + tuple(t.shape)
     allowed = ((1, batch), (1, heads), (1, queries), (1, *keys))
-    if t.ndim < 2 or t.ndim > 4 or any(not is_any(have, *may) for have, may in zip(given, allowed, strict=True)):
+    if t.ndim < 2 or t.ndim > 4 or any(not is_any(have, *may) for have, may in zip(shape, allowed, strict=True)):
         width = ' or '.join(str(length) for length in dict.fromkeys(keys))
         raise ValueError(
             f'{name} must be (i j), (h i j) or (b h i j) with b = {batch}, h = {heads}, i = {queries} queries and '
@@ -101,17 +101,17 @@ def broadcasts(name: str, t: Any, batch: int, heads: int, queries: int, keys: tu
 # ---------------------------------------------------------------- tokens
 
 
-def check_attention_input(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keywords) -> tuple[int, int, int]:
+def check_attention_input(attn: AttentionParts, x: Float[Tensor, '... n d'], keywords: Keywords) -> tuple[int, int, int]:
     """(batch, queries, own keys without memories and past)."""
-    context, mem, shift = given['context'], given['mem'], given['kv_input_residual']
+    context, mem, shift = keywords['context'], keywords['mem'], keywords['kv_input_residual']
     if attn.separate_views:
-        shaped('x', x, 3, None, None, attn.dim, says='views for queries, keys and values (qkv_receive_diff_residuals)')
+        shaped('x', x, 3, None, None, attn.dim, note='views for queries, keys and values (qkv_receive_diff_residuals)')
         if context is not None:
             raise ValueError(
                 'context must be None with qkv_receive_diff_residuals=True: x holds the views of keys and values. Leave it out.'
             )
     else:
-        shaped('x', x, None, None, attn.dim, says='(batch, tokens, dim)')
+        shaped('x', x, None, None, attn.dim, note='(batch, tokens, dim)')
     numbers('x', x)
     batch, queries = x.shape[-3], x.shape[-2]
     if context is not None:
@@ -122,15 +122,15 @@ def check_attention_input(attn: AttentionParts, x: Float[Tensor, '... n d'], giv
         )
     keys = queries if context is None else context.shape[1]
     if mem is not None:
-        shaped('mem', mem, batch, None, attn.dim_context, says='(batch, memories, width of the keys)')
+        shaped('mem', mem, batch, None, attn.dim_context, note='(batch, memories, width of the keys)')
         numbers('mem', mem)
     if shift is not None:
-        shaped('kv_input_residual', shift, batch, keys, attn.dim_context, says='that of the input of keys and values')
+        shaped('kv_input_residual', shift, batch, keys, attn.dim_context, note='that of the input of keys and values')
     return batch, queries, keys
 
 
 def check_attention_context(attn: AttentionParts, context: Any, batch: int) -> None:
-    shaped('context', context, batch, None, attn.dim_context, says='(batch, tokens, dim_context)')
+    shaped('context', context, batch, None, attn.dim_context, note='(batch, tokens, dim_context)')
     numbers('context', context)
     if attn.needing_own_keys:
         raise ValueError(
@@ -142,20 +142,20 @@ def check_attention_context(attn: AttentionParts, context: Any, batch: int) -> N
 # ---------------------------------------------------------------- masks
 
 
-def key_mask(given: Keywords, batch: int, mems: int, past: int, keys: int) -> Tensor | None:
+def key_mask(keywords: Keywords, batch: int, mems: int, past: int, keys: int) -> Tensor | None:
     """Which own keys, in the order memories, past, new, may be seen."""
-    name = 'mask' if given['context_mask'] is None and given['context'] is None else 'context_mask'
-    mask, mem_mask = given[name], given['mem_mask']
+    name = 'mask' if keywords['context_mask'] is None and keywords['context'] is None else 'context_mask'
+    mask, mem_mask = keywords[name], keywords['mem_mask']
     if mem_mask is not None:
         boolean('mem_mask', mem_mask)
         if mems == 0:
             raise ValueError('mem must be given with mem_mask. Pass mem, or leave out mem_mask.')
-        shaped('mem_mask', mem_mask, batch, mems, says='(batch, memories)')
+        shaped('mem_mask', mem_mask, batch, mems, note='(batch, memories)')
     if mask is not None:
         boolean(name, mask)
         if mask.ndim == 2 and mask.shape[1] == mems + past + keys and mems:
             return cast(Tensor, mask)
-        shaped(name, mask, batch, past + keys, says='(batch, past and new keys)' if past else '(batch, tokens)')
+        shaped(name, mask, batch, past + keys, note='(batch, past and new keys)' if past else '(batch, tokens)')
     if not mems or (mask is None and mem_mask is None):
         return cast('Tensor | None', mask)
     if mem_mask is None:
@@ -165,31 +165,31 @@ def key_mask(given: Keywords, batch: int, mems: int, past: int, keys: int) -> Te
     return torch.cat((mem_mask, mask), dim=-1)
 
 
-def rows_to_keep(given: Keywords, batch: int, queries: int, past: int) -> Tensor | None:
+def rows_to_keep(keywords: Keywords, batch: int, queries: int, past: int) -> Tensor | None:
     """Output rows of padding are zero; not while decoding."""
-    mask: Tensor | None = given['mask']
+    mask: Tensor | None = keywords['mask']
     if mask is None:
         return None
     boolean('mask', mask)
-    if given['cache'] is not None:
-        shaped('mask', mask, batch, queries if given['context'] is not None else past + queries, says='past and new tokens')
+    if keywords['cache'] is not None:
+        shaped('mask', mask, batch, queries if keywords['context'] is not None else past + queries, note='past and new tokens')
         return None
-    shaped('mask', mask, batch, queries, says='(batch, tokens)')
+    shaped('mask', mask, batch, queries, note='(batch, tokens)')
     return mask
 
 
-def whole_mask(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], mems: int, past: int) -> Mask:
+def whole_mask(attn: AttentionParts, keywords: Keywords, sizes: tuple[int, int, int], mems: int, past: int) -> Mask:
     batch, queries, keys = sizes
     own = mems + past + keys
-    dense = given['attn_mask']
+    dense = keywords['attn_mask']
     if dense is not None:
         boolean('attn_mask', dense)
-        broadcasts('attn_mask', dense, batch, attn.heads, queries, (own, own + front_columns(attn, given)))
-    return Mask(keys=key_mask(given, batch, mems, past, keys), dense=dense)
+        broadcasts('attn_mask', dense, batch, attn.heads, queries, (own, own + front_columns(attn, keywords)))
+    return Mask(keys=key_mask(keywords, batch, mems, past, keys), dense=dense)
 
 
-def front_columns(attn: AttentionParts, given: Keywords) -> int:
-    extra = given['additional_key_values']
+def front_columns(attn: AttentionParts, keywords: Keywords) -> int:
+    extra = keywords['additional_key_values']
     return attn.num_mem_kv + (0 if extra is None else int(extra[0].shape[-2]))
 
 
@@ -204,24 +204,24 @@ def check_angles(name: str, pair: Any) -> None:
         raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), got {got}')
 
 
-def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
-    rotary, context_rotary, polar = (given[name] for name in ('rotary_pos_emb', 'context_rotary_pos_emb', 'polar_pos_emb'))
+def call_positions(attn: AttentionParts, keywords: Keywords) -> Positions | None:
+    rotary, context_rotary, polar = (keywords[name] for name in ('rotary_pos_emb', 'context_rotary_pos_emb', 'polar_pos_emb'))
     if rotary is not None and polar is not None:
         raise ValueError('rotary_pos_emb and polar_pos_emb must not both be given. Leave out one of them.')
     if polar is not None:
         from x_transformers.position.positions import PolarPositions
 
-        if given['context'] is not None:
+        if keywords['context'] is not None:
             raise ValueError('polar_pos_emb must be None with context: it is for self attention. Leave out one of them.')
         check_angles('polar_pos_emb', polar)
         return PolarPositions(*polar)
-    if (rotary is None or given['context'] is None) and context_rotary is not None:
+    if (rotary is None or keywords['context'] is None) and context_rotary is not None:
         raise ValueError('context and rotary_pos_emb must be given with context_rotary_pos_emb. Pass both, or leave it out.')
     if rotary is None:
         return None
     from x_transformers.position.positions import RotaryPositions
 
-    if given['context'] is not None and context_rotary is None:
+    if keywords['context'] is not None and context_rotary is None:
         raise ValueError('context_rotary_pos_emb must be given with rotary_pos_emb and context. Pass the context positions.')
     check_angles('rotary_pos_emb', rotary)
     freqs, scale = rotary
@@ -230,8 +230,8 @@ def call_positions(attn: AttentionParts, given: Keywords) -> Positions | None:
     return RotaryPositions(freqs, scale, context_rotary)
 
 
-def call_bias(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
-    rel_pos, attn_bias, pos = given['rel_pos'], given['attn_bias'], given['pos']
+def call_bias(attn: AttentionParts, keywords: Keywords, sizes: tuple[int, int, int], own: int) -> Bias | None:
+    rel_pos, attn_bias, pos = keywords['rel_pos'], keywords['attn_bias'], keywords['pos']
     if rel_pos is not None and attn_bias is not None:
         raise ValueError('rel_pos and attn_bias must not both be given: both are added to the scores. Pass their sum as one.')
     from x_transformers.position.bias import DenseBias
@@ -243,7 +243,7 @@ def call_bias(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int]
         return RelativeBias(rel_pos, positions=pos)
     if attn_bias is None:
         return None
-    broadcasts('attn_bias', attn_bias, sizes[0], attn.heads, sizes[1], (own, own + front_columns(attn, given)))
+    broadcasts('attn_bias', attn_bias, sizes[0], attn.heads, sizes[1], (own, own + front_columns(attn, keywords)))
     numbers('attn_bias', attn_bias)
     return DenseBias(attn_bias)
 
@@ -251,8 +251,8 @@ def call_bias(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int]
 # ---------------------------------------------------------------- other layers and models
 
 
-def extra_keys(attn: AttentionParts, given: Keywords, batch: int) -> ExtraKeys | None:
-    pair, mask = given['additional_key_values'], given['additional_key_value_mask']
+def extra_keys(attn: AttentionParts, keywords: Keywords, batch: int) -> ExtraKeys | None:
+    pair, mask = keywords['additional_key_values'], keywords['additional_key_value_mask']
     if pair is None:
         if mask is not None:
             raise ValueError('additional_key_values must be given with additional_key_value_mask. Pass both, or neither.')
@@ -260,7 +260,7 @@ def extra_keys(attn: AttentionParts, given: Keywords, batch: int) -> ExtraKeys |
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError('additional_key_values must be a pair: keys (b h m d) and values (b h m e)')
     keys, values = pair
-    shaped('additional_key_values: keys', keys, batch, None, None, attn.dim_head, says='(batch, heads, m, dim_head)')
+    shaped('additional_key_values: keys', keys, batch, None, None, attn.dim_head, note='(batch, heads, m, dim_head)')
     heads, length = keys.shape[1], keys.shape[2]
     shaped(
         'additional_key_values: values',
@@ -269,40 +269,40 @@ def extra_keys(attn: AttentionParts, given: Keywords, batch: int) -> ExtraKeys |
         heads,
         length,
         attn.value_dim_head,
-        says='(batch, heads, m, value_dim_head)',
+        note='(batch, heads, m, value_dim_head)',
     )
     if attn.heads % heads:
         raise ValueError(f'additional_key_values have {heads} heads, which must divide the {attn.heads} query heads')
     if mask is not None:
         boolean('additional_key_value_mask', mask)
-        shaped('additional_key_value_mask', mask, batch, length, says='(batch, m)')
+        shaped('additional_key_value_mask', mask, batch, length, note='(batch, m)')
     return ExtraKeys(keys, values, mask)
 
 
-def deltas(attn: AttentionParts, given: Keywords, sizes: tuple[int, int, int], mems: int, own: int) -> Deltas:
+def deltas(attn: AttentionParts, keywords: Keywords, sizes: tuple[int, int, int], mems: int, own: int) -> Deltas:
     """What is added to projections, heads and weights, in whole and in the right shape."""
     batch, queries, keys = sizes
-    front = front_columns(attn, given)
+    front = front_columns(attn, keywords)
     wanted = {
         'q_delta': (queries, attn.heads * attn.dim_head, 'that of the projected queries'),
         'k_delta': (mems + keys, attn.kv_heads * attn.dim_head, 'that of the projected keys'),
         'v_delta': (mems + keys, attn.kv_heads * attn.value_dim_head, 'that of the projected values'),
         'o_delta': (queries, attn.heads * attn.value_dim_head, 'that of the heads side by side'),
     }
-    for name, (length, width, says) in wanted.items():
-        if given[name] is not None:
-            summand(name, given[name], (batch, length, width), says)
-            numbers(name, given[name])
+    for name, (length, width, note) in wanted.items():
+        if keywords[name] is not None:
+            summand(name, keywords[name], (batch, length, width), note)
+            numbers(name, keywords[name])
     for name in ('k_delta', 'v_delta'):
-        if given[name] is not None and attn.to_latent_kv is not None:
+        if keywords[name] is not None and attn.to_latent_kv is not None:
             raise ValueError(
                 f'{name} must not be given with use_latent_kv or tensor_product: keys and values are made of the cache anew.'
             )
-    weights = given['attn_delta']
+    weights = keywords['attn_delta']
     if weights is not None:
         broadcasts('attn_delta', weights, batch, attn.heads, queries, (own, own + front))
         numbers('attn_delta', weights)
-    return Deltas(given['q_delta'], given['k_delta'], given['v_delta'], given['o_delta'], weights)
+    return Deltas(keywords['q_delta'], keywords['k_delta'], keywords['v_delta'], keywords['o_delta'], weights)
 
 
 def check_attention_causal(attn: AttentionParts, causal: Any) -> None:
@@ -317,13 +317,13 @@ def check_attention_causal(attn: AttentionParts, causal: Any) -> None:
         )
 
 
-def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
+def past_of(attn: AttentionParts, keywords: Keywords) -> LayerCache | None:
     """A cache to write into: a fork of the given one, or a new one if it will be handed out."""
     from x_transformers.cache.layer_cache import LayerCache
 
-    cache: Intermediates | None = given['cache']
+    cache: Intermediates | None = keywords['cache']
     if cache is None:
-        return LayerCache() if given['return_intermediates'] else None
+        return LayerCache() if keywords['return_intermediates'] else None
     if not isinstance(cache, Intermediates):
         raise TypeError(f'cache must be the Intermediates of an earlier call, got {type(cache).__name__}')
     if not attn.can_cache_kv:
@@ -338,52 +338,52 @@ def past_of(attn: AttentionParts, given: Keywords) -> LayerCache | None:
     names = ('k', 'v') if attn.to_latent_kv is None else ('latent', 'k_rope')
     for name, rows in zip(names, cache.cached_kv, strict=True):
         if rows is not None:
-            past.extend(**{name: rows}) if given['context'] is None else past.fixed(name, rows)
+            past.extend(**{name: rows}) if keywords['context'] is None else past.fixed(name, rows)
     return past
 
 
-def branch_inputs(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keywords) -> BranchInputs:
+def branch_inputs(attn: AttentionParts, x: Float[Tensor, '... n d'], keywords: Keywords) -> BranchInputs:
     """What surrounds an attention, from the keywords of ``Attention.forward``."""
-    check_attention_causal(attn, given['causal'])
-    batch, queries, keys = check_attention_input(attn, x, given)
-    past = past_of(attn, given)
-    held = 0 if past is None or given['context'] is not None else past.length
-    if given['context'] is not None:
-        fixed = [name for name in ('k_delta', 'v_delta') if given[name] is not None]
+    check_attention_causal(attn, keywords['causal'])
+    batch, queries, keys = check_attention_input(attn, x, keywords)
+    past = past_of(attn, keywords)
+    held = 0 if past is None or keywords['context'] is not None else past.length
+    if keywords['context'] is not None:
+        fixed = [name for name in ('k_delta', 'v_delta') if keywords[name] is not None]
         if fixed and held_rows(past, 'k'):
             raise ValueError(f'{" and ".join(fixed)} must not be given: the cache holds the keys and values of the context.')
         # what a cache holds of the context counts, not what is given again
         keys = max(held_rows(past, 'k'), held_rows(past, 'latent')) or keys
     sizes = (batch, queries, keys)
-    mems = 0 if given['mem'] is None else given['mem'].shape[1]
+    mems = 0 if keywords['mem'] is None else keywords['mem'].shape[1]
     own = mems + held + keys
-    extra = extra_keys(attn, given, batch)
-    first, previous, packed = given['value_residual'], given['prev_attn'], given['flash_pack_seq_kwargs']
+    extra = extra_keys(attn, keywords, batch)
+    first, previous, packed = keywords['value_residual'], keywords['prev_attn'], keywords['flash_pack_seq_kwargs']
     if first is not None:
-        shaped('value_residual', first, batch, attn.kv_heads, mems + keys, attn.value_dim_head, says='that of the own values')
+        shaped('value_residual', first, batch, attn.kv_heads, mems + keys, attn.value_dim_head, note='that of the own values')
     if previous is not None:
-        shaped('prev_attn', previous, batch, attn.heads, queries, None, says='the scores of an earlier layer')
+        shaped('prev_attn', previous, batch, attn.heads, queries, None, note='the scores of an earlier layer')
     if packed is not None and not attn.flags.flash_pack_seq:
         raise ValueError('flash_pack_seq_kwargs must be None without flash_pack_seq=True. Build the attention with that flag.')
-    rows = rows_to_keep(given, batch, queries, held)
-    causal = attn.causal if given['causal'] is None else given['causal']
+    rows = rows_to_keep(keywords, batch, queries, held)
+    causal = attn.causal if keywords['causal'] is None else keywords['causal']
     return BranchInputs(
-        context=given['context'],
-        mask=whole_mask(attn, given, sizes, mems, held),
+        context=keywords['context'],
+        mask=whole_mask(attn, keywords, sizes, mems, held),
         rows=rows,
-        bias=call_bias(attn, given, sizes, own),
-        positions=call_positions(attn, given),
-        mem=given['mem'],
+        bias=call_bias(attn, keywords, sizes, own),
+        positions=call_positions(attn, keywords),
+        mem=keywords['mem'],
         previous=previous,
         first_values=first,
         extra=extra,
-        kv_shift=given['kv_input_residual'],
+        kv_shift=keywords['kv_input_residual'],
         past=past,
         packed=None if packed is None else PackedSequences.of(packed, causal=causal),
-        padding=given['mask'],
-        return_attn=given['return_intermediates'],
-        deltas=deltas(attn, given, sizes, mems, own),
-        causal=given['causal'],
+        padding=keywords['mask'],
+        return_attn=keywords['return_intermediates'],
+        deltas=deltas(attn, keywords, sizes, mems, own),
+        causal=keywords['causal'],
     )
 
 
@@ -393,7 +393,7 @@ def branch_inputs(attn: AttentionParts, x: Float[Tensor, '... n d'], given: Keyw
 def check_vectors(q: Any, k: Any, v: Any) -> None:
     """Queries, keys and values that go together."""
     for name, t in (('q', q), ('k', k), ('v', v)):
-        shaped(name, t, None, None, None, None, says='(batch, heads, tokens, channels)')
+        shaped(name, t, None, None, None, None, note='(batch, heads, tokens, channels)')
         numbers(name, t)
     if q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -424,7 +424,7 @@ def check_attend(
     if mask is not None:
         boolean('mask', mask)
         if mask.ndim == 2:
-            shaped('mask', mask.expand(batch, -1) if len(mask) == 1 else mask, batch, keys, says='one entry per key')
+            shaped('mask', mask.expand(batch, -1) if len(mask) == 1 else mask, batch, keys, note='one entry per key')
         else:
             broadcasts('mask', mask, batch, heads, queries, (keys,))
     if prev_attn is not None:

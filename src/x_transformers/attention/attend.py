@@ -20,6 +20,7 @@ from x_transformers.attention.kernels.facts import facts_of
 from x_transformers.attention.kernels.reference import remade_maps
 from x_transformers.attention.maps import NO_MAPS, Maps
 from x_transformers.attention.mask import Mask, PackedSequences
+from x_transformers.attention.of_tokens import Composition, PathSteps
 from x_transformers.attention.refusals import broken_attend
 from x_transformers.attention.scores.additive import (
     AddBias,
@@ -47,7 +48,6 @@ from x_transformers.attention.scores.talking_heads import (
     ScaleWeights,
     mixing_matrices,
 )
-from x_transformers.attention.told import Composition, PathSteps
 from x_transformers.attention.weights import NORMALIZERS, AttentionDropout, WeightedSum, ZeroMaskedRows
 from x_transformers.flags.base import FlagError
 from x_transformers.flags.constructors import only

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.attention.of_tokens import Composition
 from x_transformers.attention.parts import Seen
 from x_transformers.attention.project import append_to_past, held_rows
-from x_transformers.attention.told import Composition
 from x_transformers.helpers import single
 from x_transformers.module import ConstantLinear, Module
 from x_transformers.tensor_types import Float
@@ -60,11 +60,11 @@ class ComposeHeads(Module):
             return None
         return cls(dim, flags.dim_context or dim, flags.heads, flags.composable_rank)
 
-    def forward(self, seen: Seen, given: BranchInputs) -> Composition:
-        cross = given.context is not None
-        if cross and given.past is not None and held_rows(given.past, 'compose'):
-            of_keys = cast(Tensor, given.past.get('compose'))
+    def forward(self, seen: Seen, inputs: BranchInputs) -> Composition:
+        cross = inputs.context is not None
+        if cross and inputs.past is not None and held_rows(inputs.past, 'compose'):
+            of_keys = cast(Tensor, inputs.past.get('compose'))
         else:
             new = torch.cat((self.scores_by_key(seen.keys), self.weights_by_key(seen.keys)), dim=-1)
-            (of_keys,) = append_to_past(given.past, seen.mems, cross, compose=new)
+            (of_keys,) = append_to_past(inputs.past, seen.mems, cross, compose=new)
         return Composition(self.scores_by_query(seen.x), self.weights_by_query(seen.x), *of_keys.chunk(2, dim=-1))

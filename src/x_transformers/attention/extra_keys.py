@@ -37,10 +37,10 @@ def unplaced(keys: Float[Tensor, 'b kh m d'], positions: Positions | None, rotat
 def with_front(mask: Mask, visible: Bool[Tensor, 'b m'], behind: int) -> Mask:
     """The mask with columns in front that not all may see, then ``behind`` open ones. Made once for all layers."""
     key = ('extra', behind)
-    found: Mask | None = recall(mask.memo, key, visible)
-    if found is None:
-        found = remember(mask.memo, key, mask.having(front=F.pad(visible, (0, behind), value=True)), visible)
-    return found
+    cached: Mask | None = recall(mask.memo, key, visible)
+    if cached is None:
+        cached = remember(mask.memo, key, mask.having(front=F.pad(visible, (0, behind), value=True)), visible)
+    return cached
 
 
 def with_extra_keys(

@@ -137,9 +137,9 @@ class LazyMap:
     def __get__(self, report: Intermediates | None, owner: type) -> Float[Tensor, 'b h i j'] | None:
         if report is None:
             return None
-        given = report._maps_set[self.name]
-        if given is not None or report.maps is None:
-            return given
+        value = report._maps_set[self.name]
+        if value is not None or report.maps is None:
+            return value
         computed: Tensor | None = getattr(report.maps, self.of_maps)
         return computed
 

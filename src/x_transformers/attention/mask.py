@@ -27,22 +27,22 @@ class PackedSequences:
     memo: Memo = field(default_factory=list, init=False, repr=False)
 
     @classmethod
-    def of(cls, given: PackedSequences | Mapping[str, Any], *, causal: bool = False) -> PackedSequences:
+    def of(cls, value: PackedSequences | Mapping[str, Any], *, causal: bool = False) -> PackedSequences:
         """From the keywords ``cu_seqlens_q``, ``cu_seqlens_k`` and, optionally, ``max_seqlen_q``, ``max_seqlen_k``.
 
         Raises ValueError unless both are whole numbers in one axis, of equal shape, strictly increasing, and, when
         ``causal``, equal.
         """
-        if isinstance(given, PackedSequences):
-            return given
-        if not isinstance(given, Mapping):
-            raise TypeError(f'flash_pack_seq_kwargs must be a dictionary with cu_seqlens_q and cu_seqlens_k, got {given!r}')
-        missing = [name for name in ('cu_seqlens_q', 'cu_seqlens_k') if given.get(name) is None]
+        if isinstance(value, PackedSequences):
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(f'flash_pack_seq_kwargs must be a dictionary with cu_seqlens_q and cu_seqlens_k, got {value!r}')
+        missing = [name for name in ('cu_seqlens_q', 'cu_seqlens_k') if value.get(name) is None]
         if missing:
             raise ValueError(
                 f'flash_pack_seq_kwargs must hold {" and ".join(missing)}: the cumulative lengths of the packed sequences.'
             )
-        starts_q, starts_k = given['cu_seqlens_q'], given['cu_seqlens_k']
+        starts_q, starts_k = value['cu_seqlens_q'], value['cu_seqlens_k']
         for name, starts in (('cu_seqlens_q', starts_q), ('cu_seqlens_k', starts_k)):
             if not isinstance(starts, Tensor) or starts.ndim != 1 or starts.is_floating_point() or starts.dtype == torch.bool:
                 raise ValueError(f'{name} must be a 1-D tensor of whole numbers such as [0, 5, 12], got {describe(starts)}')
@@ -53,7 +53,7 @@ class PackedSequences:
             )
         if values_known(starts_q) and values_known(starts_k):
             check_starts(starts_q, starts_k, causal)
-        return cls(starts_q, starts_k, given.get('max_seqlen_q'), given.get('max_seqlen_k'))
+        return cls(starts_q, starts_k, value.get('max_seqlen_q'), value.get('max_seqlen_k'))
 
     def unpacked(self, x: Float[Tensor, '1 n d']) -> tuple[Float[Tensor, 's m d'], Bool[Tensor, 's m']]:
         """(each sequence in a row of its own, which rows are tokens)."""
@@ -74,12 +74,12 @@ class PackedSequences:
     def segments(self, geometry: ScoreShape) -> tuple[Int[Tensor, '1 i'], Int[Tensor, '1 j']]:
         """The number of the sequence that each query, and each own key, belongs to."""
         key = (geometry.queries, geometry.own)
-        found = recall(self.memo, key)
-        if found is None:
-            found = remember(
+        cached = recall(self.memo, key)
+        if cached is None:
+            cached = remember(
                 self.memo, key, (segment_ids(self.starts_q, geometry.queries), segment_ids(self.starts_k, geometry.own))
             )
-        queries, keys = found
+        queries, keys = cached
         return queries, keys
 
 
@@ -196,12 +196,12 @@ class Mask:
         if self.placed is None and (causal, past, ahead, strict) == (self.causal, self.past, self.ahead, self.strict):
             return self
         key = ('narrowed', causal, past, ahead, strict)
-        found: Mask | None = recall(self.memo, key)
-        if found is None:
+        cached: Mask | None = recall(self.memo, key)
+        if cached is None:
             limits = {'causal': causal, 'past': past, 'ahead': ahead, 'strict': strict}
-            made = self.having(**limits) if self.placed is None else self._written_out(self.placed, **limits)
-            found = remember(self.memo, key, made)
-        return found
+            mask = self.having(**limits) if self.placed is None else self._written_out(self.placed, **limits)
+            cached = remember(self.memo, key, mask)
+        return cached
 
     def _written_out(self, placed: Placed, **limits: Any) -> Mask:
         seen = placed.seen(**limits, prefix=self.prefix)
@@ -214,8 +214,8 @@ class Mask:
         """This mask, inside packed sequences."""
         if packed is None or packed is self.packed:
             return self
-        found: Mask | None = recall(self.memo, ('within',), packed)
-        return remember(self.memo, ('within',), self.having(packed=packed), packed) if found is None else found
+        cached: Mask | None = recall(self.memo, ('within',), packed)
+        return remember(self.memo, ('within',), self.having(packed=packed), packed) if cached is None else cached
 
     # ------------------------------------------------------------ questions answered without looking at a tensor's values
 
@@ -287,22 +287,22 @@ class Mask:
         Never larger than what it depends on: padding alone is (b 1 1 j), padding and causality (b 1 i j). Made once.
         """
         key = ('rendered', geometry.queries, geometry.keys, geometry.front)
-        found: tuple[Tensor | None] | None = recall(self.memo, key)
-        if found is None:
-            found = remember(
+        cached: tuple[Tensor | None] | None = recall(self.memo, key)
+        if cached is None:
+            cached = remember(
                 self.memo, key, (self.part(geometry, self.device_or(device), (0, geometry.queries), (0, geometry.own)),)
             )
-        return found[0]
+        return cached[0]
 
     def apart_from_distance(self) -> Mask:
         """What is left when causality and windows are seen to otherwise (a prefix goes with them)."""
         if not self.depends_on_distance:
             return self
-        found: Mask | None = recall(self.memo, ('apart',))
+        cached: Mask | None = recall(self.memo, ('apart',))
         return (
             remember(self.memo, ('apart',), self.having(causal=False, past=None, ahead=None, prefix=None))
-            if found is None
-            else found
+            if cached is None
+            else cached
         )
 
     def device_or(self, device: torch.device | str | None) -> torch.device | str | None:
@@ -389,8 +389,8 @@ class Mask:
     def seen(self, geometry: ScoreShape, device: torch.device | str | None = None) -> Int[Tensor, '#b #h #i 1']:
         """How many keys each query sees, those in front too. Rendered only where no arithmetic tells."""
         key = ('seen', geometry.queries, geometry.keys, geometry.front)
-        found: Tensor | None = recall(self.memo, key)
-        return remember(self.memo, key, self._counted(geometry, self.device_or(device))) if found is None else found
+        cached: Tensor | None = recall(self.memo, key)
+        return remember(self.memo, key, self._counted(geometry, self.device_or(device))) if cached is None else cached
 
     def _counted(self, geometry: ScoreShape, device: torch.device | str | None) -> Int[Tensor, '#b #h #i 1']:
         query = torch.arange(geometry.first, geometry.first + geometry.queries, device=device)
@@ -413,19 +413,19 @@ class Mask:
         if not self.may_hide_all(geometry):
             return None
         key = ('open', geometry.queries, geometry.keys, geometry.front)
-        found: Tensor | None = recall(self.memo, key)
+        cached: Tensor | None = recall(self.memo, key)
         if (
-            found is None
+            cached is None
             and self.keys is not None
             and self.causal
             and self.only_padding
             and geometry.front == 0 <= geometry.first
         ):
             # something has come up to there
-            found = remember(self.memo, key, (self.keys.cumsum(dim=-1) > 0)[:, None, geometry.first :, None])
-        if found is None:
+            cached = remember(self.memo, key, (self.keys.cumsum(dim=-1) > 0)[:, None, geometry.first :, None])
+        if cached is None:
             mask = self.rendered(geometry, device)
             if mask is None:
                 mask = torch.full((1, 1, 1, geometry.keys), True, device=self.device_or(device))
-            found = remember(self.memo, key, mask.any(dim=-1, keepdim=True))
-        return found
+            cached = remember(self.memo, key, mask.any(dim=-1, keepdim=True))
+        return cached

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.told import PathSteps
+from x_transformers.attention.of_tokens import PathSteps
 from x_transformers.helpers import l2norm
 from x_transformers.module import Module, empty_parameter
 from x_transformers.position.forgetting import placed_queries
@@ -44,22 +44,22 @@ class HouseholderSteps(Module):
     def init_own(self) -> None:
         nn.init.uniform_(self.taps, -(TAPS**-0.5), TAPS**-0.5)
 
-    def forward(self, x: Float[Tensor, 'b n d'], given: BranchInputs) -> PathSteps:
-        past, keys, mem = given.past, given.mask.keys, given.mem
+    def forward(self, x: Float[Tensor, 'b n d'], inputs: BranchInputs) -> PathSteps:
+        past, keys, mem = inputs.past, inputs.mask.keys, inputs.mem
         n, mems = x.shape[-2], 0 if mem is None else mem.shape[-2]
         queries = placed_queries(past, n, mem)
         shown = None if keys is None else keys[:, -n:] if queries is None else keys.index_select(1, queries)
         vectors = hidden_as_zero(self.to_vectors(x), shown)
         whole = vectors if past is None else past.extend(path_input=vectors)[0]
-        made = []
+        parts = []
         if mem is not None:
             shown_mem = None if keys is None else keys[:, :mems]
             of_mem = hidden_as_zero(self.to_vectors(mem), shown_mem)
             whole = torch.cat((of_mem, whole), dim=-2)
-            made.append(self.steps(self.mixed(of_mem, mems), mem, shown_mem))
+            parts.append(self.steps(self.mixed(of_mem, mems), mem, shown_mem))
         new = self.steps(self.mixed(newest(whole, n, past, mems), n), x, shown)
-        made.append(new if past is None else past.extend(path=new)[0])
-        steps = torch.cat(made, dim=-2) if mem is not None else made[0]
+        parts.append(new if past is None else past.extend(path=new)[0])
+        steps = torch.cat(parts, dim=-2) if mem is not None else parts[0]
         return PathSteps(steps[..., :-1], steps[..., -1], queries)
 
     def mixed(self, vectors: Float[Tensor, 'b m c'], n: int) -> Float[Tensor, 'b n c']:

@@ -29,24 +29,24 @@ class KeysValues(NamedTuple):
     own: Float[Tensor, 'b kh m e']
 
 
-def gather(attn: AttentionParts, x: Float[Tensor, '... n d'], given: BranchInputs) -> Seen:
+def gather(attn: AttentionParts, x: Float[Tensor, '... n d'], inputs: BranchInputs) -> Seen:
     """Who reads what: separate views or one input, the context, the shift of keys and values, memories in front."""
     if attn.separate_views:
         queries, keys, values = x.unbind(0)
     else:
         queries = x
-        keys = values = x if given.context is None else given.context
+        keys = values = x if inputs.context is None else inputs.context
     own = queries
     same = keys is values
-    if given.kv_shift is not None:
-        keys = keys + given.kv_shift
-        values = keys if same else values + given.kv_shift
-    if given.mem is not None:
-        keys = with_memories(keys, given.mem)
-        values = keys if same else with_memories(values, given.mem)
+    if inputs.kv_shift is not None:
+        keys = keys + inputs.kv_shift
+        values = keys if same else values + inputs.kv_shift
+    if inputs.mem is not None:
+        keys = with_memories(keys, inputs.mem)
+        values = keys if same else with_memories(values, inputs.mem)
     if attn.to_latent_q is not None:
         queries = attn.to_latent_q(queries)
-    return Seen(own, queries, keys, values, 0 if given.mem is None else given.mem.shape[-2])
+    return Seen(own, queries, keys, values, 0 if inputs.mem is None else inputs.mem.shape[-2])
 
 
 def append_to_past(past: LayerCache | None, mems: int, cross: bool, **new: Float[Tensor, 'b ... n c']) -> tuple[Tensor, ...]:
@@ -68,62 +68,62 @@ def held_rows(past: LayerCache | None, name: str) -> int:
     return 0 if held is None else held.shape[-2]
 
 
-def keys_values(attn: AttentionParts, seen: Seen, given: BranchInputs) -> KeysValues:
+def keys_values(attn: AttentionParts, seen: Seen, inputs: BranchInputs) -> KeysValues:
     """Keys and values straight from the tokens."""
-    cross = given.context is not None
-    if cross and held_rows(given.past, 'k'):
-        return cross_from_cache(attn, given)
-    own, k, deltas = attn.to_v(seen.values), attn.to_k(seen.keys), given.deltas
+    cross = inputs.context is not None
+    if cross and held_rows(inputs.past, 'k'):
+        return cross_from_cache(attn, inputs)
+    own, k, deltas = attn.to_v(seen.values), attn.to_k(seen.keys), inputs.deltas
     # what most layers do without is asked here: a call that does nothing is made for each layer and token
     if deltas.values is not None:
         own = own + deltas.values
     if deltas.keys is not None:
         k = k + deltas.keys
     if attn.convolutions is not None:
-        own, k = convolved(attn, 'v', own, given, seen.mems), convolved(attn, 'k', k, given, seen.mems)
+        own, k = convolved(attn, 'v', own, inputs, seen.mems), convolved(attn, 'k', k, inputs, seen.mems)
     own, k = split_heads(own, attn.kv_heads), split_heads(k, attn.kv_heads)
-    if given.token_values is not None:
-        own = with_token_values(own, seen, given.token_values)
-    v = own if given.first_values is None else mixed_values(attn, own, seen, given)
+    if inputs.token_values is not None:
+        own = with_token_values(own, seen, inputs.token_values)
+    v = own if inputs.first_values is None else mixed_values(attn, own, seen, inputs)
     if attn.value_rmsnorm is not None:
         v = normed_values(attn, v)
     if attn.qk_norm or attn.k_rmsnorm is not None:
         k = normed_keys(attn, k)
-    positions = given.positions
-    if keeps_placed(positions, given.past, cross):
-        k, v = place_and_remember(attn, k, v, seen.mems, given)
+    positions = inputs.positions
+    if keeps_placed(positions, inputs.past, cross):
+        k, v = place_and_remember(attn, k, v, seen.mems, inputs)
         return KeysValues(k, v, own)
-    k, v = append_to_past(given.past, seen.mems, cross, k=k, v=v)
+    k, v = append_to_past(inputs.past, seen.mems, cross, k=k, v=v)
     if positions is not None:
         k = positions.keys(k, attn.rotated_heads)
     return KeysValues(k, v, own)
 
 
 def convolved(
-    attn: AttentionParts, name: str, t: Float[Tensor, 'b m c'], given: BranchInputs, mems: int = 0
+    attn: AttentionParts, name: str, t: Float[Tensor, 'b m c'], inputs: BranchInputs, mems: int = 0
 ) -> Float[Tensor, 'b m c']:
     """Queries, keys or values with a convolution over the tokens of this sequence; memories in front stay as they are."""
-    if given.context is not None:
+    if inputs.context is not None:
         raise ValueError(
             f'context must be left out with {attn.flags!r}, which convolves over one sequence. Build it without canon.'
         )
     convolutions: Any = attn.convolutions
-    new: Tensor = convolutions[name](t[:, mems:], given.padding, given.past)
+    new: Tensor = convolutions[name](t[:, mems:], inputs.padding, inputs.past)
     return torch.cat((t[:, :mems], new), dim=1) if mems else new
 
 
-def with_token_values(own: Float[Tensor, 'b kh m e'], seen: Seen, given: TokenValues) -> Float[Tensor, 'b kh m e']:
+def with_token_values(own: Float[Tensor, 'b kh m e'], seen: Seen, token_values: TokenValues) -> Float[Tensor, 'b kh m e']:
     """Values with what a table has for each token; memories have no tokens."""
-    module, ids = given
+    module, ids = token_values
     new: Tensor = module(seen.values[..., seen.mems :, :], ids).to(own.dtype)
     return own + F.pad(new, (0, 0, seen.mems, 0))
 
 
-def cross_from_cache(attn: AttentionParts, given: BranchInputs) -> KeysValues:
+def cross_from_cache(attn: AttentionParts, inputs: BranchInputs) -> KeysValues:
     """A context's keys and values do not change: those of the first step are taken."""
-    past = cast('LayerCache', given.past)
+    past = cast('LayerCache', inputs.past)
     k, v = cast(Tensor, past.get('k')), cast(Tensor, past.get('v'))
-    placed = k if given.positions is None else given.positions.keys(k, attn.rotated_heads)
+    placed = k if inputs.positions is None else inputs.positions.keys(k, attn.rotated_heads)
     return KeysValues(placed, v, v)
 
 
@@ -146,11 +146,11 @@ def keeps_placed(positions: Positions | None, past: LayerCache | None, cross: bo
 
 
 def place_and_remember(
-    attn: AttentionParts, k: Float[Tensor, 'b kh m d'], v: Float[Tensor, 'b kh m e'], mems: int, given: BranchInputs
+    attn: AttentionParts, k: Float[Tensor, 'b kh m d'], v: Float[Tensor, 'b kh m e'], mems: int, inputs: BranchInputs
 ) -> tuple[Tensor, ...]:
     """Rotate memories and new keys, append the new ones. Their angles are kept, so that the rotation can be undone."""
-    past: Any = given.past
-    positions: Any = given.positions
+    past: Any = inputs.past
+    positions: Any = inputs.positions
     new = k.shape[-2] - mems
     if mems:
         # between the positions of the memories and those of the new keys lie those of the past, if there are rows for them

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- value residual
 
 
-def mix_tokens(attn: AttentionParts, seen: Seen, given: BranchInputs) -> Tensor:
+def mix_tokens(attn: AttentionParts, seen: Seen, inputs: BranchInputs) -> Tensor:
     """The tokens that decide how much of their own values is kept: those that the values belong to, as queries are read."""
-    if given.context is not None:
+    if inputs.context is not None:
         if attn.to_latent_q is None or attn.dim_context != attn.dim:
-            return given.context
-        narrow: Tensor = attn.to_latent_q(given.context)
+            return inputs.context
+        narrow: Tensor = attn.to_latent_q(inputs.context)
         return narrow
-    if given.mem is None:
+    if inputs.mem is None:
         return seen.queries
-    mem = given.mem if attn.to_latent_q is None else attn.to_latent_q(given.mem)
+    mem = inputs.mem if attn.to_latent_q is None else attn.to_latent_q(inputs.mem)
     return with_memories(seen.queries, mem)
 
 
@@ -52,13 +52,13 @@ def mix_values(
 
 
 def mixed_values(
-    attn: AttentionParts, own: Float[Tensor, 'b kh m e'], seen: Seen, given: BranchInputs
+    attn: AttentionParts, own: Float[Tensor, 'b kh m e'], seen: Seen, inputs: BranchInputs
 ) -> Float[Tensor, 'b kh m e']:
     """Values of a layer mixed with the first layer's, if there are any."""
-    if given.first_values is None:
+    if inputs.first_values is None:
         return own
     mix = attn.to_value_residual_mix
-    return mix_values(own, given.first_values, None if mix is None else mix(mix_tokens(attn, seen, given)))
+    return mix_values(own, inputs.first_values, None if mix is None else mix(mix_tokens(attn, seen, inputs)))
 
 
 def normed_values(attn: AttentionParts, v: Float[Tensor, 'b kh m e']) -> Float[Tensor, 'b kh m e']:

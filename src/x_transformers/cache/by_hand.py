@@ -22,12 +22,12 @@ class HoldsCache(Protocol):
     def attn_intermediates(self) -> Sequence[Any] | None: ...
 
 
-def with_keys_by_hand(given: HoldsCache, steps: Sequence[int] | None, new_cache: Callable[[int], Any]) -> Any:
+def with_keys_by_hand(intermediates: HoldsCache, steps: Sequence[int] | None, new_cache: Callable[[int], Any]) -> Any:
     """The cache of these intermediates, with what their attentions hold in place of it.
 
     ``steps``: the execution step of each attention; consecutive unless given. ``new_cache`` makes one of so many rows.
     """
-    held, attentions = getattr(given, 'kv_cache', None), getattr(given, 'attn_intermediates', None) or ()
+    held, attentions = getattr(intermediates, 'kv_cache', None), getattr(intermediates, 'attn_intermediates', None) or ()
     if held is not None:
         steps = [index for index in sorted(held.steps) if not {'v', 'latent'}.isdisjoint(held.steps[index].tapes)]
     by_hand = [
@@ -39,7 +39,7 @@ def with_keys_by_hand(given: HoldsCache, steps: Sequence[int] | None, new_cache:
     ]
     if held is not None and not by_hand:
         return held
-    cache = new_cache(getattr(given, 'cache_length', 0)) if held is None else held.fork()
+    cache = new_cache(getattr(intermediates, 'cache_length', 0)) if held is None else held.fork()
     for index, report in by_hand:
         tapes = cache.step(index).tapes
         tapes.pop('angles', None)

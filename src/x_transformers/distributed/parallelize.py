@@ -145,7 +145,7 @@ def run_again(
     layer: nn.Module, streams: Float[Tensor, '... n d'], condition: Any, wide_condition: Any, around: Around, **how: Any
 ) -> Any:
     """Run a layer so that it runs again for its gradients; not where it writes into a cache, which it would do twice."""
-    if type(around.given.past) is LayerCache:
+    if type(around.inputs.past) is LayerCache:
         return layer(streams, condition, wide_condition, around)
     return checkpoint(layer, streams, condition, wide_condition, around, use_reentrant=False, **how)
 

@@ -168,10 +168,10 @@ class SlicedLayer(ParallelStyle):
 
     def enter(self, layer: Layer, args: Any) -> Any:
         streams, condition, wide_condition, around = args
-        if not isinstance(around.given, SlicedInputs):
-            around.given = SlicedInputs.of(around.given, self.slices.length)
-            around.injected = self.part(around.injected, around.given.whole)
-        whole = around.given.whole
+        if not isinstance(around.inputs, SlicedInputs):
+            around.inputs = SlicedInputs.of(around.inputs, self.slices.length)
+            around.injected = self.part(around.injected, around.inputs.whole)
+        whole = around.inputs.whole
         if not whole:
             return None
         self.swap.enter()

@@ -14,7 +14,7 @@ from x_transformers.tensor_types import Bool, Float, Int, Shaped
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
-    from x_transformers.embedding.call import Call
+    from x_transformers.embedding.call import ModelArgs
     from x_transformers.embedding.rows import Rows
 
 # the cache of what a model itself remembers of its tokens, beside those of the stack and of its steps
@@ -63,7 +63,7 @@ class BigramHash(Module):
         return look_up(self.table, self.rows(ids, before), 'bigrams')
 
 
-def token_rows(call: Call, rows: Rows, device: torch.device) -> Bool[Tensor, 'b n'] | None:
+def token_rows(call: ModelArgs, rows: Rows, device: torch.device) -> Bool[Tensor, 'b n'] | None:
     """Which of the new tokens are no padding, as mask and starts of the call say; None: all."""
     mask = call.mask if call.lens is None else rows.before(call.lens)
     shown = None
@@ -76,7 +76,7 @@ def token_rows(call: Call, rows: Rows, device: torch.device) -> Bool[Tensor, 'b 
     return behind if shown is None else shown & behind
 
 
-def one_before(new: Shaped[Tensor, 'b n c'], name: str, call: Call, rows: Rows) -> Tensor:
+def one_before(new: Shaped[Tensor, 'b n c'], name: str, call: ModelArgs, rows: Rows) -> Tensor:
     """Of something per new token (b n c), that of the token before each of them; zeros where there is none, or padding.
 
     The cache holds it under ``name``; whoever makes the next one takes it from ``call.kept``.
@@ -101,7 +101,7 @@ def one_before(new: Shaped[Tensor, 'b n c'], name: str, call: Call, rows: Rows) 
     return torch.cat((last, new), dim=1)[:, : new.shape[1]]
 
 
-def store_kept(cache: KVCache, call: Call, rows: Rows) -> None:
+def store_kept(cache: KVCache, call: ModelArgs, rows: Rows) -> None:
     """Put what was kept of the new tokens into the cache that goes out, which has a row for each row of the stack."""
     if not call.kept or cache.cursor is not None:
         return

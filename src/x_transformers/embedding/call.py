@@ -32,7 +32,7 @@ from x_transformers.tensor_types import Bool, Float, Int, Shaped
 Memories = Sequence[Float[Tensor, 'b l d']]
 
 
-# of the forward of a model of tokens, what is no field of ``Call``
+# of the forward of a model of tokens, what is no field of ``ModelArgs``
 ARGUMENTS = {
     'x': 'Token ids; None if there are only `prepend_embeds`.',
     'attn_z_loss_weight': 'Weight of the attention z-loss; None: the value of the constructor.',
@@ -43,7 +43,7 @@ ARGUMENTS = {
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelArgs:
     """The arguments of one forward, without those that say what is returned.
 
     ``x`` is what the sequence's length is read from: token ids (b n), vectors (b n d), or one of several inputs.
@@ -102,9 +102,9 @@ class Call:
 
 
 # of every model, and of the stack that its other keywords go to
-OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(Call)
-CALLED = tuple(each.name for each in fields(Call) if each.name != 'x')
-NEEDS = needs_of(Call)
+OF_MODELS: dict[str, Argument] = DECLARED | arguments_of(ModelArgs)
+CALLED = tuple(each.name for each in fields(ModelArgs) if each.name != 'x')
+NEEDS = needs_of(ModelArgs)
 
 
 def along_tokens(name: str, value: Any) -> bool:
@@ -126,8 +126,8 @@ def rows_in_front(embeds: Any) -> int:
     return embeds.shape[1]
 
 
-def call_of(model: Any, x: Any, keywords: Mapping[str, Any], **changed: Any) -> Call:
-    """The arguments of a forward in one object: of its keywords those that ``Call`` has, ``changed`` in place of them, and
+def call_of(model: Any, x: Any, keywords: Mapping[str, Any], **changed: Any) -> ModelArgs:
+    """The arguments of a forward in one object: of its keywords those that ``ModelArgs`` has, ``changed`` in place of them, and
     ``kwargs``, which go to the stack as they are.
 
     A forward writes them out: older compilers of torch cannot read ``locals()`` of a function that another one calls.
@@ -150,7 +150,7 @@ def call_of(model: Any, x: Any, keywords: Mapping[str, Any], **changed: Any) -> 
     arguments['cache'] = KVCache.of(keywords['cache'], attention_steps(model.attn_layers, keywords['cache'], more))
     arguments['new_only'] = default(keywords['input_not_include_cache'], model.input_not_include_cache)
     arguments['cache_age'] = more.pop('cache_age', None)
-    return Call(x, more=more, **arguments)
+    return ModelArgs(x, more=more, **arguments)
 
 
 def attention_steps(stack: Any, cache: Cache, more: Mapping[str, Any]) -> list[int] | None:
@@ -161,7 +161,7 @@ def attention_steps(stack: Any, cache: Cache, more: Mapping[str, Any]) -> list[i
     return [step.index for step in check_steps(stack, order, repeats) if step.kind in ATTENTIONS]
 
 
-def randomly_placed(call: Call, among: int) -> Call:
+def randomly_placed(call: ModelArgs, among: int) -> ModelArgs:
     """The call with positions of memories and tokens drawn from 0 … ``among`` - 1, unless it says where they are."""
     if call.pos is not None or call.cache is not None:
         return call
@@ -224,7 +224,7 @@ def no_padding(
     return behind if shown is None else shown & behind
 
 
-def check_added(call: Call, batch: int, dim: int, absolute: bool) -> None:
+def check_added(call: ModelArgs, batch: int, dim: int, absolute: bool) -> None:
     """Positions, and what is added to the embeddings, fit batch and width. Lengths are checked where they are cut."""
     start = call.seq_start_pos
     if start is not None and not isinstance(start, Tensor):

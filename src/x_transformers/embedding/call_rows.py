@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.embedding.call import Call, Memories, longest
+from x_transformers.embedding.call import Memories, ModelArgs, longest
 from x_transformers.embedding.memory_tokens import MemoryTokens
 from x_transformers.embedding.rows import Rows
 from x_transformers.position.absolute import AbsolutePositionalEmbedding
@@ -19,7 +19,7 @@ def behind_mems(pos: Int[Tensor, '...'], mems: Memories | None, rows: Rows) -> I
     return pos[..., length:] if length and pos.shape[-1] == length + rows.tokens else pos
 
 
-def rows_of_call(model: Any, call: Call) -> Rows:
+def rows_of_call(model: Any, call: ModelArgs) -> Rows:
     """The rows of one forward of a model. Raises ValueError where they do not go together with its flags."""
     memory = MemoryTokens(model.num_memory_tokens, model.memory_tokens_interspersed_every)
     front = call.prepended + (0 if model.cls_token is None else model.num_cls_tokens)

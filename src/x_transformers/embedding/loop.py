@@ -17,7 +17,7 @@ from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.cache.layer_cache import LayerCache
 from x_transformers.cache.tape import Tape
-from x_transformers.embedding.call import Call
+from x_transformers.embedding.call import ModelArgs
 from x_transformers.embedding.recycle import recycle, rounds
 from x_transformers.helpers import default
 from x_transformers.latent_prediction import masked_average
@@ -55,15 +55,17 @@ class LoopCall:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
             raise ValueError(f'looped_exit_prob_threshold must be a number, got {shown_as(self.threshold)}.')
         # field by field: a compiler that keeps numbers open cannot compare the objects
-        told = self.steps is not None or self.all_logits is not None or not self.exits or self.threshold != LoopCall.threshold
-        if not looped and told:
+        set_by_caller = (
+            self.steps is not None or self.all_logits is not None or not self.exits or self.threshold != LoopCall.threshold
+        )
+        if not looped and set_by_caller:
             raise ValueError('looped_... arguments must go to a model with looped=True. Build it so, or leave them out.')
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
             raise ValueError(f'looped_steps must be at least 1, a whole number, got {self.steps!r}.')
 
 
 def run_rounds(
-    model: Any, run: Run, h: Float[Tensor, 'b n d'], call: Call
+    model: Any, run: Run, h: Float[Tensor, 'b n d'], call: ModelArgs
 ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
     """A model's stack, as often as it is to be run."""
     if model.exit_gate is None:
@@ -207,7 +209,7 @@ def _layers(part: KVCache) -> dict[int, LayerCache]:
 def _shared(parts: list[Any], before: list[KVCache], exit_index: Int[Tensor, ' b'], steps: int) -> list[dict[int, LayerCache]]:
     """The layers of all loops, with what each row's last step left of the newest token."""
     rows = torch.arange(exit_index.shape[0], device=exit_index.device)
-    made = []
+    shared = []
     for loop in range(steps):
         held = _layers(before[loop].fork()) if before else {}
         for index, layer in _layers(parts[0]).items():
@@ -221,8 +223,8 @@ def _shared(parts: list[Any], before: list[KVCache], exit_index: Int[Tensor, ' b
                 chosen = newest[exit_index.clamp(max=len(parts) - 1), rows]
                 kept.tapes[name] = past[name].append(chosen) if name in past else Tape.of(chosen)
             kept.carry = dict(layer.carry)
-        made.append(held)
-    return made
+        shared.append(held)
+    return shared
 
 
 # ---------------------------------------------------------------- the loss

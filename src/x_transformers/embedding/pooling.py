@@ -103,17 +103,17 @@ class AttentionPool(Module):
             pooled = pooled + queries
         return pooled.squeeze(1) if self.squeeze_output else pooled
 
-    def _queries(self, given: Float[Tensor, 'b p d'] | None, batch: int) -> Float[Tensor, 'b p d']:
+    def _queries(self, queries: Float[Tensor, 'b p d'] | None, batch: int) -> Float[Tensor, 'b p d']:
         if self.queries is not None:
-            if given is not None:
+            if queries is not None:
                 raise ValueError(
                     f'queries must not be given: this pool has learned {self.queries.shape[0]}. '
                     'Leave them out, or build it with num_pooled_tokens=0.'
                 )
             return self.queries.expand(batch, -1, -1)
-        if given is None:
+        if queries is None:
             raise ValueError('queries must be given, (b p d): this pool was built with num_pooled_tokens=0, got none.')
-        return given
+        return queries
 
 
 def average(x: Float[Tensor, 'b n d'], mask: Bool[Tensor, 'b n'] | None) -> Float[Tensor, 'b d']:

@@ -65,7 +65,7 @@ class Rows:
     @classmethod
     def lay(
         cls,
-        given: int,
+        tokens: int,
         front: int,
         memory: MemoryTokens,
         cache: KVCache | None = None,
@@ -79,19 +79,19 @@ class Rows:
         new. ``new_only`` says that everything is new, ``cache_age`` how many of the last tokens are (0: all).
         """
         if cache is None or (cache.cursor is None and cache.length == 0):
-            return cls(new=given, front=front, memory=memory)
+            return cls(new=tokens, front=front, memory=memory)
         front = cache.front or front
         cursor = cache.cursor
         if cursor is not None:
-            held = cursor.capacity - given - cache.front_held
+            held = cursor.capacity - tokens - cache.front_held
             return cls(
-                new=given, front=front, held=held, seen=cursor.seen - front, front_held=cache.front_held, cached=True,
+                new=tokens, front=front, held=held, seen=cursor.seen - front, front_held=cache.front_held, cached=True,
                 memory=memory, begin=cursor.seen - cursor.row + (cache.front_held - front),
             )  # fmt: skip
         held = cache.retained
         front_held = max(front - (cache.length - held), 0)
         held -= front_held
-        new = count_new(given, held, new_only, None if cache_age is None else min(cache_age, given))
+        new = count_new(tokens, held, new_only, None if cache_age is None else min(cache_age, tokens))
         seen = cache.length - front
         return cls(
             new=new, front=front, held=held, seen=seen, front_held=front_held, cached=True, memory=memory, begin=seen - held
@@ -236,25 +236,25 @@ class Rows:
         return self.memory.ids(ids, value) if self.memory else ids
 
 
-def shuffled(given: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
+def shuffled(kwargs: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
     """The stack's keywords for rows that are laid in another order."""
-    given = dict(given)
+    kwargs = dict(kwargs)
     rows = shuffle.there.shape[1]
     for name, declared in DECLARED.items():
-        if declared.has('i') and name in given:
+        if declared.has('i') and name in kwargs:
             raise ValueError(
                 f'{name} must be None with seq_start_pos and rows in front (prepended, cls or memory): padding moves to the '
                 f'front, so that every batch row would need its own {name}. Run prompts of different lengths one by one.'
             )
-    for name, value, axis in per_token(DECLARED, given):
+    for name, value, axis in per_token(DECLARED, kwargs):
         if value.shape[axis] < rows:
             continue
         batch = DECLARED[name].axis(value, 'b')
         if batch is None:
             value, batch, axis = value.unsqueeze(0), 0, axis + 1
-        given[name] = shuffle.lay(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
+        kwargs[name] = shuffle.lay(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
     for name in ('deep_embeds_and_ids', 'value_embeds_and_ids'):
-        if name in given:
-            tables, ids = given[name]
-            given[name] = tables, shuffle.lay(ids)
-    return given
+        if name in kwargs:
+            tables, ids = kwargs[name]
+            kwargs[name] = tables, shuffle.lay(ids)
+    return kwargs

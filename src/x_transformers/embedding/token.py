@@ -49,8 +49,8 @@ class TokenEmbedding(Module):
 
     def forward(self, x: Int[Tensor, '...']) -> Float[Tensor, '... d']:
         """Raises TypeError for ids that are not integers, IndexError for ids beyond the table."""
-        found = look_up(self.emb, x, 'x: token ids')
-        return l2norm(found) if self.l2norm_embed else found
+        vectors = look_up(self.emb, x, 'x: token ids')
+        return l2norm(vectors) if self.l2norm_embed else vectors
 
 
 def check_mask(
@@ -102,14 +102,14 @@ def add_named(
             + '; '.join(f'{what}: {", ".join(names)}' for what, names in (('missing', missing), ('unknown', unknown)) if names)
             + '.'
         )
-    for name, given in ids.items():
+    for name, extra in ids.items():
         table: Any = tables[f'{name}_embed'] if tables is not None else None
         title = f'{argument}[{name!r}]'
-        if given.ndim != 2 or (x.ndim > 2 and not is_any(given.shape[0], 1, x.shape[0])):
+        if extra.ndim != 2 or (x.ndim > 2 and not is_any(extra.shape[0], 1, x.shape[0])):
             raise ValueError(
-                f'{title} must be ids (batch, tokens), as many rows as the tokens, got shape {tuple(given.shape)}.'
+                f'{title} must be ids (batch, tokens), as many rows as the tokens, got shape {tuple(extra.shape)}.'
             )
-        x = x + look_up(table, newest(given, title), title)
+        x = x + look_up(table, newest(extra, title), title)
     return x
 
 

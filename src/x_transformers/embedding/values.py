@@ -32,9 +32,9 @@ class ValueEmbed(Module):
         self.to_gate = ConstantLinear(self.gate_dim, heads, bias=False)
 
     def forward(self, x: Float[Tensor, 'b n d'], ids: Int[Tensor, 'b n']) -> Float[Tensor, 'b kh n e']:
-        found = look_up(self.table, ids.clamp(min=0), 'token ids').masked_fill((ids < 0).unsqueeze(-1), 0.0)
+        vectors = look_up(self.table, ids.clamp(min=0), 'token ids').masked_fill((ids < 0).unsqueeze(-1), 0.0)
         gates = 2.0 * self.to_gate(x[..., : self.gate_dim]).sigmoid()
-        out: Tensor = found.unflatten(-1, (self.heads, -1)) * gates.unsqueeze(-1)
+        out: Tensor = vectors.unflatten(-1, (self.heads, -1)) * gates.unsqueeze(-1)
         return out.transpose(1, 2)
 
 
@@ -77,12 +77,12 @@ def factors_of_tokens(
 
 def tables_of_tokens(model: Any, x: Int[Tensor, 'b n'], rows: Rows) -> dict[str, Any]:
     """The stack's keywords that hold a model's tables, with the ids to look up."""
-    given: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {}
     if model.ff_deep_embed is None and model.value_embeds is None:
-        return given
+        return kwargs
     ids = rows.newest(x, 'x').long()
     if model.ff_deep_embed is not None:
-        given['deep_embeds_and_ids'] = factors_of_tokens(model.ff_deep_embed, ids, rows)
+        kwargs['deep_embeds_and_ids'] = factors_of_tokens(model.ff_deep_embed, ids, rows)
     if model.value_embeds is not None:
-        given['value_embeds_and_ids'] = model.value_embeds, rows.token_ids(ids, -1) if rows.front_keys else ids
-    return given
+        kwargs['value_embeds_and_ids'] = model.value_embeds, rows.token_ids(ids, -1) if rows.front_keys else ids
+    return kwargs

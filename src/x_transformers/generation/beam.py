@@ -71,8 +71,8 @@ def search(reader: Reader, tokens: Tokens, steps: int, rules: BeamRules) -> tupl
         tokens.append(children.flatten())
         if rules.eos is not None and bool(state.finished.all()):
             break
-    found = tokens.part(prompt).unflatten(0, (batch, beams))
-    return found.transpose(0, 1), state.ranks(rules.length_penalty).t()
+    best = tokens.part(prompt).unflatten(0, (batch, beams))
+    return best.transpose(0, 1), state.ranks(rules.length_penalty).t()
 
 
 def _check_width(beams: int, vocabulary: int, steps: int) -> None:

@@ -75,8 +75,8 @@ class Continuation:
             raise RuntimeError('the memory of a continuation has no cursor')
         return cursor
 
-    def read(self, ids: Int[Tensor, 'b k'], **given: Any) -> Float[Tensor, 'b k v']:
-        """The logits after each of these tokens, which come next. ``given``: further keywords of the model's forward."""
+    def read(self, ids: Int[Tensor, 'b k'], **keywords: Any) -> Float[Tensor, 'b k v']:
+        """The logits after each of these tokens, which come next. ``keywords``: further keywords of the model's forward."""
         new = ids.shape[1]
         if self.length + new > self.capacity:
             raise ValueError(
@@ -85,28 +85,28 @@ class Continuation:
             )
         last = self.seen - self.cache.front + new
         limit = position_limit(self.net)
-        if limit is not None and last > limit and given.get('pos') is None:
+        if limit is not None and last > limit and keywords.get('pos') is None:
             raise ValueError(
                 f'ids must end before position {limit} (max_seq_len), got position {last}. Shorten the text, or use '
                 'rotary_pos_emb=True.'
             )
-        with torch.no_grad(), self._stance(ids, given):
-            logits: Tensor = self._read(ids, given)
+        with torch.no_grad(), self._stance(ids, keywords):
+            logits: Tensor = self._read(ids, keywords)
         self.length, self.seen = self.length + new, self.seen + new
         return logits.clone() if self._compiled and logits.device.type != 'cpu' else logits
 
-    def _stance(self, ids: Int[Tensor, 'b n'], given: dict[str, Any]) -> Any:
+    def _stance(self, ids: Int[Tensor, 'b n'], keywords: dict[str, Any]) -> Any:
         """Whether the model is still what was compiled is asked once for each text."""
         if not self._compiled:
             return nullcontext()
-        kind = (ids.shape, *((name, getattr(value, 'shape', None)) for name, value in given.items()))
+        kind = (ids.shape, *((name, getattr(value, 'shape', None)) for name, value in keywords.items()))
         known = self._kinds == {kind}
         self._kinds.add(kind)
         stance: Any = torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext()
         return stance
 
-    def _step(self, ids: Int[Tensor, 'b k'], given: dict[str, Any]) -> Float[Tensor, 'b k v']:
-        logits: Tensor = self.net(ids, cache=self.cache, input_not_include_cache=True, **given)
+    def _step(self, ids: Int[Tensor, 'b k'], keywords: dict[str, Any]) -> Float[Tensor, 'b k v']:
+        logits: Tensor = self.net(ids, cache=self.cache, input_not_include_cache=True, **keywords)
         return logits
 
     # ------------------------------------------------------------ another text in the same memory
@@ -154,15 +154,15 @@ class Programs:
         It belongs to ``reader`` for as long as that one is there: texts that are written at the same time have one each.
         """
         capacity = -(-(cache.retained + expected) // ROWS) * ROWS
-        found = next((each for each in self.kept if not is_read(each) and each.fits(net, cache, capacity, reach)), None)
-        if found is None:
-            found = Continuation(net, cache, capacity=capacity, compile=True, reach=reach)
+        continuation = next((each for each in self.kept if not is_read(each) and each.fits(net, cache, capacity, reach)), None)
+        if continuation is None:
+            continuation = Continuation(net, cache, capacity=capacity, compile=True, reach=reach)
         else:
-            self.kept.remove(found)
-            found.begin(cache)
-        found.reader = weakref.ref(reader)
-        self.kept = [*self.kept, found][-self.KEPT :]
-        return found
+            self.kept.remove(continuation)
+            continuation.begin(cache)
+        continuation.reader = weakref.ref(reader)
+        self.kept = [*self.kept, continuation][-self.KEPT :]
+        return continuation
 
 
 def is_read(continuation: Continuation) -> bool:

@@ -182,33 +182,33 @@ class Reader:
         if cache is None:
             low = self._window_from(high)
             self._skipped = low - self.origin
-            given = self.keywords.whole(low, high)
+            keywords = self.keywords.whole(low, high)
         else:
             held, new = cache.retained, high - low
             if self.limit is not None and held + new > self.limit + cache.front:
                 cache = cache.window(self.limit + cache.front - new)
                 held = cache.retained
-            given = self.keywords.continued(low, high, held + new, cache.front)
-            given['cache'] = cache
-        given.update(self._start_of(cache))
+            keywords = self.keywords.continued(low, high, held + new, cache.front)
+            keywords['cache'] = cache
+        keywords.update(self._start_of(cache))
         out, intermediates = self.net(
             tokens.part(low, high),
             return_intermediates=True if self.keeps_intermediates else 'cache',
             input_not_include_cache=True,
             logits_last=last,
-            **given,
+            **keywords,
             **self._asks(),
         )
         out = self._without_later(out, high, last)
-        made = KVCache.of(intermediates)
+        cached = KVCache.of(intermediates)
         if self.keeps_intermediates:
             self.intermediates = intermediates
-        self.cache = made.reserve(self._room()) if cache is None and made is not None else made
+        self.cache = cached.reserve(self._room()) if cache is None and cached is not None else cached
         self.seen = high
-        if self.programs is not None and cache is None and made is not None:
+        if self.programs is not None and cache is None and cached is not None:
             # a token sees what the window would show, if the text is longer than that
-            reach = None if self.limit is None or high + self.expected <= self.limit else self.limit + made.front
-            self.continuation = self.programs.continuation(self.net, made, expected=self.expected, reach=reach, reader=self)
+            reach = None if self.limit is None or high + self.expected <= self.limit else self.limit + cached.front
+            self.continuation = self.programs.continuation(self.net, cached, expected=self.expected, reach=reach, reader=self)
             self.cache = None
         return self._newest(out, last)
 
@@ -217,27 +217,27 @@ class Reader:
         dropped = continuation.seen - continuation.length
         front = continuation.cache.front
         first = self.origin + self._skipped + max(dropped - front, 0)
-        given = self.keywords.fixed(low, high, first, continuation.capacity - continuation.cache.front_held)
-        given.update(self._start(self._skipped))
-        logits = continuation.read(tokens.part(low, high), **given)
+        keywords = self.keywords.fixed(low, high, first, continuation.capacity - continuation.cache.front_held)
+        keywords.update(self._start(self._skipped))
+        logits = continuation.read(tokens.part(low, high), **keywords)
         self.seen = high
         return self._newest(logits, 1)
 
     def _read_window(self, tokens: Tokens, last: int) -> Tensor:
         low, high = self._window_from(tokens.length), tokens.length
-        given = self.keywords.whole(low, high)
-        given.update(self._start(low - self.origin), **self._asks())
+        keywords = self.keywords.whole(low, high)
+        keywords.update(self._start(low - self.origin), **self._asks())
         x = tokens.part(low, high)
         if self.own_net and not self.keeps_intermediates:
-            return self._newest(self._without_later(self.net(x, logits_last=last, **given), high, last), last)
+            return self._newest(self._without_later(self.net(x, logits_last=last, **keywords), high, last), last)
         if self.own_net:
-            out, self.intermediates = self.net(x, logits_last=last, return_intermediates=True, **given)
+            out, self.intermediates = self.net(x, logits_last=last, return_intermediates=True, **keywords)
             return self._newest(self._without_later(out, high, last), last)
         # by contract such a net processes one new token when it is given a cache
         cache = self.cache if self.caching and high - self.seen == 1 and last == 1 else None
         if cache is not None and self.limit is not None:
             cache = last_rows_of(cache, self.limit - 1)
-        out, intermediates = self.net(x, return_intermediates=True, cache=cache, **given)
+        out, intermediates = self.net(x, return_intermediates=True, cache=cache, **keywords)
         self.cache = intermediates if self.caching else None
         self.intermediates = intermediates if self.keeps_intermediates else None
         self.seen = high
@@ -342,7 +342,7 @@ def decode(
 
 def reader_for(
     net: nn.Module,
-    given: Mapping[str, Any],
+    keywords: Mapping[str, Any],
     *,
     prompt: Any,
     steps: int | None,
@@ -359,7 +359,7 @@ def reader_for(
         window=window,
         start=prompt.start,
         most_pads=prompt.most_pads,
-        keywords=Keywords(given, length, total),
+        keywords=Keywords(keywords, length, total),
         expected=EXPECTED if steps is None else steps,
         programs=programs,
     )

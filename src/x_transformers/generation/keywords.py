@@ -57,9 +57,9 @@ class Keywords:
 
     def _check(self) -> None:
         for name in (*EXTENDED, *PAIRS):
-            given = self.given.get(name)
-            if given is not None and not isinstance(given, Tensor):
-                raise TypeError(f'{name} must be a tensor, got a {type(given).__name__}. Make one by torch.tensor(...).')
+            value = self.given.get(name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f'{name} must be a tensor, got a {type(value).__name__}. Make one by torch.tensor(...).')
         for name in EXTENDED:
             mask = self.given.get(name)
             if mask is not None and mask.shape[-1] < self.prompt:
@@ -101,35 +101,35 @@ class Keywords:
 
         What was prepended, ``front`` rows, is remembered already.
         """
-        made = self._cut(low, high, max(high - rows, 0), fronted=False)
-        prefix = made.pop('prepend_mask', None)
-        made.pop('prepend_embeds', None)
+        cut = self._cut(low, high, max(high - rows, 0), fronted=False)
+        prefix = cut.pop('prepend_mask', None)
+        cut.pop('prepend_embeds', None)
         for name in EXTENDED:
-            mask = made.get(name)
+            mask = cut.get(name)
             if mask is None:
                 continue
             if rows > mask.shape[-1] and front:
                 shown = prefix if prefix is not None and name == 'mask' else mask.new_ones((mask.shape[0], front))
                 mask = torch.cat((shown, mask), dim=-1)
-            made[name] = mask[..., -rows:]
-        return made
+            cut[name] = mask[..., -rows:]
+        return cut
 
     def _cut(self, low: int, high: int, seen_from: int, *, fronted: bool) -> dict[str, Any]:
-        made = dict(self.given)
+        cut = dict(self.given)
         for name in EXTENDED:
-            if made.get(name) is not None:
-                made[name] = _extended(made[name], high)[..., seen_from:high]
+            if cut.get(name) is not None:
+                cut[name] = _extended(cut[name], high)[..., seen_from:high]
         for name in COVERING:
-            if made.get(name) is not None:
+            if cut.get(name) is not None:
                 front = self._front_of(name)
                 part = partial(_part, name, front + low, front + high, front if fronted else 0)
-                made[name] = tree_map(part, made[name])
+                cut[name] = tree_map(part, cut[name])
         for name in PAIRS:
-            if made.get(name) is not None:
-                pairs = made[name]
+            if cut.get(name) is not None:
+                pairs = cut[name]
                 pairs = pairs if pairs.shape[-2] == 1 else pairs[..., low:high, :]
-                made[name] = pairs if pairs.shape[-1] == 1 else pairs[..., seen_from:high]
-        return made
+                cut[name] = pairs if pairs.shape[-1] == 1 else pairs[..., seen_from:high]
+        return cut
 
     def fixed(self, low: int, high: int, first: int, columns: int) -> dict[str, Any]:
         """For a call that is fed tokens ``low`` to ``high`` behind a cache of fixed capacity.
@@ -137,21 +137,21 @@ class Keywords:
         The cache remembers masks, so that those of the new tokens are enough. It has ``columns`` places for tokens, of which
         number ``first`` is the first.
         """
-        made = self._cut(low, high, first, fronted=False)
+        cut = self._cut(low, high, first, fronted=False)
         for name in FRONT:
-            made.pop(name, None)
+            cut.pop(name, None)
         for name in EXTENDED:
-            if made.get(name) is not None:
-                made[name] = _extended(self.given[name], high)[..., low:high]
+            if cut.get(name) is not None:
+                cut[name] = _extended(self.given[name], high)[..., low:high]
         for name, value in PAIRS.items():
-            pairs = made.get(name)
+            pairs = cut.get(name)
             if pairs is not None and pairs.shape[-1] != 1:
-                made[name] = pad_at_dim(pairs, (0, columns - pairs.shape[-1]), value=value)
+                cut[name] = pad_at_dim(pairs, (0, columns - pairs.shape[-1]), value=value)
         # cut out of something longer, each would have strides of its own, for which a program would be made anew
         for name in (*EXTENDED, *COVERING, *PAIRS):
-            if made.get(name) is not None:
-                made[name] = tree_map(lambda t: t.contiguous() if isinstance(t, Tensor) else t, made[name])
-        return made
+            if cut.get(name) is not None:
+                cut[name] = tree_map(lambda t: t.contiguous() if isinstance(t, Tensor) else t, cut[name])
+        return cut
 
     def rows(self, index: Int[Tensor, ' r'], batch: int) -> Keywords:
         """The keywords of batch rows ``index``."""

@@ -159,8 +159,8 @@ def _from_list(prompts: Sequence[Int[Tensor, ' t']]) -> tuple[Tensor, list[int]]
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             shape = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise ValueError(f'prompt {index} of the list must be a tensor with one axis, got {shape}')
-    made = [token_ids(prompt, f'prompt {index}') for index, prompt in enumerate(prompts)]
-    return pad_sequence(made, batch_first=True), [len(prompt) for prompt in prompts]
+    rows = [token_ids(prompt, f'prompt {index}') for index, prompt in enumerate(prompts)]
+    return pad_sequence(rows, batch_first=True), [len(prompt) for prompt in prompts]
 
 
 def _check_lens(lens: Int[Tensor, '...'] | Sequence[int], tokens: Shaped[Tensor, 'b t ...'], may_be_empty: bool) -> int:

@@ -13,9 +13,9 @@ from x_transformers.generation.prompts import GenerateError, Prompt
 from x_transformers.tensor_types import Int
 
 
-def run_text(models: Sequence[nn.Module], made: Iterator[Int[Tensor, ' b']], prompt: Prompt) -> Iterator[Int[Tensor, '...']]:
+def run_text(models: Sequence[nn.Module], tokens: Iterator[Int[Tensor, ' b']], prompt: Prompt) -> Iterator[Int[Tensor, '...']]:
     with evaluating(*models) as mode:
-        for token in made:
+        for token in tokens:
             yield prompt.unpack(token)
             mode.again()
 
@@ -31,9 +31,9 @@ def check_speculative(
     net: nn.Module, draft: nn.Module | None, lookup: int | None, own_heads: bool, amateurs: Sequence[Any]
 ) -> None:
     ways = {'draft_model': draft is not None, 'prompt_lookup': lookup is not None, 'self_speculative': own_heads}
-    given = [name for name, is_given in ways.items() if is_given]
-    if len(given) > 1:
-        raise GenerateError(f'at most one of {" and ".join(given)} must be given, got {len(given)}. Leave out the others.')
+    names = [name for name, is_given in ways.items() if is_given]
+    if len(names) > 1:
+        raise GenerateError(f'at most one of {" and ".join(names)} must be given, got {len(names)}. Leave out the others.')
     if own_heads and getattr(net, 'multi_token_heads', 1) < 2:
         raise GenerateError(
             'self_speculative must go with a net that has heads for later tokens, got one without. '

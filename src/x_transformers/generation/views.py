@@ -31,8 +31,8 @@ class VectorView:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)
 
-    def __call__(self, x: Shaped[Tensor, 'b n ...'], **given: Any) -> Any:
-        out = self.net(*((x,) if self.ask is None else self.ask(x)), **given)
-        if given.get('return_intermediates'):
+    def __call__(self, x: Shaped[Tensor, 'b n ...'], **kwargs: Any) -> Any:
+        out = self.net(*((x,) if self.ask is None else self.ask(x)), **kwargs)
+        if kwargs.get('return_intermediates'):
             return self.answer(out[0]), out[1]
         return self.answer(out)

@@ -58,10 +58,10 @@ class Argument:
 
 def argument(axes: str, says: str, *, default: Any = None, **more: Any) -> Any:
     """A field that declares an argument; ``more`` as in ``Argument``."""
-    made = Argument(axes, says, **more)
+    declaration = Argument(axes, says, **more)
     if callable(default):
-        return field(default_factory=default, metadata={'argument': made})
-    return field(default=default, metadata={'argument': made})
+        return field(default_factory=default, metadata={'argument': declaration})
+    return field(default=default, metadata={'argument': declaration})
 
 
 def plain_argument(default: Any, says: str, **more: Any) -> Any:
@@ -84,18 +84,18 @@ def arguments_of(kind: Any) -> dict[str, Argument]:
 def needs_of(kind: Any) -> tuple[tuple[str, str], ...]:
     """(argument, the one without which it says nothing) of a dataclass."""
     # of an argument that is no tensor nothing else is declared
-    told = [(each.name, getattr(each.metadata.get('argument'), 'needs', each.metadata.get('needs'))) for each in fields(kind)]
-    return tuple((name, needs) for name, needs in told if needs is not None)
+    pairs = [(each.name, getattr(each.metadata.get('argument'), 'needs', each.metadata.get('needs'))) for each in fields(kind)]
+    return tuple((name, needs) for name, needs in pairs if needs is not None)
 
 
-def without_needed(given: Any, needs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def without_needed(args: Any, needs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Those of ``needs_of`` that were given without what they need; a list of nothing but None is not given."""
-    found = []
+    missing = []
     for name, needed in needs:
-        value = getattr(given, name)
-        if value is not None and getattr(given, needed) is None and (isinstance(value, Tensor) or any_given(value)):
-            found.append((name, needed))
-    return found
+        value = getattr(args, name)
+        if value is not None and getattr(args, needed) is None and (isinstance(value, Tensor) or any_given(value)):
+            missing.append((name, needed))
+    return missing
 
 
 def any_given(value: Any) -> bool:
@@ -106,10 +106,10 @@ def names_of(declared: Mapping[str, Argument], fits: Callable[[Argument], bool])
     return tuple(name for name, each in declared.items() if fits(each))
 
 
-def per_token(declared: Mapping[str, Argument], given: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
+def per_token(declared: Mapping[str, Argument], values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
     """(name, tensor, axis of the tokens) of what was given for each token."""
     for name, each in declared.items():
-        value = given.get(name)
+        value = values.get(name)
         if isinstance(value, Tensor) and (axis := each.axis(value, 'n')) is not None:
             yield name, value, axis
 
@@ -132,28 +132,28 @@ def check_number(name: str, value: Any, low: int | None = None) -> None:
         raise ValueError(f'{name} must be a whole number{"" if low is None else f" from {low}"}, got {shown_as(value)}')
 
 
-def count_new(given: int, held: int, new_only: bool, cache_age: int | None) -> int:
-    """How many of ``given`` tokens are new where a cache holds ``held`` of them.
+def count_new(tokens: int, held: int, new_only: bool, cache_age: int | None) -> int:
+    """How many of ``tokens`` tokens are new where a cache holds ``held`` of them.
 
     ``new_only``: all; ``cache_age``: the last so many (0: all). An input of more tokens than are held is the whole sequence,
     also where ``cache_age`` is 1, as a stack has it if nothing is said. Of a shorter one, the end of the sequence, the last
     token is new then, as callers of the original rely on; all of it is if ``cache_age`` is None.
     """
     if new_only:
-        return given
+        return tokens
     if cache_age not in (None, 1):
-        if not 0 <= cache_age <= given:
+        if not 0 <= cache_age <= tokens:
             raise ValueError(
-                f'cache_age must lie in 0 (all) to {given}, the tokens of x, got {cache_age}. Leave it out to have it counted.'
+                f'cache_age must lie in 0 (all) to {tokens}, the tokens of x, got {cache_age}. Leave it out to have it counted.'
             )
-        return cache_age or given
-    if given > held:
-        return given - held
-    return given if cache_age is None else min(given, 1)
+        return cache_age or tokens
+    if tokens > held:
+        return tokens - held
+    return tokens if cache_age is None else min(tokens, 1)
 
 
 @dataclass
-class Given:
+class StackArgs:
     """The keywords of a stack's forward, as the caller wrote them; ``prefix_attn_len`` is that of ``PrefixDecoder``."""
 
     context: Tensor | None = argument('b j c', 'The sequence that cross attention reads.')
@@ -255,7 +255,7 @@ class Given:
         return bool(self.return_hiddens) and self.return_hiddens != 'cache'
 
 
-DECLARED = arguments_of(Given)
-NEEDS = needs_of(Given)
+DECLARED = arguments_of(StackArgs)
+NEEDS = needs_of(StackArgs)
 # what may be handed on to any stack
-ARGUMENTS = tuple(each.name for each in fields(Given) if each.name != 'prefix_attn_len')
+ARGUMENTS = tuple(each.name for each in fields(StackArgs) if each.name != 'prefix_attn_len')

@@ -39,7 +39,7 @@ def choose_rotaries(flags: StackFlags) -> tuple[list[RotaryEmbedding], tuple[int
 
 def grid_rotaries(flags: StackFlags, axes: tuple[int, ...]) -> tuple[list[RotaryEmbedding], tuple[int, ...]]:
     """The same on a grid: one for each base, or, where the axes are mixed, for each self attention."""
-    made: list[RotaryEmbedding] = []
+    rotaries: list[RotaryEmbedding] = []
     which, known = [], {}
     for index, kind in enumerate(flags.kinds):
         if kind != 'a':
@@ -49,11 +49,13 @@ def grid_rotaries(flags: StackFlags, axes: tuple[int, ...]) -> tuple[list[Rotary
         heads = layer.attention.num_kv_heads if flags.rotary_axes_mixed else None
         own = index if flags.rotary_axes_mixed else layer.rotary_theta
         if own not in known:
-            known[own] = len(made)
+            known[own] = len(rotaries)
             kwargs: dict[str, Any] = {'base': layer.rotary_theta, 'layout': flags.rotary_layout, 'heads': heads}
-            made.append(GridRotary(flags.rotary_dim, axes, interpolation_factor=flags.rotary_interpolation_factor, **kwargs))
+            rotaries.append(
+                GridRotary(flags.rotary_dim, axes, interpolation_factor=flags.rotary_interpolation_factor, **kwargs)
+            )
         which.append(known[own])
-    return made, tuple(which)
+    return rotaries, tuple(which)
 
 
 def make_rotary(flags: StackFlags, theta: float, scaling: Mapping[str, Any] | None) -> RotaryEmbedding:

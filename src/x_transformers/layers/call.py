@@ -32,7 +32,7 @@ OWN_STEP = -1
 class Span:
     """Where the tokens of this call lie.
 
-    ``given`` tokens came in, of which ``new`` are unseen; the cache holds ``past`` rows beside them, memories ``mems`` rows
+    ``length`` tokens came in, of which ``new`` are unseen; the cache holds ``past`` rows beside them, memories ``mems`` rows
     before those. ``begin`` is the position of the first row held; ``dropped`` rows have left the window of the cache, and
     ``uncounted`` ones before it began to count.
 
@@ -42,7 +42,7 @@ class Span:
 
     device: torch.device
     batch: int
-    given: int
+    length: int
     new: int
     past: int
     mems: int
@@ -184,7 +184,7 @@ class Inputs:
                 past=past,
                 condition=self.condition,
             )
-        given = BranchInputs(
+        inputs = BranchInputs(
             tokens=self.padding,
             mask=self.masks.base,
             rows=self.rows,
@@ -198,44 +198,44 @@ class Inputs:
             log_probs=self.log_probs,
         )
         if step.kind == 'a':
-            self._for_self(given, step)
+            self._for_self(inputs, step)
             if carry.keys_from:
-                given.hands_on_keys = step.layer in carry.keys_from.values()
-                given.shared = carry.keys.get(carry.keys_from.get(step.layer, -1))
+                inputs.hands_on_keys = step.layer in carry.keys_from.values()
+                inputs.shared = carry.keys.get(carry.keys_from.get(step.layer, -1))
         else:
-            self._for_cross(given, step, context_dropout)
-        return given
+            self._for_cross(inputs, step, context_dropout)
+        return inputs
 
-    def _for_self(self, given: BranchInputs, step: Step) -> None:
-        given.mem = _at(self.mems, step.nth) if self.mems else None
-        if given.mem is not None:
-            given.mask = self.masks.of(step.nth)
-        given.bias = self.bias
+    def _for_self(self, inputs: BranchInputs, step: Step) -> None:
+        inputs.mem = _at(self.mems, step.nth) if self.mems else None
+        if inputs.mem is not None:
+            inputs.mask = self.masks.of(step.nth)
+        inputs.bias = self.bias
         # where there is none there is no call either: this is asked for each layer and token
         own = _at(self.positions_of_layers, step.layer) if self.positions_of_layers else None
-        given.positions = own or self.positions
-        given.extra = _at(self.extra, step.nth) if self.extra else None
-        given.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
-        given.packed = self.packed
-        given.causal = self.causal
-        given.token_values = None if self.value_embeds is None else of_layer(self.value_embeds, step.layer)
+        inputs.positions = own or self.positions
+        inputs.extra = _at(self.extra, step.nth) if self.extra else None
+        inputs.kv_shift = _at(self.self_kv_shift, step.nth) if self.self_kv_shift else None
+        inputs.packed = self.packed
+        inputs.causal = self.causal
+        inputs.token_values = None if self.value_embeds is None else of_layer(self.value_embeds, step.layer)
 
     def condition_of_memory(self, mem: Float[Tensor, 'b l d']) -> Float[Tensor, 'b #l c'] | None:
         """What the norm of a memory depends on; a shorter memory ends where the others end."""
         known = self.mem_condition
         return known if known is None or known.shape[1] == 1 else known[:, self.span.mems - mem.shape[1] :]
 
-    def _for_cross(self, given: BranchInputs, step: Step, dropout: float) -> None:
-        given.context, given.mask = self.context, self.cross_mask
-        given.kv_shift = _at(self.cross_kv_shift, step.nth)
-        if dropout > 0.0 and not self.continues and given.context is not None:
+    def _for_cross(self, inputs: BranchInputs, step: Step, dropout: float) -> None:
+        inputs.context, inputs.mask = self.context, self.cross_mask
+        inputs.kv_shift = _at(self.cross_kv_shift, step.nth)
+        if dropout > 0.0 and not self.continues and inputs.context is not None:
             # every layer drops from the whole context, so that dropping does not add up over layers
-            shift, given.kv_shift = given.kv_shift, None
-            whole = given.context if shift is None else given.context + shift
-            given.context, keys = dropout_seq(whole, self.cross_mask.keys, dropout)
-            given.mask = Mask(keys=keys)
-        given.positions = _at(self.cross_positions_of_layers, step.layer) or self.cross_positions
-        given.packed = self.cross_packed
+            shift, inputs.kv_shift = inputs.kv_shift, None
+            whole = inputs.context if shift is None else inputs.context + shift
+            inputs.context, keys = dropout_seq(whole, self.cross_mask.keys, dropout)
+            inputs.mask = Mask(keys=keys)
+        inputs.positions = _at(self.cross_positions_of_layers, step.layer) or self.cross_positions
+        inputs.packed = self.cross_packed
 
 
 def _at(items: Sequence[Any], index: int) -> Any:
@@ -251,7 +251,7 @@ class Around:
 
     def __init__(
         self,
-        given: BranchInputs,
+        inputs: BranchInputs,
         *,
         injected: Float[Tensor, 'b #n d'] | None = None,
         mem_condition: Float[Tensor, 'b #l c'] | None = None,
@@ -265,7 +265,7 @@ class Around:
     ) -> None:
         """
         Args:
-            given: what the branch is given; its memory is not normed yet.
+            inputs: those of the branch; its memory is not normed yet.
             injected: added to the branch's input.
             mem_condition: what the norm of the memory depends on.
             mixture: mixes ``before``, what entered the earlier layers, with what enters this one.
@@ -275,7 +275,7 @@ class Around:
             checkpoint: the branch runs again for its gradients.
             tokens: which of the new rows are tokens; None: all.
         """
-        self.given = given
+        self.inputs = inputs
         self.injected = injected
         self.mem_condition = mem_condition
         self.mixture = mixture

@@ -23,16 +23,16 @@ from x_transformers.tensor_types import Shaped
 
 if TYPE_CHECKING:
     from x_transformers.cache.kv_cache import KVCache
-    from x_transformers.layers.arguments import Given
+    from x_transformers.layers.arguments import StackArgs
     from x_transformers.layers.call import Span
     from x_transformers.layers.parts import StackParts
 
 
-def of_width(said: Any, width: int, name: str) -> Tensor:
+def of_width(out: Any, width: int, name: str) -> Tensor:
     """What a module of the user's own has said, whose last axis must have this width."""
-    if not isinstance(said, Tensor) or said.ndim == 0 or said.shape[-1] != width:
-        raise ValueError(f'{name} must return a tensor whose last axis has {width} entries, got {shape_of(said)}.')
-    return said
+    if not isinstance(out, Tensor) or out.ndim == 0 or out.shape[-1] != width:
+        raise ValueError(f'{name} must return a tensor whose last axis has {width} entries, got {shape_of(out)}.')
+    return out
 
 
 def shape_of(value: Any) -> str:
@@ -61,7 +61,7 @@ def check_names(model: Any, names: Iterable[str]) -> None:
         return
     known = [*inspect.signature(model.forward).parameters, *ARGUMENTS]
     near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-    answers = [f'{name}: {told}' for name in unknown if (told := answer_of_call(name)) is not None]
+    answers = [f'{name}: {answer}' for name in unknown if (answer := answer_of_call(name)) is not None]
     if answers:
         hint = ' '.join(answers)
     else:
@@ -69,9 +69,9 @@ def check_names(model: Any, names: Iterable[str]) -> None:
     raise TypeError(f'there is no argument {" or ".join(unknown)}; {hint}')
 
 
-def check_input(stack: StackParts, x: Any, given: Given) -> None:
-    check_number('seq_pos_offset', given.seq_pos_offset)
-    check_number('cache_age', given.cache_age, low=0)
+def check_input(stack: StackParts, x: Any, args: StackArgs) -> None:
+    check_number('seq_pos_offset', args.seq_pos_offset)
+    check_number('cache_age', args.cache_age, low=0)
     if not is_float(x, 3) or x.shape[-1] != stack.dim:
         raise ValueError(
             f'x must be (batch, sequence, {stack.dim}) of floating point numbers, got {shape_of(x)}; '
@@ -128,7 +128,7 @@ def check_steps(stack: StackParts, order: Sequence[int] | None, repeats: Any = N
 def check_per_token(name: str, t: Shaped[Tensor, 'b n'], span: Span, whole: bool = True) -> None:
     """Something with one entry per token: of x, or of past and new tokens."""
     # compared one by one: an exporter's open lengths have no hash
-    lengths = (span.given, span.new, span.held) if whole else (span.given, span.new)
+    lengths = (span.length, span.new, span.held) if whole else (span.length, span.new)
     if t.shape[0] != span.batch or not any(t.shape[1] == length for length in lengths):
         wanted = ' or '.join(str(length) for length in sorted(set(lengths)))
         raise ValueError(
@@ -143,33 +143,33 @@ def check_token_mask(name: str, mask: Any, span: Span) -> None:
     check_per_token(name, mask, span)
 
 
-def check_masks(stack: StackParts, given: Given, span: Span) -> None:
+def check_masks(stack: StackParts, args: StackArgs, span: Span) -> None:
     for name in ('mask', 'self_attn_kv_mask'):
-        mask = getattr(given, name)
+        mask = getattr(args, name)
         if mask is not None:
             check_token_mask(name, mask, span)
-    start = given.seq_start_pos
+    start = args.seq_start_pos
     if start is not None and (not is_int(start, 1) or start.shape[0] != span.batch):
         raise ValueError(
             f'seq_start_pos must be ({span.batch},) whole numbers, the number of padded tokens on the left of each row, '
             f'got {shape_of(start)}'
         )
-    check_prefix(given.prefix_attn_len, span.batch)
-    external = given.self_attn_additional_kv is not None
-    if given.attn_mask is not None:
-        if not is_bool(given.attn_mask, 2, 3, 4):
+    check_prefix(args.prefix_attn_len, span.batch)
+    external = args.self_attn_additional_kv is not None
+    if args.attn_mask is not None:
+        if not is_bool(args.attn_mask, 2, 3, 4):
             raise TypeError(
                 'attn_mask must be boolean, True where a query may see a key, and (i, j), (heads, i, j) or '
-                f'(batch, heads, i, j), got {shape_of(given.attn_mask)}'
+                f'(batch, heads, i, j), got {shape_of(args.attn_mask)}'
             )
-        check_pairs('attn_mask', given.attn_mask, stack, span, external)
-    if given.attn_bias is not None:
-        if not is_float(given.attn_bias, 2, 3, 4):
+        check_pairs('attn_mask', args.attn_mask, stack, span, external)
+    if args.attn_bias is not None:
+        if not is_float(args.attn_bias, 2, 3, 4):
             raise TypeError(
                 'attn_bias must be floating point numbers (i, j), (heads, i, j) or (batch, heads, i, j), '
-                f'got {shape_of(given.attn_bias)}'
+                f'got {shape_of(args.attn_bias)}'
             )
-        check_pairs('attn_bias', given.attn_bias, stack, span, external)
+        check_pairs('attn_bias', args.attn_bias, stack, span, external)
 
 
 def check_prefix(prefix: Any, batch: int) -> None:
@@ -192,7 +192,7 @@ def check_pairs(name: str, t: Shaped[Tensor, '... i j'], stack: StackParts, span
     wide_enough = (
         is_any(columns, 1, span.held) or span.whole <= columns <= span.whole + front or (external and columns > span.whole)
     )
-    if not is_any(rows, 1, span.given, span.new, span.held) or not wide_enough or not heads_fit or not batch_fits:
+    if not is_any(rows, 1, span.length, span.new, span.held) or not wide_enough or not heads_fit or not batch_fits:
         raise ValueError(
             f'{name} must end in ({span.new}, {span.whole}): {span.new} queries and '
             f'{span.whole} keys ({span.mems} memories, {span.past} cached, {span.new} new), with {heads} heads or '
@@ -200,8 +200,8 @@ def check_pairs(name: str, t: Shaped[Tensor, '... i j'], stack: StackParts, span
         )
 
 
-def check_context(stack: StackParts, given: Given, batch: int) -> None:
-    context, crosses = given.context, 'c' in stack.plan.kinds
+def check_context(stack: StackParts, args: StackArgs, batch: int) -> None:
+    context, crosses = args.context, 'c' in stack.plan.kinds
     if context is None:
         if crosses:
             raise ValueError(
@@ -216,10 +216,10 @@ def check_context(stack: StackParts, given: Given, batch: int) -> None:
             f'context must be ({batch}, tokens, {width}) of floating point numbers, got {shape_of(context)}; '
             'another width is set by cross_attn_dim_context'
         )
-    mask = given.context_mask
+    mask = args.context_mask
     if mask is not None and (not is_bool(mask, 2) or mask.shape != context.shape[:2]):
         raise ValueError(f'context_mask must be boolean and {tuple(context.shape[:2])}, got {shape_of(mask)}')
-    pos = given.context_pos
+    pos = args.context_pos
     if pos is not None and (not isinstance(pos, Tensor) or pos.ndim not in (1, 2) or pos.shape[-1] != context.shape[1]):
         raise ValueError(
             f'context_pos must give one position for each of {context.shape[1]} context tokens, (j,) or (batch, j), '
@@ -229,25 +229,25 @@ def check_context(stack: StackParts, given: Given, batch: int) -> None:
         raise ValueError('context_pos must be None without rotary_pos_emb=True. Leave it out.')
 
 
-def check_mems(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: int) -> None:
-    if given.mems is None and given.mem_masks is None:
+def check_mems(stack: StackParts, args: StackArgs, steps: tuple[Step, ...], batch: int) -> None:
+    if args.mems is None and args.mem_masks is None:
         return
     layers = sum(step.kind == 'a' for step in steps)
     for name in ('mems', 'mem_masks'):
-        entries = getattr(given, name)
+        entries = getattr(args, name)
         if entries is not None and (isinstance(entries, Tensor) or len(entries) != layers):
             got = shape_of(entries) if isinstance(entries, Tensor) else f'a list of {len(entries)}'
             raise ValueError(f'{name} must be a list with one entry for each of {layers} executed self attentions, got {got}')
-    if given.mems is None:
+    if args.mems is None:
         return
-    for index, mem in enumerate(given.mems):
+    for index, mem in enumerate(args.mems):
         if mem is not None and (not is_float(mem, 3) or mem.shape[0] != batch or mem.shape[-1] != stack.dim):
             raise ValueError(f'mems[{index}] must be ({batch}, memories, {stack.dim}), got {shape_of(mem)}')
-        mask = None if given.mem_masks is None else given.mem_masks[index]
+        mask = None if args.mem_masks is None else args.mem_masks[index]
         if mask is not None and (mem is None or not is_bool(mask, 2) or mask.shape != mem.shape[:2]):
             wanted = 'None, since mems has none' if mem is None else f'boolean and {tuple(mem.shape[:2])}'
             raise ValueError(f'mem_masks[{index}] must be {wanted}, got {shape_of(mask)}')
-    if len({mem.shape[1] for mem in given.mems if mem is not None}) > 1 and (
+    if len({mem.shape[1] for mem in args.mems if mem is not None}) > 1 and (
         stack.flags.residual_attn or stack.flags.kv_share_every
     ):
         raise ValueError(
@@ -283,9 +283,9 @@ def check_value_embeds(pair: Any, span: Span) -> None:
     check_per_token('the ids of value_embeds_and_ids', pair[1], span)
 
 
-def runs_causally(stack: StackParts, given: Given) -> bool:
+def runs_causally(stack: StackParts, args: StackArgs) -> bool:
     """Whether tokens see none to their right, but for a prefix: as built, or as this call says."""
-    return stack.is_causal if given.causal is None else given.causal
+    return stack.is_causal if args.causal is None else args.causal
 
 
 def check_causal(stack: StackParts, causal: Any) -> None:
@@ -303,10 +303,10 @@ def check_causal(stack: StackParts, causal: Any) -> None:
         )
 
 
-def check_cache(stack: StackParts, given: Given) -> None:
-    if given.cache is None:
+def check_cache(stack: StackParts, args: StackArgs) -> None:
+    if args.cache is None:
         return
-    if not runs_causally(stack, given):
+    if not runs_causally(stack, args):
         raise ValueError(
             'cache must be None in a stack that is not causal. Build a Decoder or PrefixDecoder, or pass the whole sequence.'
         )
@@ -315,14 +315,14 @@ def check_cache(stack: StackParts, given: Given) -> None:
             'cache must be None with selective or inverted attention, attention that is not causal, or a module of your '
             'own that mixes tokens. Pass the whole sequence, or give the module forward(x, state) -> (y, state).'
         )
-    held = getattr(given.cache, 'kv_cache', given.cache)
+    held = getattr(args.cache, 'kv_cache', args.cache)
     # how far a cache of fixed capacity is written is a tensor; it was made of one that has passed
     if (
         isinstance(held, KVCache)
         and held.cursor is None
         and held.length
-        and given.layers_execute_order is None
-        and given.repeat_blocks is None
+        and args.layers_execute_order is None
+        and args.repeat_blocks is None
     ):
         check_layers_of_cache(stack, held)
 
@@ -342,12 +342,12 @@ def check_layers_of_cache(stack: StackParts, cache: KVCache) -> None:
         )
 
 
-def check_packing(stack: StackParts, given: Given, batch: int, n: int) -> None:
+def check_packing(stack: StackParts, args: StackArgs, batch: int, n: int) -> None:
     for kwargs, names, part in (
         ('flash_pack_seq_kwargs', ('mask', 'attn_mask', 'self_attn_kv_mask', 'seq_start_pos'), 'attention'),
         ('flash_pack_seq_context_kwargs', ('context_mask',), 'cross_attention'),
     ):
-        packing = getattr(given, kwargs)
+        packing = getattr(args, kwargs)
         if packing is None:
             continue
         if not getattr(stack.flags, part).flash_pack_seq:
@@ -357,17 +357,17 @@ def check_packing(stack: StackParts, given: Given, batch: int, n: int) -> None:
             )
         if batch != 1:
             raise ValueError(f'{kwargs}: packed sequences lie in one row, so the batch must be 1, got {batch}')
-        also = [name for name in names if getattr(given, name) is not None]
+        also = [name for name in names if getattr(args, name) is not None]
         if also:
             raise ValueError(
                 f'{", ".join(also)} must be left out with {kwargs}, which says who sees whom. Pass {kwargs} alone.'
             )
-        before = [name for name in ('mems', 'cache') if getattr(given, name) is not None and part == 'attention']
+        before = [name for name in ('mems', 'cache') if getattr(args, name) is not None and part == 'attention']
         if before:
             raise ValueError(
                 f'{" and ".join(before)} must be None with {kwargs}: a past belongs to one sequence. Run that one alone.'
             )
-        keys = n if part == 'attention' or given.context is None else given.context.shape[1]
+        keys = n if part == 'attention' or args.context is None else args.context.shape[1]
         check_whole(kwargs, PackedSequences.of(packing), n, keys)
 
 
@@ -392,7 +392,7 @@ def without_mask(stack: StackParts, steps: Sequence[Step]) -> str | None:
     return None
 
 
-def check_left_padding(stack: StackParts, given: Given, steps: tuple[Step, ...]) -> None:
+def check_left_padding(stack: StackParts, args: StackArgs, steps: tuple[Step, ...]) -> None:
     """Some parts would read the padding, or count it."""
     attentions = stack.flags.attentions
     if any(flags.hybrid_module is not None for flags in attentions):
@@ -407,33 +407,33 @@ def check_left_padding(stack: StackParts, given: Given, steps: tuple[Step, ...])
         )
     # asked last, and of few calls: it looks through all flags, and generation checks each token's call
     near = (name for flags in attentions for name in flags.having('near_mems') if getattr(flags, name))
-    if given.mems and (name := next(near, None)) is not None:
+    if args.mems and (name := next(near, None)) is not None:
         raise ValueError(
             f'seq_start_pos must be left out with mems and attn_{name}, which would count the padding between memories and '
             'tokens. Run rows of different lengths one by one.'
         )
 
 
-def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, ...]) -> None:
+def check_call(stack: StackParts, args: StackArgs, span: Span, steps: tuple[Step, ...]) -> None:
     """Everything that can be told from shapes and kinds, before anything is computed."""
-    for name, needed in without_needed(given, NEEDS):
+    for name, needed in without_needed(args, NEEDS):
         raise ValueError(f'{name} must go with {needed}, got it alone. Give {needed}, too, or leave {name} out.')
-    check_causal(stack, given.causal)
-    check_masks(stack, given, span)
-    if given.seq_start_pos is not None:
-        check_left_padding(stack, given, steps)
-    check_context(stack, given, span.batch)
-    check_mems(stack, given, steps, span.batch)
-    check_packing(stack, given, span.batch, span.given)
-    if given.deep_embeds_and_ids is not None:
-        check_deep_embeds(stack, given.deep_embeds_and_ids, span)
-    if given.value_embeds_and_ids is not None:
-        check_value_embeds(given.value_embeds_and_ids, span)
-    check_shifts('self_attn_kv_residuals', given.self_attn_kv_residuals, 'a', span.batch, span.given, stack.dim)
-    if given.context is not None:
-        length, width = given.context.shape[1:]
-        check_shifts('cross_attn_kv_residuals', given.cross_attn_kv_residuals, 'c', span.batch, length, width)
-    cond = given.in_attn_cond
+    check_causal(stack, args.causal)
+    check_masks(stack, args, span)
+    if args.seq_start_pos is not None:
+        check_left_padding(stack, args, steps)
+    check_context(stack, args, span.batch)
+    check_mems(stack, args, steps, span.batch)
+    check_packing(stack, args, span.batch, span.length)
+    if args.deep_embeds_and_ids is not None:
+        check_deep_embeds(stack, args.deep_embeds_and_ids, span)
+    if args.value_embeds_and_ids is not None:
+        check_value_embeds(args.value_embeds_and_ids, span)
+    check_shifts('self_attn_kv_residuals', args.self_attn_kv_residuals, 'a', span.batch, span.length, stack.dim)
+    if args.context is not None:
+        length, width = args.context.shape[1:]
+        check_shifts('cross_attn_kv_residuals', args.cross_attn_kv_residuals, 'c', span.batch, length, width)
+    cond = args.in_attn_cond
     if cond is None:
         return
     if stack.flags.reinject_input:
@@ -441,8 +441,8 @@ def check_call(stack: StackParts, given: Given, span: Span, steps: tuple[Step, .
             'in_attn_cond and reinject_input must not both be given: both are added in every layer. Leave one out.'
         )
     fits = is_float(cond, 2, 3) and cond.shape[0] == span.batch and cond.shape[-1] == stack.dim
-    if not fits or (cond.ndim == 3 and not is_any(cond.shape[1], 1, span.given, span.new)):
+    if not fits or (cond.ndim == 3 and not is_any(cond.shape[1], 1, span.length, span.new)):
         raise ValueError(
-            f'in_attn_cond must be ({span.batch}, {stack.dim}) or ({span.batch}, {span.given}, {stack.dim}), '
+            f'in_attn_cond must be ({span.batch}, {stack.dim}) or ({span.batch}, {span.length}, {stack.dim}), '
             f'got {shape_of(cond)}'
         )

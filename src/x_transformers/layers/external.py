@@ -16,20 +16,20 @@ from x_transformers.layers.plan import Step
 from x_transformers.tensor_types import Bool
 
 if TYPE_CHECKING:
-    from x_transformers.layers.arguments import Given
+    from x_transformers.layers.arguments import StackArgs
     from x_transformers.layers.parts import StackParts
 
 
-def external_keys(stack: StackParts, given: Given, steps: tuple[Step, ...], batch: int) -> tuple[ExtraKeys | None, ...]:
+def external_keys(stack: StackParts, args: StackArgs, steps: tuple[Step, ...], batch: int) -> tuple[ExtraKeys | None, ...]:
     """Keys and values of another model, one entry per executed self attention; fewer go to the top layers."""
-    mask = given.additional_kv_mask
-    if given.self_attn_additional_kv is None:
+    mask = args.additional_kv_mask
+    if args.self_attn_additional_kv is None:
         return ()
-    pairs = list(key_value_pairs(given.self_attn_additional_kv))
-    if given.detach_additional_kv:
+    pairs = list(key_value_pairs(args.self_attn_additional_kv))
+    if args.detach_additional_kv:
         pairs = detach_all(pairs)
     layers = sum(step.kind == 'a' for step in steps)
-    if given.route_additional_kv_to_top:
+    if args.route_additional_kv_to_top:
         pairs = pairs[max(0, len(pairs) - layers) :]
         pairs = [None] * (layers - len(pairs)) + pairs
     for step, pair in zip((step for step in steps if step.kind == 'a'), pairs, strict=False):

@@ -96,7 +96,7 @@ class Layer(nn.ModuleList):
         if around.drop is True:
             return streams, None
         h = self.norm_before(before, h if around.injected is None else h + around.injected, condition)
-        inputs = around.given
+        inputs = around.inputs
         if inputs.mem is not None:
             inputs = inputs.having(mem=self.norm_before(before, inputs.mem, around.mem_condition))
         run = run_checkpointed if around.checkpoint else call_branch

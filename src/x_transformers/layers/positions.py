@@ -12,7 +12,7 @@ from x_transformers.attention.mask import PackedSequences, places
 from x_transformers.cache.cursor import Cursor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.helpers import counted, exists, is_any
-from x_transformers.layers.arguments import Given
+from x_transformers.layers.arguments import StackArgs
 from x_transformers.layers.call import OWN_STEP, Span
 from x_transformers.layers.checks import (
     is_float,
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from x_transformers.position.positions import Positions
 
 
-def custom_positions(stack: StackParts, given: Given, span: Span, cache: KVCache | None) -> Tensor | None:
+def custom_positions(stack: StackParts, args: StackArgs, span: Span, cache: KVCache | None) -> Tensor | None:
     """The caller's ``pos`` for memories, past and new tokens, if anything here depends on it; None: count."""
     if not stack.uses_positions:
         return None
-    pos = given.pos
+    pos = args.pos
     known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('pos')
     if pos is None and known is None:
         return None
@@ -57,14 +57,14 @@ def custom_positions(stack: StackParts, given: Given, span: Span, cache: KVCache
                 f'pos must have positions for each of the {stack.flags.alibi_heads} heads with a bias, '
                 f'({span.batch}, {stack.flags.alibi_heads}, tokens), got {shape_of(pos)}'
             )
-        if span.mems and is_any(pos.shape[-1], span.given, span.new) and pos.shape[-1] < span.whole:
+        if span.mems and is_any(pos.shape[-1], span.length, span.new) and pos.shape[-1] < span.whole:
             raise ValueError(
                 f'pos must have {span.whole} positions with mems, those of {span.mems} memories and {span.held} tokens, got '
                 f'{pos.shape[-1]}. Pass those of the memories too.'
             )
-        if not is_any(pos.shape[-1], span.given, span.new, span.held, span.whole):
+        if not is_any(pos.shape[-1], span.length, span.new, span.held, span.whole):
             raise ValueError(
-                f'pos must have one position for each of {span.given} tokens of x, got {pos.shape[-1]} (pos is '
+                f'pos must have one position for each of {span.length} tokens of x, got {pos.shape[-1]} (pos is '
                 f'{shape_of(pos)}). Pass as many.'
             )
     if cache is not None and span.placed is not None:
@@ -151,10 +151,10 @@ def packed(kwargs: Any, causal: bool) -> PackedSequences | None:
     return None if kwargs is None else PackedSequences.of(kwargs, causal=causal)
 
 
-def packed_positions(given: Given, span: Span) -> Int[Tensor, '1 n'] | None:
+def packed_positions(args: StackArgs, span: Span) -> Int[Tensor, '1 n'] | None:
     """Every packed sequence begins anew."""
-    sequences = packed(given.flash_pack_seq_kwargs, False)
-    return None if sequences is None else places(sequences.starts_q, span.given)
+    sequences = packed(args.flash_pack_seq_kwargs, False)
+    return None if sequences is None else places(sequences.starts_q, span.length)
 
 
 def seen_so_far(span: Span, seen: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, '#b j'] | None:
@@ -165,31 +165,31 @@ def seen_so_far(span: Span, seen: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, '#
     return written[None] if seen is None else seen & written
 
 
-def from_outside(given: Given) -> bool:
+def from_outside(args: StackArgs) -> bool:
     """Whether queries meet keys whose places do not move along with theirs."""
-    return given.self_attn_additional_kv is not None or given.context_pos is not None
+    return args.self_attn_additional_kv is not None or args.context_pos is not None
 
 
-def row_begins(stack: StackParts, given: Given, span: Span, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
+def row_begins(stack: StackParts, args: StackArgs, span: Span, cache: KVCache | None) -> Int[Tensor, 'b 1'] | None:
     """Where rows with padding on the left begin, if that counts; the cache keeps what the first keys were turned by."""
-    if not (stack.depends_on_places or from_outside(given) or (span.mems and stack.uses_positions)):
+    if not (stack.depends_on_places or from_outside(args) or (span.mems and stack.uses_positions)):
         return None
     # also where the padding is out of sight, and nobody speaks of it any more
     known = None if cache is None or OWN_STEP not in cache.steps else cache.step(OWN_STEP).get('begins')
     if known is None:
-        if given.seq_start_pos is None:
+        if args.seq_start_pos is None:
             return None
-        known = given.seq_start_pos[:, None, None]
+        known = args.seq_start_pos[:, None, None]
         if cache is not None:
             cache.step(OWN_STEP).fixed('begins', known)
     return known[:, 0]
 
 
-def rotates_only_new(stack: StackParts, given: Given, cache: KVCache | None) -> bool:
+def rotates_only_new(stack: StackParts, args: StackArgs, cache: KVCache | None) -> bool:
     """Whether keys of the past have been rotated: not those made of a latent, cached by hand, or at one place in some calls."""
     rotary = stack.rotary_pos_emb
     latent = any(flags.caches_latent for flags in stack.flags.attentions)
-    if rotary is None or rotary.scale is not None or latent or given.one_place is not None or not keys_last(stack):
+    if rotary is None or rotary.scale is not None or latent or args.one_place is not None or not keys_last(stack):
         return False
     tapes = [] if cache is None else [layer.tapes for layer in cache]
     return all('angles' in held for held in tapes if 'k' in held and not held['k'].fixed)
@@ -205,7 +205,7 @@ def keys_last(stack: StackParts) -> bool:
 
 def positions(
     stack: StackParts,
-    given: Given,
+    args: StackArgs,
     span: Span,
     pos: Int[Tensor, '... n'] | None,
     cache: KVCache | None,
@@ -216,7 +216,7 @@ def positions(
 
     ``embedding``: of the rotary positions, where layers have several; None: that of the first.
     """
-    rotary, polar = given.rotary_pos_emb, given.polar_pos_emb
+    rotary, polar = args.rotary_pos_emb, args.polar_pos_emb
     if rotary is not None and polar is not None:
         raise ValueError(
             'rotary_pos_emb and polar_pos_emb must not both be given: keys are rotated or polar. Leave out one of them.'
@@ -229,31 +229,31 @@ def positions(
         if isinstance(ready, Positions):
             return ready
     if rotary is None and polar is None:
-        pos = packed_positions(given, span) if pos is None else pos
-        only_new = rotates_only_new(stack, given, cache)
-        begins = row_begins(stack, given, span, cache)
+        pos = packed_positions(args, span) if pos is None else pos
+        only_new = rotates_only_new(stack, args, cache)
+        begins = row_begins(stack, args, span, cache)
         window = window_begin(span, begins, None if cache is None else cache.cursor)
         table = _table(stack, span, pos, only_new, begins, window)
-        table = torch.zeros_like(table) if given.one_place else table
+        table = torch.zeros_like(table) if args.one_place else table
         # caller's positions are what they are; of counted ones the window's first is 0, where it matters
-        counts = pos is None and not given.one_place and not (isinstance(window, int) and window == 0)
-        counts = counts and (stack.depends_on_places or from_outside(given))
-        made: Positions
+        counts = pos is None and not args.one_place and not (isinstance(window, int) and window == 0)
+        counts = counts and (stack.depends_on_places or from_outside(args))
+        result: Positions
         if stack.polar_pos_emb is not None:
-            made = PolarPositions(*stack.polar_pos_emb(table - window if counts else table))
+            result = PolarPositions(*stack.polar_pos_emb(table - window if counts else table))
         else:
             embedding = stack.rotary_pos_emb if embedding is None else embedding
             seen = seen_so_far(span, seen) if embedding.depends_on_length else None
-            lasting = keys_last(stack) and given.one_place is None
+            lasting = keys_last(stack) and args.one_place is None
             again = counts and not (lasting and embedding.scale is None)
-            angles = embedding(table - window if again else table, centred=not from_outside(given), seen=seen)
-            made = RotaryPositions(*angles, layout=embedding.layout, lasting=lasting)
+            angles = embedding(table - window if again else table, centred=not from_outside(args), seen=seen)
+            result = RotaryPositions(*angles, layout=embedding.layout, lasting=lasting)
             if counts and not again:
                 first = window if isinstance(window, Tensor) else torch.tensor([window], device=table.device)
-                made.begin_window(embedding(first)[0])
+                result.begin_window(embedding(first)[0])
         if span.placed is not None and not only_new:
-            made.place_queries(span.new_rows(table.device, span.mems))
-        return made
+            result.place_queries(span.new_rows(table.device, span.mems))
+        return result
     name, pair = ('rotary_pos_emb', rotary) if polar is None else ('polar_pos_emb', polar)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not is_float(pair[0], 2, 3):
         raise TypeError(f'{name} must be what the embedding returns, (angles, scale or bias), got {shape_of(pair)}')
@@ -263,7 +263,7 @@ def positions(
 
 def positions_of_layers(
     stack: StackParts,
-    given: Given,
+    args: StackArgs,
     span: Span,
     pos: Int[Tensor, '... n'] | None,
     cache: KVCache | None,
@@ -271,15 +271,15 @@ def positions_of_layers(
     first: Positions | None,
 ) -> tuple[Positions | None, ...]:
     """The positions of each layer where rotary bases or scalings differ; () where ``first`` serves all, as the caller's do."""
-    if stack.other_rotaries is None or given.rotary_pos_emb is not None or given.polar_pos_emb is not None:
+    if stack.other_rotaries is None or args.rotary_pos_emb is not None or args.polar_pos_emb is not None:
         return ()
-    made = [first, *(positions(stack, given, span, pos, cache, seen, other) for other in stack.other_rotaries)]
-    return tuple(made[which] for which in stack.rotary_of_layer)
+    of_rotaries = [first, *(positions(stack, args, span, pos, cache, seen, other) for other in stack.other_rotaries)]
+    return tuple(of_rotaries[which] for which in stack.rotary_of_layer)
 
 
 def cross_positions_of_layers(
     stack: StackParts,
-    given: Given,
+    args: StackArgs,
     span: Span,
     pos: Int[Tensor, '... n'] | None,
     cache: KVCache | None,
@@ -288,52 +288,57 @@ def cross_positions_of_layers(
     """The same of the layers of cross attention."""
     if stack.other_rotaries is None or first is None:
         return ()
-    made = [first, *(cross_positions(stack, given, span, pos, cache, other) for other in stack.other_rotaries)]
-    return tuple(made[which] for which in stack.rotary_of_layer)
+    of_rotaries = [first, *(cross_positions(stack, args, span, pos, cache, other) for other in stack.other_rotaries)]
+    return tuple(of_rotaries[which] for which in stack.rotary_of_layer)
 
 
 def cross_positions(
-    stack: StackParts, given: Given, span: Span, pos: Int[Tensor, '... n'] | None, cache: KVCache | None, embedding: Any = None
+    stack: StackParts,
+    args: StackArgs,
+    span: Span,
+    pos: Int[Tensor, '... n'] | None,
+    cache: KVCache | None,
+    embedding: Any = None,
 ) -> Positions | None:
     """Where queries and the context's keys are, if the caller says where the context is; ``embedding`` as in ``positions``."""
-    if given.context_pos is None:
+    if args.context_pos is None:
         return None
     if stack.flags.rotary_axes is not None:
         raise ValueError('context_pos must not be given with rotary_axes: the context is no part of the grid. Leave it out.')
     from x_transformers.position.positions import RotaryPositions
 
     rotary: Any = stack.rotary_pos_emb if embedding is None else embedding
-    pos = packed_positions(given, span) if pos is None else pos
-    begins = row_begins(stack, given, span, cache)
+    pos = packed_positions(args, span) if pos is None else pos
+    begins = row_begins(stack, args, span, cache)
     window = window_begin(span, begins, None if cache is None else cache.cursor)
     table = _table(stack, span, pos, True, begins, window)
     table = table - window if pos is None else table
-    own = given.rotary_pos_emb or rotary(table, centred=False)
-    of_context = rotary(given.context_pos, centred=False)
+    own = args.rotary_pos_emb or rotary(table, centred=False)
+    of_context = rotary(args.context_pos, centred=False)
     return RotaryPositions(own[0], own[1], of_context, layout=rotary.layout, lasting=not rotary.depends_on_length)
 
 
 def position_bias(
-    stack: StackParts, given: Given, span: Span, pos: Int[Tensor, '... n'] | None, cache: KVCache | None
+    stack: StackParts, args: StackArgs, span: Span, pos: Int[Tensor, '... n'] | None, cache: KVCache | None
 ) -> Bias | None:
     """What is added to the scores of self attention: by position, or the caller's own."""
-    if stack.rel_pos is None and given.attn_bias is None:
+    if stack.rel_pos is None and args.attn_bias is None:
         return None
     from x_transformers.position.bias import DenseBias
     from x_transformers.position.relative import RelativeBias
 
     if stack.rel_pos is None:
-        bias = cast(Tensor, given.attn_bias)
+        bias = cast(Tensor, args.attn_bias)
         if span.mems and bias.shape[-1] == span.held:
             bias = F.pad(bias, (span.mems, 0))
         return DenseBias(span.newest(bias, axis=bias.ndim - 2))
-    if given.attn_bias is not None:
+    if args.attn_bias is not None:
         raise ValueError(
             f'attn_bias must be None in a stack whose scores have a bias ({stack.flags.position_bias}). Leave out one of '
             'them, or add your own to a bias module.'
         )
     if pos is None and span.mems:
-        begins = row_begins(stack, given, span, cache)
+        begins = row_begins(stack, args, span, cache)
         window = window_begin(span, begins, None if cache is None else cache.cursor)
         pos = None if begins is None and isinstance(window, int) else _table(stack, span, None, False, begins, window)
     if span.placed is None:

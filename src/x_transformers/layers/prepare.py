@@ -12,7 +12,7 @@ from x_transformers.cache.cursor import Cursor
 from x_transformers.cache.kv_cache import KVCache
 from x_transformers.helpers import counted
 from x_transformers.layers.across_depth import injection
-from x_transformers.layers.arguments import Given, count_new
+from x_transformers.layers.arguments import StackArgs, count_new
 from x_transformers.layers.call import OWN_STEP, Inputs, SelfMasks, Span
 from x_transformers.layers.checks import (
     check_cache,
@@ -41,69 +41,69 @@ if TYPE_CHECKING:
     from x_transformers.layers.parts import StackParts
 
 
-def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple[Float[Tensor, 'b m d'], Inputs]:
+def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], args: StackArgs) -> tuple[Float[Tensor, 'b m d'], Inputs]:
     """(the tokens that are new, everything else that the layers need).
 
     Raises ValueError or TypeError, before anything is computed, if an argument does not fit the stack or another argument.
     """
-    check_input(stack, x, given)
+    check_input(stack, x, args)
     # once for a text: a cache that this stack has handed out has passed
-    passed = getattr(given.cache, 'known', None) == id(stack)
+    passed = getattr(args.cache, 'known', None) == id(stack)
     if not passed:
-        check_cache(stack, given)
-    steps = check_steps(stack, given.layers_execute_order, given.repeat_blocks)
-    cache = KVCache.of(given.cache, [step.index for step in steps if step.kind in ATTENTIONS])
+        check_cache(stack, args)
+    steps = check_steps(stack, args.layers_execute_order, args.repeat_blocks)
+    cache = KVCache.of(args.cache, [step.index for step in steps if step.kind in ATTENTIONS])
     if cache is not None and not passed:
         check_history(stack, cache, steps)
-    check_call(stack, given, span := read_span(x, given, cache), steps)
+    check_call(stack, args, span := read_span(x, args, cache), steps)
     normed_mems = span.mems if stack.norm_need_condition else 0
-    condition = read_condition(given.condition, stack.need_condition, stack.dim_condition, x, normed_mems)
-    working = cache.fork() if cache is not None else KVCache() if given.return_hiddens else None
+    condition = read_condition(args.condition, stack.need_condition, stack.dim_condition, x, normed_mems)
+    working = cache.fork() if cache is not None else KVCache() if args.return_hiddens else None
     if working is not None:
-        working.pos_offset = pos_offset(given, cache)
+        working.pos_offset = pos_offset(args, cache)
         working.known = None if cache is None else id(stack)
-    x = span.newest(x) if span.new != span.given else x
-    pos = custom_positions(stack, given, span, working)
-    starts = start_mask(given, span)
-    base = self_mask(stack, given, span, working, starts)
-    cross_places = cross_positions(stack, given, span, pos, working)
-    places = positions(stack, given, span, pos, working, base.keys)
-    mems = tuple(given.mems or ())
+    x = span.newest(x) if span.new != span.length else x
+    pos = custom_positions(stack, args, span, working)
+    starts = start_mask(args, span)
+    base = self_mask(stack, args, span, working, starts)
+    cross_places = cross_positions(stack, args, span, pos, working)
+    places = positions(stack, args, span, pos, working, base.keys)
+    mems = tuple(args.mems or ())
     if condition is not None and stack.adaptive_mlp is not None:
         condition = stack.adaptive_mlp(condition)
     inputs = Inputs(
         steps=steps,
         span=span,
-        masks=SelfMasks(base, span.held, mems, tuple(given.mem_masks or ())),
-        cross_mask=Mask(keys=given.context_mask),
+        masks=SelfMasks(base, span.held, mems, tuple(args.mem_masks or ())),
+        cross_mask=Mask(keys=args.context_mask),
         # as what is prepended, a context of another precision is read in that of the sequence
-        context=given.context if given.context is None else given.context.to(x.dtype),
-        rows=None if given.mask is None else span.newest(given.mask),
-        padding=padding(given, span, starts),
-        shift_padding=shift_padding(stack, given, span, starts, working),
-        bias=position_bias(stack, given, span, pos, working),
+        context=args.context if args.context is None else args.context.to(x.dtype),
+        rows=None if args.mask is None else span.newest(args.mask),
+        padding=padding(args, span, starts),
+        shift_padding=shift_padding(stack, args, span, starts, working),
+        bias=position_bias(stack, args, span, pos, working),
         positions=places,
-        positions_of_layers=positions_of_layers(stack, given, span, pos, working, base.keys, places),
+        positions_of_layers=positions_of_layers(stack, args, span, pos, working, base.keys, places),
         cross_positions=cross_places,
-        cross_positions_of_layers=cross_positions_of_layers(stack, given, span, pos, working, cross_places),
+        cross_positions_of_layers=cross_positions_of_layers(stack, args, span, pos, working, cross_places),
         mems=mems,
-        extra=external_keys(stack, given, steps, span.batch),
-        self_kv_shift=kv_shifts(given.self_attn_kv_residuals, x.dtype, span),
-        cross_kv_shift=kv_shifts(given.cross_attn_kv_residuals, x.dtype),
-        packed=packed(given.flash_pack_seq_kwargs, runs_causally(stack, given)),
-        cross_packed=packed(given.flash_pack_seq_context_kwargs, False),
+        extra=external_keys(stack, args, steps, span.batch),
+        self_kv_shift=kv_shifts(args.self_attn_kv_residuals, x.dtype, span),
+        cross_kv_shift=kv_shifts(args.cross_attn_kv_residuals, x.dtype),
+        packed=packed(args.flash_pack_seq_kwargs, runs_causally(stack, args)),
+        cross_packed=packed(args.flash_pack_seq_context_kwargs, False),
         condition=None if condition is None else of_tokens(condition, span.new),
         mem_condition=None if condition is None or not normed_mems else of_memories(condition, normed_mems),
-        injected=injection(x, in_attn_condition(given, span, x), stack.reinject_input_proj, stack.learned_reinject_input_gate),
-        deep_table=given.deep_embeds_and_ids[0] if given.deep_embeds_and_ids else None,
-        deep_ids=span.newest(given.deep_embeds_and_ids[1]) if given.deep_embeds_and_ids else None,
-        value_embeds=token_values(given, span),
+        injected=injection(x, in_attn_condition(args, span, x), stack.reinject_input_proj, stack.learned_reinject_input_gate),
+        deep_table=args.deep_embeds_and_ids[0] if args.deep_embeds_and_ids else None,
+        deep_ids=span.newest(args.deep_embeds_and_ids[1]) if args.deep_embeds_and_ids else None,
+        value_embeds=token_values(args, span),
         cache=working,
-        transform_block=block_transform(given.transform_block_inputs),
+        transform_block=block_transform(args.transform_block_inputs),
         continues=cache is not None and span.past > 0,
-        return_attn=given.wants_hiddens,
-        causal=given.causal,
-        log_probs=given.wants_hiddens and given.return_gumbel_log_probs,
+        return_attn=args.wants_hiddens,
+        causal=args.causal,
+        log_probs=args.wants_hiddens and args.return_gumbel_log_probs,
     )
     return x, inputs
 
@@ -111,25 +111,25 @@ def prepare(stack: StackParts, x: Float[Tensor, 'b n d'], given: Given) -> tuple
 # ---------------------------------------------------------------- where the tokens lie
 
 
-def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) -> Span:
+def read_span(x: Float[Tensor, 'b n d'], args: StackArgs, cache: KVCache | None) -> Span:
     """Which of the tokens are new, and where they lie."""
     batch, length = x.shape[:2]
-    offset = pos_offset(given, cache)
+    offset = pos_offset(args, cache)
     if cache is not None and cache.cursor is not None:
-        return fixed_span(x, given, cache, cache.cursor, offset)
+        return fixed_span(x, args, cache, cache.cursor, offset)
     past = 0 if cache is None else cache.retained
     if cache is not None and past:
         check_batch(cache, batch)
     new = length
     if cache is not None:
-        new = count_new(length, past, given.input_not_include_cache, given.cache_age)
-    mems = memory_length(given)
+        new = count_new(length, past, args.input_not_include_cache, args.cache_age)
+    mems = memory_length(args)
     dropped = 0 if cache is None else cache.length - past
     before = 0 if cache is None else cache.uncounted
     return Span(
         device=x.device,
         batch=batch,
-        given=length,
+        length=length,
         new=new,
         past=past,
         mems=mems,
@@ -139,14 +139,14 @@ def read_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache | None) ->
     )
 
 
-def pos_offset(given: Given, cache: KVCache | None) -> int:
+def pos_offset(args: StackArgs, cache: KVCache | None) -> int:
     """What is added to counted positions. The cache keeps it, for a sequence that goes on."""
-    if given.seq_pos_offset is not None:
-        return given.seq_pos_offset
+    if args.seq_pos_offset is not None:
+        return args.seq_pos_offset
     return 0 if cache is None else cache.pos_offset
 
 
-def fixed_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache, cursor: Cursor, offset: int) -> Span:
+def fixed_span(x: Float[Tensor, 'b n d'], args: StackArgs, cache: KVCache, cursor: Cursor, offset: int) -> Span:
     """Behind a cache of fixed capacity all of x is new, and everything that depends on how far it is written is a tensor."""
     batch, length = x.shape[:2]
     if length > cursor.capacity:
@@ -155,10 +155,10 @@ def fixed_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache, cursor: 
     return Span(
         device=x.device,
         batch=batch,
-        given=length,
+        length=length,
         new=length,
         past=cursor.capacity - length,
-        mems=memory_length(given),
+        mems=memory_length(args),
         begin=dropped + (offset + cache.uncounted) if offset + cache.uncounted else dropped,
         dropped=dropped,
         placed=cursor.row,
@@ -166,8 +166,8 @@ def fixed_span(x: Float[Tensor, 'b n d'], given: Given, cache: KVCache, cursor: 
     )
 
 
-def memory_length(given: Given) -> int:
-    entries = () if given.mems is None or isinstance(given.mems, Tensor) else given.mems
+def memory_length(args: StackArgs) -> int:
+    entries = () if args.mems is None or isinstance(args.mems, Tensor) else args.mems
     return max([0, *[mem.shape[1] for mem in entries if isinstance(mem, Tensor) and mem.ndim == 3]])
 
 
@@ -182,9 +182,9 @@ def check_batch(cache: KVCache, batch: int) -> None:
 # ---------------------------------------------------------------- masks
 
 
-def start_mask(given: Given, span: Span) -> Bool[Tensor, 'b j'] | None:
+def start_mask(args: StackArgs, span: Span) -> Bool[Tensor, 'b j'] | None:
     """Left padding, over past and new tokens: what lies before each row's start is padding."""
-    start = given.seq_start_pos
+    start = args.seq_start_pos
     if start is None:
         return None
     return counted(span.dropped, span.held, start.device) >= start.unsqueeze(-1)
@@ -207,24 +207,26 @@ def held_mask(mask: Bool[Tensor, 'b n'] | None, span: Span, cache: KVCache | Non
     return mask
 
 
-def self_mask(stack: StackParts, given: Given, span: Span, cache: KVCache | None, starts: Bool[Tensor, 'b j'] | None) -> Mask:
+def self_mask(
+    stack: StackParts, args: StackArgs, span: Span, cache: KVCache | None, starts: Bool[Tensor, 'b j'] | None
+) -> Mask:
     """Who may look at whom among past and new tokens; attention adds its own causality and window."""
-    keys = held_mask(given.mask if given.self_attn_kv_mask is None else given.self_attn_kv_mask, span, cache)
+    keys = held_mask(args.mask if args.self_attn_kv_mask is None else args.self_attn_kv_mask, span, cache)
     if starts is not None:
         keys = starts if keys is None else keys & starts
-    dense = given.attn_mask
+    dense = args.attn_mask
     if dense is not None:
         dense = span.newest(dense, axis=dense.ndim - 2)
-    prefix = given.prefix_attn_len
+    prefix = args.prefix_attn_len
     if prefix is not None:
-        if given.seq_start_pos is not None:
+        if args.seq_start_pos is not None:
             # it counts tokens, and not the padding in front of them
-            prefix = prefix + given.seq_start_pos
+            prefix = prefix + args.seq_start_pos
         # rows that have left the cache's window are counted too
         prefix = prefix - span.dropped
     cursor = None if cache is None else cache.cursor
     return Mask(
-        causal=(stack.is_causal and not stack.causal) if given.causal is None else given.causal,
+        causal=(stack.is_causal and not stack.causal) if args.causal is None else args.causal,
         past=None if cursor is None or cursor.reach is None else cursor.reach - 1,
         keys=keys,
         prefix=prefix,
@@ -233,9 +235,9 @@ def self_mask(stack: StackParts, given: Given, span: Span, cache: KVCache | None
     )
 
 
-def padding(given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, 'b n'] | None:
+def padding(args: StackArgs, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Bool[Tensor, 'b n'] | None:
     """Which new tokens are tokens."""
-    mask = None if given.mask is None else span.newest(given.mask)
+    mask = None if args.mask is None else span.newest(args.mask)
     if starts is None:
         return mask
     starts = span.newest(starts)
@@ -243,14 +245,14 @@ def padding(given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None) -> Boo
 
 
 def shift_padding(
-    stack: StackParts, given: Given, span: Span, starts: Bool[Tensor, 'b j'] | None, cache: KVCache | None
+    stack: StackParts, args: StackArgs, span: Span, starts: Bool[Tensor, 'b j'] | None, cache: KVCache | None
 ) -> Bool[Tensor, 'b n'] | None:
     """Which new tokens feed-forward layers may take features of.
 
     In a causal stack nobody but padding sees what is padded on the right, and recorded outputs hold what padding sees.
     """
-    tokens = padding(given, span, starts)
-    if tokens is None or given.mask is None or cache is not None or not runs_causally(stack, given):
+    tokens = padding(args, span, starts)
+    if tokens is None or args.mask is None or cache is not None or not runs_causally(stack, args):
         return tokens
     followed = (tokens.flip(-1).cumsum(-1) > 0).flip(-1)
     return tokens | ~followed
@@ -259,17 +261,17 @@ def shift_padding(
 # ---------------------------------------------------------------- conditions, what is added
 
 
-def in_attn_condition(given: Given, span: Span, x: Float[Tensor, 'b n d']) -> Tensor | None:
-    cond = given.in_attn_cond
+def in_attn_condition(args: StackArgs, span: Span, x: Float[Tensor, 'b n d']) -> Tensor | None:
+    cond = args.in_attn_cond
     if cond is None:
         return None
     cond = cond.to(x.dtype)
     return cond.unsqueeze(1) if cond.ndim == 2 else span.newest(cond)
 
 
-def token_values(given: Given, span: Span) -> tuple[Any, Tensor] | None:
+def token_values(args: StackArgs, span: Span) -> tuple[Any, Tensor] | None:
     """(what adds to the values of layers, ids of the new tokens)."""
-    pair = given.value_embeds_and_ids
+    pair = args.value_embeds_and_ids
     return None if pair is None else (pair[0], span.newest(pair[1]))
 
 

@@ -56,21 +56,21 @@ def checked_repeat(pair: Any, count: int) -> tuple[int, int, int]:
     )
 
 
-def block_transform(given: Any) -> Callable[[int, Tensor], Tensor] | None:
+def block_transform(changes_of_blocks: Any) -> Callable[[int, Tensor], Tensor] | None:
     """What the caller does to the inputs of blocks, as one function of a block's number and its input."""
-    if given is None:
+    if changes_of_blocks is None:
         return None
-    if callable(given):
-        return partial(changed, given)
-    fits = isinstance(given, Mapping) and all(
-        isinstance(block, int) and block >= 1 and callable(change) for block, change in given.items()
+    if callable(changes_of_blocks):
+        return partial(changed, changes_of_blocks)
+    fits = isinstance(changes_of_blocks, Mapping) and all(
+        isinstance(block, int) and block >= 1 and callable(change) for block, change in changes_of_blocks.items()
     )
     if not fits:
         raise TypeError(
             'transform_block_inputs must be a function (block, x), or a dictionary from blocks, counted from 1, to functions '
-            f'of x, got {given!r}.'
+            f'of x, got {changes_of_blocks!r}.'
         )
-    changes: Mapping[int, Callable[[Tensor], Tensor]] = given
+    changes: Mapping[int, Callable[[Tensor], Tensor]] = changes_of_blocks
     return lambda block, x: changed(lambda _, x: changes[block](x), block, x) if block in changes else x
 
 

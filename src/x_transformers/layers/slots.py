@@ -36,13 +36,13 @@ def accepted(forward: Any, bound: bool) -> frozenset[str]:
     except (TypeError, ValueError):
         # written in C or the like: it takes an input, and nothing is known of more
         return frozenset()
-    found = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     inputs = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(inputs) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        found.add(SECOND)
+        names.add(SECOND)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        found.add(ANY)
-    return frozenset(found)
+        names.add(ANY)
+    return frozenset(names)
 
 
 def class_accepts(kind: type, what: str) -> bool:
@@ -104,10 +104,10 @@ def can_cache(module: nn.Module, kind: str, causal: bool = False) -> bool:
     if takes_around(module):
         if causal and kind == 'a' and getattr(module, 'causal', True) is False:
             return False
-        told: bool | None = getattr(module, 'can_cache_kv', None)
+        says_so: bool | None = getattr(module, 'can_cache_kv', None)
         inside = module.fn if getattr(type(module), 'hands_on', False) else wraps(module)
-        if told is not None or inside is None:
-            return told is not False
+        if says_so is not None or inside is None:
+            return says_so is not False
         return can_cache(inside, kind, causal)  # type: ignore[arg-type]
     return has_state(module) or not (kind != 'f' if mixes is None else mixes)
 
@@ -135,14 +135,14 @@ def call_with_state(branch: nn.Module, x: Float[Tensor, 'b n d'], around: Branch
     (True); any other reads zeros where there is none, and cannot be given padding on the left, which it would remember.
     """
     past, tokens, packed = around.past, around.tokens, around.packed
-    told: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {}
     if packed is not None:
         x, tokens = packed.unpacked(x)
     if tokens is not None and accepts(branch, 'mask'):
-        told['mask'] = tokens
+        kwargs['mask'] = tokens
     elif tokens is not None:
         x = x.masked_fill(~tokens.unsqueeze(-1), 0.0)
-    result = branch(x, None if past is None else past.carry.get(STATE), **told)
+    result = branch(x, None if past is None else past.carry.get(STATE), **kwargs)
     if (wrong := broken_promise(branch, result, x)) is not None:
         raise ValueError(wrong)
     out: Tensor = result[0]

@@ -57,7 +57,7 @@ class MVSplitResidual(ResidualPath):
     def forward(
         self, x: Float[Tensor, 'b n d'], residual: Float[Tensor, 'b n d'], *, around: Any = None, **kwargs: Any
     ) -> Tensor:
-        tokens, past = (None, None) if around is None else (around.tokens, around.given.past)
+        tokens, past = (None, None) if around is None else (around.tokens, around.inputs.past)
         mean, rest_mean = self.means(torch.cat((x, residual), dim=-1), tokens, past).chunk(2, dim=-1)
         alpha: Any = self.alpha if self.to_alpha is None else self.to_alpha(mean)
         beta: Any = self.beta if self.to_beta is None else self.to_beta(mean)

@@ -18,7 +18,7 @@ from x_transformers.flags.signature import ClassSignature, with_arguments
 from x_transformers.flags.stack import StackFlags
 from x_transformers.helpers import Identity, softclamp
 from x_transformers.layers.across_depth import between
-from x_transformers.layers.arguments import Given, argument_sentences
+from x_transformers.layers.arguments import StackArgs, argument_sentences
 from x_transformers.layers.assemble import attributes, choose_streams, depth_parts, position_parts, warn_of_leaks
 from x_transformers.layers.call import Around, Carry, Inputs, Record
 from x_transformers.layers.choose import make_layer, make_norm
@@ -222,7 +222,7 @@ class AttentionLayers(OptimizedStack):
         joined: Tensor = combine(streams, carry.skips)
         return joined
 
-    @with_arguments(argument_sentences(Given))
+    @with_arguments(argument_sentences(StackArgs))
     def forward(
         self,
         x: Float[Tensor, 'b n d'],
@@ -271,7 +271,7 @@ class AttentionLayers(OptimizedStack):
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
         Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
         """
-        return self.answer(x, Given(
+        return self.answer(x, StackArgs(
             context, mask, context_mask, attn_mask, self_attn_kv_mask, mems, mem_masks, seq_start_pos, seq_pos_offset, cache,
             input_not_include_cache, cache_age, return_hiddens, rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias,
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
@@ -280,12 +280,12 @@ class AttentionLayers(OptimizedStack):
             return_gumbel_log_probs, return_expert_loss, value_embeds_and_ids, one_place,
         ))  # fmt: skip
 
-    def answer(self, x: Float[Tensor, 'b n d'], given: Given) -> Tensor | tuple[Tensor, LayerIntermediates]:
+    def answer(self, x: Float[Tensor, 'b n d'], args: StackArgs) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """``forward`` with its keywords in one object."""
-        x, call = prepare(self, x, given)
+        x, call = prepare(self, x, args)
         out, record = self.run(x, call)
-        if not given.return_hiddens:
-            return (out, LayerIntermediates(expert_loss=record.expert_loss)) if given.return_expert_loss else out
+        if not args.return_hiddens:
+            return (out, LayerIntermediates(expert_loss=record.expert_loss)) if args.return_expert_loss else out
         length = call.span.new if call.cache is None else call.cache.length
         return out, record.report(out, length)
 
@@ -333,7 +333,7 @@ class PrefixDecoder(AttentionLayers):
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         kwargs.update(attn_mask=attn_mask, prefix_attn_len=prefix_attn_len)
-        return self.answer(x, Given(*args, **kwargs))
+        return self.answer(x, StackArgs(*args, **kwargs))
 
 
 class TransformerBlock(AttentionLayers):

@@ -98,8 +98,8 @@ def read_streams(
     x: Float[Tensor, 'b s n d'], share: Float[Tensor, 'b s n']
 ) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'b n d']]:
     """(the streams, each as much as its share; their sum)."""
-    found: tuple[Tensor, Tensor] = ReadStreams.apply(x, share) if by_hand(x, share) else read_formula(x, share)  # type: ignore[no-untyped-call]
-    return found
+    streams: tuple[Tensor, Tensor] = ReadStreams.apply(x, share) if by_hand(x, share) else read_formula(x, share)  # type: ignore[no-untyped-call]
+    return streams
 
 
 class ReadStreams(torch.autograd.Function):

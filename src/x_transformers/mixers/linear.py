@@ -72,22 +72,22 @@ class LinearMixer(Module):
         # a convolution gives rows that are no tokens something of their neighbours
         rows = rows if hidden is None or recent is None else rows.masked_fill(hidden, 0.0)
         wide = torch.promote_types(x.dtype, torch.float32)
-        told = self.told(x)
+        gates = self.gates(x)
         with without_autocast(x):
             q, k, v = (self._split(part.to(wide)) for part in rows.split(self.sizes, dim=-1))
-            out, memory = self.recur(told.to(wide), q, k, v, None if state is None else state['memory'], mask)
+            out, memory = self.recur(gates.to(wide), q, k, v, None if state is None else state['memory'], mask)
             # normed first: half precision may not hold what a memory answers
             out = self.norm(out).to(rows.dtype).transpose(1, 2).flatten(2)
         out = self.to_out(out * F.silu(self.to_gate(x)))
         return out, {'memory': memory, **({} if recent is None else {'recent': recent})}
 
-    def told(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
-        """What each token says of its memory: a linear map of it, not yet bent."""
-        raise NotImplementedError(f'{type(self).__name__} does not say what tokens tell their memory')
+    def gates(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
+        """The gates of each token, before their nonlinearity: a linear map of it."""
+        raise NotImplementedError(f'{type(self).__name__} must have `gates`')
 
     def recur(
         self,
-        told: Float[Tensor, 'b n c'],
+        gates: Float[Tensor, 'b n c'],
         q: Float[Tensor, 'b h n k'],
         k: Float[Tensor, 'b h n k'],
         v: Float[Tensor, 'b h n v'],
@@ -95,7 +95,7 @@ class LinearMixer(Module):
         mask: Bool[Tensor, 'b n'] | None,
     ) -> tuple[Float[Tensor, 'b h n v'], Float[Tensor, 'b h k v']]:
         """(what the memory answers at each token, the memory behind the last)."""
-        raise NotImplementedError(f'{type(self).__name__} does not say how its memory changes')
+        raise NotImplementedError(f'{type(self).__name__} must have `recur`')
 
     def _split(self, t: Float[Tensor, 'b n c']) -> Float[Tensor, 'b h n d']:
         heads: Tensor = t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -138,12 +138,12 @@ class GatedDeltaRule(LinearMixer):
         step = nn.init.uniform_(self.decay_bias, math.log(0.001), math.log(0.1)).exp()
         self.decay_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def told(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
+    def gates(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
         return torch.cat((self.to_beta(x), self.to_decay(x)), dim=-1)
 
     def recur(
         self,
-        told: Float[Tensor, 'b n c'],
+        gates: Float[Tensor, 'b n c'],
         q: Float[Tensor, 'b h n k'],
         k: Float[Tensor, 'b h n k'],
         v: Float[Tensor, 'b h n v'],
@@ -151,10 +151,10 @@ class GatedDeltaRule(LinearMixer):
         mask: Bool[Tensor, 'b n'] | None,
     ) -> Any:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        written, decay = told.chunk(2, dim=-1)
+        written, decay = gates.chunk(2, dim=-1)
         beta = written.sigmoid().transpose(1, 2)
-        step = F.softplus(decay + self.decay_bias.to(told.dtype))
-        log_decay = (-self.log_rate.to(told.dtype).exp() * step).transpose(1, 2)
+        step = F.softplus(decay + self.decay_bias.to(gates.dtype))
+        log_decay = (-self.log_rate.to(gates.dtype).exp() * step).transpose(1, 2)
         if mask is not None:
             hidden = ~mask.unsqueeze(1)
             beta, log_decay = beta.masked_fill(hidden, 0.0), log_decay.masked_fill(hidden, 0.0)
@@ -172,20 +172,20 @@ class GatedLinearAttention(LinearMixer):
         self.to_decay = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, self.sizes[0]))
         self.init_own()
 
-    def told(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
+    def gates(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n c']:
         gates: Tensor = self.to_decay(x)
         return gates
 
     def recur(
         self,
-        told: Float[Tensor, 'b n c'],
+        gates: Float[Tensor, 'b n c'],
         q: Float[Tensor, 'b h n k'],
         k: Float[Tensor, 'b h n k'],
         v: Float[Tensor, 'b h n v'],
         memory: Float[Tensor, 'b h k v'] | None,
         mask: Bool[Tensor, 'b n'] | None,
     ) -> Any:
-        log_decay = self._split(F.logsigmoid(told) / TEMPERATURE)
+        log_decay = self._split(F.logsigmoid(gates) / TEMPERATURE)
         if mask is not None:
             log_decay = log_decay.masked_fill(~mask[:, None, :, None], 0.0)
         return run_gated(q * self.dim_head**-0.5, k, v, log_decay, memory)

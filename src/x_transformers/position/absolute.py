@@ -52,14 +52,14 @@ def look_up(
     if torch.compiler.is_compiling() and untouched(table, Table):
         return F.embedding(ids, table.weight)
     try:
-        found: Tensor = table(ids)
+        rows: Tensor = table(ids)
     except IndexError:
         low, high = int(ids.min()), int(ids.max())
         raise IndexError(
             f'{name} must lie in 0 … {table.num_embeddings - 1} (the table has {table.num_embeddings} rows), '
             f'but they range from {low} to {high}{hint}'
         ) from None
-    return found
+    return rows
 
 
 class AbsolutePositionalEmbedding(Module):

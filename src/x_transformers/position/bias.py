@@ -29,10 +29,10 @@ class Bias(ABC):
     def render(self, geometry: ScoreShape) -> Float[Tensor, '#b #h i j']:
         # what was rendered without gradients, or in a part that is run again for them, is of no use elsewhere
         key = (geometry.queries, geometry.keys, geometry.front, torch.is_grad_enabled(), recomputed_part())
-        found: Tensor | None = recall(self._rendered, key)
-        if found is None:
-            found = remember(self._rendered, key, _behind_front(self.between(geometry, 0, geometry.queries), geometry))
-        return found
+        cached: Tensor | None = recall(self._rendered, key)
+        if cached is None:
+            cached = remember(self._rendered, key, _behind_front(self.between(geometry, 0, geometry.queries), geometry))
+        return cached
 
     def strip(self, geometry: ScoreShape, rows: int, low: int, high: int) -> Float[Tensor, '1 h r m'] | None:
         """The first ``rows`` rows over own keys, those from ``low`` to ``high``-1 keys behind the first of these rows.

@@ -51,11 +51,11 @@ class GridRotary(RotaryEmbedding):
 
     def cells(self, t: Float[Tensor, '#b n']) -> Float[Tensor, '#b n a']:
         """The place of each token along each axis."""
-        found = []
+        axes = []
         for length in reversed(self.axes[1:]):
-            found.append(t.remainder(length))
+            axes.append(t.remainder(length))
             t = t.div(length, rounding_mode='floor')
-        return torch.stack((t, *reversed(found)), dim=-1)
+        return torch.stack((t, *reversed(axes)), dim=-1)
 
     def halves(
         self,

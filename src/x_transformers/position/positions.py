@@ -129,14 +129,14 @@ class RotaryTable:
 
     def _cos_sin(self, n: int, dim: int, before: int, inverse: bool) -> tuple[Tensor, Tensor]:
         key = ('cos_sin', n, dim, before, inverse, self._part())
-        found: tuple[Tensor, Tensor] | None = recall(self._made, key)
-        if found is None:
+        cached: tuple[Tensor, Tensor] | None = recall(self._made, key)
+        if cached is None:
             angles, scale = self._pairs(n, dim, before, inverse)
             cos, sin = angles.cos() * scale, angles.sin() * scale
             if self.layout == 'interleaved':
                 cos, sin = twice(cos, self.layout), twice(sin, self.layout)
-            found = remember(self._made, key, (cos, sin))
-        return found
+            cached = remember(self._made, key, (cos, sin))
+        return cached
 
 
 def _one_of_each_pair(table: Float[Tensor, '... n r'], layout: str) -> Float[Tensor, '#b n p']:
@@ -267,8 +267,8 @@ class PolarPositions(Positions):
 
     def _cos_sin(self, side: str, n: int, before: int = 0) -> tuple[Tensor, Tensor]:
         key = (side, n, before, torch.is_grad_enabled(), recomputed_part())
-        found: tuple[Tensor, Tensor] | None = recall(self._made, key)
-        if found is None:
+        cached: tuple[Tensor, Tensor] | None = recall(self._made, key)
+        if cached is None:
             freqs = self._of_queries if side == 'queries' else self.freqs
             if freqs.shape[-2] < n + before:
                 raise ValueError(
@@ -277,8 +277,8 @@ class PolarPositions(Positions):
                 )
             angles = last_rows(freqs, n + before)[..., :n, :]
             angles = angles - self.bias if side == 'queries' else angles
-            found = remember(self._made, key, (angles.cos(), angles.sin()))
-        return found
+            cached = remember(self._made, key, (angles.cos(), angles.sin()))
+        return cached
 
     @staticmethod
     def _refuse(heads: int | None, t: Float[Tensor, 'b h n d']) -> None:

@@ -48,13 +48,13 @@ class RelativeBias(Bias):
         if self.positions is None:
             bias: Tensor = self.module.by_index(geometry.first + start, stop - start, geometry.own, self.device)
         else:
-            given = self.positions.shape[-1]
-            if given < geometry.own:
+            positions = self.positions.shape[-1]
+            if positions < geometry.own:
                 raise ValueError(
-                    f'pos must hold a position for each of the {geometry.own} keys, got {given}. '
+                    f'pos must hold a position for each of the {geometry.own} keys, got {positions}. '
                     'Include positions for memories and cached tokens.'
                 )
-            keys = self.positions[..., given - geometry.own :]
+            keys = self.positions[..., positions - geometry.own :]
             if self.queries is None:
                 queries = keys[..., geometry.first + start : geometry.first + stop]
             else:
@@ -66,10 +66,10 @@ class RelativeBias(Bias):
         if not self.by_distance:
             return None
         key = ('strip', rows, low, high, torch.is_grad_enabled(), recomputed_part())
-        found: Tensor | None = recall(self._rendered, key)
-        if found is None:
-            found = remember(self._rendered, key, self.module.by_index(-low, rows, high - low, self.device).unsqueeze(0))
-        return found
+        cached: Tensor | None = recall(self._rendered, key)
+        if cached is None:
+            cached = remember(self._rendered, key, self.module.by_index(-low, rows, high - low, self.device).unsqueeze(0))
+        return cached
 
     @property
     def by_distance(self) -> bool:
@@ -280,11 +280,11 @@ class AlibiPositionalBias(DistanceBias):
         return -distances.abs() * self.slopes.squeeze(-1)
 
     def of_heads(self, distances: Int[Tensor, 'b h i j']) -> Float[Tensor, 'b h i j']:
-        given = distances.shape[1]
-        if not is_any(given, 1, self.heads, self.total_heads):
+        heads = distances.shape[1]
+        if not is_any(heads, 1, self.heads, self.total_heads):
             raise ValueError(
                 f'pos must have positions for each of the {self.heads} heads that are biased, (batch, {self.heads}, tokens), '
-                f'got {given} heads'
+                f'got {heads} heads'
             )
         biased = -distances[:, : self.heads].abs() * self.slopes[: self.heads]
         return F.pad(biased, (0, 0, 0, 0, 0, self.total_heads - self.heads))

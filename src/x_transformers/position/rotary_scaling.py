@@ -30,19 +30,19 @@ def length_scaled(
 ) -> Float[Tensor, '#b 1 p']:
     """The frequencies for sequences that reach as far as ``pos``, of a type in ``BY_LENGTH``. ``seen``: which of the last
     positions are tokens."""
-    given = settings_of(scaling)
-    original = given['original_length']
+    settings = settings_of(scaling)
+    original = settings['original_length']
     if pos.shape[-1] == 0:
         return inv_freq[None, None]
     if seen is not None:
         hidden = F.pad(~seen, (pos.shape[-1] - seen.shape[-1], 0), value=False)
         pos = pos.masked_fill(hidden, 0)
     length = (pos.amax(dim=-1) + 1).to(inv_freq.dtype)[:, None, None]
-    if given['type'] == 'longrope':
-        short, long = (inv_freq.new_tensor(given[name]) for name in ('short_factor', 'long_factor'))
+    if settings['type'] == 'longrope':
+        short, long = (inv_freq.new_tensor(settings[name]) for name in ('short_factor', 'long_factor'))
         divided: Tensor = inv_freq / torch.where(length > original, long, short)
         return divided
-    factor = given['factor']
+    factor = settings['factor']
     stretched = factor * length.clamp(min=original) / original - (factor - 1)
     # base ** (-k / dim) of a base that is stretched ** (dim / (dim - 2)) times as large
     channels = torch.arange(0, dim, 2, device=inv_freq.device, dtype=inv_freq.dtype)
@@ -53,15 +53,15 @@ def length_scaled(
 
 def attention_factor(scaling: Settings | None) -> float:
     """What queries and keys are multiplied by, so that scores keep their spread."""
-    given = settings_of(scaling)
-    if given.get('attention_factor') is not None:
-        return float(given['attention_factor'])
-    if given.get('type') == 'yarn':
-        if given['mscale'] and given['mscale_all_dim']:
-            return _spread(given['factor'], given['mscale']) / _spread(given['factor'], given['mscale_all_dim'])
-        return _spread(given['factor'])
-    if given.get('type') == 'longrope' and given['factor'] is not None and given['factor'] > 1:
-        return math.sqrt(1 + math.log(given['factor']) / math.log(given['original_length']))
+    settings = settings_of(scaling)
+    if settings.get('attention_factor') is not None:
+        return float(settings['attention_factor'])
+    if settings.get('type') == 'yarn':
+        if settings['mscale'] and settings['mscale_all_dim']:
+            return _spread(settings['factor'], settings['mscale']) / _spread(settings['factor'], settings['mscale_all_dim'])
+        return _spread(settings['factor'])
+    if settings.get('type') == 'longrope' and settings['factor'] is not None and settings['factor'] > 1:
+        return math.sqrt(1 + math.log(settings['factor']) / math.log(settings['original_length']))
     return 1.0
 
 
@@ -72,34 +72,34 @@ def _spread(factor: float, mscale: float = 1.0) -> float:
 # ---------------------------------------------------------------- the types
 
 
-def linear(inv_freq: Float[Tensor, 'p'], given: dict[str, Any], base: float, dim: int) -> Tensor:
+def linear(inv_freq: Float[Tensor, 'p'], settings: dict[str, Any], base: float, dim: int) -> Tensor:
     """Positions divided by the factor, https://arxiv.org/abs/2306.15595."""
-    return inv_freq / float(given['factor'])
+    return inv_freq / float(settings['factor'])
 
 
-def yarn(inv_freq: Float[Tensor, 'p'], given: dict[str, Any], base: float, dim: int) -> Tensor:
+def yarn(inv_freq: Float[Tensor, 'p'], settings: dict[str, Any], base: float, dim: int) -> Tensor:
     """Slow pairs are interpolated, fast ones are left, those between are mixed, https://arxiv.org/abs/2309.00071."""
 
     def pair_with(rotations: float) -> float:
         """The pair that turns so many times over the original length."""
-        return dim * math.log(given['original_length'] / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        return dim * math.log(settings['original_length'] / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair_with(given['beta_fast']), pair_with(given['beta_slow'])
-    if given['truncate']:
+    low, high = pair_with(settings['beta_fast']), pair_with(settings['beta_slow'])
+    if settings['truncate']:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high = high + 0.001 if high == low else high
     pairs = torch.arange(inv_freq.shape[0], device=inv_freq.device, dtype=inv_freq.dtype)
     interpolated = ((pairs - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (1 - interpolated) + inv_freq / float(given['factor']) * interpolated
+    return inv_freq * (1 - interpolated) + inv_freq / float(settings['factor']) * interpolated
 
 
-def llama3(inv_freq: Float[Tensor, 'p'], given: dict[str, Any], base: float, dim: int) -> Tensor:
+def llama3(inv_freq: Float[Tensor, 'p'], settings: dict[str, Any], base: float, dim: int) -> Tensor:
     """Wavelengths longer than a part of the original length are stretched, short ones left, https://arxiv.org/abs/2407.21783."""
-    low, high = float(given['low_freq_factor']), float(given['high_freq_factor'])
-    waves = float(given['original_length']) * inv_freq / (2 * math.pi)
+    low, high = float(settings['low_freq_factor']), float(settings['high_freq_factor'])
+    waves = float(settings['original_length']) * inv_freq / (2 * math.pi)
     kept = ((waves - low) / (high - low)).clamp(0, 1)
-    return inv_freq * kept + inv_freq / float(given['factor']) * (1 - kept)
+    return inv_freq * kept + inv_freq / float(settings['factor']) * (1 - kept)
 
 
 CHANGES: dict[str, Callable[[Tensor, dict[str, Any], float, int], Tensor]] = {'linear': linear, 'yarn': yarn, 'llama3': llama3}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape
 from x_transformers.attention.mask import Mask
+from x_transformers.attention.of_tokens import Composition, PathSteps
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreRules
 from x_transformers.attention.scores.scalable import scaled_queries
-from x_transformers.attention.told import Composition, PathSteps
 from x_transformers.helpers import recall, remember
 from x_transformers.position.bias import Bias, rendered_bias
 from x_transformers.tensor_types import Bool, Float, Shaped
@@ -167,9 +167,9 @@ def merged_mask(
     Made once for all layers; one that needs a gradient is made anew, so that checkpointed layers may run it again.
     """
     key = ('merged', geometry.queries, geometry.keys, geometry.front, dtype, mask_value, torch.is_grad_enabled())
-    found: tuple[Tensor | None] | None = recall(mask.memo, key, bias)
-    if found is not None:
-        return found[0]
+    cached: tuple[Tensor | None] | None = recall(mask.memo, key, bias)
+    if cached is not None:
+        return cached[0]
     allowed = mask.rendered(geometry, device)
     added = None if bias is None else rendered_bias(bias, geometry).to(dtype)
     if allowed is not None:

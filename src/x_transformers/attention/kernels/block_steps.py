@@ -231,50 +231,50 @@ def weigh(
     return BlockWeights(raw, slope, weights, factor)
 
 
-def value_weights(found: BlockWeights, extra: BlockExtras) -> Float[Tensor, 'b h i j']:
+def value_weights(of_block: BlockWeights, extra: BlockExtras) -> Float[Tensor, 'b h i j']:
     """The weights that values are looked up with."""
-    weights = found.weights if extra.after is None else mixed(extra.after, found.weights)
-    return weights if found.factor is None else weights * found.factor
+    weights = of_block.weights if extra.after is None else mixed(extra.after, of_block.weights)
+    return weights if of_block.factor is None else weights * of_block.factor
 
 
 class Gradients:
     """What has been found of the gradients of ``Extra``, added up over blocks; None where none is wanted."""
 
     def __init__(self, extra: BlockExtras, wanted: tuple[bool, ...]) -> None:
-        found = [torch.zeros_like(t) if t is not None and want else None for t, want in zip(extra, wanted, strict=True)]
-        self.bias, self.sink, self.before, self.after, self.around = found[:5]
+        zeros = [torch.zeros_like(t) if t is not None and want else None for t, want in zip(extra, wanted, strict=True)]
+        self.bias, self.sink, self.before, self.after, self.around = zeros[:5]
 
     def through(
-        self, grad: Float[Tensor, 'b h i j'], found: BlockWeights, extra: BlockExtras, block: Block, shape: BlockShape
+        self, grad: Float[Tensor, 'b h i j'], of_block: BlockWeights, extra: BlockExtras, block: Block, shape: BlockShape
     ) -> Float[Tensor, 'b h i j']:
         """From the gradient of ``value_weights`` to that of the products."""
         of_factor = None
-        if found.factor is not None:
-            weights = found.weights if extra.after is None else mixed(extra.after, found.weights)
-            of_factor, grad = grad * weights, grad * found.factor
+        if of_block.factor is not None:
+            weights = of_block.weights if extra.after is None else mixed(extra.after, of_block.weights)
+            of_factor, grad = grad * weights, grad * of_block.factor
         if extra.after is not None:
             if self.after is not None:
-                self.after += mixed_gradient(grad, found.weights)
+                self.after += mixed_gradient(grad, of_block.weights)
             grad = mixed(extra.after.t(), grad)
         if shape.sigmoid:
-            grad = torch.ops.aten.sigmoid_backward(grad, found.weights)
+            grad = torch.ops.aten.sigmoid_backward(grad, of_block.weights)
         else:
-            grad = softmax_backward_(grad, found.weights)
+            grad = softmax_backward_(grad, of_block.weights)
         if extra.sink is not None:
             if self.sink is not None:
                 self.sink += grad[..., 0].sum((0, 2)).to(self.sink.dtype)
             grad[..., 0] = 0.0
-        if found.slope is not None:
-            grad.mul_(found.slope)
+        if of_block.slope is not None:
+            grad.mul_(of_block.slope)
         if self.bias is not None:
             self.add_bias(grad, block, shape)
-        if extra.before is not None and found.raw is not None:
+        if extra.before is not None and of_block.raw is not None:
             if self.before is not None:
-                self.before += mixed_gradient(grad, found.raw)
+                self.before += mixed_gradient(grad, of_block.raw)
             grad = mixed(extra.before.t(), grad)
-        if extra.around is not None and of_factor is not None and found.raw is not None:
+        if extra.around is not None and of_factor is not None and of_block.raw is not None:
             if self.around is not None:
-                self.around += mixed_gradient(of_factor, found.raw)
+                self.around += mixed_gradient(of_factor, of_block.raw)
             grad = grad + mixed(extra.around.t(), of_factor)
         return grad
 
@@ -321,8 +321,8 @@ class InBlocks(torch.autograd.Function):
         for block in blocks_of(shape):
             size = (batch, heads, block.bottom - block.top)
             scores = scratch.product(stacked(queried, block, kv_heads), columns(keys, block, shape, 2))
-            found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=False)
-            weights = value_weights(found, more).to(v.dtype).view(scores.shape)
+            of_block = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=False)
+            weights = value_weights(of_block, more).to(v.dtype).view(scores.shape)
             out[:, :, block.top : block.bottom] = torch.bmm(weights, columns(values, block, shape, 1)).view(*size, v.shape[-1])
         return out
 
@@ -399,11 +399,11 @@ def blocks_backward(ctx: Any, grad: Float[Tensor, 'b h i e']) -> tuple[Tensor | 
         rows_q, rows_grad = stacked(queried, block, kv_heads), stacked(grad, block, kv_heads)
         kept_k, kept_v = columns(keys, block, shape, 1), columns(values, block, shape, 1)
         scores = scratches[0].product(rows_q, kept_k.transpose(1, 2))
-        found = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=True)
-        weights = value_weights(found, more).to(v.dtype).view(scores.shape)
+        of_block = weigh(single(scores).view(*size, scores.shape[-1]), more, block, shape, backward=True)
+        weights = value_weights(of_block, more).to(v.dtype).view(scores.shape)
         add_columns(grad_v, torch.bmm(weights.transpose(1, 2), rows_grad), block, shape, 1)
-        change = single(scratches[1].product(rows_grad, kept_v.transpose(1, 2))).view_as(found.weights)
-        change = gradients.through(change, found, more, block, shape).to(q.dtype).view(scores.shape)
+        change = single(scratches[1].product(rows_grad, kept_v.transpose(1, 2))).view_as(of_block.weights)
+        change = gradients.through(change, of_block, more, block, shape).to(q.dtype).view(scores.shape)
         grad_q[:, :, block.top : block.bottom] = torch.bmm(change, kept_k).view(*size, width)
         add_columns(grad_k, torch.bmm(change.transpose(1, 2), rows_q), block, shape, 1)
     of_extra = (gradients.bias, gradients.sink, gradients.before, gradients.after, gradients.around, None, None)

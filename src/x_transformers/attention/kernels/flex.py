@@ -174,9 +174,9 @@ def block_mask(args: KernelArgs, q: Float[Tensor, 'b h i d'], order: Int[Tensor,
     if mask.trivial:
         return None
     key = ('flex', geometry.queries, geometry.keys, geometry.front, q.shape[1])
-    found = recall(mask.memo, key)
-    if found is not None:
-        return found
+    cached = recall(mask.memo, key)
+    if cached is not None:
+        return cached
     apart = mask if mask.prefix is not None else mask.apart_from_distance()
     allowed = apart.rendered(geometry, q.device)
     past, ahead = (None, None) if mask.prefix is not None else mask.limits(geometry)
@@ -193,5 +193,5 @@ def block_mask(args: KernelArgs, q: Float[Tensor, 'b h i d'], order: Int[Tensor,
             seen = seen & allowed[b if several else 0, head if many_heads else 0, i if many_rows else 0, j]
         return seen
 
-    made = create_block_mask(may_look, batch, heads, geometry.queries, geometry.keys, device=str(q.device))
-    return remember(mask.memo, key, made)
+    blocks = create_block_mask(may_look, batch, heads, geometry.queries, geometry.keys, device=str(q.device))
+    return remember(mask.memo, key, blocks)

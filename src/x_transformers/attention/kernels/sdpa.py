@@ -272,10 +272,10 @@ class FlashOnCPU(torch.autograd.Function):
         q, k, v, added, out, logsumexp = ctx.saved_tensors
         (causal, scale, enable_gqa), (grad,) = ctx.settings, grads
         if not torch.is_grad_enabled():
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, logsumexp, 0.0, causal, attn_mask=added, scale=scale
             )
-            return *found, None, None, None, None
+            return *gradients, None, None, None, None
         # a gradient of this gradient is wanted: let autograd see plain operations
         math = partial(torch.ops.aten._scaled_dot_product_attention_math, scale=scale, enable_gqa=enable_gqa)
         slopes = by_formula(lambda q, k, v: math(q, k, v, added, 0.0, causal)[0], (q, k, v), (grad,))

@@ -58,7 +58,7 @@ class Varlen:
         paired = shares and kv_heads > 1
         if paired:
             q = regrouped(q, heads // kv_heads)
-        found: Any = varlen_attn(
+        rows: Any = varlen_attn(
             q[0].transpose(0, 1),
             k[0].transpose(0, 1),
             v[0].transpose(0, 1),
@@ -70,5 +70,5 @@ class Varlen:
             window_size=(-1, 0) if args.mask.causal else (-1, -1),
             **more,
         )
-        out: Tensor = found.transpose(0, 1)[None]
+        out: Tensor = rows.transpose(0, 1)[None]
         return regrouped(out, kv_heads) if paired else out

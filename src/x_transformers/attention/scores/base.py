@@ -14,7 +14,7 @@ from x_transformers.tensor_types import Bool, Float
 
 if TYPE_CHECKING:
     from x_transformers.attention.mask import Mask
-    from x_transformers.attention.told import Composition, PathSteps
+    from x_transformers.attention.of_tokens import Composition, PathSteps
     from x_transformers.position.bias import Bias
 
 

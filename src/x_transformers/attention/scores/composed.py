@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.attention.of_tokens import Composition
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
 from x_transformers.attention.scores.talking_heads import kept_finite
-from x_transformers.attention.told import Composition
 from x_transformers.flags.scores import ScoreFlags
 from x_transformers.tensor_types import Float
 
 
-def added_by(t: Float[Tensor, 'b h i j'], said: Float[Tensor, 'b n c'], token: str) -> Float[Tensor, 'b h i j']:
+def added_by(t: Float[Tensor, 'b h i j'], factors: Float[Tensor, 'b n c'], token: str) -> Float[Tensor, 'b h i j']:
     """What the tokens of one axis, ``token`` (i or j), add: the heads through their two maps, and times their gate."""
     heads = t.shape[1]
-    maps, gate = said.to(t.dtype).split((said.shape[-1] - heads, heads), dim=-1)
+    maps, gate = factors.to(t.dtype).split((factors.shape[-1] - heads, heads), dim=-1)
     first, second = maps.unflatten(-1, (2, -1, heads)).unbind(-3)
     narrow = torch.einsum(f'bhij,b{token}rh->brij', t, first)
     gates = gate.transpose(1, 2).unsqueeze(-1 if token == 'i' else -2)
@@ -43,9 +43,9 @@ class Compose(ScoreRule):
     def is_on(cls, flags: ScoreFlags) -> bool:
         return bool(getattr(flags, 'composable', False))
 
-    def told(self, state: ScoreState) -> Composition:
+    def of_tokens(self, state: ScoreState) -> Composition:
         if state.composition is None:
-            raise ValueError('composable attention must be told how heads are mixed. Give composition to Attend.run.')
+            raise ValueError('composition must be given to composable attention, got None. Pass it to Attend.run.')
         return state.composition
 
 
@@ -53,14 +53,14 @@ class ComposeScores(Compose):
     """Before the softmax."""
 
     def apply(self, state: ScoreState) -> None:
-        told = self.told(state)
+        factors = self.of_tokens(state)
         scores = state.scores if state.previous is None else kept_finite(state.scores)
-        state.scores = composed(scores, told.scores_by_query, told.scores_by_key)
+        state.scores = composed(scores, factors.scores_by_query, factors.scores_by_key)
 
 
 class ComposeWeights(Compose):
     """Behind the softmax."""
 
     def apply(self, state: ScoreState) -> None:
-        told = self.told(state)
-        state.scores = composed(state.scores, told.weights_by_query, told.weights_by_key)
+        factors = self.of_tokens(state)
+        state.scores = composed(state.scores, factors.weights_by_query, factors.weights_by_key)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.geometry import ScoreShape, tiled_heads
+from x_transformers.attention.of_tokens import PathSteps
 from x_transformers.attention.scores.base import Form, ScoreRule, ScoreState
-from x_transformers.attention.told import PathSteps
 from x_transformers.flags.scores import ScoreFlags
 from x_transformers.helpers import without_autocast
 from x_transformers.tensor_types import Float
@@ -52,7 +52,7 @@ class PathSimilarity(ScoreRule):
 
     def apply(self, state: ScoreState) -> None:
         if state.steps is None:
-            raise ValueError('attention along a path must be told its steps. Give steps to Attend.run.')
+            raise ValueError('steps must be given to attention along a path, got None. Pass them to Attend.run.')
         wide = torch.promote_types(state.q.dtype, torch.float32)
         with without_autocast(state.q):
             q, k = state.q.to(wide) * state.scale, state.k.to(wide)
