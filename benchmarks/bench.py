@@ -1,14 +1,14 @@
-"""Ours against the floor, interleaved: ``python benchmarks/bench.py`` (or ``make bench``).
+"""Compare the speed with a hand-written model: ``make bench``, or ``x-transformers bench``.
 
-Every implementation runs in a process of its own with one thread; each round runs all of them in turn, and the ratio is taken
-inside a round, so a machine that changes its speed changes both. The figure is processor time of the one thread. Features are
-timed beside our own model without them, in turn in one process, and told with the limit that they are to keep.
+Each implementation runs in its own process with one thread. A round runs all of them in turn, and ratios are taken within a
+round, so that changes of the machine's speed cancel. Times are processor times. Each feature is compared with our own model
+without it, in one process, and printed with its limit.
 
-    --only 'train/*,decode/*'     workloads by pattern
-    --other PATH                  an interpreter with another x_transformers installed, to be compared too
-    --hf PATH                     an interpreter with Hugging Face transformers installed: models of the same shape
-    --rounds N                    at least 5 for figures that are to be quoted
-    --out FOLDER                  bench.json and bench.png; workloads that are measured again replace their rows
+    --only 'train/*,decode/*'     patterns of workloads
+    --other PATH                  a Python interpreter with another x_transformers, to be compared too
+    --hf PATH                     a Python interpreter with Hugging Face transformers: models of the same shape
+    --rounds N                    at least 5 for published figures
+    --out FOLDER                  bench.json and bench.png; a workload that is measured again replaces its row
 """
 
 from __future__ import annotations

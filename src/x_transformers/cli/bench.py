@@ -12,8 +12,8 @@ import x_transformers
 from x_transformers.training.errors import TrainingError
 
 WHERE_TO_GET = (
-    'the benchmarks are not part of the installed package: run it inside a clone of the repository, with '
-    '`pip install -e .` there, or point X_TRANSFORMERS_BENCHMARKS at a folder with its bench.py, worker.py and floor.py'
+    'the benchmarks are not part of the installed package. Run the command inside a clone of the repository after '
+    '`pip install -e .`, or set X_TRANSFORMERS_BENCHMARKS to a folder with bench.py, worker.py and floor.py.'
 )
 
 

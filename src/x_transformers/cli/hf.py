@@ -15,7 +15,7 @@ from x_transformers.saving.errors import FolderError
 
 @dataclasses.dataclass(frozen=True)
 class Explain:
-    """Print the flags that a folder's config becomes, as Python that builds the model."""
+    """Print the flags that correspond to a folder's config, as Python code that builds the model."""
 
     folder: Annotated[str, tyro.conf.Positional]
     """Folder in the Hugging Face format, or a name on the Hub."""
@@ -36,14 +36,14 @@ class Explain:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Make a folder of this library out of one in the Hugging Face format; the tokenizer comes along."""
+    """Convert a folder in the Hugging Face format, with its tokenizer, to a folder of this library."""
 
     source: Annotated[str, tyro.conf.Positional]
     """Folder in the Hugging Face format, or a name on the Hub."""
     target: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
     dtype: str | None = None
-    """Such as bfloat16; None: as the weights are stored."""
+    """The dtype of the weights, such as bfloat16; None: the one that they are stored in."""
     json: bool = False
     """Print one line of JSON at the end."""
 
@@ -59,14 +59,14 @@ class Import:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write a model of this library in the Hugging Face format."""
+    """Convert a folder of this library, with its tokenizer, to the Hugging Face format."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder that save_pretrained, train or hf import has written; the tokenizer comes along, that of bytes too."""
+    """Folder that save_pretrained, train or hf import wrote."""
     target: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
     family: str | None = None
-    """The model_type to write, such as llama; None: that of the import, or any that fits."""
+    """The model_type to write, such as llama; None: the one that was imported, or any that fits."""
     json: bool = False
     """Print one line of JSON at the end."""
 

@@ -34,7 +34,7 @@ from x_transformers.training.run import RunConfig
 
 ABOUT = """Show the layers, parameters, operations, attention kernels and cache for a set of flags.
 
-Nothing is computed: the model is built without memory, so that large ones can be looked at too.
+The model is built without memory, so the command works for models of any size.
 """
 
 
@@ -47,11 +47,11 @@ class InfoOptions:
     seq_len: int = 256
     """Bytes per sequence."""
     device: str = 'auto'
-    """The device for which the kernel is chosen."""
+    """The device that the attention kernel is chosen for."""
     bf16: bool = False
     """Compute in bfloat16."""
     training: bool = True
-    """For a training step (gradients, dropout); else for evaluation."""
+    """Describe a training step (with gradients and dropout) instead of an evaluation."""
     json: bool = False
     """Print one line of JSON at the end."""
 

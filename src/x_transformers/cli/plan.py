@@ -16,9 +16,9 @@ from x_transformers.distributed.costs import RowGroup
 from x_transformers.distributed.plan import GIB, Need, Size, needs, readers_of
 from x_transformers.training.errors import TrainingError
 
-ABOUT = """Plan a training run: parameters, operations, and for each grid of devices the memory of one of them.
+ABOUT = """Estimate a training run: parameters, operations, and the memory of one device for each grid of devices.
 
-Nothing is computed, and no device is needed. Figures are planned, not measured.
+No device is needed: the figures are computed from the shapes of tensors, not measured.
 """
 
 
@@ -29,23 +29,23 @@ class PlanOptions:
     gpus: int = 8
     """Devices that train together."""
     per_node: int = 8
-    """Devices of one node, between which data moves fast."""
+    """Devices of one node. Data moves fast between them."""
     memory: float = 80.0
     """GiB of one device."""
     tensor: int = 1
     """Devices that share the heads of each attention and the inner features of each feed-forward."""
     sequence_parallel: bool = False
-    """Beside --tensor: between attentions and feed-forwards each device has a slice of the sequence."""
+    """With --tensor: each device holds a slice of the sequence between attentions and feed-forwards."""
     loss_parallel: bool = False
-    """Beside --tensor: each device has the logits of some tokens of the vocabulary."""
+    """With --tensor: each device computes the logits of a part of the vocabulary."""
     context: int = 1
     """Devices that share each sequence."""
     pipeline: int = 1
-    """Stages, each of which has some of the layers."""
+    """Pipeline stages, each of which holds some of the layers."""
     batch: int = 0
-    """Sequences of a micro-batch, over all devices; 0: one for each that reads different data."""
+    """Sequences of a micro-batch on all devices together; 0: one for each device that reads its own data."""
     grad_accum: int = 1
-    """Micro-batches of a step; with --pipeline they go through the stages one behind the other."""
+    """Micro-batches of a step. With --pipeline they pass through the stages one after the other."""
     seq_len: int = 4096
     """Tokens of a sequence."""
     vocab: int = 256
@@ -53,9 +53,9 @@ class PlanOptions:
     bf16: bool = True
     """Compute in bfloat16; weights, gradients and the optimizer's state stay in float32."""
     peak_flops: float | None = None
-    """Operations per second that one device could do at most; with it, tokens per second are told."""
+    """Peak operations per second of one device. If given, the command estimates tokens per second."""
     mfu: float = 0.4
-    """Share of the peak that is taken to be reached."""
+    """Share of the peak that the estimate assumes."""
     json: bool = False
     """Print one line of JSON at the end."""
 
