@@ -21,8 +21,7 @@ Named = set[tuple[int, str]]  # which layer that took its place in any stack, an
 def build_stage(make: Callable[[], nn.Module], stage: int, stages: int) -> nn.Module:
     """The model of ``make``, with numbers for this stage, and for what no layer holds.
 
-    All that one process draws is drawn here too, in the same order, so the numbers are those of one process; never is there
-    more than one layer of another stage.
+    It draws the same numbers in the same order as one process does. It never holds more than one layer of another stage.
     """
     before = random_state()
     placed: list[Layer] = []
@@ -49,7 +48,7 @@ def build_stage(make: Callable[[], nn.Module], stage: int, stages: int) -> nn.Mo
 
 
 def elsewhere(form: nn.Module, placed: Sequence[Layer], stage: int, stages: int) -> Named:
-    """What of the layers other stages have alone. Modules that ``make`` found ready-made are left as they are.
+    """The parameters of layers that only other stages hold. Modules that existed before ``make`` ran are left as they are.
 
     Args:
         form: the model on the meta device.
@@ -69,7 +68,7 @@ def elsewhere(form: nn.Module, placed: Sequence[Layer], stage: int, stages: int)
 
 @contextmanager
 def told_of_layers(tell: Callable[[Layer], object]) -> Iterator[None]:
-    """Inside, ``tell`` is called with each layer that takes its place in a stack."""
+    """A context in which ``tell`` is called with each layer that is put into a stack."""
 
     def placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         if isinstance(module, Layer):

@@ -1,7 +1,7 @@
 """Distributed checkpoints: each process writes its part, and any number of processes reads (torch.distributed.checkpoint).
 
-A folder ``checkpoint-NNNNNNNN`` holds the parts, what is no tensor (``state.pt``), the whole weights for use
-(``export.safetensors``) and a manifest with checksums. It is renamed into place once all of it is on disk.
+A folder ``checkpoint-NNNNNNNN`` holds the parts, the state without its tensors (``state.pt``), the whole weights for use
+(``export.safetensors``) and a manifest with checksums. The folder gets its name once all of it is on disk.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from x_transformers.tensor_types import Shaped, StateDict
 from x_transformers.training import files
 from x_transformers.training.errors import CheckpointError
 
-PARTS = '.metadata'  # the file by which such a checkpoint is known
-ELSEWHERE = 'tensor:'  # stands in state.pt for a tensor that lies in the parts
-FOR_USE = 'export.'  # in front of the names of weights for use, where they are not those that training goes on with
-SPREAD = ('optimizers', 'averaged')  # what of the state has the shapes of parameters
+PARTS = '.metadata'  # a checkpoint with this file is a distributed one
+ELSEWHERE = 'tensor:'  # prefix of the placeholder of a tensor in state.pt
+FOR_USE = 'export.'  # prefix of the weights for use, if training continues with others
+SPREAD = ('optimizers', 'averaged')  # the parts of the state whose tensors have the shapes of parameters
 
 
 def is_distributed(path: Path) -> bool:
@@ -43,8 +43,8 @@ def is_distributed(path: Path) -> bool:
 class DistributedCheckpoints:
     """The checkpoints of one run folder; every process calls every method.
 
-    Training waits while each process copies its part into its own memory. All else is done in a thread, whose messages go
-    through a group of their own.
+    Training waits while each process copies its part to the CPU. A thread does the rest, and communicates in its own process
+    group.
     """
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
@@ -71,7 +71,7 @@ class DistributedCheckpoints:
         self._thread.start()
 
     def write(self, step: int, tensors: dict[str, Any], rest: dict[str, Any], for_use: str) -> Path:
-        """All processes together. ``for_use``: how the names of the weights for use begin."""
+        """Write one checkpoint with all processes. ``for_use``: the prefix of the names of the weights for use."""
         target = self.run / f'{files.PREFIX}{step:08d}'
         temporary = self.run / f'{files.UNFINISHED}{target.name}'
         if self.world.degrees.pipeline > 1:
@@ -102,7 +102,7 @@ class DistributedCheckpoints:
         return target
 
     def alike(self, act: Callable[[], Any], problem: str, main_only: bool = False) -> list[Any]:
-        """What every process gets out of ``act``; when one of them fails, all do, and earlier checkpoints are untouched."""
+        """The results of ``act`` of all processes. If one process fails, all fail, and earlier checkpoints stay."""
         found, error = None, ''
         if self.world.is_main or not main_only:
             try:
@@ -118,7 +118,7 @@ class DistributedCheckpoints:
         return [each for each, _ in everywhere]
 
     def finished(self) -> list[Path]:
-        """Those completed since the last call, in the same step in all processes.
+        """The checkpoints completed since the last call, in the same step in all processes.
 
         Errors: ``CheckpointError`` if the last one could not be written.
         """
@@ -131,7 +131,7 @@ class DistributedCheckpoints:
         return done
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk.
+        """Wait until the last checkpoint is on disk.
 
         Errors: ``CheckpointError`` if it could not be written.
         """
@@ -156,7 +156,7 @@ def make_empty(folder: Path) -> None:
 
 
 def put_aside(value: Any, path: str, tensors: dict[str, Shaped[Tensor, '...']]) -> Any:
-    """The same tree with a word in the place of each tensor, which goes to ``tensors`` unless another process has it."""
+    """The tree with a placeholder for each tensor. The tensor goes to ``tensors`` unless another process holds it."""
     if isinstance(value, Tensor):
         if not value.is_meta:
             tensors[path] = value
@@ -169,7 +169,7 @@ def put_aside(value: Any, path: str, tensors: dict[str, Shaped[Tensor, '...']]) 
 
 
 def joined(trees: Sequence[Any]) -> Any:
-    """One tree of those of all stages, where each has what belongs to its parameters."""
+    """Merge the trees of all stages. Each holds the state of its own parameters."""
     first = trees[0]
     if isinstance(first, Mapping):
         names = dict.fromkeys(name for tree in trees for name in tree)
@@ -180,7 +180,7 @@ def joined(trees: Sequence[Any]) -> Any:
 
 
 def in_order(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
-    """The same, spread in such a way that each process has one piece of it: what files can describe."""
+    """The tensor with one contiguous piece for each process, as files describe it."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     moved: Tensor = tensor.redistribute(placements=in_one_piece(tensor))
@@ -188,12 +188,12 @@ def in_order(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
 
 
 def in_one_piece(tensor: DTensor) -> list[Placement]:
-    """Where a process has rows here and there, as many that lie together."""
+    """Contiguous rows in place of strided ones."""
     return [Shard(place.dim) if isinstance(place, _StridedShard) else place for place in tensor.placements]
 
 
 def empty_like(tensor: Shaped[Tensor, '...'], dtype: torch.dtype) -> Shaped[Tensor, '...']:
-    """For what is read into the place of ``tensor``, which may have to be spread otherwise afterwards."""
+    """An empty tensor to read ``tensor`` into, with the placements that files describe."""
     if not isinstance(tensor, DTensor):
         return torch.empty_like(tensor, dtype=dtype)
     made: Tensor = empty(tensor.shape, dtype=dtype, device_mesh=tensor.device_mesh, placements=in_one_piece(tensor))
@@ -211,7 +211,7 @@ def put_back(value: Any, tensors: StateDict) -> Any:
 
 
 def whole_on_main(state: StateDict, world: World) -> dict[str, Tensor]:
-    """The whole tensors on the CPU of the main process, one after the other; nothing elsewhere."""
+    """The whole tensors on the CPU of the main process, gathered one by one; an empty dictionary on the others."""
     found = {}
     holders = who_holds(state, world) if world.degrees.pipeline > 1 else {}
     for name, tensor in state.items():
@@ -224,7 +224,7 @@ def whole_on_main(state: StateDict, world: World) -> dict[str, Tensor]:
 
 
 def who_holds(state: StateDict, world: World) -> dict[str, int]:
-    """The first process that has the numbers of a tensor."""
+    """The rank of the first process that holds each tensor."""
     everywhere: list[Any] = [None] * world.size
     dist.all_gather_object(everywhere, [name for name, tensor in state.items() if not tensor.is_meta])
     return {name: rank for rank, names in reversed(list(enumerate(everywhere))) for name in names}
@@ -240,13 +240,13 @@ def sent_to_main(tensor: Shaped[Tensor, '...'], holder: int, world: World) -> Sh
 
 
 def digests_of(folder: Path, world: World) -> dict[str, Any]:
-    """Of the files that this process has written."""
+    """The checksums of the files that this process wrote."""
     own = sorted(folder.glob(f'__{world.rank}_*')) + ([folder / PARTS] if world.is_main else [])
     return {path.name: files.entry_of(path) for path in own}
 
 
 def verify(path: Path, rank: int = 0, size: int = 1) -> dict[str, Any]:
-    """The manifest, once this process's share of the files has been compared with it."""
+    """The manifest, after this process has verified its share of the files."""
     manifest = files.read_json(path / files.MANIFEST)
     try:
         entries = sorted(dict(manifest['files']).items())
@@ -259,9 +259,9 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> dict[str, Any]:
 
 
 def verified(path: Path, world: World) -> dict[str, Any]:
-    """The same, where each process compares a share of the files.
+    """The manifest, after all processes have verified the files, each a share.
 
-    Errors: ``CheckpointError`` in all of them for what one has found.
+    Errors: ``CheckpointError`` in all processes if one finds a damaged file.
     """
     manifest, wrong = {}, ''
     try:
@@ -278,11 +278,11 @@ def verified(path: Path, world: World) -> dict[str, Any]:
 def read(
     path: Path, template: Callable[[str, Any], Shaped[Tensor, '...']]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """(weights, the tensors of the state by their paths, the state with words in their places).
+    """(weights, tensors of the state by path, the state with placeholders).
 
     Args:
-        template: (path, metadata) -> an empty tensor of the form in which it is wanted: whole, or this process's part; one on
-            the meta device is not read.
+        template: (path, metadata) -> the empty tensor to read into, whole or this process's part. One on the meta device is not
+            read.
     """
     state = torch.load(path / files.STATE, map_location='cpu', weights_only=True)
     metadata = FileSystemReader(path).read_metadata()
@@ -303,11 +303,11 @@ def tensors_of(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]
 
 
 def read_named(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The whole tensors whose names begin so, without their beginnings."""
+    """The whole tensors whose names have this prefix, without the prefix."""
     entries = [(name, entry) for name, entry in tensors_of(FileSystemReader(path).read_metadata()) if name.startswith(prefix)]
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # which is what is wanted here
+        warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # as it should be here
         load(dict(found), checkpoint_id=path, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 

@@ -43,7 +43,7 @@ T = TypeVar('T')
 
 
 def train(parse: Callable[[], Any]) -> int:
-    """The exit status of this process. One of all processes says what was wrong."""
+    """The exit status of this process. Only one process prints what was wrong."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         return train_or_say_why(parse)
@@ -103,7 +103,7 @@ def train_or_say_why(parse: Callable[[], Any]) -> int:
 
 
 class Terminated(Exception):
-    """SIGTERM, while no steps are taken."""
+    """SIGTERM arrived outside of the training steps."""
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -111,7 +111,7 @@ def terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def on_term(act: Any) -> None:
-    """Whoever has started the processes ends them all when one has ended: nobody is to be cut off while he says why."""
+    """The launcher terminates all processes when one has ended. A process that is printing its error must not die at once."""
     with contextlib.suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGTERM, act)
 
@@ -121,7 +121,7 @@ def say_why(sentence: str) -> None:
 
 
 class OwnOptions(NamedTuple):
-    """What a process was started with."""
+    """The options that a process was started with."""
 
     asked: Any  # as it was parsed
     options: TrainOptions  # those of the run
@@ -129,7 +129,7 @@ class OwnOptions(NamedTuple):
 
 
 def read_options(parse: Callable[[], Any]) -> OwnOptions:
-    """Errors: ``FlagError`` and ``TrainingError`` for what this process can tell by itself."""
+    """Errors: ``FlagError`` and ``TrainingError`` for mistakes that this process alone can detect."""
     asked = parse()
     options = of_the_run(asked)
     degrees = Degrees.of(options.shard, tensor=options.tensor, context=options.context, pipeline=options.pipeline)
@@ -139,7 +139,7 @@ def read_options(parse: Callable[[], Any]) -> OwnOptions:
 
 
 def of_the_run(asked: Any) -> TrainOptions:
-    """The options, and those of a run that is resumed where others were not typed: it keeps its grid, too."""
+    """The options of the run. A resumed run keeps its options, and its grid, unless others are typed."""
     options: TrainOptions = asked.options
     if not options.resume:
         return options
@@ -196,7 +196,7 @@ def train_on(world: World, asked: Any, held: ExitStack) -> int:
 
 
 def check_rows(options: TrainOptions, degrees: Degrees) -> None:
-    """Errors: ``MeshError`` for a batch that the processes cannot share."""
+    """Errors: ``MeshError`` for a batch that cannot be divided among the processes."""
     readers = degrees.replicate * degrees.shard
     if options.batch % readers:
         raise MeshError(
@@ -206,7 +206,7 @@ def check_rows(options: TrainOptions, degrees: Degrees) -> None:
 
 
 def check_options(options: TrainOptions, degrees: Degrees) -> None:
-    """Errors: ``MeshError`` naming every option that several processes cannot have."""
+    """Errors: ``MeshError`` naming every option that several processes do not support."""
     wrong = option_refusals(
         degrees, compile=options.compile, offload=options.offload, shard=options.shard, checkpoint=options.checkpointing,
         **beside(options),
@@ -220,7 +220,7 @@ def check_options(options: TrainOptions, degrees: Degrees) -> None:
 
 
 def check_model(config: RunConfig, degrees: Degrees) -> None:
-    """Refuse flags that the grid cannot have, before any data are read.
+    """Refuse flags that the grid does not support, before any data are read.
 
     Errors: ``MeshError`` naming them; ``FlagError`` as for a model that is trained.
     """
@@ -234,14 +234,14 @@ def check_model(config: RunConfig, degrees: Degrees) -> None:
 
 
 def beside(options: TrainOptions) -> dict[str, bool]:
-    """What else a tensor group shares."""
+    """The other options of a tensor group."""
     return {name: getattr(options, name) for name in WITH_TENSOR}
 
 
 def check_alike(found: OwnOptions | BaseException) -> Store | None:
-    """Compare with what the other processes were started with, before a grid is made of them; the store of all of them.
+    """Compare the options of all processes before the grid is made. Returns the store that they use.
 
-    Errors: ``MeshError`` if that is not the same, or one of the others has found fault with it.
+    Errors: ``MeshError`` if they differ, or if another process has refused them.
     """
     if isinstance(found, OwnOptions):
         own: Any = ('', found.asked.flags, found.asked.options.to_json())
@@ -272,7 +272,7 @@ def check_alike(found: OwnOptions | BaseException) -> Store | None:
 
 
 def of_main(world: World, act: Callable[[], T]) -> T:
-    """What the main process gets out of ``act``, everywhere; its error, too."""
+    """The result of ``act`` on the main process, on all processes; also its error."""
     found: list[Any] = [None, None]
     if world.is_main:
         try:
@@ -287,14 +287,14 @@ def of_main(world: World, act: Callable[[], T]) -> T:
 
 
 def end_at_once(status: int) -> NoReturn:
-    """In the orderly way messages that never come would be waited for, until they are given up."""
+    """End without the usual cleanup, which would wait for messages that never arrive."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def speaks_first(world: World, folder: Path) -> bool:
-    """Whether this process is to say what went wrong: the main one if it knows, else the first of the others."""
+    """Whether this process prints the error: the main process if it has one, else the first of the others."""
     if not world.is_main:
         time.sleep(LATER)
     answers: list[bool] = []
@@ -328,7 +328,7 @@ def is_first_in(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def speechless() -> Iterator[None]:
-    """Of what all processes notice the main one tells."""
+    """Let only the main process print warnings that all processes raise."""
     with unlogged(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield

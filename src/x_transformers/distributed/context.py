@@ -1,8 +1,8 @@
 """Context parallelism: each process holds a slice of every sequence, and attends to the keys and values of earlier slices.
 
-To the model a slice is what follows a cache: its positions, masks and biases are those of tokens behind others. The rows behind
-which it follows come from the other processes when a layer asks its tapes for them. So what can be decoded from a cache can be
-trained in slices, and no layer is told. A process that comes late in the sequence looks at more keys than an early one.
+The model sees a slice as new tokens behind a cache, so positions, masks and biases need no change. A layer gets the rows of
+earlier slices from the other processes when it reads its cache. So every model that can be decoded from a cache can be trained
+in slices. A process with a late slice attends to more keys than one with an early slice.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from x_transformers.helpers import pad_at_dim
 from x_transformers.tensor_types import Float, Int
 from x_transformers.transformer_wrapper import TransformerWrapper
 
-# what a call may have beside tokens: all processes need the whole of it
+# arguments of a call that all processes need whole
 PASSED = {'context', 'context_mask'}
-# the same, or something for each token
+# arguments that are whole, or have an entry for each token
 PER_TOKEN = {'condition', 'in_attn_cond'}
-# who sees whom, of which each process needs the rows of its slice
+# masks of pairs, of which each process needs the rows of its slice
 MASK = 'attn_mask'
 
 
 def sliced_refusals(model: nn.Module) -> Iterator[str]:
-    """A sentence for everything about a model that keeps it from being trained in slices, beside its flags."""
+    """One sentence for each property of a model, other than flags, that prevents training in slices."""
     if not isinstance(model, AutoregressiveWrapper) or type(model.net) is not TransformerWrapper:
         yield f'a model must be an AutoregressiveWrapper of a TransformerWrapper with --context, got {type(model).__name__}.'
         return
@@ -60,7 +60,7 @@ class Sliced:
         targets = given.pop('targets', None)
         if targets is None:
             x, targets = x[:, :-1], x[:, 1:]
-        # behind the end, where nobody looks at it, so that all have equally many
+        # padding at the end, which nobody attends to: all slices have the same length
         more = -x.shape[1] % self.size
         x, targets = pad_at_dim(x, (0, more), value=self.model.pad_value), pad_at_dim(targets, (0, more), value=ignored)
         width = x.shape[1] // self.size
@@ -75,7 +75,7 @@ class Sliced:
         wanted = targets[:, own]
         loss: Tensor = self.model(x[:, own], targets=wanted, cache=cache, **given)
         count, of = (wanted != ignored).sum(), (targets != ignored).sum()
-        # the mean of nothing is no number
+        # the mean of no tokens is NaN
         share = count.to(loss.dtype) / of.clamp(min=1).to(loss.dtype)
         part: Tensor = torch.where(count > 0, loss, 0.0 * loss.nan_to_num()) * share
         return part
@@ -87,14 +87,14 @@ class Sliced:
 
 
 class GatheredCache(KVCache):
-    """The memory of the slices before this one, which is still to be gathered."""
+    """The cache of the earlier slices, gathered when it is read."""
 
     __slots__ = ('mesh', 'stack')
 
     def __init__(self, mesh: DeviceMesh, before: int, stack: nn.Module) -> None:
         super().__init__(before)
         self.mesh, self.stack = mesh, stack
-        # it holds nothing yet that could be checked
+        # it is still empty, so there is nothing to check
         self.known = id(stack)
 
     @property
@@ -112,7 +112,7 @@ class GatheredCache(KVCache):
 
 
 class GatheredTapes(LayerCache):
-    """Tapes of one step: what is appended are the rows of all slices up to this one."""
+    """The buffers of one step. Appending adds the rows of all slices up to this one."""
 
     __slots__ = ('mesh',)
 
@@ -131,4 +131,4 @@ class GatheredTapes(LayerCache):
         return tuple(whole)
 
     def fixed(self, name: str, tensor: Float[Tensor, '... n d']) -> None:
-        """A context is whole everywhere, and a layer that runs again for its gradients is to make its keys again."""
+        """Each process holds the whole context. A layer that is recomputed for its gradients computes these keys again."""

@@ -25,7 +25,7 @@ from x_transformers.training.build import build_model
 
 @dataclass(frozen=True)
 class RowGroup:
-    """What processes that read the same rows share of them: heads and features, slices of the sequence, the vocabulary."""
+    """How many processes share the same rows: by heads and features, by slices of the sequence, by the vocabulary."""
 
     tensor: int = 1
     sequence_parallel: bool = False
@@ -39,15 +39,15 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Row:
-    """In front of the layers, in each that is executed, and behind them. A row's forward and backward."""
+    """The cost of one row, forward and backward: before the layers, in each executed layer, and after them."""
 
-    kept: tuple[int, ...]  # bytes for the backward, beside the parameters
+    kept: tuple[int, ...]  # bytes saved for the backward, without parameters
     flops: tuple[float, ...]
     entering: tuple[int, ...]  # bytes of the streams, at each layer
 
 
 def costs_of(flags: Mapping[str, Any], vocabulary: int, seq_len: int, half: bool, group: RowGroup, again: bool = False) -> Row:
-    """``again``: layers are computed again for their gradients.
+    """The cost of a row. ``again``: with layers that are recomputed for their gradients.
 
     Errors: ``FlagError`` and ``MeshError`` as for a model that is trained so.
     """
@@ -68,13 +68,13 @@ def costs_of(flags: Mapping[str, Any], vocabulary: int, seq_len: int, half: bool
             with torch.no_grad(), counter:
                 forward(ids)
 
-        # a backward has twice the operations of a forward
+        # a backward takes twice the operations of a forward
         flops = by_layer(model, lambda: 3.0 * counter.get_total_flops(), counted, entering)
     return Row(tuple(kept), tuple(flops), tuple(entering))
 
 
 def kept_by_layer(model: nn.Module, run: Callable[[], Any]) -> list[int]:
-    """Bytes of storages that a forward keeps, those of parameters left out, each where it is kept first."""
+    """Bytes that a forward saves for its backward, without parameters, counted where each is saved first."""
     kept: dict[int, Tensor] = {}
     own = {own_part(parameter).untyped_storage()._cdata for parameter in model.parameters()}
     total = 0
@@ -83,7 +83,7 @@ def kept_by_layer(model: nn.Module, run: Callable[[], Any]) -> list[int]:
         nonlocal total
         storage = own_part(tensor).untyped_storage()
         if storage._cdata not in own and storage._cdata not in kept:
-            # the tensor is held, so that no other one takes its place
+            # keep the tensor, so that its memory is not used by another one
             kept[storage._cdata] = tensor
             total += storage.nbytes()
         return tensor
@@ -93,7 +93,7 @@ def kept_by_layer(model: nn.Module, run: Callable[[], Any]) -> list[int]:
 
 
 def by_layer(model: nn.Module, read: Callable[[], float], run: Callable[[], Any], entering: list[int]) -> list[float]:
-    """How much ``read`` grows in front of the layers, in each of them as ``run`` calls it, and behind."""
+    """The growth of ``read`` before the layers, in each layer that ``run`` executes, and after them."""
     inside: list[float] = []
     started = 0.0
     front: list[float] = []
@@ -120,11 +120,11 @@ def by_layer(model: nn.Module, read: Callable[[], float], run: Callable[[], Any]
 
 
 def own_parameters(flags: Mapping[str, Any], vocabulary: int, group: RowGroup) -> nn.Module:
-    """The model without numbers, as a process of a tensor group has it."""
+    """The model on the meta device, as one process of a tensor group holds it."""
     if group.tensor == 1:
         with torch.device('meta'):
             return build_model(flags, vocabulary)
-    # a model on the meta device would be filled when it is cut
+    # cutting fills a model on the meta device
     with pretended(group) as world, FakeTensorMode(allow_non_fake_inputs=True), torch.device('cpu'):
         model = build_model(flags, vocabulary)
         cut(model, world, group)
@@ -144,7 +144,7 @@ def cut(model: nn.Module, world: World | None, group: RowGroup, again: bool = Fa
 
 @contextmanager
 def pretended(group: RowGroup) -> Iterator[World | None]:
-    """A group of processes, of which there is the one with the last slice: it sees the most keys. None: nothing is shared.
+    """A simulated process group in which this process has the last slice, with the most keys. None: nothing is shared.
 
     Errors: ``MeshError`` where there are processes already.
     """
@@ -162,7 +162,7 @@ def pretended(group: RowGroup) -> Iterator[World | None]:
     try:
         mesh = init_device_mesh('cpu', (1, group.context, group.tensor), mesh_dim_names=('replicate', 'shard', 'tensor'))
         world = World(mesh, degrees, torch.device('cpu'), rank, group.size)
-        _ = world.context_mesh  # made here, where numbers are real
+        _ = world.context_mesh  # create it outside of the fake mode
         yield world
     finally:
         dist.destroy_process_group()

@@ -13,14 +13,14 @@ from x_transformers.tensor_types import Int, Shaped
 
 
 class Place(NamedTuple):
-    """Stands for a tensor: its number among those that cross, and its kind, as masks are sent as bytes."""
+    """The placeholder of a tensor: its index among the tensors sent, and its dtype, because masks are sent as bytes."""
 
     number: int
     dtype: torch.dtype
 
 
 def taken_apart(value: Any, tensors: list[Shaped[Tensor, '...']]) -> Any:
-    """The same with a place for each tensor, which goes to ``tensors``, once."""
+    """The value with a placeholder for each tensor. Each tensor is appended to ``tensors`` once."""
 
     def place(tensor: Shaped[Tensor, '...']) -> Place:
         number = next((number for number, known in enumerate(tensors) if known is tensor), len(tensors))
@@ -32,7 +32,7 @@ def taken_apart(value: Any, tensors: list[Shaped[Tensor, '...']]) -> Any:
 
 
 def put_together(form: Any, tensors: Sequence[Shaped[Tensor, '...']]) -> Any:
-    """What ``taken_apart`` had, of the tensors that were sent."""
+    """The value that ``taken_apart`` was called with, from the tensors that were sent."""
 
     def tensor(place: Place) -> Shaped[Tensor, '...']:
         sent = tensors[place.number]
@@ -42,7 +42,7 @@ def put_together(form: Any, tensors: Sequence[Shaped[Tensor, '...']]) -> Any:
 
 
 def rebuilt(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """The same tree with ``change`` of each leaf of a kind; PyTorch's ``tree_map`` does not look into dataclasses."""
+    """The tree with ``change`` applied to each leaf of a kind. PyTorch's ``tree_map`` does not enter dataclasses."""
     if isinstance(tree, kind):
         return change(tree)
     if is_dataclass(tree) and not isinstance(tree, type):
@@ -56,20 +56,20 @@ def rebuilt(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def as_sent(tensor: Shaped[Tensor, '...']) -> Shaped[Tensor, '...']:
-    """Whole rows, and no kind that a backend cannot send."""
+    """The tensor as a backend can send it: contiguous, and bytes in place of booleans."""
     tensor = tensor.contiguous()
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def described(given: Any) -> tuple[Any, ...]:
-    """What the shapes of a call follow from: those of its tensors, and what else it was given."""
+    """A key that determines the shapes of a call: the shapes of its tensors, and its other arguments."""
     tensors: list[Tensor] = []
     form = taken_apart(given, tensors)
     return repr(form), *((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 def state_of_draws(device: torch.device) -> Int[Tensor, ' k']:
-    """Of the generator that dropout draws from."""
+    """The state of the random generator that dropout uses."""
     state = torch.get_rng_state() if device.type == 'cpu' else torch.get_device_module(device).get_rng_state(device)
     return state.to(device)
 

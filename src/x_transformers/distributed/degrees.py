@@ -12,15 +12,15 @@ Shard = Literal['none', 'full', 'hybrid']
 
 
 class MeshError(TrainingError):
-    """The processes do not make up the grid that was asked for."""
+    """The processes do not form the requested grid."""
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many processes along each axis of the grid; -1 stands for all that are left, for one axis at most.
+    """The number of processes along each axis of the grid. One axis may be -1: all that are left.
 
-    Processes along ``replicate`` and ``shard`` read different data: the first hold copies, the second parts of each parameter.
-    ``tensor``, ``context`` and ``pipeline`` must be 1 where ``refusals.py`` says so.
+    Processes along ``replicate`` and ``shard`` read different data: copies, or parts of each parameter.
+    ``refusals.py`` says where ``tensor``, ``context`` and ``pipeline`` must be 1.
     """
 
     replicate: int = 1
@@ -31,7 +31,7 @@ class Degrees:
 
     @classmethod
     def of(cls, shard: Shard, *, tensor: int = 1, context: int = 1, pipeline: int = 1, per_node: int | None = None) -> Degrees:
-        """The grid of an option: copies, parts over all processes, or parts within a node and copies between nodes."""
+        """The grid of ``--shard``: copies, parts over all processes, or parts within a node and copies between nodes."""
         along = {'tensor': tensor, 'context': context, 'pipeline': pipeline}
         if shard == 'none':
             return cls(replicate=-1, **along)
@@ -41,9 +41,9 @@ class Degrees:
         return cls(replicate=-1, shard=max(within // (tensor * context), 1), **along)
 
     def resolved(self, world_size: int) -> Degrees:
-        """With the axis that takes the rest filled in.
+        """The degrees with -1 replaced.
 
-        Errors: ``MeshError`` naming what does not fit.
+        Errors: ``MeshError`` if they do not fit the number of processes.
         """
         values = {name: getattr(self, name) for name in AXES}
         wrong = [

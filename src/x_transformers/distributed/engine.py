@@ -28,7 +28,7 @@ from x_transformers.training.engine import Engine
 
 
 class MeshEngine(Engine):
-    """A grid of processes. All of them run the same loop; those that read different data read different rows of each batch."""
+    """A grid of processes. All run the same loop. Those that read different data read different rows of each batch."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class MeshEngine(Engine):
         self.model: nn.Module | None = None
 
     def build(self, make: Callable[[], nn.Module], device: torch.device, seed: int) -> nn.Module:
-        """Spread over the processes; what is cut is built without numbers, and filled part by part."""
+        """The model, distributed. Sharded parameters are built on the meta device and filled part by part."""
         if self.shard == 'none':
             model = make()
         else:
@@ -71,14 +71,14 @@ class MeshEngine(Engine):
         return self.model
 
     def forward(self, model: nn.Module, compiled: bool) -> Callable[..., Any]:
-        # each layer is compiled by itself
+        # compile each layer separately
         return model if self.world.degrees.context == 1 else Sliced(model, self.world.context_mesh)
 
     def is_lost(self, error: BaseException) -> bool:
         return is_lost(error)
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Draws depend on seed and step alone: decisions are the same everywhere, units that drop out differ between data."""
+        """Random numbers depend on seed and step alone. Decisions are equal on all processes; dropout differs between data."""
         decide_alike(seed, step)
         random.seed(number_of(seed, step))
         torch.manual_seed(number_of(seed, step, self.rank))
@@ -86,7 +86,7 @@ class MeshEngine(Engine):
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         model: Any = self.model
-        # without others that read other data nothing is added up
+        # only processes that read different data reduce their gradients
         if hasattr(model, 'set_requires_gradient_sync'):
             model.set_requires_gradient_sync(last)
         yield
@@ -126,7 +126,7 @@ class MeshEngine(Engine):
         return checkpoint.DistributedCheckpoints(run, keep, self.world)
 
     def read(self, path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-        """Any checkpoint of the run, whatever number of processes wrote it; each process reads its own part."""
+        """Read a checkpoint that any number of processes wrote. Each process reads its own part."""
         if not checkpoint.is_distributed(path):
             return load_checkpoint(path)
         manifest = checkpoint.verified(path, self.world)
@@ -167,7 +167,7 @@ class MeshEngine(Engine):
                 fill(tensor, state[name])
 
     def load_optimizers(self, model: nn.Module, optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
-        """States are known by the numbers of their parameters, which every grid gives in the same order."""
+        """States are identified by the index of their parameter, which is the same in every grid."""
         for optimizer, given in zip(optimizers, states, strict=True):
             parameters = [p for group in optimizer.param_groups for p in group['params']]
             spread = {
@@ -198,12 +198,12 @@ class MeshEngine(Engine):
 
 
 def number_of(*parts: int) -> int:
-    """A seed that depends on all of them."""
+    """A seed that depends on all of the numbers."""
     return int.from_bytes(hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=7).digest(), 'big')
 
 
 def as_its_parameter(value: Any, parameter: Float[Tensor, '...']) -> Any:
-    """A whole tensor of a parameter's shape, cut as that is."""
+    """A whole tensor of a parameter's shape, with that parameter's placements."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     if isinstance(value, DTensor) and value.device_mesh != parameter.device_mesh:
@@ -214,7 +214,7 @@ def as_its_parameter(value: Any, parameter: Float[Tensor, '...']) -> Any:
 
 
 def cut_along(tensor: Shaped[Tensor, '...']) -> tuple[str, ...]:
-    """The axes of the grid along which processes have different parts of a tensor."""
+    """The axes of the grid along which a tensor is sharded."""
     if not isinstance(tensor, DTensor):
         return ()
     names = tensor.device_mesh.mesh_dim_names or ()

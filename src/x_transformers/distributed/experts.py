@@ -1,7 +1,7 @@
 """Expert parallelism in a tensor group: each process holds some of the experts and all tokens.
 
-Every process routes every token, and runs its experts on the tokens that have chosen them; the outputs are added up. So no
-token travels, none is dropped, and what keeps the experts in balance is the same everywhere.
+Every process routes every token, and runs its own experts on the tokens routed to them; the outputs are summed. No token is
+sent or dropped, and the balancing terms are equal on all processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from x_transformers.tensor_types import Float
 
 
 class ExpertParallel(ParallelStyle):
-    """The experts of a feed-forward. The router is whole everywhere; one feed-forward for all tokens is cut by itself."""
+    """The experts of a feed-forward. Each process holds the whole router. A shared feed-forward is cut separately."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class ExpertParallel(ParallelStyle):
 
 
 def on_some(experts: Experts, mesh: DeviceMesh, x: Float[Tensor, 't d'], routed: Routed) -> Float[Tensor, 't e']:
-    """``Experts._on_chosen`` by the experts of this process, and the sum over all."""
+    """``Experts._on_chosen`` for the experts of this process, summed over all processes."""
     count, active = experts.first.weight.shape[0], routed.chosen.shape[1]
     chosen = routed.chosen.flatten() - mesh.get_local_rank() * count
-    # those of other processes stand behind all of ours
+    # tokens of other processes' experts are sorted to the end
     chosen = torch.where((chosen >= 0) & (chosen < count), chosen, count)
     counts = chosen.new_zeros(count + 1).index_add(0, chosen, torch.ones_like(chosen))[:count]
     order = chosen.argsort(stable=True)[: int(counts.sum())]

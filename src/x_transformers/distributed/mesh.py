@@ -1,4 +1,4 @@
-"""The process grid: how many processes replicate the model, how many share one, and the place of this process."""
+"""The process grid: how many processes replicate the model, how many share it, and the position of this process."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ PATIENT = 1e7  # seconds: months
 
 @dataclass(frozen=True)
 class World:
-    """The grid, and this process in it."""
+    """The grid, and the position of this process in it."""
 
     mesh: DeviceMesh  # axes: pipeline where there are stages, replicate, shard (slices of a sequence among them), tensor
     degrees: Degrees
     device: torch.device
     rank: int
     size: int
-    timeout: float = 600.0  # seconds after which a process that hears nothing from another gives up
+    timeout: float = 600.0  # seconds to wait for another process before giving up
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     @property
@@ -67,12 +67,12 @@ class World:
 
     @cached_property
     def aside(self) -> dist.ProcessGroup:
-        """All processes once more, on their CPUs: what is said there in the background meets nothing that steps say."""
+        """A second group of all processes, on their CPUs, for messages in the background of training steps."""
         return self._group(self.timeout)
 
     @cached_property
     def patient(self) -> dist.ProcessGroup:
-        """The same for what may take any time, such as turning a corpus into tokens; one that dies is noticed all the same."""
+        """A group without a timeout, for work such as tokenizing a corpus. The death of a process is still noticed."""
         return self._group(PATIENT)
 
     def _group(self, timeout: float) -> dist.ProcessGroup:
@@ -84,12 +84,12 @@ class World:
 
 
 def start(degrees: Degrees | None = None, device: str = 'auto', *, timeout: float = 600.0, store: Store | None = None) -> World:
-    """Join the processes that ``torchrun`` (or Slurm with the same variables) has started; the grid that they make up.
+    """Join the processes that ``torchrun`` (or Slurm with the same variables) started. Returns their grid.
 
     Args:
-        degrees: None takes all processes as copies.
+        degrees: None: all processes hold copies.
         device: cpu, cuda, or auto: the accelerator whose number is the process's number on its node, else the CPU.
-        timeout: seconds after which a process that hears nothing from another gives up.
+        timeout: seconds to wait for another process before giving up.
         store: by which these processes, and no others, find each other; None: they meet first.
 
     Errors: ``MeshError`` before anything is started, when the number of processes does not fit.
@@ -125,9 +125,9 @@ def giving_up_after(seconds: float, mesh: DeviceMesh) -> DeviceMesh:
 
 
 def local_device(name: str) -> torch.device:
-    """The device of this process: one accelerator for each process of a node.
+    """The device of this process: each process of a node has its own accelerator.
 
-    Errors: ``TrainingError`` for one that there is not.
+    Errors: ``TrainingError`` if the device does not exist.
     """
     if name == 'auto':
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -142,7 +142,7 @@ def local_device(name: str) -> torch.device:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, or does not answer."""
+    """Whether an error means that another process is gone or does not answer."""
     if not isinstance(error, RuntimeError):
         return False
     text = str(error)

@@ -14,34 +14,34 @@ from x_transformers.tensor_types import Float, Shaped
 
 
 def copied(t: Shaped[Tensor, '...'], mesh: DeviceMesh) -> Shaped[Tensor, '...']:
-    """``t``, which all processes have, for each to do something else with: its gradients are added up."""
+    """``t``, which all processes hold and use differently; its gradients are summed over them."""
     if not t.requires_grad:
         return t
     return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def added_up(t: Float[Tensor, '...'], mesh: DeviceMesh) -> Float[Tensor, '...']:
-    """The sum of what the processes have, for all of them to do the same with."""
+    """The sum over the processes, which all of them use in the same way."""
     return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
 
 
 def slice_of(t: Float[Tensor, '... n d'], mesh: DeviceMesh) -> Float[Tensor, '... m d']:
-    """This process's rows of what all have; the gradients of all rows are put together."""
+    """This process's rows of a tensor that all hold; its gradient is gathered from all rows."""
     return DTensor.from_local(t, mesh, [Replicate()], run_check=False).redistribute(placements=[along_rows(t)]).to_local()
 
 
 def summed_rows(t: Float[Tensor, '... n d'], mesh: DeviceMesh) -> Float[Tensor, '... m d']:
-    """This process's rows of the sum of what the processes have."""
+    """This process's rows of the sum over the processes."""
     return DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(placements=[along_rows(t)]).to_local()
 
 
 def all_rows(t: Float[Tensor, '... m d'], whole: int, mesh: DeviceMesh, *, alike: bool) -> Float[Tensor, '... n d']:
-    """The ``whole`` rows of which each process has some. ``alike``: all do the same with them; else gradients are added up."""
+    """Gather the ``whole`` rows. ``alike``: all processes use them in the same way; otherwise gradients are summed."""
     return whole_of(t, t.ndim - 2, whole, mesh, alike=alike)
 
 
 def whole_of(t: Shaped[Tensor, '...'], axis: int, whole: int, mesh: DeviceMesh, *, alike: bool) -> Shaped[Tensor, '...']:
-    """The same along any axis."""
+    """Gather along any axis, as ``all_rows`` does along the rows."""
     shape = torch.Size((*t.shape[:axis], whole, *t.shape[axis + 1 :]))
     stride = torch.empty(shape, device='meta').stride()
     spread = DTensor.from_local(t.contiguous(), mesh, [Shard(axis)], run_check=False, shape=shape, stride=stride)
@@ -53,9 +53,9 @@ def along_rows(t: Shaped[Tensor, '... n d']) -> Shard:
 
 
 class SlicedInputs(BranchInputs):
-    """What surrounds a branch whose input is a slice of a sequence of ``whole`` rows; 0: it is no slice.
+    """The inputs of a branch that reads a slice of a sequence of ``whole`` rows; 0: the whole sequence.
 
-    ``cut_to``: a branch that was given all rows is to hand out its slice of them.
+    ``cut_to``: the branch got all rows and returns its slice of them.
     """
 
     whole: int
@@ -69,38 +69,38 @@ class SlicedInputs(BranchInputs):
 
 
 def length_of(given: Any) -> int:
-    """How many rows there are in all, where a branch is given some of them; else 0."""
+    """The number of all rows if the branch reads a slice of them; otherwise 0."""
     return given.whole if isinstance(given, SlicedInputs) else 0
 
 
 def cut_parameter(owner: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Keep this process's share of a parameter that is the same on all of them, in place and without sending anything."""
+    """Keep this process's share of a parameter that is equal on all processes, in place and without communication."""
     whole: Tensor = getattr(owner, name)
     share = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
     setattr(owner, name, nn.Parameter(share, requires_grad=whole.requires_grad))
 
 
 def cut_rows(module: nn.Module, mesh: DeviceMesh) -> None:
-    """The same of the first axis of every parameter that a module has itself."""
+    """Shard the first axis of the module's own parameters."""
     for name, _ in list(module.named_parameters(recurse=False)):
         cut_parameter(module, name, mesh, Shard(0))
 
 
 class Entry(NamedTuple):
-    """A parameter as it is registered."""
+    """A parameter by its owner and name."""
 
     owner: nn.Module
     name: str
 
 
 def entries_of(*modules: nn.Module, without: frozenset[nn.Module] = frozenset()) -> list[Entry]:
-    """Every parameter below the modules, but for those of the modules ``without``."""
+    """Every parameter of the modules, except those of the modules ``without``."""
     owners = dict.fromkeys(each for module in modules for each in module.modules() if each not in without)
     return [Entry(owner, name) for owner in owners for name, _ in owner.named_parameters(recurse=False)]
 
 
 class Swap:
-    """Exchanges parameters for what a module is to run on, and back."""
+    """Replaces parameters by local tensors while a module runs."""
 
     def __init__(self, entries: list[Entry], mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
         self.entries, self.mesh, self.dtype = entries, mesh, dtype
@@ -110,9 +110,9 @@ class Swap:
         self.held = [owner._parameters[name] for owner, name in self.entries]
         for (owner, name), parameter in zip(self.entries, self.held, strict=True):
             if parameter is not None:
-                # as functional_call does; a parameter that is whole makes a part of the output on every process
+                # as functional_call does; a replicated parameter contributes to the output on every process
                 here = parameter.to_local() if isinstance(parameter, DTensor) else copied(parameter, self.mesh)
-                # those that every process keeps for itself are not cast when they are gathered
+                # FSDP2 does not cast parameters that it does not gather
                 owner._parameters[name] = here if self.dtype is None else here.to(self.dtype)  # type: ignore[assignment]
 
     def leave(self, *args: Any) -> None:

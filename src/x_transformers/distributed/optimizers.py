@@ -16,9 +16,9 @@ from x_transformers.tensor_types import Float, Shaped
 
 
 class AdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW`` on this process's parts: numbers move by themselves, so parts move as the whole would.
+    """``torch.optim.AdamW`` on this process's shards: the update is elementwise, so shards change as the whole would.
 
-    Parameters may be spread over different grids, or not at all. The state has the forms of the parameters.
+    Parameters may be sharded over different grids, or not at all. The state has the placements of the parameters.
     """
 
     def _init_group(self, group: Any, *lists: list[Shaped[Tensor, '...']]) -> Any:
@@ -29,10 +29,10 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(torch.optim.Muon):
-    """``torch.optim.Muon`` with one gather and one scatter for each matrix that is cut by rows; all have the others.
+    """``torch.optim.Muon`` with one gather and one scatter for each matrix that is sharded by rows.
 
-    The owner of a matrix does what one process would do with it, so the update is that of one process; the owners take turns.
-    Momenta stay cut as their matrices are. Matrices that are not cut are moved by every process alike.
+    One process computes the update of a whole matrix; processes take turns. So the update is that of a single process. Momenta
+    keep the placements of their matrices. Every process updates the matrices that are not sharded.
     """
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ def orthogonal(
     if not axes:
         return whole(update)
     if len(axes) > 1 or placements[axes[0]] != Shard(0):
-        # columns, rows here and there, or both: every process puts the matrix together
+        # sharded by columns, by strided rows, or both: every process gathers the matrix
         shape, stride = parameter.shape, parameter.stride()
         spread = DTensor.from_local(update, mesh, placements, run_check=False, shape=shape, stride=stride)
         return own_part(distribute_tensor(whole(spread.full_tensor()), mesh, placements, src_data_rank=None))
@@ -80,7 +80,7 @@ def orthogonal(
     size, ranks = mesh.size(axis), mesh.get_group(axis)
     owner = turn % size
     rows = -(-parameter.shape[0] // size)
-    # the last parts may have fewer rows, or none; those who exchange them must all be of one size
+    # the last shards may have fewer rows, or none, but gather and scatter need equal sizes
     mine = update.new_zeros(rows, parameter.shape[1])
     mine[: update.shape[0]] = update
     is_owner = mesh.get_local_rank(axis) == owner

@@ -1,6 +1,6 @@
 """Parallelize a model in place: first tensor and slice parallelism, then checkpointing, compiling, and sharding.
 
-The model's own code knows nothing of it. Layers are units: what one needs is gathered when it runs and let go of afterwards.
+The model's own code does not change. Layers are units: their weights are gathered when they run and freed afterwards.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ def parallelize(
     loss_parallel: bool = False,
     seed: int = 0,
 ) -> nn.Module:
-    """Spread ``model`` over the processes of ``world``; the same model, changed.
+    """Distribute ``model`` over the processes of ``world``, in place. Returns the model.
 
     Args:
-        shard: none: each process has a copy (DDP); full: parts over all processes (FSDP2); hybrid: parts within a node and
+        shard: none: each process holds a copy (DDP); full: shards over all processes (FSDP2); hybrid: shards within a node,
             copies between nodes.
         precision: bf16: weights are gathered and used in bfloat16, gradients are summed in float32. Only with ``shard``.
-        checkpoint: full: a layer's intermediate results are computed again for its gradients; a number: those of every n-th
-            layer; selective: results of matrix products are kept, all others computed again.
-        compile: each layer by itself.
-        reshard: let go of a layer's weights after its forward, and gather them again for its gradients.
-        offload: shards, gradients and the optimizer's state lie in the memory of the CPU.
-        sequence_parallel: between its branches a stack has slices of the sequence, one in each process of a tensor group.
-        loss_parallel: each process of a tensor group has the logits of some tokens of the vocabulary.
-        seed: of a model on the meta device, which is filled here, the same whatever the grid.
+        checkpoint: full: recompute each layer for its gradients; a number: every n-th layer; selective: keep the results of
+            matrix products and recompute all others.
+        compile: compile each layer separately.
+        reshard: free a layer's gathered weights after its forward, and gather them again for its gradients.
+        offload: keep shards, gradients and the optimizer's state in CPU memory.
+        sequence_parallel: between branches, each process of a tensor group holds a slice of the sequence.
+        loss_parallel: each process of a tensor group computes the logits of a part of the vocabulary.
+        seed: for the initial values of a model on the meta device, which are the same on every grid.
 
-    Call ``randomness.decide_alike(seed, step)`` before each step where layers are left out or run again by chance.
+    Call ``randomness.decide_alike(seed, step)`` before each step if layers are dropped or repeated at random.
 
-    Errors: ``MeshError`` naming the flags that cannot be spread in this way.
+    Errors: ``MeshError`` naming the flags that this kind of parallelism does not support.
     """
     check(
         model, world.degrees, shard=shard, checkpoint=checkpoint, precision=precision, compile=compile, offload=offload,
@@ -108,20 +108,20 @@ def parallelize(
 
 
 def cut_layers(part: nn.Module, world: World, loss_parallel: bool, dtype: torch.dtype | None = None) -> None:
-    """Keep what this process of a tensor group has of all layers below ``part``; ``dtype``: what branches run in."""
+    """Keep this process's share of all layers of ``part``. ``dtype``: the dtype that branches run in."""
     cut_branches(part, world.mesh['tensor'], dtype)
     if loss_parallel:
         cut_vocabulary(part, world.mesh['tensor'])
 
 
 def may_leave_out(model: nn.Module) -> bool:
-    """Whether a step may have no gradient for some parameters: copies must then look for those, or would wait for them."""
+    """Whether some parameters may have no gradient in a step: DDP must then search for them, or it would wait."""
     for stack in stacks_of(model):
         if any(chance > 0 for chance in stack.layer_dropouts) or len(set(stack.layers_execute_order)) < len(stack.layers):
             return True
     if any(getattr(module, 'attn_pool', None) is not None for module in model.modules()):
         return True
-    # what opens gates is the loss of an objective, and there is no gate behind the only round
+    # gates get gradients from the loss of an objective; a single round has no gate
     return any(getattr(module, 'exit_gate', None) is not None and (module is model or module.max_looped_steps == 1)
                for module in model.modules())  # fmt: skip
 
@@ -130,7 +130,7 @@ def may_leave_out(model: nn.Module) -> bool:
 
 
 def checkpoint_layers(model: nn.Module, how: Checkpointing) -> None:
-    """Wrap layers so that what lies between their input and output is computed again for the gradients."""
+    """Wrap layers so that they are recomputed for their gradients."""
     every = how if isinstance(how, int) else 1
     keywords: dict[str, Any] = {} if how != 'selective' else {'context_fn': keep_products}
     for stack in stacks_of(model):
@@ -144,14 +144,14 @@ def checkpoint_layers(model: nn.Module, how: Checkpointing) -> None:
 def run_again(
     layer: nn.Module, streams: Float[Tensor, '... n d'], condition: Any, wide_condition: Any, around: Around, **how: Any
 ) -> Any:
-    """Run a layer so that it runs again for its gradients; not where it writes into a cache, which it would do twice."""
+    """Run a layer under checkpointing, unless it writes into a cache, which it would do twice."""
     if type(around.inputs.past) is LayerCache:
         return layer(streams, condition, wide_condition, around)
     return checkpoint(layer, streams, condition, wide_condition, around, use_reentrant=False, **how)
 
 
 def keep_products() -> Any:
-    """Results of matrix products and of fused attention are dear: they are kept."""
+    """A policy that keeps the results of matrix products and of fused attention, which are expensive."""
     names = (
         'mm', 'addmm', 'bmm', '_scaled_dot_product_flash_attention', '_scaled_dot_product_flash_attention_for_cpu',
         '_scaled_dot_product_efficient_attention', '_scaled_dot_product_cudnn_attention',
@@ -177,7 +177,7 @@ def shard_layers(
     loss_parallel: bool,
     seed: int,
 ) -> None:
-    """FSDP2 with a unit for each layer, one for the ends, and the whole as the root."""
+    """FSDP2 with one unit for each layer, one for the embedding and head, and the whole model as the root."""
     degrees = world.degrees
     mesh: DeviceMesh = world.mesh['replicate', 'shard'] if degrees.replicate > 1 else world.mesh['shard']
     policy = MixedPrecisionPolicy()
@@ -222,13 +222,13 @@ def shard_layers(
 
 
 def reshard_unless_trained(model: Any, args: Any, out: Any) -> None:
-    """Without gradients nobody needs the gathered weights of the root again."""
+    """Free the gathered weights of the root after a forward without gradients."""
     if not torch.is_grad_enabled():
         model.reshard()
 
 
 def gather_in(model: Any, name: str) -> None:
-    """Weights are there in a method that runs the model without its forward, also where it gives its results one by one."""
+    """Gather the weights in a method that runs the model without its forward, also if it is a generator."""
     register_fsdp_forward_method(model, name)
     inner = getattr(model, name)
 
@@ -250,7 +250,7 @@ def gather_in(model: Any, name: str) -> None:
 
 
 def kept_of(*modules: nn.Module, size: int) -> set[nn.Parameter]:
-    """Parameters without an axis that could be cut: every process keeps them, and averages their gradients."""
+    """Parameters without an axis to shard. Every process keeps them and averages their gradients."""
     every = (parameter for module in modules for parameter in module.parameters())
     return {parameter for parameter in every if is_kept(parameter, size)}
 
@@ -262,7 +262,7 @@ def is_kept(parameter: Float[Tensor, '...'], size: int) -> bool:
 
 
 def cut_axis(parameter: Float[Tensor, '...']) -> int | None:
-    """The axis along which the processes of a tensor group have parts of a parameter."""
+    """The axis along which a tensor group shards a parameter."""
     if not isinstance(parameter, DTensor):
         return None
     names = parameter.device_mesh.mesh_dim_names or ()
@@ -271,14 +271,14 @@ def cut_axis(parameter: Float[Tensor, '...']) -> int | None:
 
 
 def free_axis(parameter: Float[Tensor, '...'], size: int) -> Cut | None:
-    """Another axis of such a parameter, for parts that are gathered when it is used. None: the first, or there is none."""
+    """Another axis of such a parameter, for FSDP2. None: the first axis, or there is none."""
     taken = cut_axis(parameter)
     if taken is None:
         return None
     return next((Cut(axis) for axis, n in enumerate(parameter.shape) if axis != taken and n % size == 0 and n > 1), None)
 
 
-# a model that has no numbers yet
+# filling a model on the meta device
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -290,10 +290,10 @@ def lies_on(model: nn.Module, device: torch.device) -> bool:
 
 
 class Filling:
-    """Fills a model that was built on the meta device, part by part; one that has numbers stays as it is.
+    """Fills a model on the meta device, part by part. A model with values stays as it is.
 
-    Every process draws the same numbers, whatever the grid, and keeps its share of each part once that is filled. So no process
-    ever holds more than one part in full.
+    Every process draws the same random numbers on every grid, and keeps its share of each part. So no process ever holds more
+    than one whole part.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, seed: int) -> None:

@@ -2,12 +2,12 @@
 
 The schedule and what is sent are those of ``torch.distributed.pipelining``.
 
-Every stage runs the whole forward of the model on the same tokens, so masks and positions are there without being sent. In the
-stack, stages but the first take the streams of the stage before in the place of what entered, and go on behind their last layer
-only in the last one, which has the head and the loss. What layers of one stage hand on to those of another crosses with the
-streams, and the state of the generator too: units that drop out are those of one process.
+Every stage runs the forward of the model on the same tokens, so masks and positions need not be sent. Within the stack, every
+stage but the first replaces the input by the streams of the stage before. Every stage but the last stops after its last layer;
+the last one has the head and the loss. Tensors that layers pass to layers of another stage are sent with the streams, and so is
+the state of the random generator: dropout equals that of one process.
 
-Layers of other stages lie on the meta device: their names, and their numbers in optimizers, are those of the whole model.
+Layers of other stages are on the meta device, so names, and indices in optimizers, are those of the whole model.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from x_transformers.layers.call import Carry, Inputs, Record
 from x_transformers.layers.stack import AttentionLayers
 from x_transformers.tensor_types import Float, Int, Shaped, Tensors
 
-# what of ``Carry`` follows from the stack alone
+# fields of ``Carry`` that depend on the stack alone
 OF_THE_STACK = {'hands_on_scores', 'hands_on_values', 'mixes', 'keys_from'}
 
 
 class Crossed(NamedTuple):
-    """All that layers behind a border need of those before it."""
+    """All that the layers of later stages need from earlier ones."""
 
     streams: Tensor
     carried: dict[str, Any]
     injected: Tensor | None
     expert_loss: Tensor | None
-    drawn: Tensor  # the state of the generator
+    drawn: Tensor  # state of the random generator
 
 
 class HandedOn(BaseException):
-    """A stage is at its end. No error: what comes behind the stack is for the last stage."""
+    """Raised at the end of a stage, which skips the rest of the forward. It is no error."""
 
     def __init__(self, crossed: Crossed) -> None:
         self.crossed = crossed
@@ -56,7 +56,7 @@ Job = Callable[[], Any]
 
 
 class Part(nn.Module):
-    """What PyTorch's engine takes for this stage's module: runs the job of a micro-batch."""
+    """The module that PyTorch's engine runs: it runs the job of a micro-batch."""
 
     def __init__(self, run: Callable[[int, Tensors], Any]) -> None:
         super().__init__()
@@ -67,10 +67,10 @@ class Part(nn.Module):
 
 
 class Pipeline:
-    """A model cut into the stages of ``world``, of which this process has one; ``model`` is changed.
+    """A model split into the stages of ``world``, one of which is on this process. ``model`` is changed in place.
 
-    A call of the model, or of its network, runs all stages without gradients, and all of them get what it returns.
-    ``gradients`` trains it.
+    Calling the model, or its network, runs all stages without gradients and returns the result on all of them. ``gradients``
+    trains it.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
@@ -91,14 +91,14 @@ class Pipeline:
         self.stack.run = self._run_part
         if self.stage > 0 and has_table:
             self.net.token_emb.forward = self._no_embedding
-        # what would go on from a cache
+        # decoding with a cache is not supported
         self.net.can_cache_kv = False
         for module in dict.fromkeys((model, self.net)):
             self._route(module)
 
     @staticmethod
     def of(model: nn.Module) -> Pipeline:
-        """That of a model which ``parallelize`` has cut into stages."""
+        """The pipeline of a model that ``parallelize`` has split."""
         forward: Any = model.forward
         found: Pipeline = forward.pipeline
         return found
@@ -108,7 +108,7 @@ class Pipeline:
         return self.stage == self.stages - 1
 
     def _route(self, module: Any) -> None:
-        """A call from outside goes through all stages; one from inside a job is this stage's part of it."""
+        """Route outer calls through all stages. A call within a job runs this stage's part."""
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -121,14 +121,14 @@ class Pipeline:
         module.forward = forward
 
     def _no_embedding(self, x: Int[Tensor, '...'], **given: Any) -> Float[Tensor, '... d']:
-        """In the place of vectors, which the first stage has."""
+        """Zeros in place of the embeddings, which only the first stage computes."""
         table = self.net.token_emb.emb.weight
         return torch.zeros(*x.shape, table.shape[-1], dtype=table.dtype, device=x.device)
 
     # ------------------------------------------------------------ this stage's part of a forward
 
     def _run_part(self, x: Float[Tensor, 'b n d'], call: Inputs) -> tuple[Float[Tensor, 'b n d'], Record]:
-        """In the place of the stack's ``run``."""
+        """Replaces the stack's ``run``."""
         if self.received is None:
             raise MeshError('the model must be called as a whole with --pipeline, got a call of its stack. Call the model.')
         if call.steps != self.stack.plan.own_steps:
@@ -156,7 +156,7 @@ class Pipeline:
         return carried | {'skips': {layer: stream for layer, stream in carry.skips.items() if layer in skips}}
 
     def _part(self, job: Job, received: Tensors) -> tuple[Any, list[Tensor]]:
-        """(the form of what is handed on, its tensors); in the last stage (the answer, nothing)."""
+        """(the structure of what is sent, its tensors); in the last stage (the result, no tensors)."""
         self.received = received
         try:
             return job(), []
@@ -177,7 +177,7 @@ class Pipeline:
     # ------------------------------------------------------------ all stages
 
     def _schedule(self, jobs: Sequence[Job], key: Any, trains: bool) -> Any:
-        """PyTorch's schedule for micro-batches of one shape. The first of a shape is tried, to know what crosses."""
+        """PyTorch's schedule for micro-batches of one shape. The first one of a shape is a trial, which shows what is sent."""
         self.jobs = list(jobs)
         key = (len(jobs), key)
         if self._any(trains not in self.made or self.made[trains][0] != key):
@@ -192,15 +192,15 @@ class Pipeline:
         return schedule
 
     def _any(self, here: bool) -> bool:
-        """Whether something is so in one stage at least."""
+        """Whether ``here`` is true on at least one stage."""
         count = torch.tensor(int(here), device=self.device)
         dist.all_reduce(count, group=self.group)
         return bool(count)
 
     def _lay_out(self, job: Job) -> tuple[Tensors, Tensors, Any]:
-        """(what this stage takes, what it gives: tensors without meaning, the form of what it takes).
+        """(example tensors that this stage receives, those that it sends, the structure of what it receives).
 
-        Errors: ``ValueError`` in all stages for what a job says in one of them.
+        Errors: ``ValueError`` on all stages if the job fails on one.
         """
         takes: Tensors = ()
         gives: Tensors = ()
@@ -237,7 +237,7 @@ class Pipeline:
         return [(found, shapes)], tuple(tensors)
 
     def evaluate(self, job: Job, key: Any) -> Any:
-        """What a job returns in the last stage, in all of them; without gradients."""
+        """The result of a job, which the last stage computes, on all stages; without gradients."""
         with torch.no_grad():
             self._schedule([job], (self.model.training, key), False).step(
                 micro=torch.zeros(1, dtype=torch.long), return_outputs=False
@@ -248,10 +248,10 @@ class Pipeline:
         return found[0]
 
     def gradients(self, jobs: Sequence[Job], keys: Sequence[Any]) -> Float[Tensor, ' m']:
-        """The losses that jobs return; their gradients are added to those of the parameters.
+        """The losses that the jobs return. Their gradients are accumulated in the parameters.
 
-        Copies of the stages have jobs of their own; parameters get the gradients of all of them. A job that draws must seed the
-        generator first. ``keys``: of each job what the shapes of its tensors follow from.
+        Copies of the stages have their own jobs; gradients are summed over all of them. A job that draws random numbers must
+        seed the generator first. ``keys``: for each job a key that determines the shapes of its tensors.
         """
         found: list[Tensor] = []
         for key, group in groupby(range(len(jobs)), key=lambda number: keys[number]):
@@ -270,13 +270,13 @@ class Pipeline:
         return everywhere
 
     def add_up(self) -> None:
-        """The sum of the gradients of all stages that have a parameter, and of all copies of the stages."""
+        """Sum gradients over all stages that share a parameter, and over all copies of the stages."""
         learning = [(parameter, stages) for parameter, stages in self.places.items() if parameter.requires_grad]
         self._add([parameter for parameter, stages in learning if len(stages) > 1], self.group)
         self._add([parameter for parameter, _ in learning if not parameter.is_meta], self.copies)
 
     def _add(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-        """A parameter that nobody has used has no gradient afterwards, either."""
+        """A parameter that no stage has used gets no gradient."""
         if dist.get_world_size(group) == 1 or not parameters:
             return
         used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device)
@@ -290,5 +290,5 @@ class Pipeline:
                 parameter.grad = own
 
     def counts(self, parameter: nn.Parameter) -> bool:
-        """Whether this stage is the one that counts a parameter."""
+        """Whether this stage is the first one with the parameter, which counts it."""
         return min(self.places[parameter]) == self.stage

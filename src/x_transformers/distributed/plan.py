@@ -1,6 +1,6 @@
 """Estimates for a number of devices: memory of each, operations, fitting grids. Nothing is computed or sent.
 
-Sizes are those of tensors. What the allocator, the libraries and the network need beside them is not known here.
+The estimates count tensors. They do not include the memory of the allocator, of libraries and of communication.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MASTER = 4  # bytes of a weight, its gradient, and each number that the optimize
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a pipeline. Bytes and operations are those of one row of a micro-batch."""
+    """A pipeline stage. Bytes and operations are for one row of a micro-batch."""
 
     parameters: int
     kept: int
@@ -38,7 +38,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Size:
-    """A model without numbers: how many it would have, and what one row of tokens costs."""
+    """The size of a model on the meta device: its parameters, and the cost of one row of tokens."""
 
     parameters: int
     own: int  # parameters of a process of a tensor group, all of them where there is none; so the next two
@@ -69,7 +69,7 @@ class Size:
         with torch.device('meta'):
             whole = build_model(given, vocabulary)
         check_grid(whole, group, pipeline)
-        given['verbose'] = False  # what is to be said of the flags has been said
+        given['verbose'] = False  # warnings about the flags have been printed
         model = own_parameters(given, vocabulary, group)
         layers = [unit for unit in units(model) if len(unit) == 1]
         rest = [unit for unit in units(model) if len(unit) > 1]
@@ -84,7 +84,7 @@ class Size:
         )  # fmt: skip
 
     def operations(self, rows: int, micros: int) -> float:
-        """What the busiest device could do in the time of a step: with stages also while it waits."""
+        """The operations that the busiest device could execute during a step; with stages, including the time it waits."""
         if not self.stages:
             return self.own_flops * rows * micros
         return max(stage.flops for stage in self.stages) * rows * (micros + len(self.stages) - 1)
@@ -92,7 +92,7 @@ class Size:
 
 def check_grid(model: nn.Module, group: RowGroup, pipeline: int) -> None:
     degrees = Degrees(tensor=group.tensor, context=group.context, pipeline=pipeline)
-    # stages cannot be had in parts, and heads of slices only so
+    # stages cannot be sharded; tensor groups with slices must be
     shard = 'none' if pipeline > 1 else 'full'
     check(
         model, degrees, shard=shard, checkpoint='none', precision=None, compile=False, offload=False,
@@ -101,12 +101,12 @@ def check_grid(model: nn.Module, group: RowGroup, pipeline: int) -> None:
 
 
 def count(module: nn.Module) -> int:
-    """The parameters that this process has."""
+    """The number of parameters of this process."""
     return sum(own_part(parameter).numel() for parameter in module.parameters())
 
 
 def kept_again(kept: int, again: int, layers: int) -> int:
-    """While a layer is computed again, what it keeps is there once more."""
+    """The bytes that a layer saves while it is recomputed."""
     return min(again + max(kept - again, 0) // max(layers, 1), kept)
 
 
@@ -117,7 +117,7 @@ def stages_of(model: nn.Module, row: Row, again: Row, stages: int) -> Iterator[S
     places = places_of(model, net, stages)
     numbers = [len(steps) for steps in steps_of(net.attn_layers, stages)]
     for stage, (first, end) in enumerate(pairwise(accumulate(numbers, initial=1))):
-        # in front of the layers everything but the table runs everywhere
+        # before the layers, every stage runs everything except the table
         own = slice(0 if stage == 0 else first, end + (stage == last))
         kept, less = sum(row.kept[own]), sum(again.kept[own])
         enters = row.entering[first - 1] if stage > 0 else 0
@@ -138,7 +138,7 @@ class Need:
     optimizer: float
     gathered: float  # of layers that run, beside the parts that are always there; what has come from other stages
     activations: float
-    together: bool  # whether what is kept, and all gradients, are there at the same time
+    together: bool  # whether saved tensors and all gradients exist at the same time
     stage: int | None = None
 
     @property
@@ -146,7 +146,7 @@ class Need:
         kept = self.weights + self.optimizer + self.gathered
         if self.together:
             return kept + self.gradients + self.activations
-        # what a layer has kept is let go of when its gradients are made, so the two are never there in full together
+        # a layer frees its saved tensors when its gradients are computed, so both never exist in full
         return kept + max(self.gradients, self.activations)
 
 
@@ -160,11 +160,11 @@ def needs(
     optimizer_numbers: int = 2,
     micros: int = 1,
 ) -> Iterator[Need]:
-    """Of every grid, those first that send least; of a pipeline, every stage.
+    """The memory under every grid, sorted by communication; with a pipeline, of every stage.
 
     Args:
         batch: rows of a micro-batch, over all devices.
-        optimizer_numbers: of AdamW two for each weight; of Muon one, for its matrices.
+        optimizer_numbers: numbers per weight in the optimizer's state: 2 for AdamW, 1 for the matrices of Muon.
         micros: micro-batches of a step.
     """
     readers = readers_of(devices, size.group.size * max(len(size.stages), 1), batch)
@@ -195,7 +195,7 @@ def grid_needs(
 ) -> Iterator[Need]:
     tensor, context, compute = size.group.tensor, size.group.context, 2 if half else MASTER
     within = min(max(per_node // size.group.size, 1), readers)
-    # groups that share heads have no copies, but with parts
+    # tensor groups have copies only with sharding
     copies = tensor == 1 or readers * context == 1
     grids = {'copies (--shard none)': Degrees(replicate=readers, tensor=tensor, context=context)} if copies else {}
     if within < readers and readers % within == 0:
@@ -203,7 +203,7 @@ def grid_needs(
         grids['parts in a node (--shard hybrid)'] = hybrid
     grids['parts over all (--shard full)'] = Degrees(shard=readers, tensor=tensor, context=context)
     for name, degrees in grids.items():
-        # those that have slices of the same rows hold parts, too
+        # processes with slices of the same rows also hold shards
         holders = degrees.shard * context if name != 'copies (--shard none)' else 1
         part = MASTER * size.own / holders
         buckets = holders == 1 and tensor == 1
@@ -226,7 +226,7 @@ def stage_needs(
     degrees = Degrees(replicate=copies, pipeline=stages)
     for number, stage in enumerate(size.stages):
         part = MASTER * stage.parameters
-        # one forward and one backward by turns: as many wait as there are stages behind
+        # 1F1B: as many micro-batches are in flight as there are later stages
         waiting = stages - number if micros >= stages else micros
         gathered = rows * micros * stage.borders + (2 * size.largest_layer if half else 0)
         kept = waiting * rows * (stage.kept_less if checkpointing else stage.kept)

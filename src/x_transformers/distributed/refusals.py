@@ -1,6 +1,6 @@
 """Refusals: which flag each kind of parallelism does not support; one table, checked before anything starts.
 
-Everything that is not refused here gives the loss and the gradients of one process, as ``tests/distributed`` proves.
+``tests/distributed`` proves that everything else gives the loss and the gradients of one process.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ BRANCHES: tuple[tuple[str, type[nn.Module]], ...] = (('attn_', Attention), ('ff_
 
 
 def refusals(model: nn.Module, kinds: set[str]) -> Iterator[str]:
-    """A sentence for each flag of the model that one of these kinds of parallelism cannot do."""
+    """One sentence for each flag of the model that one of these kinds of parallelism does not support."""
     for refusal in REFUSALS:
         if refusal.kind in kinds and is_set(model, refusal):
             yield f'`{refusal.flag}` must be left as it is with {refusal.kind}: {refusal.reason}.'
@@ -86,7 +86,7 @@ def is_set(model: nn.Module, refusal: Refusal) -> bool:
 
 
 def differs(module: Any, name: str, allowed: type | None) -> bool:
-    """Whether a flag of the module has another value than its default, and none that is allowed."""
+    """Whether a flag of the module differs from its default and has no allowed value."""
     flags: Any = getattr(module, 'flags', None)
     field = type(flags).flag_fields().get(name) if hasattr(type(flags), 'flag_fields') else None
     if field is None:
@@ -107,7 +107,7 @@ def option_refusals(
     sequence_parallel: bool = False,
     loss_parallel: bool = False,
 ) -> list[str]:
-    """A sentence for each option that is refused whatever the flags."""
+    """One sentence for each option that is refused under all flags."""
     together = NOT_TOGETHER if degrees.pipeline > 1 else {}
     # with shard the number of those that share a parameter may be one, or not known yet
     parts = shard != 'none'
@@ -135,7 +135,7 @@ def check(
     sequence_parallel: bool = False,
     loss_parallel: bool = False,
 ) -> None:
-    """Refuse what cannot be done, naming all of it.
+    """Refuse all unsupported flags and options in one error.
 
     Errors: ``MeshError``.
     """

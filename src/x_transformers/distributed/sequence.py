@@ -1,10 +1,10 @@
 """Sequence parallelism with tensor groups: between branches, each process holds a slice of the sequence.
 
-A stack cuts what enters it, and puts its output together again. Norms and residuals run on slices, so a process keeps its rows
-of their results alone. A branch is given all rows, and hands out a slice of the sum of what the processes make of them; one
-with something around it that looks at neighbours, or that drops units by chance, runs on all rows everywhere.
+A stack slices its input and gathers its output. Norms and residuals run on slices, so a process saves only its own rows of
+their results. A branch gets all rows, and returns a slice of the sum over the processes. A branch with a wrapper that mixes
+neighbouring tokens, or with dropout, runs on all rows on every process.
 
-A call runs on all rows as without slices where it keeps no gradients, or asks for hidden states, or brings memories or a cache.
+A call without gradients, with memories or a cache, or that returns hidden states, runs without slices.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from x_transformers.layers.slots import takes_around
 from x_transformers.norms import NORMS
 from x_transformers.tensor_types import Float
 
-# what a call of a stack may bring or ask for that needs all rows
+# arguments of a call that need all rows
 NEED_ALL = {'cache', 'mems', 'return_hiddens', 'transform_block_inputs'}
-# modules of a stack that run between its layers
+# modules of a stack between its layers
 BETWEEN = ('skip_combines', 'lambdas', 'mudd')
 
 
 def slice_stacks(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Have every stack of ``model`` run on slices, in place. Before its layers are cut."""
+    """Make every stack of ``model`` run on slices, in place. Call it before the layers are sharded."""
     for stack in stacks_of(model):
         parallelize_module(stack, mesh, SlicedStack())
 
 
 def sequence_refusals(model: nn.Module) -> Iterator[str]:
-    """A sentence for what is in a layer's slot and may look at other rows, or cannot be told that it has a slice."""
+    """One sentence for each module in a layer's slot that may mix rows, or that cannot run on a slice."""
     for stack in stacks_of(model):
         strange = {type(part).__name__ for layer in stack.layers for part in unknown_parts(layer)}
         if strange:
@@ -63,7 +63,7 @@ def unknown_parts(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 class Slices:
-    """How many rows the sequence of the call that runs has; 0: nothing is cut. ``calls``: how many were."""
+    """The sequence length of the current call; 0: it is not sliced. ``calls`` counts the sliced ones."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -75,7 +75,7 @@ class Slices:
         size = self.mesh.size()
         needs_all = len(args) > 1 or any(kwargs.get(name, False) not in (None, False) for name in NEED_ALL)
         rows = 0 if x is None or needs_all or not torch.is_grad_enabled() else x.shape[-2]
-        # rounded up there are as many rows for each but the last, who must have some
+        # all slices have the same length, rounded up, except the last one, which must not be empty
         self.length = rows if (size - 1) * -(-rows // size) < rows else 0
         self.calls += self.length > 0
 
@@ -90,7 +90,7 @@ class Slices:
 
 
 class SlicedStreams:
-    """The streams of a stack, on slices between entering and leaving it."""
+    """The streams of a stack, sliced from its input to its output."""
 
     def __init__(self, whole: Any, slices: Slices) -> None:
         self.whole, self.slices = whole, slices
@@ -110,7 +110,7 @@ class SlicedStreams:
 
 
 class SlicedStack(ParallelStyle):
-    """A stack, and all that runs between its layers."""
+    """Slices a stack and the modules between its layers."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         stack: Any = module
@@ -130,14 +130,14 @@ class SlicedStack(ParallelStyle):
 
 
 def children_of(parts: nn.Module | None) -> list[nn.Module]:
-    """The modules in a list, of which some may be None; a module itself."""
+    """The modules of a list, without None; or a single module."""
     if isinstance(parts, nn.ModuleList):
         return [part for part in parts if part is not None]
     return [] if parts is None else [parts]
 
 
 class Between:
-    """A module that runs on slices whenever its stack does."""
+    """A module between layers, which runs on slices when its stack does."""
 
     def __init__(self, slices: Slices, swap: Swap) -> None:
         self.slices, self.swap = slices, swap
@@ -151,7 +151,7 @@ class Between:
 
 
 class SlicedLayer(ParallelStyle):
-    """A layer. Whether it runs on slices goes with what surrounds it, as it may run again when its stack does not."""
+    """Slices a layer. Its inputs say whether it runs on slices, as it may be recomputed outside of its stack."""
 
     def __init__(self, slices: Slices, mixtures: dict[nn.Module, Swap]) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class SlicedLayer(ParallelStyle):
             mixture.leave()
 
     def part(self, t: Float[Tensor, '... n d'] | None, whole: int) -> Float[Tensor, '... m d'] | None:
-        """Of something for each token, or for all alike."""
+        """This process's rows of a tensor per token; a tensor for all tokens stays whole."""
         if t is None or not whole:
             return t
         return slice_of(t, self.slices.mesh) if t.shape[-2] == whole else copied(t, self.slices.mesh)
@@ -213,7 +213,7 @@ class SlicedLayer(ParallelStyle):
 
 
 def takes_slices(branch: nn.Module, given: SlicedInputs) -> bool:
-    """Whether nothing but its sum is done to a branch's output: then each process is to have its rows of that alone."""
+    """Whether a branch's output is only summed, so that each process needs its own rows of the sum."""
     if isinstance(branch, Attention):
         return branch.sublayer_dropout is None
     return (

@@ -18,9 +18,9 @@ from x_transformers.tensor_types import Float
 
 
 class StagedEngine(MeshEngine):
-    """Stages of a pipeline, maybe with copies of all of them that read other data.
+    """Stages of a pipeline, and possibly copies of all stages that read other data.
 
-    The micro-batches of a step go through the stages one behind the other: there should be more of them than stages.
+    The micro-batches of a step pass through the stages one after the other, so there should be more of them than stages.
     """
 
     pipeline: Pipeline
@@ -42,7 +42,7 @@ class StagedEngine(MeshEngine):
         self, loss: Callable[[Any], Float[Tensor, '']], batches: Sequence[Any], shares: Sequence[float]
     ) -> list[Tensor]:
         def one(micro: int) -> Float[Tensor, '']:
-            # what is drawn must not depend on the micro-batches that this stage has run before
+            # random numbers must not depend on the micro-batches that this stage ran before
             torch.manual_seed(number_of(*self.seeds, self.rank, micro))
             return loss(batches[micro]) * shares[micro]
 
@@ -59,7 +59,7 @@ class StagedEngine(MeshEngine):
         return square.sqrt()
 
     def flops(self, count: Callable[[], float]) -> float:
-        count()  # the first run of a shape tries it, too
+        count()  # the first run of a shape includes a trial
         found = torch.tensor(count(), dtype=torch.float64, device=self.device)
         dist.all_reduce(found, group=self.pipeline.group)
         return float(found)

@@ -18,7 +18,7 @@ from x_transformers.transformer_wrapper import TransformerWrapper
 
 
 def staged_refusals(model: nn.Module, stages: int) -> Iterator[str]:
-    """A sentence for everything about a model that keeps it from being cut into stages, beside its flags."""
+    """One sentence for each property of a model, other than flags, that prevents splitting it into stages."""
     net = network(model)
     if net is None:
         yield (
@@ -32,13 +32,13 @@ def staged_refusals(model: nn.Module, stages: int) -> Iterator[str]:
 
 
 def network(model: nn.Module) -> Any:
-    """The TransformerWrapper of a model whose loss is known to be the same in stages; None for other models."""
+    """The TransformerWrapper of a model whose loss stages can compute; None for other models."""
     net = model.net if isinstance(model, AutoregressiveWrapper) else model
     return net if type(net) is TransformerWrapper else None
 
 
 def blocks_of_stages(stack: AttentionLayers) -> list[list[Step]]:
-    """The steps of each block that is executed."""
+    """The steps of each executed block."""
     blocks: list[list[Step]] = []
     for step in stack.plan.own_steps:
         if step.block:
@@ -48,24 +48,24 @@ def blocks_of_stages(stack: AttentionLayers) -> list[list[Step]]:
 
 
 def steps_of(stack: AttentionLayers, stages: int) -> list[tuple[Step, ...]]:
-    """The steps of each stage: as many blocks in each, the first ones have what is left over."""
+    """The steps of each stage: equally many blocks, with the remainder in the first stages."""
     blocks = blocks_of_stages(stack)
     borders = [-(-len(blocks) * stage // stages) for stage in range(stages + 1)]
     return [tuple(step for block in blocks[a:b] for step in block) for a, b in pairwise(borders)]
 
 
-# where parameters are
+# the stages of parameters
 
 
 def placed_modules(net: Any, stages: int) -> dict[nn.Module, set[int]]:
-    """The stages of modules that not every stage has: layers, the token table, what stands behind the last layer."""
+    """The stages of modules that only some stages hold: layers, the token table, and all that follows the last layer."""
     stack, last = net.attn_layers, stages - 1
     placed: dict[nn.Module, set[int]] = {}
     for stage, steps in enumerate(steps_of(stack, stages)):
         for step in steps:
             placed.setdefault(stack.layers[step.layer], set()).add(stage)
     for layer in stack.layers:
-        # one that is never run is kept by the first stage
+        # a layer that is never executed belongs to the first stage
         placed.setdefault(layer, {0})
     placed[stack.final_norm] = {last}
     if isinstance(net.to_logits, nn.Module):
@@ -77,7 +77,7 @@ def placed_modules(net: Any, stages: int) -> dict[nn.Module, set[int]]:
 
 
 def stages_of_modules(model: nn.Module, net: Any, stages: int) -> dict[nn.Module, set[int]]:
-    """The stages of every module; what stands beside the layers is on all of them."""
+    """The stages of every module. Modules outside of the layers are on all stages."""
     placed = placed_modules(net, stages)
     where: dict[nn.Module, set[int]] = {}
 
@@ -101,7 +101,7 @@ def places_of(model: nn.Module, net: Any, stages: int) -> dict[nn.Parameter, set
 
 
 def leave_elsewhere(model: nn.Module, net: Any, stage: int, stages: int) -> dict[nn.Parameter, set[int]]:
-    """Give up the numbers of what other stages have. Returns the stages of each parameter that the model has now."""
+    """Move the parameters of other stages to the meta device. Returns the stages of each parameter of the model."""
     where, places = stages_of_modules(model, net, stages), places_of(model, net, stages)
     left = {
         parameter: nn.Parameter(torch.empty_like(parameter, device='meta'), requires_grad=parameter.requires_grad)

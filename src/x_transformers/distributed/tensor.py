@@ -1,8 +1,8 @@
 """Tensor parallelism: each process holds some heads of every attention and some inner features of every feed-forward.
 
-Between the layers every process has all of the stream. A branch begins with a copy whose gradients are added up, and ends with
-a sum over the processes. The parameters are DTensors that say which rows a process has. A branch runs on these rows alone, as
-one that has fewer heads: its own code is not told.
+Between layers, every process holds the whole stream. A branch starts with a copy whose gradients are summed, and ends with a
+sum over the processes. Parameters are DTensors. A branch runs on its local rows like a branch with fewer heads, so its code
+does not change.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from x_transformers.tensor_types import Float, Int, Shaped
 
 
 class Cut(NamedTuple):
-    """How a parameter is cut: its axis ``axis`` lists heads ``runs`` times over, or features."""
+    """How a parameter is sharded: along ``axis``, which lists heads or features, ``runs`` times in a row."""
 
     axis: int
-    of_keys: bool = False  # heads of keys and values, else those of queries
+    of_keys: bool = False  # heads of keys and values; otherwise those of queries
     runs: int = 1
 
 
-# by their names in an attention; all others are whole everywhere
+# by name in an attention; all others stay whole
 HEADS = {
     'to_q': Cut(0),
     'qk_norm_q_scale': Cut(0),
@@ -76,18 +76,18 @@ HEADS = {
     'convolutions.k': Cut(1, of_keys=True),
     'convolutions.v': Cut(1, of_keys=True),
 }
-# modules in an attention that count its heads
+# modules of an attention that have a number of heads
 COUNTING = ('rel_proj_pos_bias', 'data_dependent_alibi')
-# what an attention may be called with by others than a stack
+# arguments of an attention that is not called by a stack
 PLAIN = {'context', 'mask', 'context_mask'}
-# the same in a feed-forward; a gated one has values and gates one behind the other
+# by name in a feed-forward; a gated one lists values, then gates
 FEATURES = {'ff.0.proj': Cut(0, runs=2), 'ff.0.mult_bias': Cut(0), 'ff.0.0': Cut(0), 'ff.0.canon': Cut(1)}
 
 
 def cut_branches(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
-    """Cut every attention and feed-forward below ``model`` that is whole, in place; ``dtype``: what they run in, if not theirs.
+    """Shard every attention and feed-forward of ``model`` in place. ``dtype``: the dtype that they run in, if not their own.
 
-    Errors: ``MeshError`` naming what ``mesh`` does not divide.
+    Errors: ``MeshError`` naming the sizes that ``mesh`` does not divide.
     """
     for module in model.modules():
         if isinstance(module, Attention) and not is_cut(module):
@@ -106,7 +106,7 @@ def is_cut(module: nn.Module) -> bool:
 
 
 def check_divides(model: nn.Module, size: int) -> Iterator[str]:
-    """A sentence for each number of heads or features that ``size`` processes cannot share."""
+    """One sentence for each number of heads or features that ``size`` does not divide."""
     wrong: dict[str, None] = {}
     for module in model.modules():
         numbers = {}
@@ -128,7 +128,7 @@ def check_divides(model: nn.Module, size: int) -> Iterator[str]:
 
 
 def placement_of(cut: Cut, groups: int) -> Placement:
-    """Grouped query heads are listed group by group, and each process has some of each group."""
+    """Query heads are listed group by group, and each process holds some of each group."""
     runs = cut.runs * groups
     return Shard(cut.axis) if runs == 1 else _StridedShard(cut.axis, split_factor=runs)
 
@@ -138,7 +138,7 @@ def found_in(table: dict[str, Cut], name: str) -> Cut | None:
 
 
 class BranchParallel(ParallelStyle):
-    """A branch of which each process has a share. Its parameters are exchanged for this process's rows while it runs."""
+    """Shards a branch. While it runs, local rows replace its parameters."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -168,11 +168,11 @@ class BranchParallel(ParallelStyle):
         raise NotImplementedError
 
     def output(self, module: Any) -> nn.Linear:
-        """What makes the branch's output, from the features that are spread."""
+        """The last linear map of the branch, which reads the sharded features."""
         raise NotImplementedError
 
     def narrow(self, module: Any) -> None:
-        """What else a branch with fewer heads would know."""
+        """Set the other attributes of a branch with fewer heads."""
 
     def enter(self, module: Any, args: Any, kwargs: dict[str, Any], *, swap: Swap) -> tuple[Any, dict[str, Any]]:
         raise NotImplementedError
@@ -181,14 +181,14 @@ class BranchParallel(ParallelStyle):
         """After the branch has run."""
 
     def input(self, x: Float[Tensor, '... d'], kwargs: dict[str, Any]) -> Float[Tensor, '... d']:
-        """All rows of what all processes have, or have slices of; then the output is a slice, too."""
+        """The input with all rows. If it was a slice, the output is one, too."""
         mesh, whole = self.adding.mesh, length_of(kwargs.get('around'))
         self.adding.to_slices = whole > 0
         return all_rows(x, whole, mesh, alike=False) if whole else copied(x, mesh)
 
 
 class FeatureParallel(BranchParallel):
-    """A feed-forward."""
+    """Shards a feed-forward by its inner features."""
 
     def placement(self, module: FeedForward, owner: nn.Module, path: str, parameter: Float[Tensor, '...']) -> Placement | None:
         if owner is self.output(module):
@@ -212,7 +212,7 @@ def output_of(module: FeedForward) -> nn.Linear:
 
 
 class HeadParallel(BranchParallel):
-    """An attention."""
+    """Shards an attention by its heads."""
 
     share: HeadShare
 
@@ -221,13 +221,13 @@ class HeadParallel(BranchParallel):
         if owner is self.output(module):
             return placement_of(Cut(1), share.groups) if parameter.ndim == 2 else None
         cut = found_in(HEADS, path)
-        # a gain that all heads share
+        # one gain for all heads
         if cut is None or parameter.shape[cut.axis] == 1:
             return None
         if cut.of_keys:
             return None if share.all_keys else placement_of(cut, 1)
         if owner is getattr(module.data_dependent_alibi, 'to_forget_gates', (None,))[0]:
-            # gates that look back and ahead, or small queries and small keys
+            # gates for both directions, or queries and keys of the gates
             per_row = isinstance(module.data_dependent_alibi, PerRowDataDependentAlibi)
             cut = cut._replace(runs=1 if module.causal and not per_row else 2)
         return placement_of(cut, share.groups)
@@ -250,7 +250,7 @@ class HeadParallel(BranchParallel):
 
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         around: BranchInputs | None = kwargs.get('around')
-        # scores that go on to the next layer are for the same heads there
+        # scores for the next layer stay: it has the same heads
         if around is not None and not around.return_scores:
             out[1].maps = NoMaps()
 
@@ -261,40 +261,40 @@ class HeadParallel(BranchParallel):
         elif kwargs.keys() - PLAIN or any(isinstance(each, Tensor) and each.ndim > 3 for each in rest):
             raise MeshError('an attention that is spread must be called by its stack, got a call of its own. Call the model.')
         else:
-            # a context alone, as in pooling
+            # only a context, as in pooling
             rest = [each if each is None else copied(each, swap.mesh) for each in rest]
         swap.enter()
         return (self.input(x, kwargs), *rest), kwargs
 
 
 class NoMaps(Maps):
-    """In the place of maps that would have some heads only."""
+    """Replaces maps, which would contain only some of the heads."""
 
     def read(self, what: str) -> Tensor | None:
         raise MeshError('attention maps must not be read with --tensor: each process has some heads. Use --shard full alone.')
 
 
 def all_keys(heads: int, kv_heads: int, size: int) -> bool:
-    """Whether every process is to have all key heads, each for some of its query heads: there are too few to be shared."""
+    """Whether every process holds all key heads, because there are too few to divide; each serves some of its query heads."""
     return kv_heads % size != 0 and heads % size == 0 and heads // size % kv_heads == 0
 
 
 class HeadShare:
-    """Which heads a process has: some of the key heads, and of each group of query heads those that look at them."""
+    """The heads of one process: some of the key heads, and the query heads of each group that use them."""
 
     def __init__(self, heads: int, kv_heads: int, mesh: DeviceMesh) -> None:
         rank, size = mesh.get_local_rank(), mesh.size()
         self.mesh = mesh
         self.heads, self.kv_heads = heads, kv_heads
         self.all_keys = all_keys(heads, kv_heads, size)
-        # how often heads are listed that have one after the other the same keys
+        # the number of groups of query heads that list the key heads in order
         self.groups = 1 if self.all_keys else heads // kv_heads
         keys, queries = torch.arange(kv_heads), torch.arange(heads).view(self.groups, -1)
         self.keys = keys if self.all_keys else keys.chunk(size)[rank]
         self.queries = queries.chunk(size, dim=1)[rank].flatten()
 
     def of(self, given: BranchInputs) -> BranchInputs:
-        """What surrounds the branch, for these heads."""
+        """The inputs of the branch for these heads."""
         if any(delta is not None for delta in given.deltas):
             raise MeshError('deltas inside attention must be left out with --tensor, got some. Use --shard full alone.')
         changed: dict[str, Any] = {}
@@ -318,16 +318,16 @@ class HeadShare:
         return given.having(**changed) if changed else given
 
     def some(self, t: Shaped[Tensor, '...'], axis: int = -3) -> Shaped[Tensor, '...']:
-        """Of something for each query head, or for all alike."""
+        """The entries of a tensor for these query heads; an axis of 1 stays."""
         return t if t.shape[axis] == 1 else t.index_select(axis, self.queries.to(t.device))
 
     def some_keys(self, t: Float[Tensor, 'b h j c']) -> Float[Tensor, 'b k j c']:
-        """Of keys or values of another model: query head h looks at head h mod their number."""
+        """The heads of another model's keys or values that these query heads use: head h mod their number."""
         index = self.keys if t.shape[1] == self.kv_heads else self.queries % t.shape[1]
         return t.index_select(1, index.to(t.device))
 
     def some_values(self, module: Any, x: Float[Tensor, 'b n d'], ids: Int[Tensor, 'b n']) -> Float[Tensor, 'b h n c']:
-        """Of what a module of the model, which is whole everywhere, makes for all key heads."""
+        """The values for these key heads, from a module that is whole on every process."""
         swap = Swap(entries_of(module), self.mesh)
         swap.enter()
         try:
@@ -337,9 +337,9 @@ class HeadShare:
 
 
 class OutputSum:
-    """The output of a branch is the sum of what all processes make of their features; its bias is added once, behind.
+    """Sums the output of a branch over the processes, and then adds its bias once.
 
-    ``to_slices``: each process needs its rows of the sum alone.
+    ``to_slices``: each process needs only its own rows of the sum.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -354,7 +354,7 @@ class OutputSum:
         bias, self.bias = self.bias, None
         module._parameters['bias'] = bias
         if out is None:
-            # a layer that is run again for its gradients stops as soon as all is there again
+            # a recomputed layer stops as soon as all saved tensors are there
             return None
         if self.to_slices:
             part = summed_rows(out, self.mesh)
@@ -367,7 +367,7 @@ class OutputSum:
 
 
 def cut_biases(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Biases that a stack makes of positions, for the heads of this process. Their few parameters are whole everywhere."""
+    """Make the position biases of a stack for the heads of this process. Their few parameters stay whole."""
     for stack in stacks_of(model):
         flags = stack.flags
         share = HeadShare(flags.heads, flags.attention.num_kv_heads, mesh)

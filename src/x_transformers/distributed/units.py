@@ -22,10 +22,10 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def units(model: nn.Module) -> list[list[nn.Module]]:
-    """Modules whose parameters are gathered together: each layer, and for each model what stands around its stack.
+    """Modules whose parameters are gathered together: each layer, and for each model the modules around its stack.
 
     The table of tokens, the final norm and the head are one unit: a tied head reads the table. A module that several models
-    share is left to the unit of the whole.
+    share belongs to the unit of the whole model.
     """
     found: list[list[nn.Module]] = [[layer] for layer in layers_of(model)]
     taken = {module for layer in layers_of(model) for module in layer.modules()}

@@ -1,8 +1,8 @@
 """Loss parallelism with tensor groups: each process holds the logits of a part of the vocabulary.
 
-The head's rows are cut, and with a tied head those of the token table. A loss that a head makes by itself is put together of
-what each process has, a few rows at a time, with PyTorch's ``loss_parallel``; no process ever has a whole row of logits. Where
-the logits themselves are asked for they are gathered.
+The rows of the head are sharded, and with a tied head those of the token table. A loss is computed from the logits of all
+processes, a few rows at a time, with PyTorch's ``loss_parallel``; no process ever holds a whole row of logits. Calls that
+return logits gather them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from x_transformers.tensor_types import Float, Int
 
 
 def cut_vocabulary(part: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut every head below ``part`` that is one linear map and whole, in place; a tied one with its table."""
+    """Shard every head of ``part`` that is one linear map, in place; a tied one with its table."""
     for module in part.modules():
         if type(module) is LinearLogits:
             cut_rows(module, mesh)
@@ -42,7 +42,7 @@ def cut_vocabulary(part: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def vocabulary_refusals(model: nn.Module, size: int) -> Iterator[str]:
-    """A sentence for everything about a model that keeps its vocabulary from being cut among ``size`` processes."""
+    """One sentence for each property of a model that prevents sharding its vocabulary over ``size`` processes."""
     if not isinstance(model, (AutoregressiveWrapper, StackWrapper)):
         yield f'a model must be an AutoregressiveWrapper, or what it wraps, with --loss-parallel, got {type(model).__name__}.'
         return
@@ -65,21 +65,21 @@ def cut_table(table: nn.Embedding, mesh: DeviceMesh) -> None:
 
 
 def check_ids(table: nn.Module, args: tuple[Int[Tensor, '...'], ...]) -> None:
-    """An id that no process has would have a vector of zeros. Errors: ``IndexError``, as of a table that is whole."""
+    """Refuse ids outside of the table, which would get a vector of zeros. Errors: ``IndexError``, as for a whole table."""
     ids, rows = args[0], table.num_embeddings
     if ids.device.type == 'cpu' and bool(((ids < 0) | (ids >= rows)).any()):  # type: ignore[operator]
-        raise IndexError(f'ids must lie in 0 … {rows} - 1.')  # said again by who looks them up
+        raise IndexError(f'ids must lie in 0 … {rows} - 1.')  # the lookup adds the details
 
 
 class LogitsOfSome(LinearLogits):
-    """A ``LinearLogits`` of which each process has some rows."""
+    """A ``LinearLogits`` that is sharded by rows."""
 
     def forward(self, input: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
         return logits_or_loss(input, self.weight, self.bias, targets, **loss)
 
 
 class TiedLogitsOfSome(TiedHead):
-    """A ``TiedHead`` whose table has some rows in each process."""
+    """A ``TiedHead`` whose table is sharded by rows."""
 
     def forward(self, x: Float[Tensor, '... d'], targets: Int[Tensor, '...'] | None = None, **loss: Any) -> Tensor:
         return logits_or_loss(x, self.weight, self.bias, targets, **loss)
@@ -92,7 +92,7 @@ def logits_or_loss(
     targets: Int[Tensor, '...'] | None,
     **loss: Any,
 ) -> Float[Tensor, '...']:
-    """All logits, or with targets their loss, as of a head that is whole."""
+    """All logits, or with targets their loss, as for a whole head."""
     if targets is not None:
         return linear_loss(x, weight, bias, targets, measure=vocabulary_cross_entropy, **loss)
     whole, mesh = weight.shape[0], mesh_of(weight)
@@ -106,7 +106,7 @@ def mesh_of(weight: Float[Tensor, 'v d']) -> DeviceMesh:
 
 
 def local(t: Any, dtype: torch.dtype) -> Tensor:
-    """This process's rows; those that every process keeps for itself are not cast when they are gathered."""
+    """This process's rows, cast here because FSDP2 does not cast parameters that it does not gather."""
     rows: Tensor = t.to_local()
     return rows.to(dtype)
 
@@ -119,7 +119,7 @@ def vocabulary_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> Float[Tensor, '']:
-    """``linear_cross_entropy`` of a weight and a bias whose rows are cut among processes; they are ``DTensor``."""
+    """``linear_cross_entropy`` of a weight and a bias that are sharded by rows (``DTensor``)."""
     check_targets('vocabulary_cross_entropy', hidden, targets, 'hidden')
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     dtype = autocast_dtype(rows) or rows.dtype
@@ -128,19 +128,19 @@ def vocabulary_cross_entropy(
         own = local(weight, dtype), None if bias is None else local(bias, dtype)
         total: Tensor = _VocabularyLoss.apply(rows, *own, wanted, plan)  # type: ignore[no-untyped-call]
     count = (wanted != ignore_index).sum()
-    # as for ordinary cross entropy: the mean of no tokens is not a number
+    # as for ordinary cross entropy, the mean of no tokens is NaN
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What the sum of losses goes by, beside tensors."""
+    """The arguments of the sum of losses that are not tensors."""
 
     mesh: DeviceMesh
     classes: int
     ignore_index: int
     softcap: float | None
-    chunk: int  # rows of logits that exist at one time
+    chunk: int  # rows of logits held at a time
     with_grad: bool
 
     def loss(
@@ -159,9 +159,9 @@ class LossPlan:
 
 
 class _VocabularyLoss(torch.autograd.Function):
-    """The sum of the cross entropies. Its gradients are made in the forward, while a few rows of logits are there.
+    """The sum of the cross entropies. The forward computes its gradients, while it holds a few rows of logits.
 
-    So ``loss_parallel``, which must be on for both, is on in here alone.
+    So ``loss_parallel``, which both passes need, is on only here.
     """
 
     @staticmethod
@@ -186,7 +186,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 leaves = [leaf for leaf in (some, *parameters) if leaf.requires_grad]
                 found = iter(torch.autograd.grad(loss, leaves) if leaves else ())
             total += loss.detach().to_local()
-            # the gradient of a row comes once, that of a parameter from every chunk
+            # a row gets its gradient once, a parameter from every chunk
             places: tuple[Any, ...] = (here, ..., ...)
             for slope, part in zip(slopes, places, strict=False):
                 if slope is not None:
