@@ -524,12 +524,21 @@ main parse parser __getattr__
 """)
 
 
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Functions and classes of a module, and the names that it gives to types; those of one letter are variables."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            yield from (name for name in names if name[0].isupper() and not name.isupper())
+
+
 def test_a_name_means_one_thing() -> None:
     found: dict[str, set[str]] = {}
     for path, tree in sources():
-        for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                found.setdefault(node.name, set()).add(path.relative_to(PACKAGE).as_posix())
+        for name in defined(tree):
+            found.setdefault(name, set()).add(path.relative_to(PACKAGE).as_posix())
     twice = {name: sorted(paths) for name, paths in found.items() if len(paths) > 1}
     assert not twice.keys() - set(PUBLIC_TWICE), f'{twice}: call one of them by what it does here'
     assert not set(PUBLIC_TWICE) - twice.keys(), 'these are defined once'

@@ -15,7 +15,7 @@ from x_transformers.flags.calls import BeamOptions, GenerationOptions
 from x_transformers.flags.fit import check_future, check_net, expert_loss
 from x_transformers.flags.objectives import AutoregressiveOptions, options
 from x_transformers.generation import beam
-from x_transformers.generation.contrastive import ContrastiveReader, Options, amateur_nets, check_same_vocabulary, unwrapped
+from x_transformers.generation.contrastive import ContrastiveReader, FilterArgs, amateur_nets, check_same_vocabulary, unwrapped
 from x_transformers.generation.decode import Reader, Tokens, decode, modify_cached_kv, no_program, reader_for
 from x_transformers.generation.modes import eval_decorator, evaluating
 from x_transformers.generation.prompts import (
@@ -266,7 +266,7 @@ class AutoregressiveWrapper(Module):
         restrict_to_max_seq_len: bool = True,
         amateur_model: nn.Module | Sequence[nn.Module] | None = None,
         filter_kwargs: Mapping[str, Any] | None = None,
-        contrastive_decode_kwargs: Options | Sequence[Options] | None = None,
+        contrastive_decode_kwargs: FilterArgs | Sequence[FilterArgs] | None = None,
         cache_kv: bool = True,
         *,
         include_prompt: bool = False,

@@ -22,7 +22,7 @@ from x_transformers.flags.other_inputs import ContinuousFlags
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature
 from x_transformers.generation.decode import Reader, Tokens, decode, reader_for
-from x_transformers.generation.keywords import Keywords
+from x_transformers.generation.keywords import NetKeywords
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import Lengths, Prompt, align_right, check_reserved, checked_length, right_aligned
 from x_transformers.generation.sampling import check_temperature, sample_from_mean_variance
@@ -313,7 +313,7 @@ class ContinuousAutoregressiveWrapper(Module):
             window=False,
             start=pads if widest else None,
             most_pads=widest,
-            keywords=Keywords(kwargs, most, most + rollout_steps - 1),
+            keywords=NetKeywords(kwargs, most, most + rollout_steps - 1),
         )
         said: list[Tensor] = []
         for step in range(rollout_steps):

@@ -19,7 +19,7 @@ from x_transformers.module import Module, empty_parameter, is_heard, to_unit_len
 from x_transformers.tensor_types import Float, Int, Shaped
 from x_transformers.unit_weights import UnitGain
 
-Logits = Tensor | tuple[Tensor, ...]
+HeadLogits = Tensor | tuple[Tensor, ...]
 
 
 def linear_loss(
@@ -247,7 +247,7 @@ class HeadForm:
         x: Float[Tensor, '... d'],
         weights: Float[Tensor, 'b n k'] | None,
         kwargs: Mapping[str, Any],
-    ) -> Logits:
+    ) -> HeadLogits:
         """Logits of ``x``, (b n d) or (b n k d) with a mixture, whose ``weights`` are (b n k)."""
         if 'targets' in kwargs and gives_loss(head):
             return head_loss(head, x, **kwargs, scale=self.scale, softcap=self.softcap)
@@ -266,5 +266,5 @@ class HeadForm:
         return logits.squeeze(-1) if self.squeeze else logits
 
 
-def map_logits(fn: Callable[[Float[Tensor, '... v']], Shaped[Tensor, '...']], logits: Logits) -> Logits:
+def map_logits(fn: Callable[[Float[Tensor, '... v']], Shaped[Tensor, '...']], logits: HeadLogits) -> HeadLogits:
     return tuple(fn(each) for each in logits) if isinstance(logits, tuple) else fn(logits)

@@ -324,14 +324,12 @@ def init_zero_(layer: nn.Module) -> None:
 
 # ---------------------------------------------------------------- dictionaries of keywords
 
-Keywords = dict[str, Any]
 
-
-def pick_and_pop(keys: Iterable[str], d: Keywords) -> Keywords:
+def pick_and_pop(keys: Iterable[str], d: dict[str, Any]) -> dict[str, Any]:
     return {key: d.pop(key) for key in keys}
 
 
-def group_dict_by_key(cond: Callable[[str], bool], d: Mapping[str, Any]) -> tuple[Keywords, Keywords]:
+def group_dict_by_key(cond: Callable[[str], bool], d: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(entries whose key fulfils ``cond``, the rest)."""
     matching = {key: value for key, value in d.items() if cond(key)}
     return matching, {key: value for key, value in d.items() if key not in matching}
@@ -341,11 +339,11 @@ def string_begins_with(prefix: str, string: str) -> bool:
     return string.startswith(prefix)
 
 
-def group_by_key_prefix(prefix: str, d: Mapping[str, Any]) -> tuple[Keywords, Keywords]:
+def group_by_key_prefix(prefix: str, d: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return group_dict_by_key(lambda key: string_begins_with(prefix, key), d)
 
 
-def groupby_prefix_and_trim(prefix: str, d: Mapping[str, Any]) -> tuple[Keywords, Keywords]:
+def groupby_prefix_and_trim(prefix: str, d: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """As ``group_by_key_prefix``, with the prefix cut off."""
     matching, rest = group_by_key_prefix(prefix, d)
     return {key[len(prefix) :]: value for key, value in matching.items()}, rest

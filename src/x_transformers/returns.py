@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache.intermediates import LayerIntermediates
-from x_transformers.heads import Logits, map_logits
+from x_transformers.heads import HeadLogits, map_logits
 from x_transformers.layers.arguments import plain_argument
 from x_transformers.losses import calc_entropy
 from x_transformers.tensor_types import Float
@@ -106,7 +106,7 @@ class ReturnSpec:
         self,
         *,
         x: Float[Tensor, 'b ... d'],
-        logits: Logits | None,
+        logits: HeadLogits | None,
         pooled: Float[Tensor, 'b ... p'] | None,
         has_head: bool,
         next_embed: Callable[[], tuple[Float[Tensor, 'b n e'], Float[Tensor, 'b n e']]],

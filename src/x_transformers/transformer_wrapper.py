@@ -21,7 +21,7 @@ from x_transformers.flags.constructors import only
 from x_transformers.flags.rules import check_wrapper
 from x_transformers.flags.signature import ClassSignature, with_arguments
 from x_transformers.flags.wrapper import WrapperFlags
-from x_transformers.heads import HeadForm, LinearHead, Logits, gives_loss
+from x_transformers.heads import HeadForm, HeadLogits, LinearHead, gives_loss
 from x_transformers.helpers import default
 from x_transformers.layers.arguments import StackArgs, argument_sentences
 from x_transformers.layers.repeat import block_transform, check_in_place, later_blocks
@@ -203,7 +203,7 @@ def embed_tokens(model: TransformerWrapper, x: Int[Tensor, 'b n ...'], call: Mod
 
 def read_tokens(
     model: TransformerWrapper, h: Float[Tensor, 'b ... d'], call: ModelArgs, whole: bool
-) -> tuple[Logits, Float[Tensor, 'b ... d']]:
+) -> tuple[HeadLogits, Float[Tensor, 'b ... d']]:
     """(logits, embeddings they were made of: with a mixture its vectors (b n k d))."""
     embeds = last_positions(h, None if whole else call.logits_last)
     weights = None if model.combine_mixture is None else model.combine_mixture(embeds)

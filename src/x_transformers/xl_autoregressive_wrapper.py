@@ -29,7 +29,7 @@ from x_transformers.flags.calls import WritingOptions, XLForwardOptions
 from x_transformers.flags.fit import check_future, check_net
 from x_transformers.flags.objectives import XLOptions, options
 from x_transformers.generation.decode import Reader, Tokens, decode
-from x_transformers.generation.keywords import Keywords
+from x_transformers.generation.keywords import NetKeywords
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import (
     Prompts,
@@ -66,7 +66,7 @@ class SegmentReader:
         self._reader = self._fresh()
 
     def _fresh(self) -> Reader:
-        keywords = Keywords({**self.given, 'mems': self.mems}, 0, None)
+        keywords = NetKeywords({**self.given, 'mems': self.mems}, 0, None)
         return Reader(self.net, window=False, keywords=keywords, expected=self.size, origin=self.first)
 
     def read(self, tokens: Tokens, last: int = 1) -> Float[Tensor, 'b k v']:

@@ -7,7 +7,7 @@ import torch
 
 from tests.generation.toys import OldToy, Toy
 from x_transformers.generation.decode import Reader, Tokens, decode, reads_new_tokens
-from x_transformers.generation.keywords import Keywords
+from x_transformers.generation.keywords import NetKeywords
 
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
@@ -131,7 +131,7 @@ def test_no_step_touches_more_than_the_new_token() -> None:
 def test_masks_behind_a_prefix() -> None:
     mask = torch.tensor([[True, False, True]])
     shown = torch.tensor([[False, True]])
-    words = Keywords({'mask': mask, 'prepend_mask': shown, 'prepend_embeds': torch.zeros(1, 2, 4), 'x': 1}, 3, 6)
+    words = NetKeywords({'mask': mask, 'prepend_mask': shown, 'prepend_embeds': torch.zeros(1, 2, 4), 'x': 1}, 3, 6)
     first = words.whole(0, 3)
     assert set(first) == {'mask', 'prepend_mask', 'prepend_embeds', 'x'}
     later = words.continued(4, 5, rows=7, front=2)
@@ -143,7 +143,7 @@ def test_masks_behind_a_prefix() -> None:
 
 def test_an_attention_mask_is_cut_to_what_is_seen() -> None:
     dense = torch.rand(8, 8) > 0.5
-    words = Keywords({'attn_mask': dense}, 3, 8)
+    words = NetKeywords({'attn_mask': dense}, 3, 8)
     assert torch.equal(words.whole(2, 6)['attn_mask'], dense[2:6, 2:6])
     assert torch.equal(words.continued(5, 6, rows=4, front=0)['attn_mask'], dense[5:6, 2:6])
 
@@ -158,7 +158,7 @@ def test_rows_repeat_what_has_a_batch_axis() -> None:
         'name': 'kept',
     }
     index = torch.tensor([0, 0, 1, 1])
-    made = Keywords(given, 1, 2).rows(index, 2).given
+    made = NetKeywords(given, 1, 2).rows(index, 2).given
     assert torch.equal(made['context'], given['context'][index])
     assert made['embed_ids']['a'].flatten().tolist() == [0, 0, 1, 1]
     assert made['pos'] is given['pos']

@@ -12,7 +12,7 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, X
 from x_transformers.attention.inputs import Intermediates
 from x_transformers.cache.intermediates import LayerIntermediates
 from x_transformers.generation.decode import Reader, Tokens, modify_cached_kv
-from x_transformers.generation.keywords import Keywords
+from x_transformers.generation.keywords import NetKeywords
 from x_transformers.generation.prompts import prepare_prompts
 
 POSITIONS: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def test_a_prefix_leaves_the_window_row_by_row() -> None:
     prefix = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
     prompt = prepare_prompts([ids(3, seed=3), ids(1, seed=1)])
     tokens = Tokens(prompt.tokens)
-    keywords = Keywords({'prepend_embeds': prefix}, 3, None)
+    keywords = NetKeywords({'prepend_embeds': prefix}, 3, None)
     reader = Reader(model, start=prompt.start, most_pads=prompt.most_pads, keywords=keywords)
     for step in range(9):
         logits = reader.read(tokens)

@@ -52,7 +52,7 @@ class HandedOn(BaseException):
         self.crossed = crossed
 
 
-Job = Callable[[], Any]
+StageJob = Callable[[], Any]
 
 
 class Part(nn.Module):
@@ -82,7 +82,7 @@ class Pipeline:
         self.received: tuple[Any, ...] | None = None  # while a job runs
         self.form: Any = None
         self.trying = False
-        self.jobs: list[Job] = []
+        self.jobs: list[StageJob] = []
         self.answer: Any = None
         self.made: dict[bool, tuple[Any, Any, Any]] = {}  # for training or not: (key, form, schedule)
         has_table = self.net.token_emb in placed_modules(self.net, self.stages)
@@ -155,7 +155,7 @@ class Pipeline:
         skips = {spec.skip_from for spec in self.stack.plan.layers}
         return carried | {'skips': {layer: stream for layer, stream in carry.skips.items() if layer in skips}}
 
-    def _part(self, job: Job, received: Tensors) -> tuple[Any, list[Tensor]]:
+    def _part(self, job: StageJob, received: Tensors) -> tuple[Any, list[Tensor]]:
         """(the structure of what is sent, its tensors); in the last stage (the result, no tensors)."""
         self.received = received
         try:
@@ -176,7 +176,7 @@ class Pipeline:
 
     # ------------------------------------------------------------ all stages
 
-    def _schedule(self, jobs: Sequence[Job], key: Any, trains: bool) -> Any:
+    def _schedule(self, jobs: Sequence[StageJob], key: Any, trains: bool) -> Any:
         """PyTorch's schedule for micro-batches of one shape. The first one of a shape is a trial, which shows what is sent."""
         self.jobs = list(jobs)
         key = (len(jobs), key)
@@ -197,7 +197,7 @@ class Pipeline:
         dist.all_reduce(count, group=self.group)
         return bool(count)
 
-    def _lay_out(self, job: Job) -> tuple[Tensors, Tensors, Any]:
+    def _lay_out(self, job: StageJob) -> tuple[Tensors, Tensors, Any]:
         """(example tensors that this stage receives, those that it sends, the structure of what it receives).
 
         Errors: ``ValueError`` on all stages if the job fails on one.
@@ -226,7 +226,7 @@ class Pipeline:
                 self.trying = False
         return takes, gives, form
 
-    def _tried(self, job: Job, takes: Tensors) -> tuple[list[Any], Tensors]:
+    def _tried(self, job: StageJob, takes: Tensors) -> tuple[list[Any], Tensors]:
         try:
             found, tensors = self._part(job, takes)
         except Exception as error:
@@ -236,7 +236,7 @@ class Pipeline:
         shapes = [(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors]
         return [(found, shapes)], tuple(tensors)
 
-    def evaluate(self, job: Job, key: Any) -> Any:
+    def evaluate(self, job: StageJob, key: Any) -> Any:
         """The result of a job, which the last stage computes, on all stages; without gradients."""
         with torch.no_grad():
             self._schedule([job], (self.model.training, key), False).step(
@@ -247,7 +247,7 @@ class Pipeline:
         set_drawn(found[1], self.device)
         return found[0]
 
-    def gradients(self, jobs: Sequence[Job], keys: Sequence[Any]) -> Float[Tensor, ' m']:
+    def gradients(self, jobs: Sequence[StageJob], keys: Sequence[Any]) -> Float[Tensor, ' m']:
         """The losses that the jobs return. Their gradients are accumulated in the parameters.
 
         Copies of the stages have their own jobs; gradients are summed over all of them. A job that draws random numbers must

@@ -26,7 +26,7 @@ from x_transformers.layers.checks import check_steps
 from x_transformers.losses import token_cross_entropy
 from x_transformers.tensor_types import Bool, Float, Int
 
-Run = Callable[..., tuple[Tensor, LayerIntermediates]]
+RunStack = Callable[..., tuple[Tensor, LayerIntermediates]]
 
 
 # the arguments of a forward that are of loops
@@ -65,7 +65,7 @@ class LoopCall:
 
 
 def run_rounds(
-    model: Any, run: Run, h: Float[Tensor, 'b n d'], call: ModelArgs
+    model: Any, run: RunStack, h: Float[Tensor, 'b n d'], call: ModelArgs
 ) -> tuple[Float[Tensor, 'b n d'], LayerIntermediates]:
     """A model's stack, as often as it is to be run."""
     if model.exit_gate is None:
@@ -89,7 +89,7 @@ def run_rounds(
 
 
 def run_loops(
-    run: Run,
+    run: RunStack,
     x: Float[Tensor, 'b n d'],
     gate: nn.Module,
     call: LoopCall,

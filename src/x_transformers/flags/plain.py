@@ -9,7 +9,7 @@ from typing import Any
 # the key of a value for each layer
 PER_LAYER = 'per_layer'
 # of a value that is no plain data: what a file holds of it, None: nothing
-Described = Callable[[Any, str, list[str]], dict[str, Any] | None]
+DescribeModule = Callable[[Any, str, list[str]], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def nothing(value: Any, path: str, wrong: list[str]) -> dict[str, Any] | None:
     return None
 
 
-def plain(value: Any, path: str, wrong: list[str], describe: Described = nothing) -> Any:
+def plain(value: Any, path: str, wrong: list[str], describe: DescribeModule = nothing) -> Any:
     """What a file holds of a value. ``wrong`` gets a sentence, beginning with ``path``, for each part that it cannot hold."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-Settings = Mapping[str, Any]
+ScalingSettings = Mapping[str, Any]
 
 # the keywords of each type; those with a default may be left out
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
 BY_LENGTH = ('dynamic', 'longrope')
 
 
-def complaints(scaling: Settings, dim: int) -> list[str]:
+def complaints(scaling: ScalingSettings, dim: int) -> list[str]:
     """What is wrong with a ``rotary_scaling``, in clauses."""
     kind = scaling.get('type')
     if kind not in NEEDED:
@@ -50,6 +50,6 @@ def complaints(scaling: Settings, dim: int) -> list[str]:
     return wrong
 
 
-def settings_of(scaling: Settings | None) -> dict[str, Any]:
+def settings_of(scaling: ScalingSettings | None) -> dict[str, Any]:
     """All keywords of a type, defaults among them."""
     return {} if scaling is None else {**OPTIONAL[scaling['type']], **scaling}

@@ -12,7 +12,7 @@ from x_transformers.generation.prompts import GenerateError
 from x_transformers.generation.sampling import check_callable, contrastive_decode_fn
 from x_transformers.tensor_types import Float, Int
 
-Options = Mapping[str, Any]
+FilterArgs = Mapping[str, Any]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -22,8 +22,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def amateur_nets(
-    models: nn.Module | Sequence[nn.Module] | None, options: Options | Sequence[Options]
-) -> list[tuple[nn.Module, Options]]:
+    models: nn.Module | Sequence[nn.Module] | None, options: FilterArgs | Sequence[FilterArgs]
+) -> list[tuple[nn.Module, FilterArgs]]:
     """Each amateur net with its options."""
     if models is None:
         return []
@@ -64,7 +64,7 @@ def check_same_vocabulary(expert: nn.Module, other: nn.Module, role: str) -> Non
 class ContrastiveReader:
     """An expert and its amateurs, reading the same tokens, each with a cache and a window of its own."""
 
-    def __init__(self, expert: Reader, amateurs: Sequence[tuple[Reader, Options]]) -> None:
+    def __init__(self, expert: Reader, amateurs: Sequence[tuple[Reader, FilterArgs]]) -> None:
         self.expert = expert
         self.amateurs = amateurs
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache.intermediates import LayerIntermediates, with_cache
 from x_transformers.cache.kv_cache import KVCache
-from x_transformers.generation.keywords import Keywords, reads_new_tokens
+from x_transformers.generation.keywords import NetKeywords, reads_new_tokens
 from x_transformers.generation.modes import evaluating
 from x_transformers.generation.prompts import GenerateError
 from x_transformers.tensor_types import Float, Int, Shaped
@@ -124,7 +124,7 @@ class Reader:
         window: bool = True,
         start: Int[Tensor, ' b'] | None = None,
         most_pads: int = 0,
-        keywords: Keywords | None = None,
+        keywords: NetKeywords | None = None,
         expected: int = 0,
         origin: int = 0,
         programs: Programs | None = None,
@@ -136,7 +136,7 @@ class Reader:
         self.limit = limit if window and limit > 0 else None
         self.start = start
         self.most_pads = most_pads
-        self.keywords = keywords if keywords is not None else Keywords({}, 0, None)
+        self.keywords = keywords if keywords is not None else NetKeywords({}, 0, None)
         self.expected = expected
         self.origin = origin
         self.seen = origin
@@ -359,7 +359,7 @@ def reader_for(
         window=window,
         start=prompt.start,
         most_pads=prompt.most_pads,
-        keywords=Keywords(keywords, length, total),
+        keywords=NetKeywords(keywords, length, total),
         expected=EXPECTED if steps is None else steps,
         programs=programs,
     )

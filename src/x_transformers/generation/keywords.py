@@ -40,7 +40,7 @@ def reads_new_tokens(net: nn.Module) -> bool:
     return named or (hands_on and bool(getattr(net, 'reads_new_tokens', False)))
 
 
-class Keywords:
+class NetKeywords:
     """The keywords given to ``generate`` for the net.
 
     Args:
@@ -153,7 +153,7 @@ class Keywords:
                 cut[name] = tree_map(lambda t: t.contiguous() if isinstance(t, Tensor) else t, cut[name])
         return cut
 
-    def rows(self, index: Int[Tensor, ' r'], batch: int) -> Keywords:
+    def rows(self, index: Int[Tensor, ' r'], batch: int) -> NetKeywords:
         """The keywords of batch rows ``index``."""
 
         def gather(name: str, value: Any) -> Any:
@@ -170,7 +170,7 @@ class Keywords:
                 return source.reorder(index)
             return tree_map(one, value)
 
-        twin = Keywords({}, self.prompt, self.total)
+        twin = NetKeywords({}, self.prompt, self.total)
         twin.given = {name: gather(name, value) for name, value in self.given.items()}
         return twin
 

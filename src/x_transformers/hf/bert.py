@@ -103,7 +103,7 @@ def head_for_words(config: Config, ends: Sequence[str], act: tuple[str, str] | N
 
 
 @dataclass(frozen=True)
-class Names:
+class TheirNames:
     """What the families call the parts. ``projections``: of queries, keys, values and outputs; ``norms``: behind attention and
     behind the feed-forward; ``head``: its map, norm and the map to logits; ``biases``: the names of the bias of logits, of
     which the first counts, where the head is tied and where it is not."""
@@ -117,7 +117,7 @@ class Names:
     biases: tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def encoder_rules(names: Names, model: Plain, unused: int = 0) -> list[KeyRule]:
+def encoder_rules(names: TheirNames, model: Plain, unused: int = 0) -> list[KeyRule]:
     """``unused``: the number of vectors of positions in front that belong to no token."""
     stack, embeddings, theirs = model['attn_layers'], f'{names.base}.embeddings', f'{names.base}.{names.layer}.{{i}}'
     # ours are multiplied by dim ** -0.5
@@ -138,7 +138,7 @@ def encoder_rules(names: Names, model: Plain, unused: int = 0) -> list[KeyRule]:
     return [*for_layers(rules, stack['depth']), *head_rules(names, model)]
 
 
-def head_rules(names: Names, model: Plain) -> list[KeyRule]:
+def head_rules(names: TheirNames, model: Plain) -> list[KeyRule]:
     if 'logits_transform' not in model:
         return []
     dense, norm, logits = names.head
@@ -157,16 +157,16 @@ LAYER: dict[str, Any] = {
     'forward': ('intermediate.dense', 'output.dense'),
     'norms': ('attention.output.LayerNorm', 'output.LayerNorm'),
 }
-BERT_NAMES = Names(
+BERT_NAMES = TheirNames(
     'bert', **LAYER,
     head=('cls.predictions.transform.dense', 'cls.predictions.transform.LayerNorm', 'cls.predictions.decoder'),
     biases=(('cls.predictions.bias',), ('cls.predictions.decoder.bias', 'cls.predictions.bias')),
 )  # fmt: skip
-ROBERTA_NAMES = Names(
+ROBERTA_NAMES = TheirNames(
     'roberta', **LAYER, head=('lm_head.dense', 'lm_head.layer_norm', 'lm_head.decoder'),
     biases=(('lm_head.bias',), ('lm_head.decoder.bias', 'lm_head.bias')),
 )  # fmt: skip
-DISTILBERT_NAMES = Names(
+DISTILBERT_NAMES = TheirNames(
     'distilbert', 'transformer.layer', projections=tuple(f'attention.{name}_lin' for name in ('q', 'k', 'v', 'out')),
     forward=('ffn.lin1', 'ffn.lin2'), norms=('sa_layer_norm', 'output_layer_norm'),
     head=('vocab_transform', 'vocab_layer_norm', 'vocab_projector'),

@@ -14,7 +14,7 @@ from x_transformers.tensor_types import Shaped, Tensors
 
 # of each tensor of a rule alone
 OneTensor = Callable[[Shaped[Tensor, '...']], Shaped[Tensor, '...']]
-Rows = Literal['stay', 'turn', 'move', 'below']
+RowOrder = Literal['stay', 'turn', 'move', 'below']
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Map:
 
     into: Callable[[Tensors], Tensors]
     back: Callable[[Tensors], Tensors]
-    rows: Rows | None = None
+    rows: RowOrder | None = None
 
     def then(self, other: Map) -> Map:
         if self is SAME:
@@ -52,7 +52,7 @@ def together(tensors: Sequence[Shaped[Tensor, '...']], dim: int = 0) -> Shaped[T
     return first.new_empty(shape)
 
 
-def each(into: OneTensor, back: OneTensor, rows: Rows | None = None) -> Map:
+def each(into: OneTensor, back: OneTensor, rows: RowOrder | None = None) -> Map:
     """The same for every tensor of a rule."""
     return Map(lambda t: tuple(into(one) for one in t), lambda t: tuple(back(one) for one in t), rows)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.hf.family import KeyRule
-from x_transformers.hf.maps import SAME, Map, Rows
+from x_transformers.hf.maps import SAME, Map, RowOrder
 from x_transformers.saving.tensors import TensorPlace, TensorSource, Weights, rows_of_place
 from x_transformers.tensor_types import Shaped
 
@@ -75,4 +75,8 @@ def rows_move(place: TensorPlace, map: Map, number: int, out: Shaped[Tensor, 'n 
         out.index_copy_(0, to.to(out.device), rows.to(out))
 
 
-READ: dict[Rows, Callable[[TensorPlace, Map, int, Tensor], None]] = {'stay': rows_stay, 'turn': rows_turn, 'move': rows_move}
+READ: dict[RowOrder, Callable[[TensorPlace, Map, int, Tensor], None]] = {
+    'stay': rows_stay,
+    'turn': rows_turn,
+    'move': rows_move,
+}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.flags.base import FlagError
-from x_transformers.flags.rotary_scaling import BY_LENGTH, Settings
+from x_transformers.flags.rotary_scaling import BY_LENGTH, ScalingSettings
 from x_transformers.module import ExactBuffers, last_rows
 from x_transformers.position.rotary_scaling import attention_factor, length_scaled, scaled_frequencies
 from x_transformers.tensor_types import Bool, Complex, Float, Int, Shaped
@@ -46,7 +46,7 @@ class RotaryEmbedding(ExactBuffers):
         base_rescale_factor: float = 1.0,
         *,
         centred: bool = True,
-        scaling: Settings | None = None,
+        scaling: ScalingSettings | None = None,
         layout: str = 'interleaved',
     ) -> None:
         super().__init__()

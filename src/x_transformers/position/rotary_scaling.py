@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.flags.rotary_scaling import Settings, settings_of
+from x_transformers.flags.rotary_scaling import ScalingSettings, settings_of
 from x_transformers.tensor_types import Bool, Float
 
 
-def scaled_frequencies(inv_freq: Float[Tensor, 'p'], scaling: Settings | None, *, base: float, dim: int) -> Float[Tensor, 'p']:
+def scaled_frequencies(
+    inv_freq: Float[Tensor, 'p'], scaling: ScalingSettings | None, *, base: float, dim: int
+) -> Float[Tensor, 'p']:
     """The frequencies of a type that does not look at the length; of the others those of short sequences."""
     change = CHANGES.get('' if scaling is None else scaling['type'])
     return inv_freq if change is None else change(inv_freq, settings_of(scaling), base, dim)
@@ -22,7 +24,7 @@ def scaled_frequencies(inv_freq: Float[Tensor, 'p'], scaling: Settings | None, *
 
 def length_scaled(
     inv_freq: Float[Tensor, 'p'],
-    scaling: Settings,
+    scaling: ScalingSettings,
     pos: Float[Tensor, '#b n'],
     seen: Bool[Tensor, 'b j'] | None = None,
     *,
@@ -51,7 +53,7 @@ def length_scaled(
     return inv_freq * stretch
 
 
-def attention_factor(scaling: Settings | None) -> float:
+def attention_factor(scaling: ScalingSettings | None) -> float:
     """What queries and keys are multiplied by, so that scores keep their spread."""
     settings = settings_of(scaling)
     if settings.get('attention_factor') is not None:

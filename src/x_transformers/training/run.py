@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from x_transformers.saving.plain import without_memory
 from x_transformers.training.batches import Prefetched
 from x_transformers.training.build import NUM_BYTES, build_model, choose_device, device_of, reading_arguments, refuse_inert
 from x_transformers.training.checkpoint import publish
-from x_transformers.training.corpus import Data, check_vocabulary, load_data, load_sets, loss_and_bits_of_all
+from x_transformers.training.corpus import Data, Say, check_vocabulary, load_data, load_sets, loss_and_bits_of_all
 from x_transformers.training.engine import Engine
 from x_transformers.training.errors import CheckpointError, TrainingError
 from x_transformers.training.files import WEIGHTS, find_checkpoints, read_json, read_weights, write_atomically, write_json
@@ -146,9 +146,6 @@ def check_same_tokenizer(given: str, first: Path) -> None:
 def as_json(value: Any) -> Any:
     """A value as it comes back from a JSON file."""
     return list(value) if isinstance(value, tuple) else value
-
-
-Say = Callable[[str], None]
 
 
 @dataclass
