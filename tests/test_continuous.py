@@ -409,7 +409,7 @@ def test_inputs_that_do_not_fit(x):
     refuse(ValueError, 'b n d', net, torch.randn(N, D))
     refuse(TypeError, 'floating', net, torch.zeros(B, N, D, dtype=torch.long))
     refuse(ValueError, 'lens and mask', net, x, lens=LENS, mask=torch.ones(B, N, dtype=torch.bool))
-    refuse(ValueError, 'has 7 tokens', net, x, lens=LENS + 1)
+    refuse(ValueError, '0 to 7, the tokens of the sequence', net, x, lens=LENS + 1)
     refuse(TypeError, 'whole number', net, x, lens=LENS.float())
     refuse(ValueError, 'pooled', pooling, x, logits_last=1)
     refuse(ValueError, 'prepend_embeds', wrapped, x, prepend_embeds=x)

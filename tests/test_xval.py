@@ -304,7 +304,7 @@ def test_inputs_that_do_not_fit(x, num):
     refuse(ValueError, 'seq_len', wrapped.generate, x, num, -1)
     refuse(ValueError, 'temperature', wrapped.generate, x, num, 1, temperature=-1.0)
     refuse(ValueError, 'filter_logits_fn', wrapped.generate, x, num, 1, filter_logits_fn='top_z')
-    refuse(ValueError, 'empty', wrapped.generate, x[:, :0], num[:, :0], 1)
+    refuse(ValueError, 'must have at least one token', wrapped.generate, x[:, :0], num[:, :0], 1)
 
 
 def test_flags_that_do_not_go_together():

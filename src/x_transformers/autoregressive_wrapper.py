@@ -216,8 +216,8 @@ class AutoregressiveWrapper(Module):
         loss = with_experts(loss, intermediates)
         if later:
             rows = [each[:, front:] for each in later]
-            given = {'packing': kwargs.get('flash_pack_seq_kwargs'), 'front': prefix, **self._loss_kind}
-            loss = loss + self.multi_token_loss_weight * later_token_loss(rows, targets, **given)
+            options = {'packing': kwargs.get('flash_pack_seq_kwargs'), 'front': prefix, **self._loss_kind}
+            loss = loss + self.multi_token_loss_weight * later_token_loss(rows, targets, **options)
         if following is not None:
             predicted, embedded = (t[:, front:] for t in following)
             loss = loss + self.next_embed_loss_weight * next_embedding_loss(
@@ -354,13 +354,13 @@ class AutoregressiveWrapper(Module):
             else:
                 drafter = SelfDrafter(main, sampler) if self_speculative else LookupDrafter(prompt_lookup or 0)
             whole: Reader | ContrastiveReader = main
-            made = speculate(main, drafter, tokens, steps, sampler, lookahead, **rest)
+            generated = speculate(main, drafter, tokens, steps, sampler, lookahead, **rest)
         else:
             whole = ContrastiveReader(main, [(reader(net), options) for net, options in nets]) if nets else main
-            made = decode(whole, tokens, steps, sampler, check=whole.check_length, **rest)
+            generated = decode(whole, tokens, steps, sampler, check=whole.check_length, **rest)
         if eos_token is None and steps > 0:
             whole.check_length(prompt.tokens.shape[1] + steps - 1)
-        run = run_text(models, made, prompt)
+        run = run_text(models, generated, prompt)
         if stream:
             return run
         made_tokens = collected(run, prompt, include_prompt)
@@ -370,7 +370,7 @@ class AutoregressiveWrapper(Module):
         """The programs made so far; they are not copied or pickled with the model. Refused before anything is computed."""
         from x_transformers.generation.continuation import Programs, compile_refusals
 
-        reasons = [name for name, given in (('cache_kv=False', not cached), ('speculative decoding', speculative)) if given]
+        reasons = [name for name, applies in (('cache_kv=False', not cached), ('speculative decoding', speculative)) if applies]
         if reasons := [*reasons, *compile_refusals(net)]:
             raise no_program(reasons)
         if self._programs is None:
@@ -436,12 +436,12 @@ class AutoregressiveWrapper(Module):
             reader.check_length(prompt.tokens.shape[1] + steps - 1)
         rules = beam.BeamRules(beams, sampler if stochastic else None, checked_eos(eos_token), self.pad_value, length_penalty)
         with evaluating(self):
-            found, scores = beam.search(reader, Tokens(prompt.tokens, steps), steps, rules)
+            best, scores = beam.search(reader, Tokens(prompt.tokens, steps), steps, rules)
         if include_prompt:
-            found = torch.cat((prompt.tokens.expand(beams, -1, -1), found), dim=-1)
+            best = torch.cat((prompt.tokens.expand(beams, -1, -1), best), dim=-1)
         if not return_beams_and_scores:
-            return prompt.unpack(found[0])
-        return found.reshape(beams, *prompt.leading, -1), scores.reshape(beams, *prompt.leading)
+            return prompt.unpack(best[0])
+        return best.reshape(beams, *prompt.leading, -1), scores.reshape(beams, *prompt.leading)
 
     def _prompt(self, prompts: Any, lens: Any, kwargs: Mapping[str, Any]) -> Prompt:
         check_reserved(kwargs)

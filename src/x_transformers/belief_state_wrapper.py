@@ -145,16 +145,16 @@ class BeliefStateWrapper(Module):
         behind: Float[Tensor, 'b m d'],
         seq: Int[Tensor, 'b n'],
         pairs: Int[Tensor, 'p 2'],
-        told: bool,
+        on_distance: bool,
     ) -> tuple[Float[Tensor, 'b p 2'], Float[Tensor, 'b p'] | None]:
         """Cross entropy of the next and of the previous token, and of the distance if it is to be predicted."""
         i, j = pairs.unbind(dim=-1)
         both = torch.cat((ahead[:, i], behind[:, j]), dim=-1)
-        given = both * self.to_distance_cond(j - i).to(both.dtype) if told else both
-        logits = of_width(self.text_head(given), 2 * self.num_tokens, 'text_head').unflatten(-1, (2, self.num_tokens))
+        conditioned = both * self.to_distance_cond(j - i).to(both.dtype) if on_distance else both
+        logits = of_width(self.text_head(conditioned), 2 * self.num_tokens, 'text_head').unflatten(-1, (2, self.num_tokens))
         labels = torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1)
         text = token_cross_entropy(logits, labels, reduction='none')
-        if not self.pred_distance or told:
+        if not self.pred_distance or on_distance:
             return text, None
         distance = (j - i).clamp(max=self.max_pred_distance - 1).expand(len(seq), -1)
         return text, token_cross_entropy(self.to_distance_logits(both), distance, reduction='none')
@@ -178,11 +178,11 @@ class BeliefStateWrapper(Module):
         pairs = self.pairs(length)
         total = (pairs[:, 1] <= lengths[:, None]).sum()
         pairs, weights = self.weighed(pairs, loss_weight_by_fb_indices)
-        told = self.cond_on_distance and self.training and happens(self.cond_on_distance_prob)
+        on_distance = self.cond_on_distance and self.training and happens(self.cond_on_distance_prob)
 
         # transforms of torch.func cannot run a part again
         part_losses: Any = self.pair_losses if under_transform() else partial(checkpoint, self.pair_losses, use_reentrant=False)
-        results = [part_losses(ahead, behind, seq, part, told) for part in pairs.split(PAIRS_AT_ONCE)]
+        results = [part_losses(ahead, behind, seq, part, on_distance) for part in pairs.split(PAIRS_AT_ONCE)]
         text = torch.cat([result[0] for result in results], dim=1)
         counts = pairs[:, 1] <= lengths[:, None]
         weighted = (text * weights.to(text.dtype)).masked_fill(~counts[..., None], 0.0)
@@ -232,17 +232,17 @@ class BeliefStateWrapper(Module):
         filter_kwargs = {'min_p': 0.1} if filter_kwargs is None else filter_kwargs
         pick = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs, generator)
         prompt = prepare_prompts(turned(prompts) if decode_backwards else prompts, may_be_empty=decode_backwards)
-        rows, given = len(prompt.tokens), {'return_embeddings': True, **kwargs}
+        rows, keywords = len(prompt.tokens), {'return_embeddings': True, **kwargs}
         if decode_backwards:
             # written before anything is known of the beginning: one random token stands for it
             start = torch.randint(0, self.num_tokens, (rows, 1), device=prompt.tokens.device, generator=generator)
-            fixed = self.forward_decoder(start, **given)[:, -1]
-            given['prepend_embeds'] = self.suffix(rows)
+            fixed = self.forward_decoder(start, **keywords)[:, -1]
+            keywords['prepend_embeds'] = self.suffix(rows)
         else:
             behind = suffix_rows(None if suffix is None else token_ids(suffix, 'suffix'), prompt.tokens).flip(1)
-            fixed = self.backward_decoder(behind, prepend_embeds=self.suffix(rows), **given)[:, -1]
+            fixed = self.backward_decoder(behind, prepend_embeds=self.suffix(rows), **keywords)[:, -1]
         net: Any = self.beside(fixed, decode_backwards)
-        reader = reader_for(net, given, prompt=prompt, steps=steps, cache=cache_kv, window=True)
+        reader = reader_for(net, keywords, prompt=prompt, steps=steps, cache=cache_kv, window=True)
         tokens = Tokens(prompt.tokens, room=steps)
         for _ in decode(reader, tokens, steps, pick, check=reader.check_length):
             pass
@@ -254,8 +254,8 @@ class BeliefStateWrapper(Module):
         def answer(embeds: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n v']:
             other = fixed[:, None].expand(-1, embeds.shape[1], -1)
             pair = (other, embeds) if backwards else (embeds, other)
-            said = of_width(self.text_head(torch.cat(pair, dim=-1)), 2 * self.num_tokens, 'text_head')
-            following, previous = said.chunk(2, dim=-1)
+            both = of_width(self.text_head(torch.cat(pair, dim=-1)), 2 * self.num_tokens, 'text_head')
+            following, previous = both.chunk(2, dim=-1)
             logits: Tensor = previous if backwards else following
             return logits
 
@@ -291,13 +291,13 @@ def reversed_rows(length: int, lens: Int[Tensor, 'b']) -> Int[Tensor, 'b n']:
 def pair_weights(weigh: PairWeights, pairs: Int[Tensor, 'p 2']) -> Float[Tensor, 'p #w']:
     if not callable(weigh):
         raise TypeError(f'loss_weight_by_fb_indices must be a function of pairs (p 2), got {weigh!r}')
-    given = weigh(pairs)
-    if not isinstance(given, Tensor) or tuple(given.shape) not in ((len(pairs),), (len(pairs), 2)):
+    weights = weigh(pairs)
+    if not isinstance(weights, Tensor) or tuple(weights.shape) not in ((len(pairs),), (len(pairs), 2)):
         raise ValueError(
             f'loss_weight_by_fb_indices must return one weight per pair, shape ({len(pairs)},), or one per pair and direction, '
-            f'({len(pairs)}, 2); got {shape_of(given)}'
+            f'({len(pairs)}, 2); got {shape_of(weights)}'
         )
-    return given if given.ndim == 2 else given[:, None]
+    return weights if weights.ndim == 2 else weights[:, None]
 
 
 def check_decoders(forward: Any, backward: Any) -> None:

@@ -132,14 +132,14 @@ class BlockDiffusionWrapper(Module):
     ) -> Float[Tensor, 'b n v']:
         """What the net says at each noisy token, which sees its own block as it is and earlier blocks clean."""
         n, place = clean.shape[1], torch.arange(clean.shape[1], device=clean.device)
-        told = kwargs if mask is None else {'mask': torch.cat((mask, mask), dim=1), **kwargs}
+        keywords = kwargs if mask is None else {'mask': torch.cat((mask, mask), dim=1), **kwargs}
         logits: Tensor = self.net(
             torch.cat((clean, noisy), dim=1),
             pos=torch.cat((place, place)),
             attn_mask=two_streams(n, self.block_size, clean.device),
             logits_last=n,
             **self.opened(2 * n),
-            **told,
+            **keywords,
         )
         return logits
 

@@ -83,8 +83,8 @@ class ContinuousTransformerWrapper(StackWrapper):
 
     def __init__(self, *, attn_layers: nn.Module, max_seq_len: int | None = None, **flags: Unpack[ContinuousKeywords]) -> None:
         super().__init__(Ends(embed_frames, read_frames))
-        given = {'attn_layers': attn_layers, 'max_seq_len': max_seq_len, **flags}
-        own = ContinuousFlags.parse(given, where='ContinuousTransformerWrapper')
+        keywords = {'attn_layers': attn_layers, 'max_seq_len': max_seq_len, **flags}
+        own = ContinuousFlags.parse(keywords, where='ContinuousTransformerWrapper')
         check_wrapper(own, stack_flags(attn_layers), where=type(self).__name__)
         # kept for reading; the modules live in their slots only
         self.flags = replace(own, attn_layers=nn.Identity(), project_in=None, project_out=None)
@@ -153,14 +153,14 @@ class ContinuousTransformerWrapper(StackWrapper):
         if lens is not None and mask is not None:
             raise ValueError('lens and mask must not both be given: both select frames. Leave out one of them.')
         lens = None if lens is None else torch.as_tensor(lens, device=x.device)
-        given = {
+        keywords = {
             'return_embeddings': return_embeddings, 'return_intermediates': return_intermediates, 'return_mems': return_mems,
             'mask': mask, 'lens': lens, 'return_attn': return_attn, 'mems': mems, 'mem_masks': mem_masks, 'pos': pos,
             'sum_embeds': sum_embeds, 'prepend_embeds': prepend_embeds, 'prepend_mask': prepend_mask, 'cache': cache,
             'input_not_include_cache': input_not_include_cache, 'seq_start_pos': seq_start_pos, 'logits_last': logits_last,
             'kwargs': kwargs,
         }  # fmt: skip
-        return self.run(call_of(self, x, given), ReturnSpec.of(given))
+        return self.run(call_of(self, x, keywords), ReturnSpec.of(keywords))
 
 
 def embed_frames(
@@ -315,14 +315,14 @@ class ContinuousAutoregressiveWrapper(Module):
             most_pads=widest,
             keywords=NetKeywords(kwargs, most, most + rollout_steps - 1),
         )
-        said: list[Tensor] = []
+        outputs: list[Tensor] = []
         for step in range(rollout_steps):
             if step:
-                frames.append(self._frame(said[-1]))
-            said.append(reader.read(frames)[:, -1])
+                frames.append(self._frame(outputs[-1]))
+            outputs.append(reader.read(frames)[:, -1])
         place = context[:, None] + torch.arange(rollout_steps, device=x.device)
         target = x[torch.arange(x.shape[0], device=x.device)[:, None], place.clamp(max=x.shape[1] - 1)]
-        return self._rollout_loss(self._parts(torch.stack(said, dim=1)), target, enough)
+        return self._rollout_loss(self._parts(torch.stack(outputs, dim=1)), target, enough)
 
     def _lengths(self, x: Float[Tensor, 'b n d'], kwargs: dict[str, Any]) -> Int[Tensor, ' b']:
         mask = self._whole_mask(x, kwargs)
@@ -419,15 +419,15 @@ class ContinuousAutoregressiveWrapper(Module):
         """The net, its means and variances side by side."""
         return VectorView(self.net, lambda out: torch.cat(tuple(out), dim=-1) if self.probabilistic else out)
 
-    def _parts(self, said: Float[Tensor, '... c']) -> Tensor:
+    def _parts(self, output: Float[Tensor, '... c']) -> Tensor:
         """Means and variances as the net returns them."""
-        return torch.stack(said.chunk(2, dim=-1)) if self.probabilistic else said
+        return torch.stack(output.chunk(2, dim=-1)) if self.probabilistic else output
 
     def _frame(
-        self, said: Float[Tensor, 'b c'], temperature: float = 1.0, generator: torch.Generator | None = None
+        self, output: Float[Tensor, 'b c'], temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Float[Tensor, 'b d']:
         """The next frame."""
         if not self.probabilistic:
-            return said
-        mean, variance = said.chunk(2, dim=-1)
+            return output
+        mean, variance = output.chunk(2, dim=-1)
         return mean if temperature == 0 else sample_from_mean_variance(mean, variance, 1e-5, temperature, generator)

@@ -153,8 +153,8 @@ class ContinuousTransformerAutoencoder(Module):
         mask: Bool[Tensor, 'b n'] | None = None,
     ) -> Any:
         """Latents (b l), or (latents, the bottleneck's loss: a mean, or one per row with ``return_unreduced_loss``)."""
-        given = {'return_aux_loss': return_aux_loss, 'return_unreduced_loss': return_unreduced_loss}
-        options(EncodeOptions, 'encode', given)
+        keywords = {'return_aux_loss': return_aux_loss, 'return_unreduced_loss': return_unreduced_loss}
+        options(EncodeOptions, 'encode', keywords)
         mask = self._mask(x, lens, mask)
         embeds: Tensor = self.encoder(x, mask=mask, return_embeddings=True)
         latents, loss = self.bottleneck(masked_mean(embeds, mask))

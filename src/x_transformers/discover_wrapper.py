@@ -210,10 +210,10 @@ class DiscoverDecoder(Module):
         for _ in range(length):
             logits = self.decoder(out, prepend_embeds=encodings.unsqueeze(1))
             out = torch.cat((out, logits[:, -1:].argmax(dim=-1)), dim=1)
-        made = out[:, 1:]
+        tokens = out[:, 1:]
         if lens is not None:
-            made = made.masked_fill(torch.arange(length, device=device) >= lens.unsqueeze(-1), self.pad_id)
-        return made
+            tokens = tokens.masked_fill(torch.arange(length, device=device) >= lens.unsqueeze(-1), self.pad_id)
+        return tokens
 
     @torch.no_grad()
     def surgery(

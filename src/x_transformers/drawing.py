@@ -53,9 +53,9 @@ def panels(rows: int = 1, columns: int = 1, *, width: float, height: float) -> t
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(made)
-    return made, made.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def name_beside(axis: Any, *names: str) -> None:

@@ -138,8 +138,8 @@ class XTransformer(Module):
         """(the decoder's context, its mask): the embeddings of ``src_prepend_embeds`` and ``src``."""
         if isinstance(src, Tensor) and src.shape[-1] == 0 and src_prepend_embeds is None:
             raise ValueError(f'The source must hold at least one token, got shape {tuple(src.shape)}.')
-        given = {} if attn_mask is None else {'attn_mask': attn_mask}
-        encoded = self.encoder(src, mask=mask, prepend_embeds=src_prepend_embeds, return_embeddings=True, **given)
+        keywords = {} if attn_mask is None else {'attn_mask': attn_mask}
+        encoded = self.encoder(src, mask=mask, prepend_embeds=src_prepend_embeds, return_embeddings=True, **keywords)
         if mask is not None and encoded.shape[1] > mask.shape[1]:
             in_front = mask.new_ones(mask.shape[0], encoded.shape[1] - mask.shape[1])
             mask = torch.cat((in_front, mask), dim=1)
@@ -196,11 +196,11 @@ def check_side_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mappi
     """Raise one error for all names that are unknown, set here, or missing."""
     where = 'XTransformer'
     wrong = []
-    for prefix, given in ((ENCODER, enc), (DECODER, dec)):
-        for name in sorted(set(SET_FOR_STACK) & set(given)):
+    for prefix, keywords in ((ENCODER, enc), (DECODER, dec)):
+        for name in sorted(set(SET_FOR_STACK) & set(keywords)):
             way = 'give dim itself, it is that of both' if name == 'dim' else 'leave it out'
             wrong.append(f'{where}: unrecognized kwargs: `{prefix}{name}` is set by the encoder-decoder; {way}.')
-        missing = [f'`{prefix}{name}`' for name in ('num_tokens', 'max_seq_len') if name not in given]
+        missing = [f'`{prefix}{name}`' for name in ('num_tokens', 'max_seq_len') if name not in keywords]
         if missing:
             wrong.append(f'{where} needs {", ".join(missing)}.')
     known = {*MODEL_NAMES, *STACK_NAMES}
@@ -209,8 +209,8 @@ def check_side_names(enc: Mapping[str, Any], dec: Mapping[str, Any], rest: Mappi
         *rest,
         *(
             prefix + name
-            for prefix, given in ((ENCODER, enc), (DECODER, dec))
-            for name in given
+            for prefix, keywords in ((ENCODER, enc), (DECODER, dec))
+            for name in keywords
             if name not in known.union(SET_FOR_STACK)
         ),
     ]

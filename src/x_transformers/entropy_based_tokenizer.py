@@ -92,8 +92,8 @@ class EntropyBasedTokenizer(Module):
             return_segmented_seq: return the segments in place of their lengths.
             decoder_forward_kwargs: for the decoder.
         """
-        given = {'return_segmented_seq': return_segmented_seq, 'decoder_forward_kwargs': decoder_forward_kwargs}
-        options(CutOptions, 'EntropyBasedTokenizer', given)
+        keywords = {'return_segmented_seq': return_segmented_seq, 'decoder_forward_kwargs': decoder_forward_kwargs}
+        options(CutOptions, 'EntropyBasedTokenizer', keywords)
         seq = token_ids(seq, 'seq')
         check_sequences(seq, lens)
         batch = seq if seq.ndim == 2 else seq[None]

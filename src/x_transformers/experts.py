@@ -74,9 +74,9 @@ class Router(ExactBuffers):
         log_scores = logits.log_softmax(dim=-1) if softmax else F.logsigmoid(logits)
         ranking = logits if self.correction is None else log_scores.exp() + self.correction
         chosen = ranking.topk(flags.experts_active, dim=-1).indices
-        found = log_scores.gather(-1, chosen)
+        chosen_scores = log_scores.gather(-1, chosen)
         # among themselves the scores of the chosen are a softmax of their logarithms
-        shares = (found.softmax(dim=-1) if flags.router_normalize else found.exp()) * flags.router_scale
+        shares = (chosen_scores.softmax(dim=-1) if flags.router_normalize else chosen_scores.exp()) * flags.router_scale
         if not self.training:
             return Routed(chosen, shares, None)
         counted = torch.ones_like(logits[:, 0]) if tokens is None else tokens.to(logits.dtype)

@@ -354,6 +354,6 @@ class TTTMetaLearningTargetKLLoss(Module):
     def forward(self, intermediates: Any, mask: Bool[Tensor, 'b n'] | None = None) -> Float[Tensor, 'b n']:
         hidden = intermediates.last_hidden
         wanted = self.to_meta_prediction(self.encoder(hidden, mask=mask)).log_softmax(dim=-1)
-        told = self.to_prediction(hidden).log_softmax(dim=-1)
-        losses: Tensor = (told.exp() * (told - wanted)).sum(dim=-1)
+        predicted = self.to_prediction(hidden).log_softmax(dim=-1)
+        losses: Tensor = (predicted.exp() * (predicted - wanted)).sum(dim=-1)
         return losses

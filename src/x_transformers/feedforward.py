@@ -380,26 +380,26 @@ class FeedForward(Module):
 
 def check_factors(deep_embed: Any, shape: tuple[int, ...]) -> None:
     """Raise ValueError for what cannot be multiplied with an output of this shape."""
-    given = tuple(deep_embed.shape) if isinstance(deep_embed, Tensor) else type(deep_embed).__name__
-    fits = isinstance(given, tuple) and len(given) <= len(shape)
-    if not fits or any(not is_any(n, 1, m) for n, m in zip(reversed(given), reversed(shape), strict=False)):
-        raise ValueError(f'deep_embed must be factors of the output, a tensor of shape {shape}, got {given}.')
+    got = tuple(deep_embed.shape) if isinstance(deep_embed, Tensor) else type(deep_embed).__name__
+    fits = isinstance(got, tuple) and len(got) <= len(shape)
+    if not fits or any(not is_any(n, 1, m) for n, m in zip(reversed(got), reversed(shape), strict=False)):
+        raise ValueError(f'deep_embed must be factors of the output, a tensor of shape {shape}, got {got}.')
 
 
 def choose_activation(flags: FeedForwardFlags, dim: int) -> nn.Module:
     """The activation that the flags name; a user's own is copied, so that no two layers share its parameters."""
     custom = flags.custom_activation
-    made: nn.Module
+    activation: nn.Module
     if isinstance(custom, str):
-        made = NAMED_ACTIVATIONS[custom]()
+        activation = NAMED_ACTIVATIONS[custom]()
     elif custom is not None:
-        made = deepcopy(custom) if isinstance(custom, nn.Module) else Activation(custom)
+        activation = deepcopy(custom) if isinstance(custom, nn.Module) else Activation(custom)
     elif flags.relu_squared:
-        made = ReluSquared()
+        activation = ReluSquared()
     elif flags.solu:
-        made = SoLU(dim)
+        activation = SoLU(dim)
     elif flags.glu_softclamp:
-        made = ClampedGate(flags.glu_gate_softclamp_value, silu=flags.swish)
+        activation = ClampedGate(flags.glu_gate_softclamp_value, silu=flags.swish)
     else:
-        made = nn.SiLU() if flags.swish else nn.GELU()
-    return made if flags.softclamp_value is None or flags.glu else Clamped(flags.softclamp_value, made)
+        activation = nn.SiLU() if flags.swish else nn.GELU()
+    return activation if flags.softclamp_value is None or flags.glu else Clamped(flags.softclamp_value, activation)

@@ -77,11 +77,11 @@ class BinaryMapper(Module):
         calc_aux_loss: bool | None = None,
     ) -> tuple[Float[Tensor, '... k'], Float[Tensor, '']]:
         """One-hot codes, and what they cost above the threshold; both flags follow the training mode unless given."""
-        given = {'temperature': temperature, 'straight_through': straight_through, 'calc_aux_loss': calc_aux_loss}
-        options(BitsForwardOptions, 'BinaryMapper', given)
+        keywords = {'temperature': temperature, 'straight_through': straight_through, 'calc_aux_loss': calc_aux_loss}
+        options(BitsForwardOptions, 'BinaryMapper', keywords)
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.bits,):
-            told = f'{logits.dtype} of shape {tuple(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f'logits must be floating, with {self.bits} channels, one per bit, got {told}.')
+            kind = f'{logits.dtype} of shape {tuple(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f'logits must be floating, with {self.bits} channels, one per bit, got {kind}.')
         straight_through = self.training if straight_through is None else straight_through
         calc_aux_loss = self.training if calc_aux_loss is None else calc_aux_loss
         chosen = torch.rand_like(logits) <= (logits / temperature).sigmoid()
@@ -208,8 +208,8 @@ class FreeTransformer(Module):
         queries = self.query_token_for_latents.expand(rows, length if per_token else 1, -1)
         pos = torch.arange(length, device=self.device)
         rotated: dict[str, Any] = {'pos': pos, 'context_pos': pos} if per_token else {}
-        found = self.encoder(queries, context=decoder_head_embeds, context_mask=mask, **rotated)
-        one_hot, kl_loss = self.binary_mapper(self.to_latent_bit_logits(found), calc_aux_loss=return_kl_loss)
+        encoded = self.encoder(queries, context=decoder_head_embeds, context_mask=mask, **rotated)
+        one_hot, kl_loss = self.binary_mapper(self.to_latent_bit_logits(encoded), calc_aux_loss=return_kl_loss)
         return (one_hot, kl_loss) if return_kl_loss else one_hot
 
     def forward(
@@ -237,27 +237,27 @@ class FreeTransformer(Module):
         """What the tail is told: codes by number, one-hot or soft, one per row (m = 1) or one per position."""
         if latents is None:
             return None
-        given = torch.as_tensor(latents, device=self.device)
+        codes = torch.as_tensor(latents, device=self.device)
         num_codes, to_condition = self.binary_mapper.num_codes, self.from_latent_to_condition
-        if given.is_floating_point():
-            if given.ndim == 0 or given.shape[-1] != num_codes:
+        if codes.is_floating_point():
+            if codes.ndim == 0 or codes.shape[-1] != num_codes:
                 raise ValueError(
-                    f'latents must be whole numbers or have {num_codes} channels, one per code; got shape {tuple(given.shape)}'
+                    f'latents must be whole numbers or have {num_codes} channels, one per code; got shape {tuple(codes.shape)}'
                 )
-            told: Tensor = to_condition(given.to(to_condition.weight.dtype))
+            condition: Tensor = to_condition(codes.to(to_condition.weight.dtype))
         else:
-            if values_known(given) and bool(((given < 0) | (given >= num_codes)).any()):
-                raise ValueError(f'latents must be codes from 0 to {num_codes - 1}, got {given.tolist()}')
+            if values_known(codes) and bool(((codes < 0) | (codes >= num_codes)).any()):
+                raise ValueError(f'latents must be codes from 0 to {num_codes - 1}, got {codes.tolist()}')
             # the map of a one-hot code is a column of its weight
-            told = F.embedding(given.long(), to_condition.weight.t())
-        if told.ndim < 3:
-            told = told.reshape(-1, 1, told.shape[-1])
-        if told.ndim != 3 or not is_any(told.shape[0], 1, rows) or 1 < told.shape[1] < total - 1:
+            condition = F.embedding(codes.long(), to_condition.weight.t())
+        if condition.ndim < 3:
+            condition = condition.reshape(-1, 1, condition.shape[-1])
+        if condition.ndim != 3 or not is_any(condition.shape[0], 1, rows) or 1 < condition.shape[1] < total - 1:
             raise ValueError(
                 f'latents must be one, one for each of the {rows} rows, or one for each of the {total - 1} positions that '
-                f'are read, got shape {tuple(given.shape)}. Pass one of these.'
+                f'are read, got shape {tuple(codes.shape)}. Pass one of these.'
             )
-        return told.expand(rows, -1, -1)
+        return condition.expand(rows, -1, -1)
 
     @torch.no_grad()
     @eval_decorator
@@ -324,12 +324,12 @@ class FreeReader:
     def read(self, tokens: Tokens) -> Float[Tensor, 'b 1 v']:
         model = self.model
         hidden = model.embed(tokens.part(self.seen))
-        given: dict[str, Any] = {'return_hiddens': True, 'input_not_include_cache': True}
+        keywords: dict[str, Any] = {'return_hiddens': True, 'input_not_include_cache': True}
         head_cache = None
         if model.decoder_head is not None:
-            hidden, head_cache = model.decoder_head(hidden, cache=self.head_cache, **given)
+            hidden, head_cache = model.decoder_head(hidden, cache=self.head_cache, **keywords)
         hidden, tail_cache = model.decoder_tail(
-            hidden, cache=self.tail_cache, self_attn_kv_residuals=self.condition_of_new(tokens.length), **given
+            hidden, cache=self.tail_cache, self_attn_kv_residuals=self.condition_of_new(tokens.length), **keywords
         )
         if self.caching:
             self.head_cache, self.tail_cache, self.seen = head_cache, tail_cache, tokens.length

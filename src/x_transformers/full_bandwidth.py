@@ -215,7 +215,7 @@ class FullBandwidth(Module):
         self.net: Any = model
         self.max_seq_len = getattr(net, 'max_seq_len', 0)
         self.passes = temporal_parallel_passes
-        given = dict(transitions or {})
+        by_pair = dict(transitions or {})
         self.transitions = nn.ModuleDict()
         self.pairs: list[Pair] = []
         for entry in self._entries(recirc_pairs, depth):
@@ -228,7 +228,7 @@ class FullBandwidth(Module):
             if not (1 <= out <= depth and 1 <= into <= depth) or (out, into) in self.pairs:
                 raise ValueError(f'recirc_pairs must be different pairs of blocks 1 to {depth}, got {(out, into)}.')
             self.pairs.append((out, into))
-            kind = own[0] if own else given.get((out, into), transition)
+            kind = own[0] if own else by_pair.get((out, into), transition)
             self.transitions[f'{out}->{into}'] = self._transition('glu' if kind is None else kind, model.dim)
         if not self.pairs:
             raise ValueError(f'recirc_pairs must name a pair of blocks at least, got {recirc_pairs!r} with {depth} blocks.')
@@ -311,11 +311,11 @@ class FullBandwidth(Module):
         if x.ndim != 2 or x.shape[1] < 1 + return_loss:
             raise ValueError(f'x must be token ids (batch, at least {1 + return_loss} tokens), got shape {tuple(x.shape)}.')
         x = token_ids(x)
-        given = x[:, :-1] if return_loss else x
-        inputs = given
+        tokens = x[:, :-1] if return_loss else x
+        inputs = tokens
         if not 0 <= self.ignore_index < self.net.num_tokens:
             # an ignored index that is a token of the vocabulary is read as that token
-            inputs = given.masked_fill(given == self.ignore_index, self.pad_value)
+            inputs = tokens.masked_fill(tokens == self.ignore_index, self.pad_value)
         every, _ = self._passes(inputs, self.passes, kwargs)
         breakdown = self._losses(every, x[:, 1:]) if return_loss else None
         main = every[-1] if breakdown is None else self._total(breakdown)
@@ -384,7 +384,7 @@ class FullBandwidth(Module):
             raise ValueError('net must be able to continue from a cache, which this one cannot.')
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
         passes = (temporal_parallel_passes or self.passes) if process_prompt else 1
-        ids, made = prompt.tokens, []
+        ids, generated = prompt.tokens, []
         finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         with evaluating(self):
             every, record = self._passes(ids, passes, kwargs)
@@ -394,7 +394,7 @@ class FullBandwidth(Module):
                 if eos is not None:
                     chosen = chosen.masked_fill(finished, self.pad_value)
                     finished = finished | (chosen == eos)
-                made.append(chosen)
+                generated.append(chosen)
                 if step + 1 == steps or (eos is not None and bool(finished.all())):
                     break
                 fuses = should_fuse_latent is None or should_fuse_latent(step)
@@ -407,7 +407,7 @@ class FullBandwidth(Module):
                     transform_block_inputs=self._fused(latents) if fuses else None,
                     **kwargs,
                 )
-        new = torch.stack(made, dim=1) if made else ids[:, :0]
+        new = torch.stack(generated, dim=1) if generated else ids[:, :0]
         return prompt.unpack(torch.cat((ids, new), dim=1) if include_prompt else new)
 
 

@@ -179,9 +179,9 @@ class GPTVAE(Module):
 
     def as_latents(self, latents: Any, rows: int) -> Float[Tensor, 'b z']:
         like = next(self.from_latent_to_prepend_token.parameters())
-        given = torch.as_tensor(latents, dtype=like.dtype, device=like.device)
-        if given.shape not in ((self.dim_latent,), (rows, self.dim_latent), (1, self.dim_latent)):
+        codes = torch.as_tensor(latents, dtype=like.dtype, device=like.device)
+        if codes.shape not in ((self.dim_latent,), (rows, self.dim_latent), (1, self.dim_latent)):
             raise ValueError(
-                f'latents must have shape ({self.dim_latent},) or ({rows}, {self.dim_latent}), got {tuple(given.shape)}'
+                f'latents must have shape ({self.dim_latent},) or ({rows}, {self.dim_latent}), got {tuple(codes.shape)}'
             )
-        return given.expand(rows, -1)
+        return codes.expand(rows, -1)

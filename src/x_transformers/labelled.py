@@ -62,23 +62,23 @@ def check_unlabelled(attention_mask: Any, num_items_in_batch: Any) -> None:
             raise ValueError(f'{name} must go with labels or input_ids, got it alone. Give labels, or a mask as mask=.')
 
 
-def answer_labels(model: Any, x: Int[Tensor, 'b n'], asked: AskedLabels, given: dict[str, Any]) -> Labelled:
-    """``model``: an ``AutoregressiveWrapper``; ``given``: further keywords of its call."""
+def answer_labels(model: Any, x: Int[Tensor, 'b n'], asked: AskedLabels, keywords: dict[str, Any]) -> Labelled:
+    """``model``: an ``AutoregressiveWrapper``; ``keywords``: further keywords of its call."""
     clash = [name for name, value in asked.others.items() if value is not None and value is not False]
     if clash:
         raise ValueError(f'{", ".join(clash)} must not go with labels or input_ids, which are an answer of their own.')
     if asked.attention_mask is not None:
-        given['mask'] = as_mask(asked.attention_mask, x)
+        keywords['mask'] = as_mask(asked.attention_mask, x)
     if asked.labels is None:
         if asked.num_items_in_batch is not None:
             options(LabelledOptions, 'AutoregressiveWrapper', {'num_items_in_batch': asked.num_items_in_batch})
-        if given.pop('lens') is not None:
+        if keywords.pop('lens') is not None:
             raise ValueError('lens must go with labels: it says which of them count. Give labels, or attention_mask.')
-        return Labelled(logits=model.net(x, **given))
-    labels, lens = checked_labels(asked.labels, x), given.get('lens')
+        return Labelled(logits=model.net(x, **keywords))
+    labels, lens = checked_labels(asked.labels, x), keywords.get('lens')
     left_out = (labels == IGNORED) if lens is None else (labels == IGNORED) | beyond(x, lens)
     targets = pad_at_dim(labels.masked_fill(left_out, model.ignore_index)[:, 1:], (0, 1), value=model.ignore_index)
-    loss, logits, _ = model.measured(x, given.pop('prepend_embeds'), given.pop('lens'), targets, True, **given)
+    loss, logits, _ = model.measured(x, keywords.pop('prepend_embeds'), keywords.pop('lens'), targets, True, **keywords)
     if asked.num_items_in_batch is not None:
         loss = summed(loss, (targets != model.ignore_index).sum(), asked.num_items_in_batch)
     return Labelled(loss=loss, logits=logits)

@@ -283,9 +283,9 @@ def _log_sum_exp(scores: Float[Tensor, 'b h i j']) -> tuple[Float[Tensor, 'b h i
     """(the log-sum-exp of every row, 0 where it sees no key; which rows see one)."""
     lowest = -torch.finfo(scores.dtype).max
     # forbidden keys have the lowest finite score, or minus infinity, whose gradient would not be a number
-    found = at_least_single(scores.clamp(min=lowest)).logsumexp(dim=-1)
-    sees = found > lowest / 2
-    return found.masked_fill(~sees, 0.0), sees
+    sums = at_least_single(scores.clamp(min=lowest)).logsumexp(dim=-1)
+    sees = sums > lowest / 2
+    return sums.masked_fill(~sees, 0.0), sees
 
 
 def with_experts(loss: Float[Tensor, ''], seen: Any) -> Float[Tensor, '']:

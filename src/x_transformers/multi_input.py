@@ -52,8 +52,8 @@ class MultiInputTransformerWrapper(StackWrapper):
         **flags: Unpack[MultiInputKeywords],
     ) -> None:
         super().__init__(Ends(embed_inputs, read_inputs))
-        given = {'num_tokens': num_tokens or {}, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
-        own = MultiInputFlags.parse(given, where='MultiInputTransformerWrapper')
+        keywords = {'num_tokens': num_tokens or {}, 'max_seq_len': max_seq_len, 'attn_layers': attn_layers, **flags}
+        own = MultiInputFlags.parse(keywords, where='MultiInputTransformerWrapper')
         check_wrapper(own, stack_flags(attn_layers), where=type(self).__name__)
         # kept for reading; the stack lives in its slot only
         self.flags = replace(own, attn_layers=nn.Identity())
@@ -112,25 +112,25 @@ class MultiInputTransformerWrapper(StackWrapper):
             intermediates, attention maps.
         """
         x = self._ids(x)
-        given = {
+        keywords = {
             'return_embeddings': return_embeddings, 'return_logits_and_embeddings': return_logits_and_embeddings,
             'return_intermediates': return_intermediates, 'mask': mask, 'return_mems': return_mems, 'return_attn': return_attn,
             'mems': mems, 'mem_masks': mem_masks, 'pos': pos, 'prepend_embeds': prepend_embeds, 'prepend_mask': prepend_mask,
             'sum_embeds': sum_embeds, 'return_attn_z_loss': return_attn_z_loss, 'seq_start_pos': seq_start_pos, 'cache': cache,
             'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
         }  # fmt: skip
-        returns = ReturnSpec.of(given, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
-        return self.run(call_of(self, next(iter(x.values())), given, embed_ids=x), returns)
+        returns = ReturnSpec.of(keywords, default(attn_z_loss_weight, self.flags.attn_z_loss_weight))
+        return self.run(call_of(self, next(iter(x.values())), keywords, embed_ids=x), returns)
 
     def _ids(self, x: Any) -> dict[str, Int[Tensor, 'b n']]:
         """The ids of each input. Names and their like are checked where ids are looked up."""
         if not isinstance(x, Mapping) or not x:
             raise TypeError(f'x must be a dictionary of token ids for {", ".join(self.num_tokens)}, got {type(x).__name__}')
-        found = {name: token_ids(ids, f'x[{name!r}]') for name, ids in x.items()}
-        shapes = {name: tuple(ids.shape) for name, ids in found.items()}
+        ids_by_name = {name: token_ids(ids, f'x[{name!r}]') for name, ids in x.items()}
+        shapes = {name: tuple(ids.shape) for name, ids in ids_by_name.items()}
         if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
             raise ValueError(f'x: all inputs must be batches of sequences (b n) of one shape, got {shapes}')
-        return found
+        return ids_by_name
 
 
 def embed_inputs(

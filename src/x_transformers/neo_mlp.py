@@ -58,8 +58,8 @@ class NeoMLP(Module):
         self.hidden_embed = empty_parameter(dim_hidden, dim_model)
         self.output_embed = empty_parameter(dim_out, dim_model)
         self.random_fourier = nn.Sequential(RandomFourier(dim_model), nn.Linear(dim_model, dim_model))
-        given: dict[str, Any] = {'attn_dim_head': 16, 'heads': 4} if encoder_kwargs is None else encoder_kwargs
-        self.transformer = Encoder(dim=dim_model, depth=depth, **given)
+        keywords: dict[str, Any] = {'attn_dim_head': 16, 'heads': 4} if encoder_kwargs is None else encoder_kwargs
+        self.transformer = Encoder(dim=dim_model, depth=depth, **keywords)
         check_alone(self.transformer, 'NeoMLP')
         self.to_output_weights = empty_parameter(dim_out, dim_model)
         self.to_output_bias = empty_parameter(dim_out)

@@ -238,12 +238,12 @@ class NonAutoregressiveWrapper(Module):
         **kwargs: Any,
     ) -> Losses:
         """The losses on sequences of exactly ``max_seq_len`` tokens; ``mask`` (True = text) excludes padding."""
-        given = {
+        keywords = {
             'only_train_generator': only_train_generator,
             'only_train_critic': only_train_critic,
             'generator_sample_temperature': generator_sample_temperature,
         }
-        options(MaskedForwardOptions, 'NonAutoregressiveWrapper', given)
+        options(MaskedForwardOptions, 'NonAutoregressiveWrapper', keywords)
         x = token_ids(x)
         self.check(x, mask, only_train_generator, only_train_critic)
         text = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
@@ -251,7 +251,7 @@ class NonAutoregressiveWrapper(Module):
         times = torch.empty(len(x), device=x.device).uniform_(0, 1)
         chosen = get_mask_subset_prob(text, self.schedule_fn(times), min_mask=1)
         masked = self.corrupted(x, chosen)
-        told, kwargs = kwargs, kwargs | self.self_condition(masked, kwargs)
+        net_kwargs, kwargs = kwargs, kwargs | self.self_condition(masked, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             logits = self.net(masked, **kwargs)
         is_log_prob = getattr(self.net, 'output_is_log_prob', False)
@@ -266,7 +266,7 @@ class NonAutoregressiveWrapper(Module):
         sampled = gumbel_sample(logits, temperature=temperature)
         filled = torch.where(chosen, sampled, x)
         unreal = (filled if self.critic_sees_masked_only else sampled) != x
-        judged = self.judge(filled, told)
+        judged = self.judge(filled, net_kwargs)
         judged = at_least_single(judged[text])
         critic_loss = F.binary_cross_entropy_with_logits(judged, unreal[text].to(judged.dtype))
         if only_train_critic:
@@ -318,8 +318,8 @@ class NonAutoregressiveWrapper(Module):
         known = self.null_embed.expand(*seq.shape, -1) if self.self_cond else None
         for step, count in enumerate(still_hidden, start=1):
             annealing = (self.steps - step) / self.steps
-            given = kwargs if known is None else {**kwargs, 'sum_embeds': self.to_self_cond(known)}
-            logits, embeds = self.net(seq, return_logits_and_embeddings=True, **given)
+            net_kwargs = kwargs if known is None else {**kwargs, 'sum_embeds': self.to_self_cond(known)}
+            logits, embeds = self.net(seq, return_logits_and_embeddings=True, **net_kwargs)
             known = embeds if self.self_cond else None
             if filter_thres is not None:
                 logits = top_k(logits, filter_thres)
@@ -333,12 +333,12 @@ class NonAutoregressiveWrapper(Module):
             seq = seq.masked_fill(hidden, self.mask_id)
         return seq if exists(batch_size) else seq[0]
 
-    def judge(self, seq: Int[Tensor, 'b n'], told: dict[str, Any]) -> Float[Tensor, 'b n']:
+    def judge(self, seq: Int[Tensor, 'b n'], net_kwargs: dict[str, Any]) -> Float[Tensor, 'b n']:
         """What the critic says of each token. The net's own critic is told what the net is told; another one what it takes."""
         critic: Any = self.token_critic
         if not isinstance(critic, SelfCritic):
-            told = {name: value for name, value in told.items() if critic_takes(critic, name)}
-        judged = of_width(critic(seq, **told), 1, 'token_critic').squeeze(-1)
+            net_kwargs = {name: value for name, value in net_kwargs.items() if critic_takes(critic, name)}
+        judged = of_width(critic(seq, **net_kwargs), 1, 'token_critic').squeeze(-1)
         return judged
 
     def doubt(
@@ -348,11 +348,11 @@ class NonAutoregressiveWrapper(Module):
         logits: Float[Tensor, 'b n v'],
         noise: float,
         generator: torch.Generator | None,
-        told: dict[str, Any],
+        net_kwargs: dict[str, Any],
     ) -> Float[Tensor, 'b n']:
         """How little each token is to be trusted: the critic's word, or what the generator left to other tokens."""
         if self.token_critic is not None:
-            judged = self.judge(seq, told)
+            judged = self.judge(seq, net_kwargs)
             return judged + noise * gumbel_noise(judged, generator)
         return 1 - logits.softmax(dim=-1).gather(-1, sampled[..., None]).squeeze(-1)
 

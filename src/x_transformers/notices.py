@@ -53,13 +53,13 @@ _rename: ContextVar[Callable[[str], str]] = ContextVar('rename', default=str)
 
 def warn_inert(where: str, sentences: Iterable[str]) -> None:
     """One ``InertFlagWarning`` with all sentences; inside ``one_warning`` they are left to the outer constructor."""
-    found = list(dict.fromkeys(sentences))
+    unique = list(dict.fromkeys(sentences))
     collected = _collected.get()
     if collected is not None:
-        collected.extend(found)
-    elif found:
-        subject = 'a keyword has' if len(found) == 1 else f'{len(found)} keywords have'
-        warn_user(f'{where}: {subject} no effect. ' + ' '.join(found), InertFlagWarning)
+        collected.extend(unique)
+    elif unique:
+        subject = 'a keyword has' if len(unique) == 1 else f'{len(unique)} keywords have'
+        warn_user(f'{where}: {subject} no effect. ' + ' '.join(unique), InertFlagWarning)
 
 
 class one_warning:
@@ -114,8 +114,8 @@ def warn_inert_in_all(where: str, parts: Iterable[tuple[list[str], Iterable[str]
     ``parts``: (the sentences of a part, the keywords that only it was given, which count by themselves).
     """
     every = list(parts)
-    common = set.intersection(*(set(found) for found, _ in every)) if every else set()
-    own = [s for found, names in every for s in found if s in common or any(f'`{name}' in s for name in names)]
+    common = set.intersection(*(set(sentences) for sentences, _ in every)) if every else set()
+    own = [s for sentences, names in every for s in sentences if s in common or any(f'`{name}' in s for name in names)]
     warn_inert(where, own)
 
 

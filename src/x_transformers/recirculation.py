@@ -150,8 +150,8 @@ class Recirculation(Module):
         hooks = []
         for destination, z in mixed.items():
 
-            def enter(_: nn.Module, given: tuple[Any, ...], z: Float[Tensor, 'b n d'] = z) -> tuple[Any, ...]:
-                return (z.to(given[0].dtype), *given[1:])
+            def enter(_: nn.Module, args: tuple[Any, ...], z: Float[Tensor, 'b n d'] = z) -> tuple[Any, ...]:
+                return (z.to(args[0].dtype), *args[1:])
 
             hooks.append(stack.layers[layers[destination]].register_forward_pre_hook(enter))
         try:
@@ -164,11 +164,11 @@ class Recirculation(Module):
         self, ids: Int[Tensor, 'b 1'], cache: KVCache | None, kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, KVCache | None]:
         """(the logits of the first reading, the cache of the second)."""
-        given = {'return_intermediates': True, 'input_not_include_cache': True, **kwargs}
-        logits, record = self.net(ids, cache=cache, **given)
+        keywords = {'return_intermediates': True, 'input_not_include_cache': True, **kwargs}
+        logits, record = self.net(ids, cache=cache, **keywords)
         step = 0 if cache is None else cache.length - cache.front
         with self._replaced(self.mix(record.hiddens, step)):
-            _, again = self.net(ids, cache=cache, **given)
+            _, again = self.net(ids, cache=cache, **keywords)
         return logits, again.kv_cache
 
     # ------------------------------------------------------------ as a net

@@ -50,9 +50,9 @@ class ReturnSpec:
     )
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], z_loss_weight: float = 1e-4) -> Self:
+    def of(cls, keywords: Mapping[str, Any], z_loss_weight: float = 1e-4) -> Self:
         """From the keywords of a forward, those ``return_…`` that it has."""
-        return cls(z_loss_weight=z_loss_weight, **{name: given[full] for name, full in RETURNED if full in given})
+        return cls(z_loss_weight=z_loss_weight, **{name: keywords[full] for name, full in RETURNED if full in keywords})
 
     @property
     def intermediates_too(self) -> bool:

@@ -108,14 +108,14 @@ class SyntheticDataGenerator(Module):
         options(MachineGenerateOptions, 'generate', locals())
         seed = None if seed is None else token_ids(seed, 'seed')
         condition = None if condition is None else token_ids(condition, 'condition')
-        given = [part for part in (seed, condition) if part is not None]
-        if not given:
+        parts = [part for part in (seed, condition) if part is not None]
+        if not parts:
             raise ValueError('seed or condition must be given, got neither.')
         for name, part in (('seed', seed), ('condition', condition)):
-            if part is not None and (part.ndim != 2 or len(part) != len(given[0])):
-                raise ValueError(f'{name} must be tokens of shape ({len(given[0])}, length), got {tuple(part.shape)}')
+            if part is not None and (part.ndim != 2 or len(part) != len(parts[0])):
+                raise ValueError(f'{name} must be tokens of shape ({len(parts[0])}, length), got {tuple(part.shape)}')
         check_temperature(temperature)
-        prefix = torch.cat(given, dim=-1)
+        prefix = torch.cat(parts, dim=-1)
         out = [prefix]
         step, hidden = prefix, None
         for _ in range(checked_length(length)):
@@ -209,13 +209,13 @@ class UniversalPretrainWrapper(Module):
         conditioned = self.draw(self.batch_size)
         conditions = buffer[conditioned].to(self.device)
         seeds = self.crops(buffer[self.draw(self.batch_size)]).to(self.device)
-        made = self.data_generator.generate(self.seq_len, seed=seeds, condition=conditions)[:, -self.seq_len :]
+        generated = self.data_generator.generate(self.seq_len, seed=seeds, condition=conditions)[:, -self.seq_len :]
         self.step.add_(1)
         if self.reset_turing_machine_every > 0 and int(self.step) % self.reset_turing_machine_every == 0:
             self.data_generator.reset_()
         half = self.num_reset // 2
         buffer[self.draw(self.num_reset)] = random_sequences(self.num_tokens, self.seq_len, half, half, device=buffer.device)
-        buffer[conditioned] = made.to(buffer.device)
+        buffer[conditioned] = generated.to(buffer.device)
 
     def forward(self) -> Float[Tensor, '']:
         """Run the machine, then return the autoregressive loss on a batch drawn from the buffer."""

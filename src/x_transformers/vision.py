@@ -48,8 +48,8 @@ class ViTransformerWrapper(Module):
         **flags: Unpack[VisionKeywords],
     ) -> None:
         super().__init__()
-        given = {'image_size': image_size, 'patch_size': patch_size, 'attn_layers': attn_layers, **flags}
-        flags_ = VisionFlags.parse(given, where='ViTransformerWrapper')
+        keywords = {'image_size': image_size, 'patch_size': patch_size, 'attn_layers': attn_layers, **flags}
+        flags_ = VisionFlags.parse(keywords, where='ViTransformerWrapper')
         check_vision(flags_, stack_flags(attn_layers), type(self).__name__)
         check_added_losses(attn_layers, type(self).__name__)
         # kept for reading; the stack lives in its slot only

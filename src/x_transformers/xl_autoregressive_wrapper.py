@@ -187,8 +187,8 @@ class XLAutoregressiveWrapper(Module):
             ttt_recurrent_steps: with test-time training, how often each segment is read, with an update between; the last
                 reading counts.
         """
-        given = {'dropout_mems': dropout_mems, 'ttt_recurrent_steps': ttt_recurrent_steps}
-        options(XLForwardOptions, 'XLAutoregressiveWrapper', given)
+        keywords = {'dropout_mems': dropout_mems, 'ttt_recurrent_steps': ttt_recurrent_steps}
+        options(XLForwardOptions, 'XLAutoregressiveWrapper', keywords)
         x = token_ids(x)
         check_future(self.net, kwargs, 'XLAutoregressiveWrapper', allowed=self.allow_future)
         if x.ndim != 2 or x.shape[1] < 2:
@@ -272,11 +272,11 @@ class XLAutoregressiveWrapper(Module):
     def _read(self, part: Int[Tensor, 'b n'], mems: Mems | None, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Mems | None]:
         """(logits, intermediates if test-time training needs them, memories)."""
         attached = self.tbptt_steps > 1 and torch.is_grad_enabled()
-        given = {**kwargs, **({'detach_mems': False} if attached else {})}
+        keywords = {**kwargs, **({'detach_mems': False} if attached else {})}
         if self.ttt_custom_loss_module is None:
-            logits, following = self.net(part, mems=mems, return_mems=True, **given)
+            logits, following = self.net(part, mems=mems, return_mems=True, **keywords)
             return logits, None, following
-        logits, intermediates = self.net(part, mems=mems, return_mems=True, return_intermediates=True, **given)
+        logits, intermediates = self.net(part, mems=mems, return_mems=True, return_intermediates=True, **keywords)
         return logits, intermediates, intermediates.mems
 
     def _adapt(self, logits: Float[Tensor, 'b n v'], intermediates: Any, wanted: Int[Tensor, 'b n'], keep_graph: bool) -> None:

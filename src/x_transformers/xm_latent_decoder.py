@@ -134,8 +134,8 @@ class XMLatentDecoder(Module):
 
         ``mask`` is True for tokens; padding is neither attended to nor predicted. Further keywords go to the net.
         """
-        given = {'return_loss': return_loss, 'active_latent_index': active_latent_index}
-        options(CandidatesForwardOptions, 'XMLatentDecoder', given)
+        keywords = {'return_loss': return_loss, 'active_latent_index': active_latent_index}
+        options(CandidatesForwardOptions, 'XMLatentDecoder', keywords)
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must be token ids (batch, at least two tokens), got shape {tuple(x.shape)}.')
         x = token_ids(x)
@@ -178,13 +178,13 @@ class XMLatentDecoder(Module):
         parts, records = [], []
         for low in range(0, rows.shape[0], size):
             here = slice(low, low + size)
-            given = {name: _rows(value, batch, count, here) for name, value in kwargs.items()}
+            keywords = {name: _rows(value, batch, count, here) for name, value in kwargs.items()}
             out, record = self.net(
                 rows[here],
                 prepend_embeds=prefix[here],
                 mask=None if masks is None else masks[here],
                 return_intermediates=True,
-                **given,
+                **keywords,
             )
             parts.append(out[:, self.num_latents :])
             records.append(record)
@@ -205,8 +205,8 @@ class XMLatentDecoder(Module):
         """Tokens behind the prompt, as ``AutoregressiveWrapper.generate`` makes them, with a prefix given or drawn."""
         prefix = self._prefix(latents, start_tokens.shape[0], start_tokens.device)
         writer = AutoregressiveWrapper(self.net, ignore_index=self.ignore_index)
-        made: Tensor = writer.generate(start_tokens, seq_len, prepend_embeds=prefix, **kwargs)
-        return made
+        generated: Tensor = writer.generate(start_tokens, seq_len, prepend_embeds=prefix, **kwargs)
+        return generated
 
     @torch.no_grad()
     def generate_with_candidate_latents(
@@ -249,8 +249,8 @@ class XMLatentDecoder(Module):
             choose = winner_fns[nth] if winner_fns is not None else winner_fn or predicts_best
             index = choose(logits)
             best = candidates[torch.arange(batch, device=device), index]
-        made = self.generate(start_tokens, seq_len, latents=best, **{**(net_kwargs or {}), **kwargs})
-        return (made, best) if return_best_latents else made
+        generated = self.generate(start_tokens, seq_len, latents=best, **{**(net_kwargs or {}), **kwargs})
+        return (generated, best) if return_best_latents else generated
 
 
 def _rows(value: Any, batch: int, count: int, here: slice) -> Any:

@@ -160,13 +160,13 @@ class XValTransformerWrapper(StackWrapper):
         """
         x = token_ids(x)
         _, numbers = read_numbers(x, x_num, self.numerical_token_id, elsewhere=1.0)
-        given = {
+        keywords = {
             'return_embeddings': return_embeddings, 'return_intermediates': return_intermediates, 'return_mems': return_mems,
             'mask': mask, 'return_attn': return_attn, 'mems': mems, 'pos': pos, 'prepend_embeds': prepend_embeds,
             'prepend_mask': prepend_mask, 'mem_masks': mem_masks, 'sum_embeds': sum_embeds, 'seq_start_pos': seq_start_pos,
             'cache': cache, 'input_not_include_cache': input_not_include_cache, 'logits_last': logits_last, 'kwargs': kwargs,
         }  # fmt: skip
-        return self.run(call_of(self, x, given, numbers=numbers), ReturnSpec.of(given))
+        return self.run(call_of(self, x, keywords, numbers=numbers), ReturnSpec.of(keywords))
 
 
 def embed_numbers(model: XValTransformerWrapper, x: Int[Tensor, 'b n'], call: ModelArgs, rows: Rows) -> Float[Tensor, 'b n e']:
@@ -228,8 +228,8 @@ class XValAutoregressiveWrapper(Module):
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f'x must hold at least two tokens per row, to read and to predict; got shape {tuple(x.shape)}')
         is_number, numbers = read_numbers(x, x_num, token, elsewhere=0.0)
-        given = kwargs.pop('mask', None)
-        before, mask = self._cut_mask(given, x.shape[1], kwargs.get('prepend_embeds'))
+        own_mask = kwargs.pop('mask', None)
+        before, mask = self._cut_mask(own_mask, x.shape[1], kwargs.get('prepend_embeds'))
         inputs, targets = shifted_mask(mask, x.shape[1])
         targets = default(targets, inputs)
         inputs = inputs if before is None or inputs is None else torch.cat((before, inputs), dim=1)
@@ -302,9 +302,9 @@ class XValAutoregressiveWrapper(Module):
         net: Any = view
         reader = reader_for(net, kwargs, prompt=prompt, steps=steps, cache=cache_kv and within, window=True)
 
-        def pick(said: Float[Tensor, 'b k']) -> Float[Tensor, 'b 2']:
-            ids = sampler(said[:, :-1])
-            return torch.stack((ids.to(prompt.tokens.dtype), said[:, -1].to(prompt.tokens.dtype)), dim=-1)
+        def pick(outputs: Float[Tensor, 'b k']) -> Float[Tensor, 'b 2']:
+            ids = sampler(outputs[:, :-1])
+            return torch.stack((ids.to(prompt.tokens.dtype), outputs[:, -1].to(prompt.tokens.dtype)), dim=-1)
 
         with evaluating(self):
             for _ in decode(reader, tokens, steps, pick):
@@ -329,6 +329,6 @@ def _ids_and_numbers(pairs: Float[Tensor, 'b n 2']) -> tuple[Int[Tensor, 'b n'],
     return pairs[..., 0].long(), pairs[..., 1]
 
 
-def _side_by_side(said: tuple[Float[Tensor, 'b n v'], Float[Tensor, 'b n']]) -> Float[Tensor, 'b n k']:
-    logits, numbers = said
+def _side_by_side(outputs: tuple[Float[Tensor, 'b n v'], Float[Tensor, 'b n']]) -> Float[Tensor, 'b n k']:
+    logits, numbers = outputs
     return torch.cat((logits, numbers.unsqueeze(-1)), dim=-1)

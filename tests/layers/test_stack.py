@@ -229,7 +229,7 @@ def test_signatures_are_the_flags() -> None:
 
 @pytest.mark.parametrize('cls', [Encoder, Decoder, PrefixDecoder])
 def test_subclasses_know_causality_themselves(cls: type[AttentionLayers]) -> None:
-    with pytest.raises(FlagError, match=f'`causal` cannot be given to {cls.__name__}'):
+    with pytest.raises(FlagError, match=f'`causal` must be left out for {cls.__name__}'):
         cls(**SMALL, causal=True)
 
 

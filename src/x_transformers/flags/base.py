@@ -281,19 +281,19 @@ class Flags:
 
         None at all for a name that is no flag of this class.
         """
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         waiting = [name] if name in cls.flag_fields() else []
         while waiting:
             each = waiting.pop()
-            said, default = cls.flag_fields()[each].metadata, default_of(cls.flag_fields()[each])
-            found[each] = said['example']
-            if found[each] is None and isinstance(default, bool):
-                found[each] = not default
-            elif found[each] is None:
-                found[each] = default + 1 if isinstance(default, (int, float)) else max(2, said['low'] or 0)
-            above = [*as_tuple(said['parent'])[:1], *said['needs']]
-            waiting += [other for other in above if other not in found and other in cls.flag_fields()]
-        return found
+            metadata, default = cls.flag_fields()[each].metadata, default_of(cls.flag_fields()[each])
+            values[each] = metadata['example']
+            if values[each] is None and isinstance(default, bool):
+                values[each] = not default
+            elif values[each] is None:
+                values[each] = default + 1 if isinstance(default, (int, float)) else max(2, metadata['low'] or 0)
+            above = [*as_tuple(metadata['parent'])[:1], *metadata['needs']]
+            waiting += [other for other in above if other not in values and other in cls.flag_fields()]
+        return values
 
     @classmethod
     def elsewhere(cls) -> Mapping[str, str]:
@@ -305,7 +305,7 @@ class Flags:
         return default_of(cls.flag_fields()[name])
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> Self:
+    def parse(cls, keywords: Mapping[str, Any], *, where: str, prefix: str = '') -> Self:
         """Flags from keywords.
 
         Args:
@@ -318,19 +318,19 @@ class Flags:
             MissingFlag: a flag without a default is absent.
             FlagError: a value of the wrong kind.
         """
-        unknown = [name for name in given if name not in cls.flag_fields()]
+        unknown = [name for name in keywords if name not in cls.flag_fields()]
         if unknown:
             known = [prefix + name for name in cls.flag_fields()]
             raise unknown_flags([prefix + name for name in unknown], where=where, known=known, elsewhere=cls.elsewhere())
-        cls.check_complete(given, where=where, prefix=prefix)
-        values, wrong = cls.read(given, where=where, prefix=prefix)
+        cls.check_complete(keywords, where=where, prefix=prefix)
+        values, wrong = cls.read(keywords, where=where, prefix=prefix)
         if wrong:
             raise FlagError(*wrong)
         return cls(**values)
 
     @classmethod
-    def check_complete(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> None:
-        missing = [name for name, field in cls.flag_fields().items() if default_of(field) is REQUIRED and name not in given]
+    def check_complete(cls, keywords: Mapping[str, Any], *, where: str, prefix: str = '') -> None:
+        missing = [name for name, field in cls.flag_fields().items() if default_of(field) is REQUIRED and name not in keywords]
         if missing:
             names = ', '.join(f'`{written(prefix + name)}`' for name in missing)
             raise MissingFlag(f'{where} needs {names}.')
@@ -351,11 +351,11 @@ class Flags:
         return dict(zip(names, values, strict=False))
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], *, where: str, prefix: str = '') -> tuple[dict[str, Any], list[str]]:
+    def read(cls, keywords: Mapping[str, Any], *, where: str, prefix: str = '') -> tuple[dict[str, Any], list[str]]:
         """(tidied values, a sentence for each value of the wrong kind)."""
         values: dict[str, Any] = {}
         wrong: list[str] = []
-        for name, value in given.items():
+        for name, value in keywords.items():
             hint = type_hints(cls)[name]
             values[name] = tidied(value, hint)
             kinds = [one_kind(kind) for kind in kinds_of(hint)]
@@ -440,7 +440,7 @@ def unknown_flags(
     for name in names:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         whose = (elsewhere or {}).get(name)
-        told = None if whose is None else f'it is a keyword of {whose}.'
-        hint = answer(name, known) or told or (f'did you mean `{near[0]}`?' if near else 'no flag has a similar name.')
+        owner = None if whose is None else f'it is a keyword of {whose}.'
+        hint = answer(name, known) or owner or (f'did you mean `{near[0]}`?' if near else 'no flag has a similar name.')
         sentences.append(f'{where}: unrecognized kwargs: there is no flag `{name}`; {hint}')
     return UnknownFlag(*sentences)

@@ -33,9 +33,9 @@ class Group(NamedTuple):
         return [self.prefix + name for name in self.names()]
 
     def parameters(self) -> Iterator[inspect.Parameter]:
-        found = self.flags.signature().parameters
+        parameters = self.flags.signature().parameters
         for name in self.names():
-            yield found[name].replace(name=self.prefix + name, kind=inspect.Parameter.KEYWORD_ONLY)
+            yield parameters[name].replace(name=self.prefix + name, kind=inspect.Parameter.KEYWORD_ONLY)
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """(keyword, a line for people: its kind, its default, what it does and where it comes from)."""

@@ -129,8 +129,8 @@ SAID_OTHERWISE = {
 
 def renamed_to(name: str, known: Collection[str]) -> str | None:
     """The keyword among ``known`` that means what others call ``name``; None if there is none."""
-    found = [names[name] for names in (OF_TRAINING, OF_LAYERS, OF_MODELS) if name in names]
-    spellings = [spelling for here in found for spelling in (here, here.removeprefix('attn_').removeprefix('ff_'))]
+    names_here = [names[name] for names in (OF_TRAINING, OF_LAYERS, OF_MODELS) if name in names]
+    spellings = [spelling for here in names_here for spelling in (here, here.removeprefix('attn_').removeprefix('ff_'))]
     return next((spelling for spelling in spellings if spelling in known), None)
 
 

@@ -125,12 +125,12 @@ def check_bare(net: nn.Module, where: str, name: str, of_tokens: bool) -> None:
 
 def check_module(net: Any, where: str, name: str = 'net', needs: Sequence[str] = ()) -> None:
     """Raise FlagError for what is no model: None, a class, or a module without the attributes that are read here."""
-    told = f'the class {net.__name__}' if isinstance(net, type) else repr(net) if net is None else f'a {type(net).__name__}'
+    kind = f'the class {net.__name__}' if isinstance(net, type) else repr(net) if net is None else f'a {type(net).__name__}'
     if not isinstance(net, nn.Module):
-        raise FlagError(f'{where}: {name} must be a model, a torch Module, got {told}. Build the model and give that.')
+        raise FlagError(f'{where}: {name} must be a model, a torch Module, got {kind}. Build the model and give that.')
     if absent := [each for each in needs if not hasattr(net, each)]:
         raise FlagError(
-            f'{where}: {name} must have the attributes {", ".join(needs)}, as models of this package have, got {told} without '
+            f'{where}: {name} must have the attributes {", ".join(needs)}, as models of this package have, got {kind} without '
             f'{", ".join(absent)}. Give it such a model, or set them on your own.'
         )
 
@@ -224,9 +224,9 @@ def sees_future(net: Any) -> bool:
     return stack.flags.has_self_attention or shifts
 
 
-def check_future(net: Any, given: Mapping[str, Any], where: str, *, allowed: bool) -> None:
+def check_future(net: Any, keywords: Mapping[str, Any], where: str, *, allowed: bool) -> None:
     """Raise FlagError if a net would be trained to predict tokens that it sees, and ``attn_mask`` does not hide them."""
-    if allowed or not sees_future(net) or given.get('attn_bias') is not None or hides_future(given.get('attn_mask')):
+    if allowed or not sees_future(net) or keywords.get('attn_bias') is not None or hides_future(keywords.get('attn_mask')):
         return
     raise FlagError(
         f'{where}: net must not see the tokens that it is to predict, but its stack is an {type(net.attn_layers).__name__}, '

@@ -76,12 +76,12 @@ class LayeredFlags(Flags):
         """``output_proj_depth`` of each layer, its block counted from 1, for the parts that are not ``given`` one."""
         stack: Any = self
         numbers = block_numbers(stack)
-        found = {}
+        depths = {}
         for part, kind in KIND_OF_PART.items():
             own = tuple(number for number, its in zip(numbers, self.kinds, strict=True) if its == kind)
             if own and 'output_proj_depth' not in given[part]:
-                found[f'{part}output_proj_depth'] = PerLayer(values=own)
-        return found
+                depths[f'{part}output_proj_depth'] = PerLayer(values=own)
+        return depths
 
     def layer(self, index: int) -> Self:
         """The flags of layer ``index``: every flag has the one value that holds there, its own part's flags too."""
@@ -96,14 +96,14 @@ class LayeredFlags(Flags):
         """The keywords that differ between layers and concern layer ``index``, with their values there."""
         kinds = self.kinds
         kind, nth = kinds[index], kinds[:index].count(kinds[index])
-        found = {}
+        values_here = {}
         for name, values in self.varying.items():
             each = self.flag_fields()[name].metadata['each'] if name in self.flag_fields() else None
             if each == 'layer':
-                found[name] = values[index]
+                values_here[name] = values[index]
             elif KIND_OF_PART[first_prefix(name) or ''] == kind if each is None else kind in KINDS_OF[each]:
-                found[name] = values[nth % len(values)]
-        return found
+                values_here[name] = values[nth % len(values)]
+        return values_here
 
     def _of_layer(self, index: int) -> Self:
         own: dict[str, Any] = {}
@@ -116,13 +116,13 @@ class LayeredFlags(Flags):
                 parts[part][name.removeprefix(part)] = value
         stack: Any = self
         flags = dataclasses.replace(stack, varying={}, **own)
-        made: Self = dataclasses.replace(
+        of_layer: Self = dataclasses.replace(
             flags,
             attention=dataclasses.replace(self.attention, **flags.told_to_attention, **parts['attn_']),
             cross_attention=dataclasses.replace(self.cross_attention, heads=flags.heads, **parts['cross_attn_']),
             feedforward=dataclasses.replace(self.feedforward, **parts['ff_']),
         )
-        return made
+        return of_layer
 
     def _of_kind(self, kind: str) -> list[Self]:
         if not self.varying:
@@ -156,13 +156,13 @@ class LayeredFlags(Flags):
         return super().changed() | dict(self.varying)
 
     def keywords(self) -> dict[str, Any]:
-        found = {name: value for name, value in Flags.changed(self).items() if name not in self.varying}
-        given = {'attn_': self.attn_given, 'cross_attn_': self.cross_given, 'ff_': self.ff_given}
+        own = {name: value for name, value in Flags.changed(self).items() if name not in self.varying}
+        typed = {'attn_': self.attn_given, 'cross_attn_': self.cross_given, 'ff_': self.ff_given}
         held = {'attn_': self.attention, 'cross_attn_': self.cross_attention, 'ff_': self.feedforward}
-        parts = {part + name: getattr(held[part], name) for part in PARTS for name in sorted(given[part])}
+        parts = {part + name: getattr(held[part], name) for part in PARTS for name in sorted(typed[part])}
         # others follow from flags, as the depth of layers does
-        told = {*parts, *self.flag_fields()}
-        return found | parts | {name: PerLayer(values=over) for name, over in self.varying.items() if name in told}
+        named = {*parts, *self.flag_fields()}
+        return own | parts | {name: PerLayer(values=over) for name, over in self.varying.items() if name in named}
 
     def is_changed(self, name: str) -> bool:
         if name == 'attn_dim_head':
@@ -180,9 +180,9 @@ def split_by_layer(
     """
     rest = {}
     for name, value in given.items():
-        found = as_per_layer(value, type_hints(cls)[name])
-        if found is None or (own and not isinstance(value, PerLayer) and cls.flag_fields()[name].metadata['each'] is None):
+        per_layer = as_per_layer(value, type_hints(cls)[name])
+        if per_layer is None or (own and not isinstance(value, PerLayer) and cls.flag_fields()[name].metadata['each'] is None):
             rest[name] = value
         else:
-            apart[prefix + name] = found
+            apart[prefix + name] = per_layer
     return rest

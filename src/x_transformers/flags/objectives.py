@@ -43,11 +43,11 @@ def options(kind: type[Options], where: str, given: Mapping[str, Any]) -> None:
         read, complaints = kind.read({name: value}, where=where)
         wrong += complaints
         fitting |= {} if complaints else read
-    made = kind(**fitting)
-    wrong += [*out_of_range(made, written).values(), *broken_rules(kind.RULES, made, 0, written)]
+    parsed = kind(**fitting)
+    wrong += [*out_of_range(parsed, written).values(), *broken_rules(kind.RULES, parsed, 0, written)]
     if wrong:
         raise FlagError(*(sentence if sentence.startswith(where) else f'{where}: {sentence}' for sentence in wrong))
-    warn_inert(where, [*orphans(made, written), *broken_rules(kind.RULES, made, 0, written, inert=True)])
+    warn_inert(where, [*orphans(parsed, written), *broken_rules(kind.RULES, parsed, 0, written, inert=True)])
 
 
 def share(default: float, says: str, **more: Any) -> Any:

@@ -75,24 +75,24 @@ def as_per_layer(value: Any, hint: Any) -> PerLayer | None:
     return None
 
 
-def spread(given: PerLayer, layers: int, hint: Any, *, name: str, kind: str) -> tuple[tuple[Any, ...], list[str]]:
+def spread(per_layer: PerLayer, layers: int, hint: Any, *, name: str, kind: str) -> tuple[tuple[Any, ...], list[str]]:
     """(the value of each of ``layers`` layers, what is wrong). ``name``: the keyword; ``kind``: words for the kind of layer."""
     if not layers:
         return (), [f'`{name}` must be one value, as there is no {kind} layer, got one for each. Leave it out.']
-    if given.function is None:
-        count = len(given.values)
+    if per_layer.function is None:
+        count = len(per_layer.values)
         if not count:
             return (), [f'`{name}` must hold a value for each {kind} layer, got an empty tuple. Give one value or more.']
         if count > layers:
             return (), [
                 f'`{name}` must hold at most one value for each of the {layers} {kind} layers, got {count}. Give fewer.'
             ]
-        values: list[Any] = [given.values[layer % count] for layer in range(layers)]
+        values: list[Any] = [per_layer.values[layer % count] for layer in range(layers)]
     else:
         values = []
         for layer in range(layers):
             try:
-                values.append(given.function(layer))
+                values.append(per_layer.function(layer))
             except Exception as error:
                 return (), [
                     f'`{name}` must give a value for each of the {layers} {kind} layers, got '

@@ -78,7 +78,7 @@ def preset(name: str) -> dict[str, Any]:
 @cache
 def without_presets() -> dict[str, Any]:
     """The constructors' own defaults of the flags that presets decide."""
-    return {name: default_of_flag(name) for name in dict.fromkeys(flag for made in PRESETS.values() for flag in made.flags)}
+    return {name: default_of_flag(name) for name in dict.fromkeys(flag for preset in PRESETS.values() for flag in preset.flags)}
 
 
 def default_of_flag(name: str) -> Any:
@@ -111,8 +111,8 @@ def preset_sentences(
     ``own``: the names of those that somebody gave. ``way`` says of a flag and its value what changes it.
     """
     text, way = ' '.join(error.sentences), way or option_against
-    found = {flag: value for flag, value in PRESETS[name].flags.items() if f'`{flag}' in text and flag not in own}
-    return [f'`{flag}={value!r}`: the default of the preset {name}; {way(flag, value)}.' for flag, value in found.items()]
+    values = {flag: value for flag, value in PRESETS[name].flags.items() if f'`{flag}' in text and flag not in own}
+    return [f'`{flag}={value!r}`: the default of the preset {name}; {way(flag, value)}.' for flag, value in values.items()]
 
 
 def option_against(flag: str, value: Any) -> str:
@@ -128,4 +128,4 @@ def word_against(flag: str, value: Any) -> str:
 
 def help_text() -> str:
     """Every preset with its sentence."""
-    return '; '.join(f'{name}: {made.says}' for name, made in PRESETS.items())
+    return '; '.join(f'{name}: {preset.says}' for name, preset in PRESETS.items())

@@ -259,9 +259,9 @@ class ResidualFlags(LayoutFlags):
 
     def constant_scale(self, *, by_depth: bool) -> float:
         """The constant factor on what branches write, of ``depth_scale_residual`` or else of ``scale_residual``."""
-        for given in (by_depth and self.depth_scale_residual, self.scale_residual):
-            if not isinstance(given, bool):
-                return float(given)
+        for scale in (by_depth and self.depth_scale_residual, self.scale_residual):
+            if not isinstance(scale, bool):
+                return float(scale)
         return 1.0
 
     @cached_property

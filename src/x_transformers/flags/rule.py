@@ -125,12 +125,12 @@ def unfit(cls: type[Flags], name: str, why: str) -> Rule:
 
 def said_by(cls: type[Flags], name: str) -> Iterable[Rule]:
     """A field that is shared by several classes may name flags that this one does not have: such rules are left out."""
-    said = cls.flag_fields()[name].metadata
+    metadata = cls.flag_fields()[name].metadata
     for word, inert in (('excludes', False), ('idle_with', True)):
-        made = (exclusion(cls, name, others, why, inert) for others, why in said[word].items())
-        yield from (rule for rule in made if cls.switched_on(rule.flags[1]))
-    yield from (need(cls, name, needed, why) for needed, why in said['needs'].items())
-    yield from said['rules']
+        rules = (exclusion(cls, name, others, why, inert) for others, why in metadata[word].items())
+        yield from (rule for rule in rules if cls.switched_on(rule.flags[1]))
+    yield from (need(cls, name, needed, why) for needed, why in metadata['needs'].items())
+    yield from metadata['rules']
 
 
 def with_way_out(why: Why, way_out: str) -> tuple[str, str]:
@@ -176,10 +176,10 @@ def out_of_range(flags: Flags, name: Name) -> dict[str, str]:
     sentences = {}
     for flag, its_field in flags.flag_fields().items():
         low, high, above, below = (its_field.metadata[bound] for bound in ('low', 'high', 'above', 'below'))
-        given, among = getattr(flags, flag), its_field.metadata['among']
-        if among is not None and given not in among:
-            sentences[flag] = f'`{name(flag)}={shown(given)}`: it must be {" or ".join(map(repr, among))}.'
-        values = given if isinstance(given, tuple) else (given,)
+        setting, among = getattr(flags, flag), its_field.metadata['among']
+        if among is not None and setting not in among:
+            sentences[flag] = f'`{name(flag)}={shown(setting)}`: it must be {" or ".join(map(repr, among))}.'
+        values = setting if isinstance(setting, tuple) else (setting,)
         for value in values:
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
@@ -194,7 +194,7 @@ def out_of_range(flags: Flags, name: Name) -> dict[str, str]:
                 if not fine
             ]
             if wanted:
-                sentences[flag] = f'`{name(flag)}={shown(given)}`: it must be {" and ".join(wanted)}.'
+                sentences[flag] = f'`{name(flag)}={shown(setting)}`: it must be {" and ".join(wanted)}.'
                 break
     return sentences
 

@@ -73,20 +73,20 @@ def broken_parts(flags: StackFlags, kinds: str) -> list[str]:
 
 def broken_layers(flags: StackFlags) -> list[str]:
     """What is wrong in single layers. Of a part's rule, the layers are named that break it, unless all of its kind do."""
-    said: list[str] = []
+    sentences: list[str] = []
     kinds = flags.kinds
     for kind in 'acf':
-        found: dict[str, list[int]] = {}
+        layers_of_sentence: dict[str, list[int]] = {}
         layers = [index for index, its in enumerate(kinds) if its == kind]
         # a part without a layer may have flags that nothing can be done with
         for index, own in [(index, flags.layer(index)) for index in layers] or [(-1, flags)]:
-            said += broken_stack(own, '')
+            sentences += broken_stack(own, '')
             for sentence in broken_parts(own, kind):
-                found.setdefault(sentence, []).append(index)
-        for sentence, where in found.items():
+                layers_of_sentence.setdefault(sentence, []).append(index)
+        for sentence, where in layers_of_sentence.items():
             named = f'In layer{"s" * (len(where) > 1)} {", ".join(map(str, where))}: '
-            said.append(sentence if len(where) >= len(layers) else named + sentence)
-    return said
+            sentences.append(sentence if len(where) >= len(layers) else named + sentence)
+    return sentences
 
 
 def check_wrapper(flags: Flags, stack: StackFlags, *, where: str = 'TransformerWrapper', left_to_right: bool = False) -> None:
@@ -148,9 +148,9 @@ def inert_feedforward(flags: FeedForwardFlags, dim: int, name: Name) -> list[str
     return [*orphans(flags, name), *broken_rules(rules_of(FeedForwardFlags), flags, dim, name, inert=True)]
 
 
-def in_all(found: Iterable[list[str]]) -> list[str]:
+def in_all(lists: Iterable[list[str]]) -> list[str]:
     """The sentences that are said every time."""
-    first, *rest = [*found] or [[]]
+    first, *rest = [*lists] or [[]]
     return [sentence for sentence in first if all(sentence in other for other in rest)]
 
 

@@ -68,15 +68,15 @@ def with_arguments(*tables: Mapping[str, str]) -> Callable[[F], F]:
     Args:
         tables: what an argument does, by its name; the first that has a name says it.
     """
-    says = ChainMap(*map(dict, tables))
+    sentences = ChainMap(*map(dict, tables))
 
     def described(forward: F) -> F:
         # Python may have been told to drop docstrings
         if forward.__doc__ is not None:
             listed = [
-                textwrap.fill(f'{name}: {says[name]}', 120, initial_indent=' ' * 4, subsequent_indent=' ' * 8)
+                textwrap.fill(f'{name}: {sentences[name]}', 120, initial_indent=' ' * 4, subsequent_indent=' ' * 8)
                 for name in inspect.signature(forward).parameters
-                if name in says
+                if name in sentences
             ]
             lines = '\n'.join(('Args:', *listed))
             forward.__doc__ = re.sub(r'^Args: .*$', lambda _: lines, inspect.cleandoc(forward.__doc__), flags=re.MULTILINE)

@@ -22,24 +22,24 @@ def make_mixer(flags: StackFlags) -> nn.Module:
     Raises FlagError if it cannot be made, or does not follow the protocol.
     """
     mixer: str | Callable[..., Any] | None = flags.mixer
-    given: Mapping[str, Any] = flags.mixer_kwargs
+    settings: Mapping[str, Any] = flags.mixer_kwargs
     if mixer is None:
         raise FlagError("`mixer` must be given with 'm' in `custom_layers`: it says what these layers are. Name one.")
     if isinstance(mixer, str):
         usual = {'heads': flags.heads, 'zero_init_output': flags.zero_init_branch_output}
-        mixer, given = NAMED[mixer], {**usual, **given}
+        mixer, settings = NAMED[mixer], {**usual, **settings}
     try:
-        made = mixer(flags.dim, **given)
+        module = mixer(flags.dim, **settings)
     except (TypeError, ValueError) as error:
         raise FlagError(f'`mixer` must be made of the width and `mixer_kwargs`, got {type(error).__name__}: {error}') from error
-    if not isinstance(made, nn.Module) or not has_state(made):
+    if not isinstance(module, nn.Module) or not has_state(module):
         raise FlagError(
-            f'`mixer` must make modules with forward(x, state) -> (y, state), got {type(made).__name__}. '
+            f'`mixer` must make modules with forward(x, state) -> (y, state), got {type(module).__name__}. '
             'Give its forward a keyword `state`, which is None at first.'
         )
-    if type(made) not in NAMED.values() and (wrong := tried(made, flags.dim)) is not None:
+    if type(module) not in NAMED.values() and (wrong := tried(module, flags.dim)) is not None:
         raise FlagError(f'`mixer`: {wrong}')
-    return made
+    return module
 
 
 def tried(mixer: nn.Module, dim: int) -> str | None:
