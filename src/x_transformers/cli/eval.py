@@ -58,10 +58,10 @@ def main(arguments: Sequence[str]) -> int:
     model, tokenizer = load_run(run, device), tokenizer_of(run)
     separator = separator_of(options.document_separator)
     documents = (document for source in find_sources(options.data) for document in read_documents(source, separator))
-    found = evaluate(
+    evaluation = evaluate(
         model, tokenizer, documents, window=options.seq_len or config.options.seq_len, batch=options.batch, device=device
     )
-    print(found)
+    print(evaluation)
     if options.json:
-        print(json.dumps({'run': options.run} | dataclasses.asdict(found)))
+        print(json.dumps({'run': options.run} | dataclasses.asdict(evaluation)))
     return 0

@@ -46,10 +46,10 @@ class ExportOptions:
 
 
 def range_of(option: str, text: str) -> tuple[int, int]:
-    found = RANGE.fullmatch(text)
-    if found is None:
+    match = RANGE.fullmatch(text)
+    if match is None:
         raise TrainingError(f'{option} must be LEAST:MOST, such as 1:64, or one number, got {text!r}.')
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def open_model(run: str) -> Any:
@@ -88,9 +88,9 @@ def main(arguments: Sequence[str]) -> int:
     write_program(options, model, batch, length)
     size = options.target.stat().st_size
     if options.json:
-        told = {'run': options.run, 'format': options.format, 'file': str(options.target), 'bytes': size}
+        summary = {'run': options.run, 'format': options.format, 'file': str(options.target), 'bytes': size}
         program = {} if options.format == 'safetensors' else {'what': options.what, 'batch': batch, 'length': length}
-        print(json.dumps(told | program | {'parameters': sum(p.numel() for p in model.parameters())}))
+        print(json.dumps(summary | program | {'parameters': sum(p.numel() for p in model.parameters())}))
     else:
         print(f'wrote {options.target}: {size:,} bytes')
     return 0

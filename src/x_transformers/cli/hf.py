@@ -92,10 +92,10 @@ class Export:
 def dtype_named(name: str | None) -> Any:
     import torch
 
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not isinstance(found, torch.dtype):
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(dtype, torch.dtype):
         raise FolderError(f'--dtype must name a dtype of torch, such as bfloat16, got {name!r}.')
-    return found
+    return dtype
 
 
 def report(target: Path, tokenizer: list[str], *, as_json: bool) -> None:

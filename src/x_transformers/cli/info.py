@@ -62,9 +62,9 @@ def info_class() -> type:
         ('preset', preset_option(), dataclasses.field(default=None)),
         *model_fields(),
     ]
-    made = dataclasses.make_dataclass('Info', fields, frozen=True)
-    made.__doc__ = ABOUT
-    return made
+    command = dataclasses.make_dataclass('Info', fields, frozen=True)
+    command.__doc__ = ABOUT
+    return command
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], InfoOptions]:
@@ -198,12 +198,12 @@ def kept_bytes(flags: dict[str, Any], options: InfoOptions, device: torch.device
 
 def halve(network: nn.Module) -> None:
     """What ``network.bfloat16()`` does, which cannot exchange parameters that have a device but no numbers."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    halves: dict[nn.Parameter, nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(parameter.detach().to(torch.bfloat16), parameter.requires_grad)
-            setattr(module, name, made[parameter])
+            if parameter not in halves:
+                halves[parameter] = nn.Parameter(parameter.detach().to(torch.bfloat16), parameter.requires_grad)
+            setattr(module, name, halves[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 setattr(module, name, buffer.to(torch.bfloat16))
@@ -257,8 +257,8 @@ def layer_lines(plan: LayerPlan, flags: StackFlags) -> list[str]:
     lines = [f'layers: {"".join(plan.kinds)}']
     notes = [layer_notes(spec, flags) for spec in plan.layers]
     if any(notes):
-        for spec, said in zip(plan.layers, notes, strict=True):
-            lines.append(f'  {spec.index:3}  {KINDS[spec.kind]:16}{", ".join(said)}'.rstrip())
+        for spec, words in zip(plan.layers, notes, strict=True):
+            lines.append(f'  {spec.index:3}  {KINDS[spec.kind]:16}{", ".join(words)}'.rstrip())
     if plan.order != tuple(range(len(plan.layers))):
         lines.append(f'  executed in the order {", ".join(map(str, plan.order))}')
     return lines
@@ -325,12 +325,12 @@ def cache_lines(network: Any, seen: Measured, options: InfoOptions) -> list[str]
 
 def kernel_lines(calls: list[tuple[Needs, CallFacts]], device: torch.device) -> list[str]:
     """One paragraph per different demand; on the meta device nothing runs, so the choice is asked for on the real one."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for needs, call in calls:
         text = explain(needs, call._replace(device=device.type))
-        found[text] = found.get(text, 0) + 1
+        counts[text] = counts.get(text, 0) + 1
     lines = [f'attention kernels on {device.type}']
-    for text, count in found.items():
+    for text, count in counts.items():
         first, *others = text.splitlines()
         lines.append(f'  {first} ({count} of {len(calls)} layers)')
         lines += [f'    {other}' for other in others]

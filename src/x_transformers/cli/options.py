@@ -88,11 +88,11 @@ def group_keywords(group: str) -> dict[str, Keyword]:
     """The keywords of one group, by the name they have in a flat call."""
     if group in PART_OF_GROUP:
         part = PART_OF_GROUP[group]
-        found = [Keyword(name, PARTS[part], name.removeprefix(part)) for name in keyword_names(part)]
+        keywords = [Keyword(name, PARTS[part], name.removeprefix(part)) for name in keyword_names(part)]
     else:
         flags = WrapperFlags if group == 'model' else StackFlags
-        found = [Keyword(name, flags, name) for name in flags.flag_fields()]
-    return {keyword.name: keyword for keyword in found if keyword.name not in SET_HERE}
+        keywords = [Keyword(name, flags, name) for name in flags.flag_fields()]
+    return {keyword.name: keyword for keyword in keywords if keyword.name not in SET_HERE}
 
 
 @cache
@@ -114,9 +114,9 @@ def group_class(group: str) -> type:
             kinds = (*kinds, types.NoneType)
         kind = Annotated[Union[kinds], tyro.conf.arg(help=keyword.sentence())]  # type: ignore[valid-type]  # noqa: UP007
         fields.append((name, kind, dataclasses.field(default=default)))
-    made = dataclasses.make_dataclass(f'{group.title().replace("_", "")}Options', fields, frozen=True, kw_only=True)
-    made.__doc__ = GROUPS[group]
-    return made
+    options = dataclasses.make_dataclass(f'{group.title().replace("_", "")}Options', fields, frozen=True, kw_only=True)
+    options.__doc__ = GROUPS[group]
+    return options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,12 +22,12 @@ HELP = ('-h', '--help', '--help-all')
 
 def typed_names(arguments: Sequence[str], known: Collection[str]) -> set[str]:
     """Which of the known names were typed, as ``--name``, ``--name=value`` or ``--no-name``."""
-    found = set()
+    names = set()
     for argument in arguments:
         if argument.startswith('--'):
             name = argument[2:].partition('=')[0].replace('-', '_')
-            found |= {name, name.removeprefix('no_')} & set(known)
-    return found
+            names |= {name, name.removeprefix('no_')} & set(known)
+    return names
 
 
 def in_help(full: Any, *, short: bool) -> list[str]:
@@ -64,12 +64,12 @@ def parse_typed(full: Any, arguments: Sequence[str], prog: str) -> Any:
 
 def all_fields(full: Any) -> dict[str, dataclasses.Field[Any]]:
     """Every option of a command by its name, those of its groups too."""
-    found: dict[str, dataclasses.Field[Any]] = {}
+    by_name: dict[str, dataclasses.Field[Any]] = {}
     for field in dataclasses.fields(full):
         part = getattr(full, field.name)
         inside = dataclasses.fields(part) if is_group(part) else (field,)
-        found.update({option.name: option for option in inside})
-    return found
+        by_name.update({option.name: option for option in inside})
+    return by_name
 
 
 def is_group(part: Any) -> bool:
@@ -77,14 +77,14 @@ def is_group(part: Any) -> bool:
     return dataclasses.is_dataclass(part) and not isinstance(part, type)
 
 
-def narrowed(full: Any, names: Collection[str], *, told: bool = False) -> type:
-    """The dataclass of ``full`` with these options and no others; their defaults are its values. ``told``: with sentences."""
+def narrowed(full: Any, names: Collection[str], *, described: bool = False) -> type:
+    """The dataclass of ``full`` with these options alone; their defaults are its values. ``described``: with sentences."""
     fields: list[tuple[str, Any, Any]] = []
     hints = get_type_hints(type(full), include_extras=True)
     for field in dataclasses.fields(full):
         part = getattr(full, field.name)
         if is_group(part):
-            says = sentences_of(type(part)) if told else {}
+            says = sentences_of(type(part)) if described else {}
             inner = get_type_hints(type(part), include_extras=True)
             own: list[tuple[str, Any, Any]] = [
                 (
@@ -95,11 +95,11 @@ def narrowed(full: Any, names: Collection[str], *, told: bool = False) -> type:
                 for option in dataclasses.fields(part)
                 if option.name in names
             ]
-            made = dataclasses.make_dataclass(type(part).__name__, own, frozen=True, kw_only=True)
-            made.__doc__ = type(part).__doc__
+            own_class = dataclasses.make_dataclass(type(part).__name__, own, frozen=True, kw_only=True)
+            own_class.__doc__ = type(part).__doc__
             marks = getattr(hints[field.name], '__metadata__', ())
-            kind = Annotated[made, *marks] if marks else made
-            fields.append((field.name, kind, dataclasses.field(default=made())))
+            kind = Annotated[own_class, *marks] if marks else own_class
+            fields.append((field.name, kind, dataclasses.field(default=own_class())))
         elif field.name in names:
             fields.append((field.name, hints[field.name], dataclasses.field(default=part)))
     return dataclasses.make_dataclass(type(full).__name__, fields, frozen=True)
@@ -107,7 +107,7 @@ def narrowed(full: Any, names: Collection[str], *, told: bool = False) -> type:
 
 def sentences_of(cls: type) -> dict[str, str]:
     """The sentence beneath each field of a dataclass; that of a subclass counts. Classes without a source have none."""
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
@@ -115,8 +115,8 @@ def sentences_of(cls: type) -> dict[str, str]:
             continue
         for field, below in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                found[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value))
-    return found
+                sentences[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value))
+    return sentences
 
 
 def with_help(kind: Any, sentence: str) -> Any:
@@ -130,7 +130,7 @@ def show_help(full: Any, prog: str, *, short: bool) -> NoReturn:
     about = (type(full).__doc__ or '').strip()
     more = f'{about}\n\n{rest} more options, each a published idea or a detail: {prog} --help-all' if short else about
     tyro.cli(
-        narrowed(full, names, told=True), args=['--help'], prog=prog, description=more, config=(tyro.conf.OmitArgPrefixes,)
+        narrowed(full, names, described=True), args=['--help'], prog=prog, description=more, config=(tyro.conf.OmitArgPrefixes,)
     )
     raise SystemExit(0)
 

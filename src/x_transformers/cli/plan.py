@@ -66,9 +66,9 @@ def plan_class() -> type:
         ('preset', preset_option(), dataclasses.field(default=None)),
         *model_fields(),
     ]
-    made = dataclasses.make_dataclass('Plan', fields, frozen=True)
-    made.__doc__ = ABOUT
-    return made
+    command = dataclasses.make_dataclass('Plan', fields, frozen=True)
+    command.__doc__ = ABOUT
+    return command
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], PlanOptions]:
@@ -107,14 +107,16 @@ def main(arguments: Sequence[str]) -> int:
         flags, seq_len=options.seq_len, vocabulary=options.vocab, half=options.bf16, group=group, pipeline=options.pipeline
     )
     batch = options.batch or readers
-    found = list(
+    grid_needs = list(
         needs(
             size, devices=options.gpus, per_node=options.per_node, batch=batch, half=options.bf16, micros=options.grad_accum
         )
     )  # fmt: skip
-    print('\n'.join([*about(size, options, batch, readers), '', *plan_table(found, options.memory * GIB)]))
+    print('\n'.join([*about(size, options, batch, readers), '', *plan_table(grid_needs, options.memory * GIB)]))
     if options.json:
-        grids = [dataclasses.asdict(need) | {'total': need.total, 'fits': need.total <= options.memory * GIB} for need in found]
+        grids = [
+            dataclasses.asdict(need) | {'total': need.total, 'fits': need.total <= options.memory * GIB} for need in grid_needs
+        ]
         print(
             json.dumps(
                 {
@@ -156,11 +158,11 @@ def about(size: Size, options: PlanOptions, batch: int, readers: int) -> list[st
     return lines
 
 
-def plan_table(found: Sequence[Need], memory: float) -> list[str]:
+def plan_table(grid_needs: Sequence[Need], memory: float) -> list[str]:
     """One line for each grid, in GiB of one device, and which is the first that fits."""
     head = f'{"GiB of each device":<44}{"weights":>9}{"grads":>9}{"optimizer":>11}{"gathered":>10}{"kept":>9}{"peak":>9}'
     lines = [head]
-    for need in found:
+    for need in grid_needs:
         name = need.name + (', again' if need.checkpointing else '')
         sizes = (need.weights, need.gradients, need.optimizer, need.gathered, need.activations, need.total)
         widths = (9, 9, 11, 10, 9, 9)
@@ -170,7 +172,7 @@ def plan_table(found: Sequence[Need], memory: float) -> list[str]:
         'again: layers are computed again for their gradients (--checkpointing full); kept: for the backward, which lets go'
     )
     lines.append('of it while gradients come, so that parts need the larger of the two alone')
-    fits = next((grid for grid in of_each_grid(found) if max(need.total for need in grid) <= memory), None)
+    fits = next((grid for grid in of_each_grid(grid_needs) if max(need.total for need in grid) <= memory), None)
     if fits is None:
         lines.append(f'none of them fits into {memory / GIB:g} GiB: take more devices, a smaller --batch or --seq-len')
     else:
@@ -180,10 +182,10 @@ def plan_table(found: Sequence[Need], memory: float) -> list[str]:
     return lines
 
 
-def of_each_grid(found: Sequence[Need]) -> list[list[Need]]:
+def of_each_grid(grid_needs: Sequence[Need]) -> list[list[Need]]:
     """Needs of one grid side by side: of a pipeline, all its stages."""
     grids: dict[Any, list[Need]] = {}
-    for need in found:
+    for need in grid_needs:
         grid = need.name if need.stage is None else need.degrees
         grids.setdefault((grid, need.checkpointing), []).append(need)
     return list(grids.values())

@@ -73,20 +73,20 @@ def from_file(path: str | None, own: type | None = None, arguments: Sequence[str
     wrong: list[str] = []
     result = FileValues({}, {}, {}, frozenset(values), named)
     for group in GROUPS:
-        given = {name: usual[name] for name in group_keywords(group) if name in usual and group != 'cross_attention'}
+        of_group = {name: usual[name] for name in group_keywords(group) if name in usual and group != 'cross_attention'}
         for name in group_keywords(group):
             if name in values:
                 keyword = group_keywords(group)[name]
                 if keyword.per_layer and isinstance(values[name], list) and not takes_tuple(keyword.kinds):
                     # one for each layer; the stack checks them, when it knows the layers
-                    (given if takes_tuple(keyword.plain_kinds) else result.only_here)[name] = tuple(values[name])
+                    (of_group if takes_tuple(keyword.plain_kinds) else result.only_here)[name] = tuple(values[name])
                     continue
                 read, errors = keyword.flags.read({keyword.field_name: values[name]}, where=f'--config {path}')
                 wrong += errors
-                target = given if keyword.has_option and not isinstance(values[name], dict) else result.only_here
+                target = of_group if keyword.has_option and not isinstance(values[name], dict) else result.only_here
                 target[name] = read[keyword.field_name]
         if not wrong:
-            result.groups[group] = group_class(group)(**given)
+            result.groups[group] = group_class(group)(**of_group)
     for name in own_fields:
         if name in values:
             hint = type_hints(own)[name] if own is not None else Any

@@ -39,9 +39,9 @@ def train_class() -> type:
         ('training', TrainOptions, dataclasses.field(default_factory=TrainOptions)),
         *model_fields(),
     ]
-    made = dataclasses.make_dataclass('Train', fields, frozen=True)
-    made.__doc__ = ABOUT
-    return made
+    command = dataclasses.make_dataclass('Train', fields, frozen=True)
+    command.__doc__ = ABOUT
+    return command
 
 
 @dataclasses.dataclass(frozen=True)

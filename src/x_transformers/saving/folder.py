@@ -107,9 +107,9 @@ def save_model(model: Made, folder: str | Path) -> None:
 def write_model_weights(model: Made, target: Path) -> None:
     """One safetensors file: tied weights once, the flags as JSON in its metadata. It takes its name when all is written."""
     tensors, same = once_each(model)
-    told = {'format': 'pt', 'flags': json.dumps(to_plain(model)), 'tied': json.dumps(same)}
+    metadata = {'format': 'pt', 'flags': json.dumps(to_plain(model)), 'tied': json.dumps(same)}
     with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as folder:
-        write_tensors(Path(folder), tensors.items(), metadata=told, shard=None)
+        write_tensors(Path(folder), tensors.items(), metadata=metadata, shard=None)
         (Path(folder) / WEIGHTS).replace(target)
 
 
@@ -246,13 +246,13 @@ def fill_model(
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     # all of the model's memory is taken before anything is read: what is let go of in between leaves no holes in it
-    made = {name: room(named[name], source.dtype, device, dtype) for name, source in sources.items() if name not in buffers}
+    memory = {name: room(named[name], source.dtype, device, dtype) for name, source in sources.items() if name not in buffers}
     for name, source in sources.items():
         if name in buffers:
             source.into(buffers[name])
             continue
         old = named[name]
-        new = nn.Parameter(filled_parameter(old, made.pop(name), source), requires_grad=old.requires_grad)
+        new = nn.Parameter(filled_parameter(old, memory.pop(name), source), requires_grad=old.requires_grad)
         for module, slot in slots[id(old)]:
             module._parameters[slot] = new
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -40,14 +40,14 @@ def class_named(name: Any, extra: type | None = None) -> type[Made]:
     """The class of the library of that name, or ``extra``, the caller's own."""
     if extra is not None and name == extra.__name__:
         return extra
-    found: Any = None
+    cls: Any = None
     if name in OTHERS:
-        found = getattr(import_module(OTHERS[name]), name)
+        cls = getattr(import_module(OTHERS[name]), name)
     elif name in x_transformers.__all__:
-        found = getattr(x_transformers, name)
-    if not (isinstance(found, type) and issubclass(found, Made)):
+        cls = getattr(x_transformers, name)
+    if not (isinstance(cls, type) and issubclass(cls, Made)):
         raise FolderError(f'There is no model class {name!r} in this version of the library.')
-    return found
+    return cls
 
 
 def keywords_of(model: Made) -> dict[str, Any]:
@@ -55,25 +55,25 @@ def keywords_of(model: Made) -> dict[str, Any]:
     args, kwargs = model.made_with
     cls = type(model)
     bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)
-    found: dict[str, Any] = {}
+    keywords: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:
         kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(value)
+            keywords.update(value)
         elif kind is inspect.Parameter.VAR_POSITIONAL:
             raise FlagError(f'{cls.__name__} was made with unnamed arguments, which a file cannot name. Give keywords.')
         else:
-            found[name] = value
-    return {name: getattr(model, name, value) if isinstance(value, nn.Module) else value for name, value in found.items()}
+            keywords[name] = value
+    return {name: getattr(model, name, value) if isinstance(value, nn.Module) else value for name, value in keywords.items()}
 
 
 def to_plain(model: nn.Module) -> dict[str, Any]:
     """``{'class': ..., **keywords}`` of a model. Raises FlagError naming all keywords that a file cannot hold."""
     wrong: list[str] = []
-    found = _plain_module(model, type(model).__name__, wrong)
+    described = _plain_module(model, type(model).__name__, wrong)
     if wrong:
         raise FlagError(*wrong)
-    return found
+    return described
 
 
 def _plain_module(model: nn.Module, path: str, wrong: list[str]) -> dict[str, Any]:

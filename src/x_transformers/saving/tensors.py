@@ -127,14 +127,14 @@ def files_of(folder: Path) -> list[Path]:
 
 def json_object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding='utf-8'))
+        value = json.loads(file.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise FolderError(f'{file.parent} has no {file.name}.') from None
     except (ValueError, OSError) as error:
         raise FolderError(f'{file} cannot be read as JSON: {error}.') from None
-    if not isinstance(found, dict):
-        raise FolderError(f'{file} must hold a JSON object, got a {type(found).__name__}.')
-    return found
+    if not isinstance(value, dict):
+        raise FolderError(f'{file} must hold a JSON object, got a {type(value).__name__}.')
+    return value
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorPlace], dict[str, str]]:
