@@ -154,9 +154,9 @@ class BlockDiffusionWrapper(Module):
             raise ValueError(f'x must have at most max_seq_len={self.max_seq_len} tokens, got {x.shape[1]}. Cut it.')
         if mask is not None and (not is_bool(mask, 2) or mask.shape != x.shape):
             raise ValueError(f'mask must be boolean of shape {tuple(x.shape)}, got {shape_of(mask)}')
-        self.check_told(kwargs)
+        self.check_keywords(kwargs)
 
-    def check_told(self, kwargs: Mapping[str, Any]) -> None:
+    def check_keywords(self, kwargs: Mapping[str, Any]) -> None:
         check_reserved(kwargs)
         if taken := [name for name, value in kwargs.items() if value is not None and along_tokens(name, value)]:
             raise ValueError(
@@ -198,7 +198,7 @@ class BlockDiffusionWrapper(Module):
             kwargs: for the net, such as ``context``.
         """
         options(BlockGenerateOptions, 'generate', locals())
-        self.check_told(kwargs)
+        self.check_keywords(kwargs)
         flat, leading = flattened(token_ids(prompts, 'prompts'))
         sampler = Sampler(temperature, resolve_filter(filter_logits_fn), filter_kwargs or {}, generator)
         known, end = flat.shape[1], flat.shape[1] + checked_length(seq_len)
@@ -243,8 +243,8 @@ class BlockDiffusionWrapper(Module):
 class BlockReader:
     """Reads a block with noise behind clean ones, whose keys and values it remembers if the net ``caches``."""
 
-    def __init__(self, model: BlockDiffusionWrapper, told: Mapping[str, Any], caches: bool) -> None:
-        self.model, self.told, self.caches = model, told, caches
+    def __init__(self, model: BlockDiffusionWrapper, keywords: Mapping[str, Any], caches: bool) -> None:
+        self.model, self.keywords, self.caches = model, keywords, caches
         self.cache: Any = None
         self.seen = 0
 
@@ -270,4 +270,4 @@ class BlockReader:
     def _call(self, x: Int[Tensor, 'b n'], **more: Any) -> Any:
         rows = x.shape[1] + (self.seen if 'cache' in more else 0)
         shown = causal_blocks(rows, self.model.block_size, x.device)[rows - x.shape[1] :]
-        return self.model.net(x, attn_mask=shown, **self.model.opened(rows), **more, **self.told)
+        return self.model.net(x, attn_mask=shown, **self.model.opened(rows), **more, **self.keywords)

@@ -237,7 +237,7 @@ class AcrossFlags(ResidualFlags):
         return self.depth_scale_residual is True and not self.attn_aggregated_residuals
 
     @property
-    def told_to_attention(self) -> dict[str, Any]:
+    def attention_keywords(self) -> dict[str, Any]:
         """What the stack sets on self attention."""
         return {
             'heads': self.heads,

@@ -32,7 +32,7 @@ class LayeredFlags(Flags):
     attn_given: frozenset[str]
     cross_given: frozenset[str]
     ff_given: frozenset[str]
-    told_to_attention: Any
+    attention_keywords: Any
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ class LayeredFlags(Flags):
         flags = dataclasses.replace(stack, varying={}, **own)
         of_layer: Self = dataclasses.replace(
             flags,
-            attention=dataclasses.replace(self.attention, **flags.told_to_attention, **parts['attn_']),
+            attention=dataclasses.replace(self.attention, **flags.attention_keywords, **parts['attn_']),
             cross_attention=dataclasses.replace(self.cross_attention, heads=flags.heads, **parts['cross_attn_']),
             feedforward=dataclasses.replace(self.feedforward, **parts['ff_']),
         )

@@ -161,6 +161,6 @@ class LayoutFlags(PositionFlags):
     def has_canon(self, letter: str) -> bool:
         return letter in (self.canon or ())
 
-    def told_to_part(self, part: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def keywords_of_part(self, part: str, typed: Mapping[str, Any]) -> dict[str, Any]:
         """A part's keywords with those that the stack sets."""
-        return dict(given) | ({'canon': True} if self.has_canon({'attn_': 'b', 'ff_': 'd'}.get(part, '-')) else {})
+        return dict(typed) | ({'canon': True} if self.has_canon({'attn_': 'b', 'ff_': 'd'}.get(part, '-')) else {})

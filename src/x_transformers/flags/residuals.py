@@ -270,11 +270,11 @@ class ResidualFlags(LayoutFlags):
             return self.disable_abs_pos_emb
         return self.rel_pos_bias or self.rotary or self.polar
 
-    def told_to_part(self, part: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def keywords_of_part(self, part: str, typed: Mapping[str, Any]) -> dict[str, Any]:
         """A part's keywords with those that the stack sets."""
-        told = super().told_to_part(part, given)
+        keywords = super().keywords_of_part(part, typed)
         if self.ngpt:
-            told['unit_weights'] = True
+            keywords['unit_weights'] = True
         if self.zero_init_branch_output:
-            told['zero_init_output'] = True
-        return told
+            keywords['zero_init_output'] = True
+        return keywords

@@ -71,10 +71,10 @@ class StackFlags(AcrossFlags):
             for name, value in read['attn_'].items()
             if f'attn_{name}' not in varying and cross_inherits(name, read['cross_attn_'])
         }
-        read = {part: stack.told_to_part(part, its) for part, its in read.items()}
+        read = {part: stack.keywords_of_part(part, its) for part, its in read.items()}
         return dataclasses.replace(
             stack,
-            attention=AttentionFlags(**stack.told_to_attention, **read['attn_']),
+            attention=AttentionFlags(**stack.attention_keywords, **read['attn_']),
             cross_attention=AttentionFlags(heads=stack.heads, **(inherited | read['cross_attn_'])),
             feedforward=FeedForwardFlags(**read['ff_']),
             cross_given=frozenset(name.removeprefix('cross_attn_') for name in given if name in CROSS_NAMES),
