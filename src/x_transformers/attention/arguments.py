@@ -327,7 +327,7 @@ def past_of(attn: AttentionParts, keywords: Keywords) -> LayerCache | None:
     if not isinstance(cache, Intermediates):
         raise TypeError(f'cache must be the Intermediates of an earlier call, got {type(cache).__name__}')
     if not attn.can_cache_kv:
-        raise ValueError('cache must be None with selective or inverted attention. Pass the whole sequence.')
+        raise ValueError(f'cache must be None with {attn.why_no_cache[0]}. Pass the whole sequence.')
     if cache.cache is not None:
         return cache.cache.fork()
     past = LayerCache()

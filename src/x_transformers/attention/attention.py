@@ -80,7 +80,8 @@ class Attention(AttentionParts):
         self.causal, self.max_attend_past, self.max_attend_future = flags.causal, flags.max_attend_past, flags.max_attend_future
         self.rotated_heads, self.separate_views = flags.rotated_heads, flags.qkv_receive_diff_residuals
         self.needing_own_keys = tuple(name for name in flags.having('own_keys') if getattr(flags, name))
-        self.can_cache_kv = not (flags.selective or flags.inverted_attention)
+        self.why_no_cache = tuple(name for name in flags.having('no_cache') if getattr(flags, name))
+        self.can_cache_kv = not self.why_no_cache
         for name, part in self._parts().items():
             setattr(self, name, part)
         self.has_bias = any(getattr(self, name) is not None for name in BIASES)

@@ -45,6 +45,8 @@ class AttentionParts(Module):
     shares_keys: bool
     # flags that have no meaning where keys are another sequence's
     needing_own_keys: tuple[str, ...]
+    # flags with which outputs of seen tokens depend on new ones
+    why_no_cache: tuple[str, ...]
     can_cache_kv: bool
 
     # tokens to heads; a latent in between where flags ask for one

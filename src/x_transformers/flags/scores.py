@@ -80,7 +80,8 @@ class ScoreFlags(Flags):
     gumbel_softmax_hard: bool = flag(True, 'Sampled weights are one-hot forward.', parent='gumbel_softmax')
     selective: bool = flag(
         False, 'The first head lets tokens reduce the attention of later tokens to earlier ones.',
-        paper='https://arxiv.org/abs/2410.02703', self_only=True, traits=('built_causal', 'needs_tokens'), family='weights',
+        paper='https://arxiv.org/abs/2410.02703', self_only=True,
+        traits=('built_causal', 'needs_tokens', 'no_cache'), family='weights',
         refused={
             'tensor': 'the first head decides for all, and one process has it',
             'context': 'what earlier queries see is not gathered',
@@ -130,7 +131,7 @@ class ScoreFlags(Flags):
     )  # fmt: skip
     inverted_attention: bool = flag(
         False, 'Inverted (slot) attention: each key is distributed among the queries, and each query averages its share.',
-        paper=INVERTED, since=LATER, traits=('built_causal', 'row_order'), family='weights',
+        paper=INVERTED, since=LATER, traits=('built_causal', 'row_order', 'no_cache'), family='weights',
         excludes={
             'causal': (
                 'later queries would take from what earlier ones see',

@@ -212,8 +212,7 @@ def _refusals(net: nn.Module) -> Iterator[str]:
         yield 'mixer, whose state is no tape'
     for module in net.modules():
         if isinstance(module, Attention):
-            if not module.can_cache_kv:
-                yield 'attn_selective'
+            yield from (f'attn_{name}' for name in module.why_no_cache)
             hybrid = module.hybrid_module
             if hybrid is not None and not works_by_token(hybrid):
                 yield 'attn_hybrid_module, whose state is no tape'
