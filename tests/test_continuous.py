@@ -424,7 +424,7 @@ def test_inputs_that_do_not_fit(x):
     refuse(ValueError, 'temperature', wrapped.generate, x, 2, temperature=-1.0)
     refuse(TypeError, 'temperature', wrapped.generate, x, 2, temperature=torch.tensor([0.5, 0.7]))
     refuse(ValueError, 'seq_len', wrapped.generate, x, -1)
-    refuse(ValueError, 'empty', wrapped.generate, x[:, :0], 2)
+    refuse(ValueError, 'must have at least one token', wrapped.generate, x[:, :0], 2)
     refuse(ValueError, 'start_tokens', wrapped.generate, x[0, 0], 2)
     refuse(ValueError, 'prompt_lens', wrapped.generate, x, 2, lens=LENS)
     refuse(ValueError, 'got 4 and 5', train(make(dim_out=4)).generate, x, 2)

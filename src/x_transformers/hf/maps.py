@@ -128,7 +128,7 @@ def behind(count: int) -> Map:
     if not count:
         return SAME
 
-    def back(t: Tensor) -> Tensor:
+    def back(t: Shaped[Tensor, 'n ...']) -> Shaped[Tensor, 'm ...']:
         return together((t.new_zeros(count, *t.shape[1:]), t))
 
     return each(lambda t: t[count:], back, 'move')
