@@ -78,6 +78,7 @@ GPT2 = {
     'bos_token_id': 1,
     'eos_token_id': 2,
 }
+GPTJ = {**GPT2, 'rotary_dim': 4}
 GPT_OSS = {
     'intermediate_size': 48, 'head_dim': 8, 'sliding_window': 5, 'num_local_experts': 4, 'num_experts_per_tok': 2,
     'rope_parameters': {
@@ -151,6 +152,9 @@ CASES = (
     decoder('OLMo 3', 'Olmo3ForCausalLM', 'Olmo3Config', **OLMO3),
     decoder('OLMoE', 'OlmoeForCausalLM', 'OlmoeConfig', intermediate_size=48, num_experts=6,
             num_experts_per_tok=4),
+    decoder('Phi', 'PhiForCausalLM', 'PhiConfig'),
+    decoder('Phi, whole heads, tied', 'PhiForCausalLM', 'PhiConfig', num_key_value_heads=4, tie_word_embeddings=True,
+            hidden_act='relu', rope_parameters={'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 1.0}),
     decoder('Phi-3', 'Phi3ForCausalLM', 'Phi3Config'),
     decoder('Phi-3, a part of each head, window of 5', 'Phi3ForCausalLM', 'Phi3Config', sliding_window=5,
             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
@@ -167,6 +171,7 @@ CASES = (
         'n_layer': 3, 'n_inner': 50, 'tie_word_embeddings': False, 'activation_function': 'relu',
         'scale_attn_by_inverse_layer_idx': True,
     }), writes=True),
+    Case('GPT-J', lambda: build('GPTJForCausalLM', 'GPTJConfig', GPTJ), writes=True),
     decoder('Gemma 2', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=12, sliding_window=5, query_pre_attn_scalar=20),
     decoder('Gemma 2, low caps', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=8, sliding_window=4,
             attn_logit_softcapping=2.0, final_logit_softcapping=1.0),

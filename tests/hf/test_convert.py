@@ -18,6 +18,7 @@ from x_transformers.hf.convert import FAMILIES, copy_tokenizer
 from x_transformers.hf.llama import LLAMA
 from x_transformers.saving import tensors
 from x_transformers.saving.errors import FolderError
+from x_transformers.saving.plain import from_plain
 from x_transformers.saving.tensors import Weights
 
 CONFIG = {
@@ -132,6 +133,23 @@ def test_the_readme_counts_the_families():
     said = re.search(r'\*\*(\d+) families', (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8'))
     assert said is not None
     assert int(said[1]) == len(set(FAMILIES.values()))
+
+
+def test_two_norms_that_differ_do_not_become_one(tmp_path):
+    config = {
+        'model_type': 'gptj', 'architectures': ['GPTJForCausalLM'], 'vocab_size': 20, 'n_positions': 9, 'n_embd': 16,
+        'n_layer': 1, 'n_head': 2, 'rotary_dim': 4,
+    }  # fmt: skip
+    model = from_plain(keywords(config))
+    model.hf_config = config
+    to_hf(model, tmp_path / 'one')
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(from_hf(tmp_path / 'one')(ids), model.eval()(ids))
+    with torch.no_grad():
+        model.attn_layers.layers[1].norms[0].gamma[3] += 0.1
+    with pytest.raises(FlagError, match='the norms of attention and feed-forward must be equal in each block'):
+        to_hf(model, tmp_path / 'two')
+    assert [path.name for path in tmp_path.iterdir()] == ['one']
 
 
 def rewrite(folder, change):

@@ -62,7 +62,7 @@ def whole(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    'name', ['Llama', 'Qwen3', 'GPT-2', 'GPT-NeoX', 'gpt-oss', 'Mixtral', 'ModernBERT, biases, untied', 'ViT, classes']
+    'name', ['Llama', 'Qwen3', 'GPT-2', 'GPT-NeoX', 'gpt-oss', 'Mixtral', 'Phi', 'ModernBERT, biases, untied', 'ViT, classes']
 )
 def test_rows_that_are_read_one_after_the_other_go_where_the_map_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

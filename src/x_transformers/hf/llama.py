@@ -148,10 +148,10 @@ def qwen3(config: Config) -> Plain:
 ATTENTION, FORWARD = 'attn_layers.layers.{a}', 'attn_layers.layers.{f}'
 
 
-def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False) -> list[KeyRule]:
+def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False, out: str = 'o_proj') -> list[KeyRule]:
     """Projections of queries, keys, values and outputs, biases, norms of heads, sinks.
 
-    ``unit_offset``: gains of heads are stored as the difference from 1.
+    ``unit_offset``: gains of heads are stored as the difference from 1; ``out``: their name of the output projection.
     """
     heads, dim_head = int(stack['heads']), int(stack['attn_dim_head'])
     kv_heads = int(stack.get('attn_kv_heads', heads))
@@ -160,11 +160,11 @@ def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False) -> lis
     maps: dict[str, Map] = {'q': chain(turn, regrouped_heads(heads, kv_heads)), 'k': turn_keys, 'v': SAME}
     ours = f'{ATTENTION}.1'
     rules = [rule(f'{theirs}.{name}_proj.weight', f'{ours}.to_{name}.weight', map) for name, map in maps.items()]
-    rules.append(rule(f'{theirs}.o_proj.weight', f'{ours}.to_out.weight', regrouped_heads(heads, kv_heads, dim=1)))
+    rules.append(rule(f'{theirs}.{out}.weight', f'{ours}.to_out.weight', regrouped_heads(heads, kv_heads, dim=1)))
     if stack.get('attn_qkv_bias'):
         rules += [rule(f'{theirs}.{name}_proj.bias', f'{ours}.to_{name}.bias', map) for name, map in maps.items()]
     if stack.get('attn_out_bias'):
-        rules.append(rule(f'{theirs}.o_proj.bias', f'{ours}.to_out.bias'))
+        rules.append(rule(f'{theirs}.{out}.bias', f'{ours}.to_out.bias'))
     if stack.get('attn_qk_norm_over_heads'):
         for name, count in (('q', heads), ('k', kv_heads)):
             width = count * dim_head

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from x_transformers.flags.base import FlagError
 from x_transformers.tensor_types import Shaped, Tensors
 
 # of each tensor of a rule alone
@@ -69,6 +70,19 @@ def halves_swapped(t: Shaped[Tensor, 'n ...']) -> Shaped[Tensor, 'n ...']:
 SAME = each(lambda t: t, lambda t: t, 'stay')
 HALVES_SWAPPED = each(halves_swapped, halves_swapped, 'move')
 TRANSPOSED = each(lambda t: t.t().contiguous(), lambda t: t.t().contiguous(), 'turn')
+
+
+def one_of_equal(t: Tensors) -> Tensors:
+    if any(not torch.equal(t[0], other) for other in t[1:]):
+        raise FlagError(
+            'to_hf: the norms of attention and feed-forward must be equal in each block, got different ones. '
+            'The family has one for both. Set them to their mean, or use save_pretrained.'
+        )
+    return t[:1]
+
+
+# one of theirs is two of ours
+COPIED = Map(lambda t: t * 2, one_of_equal, 'stay')
 
 
 def scaled(factor: float) -> Map:
