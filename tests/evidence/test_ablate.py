@@ -16,6 +16,7 @@ from x_transformers.cli import ablate as command
 from x_transformers.cli.evidence import row_of, suite_questions
 from x_transformers.cli.main import main
 from x_transformers.evidence import Task, ablate, estimate
+from x_transformers.evidence.execute import prepared_model
 from x_transformers.evidence.experiment import BASELINE, Arm, Experiment, Outcome, Question
 from x_transformers.evidence.findings import verdict_words
 from x_transformers.evidence.page import abbreviated, default_title, forest, frame, ticks
@@ -517,6 +518,20 @@ def test_suites_can_be_built(name: str, tmp_path: Path) -> None:
         for entry in suite.entries
     )
     assert Experiment(asked, tmp_path).check() == {}
+
+
+@pytest.mark.parametrize('name', sorted(SUITES))
+def test_rows_of_a_suite_are_different_models(name: str) -> None:
+    """A task may set flags that a row does not name: a row without positions had those of the task."""
+    found: dict[str, dict[float, str]] = {}
+    for asked in suite_questions(SUITES[name](), seeds=1, steps=None):
+        few = TaskName(asked.task.name, {**asked.task.options, 'rows_per_step': 2})
+        task = dataclasses.replace(asked, task=few).the_task()
+        loss = prepared_model(task, asked.base, 0, 'cpu')(task.batch(0, 0)).item()
+        losses = found.setdefault(f'{asked.task}', {})
+        assert loss not in losses, f'{asked.title} is the same model as {losses[loss]}'
+        losses[loss] = asked.title
+    assert sum(map(len, found.values())) == len(SUITES[name]().entries)
 
 
 def test_a_suite_is_shown_beside_published_numbers(tmp_path: Path, capsys: Any) -> None:

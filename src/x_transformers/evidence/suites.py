@@ -140,7 +140,7 @@ def depo() -> Suite:
     kinds: dict[str, dict[str, Any]] = {
         'rotary': {'rotary_pos_emb': True},
         'rotary, shift_tokens=1': {'rotary_pos_emb': True, 'shift_tokens': 1},
-        'no positions, shift_tokens=1': {'use_abs_pos_emb': False, 'shift_tokens': 1},
+        'no positions, shift_tokens=1': {'rotary_pos_emb': False, 'use_abs_pos_emb': False, 'shift_tokens': 1},
     }
     entries = [SuiteEntry(kind, 'depo', options, {**base, **flags}, 2000, 2e-3) for kind, flags in kinds.items()]
     return Suite(
