@@ -185,15 +185,10 @@ class StackWrapper(OptimizedModel):
         return h if self.cls_token is None else torch.cat((self.cls_token.to(h.dtype).expand(h.shape[0], -1, -1), h), dim=1)
 
     def _through_stack(
-        self,
-        embeds: Float[Tensor, 'b n e'],
-        keys: Bool[Tensor, '#b m'] | None,
-        call: ModelArgs,
-        rows: Rows,
-        returns: ReturnSpec,
+        self, x: Float[Tensor, 'b n e'], keys: Bool[Tensor, '#b m'] | None, call: ModelArgs, rows: Rows, returns: ReturnSpec
     ) -> tuple[Float[Tensor, 'b r d'], LayerIntermediates]:
         """The stack, with memory tokens among its rows; they are taken out again."""
-        h = self._enter(embeds)
+        h = self._enter(x)
         length = h.shape[1]
         if rows.memory:
             h, keys = rows.memory.insert(self.memory_tokens, h, keys)  # type: ignore[arg-type]

@@ -105,11 +105,7 @@ class TransformerWrapper(StackWrapper):
     # ------------------------------------------------------------ forward
 
     @with_arguments(
-        ARGUMENTS,
-        OF_LOOPS,
-        argument_sentences(ReturnSpec, 'return_'),
-        argument_sentences(ModelArgs),
-        argument_sentences(StackArgs),
+        ARGUMENTS, OF_LOOPS, argument_sentences(ReturnSpec, 'return_'), *map(argument_sentences, (ModelArgs, StackArgs))
     )
     def forward(
         self,

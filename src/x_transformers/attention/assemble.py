@@ -15,6 +15,7 @@ from x_transformers.attention.differential import Differential
 from x_transformers.attention.gates import attention_on_attention, open_gate, output_gate, output_projection, value_gate
 from x_transformers.attention.hybrid import FoldAxially
 from x_transformers.attention.path import HouseholderSteps
+from x_transformers.attention.sharing import without_own_keys
 from x_transformers.convolution import CausalConvolution
 from x_transformers.flags.attention import AttentionFlags
 from x_transformers.flags.scores import AttendFlags
@@ -22,6 +23,12 @@ from x_transformers.module import branch_output, empty_parameter, stream_linear
 from x_transformers.norms import MultiheadRMSNorm
 from x_transformers.position.projected import RelativeProjectedBias
 from x_transformers.unit_weights import UnitGain
+
+
+def attention_parts(dim: int, flags: AttentionFlags, shares_keys: bool) -> dict[str, Any]:
+    """All modules, parameters and constants, by name and in the order of the state."""
+    parts = projection_parts(dim, flags) | key_value_parts(dim, flags) | output_parts(dim, flags)
+    return without_own_keys(parts) if shares_keys else parts
 
 
 def projection_parts(dim: int, flags: AttentionFlags) -> dict[str, Any]:

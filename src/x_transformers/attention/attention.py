@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention import latent, project
+from x_transformers.attention import project
 from x_transformers.attention.arguments import ARGUMENTS, branch_inputs
-from x_transformers.attention.assemble import BIASES, key_value_parts, output_parts, projection_parts
+from x_transformers.attention.assemble import BIASES, attention_parts
 from x_transformers.attention.attending import attended
 from x_transformers.attention.composition import ComposeHeads
 from x_transformers.attention.differential import Differential, paired_values
@@ -24,7 +24,7 @@ from x_transformers.attention.parts import AttentionParts, Seen
 from x_transformers.attention.path import HouseholderSteps
 from x_transformers.attention.qk_clip import clip_queries_and_keys_
 from x_transformers.attention.qk_norm import unit_heads
-from x_transformers.attention.sharing import keys_handed, shared_keys_values, without_own_keys
+from x_transformers.attention.sharing import key_source, keys_handed
 from x_transformers.attention.values import exclusive, laser_in, laser_out, orthogonal_to_values, own_values
 from x_transformers.attention.weights import log_prob_from_hard_attend
 from x_transformers.flags.attention import AttentionFlags
@@ -82,18 +82,11 @@ class Attention(AttentionParts):
         self.needing_own_keys = tuple(name for name in flags.having('own_keys') if getattr(flags, name))
         self.why_no_cache = tuple(name for name in flags.having('no_cache') if getattr(flags, name))
         self.can_cache_kv = not self.why_no_cache
-        for name, part in self._parts().items():
+        for name, part in attention_parts(dim, flags, shares_keys).items():
             setattr(self, name, part)
         self.has_bias = any(getattr(self, name) is not None for name in BIASES)
-        own_keys = project.keys_values if self.to_latent_kv is None else latent.latent_keys_values
-        self._keys_values = shared_keys_values if shares_keys else own_keys
+        self._keys_values = key_source(self)
         self.init_own()
-
-    def _parts(self) -> dict[str, Any]:
-        """All modules, parameters and constants, by name and in the order of the state."""
-        dim, flags = self.dim, self.flags
-        parts = projection_parts(dim, flags) | key_value_parts(dim, flags) | output_parts(dim, flags)
-        return without_own_keys(parts) if self.shares_keys else parts
 
     @torch.no_grad()
     def init_own(self) -> None:

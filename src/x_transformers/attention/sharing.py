@@ -5,8 +5,10 @@ Such a layer has no projection of keys and values, and its cache holds neither. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from x_transformers.attention import latent, project
 from x_transformers.attention.inputs import BranchInputs, HandedKeys
 from x_transformers.attention.parts import AttentionParts, Seen
 from x_transformers.attention.project import KeysValues
@@ -21,6 +23,13 @@ def without_own_keys(parts: dict[str, Any]) -> dict[str, Any]:
     if parts['convolutions'] is not None:
         del parts['convolutions']['k'], parts['convolutions']['v']
     return parts
+
+
+def key_source(attn: AttentionParts) -> Callable[[AttentionParts, Seen, BranchInputs], KeysValues]:
+    """What makes the keys and values of a layer."""
+    if attn.shares_keys:
+        return shared_keys_values
+    return project.keys_values if attn.to_latent_kv is None else latent.latent_keys_values
 
 
 def keys_handed(inputs: BranchInputs) -> HandedKeys:
