@@ -70,7 +70,10 @@ def formula(ff: FeedForward, x: Tensor) -> Tensor:
         best = best[: flags.experts_active]
         whole = sum(scores[e] for e in best) if flags.router_normalize else 1.0
         row = sum(flags.router_scale * scores[e] / whole * expert(ff, e, token) for e in best)
-        rows.append(row if ff.ff.shared is None else row + ff.ff.shared(token[None])[0])
+        shared = 0.0 if ff.ff.shared is None else ff.ff.shared(token[None])[0]
+        if flags.shared_experts_gate:
+            shared = shared / (1 + torch.exp(-(ff.ff.shared_gate.weight[0] @ token)))
+        rows.append(row + shared)
     return torch.stack(rows).view(*x.shape[:-1], -1)
 
 
@@ -79,6 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'raw': {'router_normalize': False, 'experts_active': 1},
     'no_bias': {'no_bias': True, 'experts_active': 4},
     'sigmoid': {'router': 'sigmoid', 'router_scale': 2.5, 'router_balance': 'bias', 'shared_experts': 2},
+    'gated': {'router_normalize': False, 'shared_experts': 1, 'shared_experts_gate': True},
     'swiglu': {'glu': True, 'swish': True, 'dim_out': 5},
     'gpt_oss': {
         'glu': True,
@@ -105,13 +109,16 @@ def test_every_token_goes_through_its_best_experts(flags: dict[str, Any]) -> Non
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize('name', ['raw', 'sigmoid', 'gpt_oss'])
+@pytest.mark.parametrize('name', ['raw', 'sigmoid', 'gated', 'gpt_oss'])
 def test_every_way_to_compute_them_gives_the_same(name: str) -> None:
     ff, x = layer(**VARIANTS[name]), tokens()
     want = ff(x)
     routed = ff.ff.router(x.reshape(-1, DIM))
     every = ff.ff._on_all(x.reshape(-1, DIM), routed).view(*want.shape)
-    torch.testing.assert_close(every if ff.ff.shared is None else every + ff.ff.shared(x), want)
+    if ff.ff.shared is not None:
+        gate = 1.0 if ff.ff.shared_gate is None else ff.ff.shared_gate(x).sigmoid()
+        every = every + gate * ff.ff.shared(x)
+    torch.testing.assert_close(every, want)
     torch.testing.assert_close(torch.func.vmap(ff)(x), want)
     torch.compiler.reset()
     compiled = torch.compile(ff, fullgraph=True, backend='aot_eager')

@@ -122,14 +122,23 @@ class Router(ExactBuffers):
 
 
 class Experts(Module):
-    """The routed experts, and beside them one feed-forward that every token goes through (the shared experts).
+    """The routed experts, and beside them one feed-forward that every token goes through (the shared experts), which a gate
+    per token may weigh (https://arxiv.org/abs/2407.10671).
 
     ``first`` and ``last`` are the maps of all experts; what stands ``between`` them (activation, norm, dropout) they have in
     common. forward: (… dim), and which rows are tokens (…) -> ((… dim_out), the loss that keeps experts in balance).
     No token is dropped, however many choose the same expert.
     """
 
-    def __init__(self, dim: int, dim_out: int, flags: FeedForwardFlags, between: nn.Module, shared: nn.Module | None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        flags: FeedForwardFlags,
+        between: nn.Module,
+        shared: nn.Module | None,
+        shared_gate: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         experts, inner = flags.experts or 1, flags.inner(dim)
         self.router = Router(dim, flags)
@@ -140,6 +149,7 @@ class Experts(Module):
             experts, inner, dim_out, not flags.no_bias, zero=flags.zero_init_output, depth=flags.output_proj_depth
         )
         self.shared = shared
+        self.shared_gate = shared_gate
 
     def forward(
         self, x: Float[Tensor, '... d'], tokens: Bool[Tensor, '...'] | None = None
@@ -149,7 +159,10 @@ class Experts(Module):
         run = self._on_all if transformed() or is_traced() or torch.compiler.is_exporting() else self._on_chosen
         out = run(rows, routed)
         out = out.view(*x.shape[:-1], out.shape[-1])
-        return out if self.shared is None else out + self.shared(x), routed.loss
+        if self.shared is None:
+            return out, routed.loss
+        shared = self.shared(x)
+        return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid()), routed.loss
 
     def _on_chosen(self, x: Float[Tensor, 't d'], routed: Routed) -> Float[Tensor, 't e']:
         """Each expert on the tokens that have chosen it."""

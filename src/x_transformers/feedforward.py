@@ -296,7 +296,8 @@ class FeedForward(Module):
         if flags.shared_experts:
             one = replace(flags, experts=None, dim_inner=width * flags.shared_experts, sublayer_dropout=0.0)
             shared = FeedForward.from_flags(dim, one)
-        return Experts(dim, dim_out, flags, between, shared)
+        gate = nn.Linear(dim, 1, bias=False) if flags.shared_experts and flags.shared_experts_gate else None
+        return Experts(dim, dim_out, flags, between, shared, gate)
 
     @property
     def balances_by_bias(self) -> bool:

@@ -87,6 +87,7 @@ GPT_OSS = {
 }  # fmt: skip
 MIXTRAL = {'intermediate_size': 48, 'num_local_experts': 4, 'num_experts_per_tok': 2}
 QWEN_MOE = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 24}
+QWEN2_MOE = {**QWEN_MOE, 'shared_expert_intermediate_size': 48}
 GRANITE = {
     'embedding_multiplier': 6.0, 'attention_multiplier': 0.2, 'residual_multiplier': 0.4, 'logits_scaling': 2.5,
 }  # fmt: skip
@@ -137,6 +138,9 @@ CASES = (
     decoder('Mixtral', 'MixtralForCausalLM', 'MixtralConfig', **MIXTRAL),
     decoder('Mixtral, window of 5, three of six experts', 'MixtralForCausalLM', 'MixtralConfig', intermediate_size=40,
             num_local_experts=6, num_experts_per_tok=3, head_dim=12, sliding_window=5, tie_word_embeddings=True),
+    decoder('Qwen2-MoE', 'Qwen2MoeForCausalLM', 'Qwen2MoeConfig', **QWEN2_MOE),
+    decoder('Qwen2-MoE, dense layers, windows, no biases', 'Qwen2MoeForCausalLM', 'Qwen2MoeConfig', **QWEN2_MOE,
+            mlp_only_layers=[1], norm_topk_prob=True, qkv_bias=False, use_sliding_window=True, sliding_window=4),
     decoder('Qwen3-MoE', 'Qwen3MoeForCausalLM', 'Qwen3MoeConfig', **QWEN_MOE, norm_topk_prob=True),
     decoder('Qwen3-MoE, shares of all experts, dense layers', 'Qwen3MoeForCausalLM', 'Qwen3MoeConfig', **QWEN_MOE,
             head_dim=12, decoder_sparse_step=2, norm_topk_prob=False),

@@ -233,7 +233,7 @@ def contradicts(names: set[str]) -> bool:
         # positions must then be given for the memories too
         or bool('mems' in names and names & {'pos', 'pos_rows'})
         # experts are kept in balance in one way
-        or bool('experts_biased' in names and names & {'experts_shared', 'experts_raw'})
+        or bool('experts_biased' in names and names & {'experts_shared', 'experts_raw', 'experts_gated'})
         # places on a grid are not numbers
         or ('context_pos' in names and any(name.startswith('rotary_axes') for name in names))
     )

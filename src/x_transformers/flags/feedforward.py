@@ -164,6 +164,10 @@ class FeedForwardFlags(Flags):
         0, 'The number of additional experts for every token, built as one of their joint width.', paper=SHARED,
         parent='experts', since='here', low=0,
     )  # fmt: skip
+    shared_experts_gate: bool = flag(
+        False, 'A sigmoid gate per token on the output of the shared experts.', paper='https://arxiv.org/abs/2407.10671',
+        parent='shared_experts', since='here', formula='y ← Σ_e g_e f_e(x) + σ(w · x) f_shared(x)',
+    )  # fmt: skip
     router: str = flag(
         'softmax', "The scores of experts: 'softmax' over all of them, or 'sigmoid' of each.",
         paper=(EXPERTS, 'https://arxiv.org/abs/2412.19437'), parent='experts', since='here', among=('softmax', 'sigmoid'),

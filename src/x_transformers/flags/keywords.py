@@ -189,6 +189,7 @@ class FeedForwardKeywords(TypedDict, total=False):
     experts: int | None
     experts_active: int
     shared_experts: int
+    shared_experts_gate: bool
     router: str
     router_normalize: bool
     router_scale: float
@@ -527,6 +528,7 @@ class InnerKeywords(TypedDict, total=False):
     ff_experts: Each[int | None]
     ff_experts_active: Each[int]
     ff_shared_experts: Each[int]
+    ff_shared_experts_gate: Each[bool]
     ff_router: Each[str]
     ff_router_normalize: Each[bool]
     ff_router_scale: Each[float]
@@ -1084,6 +1086,7 @@ class EncKeywords(TypedDict, total=False):
     enc_ff_experts: Each[int | None]
     enc_ff_experts_active: Each[int]
     enc_ff_shared_experts: Each[int]
+    enc_ff_shared_experts_gate: Each[bool]
     enc_ff_router: Each[str]
     enc_ff_router_normalize: Each[bool]
     enc_ff_router_scale: Each[float]
@@ -1478,6 +1481,7 @@ class PairKeywords(EncKeywords, total=False):
     dec_ff_experts: Each[int | None]
     dec_ff_experts_active: Each[int]
     dec_ff_shared_experts: Each[int]
+    dec_ff_shared_experts_gate: Each[bool]
     dec_ff_router: Each[str]
     dec_ff_router_normalize: Each[bool]
     dec_ff_router_scale: Each[float]

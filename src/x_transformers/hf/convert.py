@@ -35,6 +35,7 @@ FAMILIES = {
     'qwen2': ('llama', 'QWEN2'),
     'qwen3': ('llama', 'QWEN3'),
     'mixtral': ('mixtral', 'MIXTRAL'),
+    'qwen2_moe': ('mixtral', 'QWEN2_MOE'),
     'qwen3_moe': ('mixtral', 'QWEN3_MOE'),
     'granite': ('granite', 'GRANITE'),
     'smollm3': ('smollm3', 'SMOLLM3'),

@@ -193,11 +193,11 @@ def ends(tables: Plain, prefix: str = 'model.') -> list[KeyRule]:
     return rules
 
 
-def gated_rules(theirs: str, bias: bool) -> list[KeyRule]:
+def gated_rules(theirs: str, bias: bool, ours: str = f'{FORWARD}.1.ff') -> list[KeyRule]:
     both = (f'{theirs}.up_proj', f'{theirs}.gate_proj')
     kinds = ('weight', 'bias') if bias else ('weight',)
-    rules = [rule(tuple(f'{name}.{kind}' for name in both), f'{FORWARD}.1.ff.0.proj.{kind}', JOINED) for kind in kinds]
-    return rules + [rule(f'{theirs}.down_proj.{kind}', f'{FORWARD}.1.ff.2.{kind}') for kind in kinds]
+    rules = [rule(tuple(f'{name}.{kind}' for name in both), f'{ours}.0.proj.{kind}', JOINED) for kind in kinds]
+    return rules + [rule(f'{theirs}.down_proj.{kind}', f'{ours}.2.{kind}') for kind in kinds]
 
 
 def pre_norm_rules(model: Plain, forward: list[KeyRule], attention: list[KeyRule] | None = None) -> list[KeyRule]:

@@ -1,4 +1,4 @@
-"""Mixtral and Qwen3-MoE: a Llama and a Qwen3 whose feed-forwards are mixtures of experts."""
+"""Mixtral, Qwen2-MoE and Qwen3-MoE: a Llama, a Qwen2 and a Qwen3 whose feed-forwards are mixtures of experts."""
 
 from __future__ import annotations
 
@@ -57,23 +57,49 @@ def mixed_layers(config: Config) -> list[int]:
     return [layer for layer in range(config.need('num_hidden_layers')) if layer not in dense and (layer + 1) % step == 0]
 
 
-def qwen3_moe(config: Config) -> Plain:
+def qwen_experts(config: Config, usual: int, active: int, width: int) -> Plain:
+    """The keywords of feed-forwards, of which some are mixtures. ``usual`` numbers and ``width`` where a config has none."""
     depth, mixed = config.need('num_hidden_layers'), mixed_layers(config)
-    config.skip('max_window_layers', 'sliding_window')
-    window = windows(config, ['sliding_attention'] * depth) if config.get('use_sliding_window', False) else {}
-    dim_head = config.get('head_dim', config.need('hidden_size') // config.need('num_attention_heads'))
-    experts = expert_flags(config, 128, 8, normalized=config.get('norm_topk_prob', False))
-    widths = config.get('moe_intermediate_size', 768), config.need('intermediate_size')
-    inner = one_or_each([widths[0] if layer in mixed else widths[1] for layer in range(depth)])
+    wide, narrow = config.need('intermediate_size'), config.get('moe_intermediate_size', width)
+    experts = expert_flags(config, usual, active, normalized=config.get('norm_topk_prob', False))
+    if not mixed:
+        return {'ff_dim_inner': wide}
     experts['ff_experts'] = one_or_each([experts['ff_experts'] if layer in mixed else None for layer in range(depth)])
+    return {**experts, 'ff_dim_inner': one_or_each([narrow if layer in mixed else wide for layer in range(depth)])}
+
+
+def qwen2_moe(config: Config) -> Plain:
+    depth, first = config.need('num_hidden_layers'), config.get('max_window_layers', 28)
+    config.skip('sliding_window', 'layer_types')
+    usual = ['full_attention' if layer % 2 or layer >= first else 'sliding_attention' for layer in range(depth)]
+    experts = qwen_experts(config, 60, 4, 1408)
+    width, shared = config.get('moe_intermediate_size', 1408), config.get('shared_expert_intermediate_size', 5632)
+    if shared % width or shared < width:
+        config.wrong.append(
+            f'`shared_expert_intermediate_size` must be a multiple of `moe_intermediate_size`, {width}, got {shared}'
+        )
+    if 'ff_experts' in experts:
+        experts |= {'ff_shared_experts': shared // width, 'ff_shared_experts_gate': True}
     return decoder(
         config,
         **activation(config, 'hidden_act', 'silu'),
-        **window,
+        **(windows(config, usual) if config.get('use_sliding_window', False) else {}),
+        **experts,
+        attn_qkv_bias=bool(config.get('qkv_bias', True)),
+    )
+
+
+def qwen3_moe(config: Config) -> Plain:
+    usual = ['sliding_attention'] * config.need('num_hidden_layers')
+    config.skip('max_window_layers', 'sliding_window')
+    dim_head = config.get('head_dim', config.need('hidden_size') // config.need('num_attention_heads'))
+    return decoder(
+        config,
+        **activation(config, 'hidden_act', 'silu'),
+        **(windows(config, usual) if config.get('use_sliding_window', False) else {}),
         **biases(config),
         **head_norms(config, dim_head**-0.5),
-        **experts,
-        ff_dim_inner=inner,
+        **qwen_experts(config, 128, 8, 768),
     )
 
 
@@ -97,12 +123,18 @@ def mixtral_rules(config: Config, model: Plain) -> list[KeyRule]:
 
 
 def qwen_moe_rules(config: Config, model: Plain) -> list[KeyRule]:
-    theirs, mixed, depth = 'model.layers.{i}.mlp', mixed_layers(config), model['attn_layers']['depth']
-    experts = rules_by_expert(theirs, experts_of(config, 128), 'gate_proj', 'up_proj', 'down_proj')
+    theirs, mixed, stack = 'model.layers.{i}.mlp', mixed_layers(config), model['attn_layers']
+    given = stack.get('ff_experts')
+    count = max(number or 0 for number in (given if isinstance(given, list) else [given]))
+    experts = rules_by_expert(theirs, count, 'gate_proj', 'up_proj', 'down_proj')
+    if stack.get('ff_shared_experts'):
+        experts += gated_rules(f'{theirs}.shared_expert', bias=False, ours=f'{FORWARD}.1.ff.shared.ff')
+        experts.append(rule(f'{theirs}.shared_expert_gate.weight', f'{FORWARD}.1.ff.shared_gate.weight'))
     dense = gated_rules(theirs, bias=False)
-    by_layer = [entry.at(layer) for layer in range(depth) for entry in (experts if layer in mixed else dense)]
+    by_layer = [entry.at(layer) for layer in range(stack['depth']) for entry in (experts if layer in mixed else dense)]
     return [*pre_norm_rules(model, []), *by_layer]
 
 
 MIXTRAL = Family(('mixtral',), mixtral, mixtral_rules, prefix='model.', unused=UNUSED)
+QWEN2_MOE = Family(('qwen2_moe',), qwen2_moe, qwen_moe_rules, prefix='model.', unused=UNUSED)
 QWEN3_MOE = Family(('qwen3_moe',), qwen3_moe, qwen_moe_rules, prefix='model.', unused=UNUSED)

@@ -21,7 +21,7 @@ from x_transformers.hf.llama import (
     pre_norm_rules,
     windows,
 )
-from x_transformers.hf.mixtral import expert_flags, experts_of, rules_by_expert
+from x_transformers.hf.mixtral import expert_flags, rules_by_expert
 
 
 def normed_decoder(config: Config, **more: Any) -> Plain:
@@ -74,7 +74,7 @@ def olmo_rules(config: Config, model: Plain) -> list[KeyRule]:
 
 
 def olmoe_rules(config: Config, model: Plain) -> list[KeyRule]:
-    experts = experts_of(config, 64)
+    experts = model['attn_layers']['ff_experts']
     return pre_norm_rules(model, rules_by_expert('model.layers.{i}.mlp', experts, 'gate_proj', 'up_proj', 'down_proj'))
 
 
