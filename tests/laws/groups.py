@@ -520,7 +520,8 @@ FEEDFORWARD = (
     group('glu_clamp', ff_glu=True, ff_glu_clamp_value=0.5, ff_glu_add_one=True),
     group('experts', ff_experts=4),
     group('experts_raw', ff_experts=4, ff_experts_active=1, ff_router_normalize=False, ff_router_balance='none'),
-    group('experts_gated', ff_experts=4, ff_shared_experts=1, ff_shared_experts_gate=True, ff_router_balance='none'),
+    # both are active: no rounding changes the choice
+    group('experts_gated', ff_experts=2, ff_shared_experts=1, ff_shared_experts_gate=True, ff_router_balance='none'),
     group(
         'experts_shared',
         ff_experts=6,
