@@ -102,7 +102,7 @@ class ReturnSpec:
             return False
         return not pooled or self.record
 
-    def answer(
+    def result(
         self,
         *,
         x: Float[Tensor, 'b ... d'],

@@ -25,7 +25,7 @@ from x_transformers.embedding.call import (
 from x_transformers.embedding.call_rows import behind_mems, rows_of_call
 from x_transformers.embedding.loop import run_rounds
 from x_transformers.embedding.pooling import pooled
-from x_transformers.embedding.rows import Rows, shuffled
+from x_transformers.embedding.rows import Rows, permuted_keywords
 from x_transformers.embedding.token import scale_gradient
 from x_transformers.embedding.values import tables_of_tokens
 from x_transformers.losses import calc_z_loss
@@ -147,7 +147,7 @@ class StackWrapper(OptimizedModel):
         if returns.logits(has_head=self.has_head, pooled=in_place is not None):
             logits, embeds = self.read_out(h, call, whole=returns.logits_and_embeddings)
             logits = (logits, *self._later_logits(h, call)) if returns.multi_token_logits else logits
-        return returns.answer(
+        return returns.result(
             x=embeds,
             logits=logits,
             pooled=in_place,
@@ -193,9 +193,9 @@ class StackWrapper(OptimizedModel):
         if rows.memory:
             h, keys = rows.memory.insert(self.memory_tokens, h, keys)  # type: ignore[arg-type]
         keywords = self._for_stack(keys, call, rows)
-        shuffle = rows.padding_first(call.seq_start_pos)
-        if shuffle is not None:
-            h, keywords = shuffle.lay(h), shuffled(keywords, shuffle)
+        order = rows.padding_first(call.seq_start_pos)
+        if order is not None:
+            h, keywords = order.permute(h), permuted_keywords(keywords, order)
 
         reports: dict[str, Any] = {}
         if returns.record:
@@ -211,8 +211,8 @@ class StackWrapper(OptimizedModel):
         if returns.attn_z_loss:
             counts = no_padding(h, keywords.get('mask'), None if rows.cached else call.seq_start_pos)
             record.attn_z_loss = calc_z_loss(scores(record), counts, returns.z_loss_weight)
-        if shuffle is not None:
-            h = shuffle.restore(h)
+        if order is not None:
+            h = order.restore(h)
         if rows.memory:
             h, record.memory_tokens = rows.memory.remove(h, length)
         if record.kv_cache is not None:

@@ -33,30 +33,30 @@ def cache_of(rows: int, front: int = 0, evicted: int = 0) -> KVCache:
     ],
 )
 def test_new_tokens_are_told_from_seen_ones(given: int, options: dict[str, int], new: int) -> None:
-    rows = Rows.lay(given, 0, NONE, cache_of(5), **options)
+    rows = Rows.of_call(given, 0, NONE, cache_of(5), **options)
     assert (rows.new, rows.held, rows.seen) == (new, 5, 5)
 
 
 def test_rows_in_front_are_not_counted_as_tokens() -> None:
-    rows = Rows.lay(6, 3, NONE, cache_of(8, front=3))
+    rows = Rows.of_call(6, 3, NONE, cache_of(8, front=3))
     assert (rows.new, rows.held, rows.seen, rows.front_keys, rows.tokens) == (1, 5, 5, 3, 6)
     # the caller need not repeat them
-    assert Rows.lay(6, 0, NONE, cache_of(8, front=3)) == rows
+    assert Rows.of_call(6, 0, NONE, cache_of(8, front=3)) == rows
 
 
 def test_rows_that_have_left_the_window() -> None:
-    rows = Rows.lay(5, 0, NONE, cache_of(4, front=3, evicted=4))
+    rows = Rows.of_call(5, 0, NONE, cache_of(4, front=3, evicted=4))
     assert (rows.new, rows.held, rows.seen, rows.front_keys) == (1, 4, 5, 0)
 
 
 def test_nothing_cached() -> None:
     for cache in (None, KVCache()):
-        rows = Rows.lay(4, 2, MemoryTokens(3), cache)
+        rows = Rows.of_call(4, 2, MemoryTokens(3), cache)
         assert (rows.new, rows.held, rows.seen, rows.front_keys, rows.cached) == (4, 0, 0, 5, False)
 
 
 def test_mask_covers_rows_in_front() -> None:
-    rows = Rows.lay(3, 3, NONE)
+    rows = Rows.of_call(3, 3, NONE)
     mask, prepend = torch.tensor([[True, False, True]]), torch.tensor([[False, True]])
     got = rows.mask(mask, prepend, 1, mask.device)
     assert got is not None
@@ -69,7 +69,7 @@ def test_mask_covers_rows_in_front() -> None:
 
 @pytest.mark.parametrize('length', [1, 6, 8])
 def test_mask_with_a_cache(length: int) -> None:
-    rows = Rows.lay(1, 0, NONE, cache_of(7, front=2))
+    rows = Rows.of_call(1, 0, NONE, cache_of(7, front=2))
     got = rows.mask(torch.ones(1, length).bool(), None, 1, torch.device('cpu'))
     assert got is not None
     assert got.shape[1] == (1 if length == 1 else 8)
@@ -78,7 +78,7 @@ def test_mask_with_a_cache(length: int) -> None:
 
 
 def test_positions_go_on_behind_the_front() -> None:
-    rows = Rows.lay(3, 2, NONE)
+    rows = Rows.of_call(3, 2, NONE)
     got = rows.positions(torch.tensor([0, 5, 6]))
     assert got is not None
     assert got.tolist() == [0, 1, 2, 7, 8]
@@ -86,20 +86,20 @@ def test_positions_go_on_behind_the_front() -> None:
 
 
 def test_padding_goes_in_front_of_everything() -> None:
-    laid = Rows.lay(3, 2, NONE).padding_first(torch.tensor([0, 2]))
-    assert laid is not None
+    order = Rows.of_call(3, 2, NONE).padding_first(torch.tensor([0, 2]))
+    assert order is not None
     names = torch.tensor([[10, 11, 0, 1, 2]])
-    there = laid.lay(names)
+    there = order.permute(names)
     assert there.tolist() == [[10, 11, 0, 1, 2], [0, 1, 10, 11, 2]]
-    assert laid.restore(there).tolist() == [[10, 11, 0, 1, 2]] * 2
+    assert order.restore(there).tolist() == [[10, 11, 0, 1, 2]] * 2
     wide = torch.randn(2, 5, 3)
-    assert torch.equal(laid.restore(laid.lay(wide)), wide)
-    assert Rows.lay(3, 0, NONE).padding_first(torch.tensor([0, 1])) is None
-    assert Rows.lay(3, 2, NONE).padding_first(None) is None
+    assert torch.equal(order.restore(order.permute(wide)), wide)
+    assert Rows.of_call(3, 0, NONE).padding_first(torch.tensor([0, 1])) is None
+    assert Rows.of_call(3, 2, NONE).padding_first(None) is None
 
 
 def test_positions_of_a_continued_sequence() -> None:
-    rows = Rows.lay(1, 0, NONE, cache_of(5, front=2))
+    rows = Rows.of_call(1, 0, NONE, cache_of(5, front=2))
     new = rows.positions(torch.tensor([3]))
     assert new is not None
     assert new.tolist() == [5]
@@ -109,13 +109,13 @@ def test_positions_of_a_continued_sequence() -> None:
 
 
 def test_positions_between_windows_are_refused() -> None:
-    rows = Rows.lay(4, 0, MemoryTokens(1, 2))
+    rows = Rows.of_call(4, 0, MemoryTokens(1, 2))
     with pytest.raises(ValueError, match='interspersed'):
         rows.positions(torch.arange(4))
 
 
 def test_masks_of_the_stack_are_stretched() -> None:
-    rows = Rows.lay(2, 1, MemoryTokens(1))
+    rows = Rows.of_call(2, 1, MemoryTokens(1))
     keys, dense = torch.tensor([[False, True]]), torch.tensor([[True, False], [True, True]])
     got = rows.stretched({'self_attn_kv_mask': keys, 'attn_mask': dense, 'attn_bias': torch.ones(2, 2), 'context': 'same'})
     assert got['self_attn_kv_mask'].tolist() == [[True, True, False, True]]
@@ -126,7 +126,7 @@ def test_masks_of_the_stack_are_stretched() -> None:
     wide = {'attn_mask': torch.ones(4, 4).bool()}
     assert rows.stretched(wide)['attn_mask'] is wide['attn_mask']
     with pytest.raises(ValueError, match='longer sequence'):
-        Rows.lay(2, 0, MemoryTokens(1, 1)).stretched({'attn_mask': dense})
+        Rows.of_call(2, 0, MemoryTokens(1, 1)).stretched({'attn_mask': dense})
 
 
 def test_pairs_of_all_tokens_are_cut_to_the_new_rows() -> None:
@@ -138,14 +138,14 @@ def test_pairs_of_all_tokens_are_cut_to_the_new_rows() -> None:
 
 
 def test_newest_part() -> None:
-    rows = Rows.lay(1, 0, NONE, cache_of(3))
+    rows = Rows.of_call(1, 0, NONE, cache_of(3))
     t = torch.arange(4).view(1, 4)
     assert rows.newest(t, 't').tolist() == [[3]]
     with pytest.raises(ValueError, match='t must have one entry for each of the 2 tokens'):
-        Rows.lay(2, 0, NONE).newest(t, 't')
+        Rows.of_call(2, 0, NONE).newest(t, 't')
     one = torch.zeros(1, 1, 3)
-    assert Rows.lay(4, 0, NONE).summand(one, 'one') is one
+    assert Rows.of_call(4, 0, NONE).summand(one, 'one') is one
 
 
 def test_ids_of_rows_that_are_no_tokens() -> None:
-    assert Rows.lay(2, 2, MemoryTokens(1)).token_ids(torch.tensor([[7, 8]]), 9).tolist() == [[9, 9, 9, 7, 8]]
+    assert Rows.of_call(2, 2, MemoryTokens(1)).token_ids(torch.tensor([[7, 8]]), 9).tolist() == [[9, 9, 9, 7, 8]]

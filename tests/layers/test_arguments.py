@@ -92,7 +92,7 @@ def test_an_age_beyond_the_tokens_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r'cache_age must lie in 0 \(all\) to 3, .* got 9. Leave it out'):
         count_new(3, 5, False, 9)
     # a model takes it for all that there are, as the original does
-    assert Rows.lay(3, 0, MemoryTokens(0, None), None, cache_age=9).new == 3
+    assert Rows.of_call(3, 0, MemoryTokens(0, None), None, cache_age=9).new == 3
 
 
 def test_what_is_added_to_keys_moves_with_its_token_behind_padding_on_the_left() -> None:
@@ -114,7 +114,7 @@ def test_a_stack_hands_on_its_arguments_in_the_order_of_their_declaration() -> N
     seen: list[StackArgs] = []
 
     class Listening(Decoder):
-        def answer(self, x: Any, given: StackArgs) -> Any:
+        def outputs(self, x: Any, given: StackArgs) -> Any:
             seen.append(given)
             return x
 

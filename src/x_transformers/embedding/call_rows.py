@@ -23,7 +23,7 @@ def rows_of_call(model: Any, call: ModelArgs) -> Rows:
     """The rows of one forward of a model. Raises ValueError where they do not go together with its flags."""
     memory = MemoryTokens(model.num_memory_tokens, model.memory_tokens_interspersed_every)
     front = call.prepended + (0 if model.cls_token is None else model.num_cls_tokens)
-    rows = Rows.lay(call.x.shape[1], front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
+    rows = Rows.of_call(call.x.shape[1], front, memory, call.cache, new_only=call.new_only, cache_age=call.cache_age)
     if rows.cached and (reasons := model.why_no_cache):
         raise ValueError(f'cache must be None for a model with {", ".join(reasons)}. Pass the whole sequence instead.')
     if memory.every and call.seq_start_pos is not None:

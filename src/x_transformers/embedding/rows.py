@@ -17,13 +17,13 @@ from x_transformers.layers.arguments import DECLARED, count_new, per_token
 from x_transformers.tensor_types import Bool, Int, Shaped
 
 
-class Shuffle(NamedTuple):
+class Permutation(NamedTuple):
     """For each batch row, which of its rows comes where, and the way back."""
 
     there: Int[Tensor, 'b n']
     back: Int[Tensor, 'b n']
 
-    def lay(self, t: Shaped[Tensor, '#b n ...']) -> Tensor:
+    def permute(self, t: Shaped[Tensor, '#b n ...']) -> Tensor:
         """``t`` (b n …) in the other order; what stands before its last n rows, for memories, stays there."""
         extra = t.shape[1] - self.there.shape[1]
         laid = gathered(t[:, max(extra, 0) :], self.there)
@@ -63,7 +63,7 @@ class Rows:
     begin: int | Int[Tensor, ' 1'] = 0
 
     @classmethod
-    def lay(
+    def of_call(
         cls,
         tokens: int,
         front: int,
@@ -171,7 +171,7 @@ class Rows:
         front = torch.arange(offset - self.front_keys, offset, device=pos.device, dtype=pos.dtype)
         return torch.cat((front.expand(*pos.shape[:-1], -1), pos + offset), dim=-1)
 
-    def padding_first(self, seq_start_pos: Int[Tensor, ' b'] | None) -> Shuffle | None:
+    def padding_first(self, seq_start_pos: Int[Tensor, ' b'] | None) -> Permutation | None:
         """How rows are to be laid so that padding on the left stands in front of everything; None if it does already.
 
         Then the rows in front are as far from the tokens as without padding, whatever the stack does with distances.
@@ -183,7 +183,7 @@ class Rows:
         place = torch.arange(front + self.tokens, device=start.device)
         there = torch.where(place < start, place + front, torch.where(place < start + front, place - start, place))
         back = torch.where(place < front, place + start, torch.where(place - front < start, place - front, place))
-        return Shuffle(there, back)
+        return Permutation(there, back)
 
     def stretched(self, more: dict[str, Any], mems: int = 0) -> dict[str, Any]:
         """Masks and biases of the stack that were given for the tokens only, extended for the rows in front.
@@ -236,10 +236,10 @@ class Rows:
         return self.memory.ids(ids, value) if self.memory else ids
 
 
-def shuffled(kwargs: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
+def permuted_keywords(kwargs: dict[str, Any], order: Permutation) -> dict[str, Any]:
     """The stack's keywords for rows that are laid in another order."""
     kwargs = dict(kwargs)
-    rows = shuffle.there.shape[1]
+    rows = order.there.shape[1]
     for name, declared in DECLARED.items():
         if declared.has('i') and name in kwargs:
             raise ValueError(
@@ -252,9 +252,9 @@ def shuffled(kwargs: dict[str, Any], shuffle: Shuffle) -> dict[str, Any]:
         batch = DECLARED[name].axis(value, 'b')
         if batch is None:
             value, batch, axis = value.unsqueeze(0), 0, axis + 1
-        kwargs[name] = shuffle.lay(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
+        kwargs[name] = order.permute(value.movedim((batch, axis), (0, 1))).movedim((0, 1), (batch, axis))
     for name in ('deep_embeds_and_ids', 'value_embeds_and_ids'):
         if name in kwargs:
             tables, ids = kwargs[name]
-            kwargs[name] = tables, shuffle.lay(ids)
+            kwargs[name] = tables, order.permute(ids)
     return kwargs

@@ -271,7 +271,7 @@ class AttentionLayers(OptimizedStack):
         Returns (b n dim), or with ``return_hiddens`` (that, LayerIntermediates). With a cache only the new tokens come back.
         Raises ValueError or TypeError, before anything is computed, if an argument does not fit.
         """
-        return self.answer(x, StackArgs(
+        return self.outputs(x, StackArgs(
             context, mask, context_mask, attn_mask, self_attn_kv_mask, mems, mem_masks, seq_start_pos, seq_pos_offset, cache,
             input_not_include_cache, cache_age, return_hiddens, rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias,
             deep_embeds_and_ids, self_attn_additional_kv, additional_kv_mask, detach_additional_kv, route_additional_kv_to_top,
@@ -280,7 +280,7 @@ class AttentionLayers(OptimizedStack):
             return_gumbel_log_probs, return_expert_loss, value_embeds_and_ids, one_place,
         ))  # fmt: skip
 
-    def answer(self, x: Float[Tensor, 'b n d'], args: StackArgs) -> Tensor | tuple[Tensor, LayerIntermediates]:
+    def outputs(self, x: Float[Tensor, 'b n d'], args: StackArgs) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """``forward`` with its keywords in one object."""
         x, call = prepare(self, x, args)
         out, record = self.run(x, call)
@@ -333,7 +333,7 @@ class PrefixDecoder(AttentionLayers):
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         kwargs.update(attn_mask=attn_mask, prefix_attn_len=prefix_attn_len)
-        return self.answer(x, StackArgs(*args, **kwargs))
+        return self.outputs(x, StackArgs(*args, **kwargs))
 
 
 class TransformerBlock(AttentionLayers):
