@@ -40,6 +40,10 @@ def neox(name: str, **changes: Any) -> Case:
     return Case(name, lambda: build('GPTNeoXForCausalLM', 'GPTNeoXConfig', NEOX | changes), writes=True)
 
 
+def falcon(name: str, **changes: Any) -> Case:
+    return Case(name, lambda: build('FalconForCausalLM', 'FalconConfig', FALCON | changes), writes=True)
+
+
 def build(cls: str, config: str, keywords: dict[str, Any]) -> Any:
     import transformers
 
@@ -98,6 +102,9 @@ OLMO3 = {
         'full_attention': {'rope_type': 'yarn', 'rope_theta': 1e3, 'factor': 4.0, 'original_max_position_embeddings': 16},
     },
 }  # fmt: skip
+FALCON = {name: size for name, size in DECODER.items() if name not in ('intermediate_size', 'num_key_value_heads')} | {
+    'ffn_hidden_size': 44,
+}
 GEMMA3 = {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20, 'sliding_window_pattern': 2}
 T5 = {
     'vocab_size': TOKENS, 'd_model': 32, 'd_kv': 12, 'd_ff': 44, 'num_layers': 2, 'num_heads': 4, 'decoder_start_token_id': 0,
@@ -176,6 +183,9 @@ CASES = (
         'scale_attn_by_inverse_layer_idx': True,
     }), writes=True),
     Case('GPT-J', lambda: build('GPTJForCausalLM', 'GPTJConfig', GPTJ), writes=True),
+    falcon('Falcon'),
+    falcon('Falcon, new, untied', new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
+    falcon('Falcon, one after the other, biases', multi_query=False, parallel_attn=False, bias=True),
     decoder('Gemma 2', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=12, sliding_window=5, query_pre_attn_scalar=20),
     decoder('Gemma 2, low caps', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=8, sliding_window=4,
             attn_logit_softcapping=2.0, final_logit_softcapping=1.0),

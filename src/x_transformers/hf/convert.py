@@ -45,6 +45,7 @@ FAMILIES = {
     'phi': ('phi', 'PHI'),
     'phi3': ('phi3', 'PHI3'),
     'starcoder2': ('starcoder2', 'STARCODER2'),
+    'falcon': ('falcon', 'FALCON'),
     'gpt_oss': ('gpt_oss', 'GPT_OSS'),
     'gpt_neox': ('neox', 'GPT_NEOX'),
     'gpt2': ('gpt2', 'GPT2'),

@@ -175,16 +175,18 @@ def split(parts: int | tuple[int, ...], dim: int = 0) -> Map:
     return Map(into, lambda t: (together(t, dim=dim),), 'stay' if dim else 'move')
 
 
-def split_in_heads(heads: int, dim_head: int) -> Map:
-    """Queries, keys and values of each head lie together in theirs."""
+def split_in_groups(kv_heads: int, groups: int, dim_head: int) -> Map:
+    """Of each key head in theirs, so many query heads, the key and the value lie together."""
 
     def into(t: Tensors) -> Tensors:
-        whole = t[0].reshape(heads, 3, dim_head, *t[0].shape[1:])
-        return tuple(whole[:, k].reshape(heads * dim_head, *t[0].shape[1:]) for k in range(3))
+        row = t[0].shape[1:]
+        whole = t[0].reshape(kv_heads, groups + 2, dim_head, *row)
+        parts = whole[:, :groups], whole[:, groups], whole[:, groups + 1]
+        return tuple(part.reshape(-1, *row) for part in parts)
 
     def back(t: Tensors) -> Tensors:
-        each_head = [part.reshape(heads, 1, dim_head, *part.shape[1:]) for part in t]
-        return (together(each_head, dim=1).reshape(3 * heads * dim_head, *t[0].shape[1:]),)
+        each_head = [part.reshape(kv_heads, -1, dim_head, *part.shape[1:]) for part in t]
+        return (together(each_head, dim=1).reshape(-1, *t[0].shape[1:]),)
 
     return Map(into, back, 'move')
 

@@ -16,7 +16,7 @@ from x_transformers.hf.family import (
     weight_and_bias,
 )
 from x_transformers.hf.llama import ATTENTION, FORWARD, wrapper
-from x_transformers.hf.maps import SAME, apart, chain, paired, split_in_heads
+from x_transformers.hf.maps import SAME, apart, chain, paired, split_in_groups
 
 
 def neox(config: Config) -> Plain:
@@ -42,7 +42,7 @@ def neox_rules(config: Config, model: Plain) -> list[KeyRule]:
     stack, theirs = model['attn_layers'], 'gpt_neox.layers.{i}'
     heads, dim_head, bias = int(stack['heads']), int(stack['attn_dim_head']), bool(stack.get('attn_qkv_bias'))
     turn = paired(heads, dim_head, stack['rotary_emb_dim'])
-    fused = chain(split_in_heads(heads, dim_head), apart(turn, turn, SAME))
+    fused = chain(split_in_groups(heads, 1, dim_head), apart(turn, turn, SAME))
     rules = [
         rule('gpt_neox.embed_in.weight', 'token_emb.emb.weight'),
         *layer_norm_rules(f'{theirs}.input_layernorm', f'{ATTENTION}.0.0'),

@@ -61,13 +61,18 @@ def gptj(config: Config) -> Plain:
 # ---------------------------------------------------------------- weights
 
 
+def shared_norm_rules(norm: str) -> list[KeyRule]:
+    """Of the norm of a block, of which each branch has a copy."""
+    return [
+        rule(f'{norm}.{theirs}', (f'{ATTENTION}.0.0.{ours}', f'{FORWARD}.0.0.{ours}'), COPIED)
+        for theirs, ours in (('weight', 'gamma'), ('bias', 'beta'))
+    ]
+
+
 def parallel_rules(model: Plain, norm: str, first: str, last: str) -> list[KeyRule]:
     """Of a block's norm, its feed-forward and the head."""
     rules = [
-        *(
-            rule(f'{norm}.{theirs}', (f'{ATTENTION}.0.0.{ours}', f'{FORWARD}.0.0.{ours}'), COPIED)
-            for theirs, ours in (('weight', 'gamma'), ('bias', 'beta'))
-        ),
+        *shared_norm_rules(norm),
         *weight_and_bias(first, f'{FORWARD}.1.ff.0.0'),
         *weight_and_bias(last, f'{FORWARD}.1.ff.2'),
     ]
