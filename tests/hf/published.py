@@ -186,6 +186,7 @@ CASES = (
     falcon('Falcon'),
     falcon('Falcon, new, untied', new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
     falcon('Falcon, one after the other, biases', multi_query=False, parallel_attn=False, bias=True),
+    decoder('Gemma', 'GemmaForCausalLM', 'GemmaConfig', head_dim=12, hidden_act='gelu'),
     decoder('Gemma 2', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=12, sliding_window=5, query_pre_attn_scalar=20),
     decoder('Gemma 2, low caps', 'Gemma2ForCausalLM', 'Gemma2Config', head_dim=8, sliding_window=4,
             attn_logit_softcapping=2.0, final_logit_softcapping=1.0),

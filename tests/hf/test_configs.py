@@ -55,6 +55,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     'Ministral': ('MinistralForCausalLM', 'MinistralConfig', {**DECODER, 'sliding_window': 5, 'head_dim': 8}),
     'Qwen2': ('Qwen2ForCausalLM', 'Qwen2Config', DECODER),
     'Qwen3': ('Qwen3ForCausalLM', 'Qwen3Config', {**DECODER, 'head_dim': 8}),
+    'Gemma': ('GemmaForCausalLM', 'GemmaConfig', {**DECODER, 'head_dim': 8}),
     'Gemma 2': ('Gemma2ForCausalLM', 'Gemma2Config', {**DECODER, 'head_dim': 8, 'sliding_window': 5}),
     'Gemma 3': ('Gemma3ForCausalLM', 'Gemma3TextConfig', {**DECODER, **GEMMA3}),
     'Mixtral': ('MixtralForCausalLM', 'MixtralConfig', {**DECODER, **MIXTRAL}),

@@ -55,6 +55,7 @@ FAMILIES = {
     'xlm-roberta': ('bert', 'ROBERTA'),
     'distilbert': ('bert', 'DISTILBERT'),
     'modernbert': ('modernbert', 'MODERNBERT'),
+    'gemma': ('gemma', 'GEMMA'),
     'gemma2': ('gemma', 'GEMMA2'),
     'gemma3_text': ('gemma', 'GEMMA3'),
     't5': ('t5', 'T5'),

@@ -1,6 +1,7 @@
-"""Gemma 2 and 3: norms on both sides of a branch, windows in some layers.
+"""Gemma, Gemma 2 and 3: a Llama with scaled embeddings, whose gains are stored as differences from 1.
 
-Gemma 2 has soft caps on scores and logits, Gemma 3 norms of heads, and rotary bases of its own in layers with windows.
+Gemma 2 and 3 have norms on both sides of a branch, and windows in some layers. Gemma 2 has soft caps on scores and logits,
+Gemma 3 norms of heads, and rotary bases of its own in layers with windows.
 """
 
 from __future__ import annotations
@@ -19,8 +20,22 @@ from x_transformers.hf.llama import (
     gated_rules,
     head_norms,
     layer_kinds,
+    llama_rules,
     windows,
 )
+
+
+def gemma1(config: Config) -> Plain:
+    config.only('use_bidirectional_attention', False, 'this family is read from left to right')
+    config.only('hidden_activation', 'gelu_pytorch_tanh', 'the activation of this family is that of `hidden_act`')
+    # the first configs call it so
+    if config.get('hidden_act', '') == 'gelu':
+        config.values['hidden_act'] = 'gelu_pytorch_tanh'
+    config.values.setdefault('head_dim', 256)
+    config.values.setdefault('tie_word_embeddings', True)
+    act = activation(config, 'hidden_act', 'gelu_pytorch_tanh')
+    model = decoder(config, **act, **biases(config), norm_add_unit_offset=True)
+    return {**model, 'embed_scale': config.need('hidden_size') ** 0.5}
 
 
 def gemma2(config: Config) -> Plain:
@@ -86,5 +101,6 @@ def gemma_rules(config: Config, model: Plain) -> list[KeyRule]:
     return for_layers(rules, stack['depth'])
 
 
+GEMMA = Family(('gemma',), gemma1, llama_rules, prefix='model.', unused=UNUSED)
 GEMMA2 = Family(('gemma2',), gemma2, gemma_rules, prefix='model.', unused=UNUSED)
 GEMMA3 = Family(('gemma3_text',), gemma3, gemma_rules, prefix='model.', unused=UNUSED)
