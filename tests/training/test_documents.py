@@ -106,9 +106,13 @@ def test_rows_that_are_too_large_are_refused(tmp_path, monkeypatch, texts):
     """Alone in its group, whose size is known before it is read, or beside smaller ones."""
     arrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     monkeypatch.setattr(documents, 'LARGEST_RECORD', 50)
-    parquet.write_table(arrow.table({'text': texts}), tmp_path / 'x.parquet')
-    with pytest.raises(DataError, match=f'row {len(texts) - 1} must be a record of at most 1 GiB'):
-        read(tmp_path / 'x.parquet')
+    table = arrow.table({'text': texts})
+    parquet.write_table(table, tmp_path / 'x.parquet')
+    with arrow.OSFile(str(tmp_path / 'x.arrow'), 'wb') as file, arrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    for name in ('x.parquet', 'x.arrow'):
+        with pytest.raises(DataError, match=f'{name}, row {len(texts) - 1} must be a record of at most 1 GiB'):
+            read(tmp_path / name)
 
 
 def test_few_large_rows_are_read_at_once(tmp_path, monkeypatch):

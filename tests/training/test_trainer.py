@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.training.tiny import make_run, resumed
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.training.checkpoint import load_checkpoint
 from x_transformers.training.data import sample_batch
 from x_transformers.training.ema import AveragedWeights
 from x_transformers.training.errors import CheckpointError, TrainingError
@@ -348,6 +349,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run.train()
     with pytest.raises(CheckpointError, match='does not fit'):
         resumed(make_run(tmp_path / 'b', optimizer='adamw'), find_checkpoints(run.folder)[0])
+    step, weights, state = load_checkpoint(find_checkpoints(run.folder)[0])
+    narrow = {name: tensor[..., :1] for name, tensor in weights.items()}
+    with pytest.raises(CheckpointError, match='size mismatch') as caught:
+        make_run(tmp_path / 'c').trainer.resume(step, narrow, state)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_newest_checkpoints_and_the_best_weights_are_kept(tmp_path):

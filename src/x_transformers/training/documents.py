@@ -126,7 +126,7 @@ def _lines(path: Path) -> Iterator[Document]:
         while line := file.readline(LARGEST_RECORD + 1):
             number += 1
             if len(line) > LARGEST_RECORD:
-                raise DataError(f'{path}, line {number} must be a record of at most 1 GiB, got a larger one. Split it.')
+                raise too_large(f'{path}, line {number}')
             if not line.strip():
                 continue
             try:
@@ -134,6 +134,10 @@ def _lines(path: Path) -> Iterator[Document]:
             except ValueError as error:
                 raise DataError(f'{path}, line {number} must be a JSON object, got something else ({error}).') from error
             yield from _record(record, f'{path}, line {number}')
+
+
+def too_large(where: str) -> DataError:
+    return DataError(f'{where} must be a record of at most 1 GiB, got a larger one. Split it.')
 
 
 def _record(record: Any, where: str) -> Iterator[Document]:
@@ -154,7 +158,7 @@ def _record(record: Any, where: str) -> Iterator[Document]:
         parts.append(value if isinstance(value, bytes) else value.encode('utf-8', 'surrogatepass'))
     prompt = len(parts[0]) if len(parts) == 2 else 0
     if sum(map(len, parts)) > LARGEST_RECORD:
-        raise DataError(f'{where} must be a record of at most 1 GiB, got a larger one. Split it.')
+        raise too_large(where)
     text = b''.join(parts)
     if len(text) > prompt:
         yield Document(text, prompt)
@@ -170,10 +174,11 @@ def _parquet(path: Path) -> Iterator[Document]:
             for group in range(meta.num_row_groups):
                 rows = meta.row_group(group)
                 if rows.num_rows == 1 and rows.total_byte_size > LARGEST_RECORD:
-                    raise DataError(f'{path}, row {row} must be a record of at most 1 GiB, got a larger one. Split it.')
+                    raise too_large(f'{path}, row {row}')
                 # so many as take some 64 MiB together
                 few = max(1, min(256, (rows.num_rows << 26) // max(rows.total_byte_size, 1)))
                 for batch in file.iter_batches(batch_size=few, row_groups=[group], columns=names):
+                    _check_sizes(batch, path, row)
                     for record in batch.to_pylist():
                         yield from _record(record, f'{path}, row {row}')
                         row += 1
@@ -187,12 +192,27 @@ def _arrow(path: Path) -> Iterator[Document]:
     try:
         with arrow.memory_map(str(path)) as mapped, arrow.ipc.open_stream(mapped) as stream:
             names = _columns(stream.schema.names, path)
+            row = 0
             for batch in stream:
                 for start in range(0, batch.num_rows, 256):
-                    for record in batch.slice(start, 256).select(names).to_pylist():
-                        yield from _record(record, str(path))
+                    few = batch.slice(start, 256).select(names)
+                    _check_sizes(few, path, row)
+                    for record in few.to_pylist():
+                        yield from _record(record, f'{path}, row {row}')
+                        row += 1
     except arrow.ArrowException as error:
         raise DataError(f'{path} cannot be read as arrow: {str(error).splitlines()[0]}') from error
+
+
+def _check_sizes(batch: Any, path: Path, first: int) -> None:
+    """Before the rows are copied, several times, to become Python's."""
+    if batch.nbytes <= LARGEST_RECORD:
+        return
+    for row in range(batch.num_rows):
+        values = [column[row] for column in batch.columns]
+        # what is no text has no buffer, and another sentence
+        if sum(value.as_buffer().size for value in values if value.is_valid and hasattr(value, 'as_buffer')) > LARGEST_RECORD:
+            raise too_large(f'{path}, row {first + row}')
 
 
 def _columns(names: Sequence[str], path: Path) -> list[str]:

@@ -13,3 +13,8 @@ class DataError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint cannot be written or read."""
+
+
+def last_line(error: BaseException) -> str:
+    """What PyTorch says of a state that does not fit; above stands of which class."""
+    return (str(error).splitlines() or [repr(error)])[-1].strip()

@@ -20,7 +20,7 @@ from x_transformers.training.build import NUM_BYTES, build_model, choose_device,
 from x_transformers.training.checkpoint import publish
 from x_transformers.training.corpus import Data, Say, check_vocabulary, load_data, load_sets, loss_and_bits_of_all
 from x_transformers.training.engine import Engine
-from x_transformers.training.errors import CheckpointError, TrainingError
+from x_transformers.training.errors import CheckpointError, TrainingError, last_line
 from x_transformers.training.files import WEIGHTS, find_checkpoints, read_json, read_weights, write_atomically, write_json
 from x_transformers.training.logs import check_logs, open_logs
 from x_transformers.training.lora import add_lora, merged
@@ -349,8 +349,8 @@ def load_weights(model: nn.Module, path: Path, engine: Engine | None = None) -> 
     try:
         (engine or Engine()).load_model(model, read_weights(path))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f'{path} must hold the weights of a model with these flags, got others: {reason}') from error
+        told = last_line(error)
+        raise CheckpointError(f'{path} must hold the weights of a model with these flags, got others: {told}') from error
 
 
 def load_run(run: str | Path, device: str | torch.device = 'cpu') -> nn.Module:

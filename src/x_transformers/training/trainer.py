@@ -27,7 +27,7 @@ from x_transformers.tensor_types import Float, StateDict
 from x_transformers.training.build import choose_device
 from x_transformers.training.ema import AveragedWeights
 from x_transformers.training.engine import Engine
-from x_transformers.training.errors import CheckpointError, TrainingError
+from x_transformers.training.errors import CheckpointError, TrainingError, last_line
 from x_transformers.training.optimizers import lr_share, make_optimizers, set_lr
 from x_transformers.training.options import TrainerOptions
 from x_transformers.training.randomness import random_state, restore_random_state, seed_everything
@@ -341,7 +341,7 @@ class Trainer:
             if self.averaged is not None:
                 self.averaged.load(state['averaged'])
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f'{where} does not fit the model and optimizers of this run: {error}') from error
+            raise CheckpointError(f'{where} does not fit the model and optimizers of this run: {last_line(error)}') from error
         self.step = self.saved_at = step
 
 
