@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.torchrun import Started
+from tests.two_processes import free_port
 
 pytestmark = [
     pytest.mark.deep,
@@ -116,6 +117,25 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
     assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
     published = [(tmp_path / run / 'model.safetensors').read_bytes() for run in ('killed', 'whole')]
     assert published[0] == published[1]
+
+
+def test_nodes_that_count_their_starts_apart_go_on_together(tmp_path: Path) -> None:
+    """The torchrun of a killed process counts a failure, and that of another node may count none."""
+    text = tmp_path / 'text'
+    text.write_text('the cat sat on the mat, the dog ran. ' * 1000, encoding='utf-8')
+    among = ['--nnodes', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{free_port()}', '--rdzv-id', 'both']
+    given = ['train', '--data', str(text), *SMALL, '--steps', str(STEPS), '--shard', 'full', '--auto-resume']
+    given += ['--run-dir', str(tmp_path / 'run')]
+    both = [Started(given, 1, tmp_path / f'log{node}', restarts=1, among=among) for node in range(2)]
+    both[0].until(lambda: saved(tmp_path / 'run') >= 8)
+    (other,) = (node for node in both if 1 in node.processes())
+    other.signal(signal.SIGKILL, 1)
+    found = [node.ended() for node in both]
+    assert [each.status for each in found] == [0, 0], found
+    said = [line for each in found for line in each.said]
+    assert all('has lost another one' in line for line in said), said
+    assert sum(each.output.count('resuming') for each in found) == 1
+    assert len(losses(tmp_path / 'run')) == STEPS
 
 
 def assert_loaded(run: Path, world: int, folder: Path) -> None:

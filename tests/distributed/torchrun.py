@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class Started:
     Args:
         own: options that a process of this rank has beside the others.
         restarts: how often torchrun starts all processes again when one of them has failed.
+        among: options by which this torchrun finds those of other nodes; ``world`` is then what it starts itself.
     """
 
     def __init__(
@@ -44,15 +45,16 @@ class Started:
         own: dict[int, list[str]] | None = None,
         module: str = 'x_transformers',
         restarts: int = 0,
+        among: Sequence[str] = (),
     ) -> None:
         env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
         command = [sys.executable, '-m', module, *arguments]
         if own:
             cases = ' '.join(f'{rank}) set -- "$@" {" ".join(more)};;' for rank, more in own.items())
             command = ['bash', '-c', f'case $RANK in {cases} esac; exec "$@"', 'started', *command]
-        if world > 1:
+        if world > 1 or among:
             run = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(world)]
-            run += ['--max-restarts', str(restarts), '--master-port', str(free_port())]
+            run += ['--max-restarts', str(restarts), *(among or ('--master-port', str(free_port())))]
             command = [*run, '--no-python', *command]
         self.log = log
         log.unlink(missing_ok=True)

@@ -251,7 +251,7 @@ def check_alike(found: OwnOptions | BaseException) -> Store | None:
         timeout = JOIN_TO_COMPLAIN
     try:
         store, everywhere = meet(own, timeout=timeout)
-    except (dist.DistError, ValueError) as error:  # they do not come, or it was not said where they are
+    except (dist.DistError, TimeoutError, ValueError) as error:  # they do not come, or it was not said where they are
         if own[0]:
             return None  # the others may never have been started
         raise MeshError(f'not all processes can be reached ({str(error).splitlines()[0][:120]}). Start all of them.') from error
