@@ -172,7 +172,7 @@ def shown(value: Any) -> str:
 
 def modules() -> Iterator[types.ModuleType]:
     for info in pkgutil.walk_packages(x_transformers.__path__, 'x_transformers.'):
-        if '__main__' not in info.name and not info.name.startswith(('x_transformers.cli', 'x_transformers.training')):
+        if '__main__' not in info.name and not info.name.startswith('x_transformers.cli'):
             yield importlib.import_module(info.name)
 
 
