@@ -126,7 +126,7 @@ def compact(result: dict[str, Any], curve: bool) -> dict[str, Any]:
     """What the pages take: of a run its value, the curve where times are compared, and the processor time."""
     if 'curve' not in result:
         return {name: [float(f'{value:.4g}') for value in values] for name, values in result.items()}
-    points = [[step, value, None] for step, value, _ in result['curve']] if curve else []
+    points = [point[:2] for point in result['curve']] if curve else []  # pages draw the metric, and no loss
     last = {} if curve else {name: float(f'{value:.4g}') for name, value in result['last'].items()}
     return {'value': float(f'{result["value"]:.10g}'), 'last': last, 'curve': points, 'seconds': round(result['seconds'], 1)}
 
