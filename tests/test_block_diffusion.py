@@ -97,7 +97,7 @@ def of_every_flag(kind: str) -> Iterator[tuple[str, BlockDiffusionWrapper | None
             made = BlockDiffusionWrapper(case.build(), mask_id=23, block_size=3)
             given = case.inputs(2).part()
             given.pop('prefix_attn_len', None)
-            made.check_told(given)
+            made.check_keywords(given)
         except (ValueError, InertFlagWarning):
             yield group.name, None, {}
         else:
