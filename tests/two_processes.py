@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import random
@@ -68,6 +69,8 @@ def worker(rank: int, world: int, port: int, attempt: Attempt, names: list[str],
     if rank == 0:
         path.write_text(json.dumps((done, failed)), encoding='utf-8')
     dist.destroy_process_group()
+    # groups that cycles hold end while the interpreter lives, which their threads may still ask for
+    gc.collect()
 
 
 def attempt_all(attempt: Attempt, names: list[str], world: int = WORLD) -> tuple[int, list[str]]:
