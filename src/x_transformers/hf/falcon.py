@@ -15,7 +15,7 @@ from x_transformers.hf.family import (
     rule,
     weight_and_bias,
 )
-from x_transformers.hf.llama import ATTENTION, FORWARD, wrapper
+from x_transformers.hf.llama import ATTENTION, FORWARD, fused_rules, logits_rules, wrapper
 from x_transformers.hf.maps import SAME, apart, chain, paired, regrouped_heads, split_in_groups
 from x_transformers.hf.phi import shared_norm_rules
 
@@ -68,23 +68,18 @@ def falcon_rules(config: Config, model: Plain) -> list[KeyRule]:
     turn, turn_keys = (paired(count, dim_head, stack['rotary_emb_dim']) for count in (heads, kv_heads))
     regrouped = regrouped_heads(heads, kv_heads)
     fused = chain(split_in_groups(kv_heads, heads // kv_heads, dim_head), apart(chain(turn, regrouped), turn_keys, SAME))
-    kinds = ('weight', 'bias') if bias else ('weight',)
     attention = f'{layer}.self_attention'
     rules = [
         rule('transformer.word_embeddings.weight', 'token_emb.emb.weight'),
         *layer_norm_rules('transformer.ln_f', 'attn_layers.final_norm'),
         *norm_rules(config, model, layer),
-        *(
-            rule(f'{attention}.query_key_value.{kind}', tuple(f'{ATTENTION}.1.to_{name}.{kind}' for name in 'qkv'), fused)
-            for kind in kinds
-        ),
+        *fused_rules(f'{attention}.query_key_value', fused, bias),
         rule(f'{attention}.dense.weight', f'{ATTENTION}.1.to_out.weight', regrouped_heads(heads, kv_heads, dim=1)),
         *([rule(f'{attention}.dense.bias', f'{ATTENTION}.1.to_out.bias')] if bias else []),
         *weight_and_bias(f'{layer}.mlp.dense_h_to_4h', f'{FORWARD}.1.ff.0.0', bias=bias),
         *weight_and_bias(f'{layer}.mlp.dense_4h_to_h', f'{FORWARD}.1.ff.2', bias=bias),
+        *logits_rules(model),
     ]
-    if not model.get('tie_embedding') and not model.get('return_only_embed'):
-        rules.append(rule('lm_head.weight', 'to_logits.weight'))
     return for_layers(rules, stack['depth'])
 
 

@@ -15,14 +15,18 @@ from x_transformers.hf.family import (
     layer_normed,
     rule,
 )
+from x_transformers.hf.llama import logits_rules
 from x_transformers.hf.maps import TRANSPOSED, chain, scaled, split
+
+# of heads that this library does not read
+SUMMARY = ('summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels', 'summary_first_dropout')
 
 
 def gpt2(config: Config) -> Plain:
     check_head(config, 'LMHeadModel')
     dim, heads, depth = config.need('n_embd'), config.need('n_head'), config.need('n_layer')
     config.only('add_cross_attention', False, 'decoders with a context are read from T5 only')
-    config.skip('summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels', 'summary_first_dropout')
+    config.skip(*SUMMARY)
     config.skip('reorder_and_upcast_attn', 'n_ctx')
     scale = (dim // heads) ** -0.5 if config.get('scale_attn_weights', True) else 1.0
     by_layer = config.get('scale_attn_by_inverse_layer_idx', False)
@@ -61,9 +65,7 @@ def gpt2_rules(config: Config, model: Plain) -> list[KeyRule]:
     }
     for name, ours in linears.items():
         rules += [rule(f'{name}.weight', f'{ours}.weight', TRANSPOSED), rule(f'{name}.bias', f'{ours}.bias')]
-    if not model.get('tie_embedding') and not model.get('return_only_embed'):
-        rules.append(rule('lm_head.weight', 'to_logits.weight'))
-    return for_layers(rules, stack['depth'])
+    return for_layers([*rules, *logits_rules(model)], stack['depth'])
 
 
 def gpt2_config(model: Plain) -> Plain:

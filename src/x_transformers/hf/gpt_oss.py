@@ -6,20 +6,19 @@ import torch
 from torch import Tensor
 
 from x_transformers.hf.family import Config, Family, KeyRule, Plain, rotary, rule
-from x_transformers.hf.llama import FORWARD, UNUSED, biases, decoder, pre_norm_rules, windows
+from x_transformers.hf.llama import FORWARD, UNUSED, biases, decoder, head_width, pre_norm_rules, windows
 from x_transformers.hf.maps import Map, each, together
 from x_transformers.hf.mixtral import expert_flags
 from x_transformers.tensor_types import Float
 
 
 def gpt_oss(config: Config) -> Plain:
-    depth, heads = config.need('num_hidden_layers'), config.need('num_attention_heads')
+    depth = config.need('num_hidden_layers')
     config.only('hidden_act', 'silu', 'experts have a sigmoid unit of their own')
     config.only('swiglu_alpha', 1.702, 'this unit has the slope of quick_gelu only')
     config.skip('initial_context_length', 'experts_per_token')
     config.values.setdefault('attention_bias', True)
-    dim_head = config.get('head_dim', config.need('hidden_size') // heads)
-    turned = rotary(config, dim_head)
+    turned = rotary(config, head_width(config))
     if config.get('rope_theta') is None and config.get('rope_parameters', {}).get('rope_theta') is None:
         turned['rotary_theta'] = 150000.0
     return decoder(

@@ -29,7 +29,7 @@ def decoder(config: Config, **more: Any) -> Plain:
     ``more``: of the stack; ``rotary``: what ``rotary`` gives, if it is asked otherwise.
     """
     dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
-    dim_head = config.get('head_dim', dim // heads)
+    dim_head = head_width(config)
     turned = more.pop('rotary') if 'rotary' in more else rotary(config, dim_head)
     mlp_bias = bool(config.get('mlp_bias', False))
     stack: Plain = {
@@ -52,6 +52,10 @@ def decoder(config: Config, **more: Any) -> Plain:
         **more,
     }
     return wrapper(config, stack)
+
+
+def head_width(config: Config) -> int:
+    return int(config.get('head_dim', config.need('hidden_size') // config.need('num_attention_heads')))
 
 
 def kv_heads_of(config: Config) -> Plain:
@@ -94,17 +98,24 @@ def llama(config: Config) -> Plain:
 
 
 def mistral(config: Config) -> Plain:
-    usual = ['sliding_attention'] * config.need('num_hidden_layers')
-    return decoder(config, **activation(config, 'hidden_act', 'silu'), **windows(config, usual))
+    return decoder(config, **activation(config, 'hidden_act', 'silu'), **windows(config))
 
 
-def windows(config: Config, default_types: list[str] | None = None) -> Plain:
-    """``attn_max_attend_past`` where some of the layers look at a window only."""
+def windows(config: Config, usual: list[str] | None = None) -> Plain:
+    """``attn_max_attend_past`` where some of the layers attend to a window only.
+
+    ``usual``: the kinds of layers, full or sliding, if the config has none. None: all are sliding.
+    """
     window = config.get('sliding_window')
-    kinds = layer_kinds(config, default_types or [])
+    kinds = layer_kinds(config, ['sliding_attention'] * config.need('num_hidden_layers') if usual is None else usual)
     if window is None or 'sliding_attention' not in kinds:
         return {}
     return {'attn_max_attend_past': one_or_each([window - 1 if kind == 'sliding_attention' else None for kind in kinds])}
+
+
+def windows_if_used(config: Config, usual: list[str] | None = None) -> Plain:
+    """``windows`` of a family whose configs say whether they are used."""
+    return windows(config, usual) if config.get('use_sliding_window', False) else {}
 
 
 def layer_kinds(config: Config, usual: list[str]) -> list[str]:
@@ -118,10 +129,8 @@ def layer_kinds(config: Config, usual: list[str]) -> list[str]:
 
 def qwen_windows(config: Config) -> Plain:
     config.skip('max_window_layers', 'sliding_window', 'layer_types')
-    if not config.get('use_sliding_window', False):
-        return {}
     depth, first = config.need('num_hidden_layers'), config.get('max_window_layers', 28)
-    return windows(config, ['full_attention' if layer < first else 'sliding_attention' for layer in range(depth)])
+    return windows_if_used(config, ['full_attention' if layer < first else 'sliding_attention' for layer in range(depth)])
 
 
 def qwen2(config: Config) -> Plain:
@@ -183,14 +192,27 @@ def attention_rules(theirs: str, stack: Plain, unit_offset: bool = False, out: s
     return rules
 
 
-def ends(tables: Plain, prefix: str = 'model.') -> list[KeyRule]:
-    rules = [
-        rule(f'{prefix}embed_tokens.weight', 'token_emb.emb.weight'),
-        rule(f'{prefix}norm.weight', 'attn_layers.final_norm.g'),
+def logits_rules(model: Plain, theirs: str = 'lm_head.weight') -> list[KeyRule]:
+    """Of the weight of the logits, if the model has one of its own."""
+    own = not model.get('tie_embedding') and not model.get('return_only_embed')
+    return [rule(theirs, 'to_logits.weight')] if own else []
+
+
+def ends(model: Plain) -> list[KeyRule]:
+    """Of the token table, the final norm and the logits."""
+    return [
+        rule('model.embed_tokens.weight', 'token_emb.emb.weight'),
+        rule('model.norm.weight', 'attn_layers.final_norm.g'),
+        *logits_rules(model),
     ]
-    if not tables.get('tie_embedding') and not tables.get('return_only_embed'):
-        rules.append(rule('lm_head.weight', 'to_logits.weight'))
-    return rules
+
+
+def fused_rules(theirs: str, fused: Map, bias: bool) -> list[KeyRule]:
+    """Of one linear map that gives queries, keys and values."""
+    return [
+        rule(f'{theirs}.{kind}', tuple(f'{ATTENTION}.1.to_{name}.{kind}' for name in 'qkv'), fused)
+        for kind in (('weight', 'bias') if bias else ('weight',))
+    ]
 
 
 def gated_rules(theirs: str, bias: bool, ours: str = f'{FORWARD}.1.ff') -> list[KeyRule]:

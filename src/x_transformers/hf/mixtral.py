@@ -10,8 +10,10 @@ from x_transformers.hf.llama import (
     decoder,
     gated_rules,
     head_norms,
+    head_width,
     pre_norm_rules,
     windows,
+    windows_if_used,
 )
 from x_transformers.hf.maps import below
 
@@ -45,9 +47,8 @@ def mixtral(config: Config) -> Plain:
     config.skip('router_jitter_noise')
     config.values.setdefault('rms_norm_eps', 1e-5)
     config.values.setdefault('rope_theta', 1e6)
-    usual = ['sliding_attention'] * config.need('num_hidden_layers')
     mixed = expert_flags(config, 8, 2)
-    return decoder(config, **activation(config, 'hidden_act', 'silu'), **windows(config, usual), **mixed)
+    return decoder(config, **activation(config, 'hidden_act', 'silu'), **windows(config), **mixed)
 
 
 def mixed_layers(config: Config) -> list[int]:
@@ -83,22 +84,20 @@ def qwen2_moe(config: Config) -> Plain:
     return decoder(
         config,
         **activation(config, 'hidden_act', 'silu'),
-        **(windows(config, usual) if config.get('use_sliding_window', False) else {}),
+        **windows_if_used(config, usual),
         **experts,
         attn_qkv_bias=bool(config.get('qkv_bias', True)),
     )
 
 
 def qwen3_moe(config: Config) -> Plain:
-    usual = ['sliding_attention'] * config.need('num_hidden_layers')
     config.skip('max_window_layers', 'sliding_window')
-    dim_head = config.get('head_dim', config.need('hidden_size') // config.need('num_attention_heads'))
     return decoder(
         config,
         **activation(config, 'hidden_act', 'silu'),
-        **(windows(config, usual) if config.get('use_sliding_window', False) else {}),
+        **windows_if_used(config),
         **biases(config),
-        **head_norms(config, dim_head**-0.5),
+        **head_norms(config, head_width(config) ** -0.5),
         **qwen_experts(config, 128, 8, 768),
     )
 

@@ -15,7 +15,7 @@ from x_transformers.hf.family import (
     rule,
     weight_and_bias,
 )
-from x_transformers.hf.llama import ATTENTION, FORWARD, wrapper
+from x_transformers.hf.llama import ATTENTION, FORWARD, fused_rules, logits_rules, wrapper
 from x_transformers.hf.maps import SAME, apart, chain, paired, split_in_groups
 
 
@@ -48,18 +48,12 @@ def neox_rules(config: Config, model: Plain) -> list[KeyRule]:
         *layer_norm_rules(f'{theirs}.input_layernorm', f'{ATTENTION}.0.0'),
         *layer_norm_rules(f'{theirs}.post_attention_layernorm', f'{FORWARD}.0.0'),
         *layer_norm_rules('gpt_neox.final_layer_norm', 'attn_layers.final_norm'),
-        *(
-            rule(
-                f'{theirs}.attention.query_key_value.{kind}', tuple(f'{ATTENTION}.1.to_{name}.{kind}' for name in 'qkv'), fused
-            )
-            for kind in (('weight', 'bias') if bias else ('weight',))
-        ),
+        *fused_rules(f'{theirs}.attention.query_key_value', fused, bias),
         *weight_and_bias(f'{theirs}.attention.dense', f'{ATTENTION}.1.to_out', bias=bias),
         *weight_and_bias(f'{theirs}.mlp.dense_h_to_4h', f'{FORWARD}.1.ff.0.0'),
         *weight_and_bias(f'{theirs}.mlp.dense_4h_to_h', f'{FORWARD}.1.ff.2'),
+        *logits_rules(model, 'embed_out.weight'),
     ]
-    if not model.get('tie_embedding') and not model.get('return_only_embed'):
-        rules.append(rule('embed_out.weight', 'to_logits.weight'))
     return for_layers(rules, stack['depth'])
 
 

@@ -17,6 +17,7 @@ from x_transformers.hf.llama import (
     decoder,
     ends,
     gated_rules,
+    head_width,
     layer_kinds,
     pre_norm_rules,
     windows,
@@ -26,7 +27,6 @@ from x_transformers.hf.mixtral import expert_flags, rules_by_expert
 
 def normed_decoder(config: Config, **more: Any) -> Plain:
     config.values.setdefault('rms_norm_eps', 1e-5)
-    dim_head = config.get('head_dim', config.need('hidden_size') // config.need('num_attention_heads'))
     return decoder(
         config,
         **activation(config, 'hidden_act', 'silu'),
@@ -34,7 +34,7 @@ def normed_decoder(config: Config, **more: Any) -> Plain:
         attn_qk_norm=True,
         attn_qk_norm_dim_scale=True,
         attn_qk_norm_over_heads=True,
-        attn_qk_norm_scale=dim_head**-0.5,
+        attn_qk_norm_scale=head_width(config) ** -0.5,
         attn_qk_norm_eps=config.get('rms_norm_eps'),
         **more,
     )
@@ -47,8 +47,7 @@ def olmo2(config: Config) -> Plain:
 def olmo3(config: Config) -> Plain:
     depth = config.need('num_hidden_layers')
     usual = ['sliding_attention' if (layer + 1) % 4 else 'full_attention' for layer in range(depth)]
-    dim_head = config.get('head_dim', config.need('hidden_size') // config.need('num_attention_heads'))
-    turned = rotary_by_kind(config, dim_head, layer_kinds(config, usual), THETAS, scaled=('full_attention',))
+    turned = rotary_by_kind(config, head_width(config), layer_kinds(config, usual), THETAS, scaled=('full_attention',))
     return normed_decoder(config, **windows(config, usual), norm_before=False, sandwich_norm=True, rotary=turned)
 
 

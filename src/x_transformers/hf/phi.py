@@ -19,7 +19,8 @@ from x_transformers.hf.family import (
     rule,
     weight_and_bias,
 )
-from x_transformers.hf.llama import ATTENTION, FORWARD, UNUSED, attention_rules, kv_heads_of, wrapper
+from x_transformers.hf.gpt2 import SUMMARY
+from x_transformers.hf.llama import ATTENTION, FORWARD, UNUSED, attention_rules, head_width, kv_heads_of, logits_rules, wrapper
 from x_transformers.hf.maps import COPIED
 
 
@@ -36,7 +37,7 @@ def phi(config: Config) -> Plain:
     dim, heads = config.need('hidden_size'), config.need('num_attention_heads')
     config.only('qk_layernorm', False, 'norms of queries and keys have no bias')
     config.values.setdefault('partial_rotary_factor', 0.5)
-    dim_head = config.get('head_dim', dim // heads)
+    dim_head = head_width(config)
     return parallel_model(
         config, dim=dim, depth=config.need('num_hidden_layers'), heads=heads, inner=config.need('intermediate_size'),
         act=('hidden_act', 'gelu_new'), eps=config.get('layer_norm_eps', 1e-5), attn_dim_head=dim_head, **kv_heads_of(config),
@@ -46,8 +47,7 @@ def phi(config: Config) -> Plain:
 
 def gptj(config: Config) -> Plain:
     dim, heads, turned = config.need('n_embd'), config.need('n_head'), config.need('rotary_dim')
-    config.skip('summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels', 'summary_first_dropout')
-    config.skip('rotary', 'scale_attn_weights')
+    config.skip(*SUMMARY, 'rotary', 'scale_attn_weights')
     if turned % 2 or turned > dim // heads:
         config.wrong.append(f'`rotary_dim` is {turned}: channels turn in pairs, at most the {dim // heads} of a head')
     model = parallel_model(
@@ -78,8 +78,7 @@ def parallel_rules(model: Plain, norm: str, first: str, last: str) -> list[KeyRu
     ]
     if not model.get('return_only_embed'):
         rules.append(rule('lm_head.bias', 'to_logits.bias'))
-        rules += [] if model.get('tie_embedding') else [rule('lm_head.weight', 'to_logits.weight')]
-    return rules
+    return rules + logits_rules(model)
 
 
 def phi_rules(config: Config, model: Plain) -> list[KeyRule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.hf.family import Config, Family, Plain, activation, one_or_each
-from x_transformers.hf.llama import UNUSED, biases, decoder, llama_rules, windows
+from x_transformers.hf.llama import UNUSED, biases, decoder, llama_rules, windows_if_used
 
 
 def smollm3(config: Config) -> Plain:
@@ -24,7 +24,7 @@ def smollm3(config: Config) -> Plain:
         config,
         **activation(config, 'hidden_act', 'silu'),
         **biases(config),
-        **(windows(config, usual) if config.get('use_sliding_window', False) else {}),
+        **windows_if_used(config, usual),
         **({} if still is None else {'rotate_num_heads': still}),
     )
 

@@ -14,18 +14,28 @@ from x_transformers.hf.family import (
     rule,
     weight_and_bias,
 )
-from x_transformers.hf.llama import ATTENTION, FORWARD, UNUSED, attention_rules, kv_heads_of, windows, wrapper
+from x_transformers.hf.llama import (
+    ATTENTION,
+    FORWARD,
+    UNUSED,
+    attention_rules,
+    head_width,
+    kv_heads_of,
+    logits_rules,
+    windows,
+    wrapper,
+)
 
 
 def starcoder2(config: Config) -> Plain:
     dim, heads, depth = config.need('hidden_size'), config.need('num_attention_heads'), config.need('num_hidden_layers')
-    dim_head, bias = config.get('head_dim', dim // heads), bool(config.get('use_bias', True))
+    dim_head, bias = head_width(config), bool(config.get('use_bias', True))
     config.values.setdefault('tie_word_embeddings', True)
     stack = layer_normed(
         config, 'Decoder', dim=dim, depth=depth, heads=heads, inner=config.need('intermediate_size'),
         act=('hidden_act', 'gelu_pytorch_tanh'), eps=config.get('norm_epsilon', 1e-5),
         attn_dim_head=dim_head, attn_qkv_bias=bias, attn_out_bias=bias, ff_no_bias=not bias, **kv_heads_of(config),
-        **windows(config, ['sliding_attention'] * depth), rotary_pos_emb=True, **rotary(config, dim_head),
+        **windows(config), rotary_pos_emb=True, **rotary(config, dim_head),
     )  # fmt: skip
     return wrapper(config, stack)
 
@@ -41,9 +51,8 @@ def starcoder2_rules(config: Config, model: Plain) -> list[KeyRule]:
         *attention_rules(f'{layer}.self_attn', stack),
         *weight_and_bias(f'{layer}.mlp.c_fc', f'{FORWARD}.1.ff.0.0', bias=bias),
         *weight_and_bias(f'{layer}.mlp.c_proj', f'{FORWARD}.1.ff.2', bias=bias),
+        *logits_rules(model),
     ]
-    if not model.get('tie_embedding') and not model.get('return_only_embed'):
-        rules.append(rule('lm_head.weight', 'to_logits.weight'))
     return for_layers(rules, stack['depth'])
 
 
