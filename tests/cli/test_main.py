@@ -481,7 +481,7 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path, text, cap
 
 @pytest.mark.parametrize('arguments', [['eval', 'run'], ['plan', '--gpus', '0'], ['fly']])
 def test_what_one_process_does_is_refused_once_under_torchrun(capsys, monkeypatch, arguments):
-    monkeypatch.setattr('x_transformers.cli.main.LATER', 0.0)
+    monkeypatch.setattr('x_transformers.cli.main.UNTIL_ENDED', 0.0)
     for name, value in (('WORLD_SIZE', '2'), ('TORCHELASTIC_RUN_ID', 'none'), ('RANK', '0')):
         monkeypatch.setenv(name, value)
     said = sentence_of(capsys, arguments)

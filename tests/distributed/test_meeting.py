@@ -57,9 +57,9 @@ def counted(found: list[Meeting | str]) -> Iterator[int]:
 @pytest.mark.parametrize('late', range(SIZE))
 def test_the_dead_are_not_taken_for_the_living(store: Any, late: int) -> None:
     first = told(0)
-    assert [each.told for each in first if isinstance(each, Meeting)] == [[(0, 0), (0, 1), (0, 2)]] * SIZE
+    assert [each.entries for each in first if isinstance(each, Meeting)] == [[(0, 0), (0, 1), (0, 2)]] * SIZE
     second = told(1, late=late)
-    assert [each.told for each in second if isinstance(each, Meeting)] == [[(1, 0), (1, 1), (1, 2)]] * SIZE
+    assert [each.entries for each in second if isinstance(each, Meeting)] == [[(1, 0), (1, 1), (1, 2)]] * SIZE
     # nothing that the first have left is found by the second
     assert list(counted(first)) == list(counted(second)) == [1, 2, 3]
 

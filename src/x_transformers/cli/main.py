@@ -21,9 +21,9 @@ COMMANDS = {
     'hf': 'explain, import and export models in the Hugging Face format',
     'bench': 'measure speed and memory against a minimal hand-written model (in a clone of the repository)',
 }
-TOGETHER = ('train',)  # what several processes can do together
+TOGETHER = ('train',)  # commands that several processes run together
 BAD_INPUT = 2
-LATER = 5.0  # seconds, until which torchrun has ended the others, as the main process has
+UNTIL_ENDED = 5.0  # seconds in which torchrun ends the others, once the main process has printed and ended
 EXTRA = "the command line needs its extra: pip install '.[cli]' in a clone of the repository"
 
 
@@ -77,14 +77,14 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
 
 
 def started_by_torchrun() -> int:
-    """How many processes it has started; 1 without it."""
+    """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get('WORLD_SIZE', '1')) if 'TORCHELASTIC_RUN_ID' in os.environ else 1
 
 
 def complain(sentence: str) -> int:
-    """Say it in the main process; the exit status."""
+    """Print the sentence, under torchrun in the main process only. Returns the exit status."""
     if started_by_torchrun() > 1 and os.environ['RANK'] != '0':
-        time.sleep(LATER)
+        time.sleep(UNTIL_ENDED)
         return BAD_INPUT
     print(f'x-transformers: {sentence}', file=sys.stderr)
     return BAD_INPUT

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from x_transformers.distributed.engine import MeshEngine
-from x_transformers.distributed.meeting import PATIENCE, meet
+from x_transformers.distributed.meeting import PATIENCE, meet, wait_for_count
 from x_transformers.distributed.mesh import Degrees, MeshError, World, is_lost, start, stop
 from x_transformers.distributed.refusals import check, option_refusals
 from x_transformers.distributed.staged import StagedEngine
@@ -34,7 +34,7 @@ from x_transformers.training.run import RunConfig, begin, finish, prepare_run
 from x_transformers.training.trainer import Interrupted
 
 BAD_INPUT = 2
-TOLD = '.told'  # a file of the run: why all have ended has been said
+TOLD = '.told'  # a file in the run folder: one process has printed why all of them ended
 LATER = 0.5  # for which the others wait, so that the main process speaks before they end
 LOST = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -303,10 +303,8 @@ def speaks_first(world: World, folder: Path) -> bool:
         with contextlib.suppress(Exception):  # whoever held the store is gone
             store = dist.distributed_c10d._get_default_store()
             answers.append(store.add('complained', 1) == 1)
-            # the main process may hold the store, which the others are still to ask
-            deadline = time.monotonic() + PATIENCE
-            while world.is_main and store.add('complained', 0) < world.size and time.monotonic() < deadline:
-                time.sleep(0.05)
+            if world.is_main:
+                wait_for_count(store, 'complained', world.size)
 
     # whoever holds the store may not answer
     asking = Thread(target=ask, daemon=True)
@@ -316,7 +314,7 @@ def speaks_first(world: World, folder: Path) -> bool:
 
 
 def is_first_in(folder: Path) -> bool:
-    """The same without a store: by a file in the folder of the run, which stays until it is opened again."""
+    """The same without a store, by a file in the run folder. The next start of the run removes it."""
     try:
         os.close(os.open(folder / TOLD, os.O_CREAT | os.O_EXCL))
     except FileExistsError:

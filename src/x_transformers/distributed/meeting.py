@@ -1,8 +1,8 @@
 """How processes that were started together find each other, and what each of them tells the others.
 
-``torchrun --max-restarts`` keeps one store over all of its starts, so what lies there may be of processes that have died: their
-addresses, too, which PyTorch itself would take for those of the living. Its count of restarts does not tell starts apart: each
-node counts the failures of its own processes.
+``torchrun --max-restarts`` keeps one store over all of its starts. The store may therefore hold entries of processes that have
+died, also their addresses, which PyTorch itself would use. The count of restarts does not separate the starts: each node counts
+the failures of its own processes only.
 """
 
 from __future__ import annotations
@@ -16,73 +16,72 @@ from typing import Any, NamedTuple
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-CALLED = 'x-transformers/called'  # the name of those that the main process has found
-PAUSE = 0.01  # seconds
-PATIENCE = 3.0  # seconds, of the ten in which all are to end
+ROUND = 'x-transformers/round'  # key of the newest round
+PAUSE = 0.01  # seconds between two looks at the store
+PATIENCE = 3.0  # seconds, of the ten in which all processes must end
 
 
 class Meeting(NamedTuple):
     store: Store  # of these processes alone
-    told: list[Any]  # by each of them, in the order of their numbers
+    entries: list[Any]  # what each process told, by rank
 
 
 def meet(own: Any = None, *, timeout: float) -> Meeting:
     """Wait until all processes are there.
 
-    The main process gives a name to those that it finds. Whoever finds itself among them says so, and what it finds of others
-    that have died is given another name as soon as those that are alive have come.
+    The main process collects one entry of each rank and publishes them as a round. A process joins the round that holds its own
+    entry. If an entry was that of a dead process, the main process finds another one there later, and publishes the next round.
 
     Args:
-        own: what this process tells; it is pickled.
+        own: the entry of this process; it is pickled.
         timeout: seconds.
 
-    Errors: ``torch.distributed.DistError`` or ``TimeoutError`` if not all come in time, ``ValueError`` if it was not said where
-    they meet.
+    Errors: ``torch.distributed.DistError`` or ``TimeoutError`` if a process does not come in time, ``ValueError`` if the
+    environment does not say where the store is.
     """
     store, rank, size = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
     deadline = time.monotonic() + timeout
-    # no two are alike, whatever they tell
-    mine = pickle.dumps((secrets.token_bytes(16), own))
-    store.set(of(rank), mine)
-    name, told = find_all(store, size, deadline) if rank == 0 else be_found(store, rank, mine, deadline)
-    store.add(f'{name}/read', 1)
-    # the main process may hold the store, which the others are still to ask
-    until = time.monotonic() + PATIENCE
-    while rank == 0 and store.add(f'{name}/read', 0) < size and time.monotonic() < until:
-        time.sleep(PAUSE)
-    return Meeting(PrefixStore(name, store), [pickle.loads(each)[1] for each in told])
+    # entries of two starts differ, even if they tell the same
+    entry = pickle.dumps((secrets.token_bytes(16), own))
+    store.set(entry_key(rank), entry)
+    name, entries = publish_rounds(store, size, deadline) if rank == 0 else join_round(store, rank, entry, deadline)
+    shared = PrefixStore(name, store)
+    shared.add('read', 1)
+    if rank == 0:
+        wait_for_count(shared, 'read', size)
+    return Meeting(shared, [pickle.loads(each)[1] for each in entries])
 
 
-def of(rank: int) -> str:
+def entry_key(rank: int) -> str:
     return f'x-transformers/{rank}'
 
 
-def find_all(store: Store, size: int, deadline: float) -> tuple[str, list[bytes]]:
-    """What the main process does: (their name, what they tell)."""
-    name, told = '', list[bytes]()
+def publish_rounds(store: Store, size: int, deadline: float) -> tuple[str, list[bytes]]:
+    """The part of the main process. Returns (name of the round, its entries)."""
+    name, entries = '', list[bytes]()
     while True:
-        found = [store.get(of(rank)) for rank in range(size)]
-        if found != told:
-            name, told = f'x-transformers/{secrets.token_hex(8)}', found
-            store.set(f'{name}/told', pickle.dumps(told))  # type: ignore[arg-type]  # bytes are as good
-            store.set(CALLED, name)
+        newest = [store.get(entry_key(rank)) for rank in range(size)]
+        if newest != entries:
+            name, entries = f'x-transformers/{secrets.token_hex(8)}', newest
+            store.set(f'{name}/entries', pickle.dumps(entries))  # type: ignore[arg-type]  # bytes are as good
+            store.set(ROUND, name)
         if size == 1 or store.check([f'{name}/{rank}' for rank in range(1, size)]):
-            store.set(f'{name}/all', '')
-            return name, told
+            store.set(f'{name}/complete', '')
+            return name, entries
         wait(deadline)
 
 
-def be_found(store: Store, rank: int, mine: bytes, deadline: float) -> tuple[str, list[bytes]]:
-    """What the others do: the same."""
-    name, told = '', list[bytes]()
+def join_round(store: Store, rank: int, entry: bytes, deadline: float) -> tuple[str, list[bytes]]:
+    """The part of the other processes. Returns the same."""
+    name, entries = '', list[bytes]()
     while True:
-        found = store.get(CALLED).decode()
-        if found != name:
-            name, told = found, pickle.loads(store.get(f'{found}/told'))
-            if told[rank] == mine:
+        newest = store.get(ROUND).decode()
+        if newest != name:
+            name, entries = newest, pickle.loads(store.get(f'{newest}/entries'))
+            if entries[rank] == entry:
                 store.set(f'{name}/{rank}', '')
-        if told[rank] == mine and store.check([f'{name}/all']):
-            return name, told
+        if entries[rank] == entry and store.check([f'{name}/complete']):
+            return name, entries
         wait(deadline)
 
 
@@ -90,3 +89,10 @@ def wait(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError('not all processes have come in time')
     time.sleep(PAUSE)
+
+
+def wait_for_count(store: Store, key: str, size: int) -> None:
+    """Wait a little until all have counted under ``key``. The main process may hold the store, so it must not end before."""
+    deadline = time.monotonic() + PATIENCE
+    while store.add(key, 0) < size and time.monotonic() < deadline:
+        time.sleep(PAUSE)
