@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from x_transformers.evidence.experiment import BASELINE, INDEPENDENT, Arm, Question
 from x_transformers.evidence.runs import Settings, TaskName
-from x_transformers.evidence.tasks import make_task
+from x_transformers.evidence.tasks import check_among, make_task
 from x_transformers.flags.base import kinds_of, one_kind
 from x_transformers.flags.presets import with_preset, without_usual
 from x_transformers.training.errors import TrainingError
@@ -95,7 +94,7 @@ def arm_of(text: str) -> Arm:
 
 def check_plan_file(path: str, values: Mapping[str, Any]) -> None:
     """Errors: ``TrainingError`` for keys that mean nothing and values of another kind."""
-    check_keys(path, values, TOP)
+    check_among(f'{path}: keys', values, TOP)
     for name in ('base', 'ideas', 'tasks', 'options'):
         if not isinstance(values.get(name, {}), dict):
             raise TrainingError(f'{path}: {name} must be a table, got {values[name]!r}. Write [{name}] and its keys below.')
@@ -105,7 +104,7 @@ def check_plan_file(path: str, values: Mapping[str, Any]) -> None:
     for name, entry in values.get('tasks', {}).items():
         if not isinstance(entry, dict):
             raise TrainingError(f'{path}: the task {name} must be a table, got {entry!r}. Write [tasks.{name}].')
-        check_keys(f'{path}: [tasks.{name}]', entry, {*SETTINGS, *OF_TASK})
+        check_among(f'{path}: [tasks.{name}]: keys', entry, {*SETTINGS, *OF_TASK})
         for part in ('options', 'base'):
             if not isinstance(entry.get(part, {}), dict):
                 raise TrainingError(f'{path}: {part} of {name} must be a table, got {entry[part]!r}. Write {{ NAME = VALUE }}.')
@@ -115,14 +114,6 @@ def check_plan_file(path: str, values: Mapping[str, Any]) -> None:
             raise TrainingError(f'{path}: {name} must be {wanted}, got {values[name]!r}. Give another value.')
     if 'task' in values and 'tasks' in values:
         raise TrainingError(f'{path} must have either task or [tasks.NAME], got both. Leave out one.')
-
-
-def check_keys(where: str, values: Mapping[str, Any], known: Collection[str]) -> None:
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f' Did you mean {near[0]}?' if near else ' Remove what is not among them.'
-        raise TrainingError(f'{where}: keys must be among {", ".join(sorted(known))}, got {", ".join(unknown)}.{hint}')
 
 
 def read_plan(path: str) -> Plan:

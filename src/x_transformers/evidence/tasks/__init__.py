@@ -7,7 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ CLASSES: tuple[type[SequenceTask], ...] = (
 TASKS: dict[str, type[SequenceTask]] = {task.name: task for task in CLASSES}
 
 
+def check_among(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Errors: ``TrainingError`` for names that are not among those known, such as keys of a file or options of a task."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f'Did you mean {near[0]}?' if near else 'Remove what is not among them.'
+        raise TrainingError(f'{what} must be among {", ".join(sorted(known))}, got {", ".join(unknown)}. {hint}')
+
+
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task of a name, such as ``mqar``, or of a path, such as ``my_tasks.py:Reversal`` or ``package.tasks:Reversal``.
 
@@ -62,12 +71,8 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         hint = f' Did you mean {near[0]}?' if near else ' Choose one of them.'
         raise TrainingError(f'--task must be one of {", ".join(TASKS)}, or FILE.py:CLASS, got {name!r}.{hint}')
     known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else None
-    unknown: list[str] = [] if known is None else [option for option in options if option not in known]
-    if unknown:
-        raise TrainingError(
-            f'options of the task {name} must be among {", ".join(sorted(known or ()))}, got {", ".join(unknown)}. '
-            'Remove what is not among them.'
-        )
+    if known is not None:
+        check_among(f'options of the task {name}', options, known)
     options = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
     if known is not None:
         refuse_other_kinds(name, cls, options)
